@@ -1,0 +1,51 @@
+"""The code location: assets of all stages, on the resources that the settings choose."""
+
+import os
+import warnings
+
+import dagster as dg
+
+from resources.checkpoint_store import CheckpointStore
+from resources.language_model import LanguageModel
+from resources.scorer import RewardScorer
+from resources.settings import active_settings, home_directory
+from resources.tables import ParquetTables
+from resources.trainer import Trainer
+from synpo_assets import evaluation, loop, preferences, prompts, responses, seed, training
+from synpo_assets.runs import ALL_ASSETS_JOB
+from synpo_assets.terminal import terminal_logger
+
+# Progress bars fill the logs of the UI; assets log count, rate and time left instead.
+os.environ["TQDM_DISABLE"] = "1"
+# Data versions and pools are marked beta; the pinned Dagster minor version is the one they were tested with.
+warnings.filterwarnings("ignore", category=dg.BetaWarning)
+
+settings = active_settings()
+home = home_directory()
+
+# The forkserver imports the heavy libraries once; each step is then forked from it in an instant, in a process of its
+# own, so that the memory of one phase is free again before the next one starts.
+executor = dg.multiprocess_executor.configured(
+    {"start_method": {"forkserver": {"preload_modules": ["definitions", "transformers", "trl", "peft"]}}}
+)
+
+defs = dg.Definitions(
+    assets=dg.load_assets_from_modules([seed, prompts, preferences, loop, responses, training, evaluation]),
+    resources={
+        "settings": dg.ResourceDefinition.hardcoded_resource(settings),
+        "language_model": LanguageModel(
+            shards=str(home / "shards"), engine=settings.engine, random_seed=settings.random_seed
+        ),
+        "trainer": Trainer(engine=settings.engine, random_seed=settings.random_seed),
+        "scorer": RewardScorer(
+            engine=settings.engine,
+            max_length=settings.scorer.max_length,
+            trust_remote_code=settings.scorer.trust_remote_code,
+        ),
+        "tables": ParquetTables(str(home / "tables")),
+        "checkpoints": CheckpointStore(str(home / "checkpoints")),
+    },
+    jobs=[dg.define_asset_job(ALL_ASSETS_JOB, description="What `synpo run` executes: any of the assets.")],
+    executor=executor,
+    loggers={"console": terminal_logger},
+)

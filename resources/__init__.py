@@ -1,0 +1,1 @@
+"""What the pipeline runs on: settings, models, trainers, scorer, storage."""

@@ -1,0 +1,63 @@
+"""The one place that turns chat messages into token ids: chat template applied once, exactly one BOS at most."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+
+
+class ChatTemplateError(ValueError):
+    """The tokenizer has no chat template; the message says how to give it one."""
+
+
+def load_tokenizer(directory: str) -> "PreTrainedTokenizerBase":
+    """Loads the tokenizer of a model directory and checks that it can render chats.
+
+    Raises:
+        ChatTemplateError: There is no chat template in the directory.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if not tokenizer.chat_template:
+        raise ChatTemplateError(
+            f"The tokenizer in {directory} has no chat template. SynPO starts from an instruct model: "
+            "choose one in initial_policy, or add a chat_template.jinja to the directory."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def prompt_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> str:
+    """Renders messages up to the point where the assistant starts to write.
+
+    The text starts with one BOS if the template writes it or the tokenizer would add it, and never with two.
+    Tokenize it with `add_special_tokens=False`.
+    """
+    text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    bos = tokenizer.bos_token
+    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    return bos + text if adds_bos and not text.startswith(bos) else text
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
+    """Token ids of `prompt_text`."""
+    return tokenizer(prompt_text(tokenizer, messages), add_special_tokens=False).input_ids
+
+
+def answer_ids(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int]:
+    """Token ids of an assistant's answer, closed by the end-of-turn token."""
+    return [*tokenizer(answer, add_special_tokens=False).input_ids, end_of_turn_id(tokenizer)]
+
+
+def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token that closes an assistant's turn in the chat template; the EOS token if the template writes none."""
+    marker = "answer"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": marker}]
+    rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    after = tokenizer(rendered.rpartition(marker)[2].strip(), add_special_tokens=False).input_ids
+    return after[0] if after and after[0] in tokenizer.all_special_ids else tokenizer.eos_token_id

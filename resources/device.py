@@ -1,0 +1,35 @@
+"""Which processor and number format the models use."""
+
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+from resources.settings import Engine, SettingsError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def prepare_device(engine: Engine) -> str:
+    """Chooses `cuda` or `cpu` and sets the number of CPU threads.
+
+    Raises:
+        SettingsError: A GPU was asked for and there is none.
+    """
+    import torch
+
+    # TRL still uses option names that transformers has renamed; the warnings say nothing to the reader of a run.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_num_threads(engine.threads or os.cpu_count() or 1)
+    if engine.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("engine.device is `cuda` but torch sees no GPU: set it to `auto` or `cpu`.")
+    return "cuda" if engine.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def torch_dtype(engine: Engine) -> "torch.dtype":
+    """The number format of weights and activations; see `engine.dtype`."""
+    import torch
+
+    if engine.dtype != "auto":
+        return getattr(torch, engine.dtype)
+    return torch.bfloat16 if prepare_device(engine) == "cuda" else torch.float32

@@ -1,0 +1,166 @@
+"""Generation with Hugging Face transformers: one batch at a time, runs anywhere."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from resources.chat import end_of_turn_id, load_tokenizer
+from resources.device import prepare_device, torch_dtype
+from resources.settings import Engine, Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt to complete.
+
+    Attributes:
+        key: Identifies the request; carried over to its completion.
+        token_ids: The rendered prompt.
+        seed: Seed of this request's own random stream.
+    """
+
+    key: str
+    token_ids: list[int]
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What the model wrote.
+
+    Attributes:
+        key: The key of the request.
+        text: The text, without special tokens.
+        input_tokens: Tokens of the prompt.
+        output_tokens: Tokens written, the end-of-turn token included.
+        finish_reason: `stop` if the model ended by itself or hit a stop text, `length` if it was cut.
+    """
+
+    key: str
+    text: str
+    input_tokens: int
+    output_tokens: int
+    finish_reason: Literal["stop", "length"]
+
+
+class TransformersEngine:
+    """A loaded model that completes requests."""
+
+    def __init__(self, weights: str, engine: Engine) -> None:
+        from transformers import AutoModelForCausalLM
+
+        device = prepare_device(engine)
+        self._batch_tokens = engine.batch_tokens
+        self._tokenizer = load_tokenizer(weights)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            weights, dtype=torch_dtype(engine), use_safetensors=True, attn_implementation="sdpa"
+        ).to(device)
+        self._model.eval()
+        configured = self._model.generation_config.eos_token_id
+        configured = configured if isinstance(configured, list) else [configured]
+        ends = {*configured, self._tokenizer.eos_token_id, end_of_turn_id(self._tokenizer)}
+        self._end_ids = sorted(ends - {None})
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens, prompt and completion together, that the model can attend to."""
+        return self._model.config.max_position_embeddings
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Completion]]:
+        """Completes requests, longest prompts first, and yields each batch when it is done.
+
+        Sorting by length keeps padding small; the longest batch comes first, so that running out of memory shows
+        at once and not after hours.
+
+        Args:
+            requests: Prompts as token ids.
+            sampling: How to sample.
+
+        Raises:
+            ValueError: A prompt and `max_new_tokens` together exceed the model's context.
+        """
+        longest = max(len(request.token_ids) for request in requests)
+        if longest + sampling.max_new_tokens > self.context_length:
+            raise ValueError(
+                f"A prompt of {longest} tokens and max_new_tokens = {sampling.max_new_tokens} exceed the model's context "
+                f"of {self.context_length} tokens: lower sampling.max_new_tokens or shorten the prompts."
+            )
+        ordered = sorted(requests, key=lambda request: len(request.token_ids), reverse=True)
+        while ordered:
+            rows = max(1, self._batch_tokens // (len(ordered[0].token_ids) + sampling.max_new_tokens))
+            yield self._complete(ordered[:rows], sampling)
+            ordered = ordered[rows:]
+
+    def _complete(self, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        import torch
+
+        padded = self._tokenizer.pad(
+            {"input_ids": [request.token_ids for request in batch]}, padding_side="left", return_tensors="pt"
+        ).to(self._model.device)
+        with torch.inference_mode():
+            output = self._model.generate(
+                **padded,
+                # Sampling is done by the processor below, which gives every row its own random stream.
+                do_sample=False,
+                temperature=None,
+                top_k=None,
+                top_p=None,
+                logits_processor=[RowSampler(sampling, [request.seed for request in batch])],
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=self._end_ids,
+                pad_token_id=self._tokenizer.pad_token_id,
+                stop_strings=sampling.stop or None,
+                tokenizer=self._tokenizer,
+            )
+        written = output[:, padded["input_ids"].shape[1] :].tolist()
+        return [self._completion(*row, sampling) for row in zip(batch, written, strict=True)]
+
+    def _completion(self, request: Request, token_ids: list[int], sampling: Sampling) -> Completion:
+        end = next((place for place, token in enumerate(token_ids) if token in self._end_ids), None)
+        kept = token_ids if end is None else token_ids[: end + 1]
+        text = self._tokenizer.decode(kept, skip_special_tokens=True)
+        for stop in sampling.stop:
+            if stop in text:
+                text = text[: text.index(stop) + len(stop)]
+                end = len(kept)
+        return Completion(
+            key=request.key,
+            text=text,
+            input_tokens=len(request.token_ids),
+            output_tokens=len(kept),
+            finish_reason="length" if end is None else "stop",
+        )
+
+
+class RowSampler:
+    """Samples each row from its own seed, so that a completion does not depend on the batch it was in.
+
+    Adding Gumbel noise to log-probabilities and taking the largest is the same as sampling from them
+    (https://arxiv.org/abs/1411.0030, section 2); greedy decoding then takes the largest.
+    """
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
+        import torch
+
+        self._sampling = sampling
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
+        """Returns scores of shape (rows, vocabulary) whose largest entry in each row is the sampled token."""
+        import torch
+
+        if self._sampling.temperature == 0:
+            return scores
+        width = self._sampling.top_k or scores.shape[-1]
+        values, tokens = torch.topk(scores.float() / self._sampling.temperature, min(width, scores.shape[-1]))
+        if self._sampling.top_p < 1:
+            probabilities = values.softmax(-1)
+            before = probabilities.cumsum(-1) - probabilities
+            values = values.masked_fill(before >= self._sampling.top_p, float("-inf"))
+        uniform = torch.stack([torch.rand(values.shape[-1], generator=generator) for generator in self._generators])
+        noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+        chosen = tokens.gather(-1, (values + noise.to(values.device)).argmax(-1, keepdim=True))
+        return torch.full_like(scores, float("-inf")).scatter_(-1, chosen, 0.0)

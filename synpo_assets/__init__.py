@@ -1,0 +1,1 @@
+"""The SynPO assets, one module per stage of the paper."""

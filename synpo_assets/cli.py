@@ -1,0 +1,91 @@
+"""The command `synpo`: run, ui, check."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from resources.chat import ChatTemplateError
+from resources.model_source import ModelSourceError
+from resources.settings import Settings, SettingsError, home_directory
+from synpo_assets.home import PROJECT, chosen_settings, prepare_home
+
+EXPECTED_ERRORS = (SettingsError, ModelSourceError, ChatTemplateError)
+Result = TypeVar("Result")
+
+app = typer.Typer(help="SynPO: a language model boosts itself with synthetic preference data.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+Preset = Annotated[
+    str | None, typer.Option(help="laptop, single_gpu, paper_mistral or paper_llama3. A new home starts from laptop.")
+]
+SettingsFile = Annotated[Path | None, typer.Option("--settings", help="A settings file of your own (YAML).")]
+Home = Annotated[
+    Path | None, typer.Option(help="Where history and artifacts live. Default: SYNPO_HOME, else .synpo in the project.")
+]
+
+
+@app.command()
+def run(
+    preset: Preset = None,
+    settings_file: SettingsFile = None,
+    home: Home = None,
+    iterations: Annotated[int, typer.Option(help="Make sure that iterations 1 to N exist.")] = 1,
+) -> None:
+    """Materialize whatever of iterations 1 to N is missing, in order, in the foreground."""
+    settings, place = _prepare(preset, settings_file, home)
+    from synpo_assets.preflight import check_before_run
+
+    _or_exit(lambda: check_before_run(settings, place))
+    prepare_home(place, settings)
+    from dagster import DagsterInstance
+
+    from synpo_assets.runs import run_missing
+    from synpo_assets.summary import print_summary
+
+    with DagsterInstance.get() as instance:
+        complete = _or_exit(lambda: run_missing(instance, iterations))
+        if not complete:
+            typer.echo(f"The run failed; the reason stands above. Correct it and run the same command again: "
+                       f"finished work in {place} is kept.", err=True)  # fmt: skip
+            raise typer.Exit(1)
+        print_summary(instance, place, iterations)
+
+
+@app.command()
+def check(preset: Preset = None, settings_file: SettingsFile = None, home: Home = None) -> None:
+    """Validate settings, seed data and hardware without loading a model, and estimate tokens, time and disk."""
+    settings, place = _prepare(preset, settings_file, home)
+    from synpo_assets.preflight import print_check
+
+    _or_exit(lambda: print_check(settings, place))
+
+
+@app.command()
+def ui(
+    home: Home = None,
+    port: Annotated[int, typer.Option(help="Port of the web server.")] = 3000,
+    host: Annotated[str, typer.Option(help="Address that the web server listens on.")] = "127.0.0.1",
+) -> None:
+    """Open the Dagster UI, with its daemon, on the same home."""
+    settings, place = _prepare(None, None, home)
+    prepare_home(place, settings)
+    command = [str(Path(sys.executable).with_name("dg")), "dev", "--host", host, "--port", str(port)]
+    os.chdir(PROJECT)
+    os.execv(command[0], command)
+
+
+def _prepare(preset: str | None, settings_file: Path | None, home: Path | None) -> tuple[Settings, Path]:
+    place = home.absolute() if home else home_directory()
+    return _or_exit(lambda: chosen_settings(place, preset, settings_file)), place
+
+
+def _or_exit(action: Callable[[], Result]) -> Result:
+    """Runs an action; an error that the user can mend is printed as its sentence, with exit code 2."""
+    try:
+        return action()
+    except EXPECTED_ERRORS as error:
+        typer.echo(f"synpo: {error}", err=True)
+        raise typer.Exit(2) from None

@@ -1,0 +1,61 @@
+"""The home directory of one experiment: its settings, Dagster's history, tables, shards and checkpoints."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from resources.files import write_atomically
+from resources.settings import Settings, SettingsError, load_settings, preset_path
+
+SHOWN_DIFFERENCES = 5
+PROJECT = Path(__file__).parents[1]
+
+
+def chosen_settings(home: Path, preset: str | None, file: Path | None) -> Settings:
+    """The settings of a home: those stored in it, or the ones asked for if it is new.
+
+    Args:
+        home: The home directory; it may not exist yet.
+        preset: Name of a preset, or None.
+        file: A settings file, or None.
+
+    Raises:
+        SettingsError: Both are given; something is wrong with them; or the home was made with other settings.
+    """
+    if preset and file:
+        raise SettingsError("Give --preset or --settings, not both: a settings file can name its preset inside.")
+    stored = home / "settings.yaml"
+    if not (preset or file):
+        return load_settings(stored if stored.exists() else preset_path("laptop"))
+    asked = load_settings(file if file else preset_path(str(preset)))
+    if stored.exists() and (differences := list(_differences(load_settings(stored).model_dump(), asked.model_dump()))):
+        shown = ", ".join(differences[:SHOWN_DIFFERENCES]) + (", …" if len(differences) > SHOWN_DIFFERENCES else "")
+        raise SettingsError(
+            f"The home {home} was made with other settings ({shown}). Edit {stored} to change them there, or name "
+            "another directory with --home to start another experiment."
+        )
+    return asked
+
+
+def prepare_home(home: Path, settings: Settings) -> None:
+    """Makes the home usable: settings and Dagster's configuration in it, and in this process's environment."""
+    if not (home / "settings.yaml").exists():
+        text = "# All settings of this experiment. Edit them here; relative paths are relative to this file.\n"
+        text += yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True, width=120)
+        write_atomically(home / "settings.yaml", text.encode())
+    if not (home / "dagster.yaml").exists():
+        shutil.copyfile(PROJECT / "dagster.yaml", home / "dagster.yaml")
+    os.environ["SYNPO_HOME"] = os.environ["DAGSTER_HOME"] = str(home)
+
+
+def _differences(stored: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in stored.keys() | asked.keys():
+        old, new = stored.get(key), asked.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key}: {old} there, {new} asked for"

@@ -1,0 +1,1 @@
+"""The method in pure functions: no Dagster, no models."""

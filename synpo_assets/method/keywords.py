@@ -1,0 +1,155 @@
+"""Keywords: from seed prompts with noise (to train the generator), from corpus paragraphs (to drive it).
+
+Paper, section 2.1 and appendix: two keywords of a seed prompt and one noise keyword from another seed prompt;
+at generation three keywords of one paragraph, lists with personal names or stopwords dropped. How keywords are
+extracted, and their order, is not stated: we use YAKE (single words, statistical, no model) and a random order.
+Where the paper drops a whole list, we drop the offending word, so that short corpora give enough sets.
+"""
+
+import functools
+import random
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from synpo_assets.method.ids import content_id
+
+if TYPE_CHECKING:
+    from yake import KeywordExtractor
+
+NAME_LOCALES = ("en_US", "en_GB", "de_DE", "es_ES", "fr_FR", "it_IT", "pt_BR", "pl_PL", "en_IN")
+WORD = re.compile(r"[^\W\d_]{3,}")
+
+
+class Keywords:
+    """Extracts single-word keywords of a text, best first."""
+
+    def __init__(self, language: str = "en", drop_personal_names: bool = True) -> None:
+        """Makes an extractor.
+
+        Args:
+            language: ISO 639-1 code; chooses the stopword list.
+            drop_personal_names: Leave out words that are first or last names of people.
+        """
+        self._extractor = _extractor(language)
+        self._names = _personal_names() if drop_personal_names else frozenset()
+
+    def of(self, text: str, count: int) -> list[str]:
+        """The best keywords, in lower case.
+
+        Stopwords, words of less than three letters and personal names are left out. A word counts as a name if it is
+        on a list of names and never written in lower case in the text: `Maria Lopez` is dropped, `rose` is kept.
+
+        Args:
+            text: A prompt or a paragraph.
+            count: How many keywords at most.
+        """
+        found: dict[str, None] = {}
+        words = set(WORD.findall(text))
+        for surface, _score in self._extractor.extract_keywords(text):
+            keyword = surface.lower()
+            named = keyword in self._names and keyword not in words
+            if WORD.fullmatch(keyword) and not named:
+                found[keyword] = None
+        return list(found)[:count]
+
+
+def training_keywords(
+    prompts: Sequence[str], keywords: Keywords, from_prompt: int, noise: int, random_seed: int
+) -> list[list[str] | None]:
+    """Keywords for each seed prompt: some of its own and some noise from another prompt, in random order.
+
+    Args:
+        prompts: Seed prompts.
+        keywords: The extractor.
+        from_prompt: Keywords taken from the prompt itself.
+        noise: Keywords taken from one other prompt.
+        random_seed: Fixes choice and order.
+
+    Returns:
+        One list per prompt; None where the prompt (or every other one tried) has too few keywords.
+    """
+    extracted = [keywords.of(prompt, from_prompt + noise + 2) for prompt in prompts]
+    result: list[list[str] | None] = []
+    for index, own in enumerate(extracted):
+        draw = random.Random(f"{random_seed}:noise:{index}")
+        others = [words for place, words in enumerate(extracted) if place != index]
+        draw.shuffle(others)
+        foreign = next((rest for words in others if len(rest := [w for w in words if w not in own]) >= noise), None)
+        if len(own) < from_prompt or foreign is None:
+            result.append(None)
+            continue
+        chosen = own[:from_prompt] + draw.sample(foreign, noise)
+        draw.shuffle(chosen)
+        result.append(chosen)
+    return result
+
+
+def paragraph_keyword_sets(
+    paragraphs: Iterator[str], keywords: Keywords, size: int, per_paragraph: int, random_seed: int
+) -> Iterator[tuple[str, list[str]]]:
+    """Keyword sets from a stream of paragraphs; memory holds one hash per set, not the sets.
+
+    Args:
+        paragraphs: The corpus.
+        keywords: The extractor.
+        size: Keywords in one set; all come from one paragraph.
+        per_paragraph: Sets drawn from one paragraph; they share no keyword.
+        random_seed: Fixes which keywords stand together, and their order.
+
+    Yields:
+        The paragraph and one set; no two sets hold the same words.
+    """
+    seen: set[int] = set()
+    for number, paragraph in enumerate(paragraphs):
+        found = keywords.of(paragraph, size * per_paragraph)
+        random.Random(f"{random_seed}:set:{number}").shuffle(found)
+        for start in range(0, len(found) - size + 1, size):
+            chosen = found[start : start + size]
+            identity = hash(frozenset(chosen))
+            if identity not in seen:
+                seen.add(identity)
+                yield paragraph, chosen
+
+
+def keyword_set(paragraph: str, keywords: Sequence[str]) -> dict[str, object]:
+    """The row of one keyword set; the id depends on the words and not on their order."""
+    return {
+        "keyword_set_id": content_id("keywords", *sorted(keywords)),
+        "keywords": list(keywords),
+        "paragraph": paragraph,
+    }
+
+
+def drawn_rows(pool_size: int, iteration: int, count: int, random_seed: int) -> list[int]:
+    """Rows of the keyword pool that an iteration draws: without repetition, also across iterations.
+
+    The pool is shuffled once; iteration t takes the t-th slice and starts over when the pool is used up.
+
+    Args:
+        pool_size: Rows in the pool.
+        iteration: Counted from 1.
+        count: Rows wanted; fewer come back only if the pool is smaller.
+        random_seed: Fixes the order.
+    """
+    order = random.Random(f"{random_seed}:pool").sample(range(pool_size), pool_size)
+    start = (iteration - 1) * count
+    return [order[(start + step) % pool_size] for step in range(min(count, pool_size))]
+
+
+@functools.cache
+def _extractor(language: str) -> "KeywordExtractor":
+    from yake import KeywordExtractor
+
+    return KeywordExtractor(lan=language, n=1, top=50)
+
+
+@functools.cache
+def _personal_names() -> frozenset[str]:
+    import importlib
+
+    names: set[str] = set()
+    for locale in NAME_LOCALES:
+        provider = importlib.import_module(f"faker.providers.person.{locale}").Provider
+        names.update(provider.first_names, provider.last_names)
+    return frozenset(name.lower() for name in names)

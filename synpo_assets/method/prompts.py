@@ -1,0 +1,172 @@
+"""Which synthetic prompts are kept, and drawing keyword sets until there are enough of them.
+
+The paper keeps what parses. We also drop prompts that are too short or long, in another language, near-duplicates
+of a seed prompt or of an earlier prompt, or that share a long run of words with a held-out prompt.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from synpo_assets.method.templates import parse_question
+
+if TYPE_CHECKING:
+    from datasketch import MinHash
+
+Row = dict[str, Any]
+
+WORD = re.compile(r"\w+")
+SMALLEST_ROUND = 8
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case.
+
+    Examples:
+        >>> words_of("Don't over-mix!")
+        ['don', 't', 'over', 'mix']
+    """
+    return WORD.findall(text.lower())
+
+
+def ngrams(words: Sequence[str], size: int) -> set[tuple[str, ...]]:
+    """All runs of `size` consecutive words; the whole text if it is shorter."""
+    size = min(size, len(words))
+    return {tuple(words[start : start + size]) for start in range(len(words) - size + 1)} if words else set()
+
+
+class NearDuplicates:
+    """Remembers texts and finds those nearly equal to a new one, by MinHash over word pairs."""
+
+    def __init__(self, similarity: float) -> None:
+        from datasketch import MinHashLSH
+
+        self._index = MinHashLSH(threshold=similarity, num_perm=128)
+        self._similarity = similarity
+        self._hashes: dict[str, MinHash] = {}
+
+    def find(self, text: str) -> str | None:
+        """An earlier text whose word pairs have at least the set Jaccard similarity, if there is one."""
+        mine = self._hash(text)
+        # The index also returns some candidates below the threshold: their estimated similarity decides.
+        close = [key for key in self._index.query(mine) if self._hashes[str(key)].jaccard(mine) >= self._similarity]
+        return str(close[0]) if close else None
+
+    def add(self, text: str) -> None:
+        """Remembers a text."""
+        if text not in self._hashes:
+            self._hashes[text] = self._hash(text)
+            self._index.insert(text, self._hashes[text], check_duplication=False)
+
+    @staticmethod
+    def _hash(text: str) -> "MinHash":
+        from datasketch import MinHash
+
+        result = MinHash(num_perm=128)
+        result.update_batch([" ".join(pair).encode() for pair in ngrams(words_of(text), 2)])
+        return result
+
+
+class Contamination:
+    """Finds prompts that share a run of words with a held-out prompt."""
+
+    def __init__(self, held_out: Iterable[str], ngram: int) -> None:
+        self._ngram = ngram
+        self._sources = {run: prompt for prompt in held_out for run in ngrams(words_of(prompt), ngram)}
+        self._sizes = {len(run) for run in self._sources}
+
+    def find(self, text: str) -> str | None:
+        """The held-out prompt that the text overlaps with, if there is one."""
+        words = words_of(text)
+        for size in self._sizes:
+            if len(words) >= size:
+                for run in ngrams(words, size):
+                    if run in self._sources:
+                        return self._sources[run]
+        return None
+
+
+@dataclasses.dataclass
+class PromptFilter:
+    """Decides which prompts are kept, and counts why the others are not.
+
+    Attributes:
+        min_words: Shorter prompts are dropped.
+        max_words: Longer prompts are dropped.
+        language: ISO 639-1 code; prompts in another language are dropped. None keeps all.
+        near_duplicates: Holds the seed prompts at the start, and every kept prompt.
+        contamination: Holds the held-out prompts.
+        dropped: Count by reason.
+        matches: Dropped prompt and held-out prompt it overlaps with.
+    """
+
+    min_words: int
+    max_words: int
+    language: str | None
+    near_duplicates: NearDuplicates
+    contamination: Contamination
+    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    matches: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def keep(self, written: str) -> str | None:
+        """The prompt in what the generator wrote, or None; then the reason is counted."""
+        prompt = parse_question(written)
+        reason = "unparsable" if prompt is None else self._reason(prompt)
+        if prompt is None or reason is not None:
+            self.dropped[str(reason)] += 1
+            return None
+        self.near_duplicates.add(prompt)
+        return prompt
+
+    def _reason(self, prompt: str) -> str | None:
+        length = len(words_of(prompt))
+        if length < self.min_words:
+            return "too_short"
+        if length > self.max_words:
+            return "too_long"
+        if self.language is not None and not _is_language(prompt, self.language):
+            return "other_language"
+        if overlap := self.contamination.find(prompt):
+            self.matches.append((prompt, overlap))
+            return "contaminated"
+        return "near_duplicate" if self.near_duplicates.find(prompt) else None
+
+
+def draw_until_enough(
+    keyword_sets: Sequence[Row], wanted: int, write: Callable[[Sequence[Row]], Sequence[Row]], prompts: PromptFilter
+) -> tuple[list[Row], int]:
+    """Writes prompts from keyword sets until enough are valid or the keyword sets are used up.
+
+    Each round draws as many sets as the share of valid prompts so far makes necessary.
+
+    Args:
+        keyword_sets: All that this iteration may draw, in order.
+        wanted: Valid prompts wanted.
+        write: Turns keyword sets into one completion each, a row with the column `text`.
+        prompts: Decides which completions hold a valid prompt.
+
+    Returns:
+        The kept rows (keyword set and completion together, plus the column `prompt`), at most `wanted`; and how many
+        keyword sets were used.
+    """
+    kept: list[Row] = []
+    used = 0
+    while len(kept) < wanted and used < len(keyword_sets):
+        valid_share = max(len(kept) / used, 0.1) if used else 1.0
+        size = max(SMALLEST_ROUND, math.ceil((wanted - len(kept)) / valid_share))
+        drawn = keyword_sets[used : used + size]
+        used += len(drawn)
+        for keyword_set, completion in zip(drawn, write(drawn), strict=True):
+            prompt = prompts.keep(completion["text"])
+            if prompt is not None:
+                kept.append({**keyword_set, **completion, "prompt": prompt})
+    return kept[:wanted], used
+
+
+def _is_language(text: str, language: str) -> bool:
+    import py3langid
+
+    return py3langid.classify(text)[0] == language

@@ -1,0 +1,40 @@
+"""Turning completions into response tables with ids."""
+
+import polars as pl
+
+from synpo_assets.method.ids import content_id
+
+
+def response_table(
+    prompts: pl.DataFrame, completions: pl.DataFrame, checkpoint_sha: str, iteration: int
+) -> pl.DataFrame:
+    """Joins prompts with their completions.
+
+    Args:
+        prompts: Rows with prompt_id and prompt, and any further columns, which come last.
+        completions: text, input_tokens, output_tokens and finish_reason, in the order of `prompts`.
+        checkpoint_sha: sha of the model that answered.
+        iteration: The iteration.
+
+    Returns:
+        The columns of the schema `Responses`, then the further columns of `prompts`. The response_id hashes prompt,
+        model and text: the same answer found again keeps its id.
+    """
+    answers = completions["text"].str.strip_chars()
+    ids = [
+        content_id("response", prompt, checkpoint_sha, text)
+        for prompt, text in zip(prompts["prompt_id"], answers, strict=True)
+    ]
+    return pl.DataFrame(
+        {
+            "response_id": pl.Series(ids, dtype=pl.String),
+            "prompt_id": prompts["prompt_id"],
+            "prompt": prompts["prompt"],
+            "response": answers,
+            "iteration": pl.Series([iteration] * prompts.height, dtype=pl.Int64),
+            "checkpoint_sha": pl.Series([checkpoint_sha] * prompts.height, dtype=pl.String),
+            "input_tokens": completions["input_tokens"],
+            "output_tokens": completions["output_tokens"],
+            "finish_reason": completions["finish_reason"],
+        }
+    ).hstack(prompts.drop("prompt_id", "prompt"))

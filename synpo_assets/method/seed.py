@@ -1,0 +1,88 @@
+"""Checking the seed: which rows are bad, and why (the paper takes its seed as given)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from synpo_assets.method.ids import content_id
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used.
+
+    Attributes:
+        split: `train` or `held_out`.
+        line: Its place in the file, counted from 1.
+        reason: What is wrong with it.
+    """
+
+    split: str
+    line: int
+    reason: str
+
+
+def seed_rows(
+    train: Sequence[Mapping[str, Any]],
+    held_out: Sequence[Mapping[str, Any]],
+    prompt_column: str,
+    answer_column: str,
+) -> tuple[list[dict[str, Any]], list[BadRow]]:
+    """Splits seed rows into good ones, with ids, and bad ones, with reasons.
+
+    A held-out prompt that also stands in train is bad in train, so that the held-out split never shrinks silently
+    and no training reads it.
+
+    Args:
+        train: Rows of the training split; the columns hold text or chat messages.
+        held_out: Rows of the held-out split.
+        prompt_column: Name of the column with the prompt.
+        answer_column: Name of the column with the gold answer.
+
+    Returns:
+        Good rows with prompt_id, prompt, answer, split and line; and the bad ones.
+
+    Examples:
+        >>> good, bad = seed_rows([{"q": "Why?", "a": "Because."}, {"q": " ", "a": "x"}], [], "q", "a")
+        >>> [row["prompt"] for row in good], bad
+        (['Why?'], [BadRow(split='train', line=2, reason='the prompt is empty')])
+    """
+    good: list[dict[str, Any]] = []
+    bad: list[BadRow] = []
+    seen: dict[str, tuple[str, int]] = {}
+    for split, rows in (("held_out", held_out), ("train", train)):
+        for line, row in enumerate(rows, start=1):
+            prompt, answer = _text(row.get(prompt_column), "user"), _text(row.get(answer_column), "assistant")
+            reason = _reason("prompt", prompt) or _reason("answer", answer)
+            key = " ".join(prompt.lower().split()) if prompt else ""
+            if reason is None and key in seen:
+                other_split, other_line = seen[key]
+                reason = f"the same prompt stands in line {other_line} of {other_split}"
+            if reason is not None:
+                bad.append(BadRow(split, line, reason))
+                continue
+            seen[key] = (split, line)
+            good.append(
+                {
+                    "prompt_id": content_id("prompt", prompt),
+                    "prompt": prompt,
+                    "answer": answer,
+                    "split": split,
+                    "line": line,
+                }
+            )
+    return good, bad
+
+
+def _text(value: Any, role: str) -> str | None:
+    """The text of a cell: itself, or the turn of `role` in chat messages (first of user, last of assistant)."""
+    if isinstance(value, list):
+        turns = [turn.get("content") for turn in value if isinstance(turn, dict) and turn.get("role") == role]
+        value = (turns[0] if role == "user" else turns[-1]) if turns else None
+    return value.strip() if isinstance(value, str) else None
+
+
+def _reason(name: str, text: str | None) -> str | None:
+    if text is None:
+        return f"the {name} is missing or not text"
+    return None if text else f"the {name} is empty"

@@ -1,0 +1,60 @@
+"""The two instruction templates: to the prompt generator and to the response improver.
+
+The paper prints its templates in the appendix; ours have the same parts in the same order, in our own words,
+in the files of the folder `templates`.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+Message = dict[str, str]
+
+FOLDER = Path(__file__).parent / "templates"
+QUESTION_START, QUESTION_END = "<question>", "</question>"
+
+
+def user_message(text: str) -> list[Message]:
+    """A conversation that consists of one user turn."""
+    return [{"role": "user", "content": text}]
+
+
+def generator_instruction(keywords: Sequence[str]) -> list[Message]:
+    """What the prompt generator is asked: background, requirements, the keywords, the output format."""
+    return user_message(_environment().get_template("prompt_generator.jinja").render(keywords=list(keywords)))
+
+
+def generator_target(prompt: str, answer: str) -> str:
+    """What the prompt generator learns to write: the question with its solution."""
+    return _environment().get_template("prompt_generator_target.jinja").render(prompt=prompt, answer=answer)
+
+
+def improver_instruction(prompt: str, response: str) -> list[Message]:
+    """What the response improver is asked: role line, question, original answer, place of the rewrite."""
+    template = _environment().get_template("response_improver.jinja")
+    return user_message(template.render(prompt=prompt, response=response))
+
+
+def parse_question(text: str) -> str | None:
+    r"""The question in what the generator wrote, or None if the format is not met.
+
+    Examples:
+        >>> parse_question("OUTPUT\n<question>Why is the sky blue?</question>")
+        'Why is the sky blue?'
+        >>> parse_question("Why is the sky blue?") is None
+        True
+    """
+    _, start, rest = text.partition(QUESTION_START)
+    question, end, _ = rest.partition(QUESTION_END)
+    question = question.strip()
+    well_formed = start and end and question and QUESTION_START not in question
+    return question if well_formed else None
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER), undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True
+    )

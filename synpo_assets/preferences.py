@@ -1,0 +1,130 @@
+"""Preference pairs and the scorer that filters them.
+
+Paper (section 2.3, algorithm 1 line 4): chosen is the refined answer, rejected is M_0's; a pair is kept if the scorer
+(PairRM or ArmoRM) prefers chosen by a margin and chosen does not repeat itself by more than half; 10,000 survivors are
+drawn at random per iteration.
+Here: by default the scorer is a Bradley-Terry reward model trained on the seed (gold over M_0's own answer), which
+needs no download. The repetition measure and the convention of the margin are ours, since the paper leaves both open.
+"""
+
+import dagster as dg
+import polars as pl
+
+from resources.checkpoint_store import Checkpoint, CheckpointStore
+from resources.language_model import LanguageModel
+from resources.model_source import fetch_reward_model
+from resources.scorer import RewardScorer
+from resources.settings import Settings
+from resources.tables import ParquetTables
+from resources.trainer import Trainer
+from synpo_assets.loop import report_history
+from synpo_assets.method import pairs as pair_method
+from synpo_assets.method.pairs import as_preferences, join_sides, select_pairs
+from synpo_assets.method.templates import user_message
+from synpo_assets.partitions import GPU_POOL, ITERATIONS, checkpoint, iteration_of, table
+from synpo_assets.presentation import checkpoint_output, table_output, table_version, training_metadata
+from synpo_assets.schemas import PreferencePairs
+
+SCORE_CONVENTION = "reward_difference"
+
+
+@dg.asset(**checkpoint("scorer", "responses"), pool=GPU_POOL, kinds={"huggingface"})
+def reward_model(
+    context: dg.AssetExecutionContext,
+    initial_policy: Checkpoint,
+    seed_pairs: pl.DataFrame,
+    language_model: LanguageModel,
+    trainer: Trainer,
+    scorer: RewardScorer,
+    checkpoints: dg.ResourceParam[CheckpointStore],
+    settings: dg.ResourceParam[Settings],
+) -> dg.Output[Checkpoint]:
+    """The scorer F: trained on gold over M_0's own answers, or a published reward model (paper, section 2.3)."""
+    asked = [(prompt_id, user_message(prompt)) for prompt_id, prompt in seed_pairs.select("prompt_id", "prompt").rows()]
+    written, usage = language_model.answer(initial_policy, asked, settings.responses.sampling, context.log.info)
+    compared = seed_pairs.with_columns(response=written["text"].str.strip_chars())
+    training = settings.scorer.training
+    if settings.scorer.kind == "pretrained" or training is None:
+        made = checkpoints.adopt(context, *fetch_reward_model(settings.scorer))
+        about = {}
+    else:
+        pairs = compared.filter(split="train").select("prompt", "answer", "response").rows()
+        made, summary = checkpoints.create(
+            context,
+            lambda directory: trainer.reward(initial_policy, pairs, training, directory, context.log.info),
+            parents={"start": initial_policy},
+            trained_on={"seed_pairs": table_version(seed_pairs)},
+            settings=training.model_dump(),
+            random_seed=settings.random_seed,
+        )
+        about = training_metadata(summary)
+    accuracy, count = _held_out_accuracy(context, made, scorer, compared.filter(split="held_out"))
+    about |= {"held_out_accuracy": accuracy, "held_out_pairs": count, "generated_tokens": usage.generated_tokens}
+    return checkpoint_output(made, **about)
+
+
+@dg.asset(
+    partitions_def=ITERATIONS,
+    **table(PreferencePairs, "preferences", "scorer", pair_method),
+    pool=GPU_POOL,
+    kinds={"polars"},
+)
+def preference_pairs(
+    context: dg.AssetExecutionContext,
+    refined_responses: pl.DataFrame,
+    initial_responses: pl.DataFrame,
+    preference_history: pl.DataFrame,
+    reward_model: Checkpoint,
+    scorer: RewardScorer,
+    tables: dg.ResourceParam[ParquetTables],
+    settings: dg.ResourceParam[Settings],
+) -> dg.Output[pl.DataFrame]:
+    """This iteration's pairs: refined answer over M_0's answer, scored, filtered, sampled (algorithm 1, line 4)."""
+    options = settings.preferences
+    joined = join_sides(refined_responses, initial_responses)
+    rows = joined.select("prompt", "chosen_response").rows() + joined.select("prompt", "rejected_response").rows()
+    scores, cut = scorer.score(reward_model, rows, context.log.info)
+    scored = joined.with_columns(
+        chosen_score=pl.Series(scores[: joined.height], dtype=pl.Float64),
+        rejected_score=pl.Series(scores[joined.height :], dtype=pl.Float64),
+    )
+    kept, dropped = select_pairs(
+        scored,
+        options.margin_threshold,
+        options.max_repetition,
+        options.repetition_ngram,
+        options.pairs_per_iteration,
+        settings.random_seed,
+    )
+    if kept.is_empty():
+        raise dg.Failure(
+            f"None of {joined.height} pairs was kept: {dropped}. If `margin` dropped most, lower preferences.margin_threshold."
+        )
+    frame = as_preferences(kept).with_columns(
+        iteration=pl.lit(iteration_of(context), pl.Int64),
+        scorer_sha=pl.lit(reward_model.sha),
+        score_convention=pl.lit(SCORE_CONVENTION),
+    )
+    frame = frame.select(PreferencePairs.to_schema().columns)
+    report_history(context, preference_history, frame, tables)
+    lengths = kept.select(pl.col("chosen_response", "rejected_response").str.len_chars().mean()).row(0)
+    return table_output(
+        frame,
+        candidates=joined.height,
+        dropped=dg.MetadataValue.json(dropped),
+        scorer=reward_model.label,
+        scorer_sha=reward_model.sha,
+        scored_cut=cut,
+        mean_margin=kept["margin"].mean(),
+        chosen_to_rejected_length=lengths[0] / max(lengths[1], 1),
+    )
+
+
+def _held_out_accuracy(
+    context: dg.AssetExecutionContext, model: Checkpoint, scorer: RewardScorer, compared: pl.DataFrame
+) -> tuple[float, int]:
+    """The share of held-out prompts where the scorer prefers gold to M_0's answer, and how many there are."""
+    rows = compared.select("prompt", "answer").rows() + compared.select("prompt", "response").rows()
+    scores, _ = scorer.score(model, rows, context.log.info)
+    gold, own = scores[: compared.height], scores[compared.height :]
+    return sum(a > b for a, b in zip(gold, own, strict=True)) / compared.height, compared.height

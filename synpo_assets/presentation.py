@@ -1,0 +1,48 @@
+"""What an asset shows about itself in the UI, and the content version that staleness is judged by."""
+
+import hashlib
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from resources.checkpoint_store import Checkpoint
+from resources.trainer import TrainingSummary
+
+
+def table_version(frame: pl.DataFrame) -> str:
+    """A hash of a table's content: equal content, equal version, whatever run made it."""
+    return hashlib.sha256(frame.write_ndjson().encode()).hexdigest()[:16]
+
+
+def table_output(frame: pl.DataFrame, **metadata: Any) -> dg.Output[pl.DataFrame]:
+    """A table with its content version and metadata; sample rows and counts are added where it is stored."""
+    return dg.Output(frame, data_version=dg.DataVersion(table_version(frame)), metadata=metadata)
+
+
+def checkpoint_output(checkpoint: Checkpoint, **metadata: Any) -> dg.Output[Checkpoint]:
+    """A checkpoint with its sha as content version, and where it lies."""
+    about = {"sha": checkpoint.sha, "path": dg.MetadataValue.path(checkpoint.weights)}
+    parents = checkpoint.manifest["parents"]
+    about |= {f"{role} checkpoint": f"{parent['asset']} {parent['sha'][:16]}" for role, parent in parents.items()}
+    return dg.Output(checkpoint, data_version=dg.DataVersion(checkpoint.sha[:16]), metadata=about | metadata)
+
+
+def made_by(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Metadata that names the checkpoint that produced a table."""
+    return {"checkpoint": checkpoint.label, "checkpoint_sha": checkpoint.sha}
+
+
+def training_metadata(summary: TrainingSummary) -> dict[str, Any]:
+    """Metadata of a training run, with the logged values of every step as a table."""
+    names = sorted({name for entry in summary.history for name in entry if name.split("/")[0] in SHOWN_LOG_VALUES})
+    names = ["step", *[name for name in names if name != "step"]]
+    records = [dg.TableRecord({name: _number(entry.get(name)) for name in names}) for entry in summary.history]
+    return summary.metadata() | {"training_log": dg.MetadataValue.table(records)}
+
+
+SHOWN_LOG_VALUES = {"loss", "learning_rate", "step", "rewards", "logps", "accuracy", "margin", "mean_token_accuracy"}
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(f"{float(value):.5g}")

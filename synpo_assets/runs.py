@@ -1,0 +1,87 @@
+"""Materializing what is missing, in order, in the foreground."""
+
+import os
+from collections.abc import Sequence
+
+import dagster as dg
+from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+
+from resources.settings import SettingsError
+from synpo_assets.partitions import ITERATIONS, partition_key
+
+ALL_ASSETS_JOB = "synpo"
+PROCESS_TAG = "synpo/process"
+# They look up what the iteration before left, so they run whenever anything of their iteration does.
+STATE_ASSETS = {"policy", "preference_history"}
+
+
+def asset_job() -> dg.JobDefinition:
+    """The job of all assets, in a form that each process of a run can load."""
+    from definitions import defs
+
+    return defs.resolve_job_def(ALL_ASSETS_JOB)
+
+
+def asset_names(partitioned: bool) -> list[str]:
+    """All assets in dependency order: those of an iteration, or those made once."""
+    graph = asset_job().asset_layer.asset_graph
+    ordered = [key for keys in graph.toposorted_asset_keys_by_level for key in sorted(keys)]
+    return [key.to_user_string() for key in ordered if (graph.get(key).partitions_def is not None) == partitioned]
+
+
+def run_missing(instance: DagsterInstance, iterations: int) -> bool:
+    """Materializes the assets made once, then iterations 1 to N, wherever something is missing.
+
+    Args:
+        instance: The persistent Dagster instance.
+        iterations: N.
+
+    Returns:
+        Whether all of it is materialized now. It stops at the first iteration that fails.
+
+    Raises:
+        SettingsError: N is not between 1 and the number of iterations in the settings.
+    """
+    last = len(ITERATIONS.get_partition_keys())
+    if not 1 <= iterations <= last:
+        raise SettingsError(
+            f"--iterations {iterations} is not between 1 and max_iterations = {last}: edit settings.yaml in the home."
+        )
+    close_dead_runs(instance)
+    partitions = [None, *(partition_key(number) for number in range(1, iterations + 1))]
+    return all(_run(instance, missing_assets(instance, partition), partition) for partition in partitions)
+
+
+def missing_assets(instance: DagsterInstance, partition: str | None) -> list[str]:
+    """The assets of an iteration (or, for None, those made once) that were never materialized, in order."""
+    names = asset_names(partitioned=partition is not None)
+    if partition is None:
+        return [name for name in names if instance.get_latest_materialization_event(dg.AssetKey(name)) is None]
+    missing = [name for name in names if partition not in instance.get_materialized_partitions(dg.AssetKey(name))]
+    return [name for name in names if name in missing or name in STATE_ASSETS] if missing else []
+
+
+def close_dead_runs(instance: DagsterInstance) -> None:
+    """Marks foreground runs whose process is gone as failed, and gives back the pool slots that they hold."""
+    unfinished = [DagsterRunStatus.STARTED, DagsterRunStatus.STARTING, DagsterRunStatus.NOT_STARTED]
+    for run in instance.get_runs(RunsFilter(statuses=unfinished)):
+        process = run.tags.get(PROCESS_TAG)
+        if process and not os.path.exists(f"/proc/{process}"):
+            instance.report_run_failed(run, "The process of this run was killed. Finished work is kept.")
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+
+
+def _run(instance: DagsterInstance, names: Sequence[str], partition: str | None) -> bool:
+    if not names:
+        return True
+    tags = {PROCESS_TAG: str(os.getpid())}
+    if partition is not None:
+        tags |= ITERATIONS.get_tags_for_partition_key(partition)
+    with dg.execute_job(
+        dg.reconstructable(asset_job),
+        instance=instance,
+        asset_selection=[dg.AssetKey(name) for name in names],
+        tags=tags,
+        run_config={"loggers": {"console": {}}},
+    ) as result:
+        return result.success

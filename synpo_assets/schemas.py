@@ -1,0 +1,187 @@
+"""The columns of every table: what they mean and what is allowed in them.
+
+A table that breaks its schema fails the step before anything is written, and the message shows the first bad rows.
+"""
+
+import functools
+
+import dagster as dg
+import pandera.errors
+import pandera.polars as pa
+import polars as pl
+
+SHOWN_BAD_ROWS = 5
+MESSAGES = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
+
+
+def _id(description: str, **options: bool) -> str:
+    return pa.Field(str_length={"min_value": 3}, description=description, **options)
+
+
+def _text(description: str) -> str:
+    return pa.Field(str_length={"min_value": 1}, description=description)
+
+
+class Table(pa.DataFrameModel):
+    """A table: no unknown columns, no missing values, columns in the order stated."""
+
+    class Config:
+        """Checked of every table."""
+
+        strict = True
+        ordered = True
+
+
+class SeedPairs(Table):
+    """Validated seed prompts and gold answers."""
+
+    prompt_id: str = _id("Content hash of the prompt.", unique=True)
+    prompt: str = _text("The instruction.")
+    answer: str = _text("The gold answer.")
+    split: str = pa.Field(isin=["train", "held_out"], description="`held_out` rows are never trained on.")
+    line: int = pa.Field(ge=1, description="Line of the source file.")
+
+
+class KeywordPool(Table):
+    """Keyword sets from corpus paragraphs."""
+
+    keyword_set_id: str = _id("Content hash of the keywords.", unique=True)
+    keywords: pl.List(pl.String) = pa.Field(description="Keywords of one paragraph, in random order.")  # type: ignore[valid-type]
+    paragraph: str = _text("The paragraph that they come from.")
+
+
+class KeywordSets(KeywordPool):
+    """The keyword sets that one iteration draws."""
+
+    iteration: int = pa.Field(ge=1, description="The iteration.")
+
+
+class SyntheticPrompts(Table):
+    """Valid prompts that the prompt generator wrote."""
+
+    prompt_id: str = _id("Content hash of the prompt.", unique=True)
+    keyword_set_id: str = _id("The keyword set that it was written from.", unique=True)
+    prompt: str = _text("The instruction.")
+    iteration: int = pa.Field(ge=1, description="The iteration.")
+    checkpoint_sha: str = _id("sha of the prompt generator.")
+    input_tokens: int = pa.Field(ge=1, description="Tokens of the rendered keywords template.")
+    output_tokens: int = pa.Field(ge=1, description="Tokens written.")
+
+
+class Responses(Table):
+    """Answers to prompts."""
+
+    response_id: str = _id("Content hash of prompt, model and answer.", unique=True)
+    prompt_id: str = _id("The prompt that is answered.", unique=True)
+    prompt: str = _text("The instruction.")
+    response: str = pa.Field(description="The answer; may be empty, pairs with an empty side are dropped later.")
+    iteration: int = pa.Field(ge=1, description="The iteration.")
+    checkpoint_sha: str = _id("sha of the model that answered.")
+    input_tokens: int = pa.Field(ge=1, description="Tokens of the rendered prompt.")
+    output_tokens: int = pa.Field(ge=1, description="Tokens written.")
+    finish_reason: str = pa.Field(isin=["stop", "length"], description="`stop`: ended by itself; `length`: cut.")
+
+
+class RefinedResponses(Responses):
+    """Answers rewritten by the response improver."""
+
+    base_response_id: str = _id("The answer that was rewritten.")
+
+
+class SeedResponses(Responses):
+    """The policy's answers to seed prompts, scored beside the gold answers."""
+
+    answer: str = _text("The gold answer.")
+    answer_score: float = pa.Field(description="The scorer's value of the gold answer.")
+    response_score: float = pa.Field(description="The scorer's value of the policy's answer.")
+    margin: float = pa.Field(description="answer_score - response_score.")
+    scorer_sha: str = _id("sha of the scorer.")
+
+
+class PreferencePairs(Table):
+    """Preference pairs in TRL's conversational format."""
+
+    pair_id: str = _id("Content hash of the two responses.", unique=True)
+    prompt_id: str = _id("The prompt.", unique=True)
+    prompt: MESSAGES = pa.Field(description="The prompt as one user message.")  # type: ignore[valid-type]
+    chosen: MESSAGES = pa.Field(description="The refined answer as one assistant message.")  # type: ignore[valid-type]
+    rejected: MESSAGES = pa.Field(description="M_0's answer as one assistant message.")  # type: ignore[valid-type]
+    chosen_score: float = pa.Field(description="The scorer's value of the chosen answer.")
+    rejected_score: float = pa.Field(description="The scorer's value of the rejected answer.")
+    margin: float = pa.Field(description="chosen_score - rejected_score.")
+    score_convention: str = _text("How scores become a margin.")
+    scorer_sha: str = _id("sha of the scorer.")
+    chosen_response_id: str = _id("The refined response.")
+    rejected_response_id: str = _id("The rejected response.")
+    chosen_checkpoint_sha: str = _id("sha of the response improver.")
+    rejected_checkpoint_sha: str = _id("sha of the model that wrote the rejected side.")
+    iteration: int = pa.Field(ge=1, description="The iteration that made the pair.")
+
+
+class Evaluation(Table):
+    """Answers of M_t and M_0 to held-out prompts, with scores."""
+
+    prompt_id: str = _id("The held-out prompt.", unique=True)
+    prompt: str = _text("The instruction.")
+    answer: str = _text("The gold answer.")
+    policy_response: str = pa.Field(description="M_t's answer.")
+    initial_response: str = pa.Field(description="M_0's answer.")
+    answer_score: float = pa.Field(description="The scorer's value of the gold answer.")
+    policy_score: float = pa.Field(description="The scorer's value of M_t's answer.")
+    initial_score: float = pa.Field(description="The scorer's value of M_0's answer.")
+    policy_checkpoint_sha: str = _id("sha of M_t.")
+    initial_checkpoint_sha: str = _id("sha of M_0.")
+    iteration: int = pa.Field(ge=1, description="The iteration t.")
+
+
+def column_schema(model: type[Table]) -> dg.TableSchema:
+    """The columns with their descriptions, as the UI shows them."""
+    columns = model.to_schema().columns
+    return dg.TableSchema(
+        columns=[
+            dg.TableColumn(name, type=str(column.dtype), description=column.description)
+            for name, column in columns.items()
+        ]
+    )
+
+
+def check(model: type[Table], table: pl.DataFrame) -> str | None:
+    """Validates a table against its schema.
+
+    Returns:
+        None if it is valid, else a text that names the broken rules and shows the first bad rows.
+    """
+    try:
+        model.validate(table, lazy=True)
+    except pandera.errors.SchemaErrors as errors:
+        cases = errors.failure_cases
+        shown = [_case(table, case) for case in cases.head(SHOWN_BAD_ROWS).to_dicts()]
+        return f"{model.__name__}: {cases.height} violations, the first of them:\n" + "\n".join(shown)
+    return None
+
+
+@functools.cache
+def frame_type(model: type[Table], frame: type[pl.DataFrame] | type[pl.LazyFrame] = pl.DataFrame) -> dg.DagsterType:
+    """A Dagster type that accepts exactly the tables of a schema; its failure shows the first bad rows.
+
+    Of a lazy frame only the column types are checked: whoever streams it validates each batch with `check`.
+    """
+
+    def type_check(_context: dg.TypeCheckContext, value: object) -> dg.TypeCheck:
+        if not isinstance(value, frame):
+            return dg.TypeCheck(success=False, description=f"expected a {frame.__name__}, got {type(value).__name__}")
+        problem = check(model, value if isinstance(value, pl.DataFrame) else value.head(0).collect())
+        return dg.TypeCheck(success=problem is None, description=problem)
+
+    return dg.DagsterType(
+        type_check_fn=type_check,
+        name=f"{model.__name__}{frame.__name__}",
+        description=model.__doc__,
+        typing_type=frame,
+    )
+
+
+def _case(table: pl.DataFrame, case: dict[str, object]) -> str:
+    rule = f"- {case.get('column') or 'table'}: {case['check']} fails on {str(case['failure_case'])[:80]!r}"
+    place = case.get("index")
+    return rule if place is None else f"{rule} in row {place}: {str(table.row(int(str(place)), named=True))[:300]}"

@@ -1,0 +1,29 @@
+"""How a run reads on the terminal: one short line per message, with the asset it belongs to."""
+
+import logging
+
+import dagster as dg
+
+
+class _Line(logging.Formatter):
+    """`14:03:12  base_responses[0001]  48 of 64 completions, 97 tokens/s, 6 s left.` A line for people."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        about = getattr(record, "dagster_meta", {})
+        where = about.get("step_key") or "run"
+        time = self.formatTime(record, "%H:%M:%S")
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname}: "
+        return f"{time}  {where:<19}  {level}{about.get('orig_message', record.getMessage())}"
+
+
+@dg.logger(config_schema={}, description="Short progress lines for people; events stay in the event log.")
+def terminal_logger(init_context: dg.InitLoggerContext) -> logging.Logger:
+    """A logger that prints messages of assets, warnings and errors, but not Dagster's own events."""
+    logger = logging.getLogger("synpo.terminal")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Line())
+        logger.addHandler(handler)
+    return logger

@@ -1,0 +1,51 @@
+"""Preference optimisation: M_t.
+
+Paper (section 2.3, algorithm 1 line 5): SimPO on all pairs of iterations 1 to t, starting from M_0.
+Here: the same. The printed loss suggests a start from M_{t-1}; `policy.policy_init` chooses. Batch size, epochs,
+learning rate and lengths are not given in the paper; the presets take those of SimPO's own base-model runs.
+"""
+
+import dagster as dg
+import polars as pl
+
+from resources.checkpoint_store import Checkpoint, CheckpointStore
+from resources.settings import Settings
+from resources.trainer import Trainer
+from synpo_assets.loop import report_policy
+from synpo_assets.partitions import GPU_POOL, ITERATIONS, checkpoint
+from synpo_assets.presentation import checkpoint_output, table_version, training_metadata
+
+
+@dg.asset(partitions_def=ITERATIONS, **checkpoint("policy"), pool=GPU_POOL, kinds={"huggingface"})
+def model_checkpoint(
+    context: dg.AssetExecutionContext,
+    preference_pairs: pl.DataFrame,
+    preference_history: pl.DataFrame,
+    initial_policy: Checkpoint,
+    policy: Checkpoint,
+    trainer: Trainer,
+    checkpoints: dg.ResourceParam[CheckpointStore],
+    settings: dg.ResourceParam[Settings],
+) -> dg.Output[Checkpoint]:
+    """M_t: SimPO on all pairs so far, starting from M_0 (algorithm 1, line 5)."""
+    training = settings.policy.training
+    start = initial_policy if settings.policy.policy_init == "initial" else policy
+    pairs = pl.concat([preference_history, preference_pairs]).select("iteration", "prompt", "chosen", "rejected")
+    made, summary = checkpoints.create(
+        context,
+        lambda directory: trainer.preference(start, pairs.to_dicts(), training, directory, context.log.info),
+        parents={"start": start, "policy": policy},
+        trained_on={
+            f"preference_pairs[{context.partition_key}]": table_version(preference_pairs),
+            "preference_history": table_version(preference_history),
+        },
+        settings=settings.policy.model_dump(),
+        random_seed=settings.random_seed,
+    )
+    report_policy(context, made, checkpoints)
+    trained_on = dict(pairs.group_by("iteration").len().sort("iteration").iter_rows())
+    return checkpoint_output(
+        made,
+        pairs_by_iteration=dg.MetadataValue.json({str(key): count for key, count in trained_on.items()}),
+        **training_metadata(summary),
+    )
