@@ -82,7 +82,7 @@ class CheckpointStore(dg.IOManager):
             The checkpoint, and what `build` returned.
         """
         asset = context.asset_key.to_user_string()
-        partition = context.partition_key if context.has_partition_key else None
+        partition = None if context.assets_def.partitions_def is None else context.partition_key
         place = Path(self.root) / asset / (partition or "once")
         with temporary_directory_beside(place) as temporary:
             result = build(temporary)
@@ -158,7 +158,7 @@ class CheckpointStore(dg.IOManager):
 
     def handle_output(self, context: dg.OutputContext, obj: Checkpoint) -> None:
         """Stores the pointer of a materialized checkpoint asset."""
-        partition = context.partition_key if context.has_partition_key else None
+        partition = context.asset_partition_key if context.has_asset_partitions else None
         self.point_to(context.asset_key.to_user_string(), partition, obj)
 
     def load_input(self, context: dg.InputContext) -> Checkpoint:

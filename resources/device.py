@@ -17,7 +17,10 @@ def prepare_device(engine: Engine) -> str:
         SettingsError: A GPU was asked for and there is none.
     """
     import torch
+    import transformers
 
+    # A freshly drawn output layer and missing optional files are reported at length on every load.
+    transformers.logging.set_verbosity_error()
     # TRL still uses option names that transformers has renamed; the warnings say nothing to the reader of a run.
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(engine.threads or os.cpu_count() or 1)

@@ -53,9 +53,11 @@ def fetch_initial_policy(source: InitialPolicy, cache: Path | None = None) -> tu
 def fetch_reward_model(scorer: Scorer) -> tuple[Path, dict[str, str]]:
     """Makes a published reward model available as a directory; see `fetch_initial_policy`."""
     name = scorer.name or ""
-    kind = "directory" if Path(name).is_dir() else "hub"
     source = InitialPolicy(
-        source=kind, name=name, revision=scorer.revision or "main", trust_remote_code=scorer.trust_remote_code
+        source="directory" if Path(name).is_dir() else "hub",
+        name=name,
+        revision=scorer.revision or "main",
+        trust_remote_code=scorer.trust_remote_code,
     )
     return fetch_initial_policy(source)
 

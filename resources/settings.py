@@ -310,7 +310,7 @@ class Settings(Section):
     scorer: Scorer
     preferences: Preferences
     policy: Policy
-    engine: Engine = Field(default_factory=Engine)
+    engine: Engine = Engine()
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -368,7 +368,7 @@ def preset_path(name: str) -> Path:
     """
     names = sorted(file.stem for file in PRESETS.glob("*.yaml"))
     if name not in names:
-        raise SettingsError(f"There is no preset `{name}`{_nearest(name, names)}. Presets: {', '.join(names)}.")
+        raise SettingsError(f"There is no preset `{name}`{_nearest(name, names)} Presets: {', '.join(names)}.")
     return PRESETS / f"{name}.yaml"
 
 
@@ -427,7 +427,7 @@ def _sentence(path: Path, error: ValidationError) -> str:
         where = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             fields = _fields_at(problem["loc"][:-1])
-            sentences.append(f"`{where}` is not a setting{_nearest(str(problem['loc'][-1]), fields)}.")
+            sentences.append(f"`{where}` is not a setting{_nearest(str(problem['loc'][-1]), fields)}")
         elif problem["type"] == "missing":
             sentences.append(f"`{where}` is missing.")
         elif problem["type"] == "value_error":
@@ -449,4 +449,4 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
 
 def _nearest(name: str, names: list[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean `{close[0]}`?" if close else ""
+    return f"; did you mean `{close[0]}`?" if close else "."

@@ -48,7 +48,7 @@ class ParquetTables(dg.UPathIOManager):
             FileNotFoundError: It was never written, or was deleted.
         """
         if context.dagster_type.typing_type is pl.LazyFrame:
-            return pl.scan_parquet(str(path), storage_options=path.storage_options or None)
+            return pl.scan_parquet(str(path), storage_options=dict(path.storage_options) or None)
         return _read(path, context.asset_key.to_user_string())
 
     def get_metadata(self, context: dg.OutputContext, obj: pl.DataFrame | pl.LazyFrame) -> dict[str, Any]:

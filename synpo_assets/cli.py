@@ -16,7 +16,11 @@ from synpo_assets.home import PROJECT, chosen_settings, prepare_home
 EXPECTED_ERRORS = (SettingsError, ModelSourceError, ChatTemplateError)
 Result = TypeVar("Result")
 
-app = typer.Typer(help="SynPO: a language model boosts itself with synthetic preference data.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="SynPO: a language model boosts itself with synthetic preference data.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
 
 Preset = Annotated[
     str | None, typer.Option(help="laptop, single_gpu, paper_mistral or paper_llama3. A new home starts from laptop.")
@@ -38,7 +42,7 @@ def run(
     settings, place = _prepare(preset, settings_file, home)
     from synpo_assets.preflight import check_before_run
 
-    _or_exit(lambda: check_before_run(settings, place))
+    _or_exit(lambda: check_before_run(settings, place, iterations))
     prepare_home(place, settings)
     from dagster import DagsterInstance
 
@@ -46,10 +50,13 @@ def run(
     from synpo_assets.summary import print_summary
 
     with DagsterInstance.get() as instance:
-        complete = _or_exit(lambda: run_missing(instance, iterations))
+        complete = run_missing(instance, iterations)
         if not complete:
-            typer.echo(f"The run failed; the reason stands above. Correct it and run the same command again: "
-                       f"finished work in {place} is kept.", err=True)  # fmt: skip
+            typer.echo(
+                "synpo: the run failed for the reason above; `synpo ui` shows the whole trace. Correct the cause and run the "
+                f"same command again: finished work in {place} is kept.",
+                err=True,
+            )
             raise typer.Exit(1)
         print_summary(instance, place, iterations)
 

@@ -8,6 +8,7 @@ it, and refuse if it is missing, failed or altered.
 """
 
 import time
+from typing import Any
 
 import dagster as dg
 import polars as pl
@@ -100,7 +101,7 @@ def wait_until_finished(context: dg.AssetExecutionContext, asset: str, partition
 
 
 def _report(
-    context: dg.AssetExecutionContext, asset: str, partition: str, version: str, metadata: dict[str, object]
+    context: dg.AssetExecutionContext, asset: str, partition: str, version: str, metadata: dict[str, Any]
 ) -> None:
     reporter = f"{context.asset_key.to_user_string()}[{context.partition_key}]"
     context.log_event(

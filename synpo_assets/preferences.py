@@ -105,7 +105,7 @@ def preference_pairs(
         scorer_sha=pl.lit(reward_model.sha),
         score_convention=pl.lit(SCORE_CONVENTION),
     )
-    frame = frame.select(PreferencePairs.to_schema().columns)
+    frame = frame.select(*PreferencePairs.to_schema().columns)
     report_history(context, preference_history, frame, tables)
     lengths = kept.select(pl.col("chosen_response", "rejected_response").str.len_chars().mean()).row(0)
     return table_output(

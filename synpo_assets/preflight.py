@@ -1,14 +1,19 @@
 """What can be checked before any model is loaded: seed data, sizes, disk; and what a run will cost."""
 
+import os
 import random
 import shutil
 from pathlib import Path
 
 import polars as pl
+from rich.console import Console
+from rich.table import Table
 
+from resources.device import prepare_device
 from resources.model_source import cached_initial_policy, fetch_initial_policy
 from resources.seed_source import read_rows
 from resources.settings import Settings, SettingsError
+from synpo_assets.estimate import expected_work, parameter_count, seconds
 from synpo_assets.method.seed import BadRow, seed_rows
 
 SHOWN_BAD_ROWS = 5
@@ -41,14 +46,14 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
         of_split = [row for row in good if row["split"] == split]
         if len(of_split) < 2:
             raise SettingsError(f"seed_data.{split} has {len(of_split)} usable rows; at least 2 are needed.")
-        chosen = range(len(of_split))
+        chosen = list(range(len(of_split)))
         if limit is not None and limit < len(of_split):
             chosen = sorted(random.Random(f"{settings.random_seed}:{split}").sample(chosen, limit))
         rows += [of_split[place] for place in chosen]
     return pl.DataFrame(rows, schema=SEED_SCHEMA), bad
 
 
-def check_before_run(settings: Settings, home: Path) -> None:
+def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> None:
     """Everything that can fail is tried before training: seed data, corpus, disk, and getting M_0.
 
     Raises:
@@ -56,6 +61,11 @@ def check_before_run(settings: Settings, home: Path) -> None:
         resources.model_source.ModelSourceError: M_0 cannot be had.
         resources.chat.ChatTemplateError: M_0 has no chat template.
     """
+    if not 1 <= iterations <= settings.max_iterations:
+        raise SettingsError(
+            f"--iterations {iterations} is not between 1 and max_iterations = {settings.max_iterations}: raise it in the "
+            f"settings (for a home that exists, in {home / 'settings.yaml'})."
+        )
     seed_table(settings)
     next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
     check_disk(settings, home)
@@ -90,3 +100,53 @@ def disk_needed(settings: Settings) -> int:
     weights = sum(file.stat().st_size for file in cached.glob("*.safetensors"))
     # Generator and reward model once, improver and policy per iteration; float32 takes twice the room of bfloat16.
     return 2 * weights * (2 + 2 * settings.max_iterations)
+
+
+def print_check(settings: Settings, home: Path) -> None:
+    """Prints what was validated and what the run will cost; loads no model and writes nothing.
+
+    Raises:
+        SettingsError: A setting, a data file or the disk does not allow the run.
+    """
+    seed, dropped = seed_table(settings)
+    next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
+    disk = check_disk(settings, home)
+    cached = cached_initial_policy(settings.initial_policy)
+    device = prepare_device(settings.engine)
+    counts = {split: seed.filter(split=split).height for split in ("train", "held_out")}
+    where = f"on this machine, {cached}" if cached else "not on this machine yet: the first run downloads it"
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("settings", f"valid (preset {settings.preset}), home {home}")
+    facts.add_row("seed", f"{counts['train']} train, {counts['held_out']} held out, {len(dropped)} dropped")
+    facts.add_row("M_0", f"{settings.initial_policy.name}, {where}")
+    facts.add_row("device", f"{device}, {os.cpu_count()} cores")
+    facts.add_row("disk", f"about {disk / 1e9:.1f} GB for all iterations")
+    console = Console()
+    console.print(facts, soft_wrap=True)
+    console.print(_cost(settings, seed, cached, device), soft_wrap=True)
+
+
+def _cost(settings: Settings, seed: pl.DataFrame, cached: Path | None, device: str) -> Table:
+    work = expected_work(settings, seed)
+    phases = {
+        "made once": [item for item in work if item.once],
+        "iteration 1": [item for item in work if not item.once and not item.later_only],
+        "each later iteration": [item for item in work if not item.once],
+    }
+    known = cached is not None and cached.exists() and device == "cpu"
+    basis = (
+        "Tokens are upper bounds (every completion as long as allowed). Minutes: rates measured with SmolLM2-135M on two "
+        "CPU cores, scaled by parameters."
+        if known
+        else "Tokens are upper bounds. Minutes are unknown: "
+        + ("no rate was measured for a GPU yet." if device != "cpu" else "the size of M_0 is known after its download.")
+    )
+    table = Table(title="Expected work", title_justify="left", caption=basis, caption_justify="left")
+    for column in ("", "tokens written", "tokens trained on", "tokens scored", "minutes"):
+        table.add_column(column, justify="right")
+    for phase, items in phases.items():
+        tokens = [sum(item.tokens for item in items if item.kind == kind) for kind in ("generate", "train", "score")]
+        parameters = parameter_count(cached) if known and cached is not None else 0
+        minutes = f"{sum(seconds(item, parameters) for item in items) / 60:.0f}" if known else "?"
+        table.add_row(phase, *(f"{count:,.0f}" for count in tokens), minutes)
+    return table

@@ -15,17 +15,17 @@ def table_version(frame: pl.DataFrame) -> str:
     return hashlib.sha256(frame.write_ndjson().encode()).hexdigest()[:16]
 
 
-def table_output(frame: pl.DataFrame, **metadata: Any) -> dg.Output[pl.DataFrame]:
+def table_output(value: pl.DataFrame, **metadata: Any) -> dg.Output[pl.DataFrame]:
     """A table with its content version and metadata; sample rows and counts are added where it is stored."""
-    return dg.Output(frame, data_version=dg.DataVersion(table_version(frame)), metadata=metadata)
+    return dg.Output(value, data_version=dg.DataVersion(table_version(value)), metadata=metadata)
 
 
-def checkpoint_output(checkpoint: Checkpoint, **metadata: Any) -> dg.Output[Checkpoint]:
+def checkpoint_output(value: Checkpoint, **metadata: Any) -> dg.Output[Checkpoint]:
     """A checkpoint with its sha as content version, and where it lies."""
-    about = {"sha": checkpoint.sha, "path": dg.MetadataValue.path(checkpoint.weights)}
-    parents = checkpoint.manifest["parents"]
+    about: dict[str, Any] = {"sha": value.sha, "path": dg.MetadataValue.path(value.weights)}
+    parents = value.manifest["parents"]
     about |= {f"{role} checkpoint": f"{parent['asset']} {parent['sha'][:16]}" for role, parent in parents.items()}
-    return dg.Output(checkpoint, data_version=dg.DataVersion(checkpoint.sha[:16]), metadata=about | metadata)
+    return dg.Output(value, data_version=dg.DataVersion(value.sha[:16]), metadata=about | metadata)
 
 
 def made_by(checkpoint: Checkpoint) -> dict[str, Any]:

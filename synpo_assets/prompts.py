@@ -7,6 +7,9 @@ until enough prompts are valid or the cap `max_overdraw` is hit. We also drop ne
 prompts that overlap with held-out ones, which the paper does not do.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import dagster as dg
 import polars as pl
 
@@ -96,7 +99,7 @@ def synthetic_prompts(
     prompts = _prompt_filter(settings, seed_pairs)
     usages: list[Usage] = []
 
-    def write(drawn: list[dict[str, object]]) -> list[dict[str, object]]:
+    def write(drawn: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         asked = [(row["keyword_set_id"], templates.generator_instruction(row["keywords"])) for row in drawn]
         # Only the question is used, so writing stops where it ends.
         sampling = options.sampling.model_copy(update={"stop": [templates.QUESTION_END]})
@@ -114,7 +117,7 @@ def synthetic_prompts(
         checkpoint_sha=pl.lit(prompt_generator.sha),
     )
     return table_output(
-        frame.select(SyntheticPrompts.to_schema().columns),
+        frame.select(*SyntheticPrompts.to_schema().columns),
         wanted=options.prompts_per_iteration,
         keyword_sets_used=used,
         dropped=dg.MetadataValue.json(dict(prompts.dropped)),

@@ -1,12 +1,12 @@
 """Materializing what is missing, in order, in the foreground."""
 
+import logging
 import os
 from collections.abc import Sequence
 
 import dagster as dg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
-from resources.settings import SettingsError
 from synpo_assets.partitions import ITERATIONS, partition_key
 
 ALL_ASSETS_JOB = "synpo"
@@ -38,15 +38,7 @@ def run_missing(instance: DagsterInstance, iterations: int) -> bool:
 
     Returns:
         Whether all of it is materialized now. It stops at the first iteration that fails.
-
-    Raises:
-        SettingsError: N is not between 1 and the number of iterations in the settings.
     """
-    last = len(ITERATIONS.get_partition_keys())
-    if not 1 <= iterations <= last:
-        raise SettingsError(
-            f"--iterations {iterations} is not between 1 and max_iterations = {last}: edit settings.yaml in the home."
-        )
     close_dead_runs(instance)
     partitions = [None, *(partition_key(number) for number in range(1, iterations + 1))]
     return all(_run(instance, missing_assets(instance, partition), partition) for partition in partitions)
@@ -84,4 +76,20 @@ def _run(instance: DagsterInstance, names: Sequence[str], partition: str | None)
         tags=tags,
         run_config={"loggers": {"console": {}}},
     ) as result:
+        for event in result.all_events:
+            if event.is_step_failure:
+                logging.getLogger("synpo").error(failure_sentence(event))
         return result.success
+
+
+def failure_sentence(event: dg.DagsterEvent) -> str:
+    """Which asset failed, the error that ended it, and where in the code.
+
+    The process of a failed step may end before its last words reach the terminal, so they are read from its event.
+    """
+    error = event.step_failure_data.error
+    while error is not None and error.cause is not None:
+        error = error.cause
+    reason = error.message.strip() if error is not None else "no reason was recorded"
+    place = error.stack[-1].strip().splitlines()[0] if error is not None and error.stack else ""
+    return f"{event.step_key} failed. {reason}\n  {place}"

@@ -14,8 +14,8 @@ SHOWN_BAD_ROWS = 5
 MESSAGES = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 
 
-def _id(description: str, **options: bool) -> str:
-    return pa.Field(str_length={"min_value": 3}, description=description, **options)
+def _id(description: str, unique: bool = False) -> str:
+    return pa.Field(str_length={"min_value": 3}, description=description, unique=unique)
 
 
 def _text(description: str) -> str:

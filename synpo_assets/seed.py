@@ -75,7 +75,11 @@ def keyword_pool(settings: dg.ResourceParam[Settings]) -> Iterator[dg.Output[pl.
 
 def _write_batches(rows: Iterator[dict[str, object]], directory: Path) -> str:
     """Validates and writes the pool in batches; returns the hash of all ids."""
-    columns = {"keyword_set_id": pl.String, "keywords": pl.List(pl.String), "paragraph": pl.String}
+    columns: dict[str, pl.DataType] = {
+        "keyword_set_id": pl.String(),
+        "keywords": pl.List(pl.String),
+        "paragraph": pl.String(),
+    }
     digest = hashlib.sha256()
     number = 0
     while (batch := pl.DataFrame(list(itertools.islice(rows, POOL_BATCH)), schema=columns)).height:

@@ -16,14 +16,21 @@ class _Line(logging.Formatter):
         return f"{time}  {where:<19}  {level}{about.get('orig_message', record.getMessage())}"
 
 
+def _is_from_asset(record: logging.LogRecord) -> bool:
+    """Whether the line is a message of an asset. Failures are told by `synpo run` at the end, with their reason."""
+    event = getattr(record, "dagster_meta", {}).get("dagster_event")
+    return event is None and "Dependencies for step" not in record.getMessage()
+
+
 @dg.logger(config_schema={}, description="Short progress lines for people; events stay in the event log.")
 def terminal_logger(init_context: dg.InitLoggerContext) -> logging.Logger:
-    """A logger that prints messages of assets, warnings and errors, but not Dagster's own events."""
+    """A logger that prints what assets say, but not Dagster's own events."""
     logger = logging.getLogger("synpo.terminal")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     if not logger.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(_Line())
+        handler.addFilter(_is_from_asset)
         logger.addHandler(handler)
     return logger

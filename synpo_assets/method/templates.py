@@ -14,6 +14,7 @@ Message = dict[str, str]
 
 FOLDER = Path(__file__).parent / "templates"
 QUESTION_START, QUESTION_END = "<question>", "</question>"
+SOLUTION_START = "<solution>"
 
 
 def user_message(text: str) -> list[Message]:
@@ -49,8 +50,8 @@ def parse_question(text: str) -> str | None:
     _, start, rest = text.partition(QUESTION_START)
     question, end, _ = rest.partition(QUESTION_END)
     question = question.strip()
-    well_formed = start and end and question and QUESTION_START not in question
-    return question if well_formed else None
+    nested = QUESTION_START in question or SOLUTION_START in question
+    return question if start and end and question and not nested else None
 
 
 @functools.cache

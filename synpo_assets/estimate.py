@@ -1,0 +1,105 @@
+"""What a run will cost: tokens by counting, time from a small table of measured rates."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from resources.settings import Settings
+from synpo_assets.method.templates import generator_instruction, generator_target, improver_instruction
+
+TOKENS_PER_WORD = 1.4
+CHAT_TOKENS = 30
+Kind = Literal["generate", "train", "score"]
+
+# Tokens per second of SmolLM2-135M (134.5 million parameters) in float32 on two cores of an AMD EPYC without AVX-512,
+# as the assets of the laptop preset recorded them. Other model sizes are scaled by their number of parameters.
+CPU_RATES: dict[Kind, float] = {"generate": 95.0, "train": 240.0, "score": 300.0}
+CPU_RATES_PARAMETERS = 134.5e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one asset has to do in one iteration.
+
+    Attributes:
+        asset: Its name.
+        kind: Whether the tokens are written, trained on or scored.
+        tokens: How many.
+        later_only: Whether iteration 1 does without it, because its rows are found in finished shards.
+        once: Whether it is made once, before iteration 1.
+    """
+
+    asset: str
+    kind: Kind
+    tokens: float
+    later_only: bool = False
+    once: bool = False
+
+
+def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
+    """Upper bounds per asset: every completion is taken to be as long as allowed.
+
+    Args:
+        settings: The experiment.
+        seed: The table of the asset `seed_pairs`.
+    """
+    train, held_out = seed.filter(split="train"), seed.filter(split="held_out")
+    prompt, answer = (_tokens(" ".join(train[column])) / train.height for column in ("prompt", "answer"))
+    written = settings.responses.sampling.max_new_tokens
+    generator = settings.prompt_generator
+    instruction = CHAT_TOKENS + _tokens(generator_instruction(["keyword"] * 3)[0]["content"])
+    improving = CHAT_TOKENS + _tokens(improver_instruction("", "")[0]["content"]) + prompt + written
+    wanted = generator.prompts_per_iteration
+    asked = CHAT_TOKENS + prompt
+    trained = {
+        "prompt_generator": (generator.training, instruction + _tokens(generator_target("", "")) + prompt + answer),
+        "reward_model": (settings.scorer.training, 2 * asked + answer + written),
+        "response_improver": (settings.response_improver.training, improving + answer),
+        "model_checkpoint": (settings.policy.training, 2 * (asked + written)),
+    }
+    work = []
+    for asset, (training, length) in trained.items():
+        if training is not None:
+            rows = settings.preferences.pairs_per_iteration if asset == "model_checkpoint" else train.height
+            tokens = min(rows, training.max_examples or rows) * training.epochs * length
+            work.append(Work(asset, "train", tokens, once=asset in ("prompt_generator", "reward_model")))
+    return [
+        *work,
+        Work("reward_model", "generate", seed.height * written, once=True),
+        Work("reward_model", "score", held_out.height * (2 * asked + answer + written), once=True),
+        Work("synthetic_prompts", "generate", wanted * min(generator.max_overdraw, 1.5) * prompt),
+        Work("base_responses", "generate", wanted * written),
+        Work("initial_responses", "generate", wanted * written, later_only=True),
+        Work("seed_responses", "generate", train.height * written, later_only=True),
+        Work("seed_responses", "score", train.height * (2 * asked + answer + written)),
+        Work("refined_responses", "generate", wanted * settings.response_improver.sampling.max_new_tokens),
+        Work("preference_pairs", "score", wanted * 2 * (asked + written)),
+        Work("evaluation", "generate", held_out.height * written),
+        Work("evaluation", "score", held_out.height * (3 * asked + answer + 2 * written)),
+    ]
+
+
+def seconds(work: Work, parameters: int) -> float:
+    """Seconds that the work takes on a CPU, from the table of measured rates."""
+    return work.tokens / CPU_RATES[work.kind] * parameters / CPU_RATES_PARAMETERS
+
+
+def parameter_count(weights: Path) -> int:
+    """Parameters of a model directory, read from the headers of its safetensors files."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in weights.glob("*.safetensors"):
+        with safe_open(file, framework="np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                size = 1
+                for side in tensors.get_slice(name).get_shape():
+                    size *= side
+                total += size
+    return total
+
+
+def _tokens(text: str) -> float:
+    return len(text.split()) * TOKENS_PER_WORD

@@ -1,0 +1,48 @@
+"""A home and a nano model for all tests; SYNPO_HOME is set before anything reads the settings."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.nano import make_nano_model, nano_settings, write_settings
+
+WORK = Path(tempfile.mkdtemp(prefix="synpo-tests-"))
+HOME = WORK / "home"
+MODEL = WORK / "nano"
+HOME.mkdir()
+write_settings(HOME / "settings.yaml", nano_settings(MODEL))
+os.environ |= {"SYNPO_HOME": str(HOME), "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+os.environ.pop("DAGSTER_HOME", None)
+
+
+@pytest.fixture(scope="session")
+def nano_model() -> Path:
+    return make_nano_model(MODEL)
+
+
+@pytest.fixture
+def nano_checkpoint(nano_model: Path):
+    from resources.checkpoint_store import Checkpoint
+
+    return Checkpoint("initial_policy", None, "nano", str(nano_model), str(nano_model))
+
+
+def synpo(*arguments: object, timeout: int = 280) -> subprocess.CompletedProcess[str]:
+    """Runs the command line as a user does; SYNPO_HOME does not apply, so every call names its home."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("SYNPO_HOME", "DAGSTER_HOME")}
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("synpo")), *map(str, arguments)],
+        capture_output=True, text=True, timeout=timeout, env=environment,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def nano_run(nano_model: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Two whole iterations on the nano model through `synpo run`, and what it printed."""
+    home = WORK / "two iterations"
+    settings = write_settings(WORK / "nano.yaml", nano_settings(nano_model))
+    return home, synpo("run", "--settings", settings, "--home", home, "--iterations", 2)

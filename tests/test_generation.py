@@ -1,0 +1,156 @@
+"""Generation on the nano model: seeds, shards, resuming after a kill."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from resources.engines.transformers_engine import RowSampler
+from resources.language_model import LanguageModel
+from resources.settings import Engine, Sampling
+
+PROMPTS = [(f"prompt-{n}", [{"role": "user", "content": f"Tell me about topic {n} " + "please " * (n % 5)}])
+           for n in range(24)]  # fmt: skip
+SAMPLING = Sampling(temperature=0.8, top_k=40, max_new_tokens=16)
+
+
+def model(shards, **engine):
+    return LanguageModel(shards=str(shards), engine=Engine(threads=1, **engine), random_seed=1)
+
+
+def silent(_message):
+    pass
+
+
+def test_rows_come_back_in_order_with_counts(tmp_path, nano_checkpoint):
+    frame, usage = model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    assert frame["id"].to_list() == [row_id for row_id, _ in PROMPTS]
+    assert usage.rows == len(PROMPTS)
+    assert usage.reused == 0
+    assert usage.output_tokens == usage.generated_tokens == frame["output_tokens"].sum()
+    assert frame["output_tokens"].max() <= 16
+    for row in frame.to_dicts():
+        assert (
+            row["finish_reason"] == ("length" if row["output_tokens"] == 16 else "stop") or row["output_tokens"] == 16
+        )
+    assert frame["text"].n_unique() > len(PROMPTS) // 2
+
+
+def test_a_completion_does_not_depend_on_its_batch(tmp_path, nano_checkpoint):
+    together, _ = model(tmp_path / "a").answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    one_by_one, _ = model(tmp_path / "b", batch_tokens=64).answer(nano_checkpoint, PROMPTS[:6], SAMPLING, silent)
+    assert one_by_one["text"].to_list() == together["text"].to_list()[:6]
+
+
+def test_seed_and_id_decide_the_completion(tmp_path, nano_checkpoint):
+    same_prompt = [("a", PROMPTS[0][1]), ("b", PROMPTS[0][1])]
+    frame, _ = model(tmp_path / "1").answer(nano_checkpoint, same_prompt, SAMPLING, silent)
+    assert frame["text"].n_unique() == 2
+    other = LanguageModel(shards=str(tmp_path / "2"), engine=Engine(threads=1), random_seed=2)
+    assert other.answer(nano_checkpoint, same_prompt, SAMPLING, silent)[0]["text"][0] != frame["text"][0]
+
+
+def test_greedy_is_the_same_for_all_seeds(tmp_path, nano_checkpoint):
+    greedy = SAMPLING.model_copy(update={"temperature": 0.0})
+    frame, _ = model(tmp_path).answer(nano_checkpoint, [("a", PROMPTS[0][1]), ("b", PROMPTS[0][1])], greedy, silent)
+    assert frame["text"].n_unique() == 1
+
+
+def test_finished_work_is_found_again_and_only_the_rest_is_done(tmp_path, nano_checkpoint):
+    first, _ = model(tmp_path).answer(nano_checkpoint, PROMPTS[:10], SAMPLING, silent)
+    whole, usage = model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    assert usage.reused == 10
+    assert usage.generated_tokens == whole["output_tokens"][10:].sum()
+    assert whole.head(10).equals(first)
+
+
+def test_other_settings_never_mix(tmp_path, nano_checkpoint):
+    model(tmp_path).answer(nano_checkpoint, PROMPTS[:3], SAMPLING, silent)
+    warmer = SAMPLING.model_copy(update={"temperature": 1.2})
+    assert model(tmp_path).answer(nano_checkpoint, PROMPTS[:3], warmer, silent)[1].reused == 0
+    assert len(list(tmp_path.glob("*/fingerprint.json"))) == 2
+
+
+def test_writing_stops_at_a_stop_text(tmp_path, nano_checkpoint):
+    from synpo_assets.method.templates import generator_instruction
+
+    asked = [(str(n), generator_instruction(["pan", "oil", "heat"])) for n in range(12)]
+    sampling = SAMPLING.model_copy(update={"stop": ["<question>"], "max_new_tokens": 30})
+    frame, _ = model(tmp_path).answer(nano_checkpoint, asked, sampling, silent)
+    stopped = frame.filter(pl.col("text").str.contains("<question>"))
+    assert stopped.height > 0
+    assert stopped["text"].str.ends_with("<question>").all()
+    assert (stopped["finish_reason"] == "stop").all()
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_the_setting(tmp_path, nano_checkpoint):
+    too_long = [("long", [{"role": "user", "content": "word " * 3000}])]
+    with pytest.raises(ValueError, match=r"exceed the model's context of 1024 tokens: lower sampling\.max_new_tokens"):
+        model(tmp_path).answer(nano_checkpoint, too_long, SAMPLING, silent)
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {root!r})
+from tests.test_generation import PROMPTS, SAMPLING, model
+from resources.checkpoint_store import Checkpoint
+from resources.engines.transformers_engine import TransformersEngine
+
+complete = TransformersEngine._complete
+def slowly(self, *arguments):
+    time.sleep(0.2)
+    return complete(self, *arguments)
+TransformersEngine._complete = slowly
+checkpoint = Checkpoint("initial_policy", None, "nano", {nano!r}, {nano!r})
+model({shards!r}, shard_rows=3, batch_tokens=64).answer(checkpoint, PROMPTS, SAMPLING, lambda message: None)
+"""
+
+
+def test_kill_minus_9_loses_at_most_one_shard(tmp_path, nano_model, nano_checkpoint):
+    undisturbed, _ = model(tmp_path / "undisturbed").answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    shards = tmp_path / "killed"
+    code = KILLED.format(root=str(Path(__file__).parents[1]), nano=str(nano_model), shards=str(shards))
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        while len(list(shards.glob("*/*.parquet"))) < 2:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    saved = sum(pl.read_parquet(file).height for file in shards.glob("*/*.parquet"))
+    assert 6 <= saved < len(PROMPTS)
+    resumed, usage = model(shards, shard_rows=3).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    assert usage.reused == saved
+    assert resumed.equals(undisturbed)
+
+
+def test_the_fingerprint_says_what_the_shards_are_of(tmp_path, nano_checkpoint):
+    model(tmp_path).answer(nano_checkpoint, PROMPTS[:2], SAMPLING, silent)
+    (description,) = tmp_path.glob("*/fingerprint.json")
+    what = json.loads(description.read_text())
+    assert what["checkpoint"] == nano_checkpoint.sha
+    assert what["sampling"] == SAMPLING.model_dump()
+
+
+def frequencies(sampling, probabilities, draws=4000):
+    import torch
+
+    sampler = RowSampler(sampling, list(range(draws)))
+    logits = torch.tensor(probabilities).log().repeat(draws, 1) * (sampling.temperature or 1)
+    chosen = sampler(torch.zeros(draws, 1), logits).argmax(-1)
+    return [(chosen == token).float().mean().item() for token in range(len(probabilities))]
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ({}, [0.5, 0.3, 0.15, 0.05]),
+    ({"top_k": 2}, [0.625, 0.375, 0, 0]),
+    ({"top_p": 0.75}, [0.625, 0.375, 0, 0]),
+    ({"top_p": 0.4}, [1, 0, 0, 0]),
+    ({"top_k": 1}, [1, 0, 0, 0]),
+])  # fmt: skip
+def test_sampling_has_the_right_frequencies(options, expected):
+    found = frequencies(Sampling(temperature=0.7, max_new_tokens=1, **options), [0.5, 0.3, 0.15, 0.05])
+    assert found == pytest.approx(expected, abs=0.03)

@@ -1,0 +1,176 @@
+"""The loop edge on real Dagster instances: what enters an iteration, and when it refuses."""
+
+import dagster as dg
+import pytest
+
+from resources.checkpoint_store import Checkpoint, CheckpointError, CheckpointStore
+from resources.tables import ParquetTables
+from synpo_assets import loop
+from synpo_assets.loop import policy, preference_history, report_history, report_policy
+from synpo_assets.partitions import ITERATIONS
+from synpo_assets.schemas import PreferencePairs
+from tests.test_stores import write_weights
+
+
+@pytest.fixture
+def instance():
+    with dg.DagsterInstance.ephemeral() as ephemeral:
+        yield ephemeral
+
+
+@pytest.fixture
+def stores(tmp_path):
+    return {
+        "checkpoints": CheckpointStore(str(tmp_path / "checkpoints")),
+        "tables": ParquetTables(str(tmp_path / "tables")),
+    }
+
+
+@dg.asset(io_manager_key="checkpoints")
+def initial_policy(context: dg.AssetExecutionContext, checkpoints: dg.ResourceParam[CheckpointStore]) -> Checkpoint:
+    made, _ = checkpoints.create(context, write_weights("M_0"), parents={}, trained_on={}, settings={}, random_seed=0)
+    return made
+
+
+def model_checkpoint_asset(text="M_1", fails=False):
+    @dg.asset(name="model_checkpoint", partitions_def=ITERATIONS, io_manager_key="checkpoints")
+    def made(context: dg.AssetExecutionContext, checkpoints: dg.ResourceParam[CheckpointStore]) -> Checkpoint:
+        if fails:
+            raise RuntimeError("out of memory")
+        checkpoint, _ = checkpoints.create(
+            context, write_weights(text), parents={}, trained_on={}, settings={}, random_seed=0
+        )
+        report_policy(context, checkpoint, checkpoints)
+        return checkpoint
+
+    return made
+
+
+def run(assets, instance, stores, partition=None, **options):
+    return dg.materialize(assets, instance=instance, resources=stores, partition_key=partition, **options)
+
+
+def enter(instance, stores, partition):
+    """Materializes the policy of an iteration and returns it."""
+    result = run([initial_policy, policy], instance, stores, partition, selection=["initial_policy", "policy"])
+    return result.output_for_node("policy")
+
+
+def test_m0_enters_the_first_iteration(instance, stores):
+    assert enter(instance, stores, "0001").asset == "initial_policy"
+
+
+def test_the_checkpoint_of_the_iteration_before_enters_the_next(instance, stores):
+    run([model_checkpoint_asset()], instance, stores, "0001")
+    entering = enter(instance, stores, "0002")
+    assert entering.label == "model_checkpoint[0001]"
+
+
+def test_a_finished_checkpoint_reports_the_policy_of_the_next_iteration(instance, stores):
+    run([model_checkpoint_asset()], instance, stores, "0001")
+    records = instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=dg.AssetKey("policy"), asset_partitions=["0002"]), limit=1
+    ).records
+    event = records[0].asset_materialization
+    made = stores["checkpoints"].current("model_checkpoint", "0001")
+    assert event.metadata["checkpoint"].value == "model_checkpoint[0001]"
+    assert event.metadata["checkpoint_sha"].value == made.sha
+    assert event.tags["dagster/data_version"] == made.sha[:16]
+    assert stores["checkpoints"].current("policy", "0002") == made
+
+
+def test_a_missing_checkpoint_is_refused_with_the_remedy(instance, stores):
+    with pytest.raises(
+        CheckpointError, match=r"model_checkpoint\[0001\] was never materialized: run that iteration first"
+    ):
+        enter(instance, stores, "0002")
+
+
+def test_a_failed_newest_attempt_is_refused_even_if_an_older_checkpoint_exists(instance, stores):
+    run([model_checkpoint_asset()], instance, stores, "0001")
+    failed = run([model_checkpoint_asset(fails=True)], instance, stores, "0001", raise_on_error=False)
+    with pytest.raises(CheckpointError) as error:
+        enter(instance, stores, "0002")
+    assert failed.run_id in str(error.value)
+    assert "FAILURE" in str(error.value)
+    run([model_checkpoint_asset("M_1 again")], instance, stores, "0001")
+    assert enter(instance, stores, "0002").label == "model_checkpoint[0001]"
+
+
+def test_an_altered_checkpoint_is_refused(instance, stores):
+    run([model_checkpoint_asset()], instance, stores, "0001")
+    made = stores["checkpoints"].current("model_checkpoint", "0001")
+    with open(f"{made.weights}/model.safetensors", "w") as file:
+        file.write("M_X")
+    with pytest.raises(CheckpointError, match="were altered"):
+        enter(instance, stores, "0002")
+
+
+def test_it_waits_while_a_live_run_is_making_the_checkpoint(instance, stores, monkeypatch):
+    """The waiting guard asks again until the run that was planned has ended."""
+    waits = []
+    asset = model_checkpoint_asset()
+    job = dg.Definitions([asset], resources=stores).resolve_implicit_global_asset_job_def()
+    planned = instance.create_run_for_job(job, tags=ITERATIONS.get_tags_for_partition_key("0001"),
+                                          asset_selection=frozenset([dg.AssetKey("model_checkpoint")]))  # fmt: skip
+
+    def finish_meanwhile(seconds):
+        waits.append(seconds)
+        run([asset], instance, stores, "0001")
+
+    monkeypatch.setattr(loop.time, "sleep", finish_meanwhile)
+    assert enter(instance, stores, "0002").label == "model_checkpoint[0001]"
+    assert waits == [loop.POLL_SECONDS]
+    assert not instance.get_run_by_id(planned.run_id).is_finished
+
+
+def pairs(iteration, count):
+    messages = [[{"role": "user", "content": "x"}]] * count
+    columns = PreferencePairs.to_schema().columns
+    texts = {name: [f"{name}-{iteration}-{n}" for n in range(count)] for name, column in columns.items()
+             if str(column.dtype) == "String"}  # fmt: skip
+    frame = PreferencePairs.empty().clear()
+    rows = [
+        {name: texts[name][n] if name in texts else messages[n] if name in ("prompt", "chosen", "rejected")
+         else iteration if name == "iteration" else 0.5 for name in columns}
+        for n in range(count)
+    ]  # fmt: skip
+    return frame.vstack(type(frame)(rows, schema=frame.schema))
+
+
+def pairs_asset(count):
+    @dg.asset(name="preference_pairs", partitions_def=ITERATIONS, io_manager_key="tables")
+    def made(context: dg.AssetExecutionContext, tables: dg.ResourceParam[ParquetTables]):
+        iteration = int(context.partition_key)
+        history = tables.read("preference_history", context.partition_key)
+        frame = pairs(iteration, count)
+        report_history(context, history, frame, tables)
+        return frame
+
+    return made
+
+
+def history(instance, stores, partition):
+    return run([initial_policy, policy, preference_history], instance, stores, partition,
+               selection=["preference_history"]).output_for_node("preference_history")  # fmt: skip
+
+
+def test_history_is_all_pairs_before_and_grows(instance, stores):
+    assert history(instance, stores, "0001").is_empty()
+    run([pairs_asset(3)], instance, stores, "0001")
+    reported = stores["tables"].read("preference_history", "0002")
+    assert history(instance, stores, "0002").equals(reported)
+    run([pairs_asset(2)], instance, stores, "0002")
+    third = history(instance, stores, "0003")
+    assert third["iteration"].to_list() == [1, 1, 1, 2, 2]
+    versions = [
+        instance.get_latest_materialization_event(dg.AssetKey("preference_history")).asset_materialization.tags[
+            "dagster/data_version"
+        ]
+    ]
+    assert versions[0]
+
+
+def test_history_refuses_a_gap(instance, stores):
+    with pytest.raises(CheckpointError, match=r"preference_pairs\[0001\] was never materialized"):
+        history(instance, stores, "0002")

@@ -1,0 +1,262 @@
+"""The method's pure functions, with generated data where a property says more than an example."""
+
+import itertools
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from synpo_assets.method.evaluation import win_rate
+from synpo_assets.method.ids import content_id
+from synpo_assets.method.keywords import (
+    Keywords,
+    drawn_rows,
+    keyword_set,
+    paragraph_keyword_sets,
+    training_keywords,
+)
+from synpo_assets.method.pairs import as_preferences, join_sides, repetition, select_pairs
+from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter, draw_until_enough, ngrams, words_of
+from synpo_assets.method.responses import response_table
+from synpo_assets.method.seed import seed_rows as check_seed
+from synpo_assets.method.templates import (
+    generator_instruction,
+    generator_target,
+    improver_instruction,
+    parse_question,
+)
+from tests.nano import seed_rows
+
+PARAGRAPHS = [row["text"] for row in seed_rows("corpus")]
+PROMPTS = [row["prompt"] for row in seed_rows()]
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1)
+
+
+def test_ids_depend_on_kind_and_content_alone():
+    assert content_id("prompt", "a") == content_id("prompt", "a")
+    assert len({content_id("prompt", "a"), content_id("pair", "a"), content_id("prompt", "b")}) == 3
+    assert content_id("pair", "ab", "c") != content_id("pair", "a", "bc")
+
+
+def test_names_and_stopwords_are_no_keywords():
+    text = "Maria Lopez, a baker, keeps a starter of flour and water. A rose grows beside the oven."
+    found = Keywords("en").of(text, 20)
+    assert {"maria", "lopez", "the", "and"}.isdisjoint(found)
+    assert {"baker", "flour", "rose"} <= set(found)
+    assert "maria" in Keywords("en", drop_personal_names=False).of(text, 20)
+
+
+def test_training_keywords_are_two_own_and_one_foreign():
+    extractor = Keywords()
+    drawn = training_keywords(PROMPTS[:40], extractor, 2, 1, random_seed=1)
+    assert sum(keywords is None for keywords in drawn) < 4
+    foreign_places = set()
+    for prompt, keywords in zip(PROMPTS, drawn, strict=False):
+        if keywords is not None:
+            own = [word for word in keywords if word in words_of(prompt)]
+            assert len(keywords) == len(set(keywords)) == 3
+            assert len(own) >= 2
+            foreign_places |= {place for place, word in enumerate(keywords) if word not in own}
+    assert foreign_places == {0, 1, 2}, "the noise keyword must not give itself away by its place"
+    assert drawn == training_keywords(PROMPTS[:40], extractor, 2, 1, random_seed=1)
+    assert drawn != training_keywords(PROMPTS[:40], extractor, 2, 1, random_seed=2)
+
+
+def test_keyword_sets_come_from_one_paragraph_and_are_all_different():
+    sets = list(paragraph_keyword_sets(iter(PARAGRAPHS), Keywords(), 3, 2, random_seed=1))
+    assert len(sets) > len(PARAGRAPHS)
+    assert len({frozenset(words) for _, words in sets}) == len(sets)
+    for paragraph, words in sets:
+        assert len(set(words)) == 3
+        assert all(word in paragraph.lower() for word in words)
+    again = list(paragraph_keyword_sets(iter(PARAGRAPHS), Keywords(), 3, 2, random_seed=1))
+    assert again == sets
+
+
+def test_the_corpus_is_streamed():
+    endless = itertools.cycle(PARAGRAPHS)
+    assert len(list(itertools.islice(paragraph_keyword_sets(endless, Keywords(), 3, 1, 1), 5))) == 5
+
+
+def test_a_keyword_set_is_the_same_in_any_order():
+    one, other = keyword_set("p", ["a", "b"]), keyword_set("p", ["b", "a"])
+    assert one["keyword_set_id"] == other["keyword_set_id"]
+
+
+@given(st.integers(1, 200), st.integers(1, 6), st.integers(1, 60))
+def test_iterations_draw_different_rows_until_the_pool_is_used_up(pool, iterations, count):
+    drawn = [drawn_rows(pool, iteration, count, 7) for iteration in range(1, iterations + 1)]
+    for rows in drawn:
+        assert len(set(rows)) == len(rows) == min(count, pool)
+    if iterations * count <= pool:
+        assert len(set(itertools.chain(*drawn))) == iterations * count
+
+
+@given(TEXT.filter(lambda text: text.strip() and "<" not in text), TEXT.filter(lambda text: "<" not in text))
+def test_what_the_generator_learns_can_be_parsed_back(prompt, answer):
+    assert parse_question(generator_target(prompt, answer)) == prompt.strip()
+
+
+@pytest.mark.parametrize("text", ["", "no tags", "<question>open", "<question></question>", "</question>a<question>",
+                                  "<question>a<question>b</question>"])  # fmt: skip
+def test_malformed_questions_are_not_parsed(text):
+    assert parse_question(text) is None
+
+
+def test_templates_hold_their_parts_in_order():
+    asked = generator_instruction(["pan", "oil", "heat"])[0]["content"]
+    places = [asked.index(part) for part in ("exactly one question", "Requirements", "pan, oil, heat", "Output format")]
+    assert places == sorted(places)
+    asked = improver_instruction("PROMPT", "RESPONSE")[0]["content"]
+    places = [asked.index(part) for part in ("editor", "PROMPT", "RESPONSE", "Rewritten answer")]
+    assert places == sorted(places)
+
+
+def test_curly_braces_in_text_are_text():
+    assert "{{ secret }}" in improver_instruction("{{ secret }}", "x")[0]["content"]
+
+
+def prompt_filter(held_out=(), language=None, **options):
+    defaults = {"min_words": 3, "max_words": 12, "language": language}
+    return PromptFilter(**(defaults | options), near_duplicates=NearDuplicates(0.7),
+                        contamination=Contamination(held_out, 5))  # fmt: skip
+
+
+def question(text):
+    return f"OUTPUT\n<question>{text}</question>"
+
+
+def test_each_rule_drops_and_counts():
+    prompts = prompt_filter(["How do I keep my bread fresh for a week?"], language="en")
+    assert prompts.keep(question("How can a beginner learn to knit scarves?")) is not None
+    for written in [
+        "nothing", question("Why?"), question("word " * 13), question("Wie lange muss man Kartoffeln im Topf kochen?"),
+        question("Please tell me how do I keep my bread fresh today"),
+        question("How can a beginner learn to knit scarves?"),
+    ]:  # fmt: skip
+        assert prompts.keep(written) is None
+    assert dict(prompts.dropped) == dict.fromkeys(
+        ["unparsable", "too_short", "too_long", "other_language", "contaminated", "near_duplicate"], 1
+    )
+    assert prompts.matches == [
+        ("Please tell me how do I keep my bread fresh today", "How do I keep my bread fresh for a week?")
+    ]
+
+
+def test_a_short_held_out_prompt_is_found_whole():
+    assert Contamination(["Define entropy briefly"], 8).find("Now define entropy briefly, please")
+    assert Contamination(["Define entropy briefly"], 8).find("Define enthalpy briefly") is None
+
+
+@given(st.lists(st.sampled_from("abcdef"), max_size=12), st.integers(1, 4))
+def test_ngrams_cover_the_text(words, size):
+    runs = ngrams(words, size)
+    assert {word for run in runs for word in run} == set(words)
+
+
+@given(st.integers(1, 30), st.integers(0, 60), st.floats(0, 1))
+@settings(deadline=None, max_examples=30)
+def test_drawing_stops_when_enough_or_used_up(wanted, available, valid_share):
+    asked = []
+
+    def write(rows):
+        asked.extend(rows)
+        good = [row["row"] % 100 < valid_share * 100 for row in rows]
+        return [{"text": question(f"unique prompt {row['row']} about {'x' * (row['row'] + 1)}") if ok else ""}
+                for row, ok in zip(rows, good, strict=True)]  # fmt: skip
+
+    prompts = prompt_filter()
+    kept, used = draw_until_enough([{"row": number} for number in range(available)], wanted, write, prompts)
+    assert used == len(asked) <= available
+    assert len(kept) <= wanted
+    assert len(kept) == wanted or used == available
+    assert [row["row"] for row in kept] == sorted(row["row"] for row in kept)
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c"]), max_size=20), st.integers(1, 3))
+def test_repetition_is_a_share_and_grows_when_text_is_repeated(words, size):
+    text = " ".join(words)
+    assert 0 <= repetition(text, size) <= 1
+    assert repetition(f"{text} {text}", size) >= repetition(text, size)
+
+
+def responses(side, texts, sha="sha"):
+    completions = pl.DataFrame({"text": texts, "input_tokens": 1, "output_tokens": 1, "finish_reason": "stop"})
+    prompts = pl.DataFrame({"prompt_id": [f"prompt-{n}" for n in range(len(texts))],
+                            "prompt": [f"question {n}" for n in range(len(texts))]})  # fmt: skip
+    return response_table(prompts, completions, f"{sha}-{side}", 1)
+
+
+def test_sides_are_joined_by_prompt_and_not_by_place():
+    chosen, rejected = responses("r", ["c0", "c1", "c2"]), responses("0", ["r0", "r1", "r2"])
+    joined = join_sides(chosen, rejected.reverse())
+    assert joined.select("prompt", "chosen_response", "rejected_response").rows() == [
+        ("question 0", "c0", "r0"), ("question 1", "c1", "r1"), ("question 2", "c2", "r2")
+    ]  # fmt: skip
+    assert joined["chosen_checkpoint_sha"].unique().to_list() == ["sha-r"]
+    assert joined["rejected_checkpoint_sha"].unique().to_list() == ["sha-0"]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["", "same", "good words here", "loop loop loop loop loop"]), st.floats(-2, 2),
+                       st.floats(-2, 2)), min_size=1, max_size=25),
+    st.floats(-1, 1), st.integers(1, 10),
+)  # fmt: skip
+@settings(deadline=None, max_examples=50)
+def test_kept_pairs_obey_every_rule_and_every_other_one_is_counted(rows, threshold, count):
+    joined = join_sides(responses("r", [text for text, _, _ in rows]), responses("0", ["same"] * len(rows)))
+    scored = joined.with_columns(
+        chosen_score=pl.Series([score for _, score, _ in rows]), rejected_score=pl.Series([s for _, _, s in rows])
+    )
+    kept, dropped = select_pairs(scored, threshold, 0.5, 1, count, random_seed=3)
+    assert kept.height + sum(dropped.values()) == len(rows)
+    assert kept.height <= count
+    for row in kept.to_dicts():
+        assert row["margin"] == row["chosen_score"] - row["rejected_score"] > threshold
+        assert row["chosen_response"] == "good words here"
+    again, _ = select_pairs(scored, threshold, 0.5, 1, count, random_seed=3)
+    assert again.equals(kept)
+
+
+def test_the_margin_must_exceed_the_threshold():
+    joined = join_sides(responses("r", ["good words"]), responses("0", ["other"]))
+    scored = joined.with_columns(chosen_score=1.0, rejected_score=0.5)
+    assert select_pairs(scored, 0.5, 0.5, 3, 9, 0)[0].is_empty()
+    assert select_pairs(scored, 0.4, 0.5, 3, 9, 0)[0].height == 1
+
+
+def test_preferences_are_conversational():
+    joined = join_sides(responses("r", ["better"]), responses("0", ["worse"]))
+    kept, _ = select_pairs(joined.with_columns(chosen_score=1.0, rejected_score=0.0), 0, 1, 3, 1, 0)
+    row = as_preferences(kept).row(0, named=True)
+    assert row["prompt"] == [{"role": "user", "content": "question 0"}]
+    assert row["chosen"] == [{"role": "assistant", "content": "better"}]
+    assert row["rejected"] == [{"role": "assistant", "content": "worse"}]
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1))
+def test_win_rates_of_two_models_add_up_to_one(scores):
+    ours, theirs = zip(*scores, strict=True)
+    assert win_rate(ours, theirs) + win_rate(theirs, ours) == pytest.approx(1)
+
+
+def test_bad_seed_rows_are_named_by_line():
+    train = [
+        {"prompt": "good", "answer": "a"}, {"prompt": "", "answer": "a"}, {"prompt": "x"}, {"prompt": 5, "answer": "a"},
+        {"prompt": "Good ", "answer": "b"}, {"prompt": "shared", "answer": "a"}, {},
+    ]  # fmt: skip
+    good, bad = check_seed(train, [{"prompt": "shared", "answer": "a"}], "prompt", "answer")
+    assert [(row["split"], row["prompt"]) for row in good] == [("held_out", "shared"), ("train", "good")]
+    assert [(row.line, row.reason) for row in bad] == [
+        (2, "the prompt is empty"), (3, "the answer is missing or not text"), (4, "the prompt is missing or not text"),
+        (5, "the same prompt stands in line 1 of train"), (6, "the same prompt stands in line 1 of held_out"),
+        (7, "the prompt is missing or not text"),
+    ]  # fmt: skip
+
+
+def test_seed_rows_may_be_chat_messages():
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    good, bad = check_seed([{"m": chat}], [], "m", "m")
+    assert bad == []
+    assert (good[0]["prompt"], good[0]["answer"]) == ("hi", "hello")

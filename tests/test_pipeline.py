@@ -1,0 +1,173 @@
+"""Two whole iterations on the nano model through `synpo run`, then everything that can be asked about them."""
+
+import json
+import sqlite3
+
+import dagster as dg
+import polars as pl
+import pytest
+
+from synpo_assets import schemas
+from tests.conftest import synpo
+from tests.nano import nano_settings, write_settings
+
+TABLES = {
+    "seed_pairs": schemas.SeedPairs, "keyword_pool": schemas.KeywordPool, "keyword_sets": schemas.KeywordSets,
+    "synthetic_prompts": schemas.SyntheticPrompts, "base_responses": schemas.Responses,
+    "initial_responses": schemas.Responses, "seed_responses": schemas.SeedResponses,
+    "refined_responses": schemas.RefinedResponses, "preference_pairs": schemas.PreferencePairs,
+    "preference_history": schemas.PreferencePairs, "evaluation": schemas.Evaluation,
+}  # fmt: skip
+ONCE = {"seed_pairs", "keyword_pool", "initial_policy", "prompt_generator", "reward_model"}
+CHECKPOINTS = {"policy", "response_improver", "model_checkpoint"}
+
+
+@pytest.fixture(scope="module")
+def home(nano_run):
+    place, result = nano_run
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return place
+
+
+@pytest.fixture(scope="module")
+def instance(home):
+    with dg.DagsterInstance.from_config(str(home)) as persistent:
+        yield persistent
+
+
+def table(home, name, iteration=None):
+    return pl.read_parquet(home / "tables" / (f"{name}/{iteration:04d}.parquet" if iteration else f"{name}.parquet"))
+
+
+def metadata(instance, asset, partition=None):
+    selection = dg.AssetRecordsFilter(dg.AssetKey(asset), asset_partitions=[partition] if partition else None)
+    event = instance.fetch_materializations(selection, limit=1).records[0].asset_materialization
+    return {name: entry.value for name, entry in event.metadata.items()} | {"tags": event.tags}
+
+
+def test_the_summary_shows_what_was_made(nano_run, home):
+    printed = nano_run[1].stdout
+    for asset in ONCE | (TABLES.keys() - ONCE) | CHECKPOINTS:
+        assert asset in printed
+    for word in ("chosen", "rejected", "win rate", "M_2", "synpo ui --home"):
+        assert word in printed
+    assert "tokens/s" in nano_run[1].stderr
+
+
+def test_every_asset_of_both_iterations_is_materialized(instance):
+    for asset in ONCE:
+        assert instance.get_latest_materialization_event(dg.AssetKey(asset)), asset
+    for asset in (TABLES.keys() - ONCE) | CHECKPOINTS:
+        assert {"0001", "0002"} <= instance.get_materialized_partitions(dg.AssetKey(asset)), asset
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_obeys_its_schema(home, name):
+    for iteration in [None] if name in ONCE else [1, 2]:
+        assert schemas.check(TABLES[name], table(home, name, iteration)) is None
+
+
+@pytest.mark.parametrize("iteration", [1, 2])
+def test_every_row_of_a_pair_can_be_followed_back(home, instance, iteration):
+    pairs, prompts = table(home, "preference_pairs", iteration), table(home, "synthetic_prompts", iteration)
+    refined, initial = table(home, "refined_responses", iteration), table(home, "initial_responses", iteration)
+    base, sets = table(home, "base_responses", iteration), table(home, "keyword_sets", iteration)
+    chain = (
+        pairs.join(refined, left_on="chosen_response_id", right_on="response_id", suffix="_refined", validate="1:1")
+        .join(initial, left_on="rejected_response_id", right_on="response_id", suffix="_initial", validate="1:1")
+        .join(base, left_on="base_response_id", right_on="response_id", suffix="_base", validate="1:1")
+        .join(prompts, on="prompt_id", suffix="_prompt", validate="1:1")
+        .join(sets, on="keyword_set_id", suffix="_sets", validate="1:1")
+    )
+    assert chain.height == pairs.height > 0
+    for row in chain.to_dicts():
+        assert row["prompt"][0]["content"] == row["prompt_prompt"]
+        assert row["chosen"][0]["content"] == row["response"]
+        assert row["rejected"][0]["content"] == row["response_initial"]
+        assert all(word in row["paragraph"].lower() for word in row["keywords"])
+    partition = f"{iteration:04d}"
+    m0 = metadata(instance, "initial_policy")["sha"]
+    assert pairs["rejected_checkpoint_sha"].unique().to_list() == [m0]
+    assert pairs["chosen_checkpoint_sha"].unique().to_list() == [
+        metadata(instance, "response_improver", partition)["sha"]
+    ]
+    entered = metadata(instance, "policy", partition)["sha"]
+    assert base["checkpoint_sha"].unique().to_list() == [entered]
+    assert entered == (m0 if iteration == 1 else metadata(instance, "model_checkpoint", "0001")["sha"])
+
+
+def test_the_policy_learns_from_all_pairs_so_far_and_starts_from_m0(home, instance):
+    first, second = table(home, "preference_pairs", 1), table(home, "preference_pairs", 2)
+    assert table(home, "preference_history", 1).is_empty()
+    assert table(home, "preference_history", 2).equals(first)
+    about = metadata(instance, "model_checkpoint", "0002")
+    assert about["pairs_by_iteration"] == {"1": first.height, "2": second.height}
+    assert about["examples"] == first.height + second.height
+    manifest = json.loads((home / "checkpoints/model_checkpoint/0002.json").read_text())["directory"]
+    manifest = json.loads((home / "checkpoints" / manifest / "manifest.json").read_text())
+    assert manifest["parents"]["start"]["sha"] == metadata(instance, "initial_policy")["sha"]
+    assert manifest["parents"]["policy"]["sha"] == metadata(instance, "model_checkpoint", "0001")["sha"]
+
+
+def test_nothing_is_generated_twice(instance):
+    assert metadata(instance, "seed_responses", "0001")["generated_tokens"] == 0
+    assert metadata(instance, "initial_responses", "0001")["generated_tokens"] == 0
+    assert metadata(instance, "seed_responses", "0002")["generated_tokens"] > 0
+    assert metadata(instance, "initial_responses", "0002")["generated_tokens"] > 0
+
+
+def test_iterations_draw_different_keyword_sets(home):
+    drawn = [set(table(home, "keyword_sets", iteration)["keyword_set_id"]) for iteration in (1, 2)]
+    assert not drawn[0] & drawn[1]
+
+
+def test_held_out_prompts_are_never_trained_on(home):
+    seed = table(home, "seed_pairs")
+    held_out = set(seed.filter(split="held_out")["prompt_id"])
+    for iteration in (1, 2):
+        assert not held_out & set(table(home, "seed_responses", iteration)["prompt_id"])
+        assert not held_out & set(table(home, "preference_pairs", iteration)["prompt_id"])
+        assert set(table(home, "evaluation", iteration)["prompt_id"]) == held_out
+
+
+@pytest.mark.parametrize("asset", ["base_responses", "refined_responses", "synthetic_prompts", "initial_responses"])
+def test_generated_tables_show_tokens_speed_and_checkpoint(instance, asset):
+    about = metadata(instance, asset, "0002")
+    for name in ("rows", "input_tokens", "output_tokens", "tokens_per_second", "seconds", "checkpoint", "checkpoint_sha",
+                 "sample", "dagster/row_count"):  # fmt: skip
+        assert name in about, name
+
+
+def test_checkpoints_show_their_training(instance):
+    about = metadata(instance, "model_checkpoint", "0002")
+    for name in ("sha", "path", "examples", "tokens", "steps", "seconds", "final_loss", "training_log"):
+        assert name in about, name
+    assert len(about["training_log"].records) == about["steps"] if hasattr(about["training_log"], "records") else True
+
+
+def test_content_versions_are_recorded(home, instance):
+    from synpo_assets.presentation import table_version
+
+    tags = metadata(instance, "preference_pairs", "0001")["tags"]
+    assert tags["dagster/data_version"] == table_version(table(home, "preference_pairs", 1))
+    assert tags["dagster/code_version"]
+
+
+def test_a_second_run_finds_nothing_to_do(home, instance):
+    before = instance.get_runs_count()
+    result = synpo("run", "--home", home, "--iterations", 2)
+    assert result.returncode == 0
+    assert instance.get_runs_count() == before
+
+
+def test_other_settings_are_refused_for_a_home_that_exists(tmp_path, home, nano_model):
+    other = write_settings(tmp_path / "other.yaml", nano_settings(nano_model) | {"random_seed": 7})
+    result = synpo("run", "--settings", other, "--home", home)
+    assert result.returncode == 2
+    assert "was made with other settings (random_seed: 42 there, 7 asked for)" in result.stderr
+
+
+def test_no_pool_slot_is_left_behind(home):
+    (database,) = (home / "history").rglob("index.db") if (home / "history").exists() else home.rglob("index.db")
+    with sqlite3.connect(database) as connection:
+        assert connection.execute("select count(*) from concurrency_slots where run_id is not null").fetchone() == (0,)

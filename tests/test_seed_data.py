@@ -1,0 +1,59 @@
+"""The data that ships with the project."""
+
+import collections
+
+import pytest
+
+from resources.settings import load_settings, preset_path
+from synpo_assets.method.prompts import Contamination, NearDuplicates
+from synpo_assets.preflight import seed_table
+from tests.nano import SEED, seed_rows
+
+
+def test_sizes_and_spread():
+    train, held_out, corpus = seed_rows("train"), seed_rows("held_out"), seed_rows("corpus")
+    assert len(train) >= 240
+    assert len(held_out) >= 60
+    assert len(corpus) >= 300
+    assert len({row["topic"] for row in train}) >= 20
+    assert len({row["topic"] for row in corpus}) >= 40
+    kinds = collections.Counter(row["kind"] for row in train)
+    assert set(kinds) == {
+        "explain", "rewrite", "list", "classify", "plan", "compare", "write", "code", "arithmetic", "advice"
+    }  # fmt: skip
+    assert min(kinds.values()) >= 20
+
+
+@pytest.mark.parametrize("name", ["train", "held_out"])
+def test_answers_are_short_and_finished(name):
+    for row in seed_rows(name):
+        assert 0 < len(row["answer"].split()) <= 45, row
+        assert row["answer"].strip() == row["answer"]
+        assert row["prompt"].strip() == row["prompt"]
+
+
+def test_no_two_prompts_alike():
+    known = NearDuplicates(0.5)
+    for row in seed_rows("train") + seed_rows("held_out"):
+        assert known.find(row["prompt"]) is None, row["prompt"]
+        known.add(row["prompt"])
+
+
+def test_train_does_not_overlap_with_held_out():
+    held_out = Contamination([row["prompt"] for row in seed_rows("held_out")], 8)
+    assert [row["prompt"] for row in seed_rows() if held_out.find(row["prompt"])] == []
+
+
+def test_the_shipped_seed_is_valid():
+    settings = load_settings(preset_path("laptop"))
+    whole = settings.seed_data.model_copy(update={"train_limit": None, "held_out_limit": None})
+    frame, bad = seed_table(settings.model_copy(update={"seed_data": whole}))
+    assert bad == []
+    assert frame.height == len(seed_rows("train")) + len(seed_rows("held_out"))
+
+
+def test_how_it_was_made_and_its_licence_are_stated():
+    text = (SEED / "README.md").read_text()
+    assert "licen" in text.lower()
+    for name in ("train.jsonl", "held_out.jsonl", "corpus.jsonl"):
+        assert name in text

@@ -1,0 +1,123 @@
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from resources.settings import PRESETS, Settings, SettingsError, load_settings, preset_path
+from tests.nano import write_settings
+
+
+@pytest.mark.parametrize("name", ["laptop", "single_gpu", "paper_mistral", "paper_llama3"])
+def test_presets_load(name):
+    assert load_settings(preset_path(name)).preset == name
+
+
+def test_every_setting_is_described():
+    def undescribed(section, prefix=""):
+        for name, field in section.model_fields.items():
+            kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+            nested = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+            if nested:
+                assert nested[0].__doc__
+                yield from undescribed(nested[0], f"{prefix}{name}.")
+            elif not field.description:
+                yield prefix + name
+
+    assert list(undescribed(Settings)) == []
+
+
+@pytest.mark.parametrize("name", ["paper_mistral", "paper_llama3"])
+def test_paper_presets_hold_the_papers_numbers(name):
+    settings = load_settings(preset_path(name))
+    assert settings.max_iterations == 4
+    assert settings.seed_data.train_limit == 18_000
+    assert settings.keyword_pool.max_sets == 1_000_000
+    assert settings.keyword_pool.keywords_per_set == 3
+    generator = settings.prompt_generator
+    assert (generator.keywords_from_seed_prompt, generator.noise_keywords) == (2, 1)
+    assert 36_000 <= generator.prompts_per_iteration <= settings.keyword_sets_per_iteration <= 72_000
+    for training, length in ((generator.training, 8000), (settings.response_improver.training, 6000)):
+        assert (training.learning_rate, training.batch_size, training.epochs) == (1e-6, 32, 3)
+        assert (training.warmup_ratio, training.max_length, training.lora) == (0.1, length, None)
+    for sampling in (generator.sampling, settings.responses.sampling, settings.response_improver.sampling):
+        assert sampling.temperature == 0.7
+    assert settings.responses.sampling.max_new_tokens == 2048
+    assert settings.preferences.pairs_per_iteration == 10_000
+    assert settings.preferences.max_repetition == 0.5
+    assert (settings.preferences.rejected_from, settings.policy.policy_init) == ("initial", "initial")
+    policy = settings.policy.training
+    assert policy.gamma == 1.6
+    assert policy.beta in {2, 4, 6, 8, 10, 12}
+    assert (policy.batch_size, policy.epochs, policy.scheduler, policy.warmup_ratio) == (128, 1, "cosine", 0.1)
+
+
+def test_the_two_paper_presets_differ_where_the_paper_does():
+    mistral, llama = (load_settings(preset_path(name)) for name in ("paper_mistral", "paper_llama3"))
+    assert mistral.initial_policy.name == "alignment-handbook/zephyr-7b-sft-full"
+    assert llama.initial_policy.name == "princeton-nlp/Llama-3-Base-8B-SFT"
+    assert (mistral.policy.training.learning_rate, llama.policy.training.learning_rate) == (3e-7, 6e-7)
+    # PairRM is not a plain sequence classifier; its preset takes the ArmoRM-like scorer until it has a loader.
+    assert llama.preferences.margin_threshold == 0.02
+
+
+def changed(tmp_path, **changes):
+    return write_settings(tmp_path / "mine.yaml", {"preset": "laptop"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prefrences": {}}, "`prefrences` is not a setting; did you mean `preferences`?"),
+        ({"policy": {"training": {"learnin_rate": 1}}}, "`policy.training.learnin_rate` is not a setting; did you mean"),
+        ({"engine": {"thread": 2}}, "`engine.thread` is not a setting; did you mean `threads`?"),
+        ({"prompt_generator": {"sampling": {"temprature": 1}}}, "did you mean `temperature`?"),
+        ({"preferences": {"pairs_per_iteration": 1000}}, "(1000) is more than prompt_generator.prompts_per_iteration (40)"),
+        ({"prompt_generator": {"noise_keywords": 0}}, "trained on 2 keywords"),
+        ({"prompt_generator": {"min_words": 70}}, "min_words is larger than max_words"),
+        ({"keyword_pool": {"max_sets": 10}}, "keyword_pool.max_sets (10) is less than"),
+        ({"policy": {"training": {"max_prompt_length": 1000}}}, "exceed max_length"),
+        ({"policy": {"training": {"micro_batch_size": 3}}}, "micro_batch_size (3) does not divide batch_size (4)"),
+        ({"scorer": {"kind": "pretrained"}}, "scorer.name is missing"),
+        ({"scorer": {"training": None}}, "scorer.training is missing"),
+        ({"initial_policy": {"source": "hub", "name": "a/b"}}, "initial_policy.revision is missing"),
+        ({"engine": {"device": "tpu"}}, "`engine.device` is 'tpu'"),
+        ({"max_iterations": "many"}, "`max_iterations` is 'many'"),
+        ({"preset": "labtop"}, "There is no preset `labtop`; did you mean `laptop`?"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_refused_in_a_sentence(tmp_path, changes, words):
+    with pytest.raises(SettingsError) as error:
+        load_settings(changed(tmp_path, **changes))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_same_data_cannot_be_train_and_held_out(tmp_path):
+    source = {"path": "seed.jsonl"}
+    with pytest.raises(SettingsError, match="held-out pairs must never be trained on"):
+        load_settings(changed(tmp_path, seed_data={"train": source, "held_out": source}))
+
+
+def test_paths_are_relative_to_the_file_that_states_them(tmp_path):
+    settings = load_settings(changed(tmp_path, seed_data={"train": {"path": "data/mine.jsonl"}}))
+    assert settings.seed_data.train.path == str(tmp_path / "data/mine.jsonl")
+    assert settings.seed_data.held_out.path == str(PRESETS.parent / "seed/held_out.jsonl")
+
+
+def test_settings_survive_writing_and_reading(tmp_path):
+    settings = load_settings(preset_path("laptop"))
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump(settings.model_dump()))
+    assert load_settings(file) == settings
+
+
+@pytest.mark.parametrize(("text", "words"), [("a: [", "is not valid YAML"), ("- a", "must hold `key: value` lines")])
+def test_files_that_are_not_settings(tmp_path, text, words):
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=words):
+        load_settings(file)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(SettingsError, match=r"nowhere\.yaml does not exist"):
+        load_settings(tmp_path / "nowhere.yaml")

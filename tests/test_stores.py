@@ -1,0 +1,180 @@
+"""What is written can be read back, and half-written things do not exist."""
+
+import json
+import os
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+import pytest
+
+from resources.checkpoint_store import CheckpointError, CheckpointStore
+from resources.files import temporary_directory_beside, write_atomically
+from resources.tables import ParquetTables, table_metadata
+from synpo_assets.schemas import KeywordPool, PreferencePairs, SeedPairs, check, column_schema, frame_type
+
+SEED = pl.DataFrame({"prompt_id": ["prompt-1", "prompt-2"], "prompt": ["a", "b"], "answer": ["x", "y"],
+                     "split": ["train", "held_out"], "line": [1, 1]})  # fmt: skip
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    file = tmp_path / "deep" / "file.txt"
+    write_atomically(file, b"old")
+    write_atomically(file, b"new")
+    assert file.read_bytes() == b"new"
+    assert os.listdir(file.parent) == ["file.txt"]
+
+
+def test_leftovers_of_dead_processes_are_removed_and_live_ones_kept(tmp_path):
+    place = tmp_path / "0001"
+    dead, alive = tmp_path / ".0001.4194305.tmp", tmp_path / f".0001.{os.getppid()}.tmp"
+    dead.mkdir()
+    alive.mkdir()
+    with temporary_directory_beside(place) as directory:
+        (directory / "file").write_text("x")
+    assert not dead.exists()
+    assert alive.exists()
+    assert not directory.exists()
+
+
+def write_weights(text):
+    def build(directory: Path):
+        (directory / "merged").mkdir()
+        (directory / "merged" / "model.safetensors").write_text(text)
+        return "result"
+
+    return build
+
+
+def create(store, build, partition=None, asset="model_checkpoint"):
+    """Runs `create` inside a real asset, as it is used."""
+    made = {}
+
+    @dg.asset(name=asset, io_manager_key="checkpoints", partitions_def=dg.StaticPartitionsDefinition(["0001", "0002"]))
+    def checkpoint_asset(context: dg.AssetExecutionContext):
+        made["it"], result = store.create(
+            context, build, parents={}, trained_on={"pairs": "v1"}, settings={"beta": 2}, random_seed=1
+        )
+        assert result == "result"
+        return made["it"]
+
+    dg.materialize([checkpoint_asset], resources={"checkpoints": store}, partition_key=partition or "0001")
+    return made["it"]
+
+
+def test_a_checkpoint_has_a_manifest_and_is_found_again(tmp_path):
+    store = CheckpointStore(str(tmp_path))
+    made = create(store, write_weights("one"))
+    assert store.current("model_checkpoint", "0001") == made
+    assert made.manifest["trained_on"] == {"pairs": "v1"}
+    assert made.manifest["libraries"]["trl"]
+    assert made.manifest["run_id"]
+    assert made.label == "model_checkpoint[0001]"
+    store.verify(made)
+
+
+def test_equal_weights_have_equal_shas_and_old_checkpoints_stay(tmp_path):
+    store = CheckpointStore(str(tmp_path))
+    first = create(store, write_weights("one"))
+    assert create(store, write_weights("one")).sha == first.sha
+    second = create(store, write_weights("two"))
+    assert second.sha != first.sha
+    assert store.current("model_checkpoint", "0001") == second
+    store.verify(first)
+
+
+def test_a_failed_build_leaves_nothing(tmp_path):
+    def fails(directory):
+        (directory / "merged").mkdir()
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        create(CheckpointStore(str(tmp_path)), fails)
+    assert list(tmp_path.rglob("*.json")) == []
+    assert list(tmp_path.rglob("merged")) == []
+
+
+def test_damage_is_named(tmp_path):
+    store = CheckpointStore(str(tmp_path))
+    made = create(store, write_weights("one"))
+    file = Path(made.weights) / "model.safetensors"
+    file.write_text("0ne")
+    with pytest.raises(CheckpointError, match=r"model_checkpoint\[0001\].*were altered"):
+        store.verify(made)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="is missing or has changed size"):
+        store.current("model_checkpoint", "0001")
+    (Path(made.directory) / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no manifest\.json"):
+        store.current("model_checkpoint", "0001")
+    with pytest.raises(CheckpointError, match=r"model_checkpoint\[0002\] has no checkpoint"):
+        store.current("model_checkpoint", "0002")
+
+
+def table_asset(frame, **options):
+    @dg.asset(io_manager_key="tables", **options)
+    def some_table():
+        return frame
+
+    return some_table
+
+
+def test_tables_come_back_equal_and_show_a_sample(tmp_path):
+    asset = table_asset(SEED, dagster_type=frame_type(SeedPairs))
+    result = dg.materialize([asset], resources={"tables": ParquetTables(str(tmp_path))})
+    assert pl.read_parquet(tmp_path / "some_table.parquet").equals(SEED)
+    assert os.listdir(tmp_path) == ["some_table.parquet"]
+    metadata = result.asset_materializations_for_node("some_table")[0].metadata
+    assert metadata["dagster/row_count"].value == 2
+    assert metadata["sample"].records[0].data["prompt"] == "a"
+    assert "statistics" in metadata
+
+
+def test_a_broken_table_is_never_written_and_its_bad_rows_are_shown(tmp_path):
+    bad = SEED.with_columns(split=pl.Series(["train", "test"]))
+    with pytest.raises(dg.DagsterTypeCheckDidNotPass) as error:
+        dg.materialize([table_asset(bad, dagster_type=frame_type(SeedPairs))],
+                       resources={"tables": ParquetTables(str(tmp_path))})  # fmt: skip
+    assert "split: isin(['train', 'held_out']) fails on 'test' in row 1" in str(error.value)
+    assert "'prompt': 'b'" in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lazy_tables_are_streamed(tmp_path):
+    frame = pl.LazyFrame({"keyword_set_id": ["keywords-1"], "keywords": [["a", "b", "c"]], "paragraph": ["p"]})
+    asset = table_asset(frame, dagster_type=frame_type(KeywordPool, pl.LazyFrame))
+
+    @dg.asset
+    def reader(some_table: pl.LazyFrame):
+        assert isinstance(some_table, pl.LazyFrame)
+        return some_table.collect().height
+
+    result = dg.materialize([asset, reader], resources={"tables": ParquetTables(str(tmp_path))})
+    assert result.output_for_node("reader") == 1
+
+
+def test_a_missing_table_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"of preference_pairs\[0001\] does not exist: materialize"):
+        ParquetTables(str(tmp_path)).read("preference_pairs", "0001")
+
+
+@pytest.mark.parametrize("change", [
+    {"prompt": pl.Series([None, "b"], dtype=pl.String)}, {"prompt": pl.Series(["", "b"])},
+    {"prompt_id": pl.Series(["prompt-1", "prompt-1"])}, {"line": pl.Series([0, 1])}, {"extra": pl.Series([1, 2])},
+    {"line": pl.Series(["1", "2"])},
+])  # fmt: skip
+def test_schemas_refuse(change):
+    assert check(SeedPairs, SEED) is None
+    assert check(SeedPairs, SEED.with_columns(**change)) is not None
+
+
+def test_every_column_is_described():
+    schemas = [SeedPairs, KeywordPool, PreferencePairs]
+    assert all(column.description for schema in schemas for column in column_schema(schema).columns)
+
+
+def test_generated_text_reaches_the_ui_as_text_and_not_as_markup():
+    shown = table_metadata(pl.DataFrame({"text": ["<script>alert(1)</script> | **x**"], "long": ["y" * 1000]}))
+    assert shown.records[0].data["text"] == "<script>alert(1)</script> | **x**"
+    assert len(shown.records[0].data["long"]) < 310
+    assert json.dumps(shown.records[0].data)

@@ -1,0 +1,223 @@
+"""Training on the nano model: the losses are what the formulas say, and nothing half-made is left."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from resources.chat import load_tokenizer, prompt_text
+from resources.checkpoint_store import Checkpoint
+from resources.settings import Engine, PreferenceTraining, Training
+from resources.trainer import Trainer, TrainingError
+from tests.nano import seed_rows
+
+ROWS = seed_rows()[:8]
+LORA = {"rank": 4, "alpha": 8}
+SFT = Training(learning_rate=1e-3, batch_size=4, micro_batch_size=4, max_length=400, lora=LORA, scheduler="constant",
+               warmup_ratio=0)  # fmt: skip
+SIMPO = PreferenceTraining(
+    **SFT.model_dump(), beta=2.5, gamma=1.25, max_prompt_length=200, max_completion_length=150,
+)  # fmt: skip
+EXAMPLES = [([{"role": "user", "content": row["prompt"]}], row["answer"]) for row in ROWS]
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def pairs(rows=ROWS):
+    return [{"prompt": user(row["prompt"]), "chosen": assistant(row["answer"]), "rejected": assistant("I do not know that.")}
+            for row in rows]  # fmt: skip
+
+
+@pytest.fixture
+def trainer():
+    return Trainer(engine=Engine(threads=1), random_seed=1)
+
+
+def silent(_message):
+    pass
+
+
+def mean_log_probability(model, tokenizer, messages, answer):
+    """Average log-probability of an answer and its end-of-turn token, computed from the logits by hand."""
+    import torch
+
+    prompt = tokenizer(prompt_text(tokenizer, messages), add_special_tokens=False).input_ids
+    whole = torch.tensor([[*prompt, *tokenizer(answer + "<|im_end|>", add_special_tokens=False).input_ids]])
+    with torch.no_grad():
+        log_probabilities = model(whole).logits.log_softmax(-1)
+    terms = [log_probabilities[0, place - 1, whole[0, place]].item() for place in range(len(prompt), whole.shape[1])]
+    return sum(terms) / len(terms)
+
+
+def test_the_simpo_loss_is_the_papers_formula(tmp_path, trainer, nano_checkpoint):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(nano_checkpoint.weights)
+    tokenizer = load_tokenizer(nano_checkpoint.weights)
+    losses = []
+    for pair in pairs()[:4]:
+        chosen, rejected = (
+            mean_log_probability(model, tokenizer, pair["prompt"], pair[side][0]["content"])
+            for side in ("chosen", "rejected")
+        )
+        losses.append(math.log1p(math.exp(-(SIMPO.beta * (chosen - rejected) - SIMPO.gamma))))
+    summary = trainer.preference(nano_checkpoint, pairs()[:4], SIMPO, tmp_path, silent)
+    assert summary.history[0]["loss"] == pytest.approx(sum(losses) / 4, abs=1e-3)
+
+
+def test_golden_numbers_of_the_simpo_loss():
+    """-log sigmoid(beta (a - b) - gamma), by hand: beta 2, gamma 1.6, a -1, b -2 -> log(1 + e^-0.4)."""
+    import torch
+    from trl.experimental.cpo import CPOTrainer
+
+    class Loss:
+        alpha, beta, simpo_gamma, loss_type, label_smoothing = 0.0, 2.0, 1.6, "simpo", 0.0
+        accelerator = type("Accelerator", (), {"device": "cpu"})
+
+    loss, chosen, rejected = CPOTrainer.cpo_loss(Loss, torch.tensor([-1.0]), torch.tensor([-2.0]))
+    assert loss.item() == pytest.approx(0.513015, abs=1e-6)
+    assert (chosen.item(), rejected.item()) == (-2.0, -4.0)
+
+
+def test_the_cpu_loss_of_supervised_training_is_trls(tmp_path, trainer, nano_checkpoint, monkeypatch):
+    from trl import SFTTrainer
+
+    import resources.cpu_sft
+
+    ours = trainer.supervised(nano_checkpoint, EXAMPLES, SFT, tmp_path / "ours", silent)
+    monkeypatch.setattr(resources.cpu_sft, "CpuSFTTrainer", SFTTrainer)
+    theirs = trainer.supervised(nano_checkpoint, EXAMPLES, SFT, tmp_path / "theirs", silent)
+    assert ours.steps == theirs.steps == 2
+    for mine, trl in zip(ours.history, theirs.history, strict=True):
+        assert mine["loss"] == pytest.approx(trl["loss"], abs=1e-4)
+        assert mine["grad_norm"] == pytest.approx(trl["grad_norm"], rel=1e-2)
+
+
+def test_only_the_answer_is_learned(tmp_path, trainer, nano_checkpoint):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(nano_checkpoint.weights)
+    tokenizer = load_tokenizer(nano_checkpoint.weights)
+    total = count = 0.0
+    for messages, answer in EXAMPLES[:4]:
+        tokens = len(tokenizer(answer).input_ids) + 1
+        total -= mean_log_probability(model, tokenizer, messages, answer) * tokens
+        count += tokens
+    summary = trainer.supervised(nano_checkpoint, EXAMPLES[:4], SFT, tmp_path, silent)
+    assert summary.history[0]["loss"] == pytest.approx(total / count, abs=1e-3)
+
+
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_training_changes_the_weights_that_generate(tmp_path, trainer, nano_checkpoint, lora):
+    from safetensors.torch import load_file
+
+    training = SFT.model_copy(
+        update={"learning_rate": 0.1, "lora": lora and Training.model_validate(SFT.model_dump()).lora}
+    )
+    trainer.supervised(nano_checkpoint, EXAMPLES, training, tmp_path, silent)
+    before = load_file(Path(nano_checkpoint.weights) / "model.safetensors")
+    after = load_file(tmp_path / "merged" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert any((before[name] - after[name]).abs().max() > 1e-3 for name in before)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists() == (lora is not None)
+    assert load_tokenizer(str(tmp_path / "merged")).chat_template
+    assert len((tmp_path / "trainer_log.jsonl").read_text().splitlines()) == 2
+
+
+def test_last_layers_only(tmp_path, trainer, nano_checkpoint):
+    from safetensors.torch import load_file
+
+    lora = SFT.lora.model_copy(update={"last_layers": 1})
+    trainer.supervised(nano_checkpoint, EXAMPLES, SFT.model_copy(update={"lora": lora}), tmp_path, silent)
+    adapted = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert adapted
+    assert all(".layers.1." in name for name in adapted)
+
+
+def test_the_merged_copy_equals_base_plus_adapter(tmp_path, trainer, nano_checkpoint):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    training = SIMPO.model_copy(update={"learning_rate": 0.05})
+    trainer.preference(nano_checkpoint, pairs(), training, tmp_path, silent)
+    base = AutoModelForCausalLM.from_pretrained(nano_checkpoint.weights)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokens = torch.arange(20)[None]
+    assert torch.allclose(adapted(tokens).logits, merged(tokens).logits, atol=1e-3)
+
+
+def test_the_reward_model_learns_to_tell_gold_from_nonsense(tmp_path, trainer, nano_checkpoint):
+    from resources.scorer import RewardScorer
+
+    training = SFT.model_copy(update={"learning_rate": 1e-2, "epochs": 6})
+    rows = [(row["prompt"], row["answer"], "zz qq zz qq") for row in ROWS]
+    summary = trainer.reward(nano_checkpoint, rows, training, tmp_path, silent)
+    assert summary.history[-1]["loss"] < 0.5 < summary.history[0]["loss"]
+    merged = str(tmp_path / "merged")
+    scorer = RewardScorer(engine=Engine(threads=1), max_length=400)
+    asked = [(row["prompt"], answer) for row in ROWS for answer in (row["answer"], "zz qq zz qq")]
+    scores, cut = scorer.score(Checkpoint("reward_model", None, "x", merged, merged), asked, silent)
+    assert cut == 0
+    assert all(gold > nonsense for gold, nonsense in zip(scores[::2], scores[1::2], strict=True))
+    # Batches are padded; a score must not depend on its neighbours.
+    one_by_one = RewardScorer(engine=Engine(threads=1, batch_tokens=64), max_length=400)
+    alone, _ = one_by_one.score(Checkpoint("reward_model", None, "x", merged, merged), asked, silent)
+    assert alone == pytest.approx(scores, abs=1e-3)
+    short = RewardScorer(engine=Engine(threads=1), max_length=30)
+    assert short.score(Checkpoint("reward_model", None, "x", merged, merged), asked, silent)[1] > 0
+
+
+def test_long_sides_are_cut_before_the_trainer_and_empty_ones_left_out(tmp_path, trainer, nano_checkpoint):
+    rows = pairs(ROWS[:3])
+    rows[0]["rejected"] = assistant("  ")
+    rows[1]["chosen"] = assistant("word " * 2000)
+    rows[2]["prompt"] = user("word " * 2000)
+    summary = trainer.preference(nano_checkpoint, rows, SIMPO, tmp_path, silent)
+    assert (summary.examples, summary.dropped, summary.truncated) == (2, 1, 2)
+    assert all(math.isfinite(entry["loss"]) for entry in summary.history)
+
+
+def test_nothing_to_train_on_is_said(tmp_path, trainer, nano_checkpoint):
+    with pytest.raises(TrainingError, match="None of the 1 examples fits"):
+        trainer.supervised(nano_checkpoint, [(user("x " * 900), "y")], SFT, tmp_path, silent)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, trainer, nano_checkpoint, nano_model):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in nano_model.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file(weights | {name: weights[name] * float("nan")}, broken / "model.safetensors", metadata={"format": "pt"})
+    start = Checkpoint("initial_policy", None, "broken", str(broken), str(broken))
+    with pytest.raises(TrainingError, match=r"The training loss became nan at step 1.*training\.learning_rate"):
+        trainer.preference(start, pairs(), SIMPO, tmp_path / "out", silent)
+    assert not (tmp_path / "out" / "merged").exists()
+
+
+def test_subsets_are_random_and_repeatable(trainer):
+    subset = trainer._subset(list(range(100)), 10)
+    assert len(subset) == 10
+    assert subset == sorted(subset)
+    assert subset == trainer._subset(list(range(100)), 10)
+    assert subset != list(range(10))
+
+
+def test_the_progress_line_has_count_rate_and_time_left(tmp_path, trainer, nano_checkpoint):
+    lines = []
+    trainer.supervised(nano_checkpoint, EXAMPLES, SFT, tmp_path, lines.append)
+    assert lines[-1].startswith("Step 2 of 2, loss ")
+    assert lines[-1].endswith("s/step, 0 s left.")
+    assert json.loads((tmp_path / "trainer_log.jsonl").read_text().splitlines()[0])["step"] == 1
