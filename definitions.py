@@ -17,6 +17,8 @@ from synpo_assets.terminal import terminal_logger
 
 # Progress bars fill the logs of the UI; assets log count, rate and time left instead.
 os.environ["TQDM_DISABLE"] = "1"
+# SimPO lives in trl.experimental, which is why trl is pinned exactly.
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 # Data versions and pools are marked beta; the pinned Dagster minor version is the one they were tested with.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
 

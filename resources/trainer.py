@@ -146,6 +146,7 @@ class Trainer(dg.ConfigurableResource):
             options={
                 "max_length": training.max_length,
                 "loss_type": "simpo",
+                "remove_unused_columns": False,
                 # Anything above zero adds a likelihood term that SimPO does not have.
                 "cpo_alpha": 0.0,
                 "beta": training.beta,

@@ -22,14 +22,14 @@ def print_summary(instance: DagsterInstance, home: Path, iterations: int) -> Non
     console.print(_sample_pair(home, iterations))
     console.print(_held_out(instance, iterations))
     newest = _metadata(instance, "model_checkpoint", partition_key(iterations))
-    where = Table.grid(padding=(0, 2))
-    where.add_row(f"M_{iterations}", str(newest["path"]))
-    where.add_row(
-        "preference pairs", str(home / "tables" / "preference_pairs" / f"{partition_key(iterations)}.parquet")
-    )
-    where.add_row("everything else", str(home))
-    where.add_row("Dagster UI", f"synpo ui --home {home}")
-    console.print(where, soft_wrap=True)
+    places = {
+        f"M_{iterations}": newest["path"],
+        "preference pairs": home / "tables" / "preference_pairs" / f"{partition_key(iterations)}.parquet",
+        "everything": home,
+        "Dagster UI": f"synpo ui --home {home}",
+    }
+    for name, place in places.items():
+        console.print(f"{name:<18}{place}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _made(instance: DagsterInstance, iterations: int) -> Table:
@@ -49,13 +49,14 @@ def _made(instance: DagsterInstance, iterations: int) -> Table:
 
 def _sample_pair(home: Path, iterations: int) -> Panel:
     path = home / "tables" / "preference_pairs" / f"{partition_key(iterations)}.parquet"
-    pair = pl.read_parquet(path).sort("margin", descending=True).row(0, named=True)
+    pairs = pl.read_parquet(path).sort("margin")
+    pair = pairs.row(pairs.height // 2, named=True)
     text = Text()
     for side, score in (("prompt", None), ("chosen", "chosen_score"), ("rejected", "rejected_score")):
         title = side if score is None else f"{side} (score {pair[score]:.2f})"
         text.append(f"{title}\n", style="bold")
         text.append(f"{pair[side][-1]['content']}\n")
-    return Panel(text, title=f"The pair with the largest margin: {pair['pair_id']}", title_align="left")
+    return Panel(text, title=f"The pair with the median margin: {pair['pair_id']}", title_align="left")
 
 
 def _held_out(instance: DagsterInstance, iterations: int) -> Table:

@@ -1,5 +1,6 @@
 """A home and a nano model for all tests; SYNPO_HOME is set before anything reads the settings."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.nano import make_nano_model, nano_settings, write_settings
 
@@ -40,9 +42,22 @@ def synpo(*arguments: object, timeout: int = 280) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class NanoRun:
+    """Two whole iterations on the nano model through `synpo run`, the first of which failed once on the way."""
+
+    home: Path
+    failed: subprocess.CompletedProcess[str]
+    result: subprocess.CompletedProcess[str]
+
+
 @pytest.fixture(scope="session")
-def nano_run(nano_model: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """Two whole iterations on the nano model through `synpo run`, and what it printed."""
+def nano_run(nano_model: Path) -> NanoRun:
     home = WORK / "two iterations"
-    settings = write_settings(WORK / "nano.yaml", nano_settings(nano_model))
-    return home, synpo("run", "--settings", settings, "--home", home, "--iterations", 2)
+    settings = nano_settings(nano_model)
+    settings["response_improver"]["margin_threshold"] = 1e9
+    failed = synpo("run", "--settings", write_settings(WORK / "nano.yaml", settings), "--home", home)
+    stored = yaml.safe_load((home / "settings.yaml").read_text())
+    stored["response_improver"]["margin_threshold"] = -100
+    write_settings(home / "settings.yaml", stored)
+    return NanoRun(home, failed, synpo("run", "--home", home, "--iterations", 2))

@@ -1,10 +1,8 @@
 """What the command line says to input that cannot work: one sentence, exit code 2, nothing half-written."""
 
 import shutil
-from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.conftest import synpo
 from tests.nano import SEED, nano_settings, write_settings
@@ -121,22 +119,3 @@ def test_check_prints_an_estimate_and_writes_nothing(tmp_path, nano_model):
     for word in ("tokens", "minutes", "disk", "seed", "device"):
         assert word in result.stdout.lower(), word
     assert not (tmp_path / "home").exists()
-
-
-def test_a_failing_asset_is_named_with_its_reason(tmp_path, nano_model):
-    settings = nano_settings(nano_model)
-    settings["response_improver"]["margin_threshold"] = 1e9
-    home = tmp_path / "home"
-    file = write_settings(tmp_path / "mine.yaml", settings)
-    failed = synpo("run", "--settings", file, "--home", home)
-    assert failed.returncode == 1
-    assert "response_improver failed." in failed.stderr
-    assert "lower it" in failed.stderr
-    assert "run the same command again" in failed.stderr.replace("\n", " ")
-    stored = yaml.safe_load((home / "settings.yaml").read_text())
-    stored["response_improver"]["margin_threshold"] = -100
-    (home / "settings.yaml").write_text(yaml.safe_dump(stored))
-    again = synpo("run", "--home", home)
-    assert again.returncode == 0, again.stderr
-    assert "prompt_generator" not in again.stderr, "finished work must not be done again"
-    assert Path(home / "tables/evaluation/0001.parquet").exists()

@@ -24,9 +24,8 @@ CHECKPOINTS = {"policy", "response_improver", "model_checkpoint"}
 
 @pytest.fixture(scope="module")
 def home(nano_run):
-    place, result = nano_run
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return place
+    assert nano_run.result.returncode == 0, nano_run.result.stdout[-3000:] + nano_run.result.stderr[-3000:]
+    return nano_run.home
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +45,21 @@ def metadata(instance, asset, partition=None):
 
 
 def test_the_summary_shows_what_was_made(nano_run, home):
-    printed = nano_run[1].stdout
+    printed = nano_run.result.stdout
     for asset in ONCE | (TABLES.keys() - ONCE) | CHECKPOINTS:
         assert asset in printed
     for word in ("chosen", "rejected", "win rate", "M_2", "synpo ui --home"):
         assert word in printed
-    assert "tokens/s" in nano_run[1].stderr
+    assert "tokens/s" in nano_run.result.stderr
+
+
+def test_a_failed_asset_is_named_and_the_next_run_does_only_the_rest(nano_run):
+    assert nano_run.failed.returncode == 1
+    assert "response_improver failed. " in nano_run.failed.stderr
+    assert "response_improver.margin_threshold = 1000000000.0: lower it." in nano_run.failed.stderr
+    assert "run the same command again" in nano_run.failed.stderr
+    assert "prompt_generator" in nano_run.failed.stderr
+    assert "prompt_generator" not in nano_run.result.stderr, "finished work was done again"
 
 
 def test_every_asset_of_both_iterations_is_materialized(instance):
