@@ -83,8 +83,8 @@ def test_no_network_on_first_use(tmp_path, monkeypatch):
 
 def test_a_model_that_is_not_on_the_hub(tmp_path, nano_model):
     settings = nano_settings(nano_model)
-    settings["initial_policy"] = {"source": "hub", "name": "nobody/nothing", "revision": "main"}
-    refused(tmp_path, {**settings, "preset": "single_gpu"} | {"engine": {"device": "cpu"}}, "nobody/nothing")
+    settings["initial_policy"] |= {"source": "hub", "name": "nobody/nothing", "revision": "main"}
+    refused(tmp_path, settings, "nobody/nothing", "hub")
 
 
 def test_no_disk_space(tmp_path, nano_model, monkeypatch):
