@@ -7,6 +7,7 @@ import dagster as dg
 
 from resources.checkpoint_store import CheckpointStore
 from resources.language_model import LanguageModel
+from resources.processes import end_with_parent
 from resources.scorer import RewardScorer
 from resources.settings import active_settings, home_directory
 from resources.tables import ParquetTables
@@ -21,6 +22,8 @@ os.environ["TQDM_DISABLE"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 # Data versions and pools are marked beta; the pinned Dagster minor version is the one they were tested with.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
+
+end_with_parent()
 
 settings = active_settings()
 home = home_directory()
@@ -42,7 +45,6 @@ defs = dg.Definitions(
         "scorer": RewardScorer(
             engine=settings.engine,
             max_length=settings.scorer.max_length,
-            trust_remote_code=settings.scorer.trust_remote_code,
         ),
         "tables": ParquetTables(str(home / "tables")),
         "checkpoints": CheckpointStore(str(home / "checkpoints")),

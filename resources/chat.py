@@ -13,7 +13,7 @@ class ChatTemplateError(ValueError):
     """The tokenizer has no chat template; the message says how to give it one."""
 
 
-def load_tokenizer(directory: str) -> "PreTrainedTokenizerBase":
+def load_tokenizer(directory: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """Loads the tokenizer of a model directory and checks that it can render chats.
 
     Raises:
@@ -21,7 +21,7 @@ def load_tokenizer(directory: str) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
         raise ChatTemplateError(
             f"The tokenizer in {directory} has no chat template. SynPO starts from an instruct model: "

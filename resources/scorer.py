@@ -1,7 +1,9 @@
 """Scores answers with a reward model: a sequence classifier with one output."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import dagster as dg
 
@@ -13,6 +15,28 @@ from resources.settings import Engine
 LOG_EVERY_SECONDS = 10
 
 
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Scores of answers, and what they cost.
+
+    Attributes:
+        values: One number per answer, in the order asked.
+        cut: Answers whose end was unseen, because prompt and answer exceed `max_length`.
+        tokens: Tokens read.
+        seconds: Wall time, loading the model included.
+    """
+
+    values: list[float]
+    cut: int
+    tokens: int
+    seconds: float
+
+    def metadata(self) -> dict[str, Any]:
+        """The cost as asset metadata."""
+        return {"scored_answers": len(self.values), "scored_cut": self.cut, "scored_tokens": self.tokens,
+                "scoring_seconds": round(self.seconds, 1)}  # fmt: skip
+
+
 class RewardScorer(dg.ConfigurableResource):
     """Gives each (prompt, answer) one number; higher is better.
 
@@ -22,11 +46,8 @@ class RewardScorer(dg.ConfigurableResource):
 
     engine: Engine
     max_length: int
-    trust_remote_code: bool = False
 
-    def score(
-        self, reward_model: Checkpoint, rows: Sequence[tuple[str, str]], log: Callable[[str], None]
-    ) -> tuple[list[float], int]:
+    def score(self, reward_model: Checkpoint, rows: Sequence[tuple[str, str]], log: Callable[[str], None]) -> Scores:
         """Scores answers.
 
         Args:
@@ -34,19 +55,20 @@ class RewardScorer(dg.ConfigurableResource):
             rows: Pairs of a prompt and an answer.
             log: Receives progress sentences.
 
-        Returns:
-            The scores in the given order, and how many rows were cut at `max_length` so that their end was unseen.
+        Raises:
+            ValueError: The model gives more than one number per answer.
         """
         import torch
         from transformers import AutoModelForSequenceClassification
 
+        started = reported = time.monotonic()
         device = prepare_device(self.engine)
-        tokenizer = load_tokenizer(reward_model.weights)
+        tokenizer = load_tokenizer(reward_model.weights, self.engine.trust_remote_code)
         model = AutoModelForSequenceClassification.from_pretrained(
             reward_model.weights,
             dtype=torch_dtype(self.engine),
             use_safetensors=True,
-            trust_remote_code=self.trust_remote_code,
+            trust_remote_code=self.engine.trust_remote_code,
         ).to(device)
         model.eval()
         users = [[{"role": "user", "content": prompt}] for prompt, _ in rows]
@@ -56,7 +78,6 @@ class RewardScorer(dg.ConfigurableResource):
         ]
         order = sorted(range(len(rows)), key=lambda row: len(token_ids[row]), reverse=True)
         scores = [0.0] * len(rows)
-        started = reported = time.monotonic()
         done = 0
         while done < len(order):
             longest = min(len(token_ids[order[done]]), self.max_length)
@@ -67,8 +88,13 @@ class RewardScorer(dg.ConfigurableResource):
                 return_tensors="pt",
             ).to(device)
             with torch.inference_mode():
-                logits = model(**padded).logits[:, 0].float().tolist()
-            for row, logit in zip(batch, logits, strict=True):
+                logits = model(**padded).logits
+            if logits.numel() != len(batch):
+                raise ValueError(
+                    f"The reward model {reward_model.weights} gives {logits.numel() // len(batch)} numbers per answer: choose "
+                    "one with a single output in scorer.name."
+                )
+            for row, logit in zip(batch, logits.flatten().tolist(), strict=True):
                 scores[row] = logit
             done += len(batch)
             now = time.monotonic()
@@ -76,4 +102,9 @@ class RewardScorer(dg.ConfigurableResource):
                 reported = now
                 left = (now - started) / done * (len(order) - done)
                 log(f"{done} of {len(order)} answers scored, {left:.0f} s left.")
-        return scores, sum(len(ids) > self.max_length for ids in token_ids)
+        return Scores(
+            values=scores,
+            cut=sum(len(ids) > self.max_length for ids in token_ids),
+            tokens=sum(min(len(ids), self.max_length) for ids in token_ids),
+            seconds=time.monotonic() - started,
+        )

@@ -10,10 +10,11 @@ import polars as pl
 from resources.settings import DataSource, SettingsError
 
 
-def read_rows(source: DataSource, setting: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Streams the rows of a file or dataset.
+def read_rows(source: DataSource, setting: str, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Streams the rows of a file or dataset, with their line or row number, counted from 1.
 
-    A line of a JSONL file that is not a JSON object comes back as an empty row, so that it is reported by its line.
+    Blank lines of a JSONL file are skipped; a line that is not a JSON object comes back as an empty row, so that it is
+    reported by its line.
 
     Args:
         source: Where the rows are.
@@ -27,31 +28,31 @@ def read_rows(source: DataSource, setting: str, columns: tuple[str, ...]) -> Ite
     first = next(rows, None)
     if first is None:
         raise SettingsError(f"{source.path} ({setting}) holds no rows.")
-    missing = [column for column in columns if column not in first]
+    missing = [column for column in columns if column not in first[1]]
     if missing:
         raise SettingsError(
             f"{source.path} ({setting}) has no column {', '.join(f'`{name}`' for name in missing)}; it has "
-            f"{', '.join(f'`{name}`' for name in first) or 'none'}. Name the right ones in the settings."
+            f"{', '.join(f'`{name}`' for name in first[1]) or 'none'}. Name the right ones in the settings."
         )
     yield first
     yield from rows
 
 
-def _rows(source: DataSource, setting: str) -> Iterator[dict[str, Any]]:
+def _rows(source: DataSource, setting: str) -> Iterator[tuple[int, dict[str, Any]]]:
     if not source.is_file:
-        yield from _hub_rows(source, setting)
+        yield from enumerate(_hub_rows(source, setting), start=1)
         return
     path = Path(source.path)
     if not path.is_file():
         raise SettingsError(f"The file {path} ({setting}) does not exist.")
     if path.suffix == ".parquet":
-        for batch in pl.scan_parquet(path).collect_batches():
-            yield from batch.to_dicts()
+        batches = pl.scan_parquet(path).collect_batches(maintain_order=True)
+        yield from enumerate((row for batch in batches for row in batch.iter_rows(named=True)), start=1)
         return
     with path.open(encoding="utf-8") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             if line.strip():
-                yield _json_object(line)
+                yield number, _json_object(line)
 
 
 def _json_object(line: str) -> dict[str, Any]:

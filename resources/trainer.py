@@ -34,7 +34,7 @@ class TrainingSummary:
         examples: Examples (or pairs) trained on.
         dropped: Examples left out because their completion was empty or did not fit at all.
         truncated: Examples (or sides of pairs) that were cut to the longest length allowed.
-        tokens: Tokens of one pass over the data.
+        tokens: Tokens of all passes over the data.
         steps: Optimizer steps.
         seconds: Wall time, loading included.
         history: What the trainer logged, one entry per logged step.
@@ -52,7 +52,8 @@ class TrainingSummary:
         """The figures as asset metadata, with the last logged loss."""
         losses = [entry["loss"] for entry in self.history if "loss" in entry]
         figures = {key: value for key, value in dataclasses.asdict(self).items() if key != "history"}
-        return figures | {"seconds": round(self.seconds, 1), "final_loss": losses[-1]}
+        figures |= {"seconds": round(self.seconds, 1), "tokens_per_second": round(self.tokens / self.seconds, 1)}
+        return figures | {"final_loss": losses[-1]}
 
 
 class Trainer(dg.ConfigurableResource):
@@ -83,7 +84,7 @@ class Trainer(dg.ConfigurableResource):
         from resources.cpu_sft import CpuSFTTrainer
 
         trainer_class = CpuSFTTrainer if prepare_device(self.engine) == "cpu" else SFTTrainer
-        tokenizer = load_tokenizer(start.weights)
+        tokenizer = load_tokenizer(start.weights, self.engine.trust_remote_code)
         examples = self._subset(examples, training.max_examples)
         rows, truncated = [], 0
         for messages, answer in examples:
@@ -120,7 +121,7 @@ class Trainer(dg.ConfigurableResource):
         """
         from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-        tokenizer = load_tokenizer(start.weights)
+        tokenizer = load_tokenizer(start.weights, self.engine.trust_remote_code)
         end = tokenizer.decode([end_of_turn_id(tokenizer)])
         pairs = self._subset(pairs, training.max_examples)
         rows, truncated, tokens = [], 0, 0
@@ -174,7 +175,7 @@ class Trainer(dg.ConfigurableResource):
         """
         from trl import RewardConfig, RewardTrainer
 
-        tokenizer = load_tokenizer(start.weights)
+        tokenizer = load_tokenizer(start.weights, self.engine.trust_remote_code)
         pairs = self._subset(pairs, training.max_examples)
         rows, truncated = [], 0
         for prompt, better, worse in pairs:
@@ -208,7 +209,7 @@ class Trainer(dg.ConfigurableResource):
         set_seed(self.random_seed)
         # Small steps vanish when bfloat16 weights are updated themselves; adapters are kept in float32 by PEFT.
         dtype = torch.float32 if training.lora is None else torch_dtype(self.engine)
-        options = {"dtype": dtype, "use_safetensors": True}
+        options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": self.engine.trust_remote_code}
         if kind == "causal":
             return AutoModelForCausalLM.from_pretrained(start.weights, **options)
         return AutoModelForSequenceClassification.from_pretrained(start.weights, num_labels=1, **options)
@@ -277,7 +278,7 @@ class Trainer(dg.ConfigurableResource):
             examples=len(rows),
             dropped=counts[0] - len(rows),
             truncated=counts[1],
-            tokens=counts[2],
+            tokens=round(counts[2] * training.epochs),
             steps=trainer.state.global_step,
             seconds=time.monotonic() - started,
             history=history,

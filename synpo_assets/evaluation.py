@@ -39,8 +39,10 @@ def evaluation(
     initial_side, initial_usage = language_model.answer(initial_policy, asked, sampling, context.log.info)
     texts = {"answer": held_out["answer"], "policy": policy_side["text"], "initial": initial_side["text"]}
     rows = [(prompt, text) for side in texts.values() for prompt, text in zip(held_out["prompt"], side, strict=True)]
-    scores, _ = scorer.score(reward_model, rows, context.log.info)
-    columns = {f"{name}_score": scores[i * held_out.height : (i + 1) * held_out.height] for i, name in enumerate(texts)}
+    scores = scorer.score(reward_model, rows, context.log.info)
+    columns = {
+        f"{name}_score": scores.values[i * held_out.height : (i + 1) * held_out.height] for i, name in enumerate(texts)
+    }
     frame = held_out.with_columns(
         policy_response=texts["policy"],
         initial_response=texts["initial"],
@@ -57,4 +59,4 @@ def evaluation(
         "held_out_prompts": frame.height,
     }
     usage_figures = (usage + initial_usage).metadata()
-    return table_output(frame, **rewards, **figures, **usage_figures, **made_by(model_checkpoint))
+    return table_output(frame, **rewards, **figures, **usage_figures, **scores.metadata(), **made_by(model_checkpoint))

@@ -45,7 +45,7 @@ def reward_model(
     compared = seed_pairs.with_columns(response=written["text"].str.strip_chars())
     training = settings.scorer.training
     if settings.scorer.kind == "pretrained" or training is None:
-        made = checkpoints.adopt(context, *fetch_reward_model(settings.scorer))
+        made = checkpoints.adopt(context, *fetch_reward_model(settings.scorer, settings.engine.trust_remote_code))
         about = {}
     else:
         pairs = compared.filter(split="train").select("prompt", "answer", "response").rows()
@@ -83,10 +83,10 @@ def preference_pairs(
     options = settings.preferences
     joined = join_sides(refined_responses, initial_responses)
     rows = joined.select("prompt", "chosen_response").rows() + joined.select("prompt", "rejected_response").rows()
-    scores, cut = scorer.score(reward_model, rows, context.log.info)
+    scores = scorer.score(reward_model, rows, context.log.info)
     scored = joined.with_columns(
-        chosen_score=pl.Series(scores[: joined.height], dtype=pl.Float64),
-        rejected_score=pl.Series(scores[joined.height :], dtype=pl.Float64),
+        chosen_score=pl.Series(scores.values[: joined.height], dtype=pl.Float64),
+        rejected_score=pl.Series(scores.values[joined.height :], dtype=pl.Float64),
     )
     kept, dropped = select_pairs(
         scored,
@@ -114,7 +114,7 @@ def preference_pairs(
         dropped=dg.MetadataValue.json(dropped),
         scorer=reward_model.label,
         scorer_sha=reward_model.sha,
-        scored_cut=cut,
+        **scores.metadata(),
         mean_margin=kept["margin"].mean(),
         chosen_to_rejected_length=lengths[0] / max(lengths[1], 1),
     )
@@ -125,6 +125,6 @@ def _held_out_accuracy(
 ) -> tuple[float, int]:
     """The share of held-out prompts where the scorer prefers gold to M_0's answer, and how many there are."""
     rows = compared.select("prompt", "answer").rows() + compared.select("prompt", "response").rows()
-    scores, _ = scorer.score(model, rows, context.log.info)
+    scores = scorer.score(model, rows, context.log.info).values
     gold, own = scores[: compared.height], scores[compared.height :]
     return sum(a > b for a, b in zip(gold, own, strict=True)) / compared.height, compared.height

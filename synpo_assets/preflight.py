@@ -69,7 +69,7 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> Non
     seed_table(settings)
     next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
     check_disk(settings, home)
-    fetch_initial_policy(settings.initial_policy)
+    fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
 
 
 def check_disk(settings: Settings, home: Path) -> int:

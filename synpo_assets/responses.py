@@ -71,8 +71,8 @@ def seed_responses(
     seed = seed_pairs.filter(split="train").select("prompt_id", "prompt", "answer")
     frame, usage = _answer(context, seed, policy, language_model, settings.responses.sampling)
     rows = frame.select("prompt", "answer").rows() + frame.select("prompt", "response").rows()
-    scores, cut = scorer.score(reward_model, rows, context.log.info)
-    gold, own = scores[: frame.height], scores[frame.height :]
+    scores = scorer.score(reward_model, rows, context.log.info)
+    gold, own = scores.values[: frame.height], scores.values[frame.height :]
     scored = frame.with_columns(
         answer_score=pl.Series(gold, dtype=pl.Float64),
         response_score=pl.Series(own, dtype=pl.Float64),
@@ -80,7 +80,7 @@ def seed_responses(
         scorer_sha=pl.lit(reward_model.sha),
     )
     better = (scored["margin"] > 0).mean()
-    return table_output(scored, gold_better_share=better, scored_cut=cut, **usage.metadata(), **made_by(policy))
+    return table_output(scored, gold_better_share=better, **usage.metadata(), **scores.metadata(), **made_by(policy))
 
 
 @dg.asset(

@@ -38,7 +38,7 @@ def initial_policy(
     settings: dg.ResourceParam[Settings],
 ) -> dg.Output[Checkpoint]:
     """M_0, the instruct model that every training run starts from (paper, section 3.1)."""
-    weights, origin = fetch_initial_policy(settings.initial_policy)
+    weights, origin = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
     adopted = checkpoints.adopt(context, weights, origin)
     return checkpoint_output(adopted, **{f"origin {key}": value for key, value in origin.items()})
 
@@ -57,7 +57,7 @@ def keyword_pool(settings: dg.ResourceParam[Settings]) -> Iterator[dg.Output[pl.
     """The keyword pool K: keywords of one corpus paragraph each, streamed to disk (paper, section 2.1)."""
     pool = settings.keyword_pool
     rows = read_rows(pool.corpus, "keyword_pool.corpus", (pool.text_column,))
-    paragraphs = (text for row in rows if isinstance(text := row.get(pool.text_column), str) and text.strip())
+    paragraphs = (text for _, row in rows if isinstance(text := row.get(pool.text_column), str) and text.strip())
     sets = paragraph_keyword_sets(
         paragraphs,
         Keywords(pool.language, pool.drop_personal_names),

@@ -246,7 +246,7 @@ def test_bad_seed_rows_are_named_by_line():
         {"prompt": "good", "answer": "a"}, {"prompt": "", "answer": "a"}, {"prompt": "x"}, {"prompt": 5, "answer": "a"},
         {"prompt": "Good ", "answer": "b"}, {"prompt": "shared", "answer": "a"}, {},
     ]  # fmt: skip
-    good, bad = check_seed(train, [{"prompt": "shared", "answer": "a"}], "prompt", "answer")
+    good, bad = check_seed(list(enumerate(train, 1)), [(1, {"prompt": "shared", "answer": "a"})], "prompt", "answer")
     assert [(row["split"], row["prompt"]) for row in good] == [("held_out", "shared"), ("train", "good")]
     assert [(row.line, row.reason) for row in bad] == [
         (2, "the prompt is empty"), (3, "the answer is missing or not text"), (4, "the prompt is missing or not text"),
@@ -257,6 +257,6 @@ def test_bad_seed_rows_are_named_by_line():
 
 def test_seed_rows_may_be_chat_messages():
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-    good, bad = check_seed([{"m": chat}], [], "m", "m")
+    good, bad = check_seed([(1, {"m": chat})], [], "m", "m")
     assert bad == []
     assert (good[0]["prompt"], good[0]["answer"]) == ("hi", "hello")

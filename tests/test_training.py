@@ -165,15 +165,15 @@ def test_the_reward_model_learns_to_tell_gold_from_nonsense(tmp_path, trainer, n
     merged = str(tmp_path / "merged")
     scorer = RewardScorer(engine=Engine(threads=1), max_length=400)
     asked = [(row["prompt"], answer) for row in ROWS for answer in (row["answer"], "zz qq zz qq")]
-    scores, cut = scorer.score(Checkpoint("reward_model", None, "x", merged, merged), asked, silent)
-    assert cut == 0
-    assert all(gold > nonsense for gold, nonsense in zip(scores[::2], scores[1::2], strict=True))
+    scores = scorer.score(Checkpoint("reward_model", None, "x", merged, merged), asked, silent)
+    assert scores.cut == 0
+    assert all(gold > nonsense for gold, nonsense in zip(scores.values[::2], scores.values[1::2], strict=True))
     # Batches are padded; a score must not depend on its neighbours.
     one_by_one = RewardScorer(engine=Engine(threads=1, batch_tokens=64), max_length=400)
-    alone, _ = one_by_one.score(Checkpoint("reward_model", None, "x", merged, merged), asked, silent)
-    assert alone == pytest.approx(scores, abs=1e-3)
+    alone = one_by_one.score(Checkpoint("reward_model", None, "x", merged, merged), asked, silent)
+    assert alone.values == pytest.approx(scores.values, abs=1e-3)
     short = RewardScorer(engine=Engine(threads=1), max_length=30)
-    assert short.score(Checkpoint("reward_model", None, "x", merged, merged), asked, silent)[1] > 0
+    assert short.score(Checkpoint("reward_model", None, "x", merged, merged), asked, silent).cut > 0
 
 
 def test_long_sides_are_cut_before_the_trainer_and_empty_ones_left_out(tmp_path, trainer, nano_checkpoint):

