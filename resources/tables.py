@@ -94,5 +94,12 @@ def _cell(value: Any) -> str | int | float | bool | None:
         return round(value, 4)
     if value is None or isinstance(value, bool | int):
         return value
-    text = str(value)
+    text = _text(value)
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
+
+
+def _text(value: Any) -> str:
+    """Chat messages as their contents, anything else as it prints."""
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "content" in value[0]:
+        return "\n".join(str(message["content"]) for message in value)
+    return str(value)

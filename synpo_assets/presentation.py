@@ -33,15 +33,18 @@ def made_by(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"checkpoint": checkpoint.label, "checkpoint_sha": checkpoint.sha}
 
 
+SHOWN_STEPS = 50
+SHOWN_LOG_VALUES = {"loss", "learning_rate", "step", "rewards", "logps", "accuracy", "margin", "mean_token_accuracy"}
+
+
 def training_metadata(summary: TrainingSummary) -> dict[str, Any]:
-    """Metadata of a training run, with the logged values of every step as a table."""
+    """Metadata of a training run, with the logged values of the steps, thinned out in long runs, as a table."""
     names = sorted({name for entry in summary.history for name in entry if name.split("/")[0] in SHOWN_LOG_VALUES})
     names = ["step", *[name for name in names if name != "step"]]
-    records = [dg.TableRecord({name: _number(entry.get(name)) for name in names}) for entry in summary.history]
+    every = max(1, len(summary.history) // SHOWN_STEPS)
+    shown = summary.history[::every]
+    records = [dg.TableRecord({name: _number(entry.get(name)) for name in names}) for entry in shown]
     return summary.metadata() | {"training_log": dg.MetadataValue.table(records)}
-
-
-SHOWN_LOG_VALUES = {"loss", "learning_rate", "step", "rewards", "logps", "accuracy", "margin", "mean_token_accuracy"}
 
 
 def _number(value: Any) -> float | None:
