@@ -13,7 +13,7 @@ from resources.settings import active_settings, home_directory
 from resources.tables import ParquetTables
 from resources.trainer import Trainer
 from synpo_assets import evaluation, loop, preferences, prompts, responses, seed, training
-from synpo_assets.runs import ALL_ASSETS_JOB
+from synpo_assets.partitions import ALL_ASSETS_JOB
 from synpo_assets.terminal import terminal_logger
 
 # Progress bars fill the logs of the UI; assets log count, rate and time left instead.

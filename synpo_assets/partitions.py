@@ -11,6 +11,7 @@ from resources.files import json_sha256
 from resources.settings import active_settings
 from synpo_assets.schemas import Table, column_schema, frame_type
 
+ALL_ASSETS_JOB = "synpo"
 GPU_POOL = "gpu"
 GROUP = "synpo"
 ITERATIONS = dg.StaticPartitionsDefinition(

@@ -110,7 +110,8 @@ def synthetic_prompts(
     kept, used = draw_until_enough(keyword_sets.to_dicts(), options.prompts_per_iteration, write, prompts)
     if not kept:
         raise dg.Failure(
-            f"None of {used} completions of the prompt generator held a valid prompt: {dict(prompts.dropped)}."
+            f"None of {used} completions of the prompt generator held a valid prompt: {dict(prompts.dropped)}. "
+            "If most are unparsable, train longer (prompt_generator.training); else loosen the filter that dropped them."
         )
     frame = pl.DataFrame(kept).with_columns(
         prompt_id=pl.Series([content_id("prompt", row["prompt"]) for row in kept]),

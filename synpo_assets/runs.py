@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import dagster as dg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
-from synpo_assets.partitions import ITERATIONS, partition_key
+from synpo_assets.partitions import ALL_ASSETS_JOB, ITERATIONS, partition_key
 
-ALL_ASSETS_JOB = "synpo"
 PROCESS_TAG = "synpo/process"
 # They look up what the iteration before left, so they run whenever anything of their iteration does.
 STATE_ASSETS = {"policy", "preference_history"}
@@ -90,6 +89,7 @@ def failure_sentence(event: dg.DagsterEvent) -> str:
     error = event.step_failure_data.error
     while error is not None and error.cause is not None:
         error = error.cause
-    reason = error.message.strip() if error is not None else "no reason was recorded"
-    place = error.stack[-1].strip().splitlines()[0] if error is not None and error.stack else ""
+    # The message starts with the full path of the exception's class, of which the name is enough.
+    reason = f"{error.cls_name}: {error.message.partition(': ')[2].strip()}" if error else "No reason was recorded."
+    place = error.stack[-1].strip().splitlines()[0] if error and error.stack else ""
     return f"{event.step_key} failed. {reason}\n  {place}"

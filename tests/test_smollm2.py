@@ -13,9 +13,13 @@ def test_one_iteration_on_a_real_language_model(tmp_path):
     few = {"max_examples": 16, "epochs": 1}
     settings = {
         "preset": "laptop",
-        "seed_data": {"train_limit": 24, "held_out_limit": 4},
-        # So little training teaches the format to some completions only: more keyword sets may be drawn.
-        "prompt_generator": {"prompts_per_iteration": 8, "max_overdraw": 6, "training": {"learning_rate": 3e-3} | few},
+        "seed_data": {"train_limit": 40, "held_out_limit": 4},
+        # Below about twenty steps the generator does not learn the output format, and no prompt is valid.
+        "prompt_generator": {
+            "prompts_per_iteration": 8,
+            "max_overdraw": 6,
+            "training": {"batch_size": 4, "micro_batch_size": 4, "epochs": 2, "max_examples": 40},
+        },
         "response_improver": {"margin_threshold": -100, "training": few},
         "scorer": {"training": few},
         "preferences": {"margin_threshold": -100, "pairs_per_iteration": 4},
