@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(Exception):
     """The tokenizer has no chat template; the message says how to give it one."""
 
 
@@ -49,9 +49,25 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]
     return tokenizer(prompt_text(tokenizer, messages), add_special_tokens=False).input_ids
 
 
-def answer_ids(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int]:
-    """Token ids of an assistant's answer, closed by the end-of-turn token."""
-    return [*tokenizer(answer, add_special_tokens=False).input_ids, end_of_turn_id(tokenizer)]
+def answer_ids(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], answer: str, finished: bool = True
+) -> list[int]:
+    """Token ids of an assistant's answer as they follow `prompt_ids`.
+
+    Prompt and answer are tokenized together, because some tokenizers begin a text on its own differently.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        messages: The conversation that is answered.
+        answer: The text of the answer.
+        finished: Close it with the end-of-turn token; False for an answer that was cut.
+    """
+    prompt = prompt_text(tokenizer, messages)
+    asked = tokenizer(prompt, add_special_tokens=False).input_ids
+    whole = tokenizer(prompt + answer, add_special_tokens=False).input_ids
+    together = whole[: len(asked)] == asked
+    token_ids = whole[len(asked) :] if together else tokenizer(answer, add_special_tokens=False).input_ids
+    return [*token_ids, end_of_turn_id(tokenizer)] if finished else token_ids
 
 
 def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -60,4 +76,5 @@ def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": marker}]
     rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
     after = tokenizer(rendered.rpartition(marker)[2].strip(), add_special_tokens=False).input_ids
-    return after[0] if after and after[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return after[0] if after and after[0] in special else tokenizer.eos_token_id

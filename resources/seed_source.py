@@ -1,5 +1,6 @@
 """Reading seed pairs and corpus paragraphs from files or Hugging Face datasets."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import polars as pl
 
 from resources.settings import DataSource, SettingsError
+
+ROWS_THAT_SHOW_THE_COLUMNS = 100
 
 
 def read_rows(source: DataSource, setting: str, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -19,22 +22,26 @@ def read_rows(source: DataSource, setting: str, columns: tuple[str, ...]) -> Ite
     Args:
         source: Where the rows are.
         setting: The setting that named the source, for messages.
-        columns: Columns that must be there; the first row decides.
+        columns: Columns that must be there in one of the first rows at least.
 
     Raises:
         SettingsError: The source does not exist, cannot be had, is empty or lacks a column.
     """
     rows = _rows(source, setting)
-    first = next(rows, None)
-    if first is None:
+    try:
+        first = list(itertools.islice(rows, ROWS_THAT_SHOW_THE_COLUMNS))
+    except (UnicodeDecodeError, pl.exceptions.PolarsError) as error:
+        raise SettingsError(f"{source.path} ({setting}) cannot be read: {' '.join(str(error).split())[:200]}") from None
+    if not first:
         raise SettingsError(f"{source.path} ({setting}) holds no rows.")
-    missing = [column for column in columns if column not in first[1]]
+    found = list(dict.fromkeys(name for _, row in first for name in row))
+    missing = [column for column in columns if column not in found]
     if missing:
         raise SettingsError(
             f"{source.path} ({setting}) has no column {', '.join(f'`{name}`' for name in missing)}; it has "
-            f"{', '.join(f'`{name}`' for name in first[1]) or 'none'}. Name the right ones in the settings."
+            f"{', '.join(f'`{name}`' for name in found) or 'none'}. Name the right ones in the settings."
         )
-    yield first
+    yield from first
     yield from rows
 
 
@@ -49,7 +56,7 @@ def _rows(source: DataSource, setting: str) -> Iterator[tuple[int, dict[str, Any
         batches = pl.scan_parquet(path).collect_batches(maintain_order=True)
         yield from enumerate((row for batch in batches for row in batch.iter_rows(named=True)), start=1)
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, _json_object(line)

@@ -76,7 +76,7 @@ class SeedData(Section):
     held_out: DataSource = Field(description="Pairs that no training ever reads; used for evaluation only.")
     prompt_column: str = Field("prompt", description="Column with the prompt: text, or chat messages.")
     answer_column: str = Field(
-        "answer", description="Column with the gold answer: text, or chat messages whose last assistant turn is taken."
+        "answer", description="Column with the gold answer: text, or chat messages whose first assistant turn is taken."
     )
     on_bad_rows: Literal["refuse", "drop"] = Field(
         "refuse",
@@ -97,7 +97,9 @@ class KeywordPool(Section):
     sets_per_paragraph: int = Field(1, ge=1, description="Disjoint keyword sets drawn from one paragraph. Paper: 1.")
     max_sets: int = Field(1_000_000, ge=1, description="Stop after this many keyword sets. Paper: 1,000,000.")
     drop_personal_names: bool = Field(True, description="Drop keywords that are names of people. Paper: yes.")
-    language: str = Field("en", description="ISO 639-1 code of the corpus; chooses the stopword list.")
+    language: str = Field(
+        "en", pattern="^[a-z]{2}$", description="ISO 639-1 code of the corpus; chooses the stopword list."
+    )
 
 
 class Sampling(Section):
@@ -180,7 +182,9 @@ class PromptGenerator(Section):
     min_words: int = Field(3, ge=1, description="Shorter prompts are dropped. Not in the paper.")
     max_words: int = Field(200, ge=1, description="Longer prompts are dropped. Not in the paper.")
     language: str | None = Field(
-        "en", description="Prompts in other languages are dropped; None keeps all. Not in the paper."
+        "en",
+        pattern="^[a-z]{2}$",
+        description="Prompts in other languages are dropped; None keeps all. Not in the paper.",
     )
     near_duplicate_similarity: float = Field(
         0.7,
@@ -389,14 +393,14 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SettingsError(f"The settings file {path} does not exist.")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"The settings file {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"The settings file {path} must hold `key: value` lines at its top level.")
     _make_paths_absolute(values, path.parent)
     preset = values.get("preset")
-    if preset in (None, "none") or preset_path(preset) == path:
+    if preset in (None, "none") or preset_path(str(preset)) == path:
         return values
     if path.name == "settings.yaml" and set(Settings.model_fields) <= set(values):
         return values
@@ -404,14 +408,22 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
-    sources = [values.get("seed_data", {}).get(key) for key in ("train", "held_out")]
-    sources.append(values.get("keyword_pool", {}).get("corpus"))
+    sources = [_section(_section(values, "seed_data"), key) for key in ("train", "held_out")]
+    sources.append(_section(_section(values, "keyword_pool"), "corpus"))
     for source in sources:
-        if isinstance(source, dict) and str(source.get("path", "")).endswith(SEED_DATA_SUFFIXES):
+        if str(source.get("path", "")).endswith(SEED_DATA_SUFFIXES):
             source["path"] = str((folder / source["path"]).resolve())
-    model = values.get("initial_policy", {})
+    model, scorer = _section(values, "initial_policy"), _section(values, "scorer")
     if model.get("source") == "directory" and "name" in model:
-        model["name"] = str((folder / model["name"]).resolve())
+        model["name"] = str((folder / str(model["name"])).resolve())
+    if scorer.get("name") and (folder / str(scorer["name"])).is_dir():
+        scorer["name"] = str((folder / str(scorer["name"])).resolve())
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section as written, or nothing if it is not one: the validation that follows says what is wrong."""
+    section = values.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from resources.chat import Message, answer_ids, end_of_turn_id, load_tokenizer, prompt_ids, prompt_text
+from resources.chat import Message, answer_ids, load_tokenizer, prompt_ids, prompt_text
 from resources.checkpoint_store import Checkpoint
 from resources.device import prepare_device, torch_dtype
 from resources.settings import Engine, PreferenceTraining, Training
@@ -88,7 +88,7 @@ class Trainer(dg.ConfigurableResource):
         examples = self._subset(examples, training.max_examples)
         rows, truncated = [], 0
         for messages, answer in examples:
-            prompt, completion = prompt_ids(tokenizer, messages), answer_ids(tokenizer, answer)
+            prompt, completion = prompt_ids(tokenizer, messages), answer_ids(tokenizer, messages, answer)
             truncated += len(prompt) + len(completion) > training.max_length
             token_ids = (prompt + completion)[: training.max_length]
             if answer.strip() and len(token_ids) > len(prompt):
@@ -114,34 +114,27 @@ class Trainer(dg.ConfigurableResource):
 
         Args:
             start: The checkpoint to start from.
-            pairs: Rows with prompt, chosen and rejected as chat messages.
+            pairs: Rows with prompt, chosen and rejected as chat messages, and chosen_finish_reason and
+                rejected_finish_reason: an answer that was cut is not closed with the end-of-turn token.
             training: Its settings.
             directory: Empty directory for the results.
             log: Receives progress sentences.
         """
-        from trl.experimental.cpo import CPOConfig, CPOTrainer
+        from trl.experimental.cpo import CPOConfig
+
+        from resources.simpo import SimPOTrainer
 
         tokenizer = load_tokenizer(start.weights, self.engine.trust_remote_code)
-        end = tokenizer.decode([end_of_turn_id(tokenizer)])
         pairs = self._subset(pairs, training.max_examples)
-        rows, truncated, tokens = [], 0, 0
+        rows, truncated = [], 0
         for pair in pairs:
-            row, cut = {}, 0
-            row["prompt"], was_cut = _fit(
-                tokenizer, prompt_text(tokenizer, pair["prompt"]), training.max_prompt_length, keep_end=True
-            )
-            cut += was_cut
-            for side in ("chosen", "rejected"):
-                # One place is left for the end-of-turn token.
-                answer, was_cut = _fit(tokenizer, pair[side][-1]["content"], training.max_completion_length - 1)
-                cut += was_cut
-                row[side] = answer + end if answer.strip() else ""
-            if row["chosen"] and row["rejected"]:
+            row, cut = _preference_row(tokenizer, pair, training)
+            if row["chosen"].strip() and row["rejected"].strip():
                 rows.append(row)
                 truncated += cut
-                tokens += sum(len(tokenizer(row["prompt"] + row[side]).input_ids) for side in ("chosen", "rejected"))
+        lengths = [2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
         return self._train(
-            CPOTrainer, CPOConfig, start, tokenizer, rows, training, directory, log,
+            SimPOTrainer, CPOConfig, start, tokenizer, rows, training, directory, log,
             model=self._load(start, training, "causal"),
             task="CAUSAL_LM",
             options={
@@ -153,7 +146,7 @@ class Trainer(dg.ConfigurableResource):
                 "beta": training.beta,
                 "simpo_gamma": training.gamma,
             },
-            counts=(len(pairs), truncated, tokens),
+            counts=(len(pairs), truncated, sum(lengths)),
         )  # fmt: skip
 
     def reward(
@@ -179,8 +172,9 @@ class Trainer(dg.ConfigurableResource):
         pairs = self._subset(pairs, training.max_examples)
         rows, truncated = [], 0
         for prompt, better, worse in pairs:
-            asked = prompt_ids(tokenizer, [{"role": "user", "content": prompt}])
-            sides = [asked + answer_ids(tokenizer, answer) for answer in (better, worse)]
+            messages = [{"role": "user", "content": prompt}]
+            asked = prompt_ids(tokenizer, messages)
+            sides = [asked + answer_ids(tokenizer, messages, answer) for answer in (better, worse)]
             truncated += sum(len(side) > training.max_length for side in sides)
             if better.strip() and worse.strip() and len(asked) < training.max_length:
                 cut = [side[: training.max_length] for side in sides]
@@ -246,7 +240,8 @@ class Trainer(dg.ConfigurableResource):
             num_train_epochs=training.epochs,
             per_device_train_batch_size=training.micro_batch_size,
             gradient_accumulation_steps=training.batch_size // training.micro_batch_size,
-            warmup_steps=math.ceil(steps * training.warmup_ratio),
+            # Rounded down: the first warm-up step has learning rate 0, and a run of one step must learn something.
+            warmup_steps=int(steps * training.warmup_ratio),
             lr_scheduler_type=training.scheduler,
             seed=self.random_seed,
             bf16=device == "cuda",
@@ -285,12 +280,23 @@ class Trainer(dg.ConfigurableResource):
         )
 
 
-def _fit(tokenizer: "PreTrainedTokenizerBase", text: str, limit: int, keep_end: bool = False) -> tuple[str, bool]:
-    """The text cut to a number of tokens, and whether it was cut."""
-    token_ids = tokenizer(text, add_special_tokens=False).input_ids
-    if len(token_ids) <= limit:
-        return text, False
-    return tokenizer.decode(token_ids[-limit:] if keep_end else token_ids[:limit]), True
+def _preference_row(
+    tokenizer: "PreTrainedTokenizerBase", pair: dict[str, Any], training: PreferenceTraining
+) -> tuple[dict[str, Any], int]:
+    """Text and token ids of one pair, each part cut to its longest length, and how many parts were cut."""
+    prompt = prompt_ids(tokenizer, pair["prompt"])
+    row: dict[str, Any] = {
+        "prompt": prompt_text(tokenizer, pair["prompt"]),
+        "prompt_ids": prompt[-training.max_prompt_length :],
+    }
+    cut = int(len(prompt) > training.max_prompt_length)
+    for side in ("chosen", "rejected"):
+        row[side] = pair[side][-1]["content"]
+        finished = pair[f"{side}_finish_reason"] == "stop"
+        token_ids = answer_ids(tokenizer, pair["prompt"], row[side], finished)
+        cut += len(token_ids) > training.max_completion_length
+        row[f"{side}_ids"] = token_ids[: training.max_completion_length]
+    return row, cut
 
 
 def _lora(model: "PreTrainedModel", training: Training, task: str) -> Any:

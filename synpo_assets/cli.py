@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -46,10 +47,12 @@ def run(
     prepare_home(place, settings)
     from dagster import DagsterInstance
 
-    from synpo_assets.runs import run_missing
+    from synpo_assets.runs import locked, run_missing
     from synpo_assets.summary import print_summary
 
-    with DagsterInstance.get() as instance:
+    with ExitStack() as stack:
+        _or_exit(lambda: stack.enter_context(locked(place)))
+        instance = stack.enter_context(DagsterInstance.get())
         complete = run_missing(instance, iterations)
         if not complete:
             typer.echo(

@@ -17,7 +17,7 @@ from resources.checkpoint_store import Checkpoint, CheckpointError, CheckpointSt
 from resources.tables import ParquetTables
 from synpo_assets.partitions import ITERATIONS, checkpoint, iteration_of, partition_key, table
 from synpo_assets.presentation import checkpoint_output, made_by, table_output, table_version
-from synpo_assets.schemas import PreferencePairs
+from synpo_assets.schemas import PreferenceHistory
 
 POLL_SECONDS = 2.0
 LOG_EVERY_SECONDS = 30.0
@@ -42,7 +42,7 @@ def policy(
     return checkpoint_output(entering, **made_by(entering))
 
 
-@dg.asset(partitions_def=ITERATIONS, deps=[policy], **table(PreferencePairs))
+@dg.asset(partitions_def=ITERATIONS, deps=[policy], **table(PreferenceHistory))
 def preference_history(
     context: dg.AssetExecutionContext, tables: dg.ResourceParam[ParquetTables]
 ) -> dg.Output[pl.DataFrame]:
@@ -121,7 +121,7 @@ def _report(
 
 
 def _history(tables: list[pl.DataFrame]) -> dg.Output[pl.DataFrame]:
-    empty = PreferencePairs.empty()
+    empty = PreferenceHistory.empty()
     frame = pl.concat([empty, *tables]) if tables else empty
     counts = dict(frame.group_by("iteration").len().sort("iteration").iter_rows())
     return table_output(frame, pairs_by_iteration=dg.MetadataValue.json({str(key): n for key, n in counts.items()}))

@@ -116,6 +116,8 @@ def preference_pairs(
         scorer_sha=reward_model.sha,
         **scores.metadata(),
         mean_margin=kept["margin"].mean(),
+        chosen_cut_share=(kept["chosen_finish_reason"] == "length").mean(),
+        rejected_cut_share=(kept["rejected_finish_reason"] == "length").mean(),
         chosen_to_rejected_length=lengths[0] / max(lengths[1], 1),
     )
 

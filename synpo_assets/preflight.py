@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resources.device import prepare_device
-from resources.model_source import cached_initial_policy, fetch_initial_policy
+from resources.model_source import cached_initial_policy, fetch_initial_policy, fetch_reward_model
 from resources.seed_source import read_rows
 from resources.settings import Settings, SettingsError
 from synpo_assets.estimate import expected_work, parameter_count, seconds
@@ -70,6 +70,10 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> Non
     next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
     check_disk(settings, home)
     fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
+    if settings.scorer.kind == "pretrained":
+        fetch_reward_model(settings.scorer, settings.engine.trust_remote_code)
+    # Only now is the size of a model known that had to be downloaded.
+    check_disk(settings, home)
 
 
 def check_disk(settings: Settings, home: Path) -> int:
@@ -82,6 +86,8 @@ def check_disk(settings: Settings, home: Path) -> int:
         SettingsError: There is less.
     """
     needed = disk_needed(settings)
+    if home.exists() and not home.is_dir():
+        raise SettingsError(f"{home} is a file: name a directory with --home.")
     existing = next(folder for folder in (home, *home.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -120,7 +126,8 @@ def print_check(settings: Settings, home: Path) -> None:
     facts.add_row("seed", f"{counts['train']} train, {counts['held_out']} held out, {len(dropped)} dropped")
     facts.add_row("M_0", f"{settings.initial_policy.name}, {where}")
     facts.add_row("device", f"{device}, {os.cpu_count()} cores")
-    facts.add_row("disk", f"about {disk / 1e9:.1f} GB for all iterations")
+    room = f"about {disk / 1e9:.1f} GB for all iterations" if cached else "unknown until M_0 is downloaded"
+    facts.add_row("disk", room)
     console = Console()
     console.print(facts, soft_wrap=True)
     console.print(_cost(settings, seed, cached, device), soft_wrap=True)

@@ -91,16 +91,21 @@ def synthetic_prompts(
     keyword_sets: pl.DataFrame,
     prompt_generator: Checkpoint,
     seed_pairs: pl.DataFrame,
+    preference_history: pl.DataFrame,
     language_model: LanguageModel,
     settings: dg.ResourceParam[Settings],
 ) -> dg.Output[pl.DataFrame]:
     """New prompts that G writes from the keyword sets; only valid ones stay (paper, section 2.1)."""
     options = settings.prompt_generator
-    prompts = _prompt_filter(settings, seed_pairs)
+    prompts = _prompt_filter(settings, seed_pairs, preference_history)
     usages: list[Usage] = []
 
     def write(drawn: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        asked = [(row["keyword_set_id"], templates.generator_instruction(row["keywords"])) for row in drawn]
+        # With the iteration in its id, a keyword set that is drawn again later gives another prompt.
+        asked = [
+            (f"{row['keyword_set_id']} {context.partition_key}", templates.generator_instruction(row["keywords"]))
+            for row in drawn
+        ]
         # Only the question is used, so writing stops where it ends.
         sampling = options.sampling.model_copy(update={"stop": [templates.QUESTION_END]})
         written, usage = language_model.answer(prompt_generator, asked, sampling, context.log.info)
@@ -128,11 +133,12 @@ def synthetic_prompts(
     )
 
 
-def _prompt_filter(settings: Settings, seed_pairs: pl.DataFrame) -> PromptFilter:
-    """A filter that knows the seed: training prompts are not written again, held-out prompts not overlapped with."""
+def _prompt_filter(settings: Settings, seed_pairs: pl.DataFrame, history: pl.DataFrame) -> PromptFilter:
+    """A filter that knows the seed and the pairs so far, which are not written again, and the held-out prompts."""
     options = settings.prompt_generator
     known = NearDuplicates(options.near_duplicate_similarity)
-    for prompt in seed_pairs.filter(split="train")["prompt"]:
+    earlier = [messages[0]["content"] for messages in history["prompt"].to_list()]
+    for prompt in [*seed_pairs.filter(split="train")["prompt"], *earlier]:
         known.add(prompt)
     held_out = Contamination(seed_pairs.filter(split="held_out")["prompt"], options.decontamination_ngram)
     return PromptFilter(options.min_words, options.max_words, options.language, known, held_out)

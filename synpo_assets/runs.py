@@ -1,15 +1,19 @@
 """Materializing what is missing, in order, in the foreground."""
 
+import fcntl
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import dagster as dg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
+from resources.settings import SettingsError
 from synpo_assets.partitions import ALL_ASSETS_JOB, ITERATIONS, partition_key
 
-PROCESS_TAG = "synpo/process"
+CODE_VERSION_TAG = "dagster/code_version"
+FOREGROUND_TAG = "synpo/foreground"
 # They look up what the iteration before left, so they run whenever anything of their iteration does.
 STATE_ASSETS = {"policy", "preference_history"}
 
@@ -28,6 +32,21 @@ def asset_names(partitioned: bool) -> list[str]:
     return [key.to_user_string() for key in ordered if (graph.get(key).partitions_def is not None) == partitioned]
 
 
+@contextmanager
+def locked(home: Path) -> Iterator[None]:
+    """Holds the home for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        SettingsError: Another `synpo run` works on this home.
+    """
+    with (home / "run.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(f"Another `synpo run` is at work in {home}: wait until it ends, or stop it.") from None
+        yield
+
+
 def run_missing(instance: DagsterInstance, iterations: int) -> bool:
     """Materializes the assets made once, then iterations 1 to N, wherever something is missing.
 
@@ -39,8 +58,25 @@ def run_missing(instance: DagsterInstance, iterations: int) -> bool:
         Whether all of it is materialized now. It stops at the first iteration that fails.
     """
     close_dead_runs(instance)
+    warn_of_outdated(instance)
     partitions = [None, *(partition_key(number) for number in range(1, iterations + 1))]
     return all(_run(instance, missing_assets(instance, partition), partition) for partition in partitions)
+
+
+def warn_of_outdated(instance: DagsterInstance) -> None:
+    """Names the assets that were made with other settings or code: they are kept, and renewing them is a choice."""
+    graph = asset_job().asset_layer.asset_graph
+    outdated = []
+    for name in asset_names(partitioned=False) + asset_names(partitioned=True):
+        event = instance.get_latest_materialization_event(dg.AssetKey(name))
+        made = event and event.asset_materialization and (event.asset_materialization.tags or {}).get(CODE_VERSION_TAG)
+        if made and made != graph.get(dg.AssetKey(name)).code_version:
+            outdated.append(name)
+    if outdated:
+        logging.getLogger("synpo").warning(
+            "Made with other settings or code, and kept: %s. Materialize them again in `synpo ui` to renew them.",
+            ", ".join(outdated),
+        )
 
 
 def missing_assets(instance: DagsterInstance, partition: str | None) -> list[str]:
@@ -53,11 +89,13 @@ def missing_assets(instance: DagsterInstance, partition: str | None) -> list[str
 
 
 def close_dead_runs(instance: DagsterInstance) -> None:
-    """Marks foreground runs whose process is gone as failed, and gives back the pool slots that they hold."""
+    """Marks foreground runs that were killed as failed, and gives back the pool slots that they hold.
+
+    To be called while holding the lock of the home: then no unfinished foreground run can be alive.
+    """
     unfinished = [DagsterRunStatus.STARTED, DagsterRunStatus.STARTING, DagsterRunStatus.NOT_STARTED]
     for run in instance.get_runs(RunsFilter(statuses=unfinished)):
-        process = run.tags.get(PROCESS_TAG)
-        if process and not os.path.exists(f"/proc/{process}"):
+        if FOREGROUND_TAG in run.tags:
             instance.report_run_failed(run, "The process of this run was killed. Finished work is kept.")
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
@@ -65,7 +103,7 @@ def close_dead_runs(instance: DagsterInstance) -> None:
 def _run(instance: DagsterInstance, names: Sequence[str], partition: str | None) -> bool:
     if not names:
         return True
-    tags = {PROCESS_TAG: str(os.getpid())}
+    tags = {FOREGROUND_TAG: "true"}
     if partition is not None:
         tags |= ITERATIONS.get_tags_for_partition_key(partition)
     with dg.execute_job(

@@ -111,11 +111,21 @@ class PreferencePairs(Table):
     margin: float = pa.Field(description="chosen_score - rejected_score.")
     score_convention: str = _text("How scores become a margin.")
     scorer_sha: str = _id("sha of the scorer.")
+    chosen_finish_reason: str = pa.Field(isin=["stop", "length"], description="`length`: the chosen answer was cut.")
+    rejected_finish_reason: str = pa.Field(
+        isin=["stop", "length"], description="`length`: the rejected answer was cut."
+    )
     chosen_response_id: str = _id("The refined response.")
     rejected_response_id: str = _id("The rejected response.")
     chosen_checkpoint_sha: str = _id("sha of the response improver.")
     rejected_checkpoint_sha: str = _id("sha of the model that wrote the rejected side.")
     iteration: int = pa.Field(ge=1, description="The iteration that made the pair.")
+
+
+class PreferenceHistory(PreferencePairs):
+    """Preference pairs of several iterations, in which a prompt may come back."""
+
+    prompt_id: str = _id("The prompt.")
 
 
 class Evaluation(Table):

@@ -15,6 +15,8 @@ from synpo_assets.loop import report_policy
 from synpo_assets.partitions import GPU_POOL, ITERATIONS, checkpoint
 from synpo_assets.presentation import checkpoint_output, table_version, training_metadata
 
+USED_COLUMNS = ("iteration", "prompt", "chosen", "rejected", "chosen_finish_reason", "rejected_finish_reason")
+
 
 @dg.asset(partitions_def=ITERATIONS, **checkpoint("policy"), pool=GPU_POOL, kinds={"huggingface"})
 def model_checkpoint(
@@ -30,7 +32,7 @@ def model_checkpoint(
     """M_t: SimPO on all pairs so far, starting from M_0 (algorithm 1, line 5)."""
     training = settings.policy.training
     start = initial_policy if settings.policy.policy_init == "initial" else policy
-    pairs = pl.concat([preference_history, preference_pairs]).select("iteration", "prompt", "chosen", "rejected")
+    pairs = pl.concat([preference_history, preference_pairs]).select(*USED_COLUMNS)
     made, summary = checkpoints.create(
         context,
         lambda directory: trainer.preference(start, pairs.to_dicts(), training, directory, context.log.info),

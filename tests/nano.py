@@ -60,7 +60,7 @@ def make_nano_model(directory: Path) -> Path:
         (generator_instruction(["alpha", "beta", "gamma"]), generator_target(r["prompt"], r["answer"])) for r in rows
     ]
     chats += [(user_message(row["prompt"]), row["answer"]) for row in rows]
-    texts = [(prompt_ids(tokenizer, asked), answer_ids(tokenizer, answer)) for asked, answer in chats]
+    texts = [(prompt_ids(tokenizer, asked), answer_ids(tokenizer, asked, answer)) for asked, answer in chats]
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for step in range(TEACHING_STEPS):
         batch = [texts[(step * 8 + place) % len(texts)] for place in range(8)]

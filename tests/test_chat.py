@@ -19,7 +19,7 @@ def test_the_rendered_prompt_ends_where_the_assistant_starts(tokenizer):
 
 
 def test_an_answer_ends_with_one_end_of_turn_token(tokenizer):
-    ids = answer_ids(tokenizer, "fine")
+    ids = answer_ids(tokenizer, HELLO, "fine")
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
     assert ids[-1] == end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
@@ -65,3 +65,27 @@ def test_a_missing_chat_template_is_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ChatTemplateError, match="has no chat template"):
         load_tokenizer(str(tmp_path))
+
+
+def test_an_answer_that_was_cut_is_not_closed(tokenizer):
+    assert answer_ids(tokenizer, HELLO, "fine", finished=False) == tokenizer("fine").input_ids
+
+
+def test_the_end_of_turn_is_found_when_it_is_not_the_eos():
+    tokenizer = nano_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_an_answer_is_tokenized_as_it_follows_the_prompt():
+    """Tokenizers that put a mark before every text must not put it between prompt and answer."""
+    from tokenizers import normalizers
+
+    tokenizer = nano_tokenizer()
+    tokenizer._tokenizer.normalizer = normalizers.Prepend("_")
+    alone = tokenizer("fine").input_ids
+    ids = answer_ids(tokenizer, HELLO, "fine", finished=False)
+    assert tokenizer.decode(alone) == "_fine"
+    assert tokenizer.decode(ids).removeprefix("_") in ("fine", "_fine")
+    whole = tokenizer(prompt_text(tokenizer, HELLO) + "fine", add_special_tokens=False).input_ids
+    assert prompt_ids(tokenizer, HELLO) + ids == whole

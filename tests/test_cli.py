@@ -119,3 +119,61 @@ def test_check_prints_an_estimate_and_writes_nothing(tmp_path, nano_model):
     for word in ("tokens", "minutes", "disk", "seed", "device"):
         assert word in result.stdout.lower(), word
     assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"preset: laptop\nseed_data: [1]\n", "`seed_data` is [1]"),
+    (b"preset: laptop\nseed_data:\n", "`seed_data` is None"),
+    (b"preset: laptop\ninitial_policy: foo\n", "`initial_policy` is 'foo'"),
+    (b"preset: 3\n", "There is no preset `3`"),
+    (b"preset: laptop # \xe9\n", "is not valid YAML"),
+    (b"preset: laptop\nprompt_generator: {language: english}\n", "`prompt_generator.language` is 'english'"),
+])  # fmt: skip
+def test_settings_files_that_are_not_what_they_should_be(tmp_path, content, words):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    result = synpo("check", "--settings", file, "--home", tmp_path / "home")
+    assert result.returncode == 2, result.stderr
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("train.jsonl", b'{"prompt": "caf\xe9", "answer": "x"}\n'), ("train.parquet", b"not parquet")
+])  # fmt: skip
+def test_seed_files_that_cannot_be_read(tmp_path, nano_model, name, content):
+    (tmp_path / name).write_bytes(content)
+    settings = nano_settings(nano_model)
+    settings["seed_data"]["train"] = {"path": name}
+    refused(tmp_path, settings, f"{name} (seed_data.train) cannot be read", command="check")
+
+
+def test_a_damaged_model_directory(tmp_path, nano_model):
+    broken = tmp_path / "model"
+    shutil.copytree(nano_model, broken)
+    (broken / "config.json").write_text("{")
+    refused(tmp_path, nano_settings(broken), "cannot be loaded")
+
+
+def test_a_pretrained_scorer_that_is_not_there_is_found_before_training(tmp_path, nano_model):
+    settings = nano_settings(nano_model)
+    settings["scorer"] = {"kind": "pretrained", "name": "bad name", "revision": "main"}
+    refused(tmp_path, settings, "bad name")
+
+
+def test_a_home_that_is_a_file(tmp_path, nano_model):
+    (tmp_path / "file").write_text("")
+    settings = write_settings(tmp_path / "mine.yaml", nano_settings(nano_model))
+    result = synpo("run", "--settings", settings, "--home", tmp_path / "file")
+    assert result.returncode == 2
+    assert "is a file" in result.stderr
+
+
+def test_two_runs_of_one_home_are_refused(tmp_path):
+    from resources.settings import SettingsError
+    from synpo_assets.runs import locked
+
+    with locked(tmp_path), pytest.raises(SettingsError, match="Another `synpo run` is at work"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass

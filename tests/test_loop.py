@@ -133,6 +133,7 @@ def pairs(iteration, count):
     rows = [
         {name: texts[name][n] if name in texts else messages[n] if name in ("prompt", "chosen", "rejected")
          else iteration if name == "iteration" else 0.5 for name in columns}
+        | {"chosen_finish_reason": "stop", "rejected_finish_reason": "length"}
         for n in range(count)
     ]  # fmt: skip
     return frame.vstack(type(frame)(rows, schema=frame.schema))
@@ -174,3 +175,13 @@ def test_history_is_all_pairs_before_and_grows(instance, stores):
 def test_history_refuses_a_gap(instance, stores):
     with pytest.raises(CheckpointError, match=r"preference_pairs\[0001\] was never materialized"):
         history(instance, stores, "0002")
+
+
+def test_a_prompt_may_come_back_in_a_later_iteration(instance, stores):
+    """Ids of prompts are unique within an iteration, not over all of them."""
+    from synpo_assets.schemas import PreferenceHistory, check
+
+    first, second = pairs(1, 2), pairs(2, 2)
+    second = second.with_columns(prompt_id=first["prompt_id"])
+    assert check(PreferenceHistory, first.vstack(second)) is None
+    assert check(PreferencePairs, first.vstack(second)) is not None

@@ -260,3 +260,6 @@ def test_seed_rows_may_be_chat_messages():
     good, bad = check_seed([(1, {"m": chat})], [], "m", "m")
     assert bad == []
     assert (good[0]["prompt"], good[0]["answer"]) == ("hi", "hello")
+    second_round = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "no"}]
+    good, _ = check_seed([(1, {"m": chat + second_round})], [], "m", "m")
+    assert good[0]["answer"] == "hello", "the answer must belong to the question"

@@ -16,7 +16,7 @@ TABLES = {
     "synthetic_prompts": schemas.SyntheticPrompts, "base_responses": schemas.Responses,
     "initial_responses": schemas.Responses, "seed_responses": schemas.SeedResponses,
     "refined_responses": schemas.RefinedResponses, "preference_pairs": schemas.PreferencePairs,
-    "preference_history": schemas.PreferencePairs, "evaluation": schemas.Evaluation,
+    "preference_history": schemas.PreferenceHistory, "evaluation": schemas.Evaluation,
 }  # fmt: skip
 ONCE = {"seed_pairs", "keyword_pool", "initial_policy", "prompt_generator", "reward_model"}
 CHECKPOINTS = {"policy", "response_improver", "model_checkpoint"}

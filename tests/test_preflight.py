@@ -55,6 +55,12 @@ def test_an_empty_seed_is_refused(tmp_path):
         seed_table(settings_with(tmp_path, train={"path": "train.jsonl"}))
 
 
+def test_a_bad_first_row_is_a_bad_row(tmp_path):
+    (tmp_path / "train.jsonl").write_text('not json\n{"prompt": "a", "answer": "1"}\n{"prompt": "b", "answer": "2"}\n')
+    with pytest.raises(SettingsError, match="train line 1: the prompt is missing"):
+        seed_table(settings_with(tmp_path, train={"path": "train.jsonl"}))
+
+
 def test_limits_take_a_repeatable_random_subset(tmp_path):
     one, other = (seed_table(settings_with(tmp_path, train_limit=50))[0] for _ in range(2))
     assert one.equals(other)

@@ -30,9 +30,18 @@ def assistant(text):
     return [{"role": "assistant", "content": text}]
 
 
-def pairs(rows=ROWS):
-    return [{"prompt": user(row["prompt"]), "chosen": assistant(row["answer"]), "rejected": assistant("I do not know that.")}
-            for row in rows]  # fmt: skip
+def pairs(rows=ROWS, **changes):
+    finished = {"chosen_finish_reason": "stop", "rejected_finish_reason": "stop"}
+    return [
+        {
+            "prompt": user(row["prompt"]),
+            "chosen": assistant(row["answer"]),
+            "rejected": assistant("I do not know that."),
+        }
+        | finished
+        | changes
+        for row in rows
+    ]
 
 
 @pytest.fixture
@@ -221,3 +230,58 @@ def test_the_progress_line_has_count_rate_and_time_left(tmp_path, trainer, nano_
     assert lines[-1].startswith("Step 2 of 2, loss ")
     assert lines[-1].endswith("s/step, 0 s left.")
     assert json.loads((tmp_path / "trainer_log.jsonl").read_text().splitlines()[0])["step"] == 1
+
+
+def test_each_side_ends_as_it_was_written(nano_checkpoint):
+    """The trainer gets exactly the ids that generation uses: one end of turn, and none on an answer that was cut."""
+    from resources.chat import prompt_ids
+    from resources.simpo import SimPOTrainer
+    from resources.trainer import _preference_row
+
+    tokenizer = load_tokenizer(nano_checkpoint.weights)
+    # A tokenizer whose EOS is not the end-of-turn token and whose BOS nobody writes: both would be added by TRL.
+    tokenizer.eos_token = tokenizer.bos_token = "<|endoftext|>"
+    (pair,) = pairs(ROWS[:1], rejected_finish_reason="length")
+    row, cut = _preference_row(tokenizer, pair, SIMPO)
+    assert cut == 0
+    laid_out = SimPOTrainer.tokenize_row(None, row)
+    prompt = prompt_ids(tokenizer, pair["prompt"])
+    chosen = tokenizer(ROWS[0]["answer"] + "<|im_end|>").input_ids
+    assert laid_out["chosen_input_ids"] == prompt + chosen
+    assert laid_out["chosen_labels"] == [-100] * len(prompt) + chosen
+    assert laid_out["rejected_input_ids"] == prompt + tokenizer("I do not know that.").input_ids
+    assert laid_out["prompt_input_ids"] == prompt
+
+
+def test_a_run_of_one_step_learns_something(tmp_path, trainer, nano_checkpoint):
+    training = SIMPO.model_copy(update={"batch_size": 8, "warmup_ratio": 0.1, "scheduler": "cosine"})
+    summary = trainer.preference(nano_checkpoint, pairs(), training, tmp_path, silent)
+    assert summary.steps == 1
+    assert summary.history[0]["learning_rate"] > 0
+
+
+def test_a_published_reward_model_without_pad_token_scores_batches(tmp_path, nano_checkpoint):
+    from transformers import AutoModelForSequenceClassification
+
+    from resources.scorer import RewardScorer
+
+    model = AutoModelForSequenceClassification.from_pretrained(nano_checkpoint.weights, num_labels=1)
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path)
+    load_tokenizer(nano_checkpoint.weights).save_pretrained(tmp_path)
+    published = Checkpoint("reward_model", None, "x", str(tmp_path), str(tmp_path))
+    asked = [(row["prompt"], row["answer"]) for row in ROWS]
+    scores = RewardScorer(engine=Engine(threads=1), max_length=400).score(published, asked, silent)
+    assert len(set(scores.values)) == len(ROWS)
+
+
+def test_a_classifier_with_several_outputs_is_no_scorer(tmp_path, nano_checkpoint):
+    from transformers import AutoModelForSequenceClassification
+
+    from resources.scorer import RewardScorer
+
+    AutoModelForSequenceClassification.from_pretrained(nano_checkpoint.weights, num_labels=3).save_pretrained(tmp_path)
+    load_tokenizer(nano_checkpoint.weights).save_pretrained(tmp_path)
+    published = Checkpoint("reward_model", None, "x", str(tmp_path), str(tmp_path))
+    with pytest.raises(ValueError, match=r"gives 3 numbers per answer.*scorer\.name"):
+        RewardScorer(engine=Engine(threads=1), max_length=400).score(published, [("a", "b"), ("c", "d")], silent)

@@ -29,13 +29,13 @@ def join_sides(chosen: pl.DataFrame, rejected: pl.DataFrame) -> pl.DataFrame:
     """Puts the refined answer and the rejected answer of each prompt side by side.
 
     Args:
-        chosen: Responses with response_id, prompt_id, prompt, response, checkpoint_sha.
+        chosen: Responses with response_id, prompt_id, prompt, response, finish_reason, checkpoint_sha.
         rejected: The same columns.
 
     Returns:
         One row per prompt that has both sides, with chosen_* and rejected_* columns.
     """
-    columns = ["response_id", "response", "checkpoint_sha"]
+    columns = ["response_id", "response", "finish_reason", "checkpoint_sha"]
     sides = {
         name: frame.select("prompt_id", *(pl.col(column).alias(f"{name}_{column}") for column in columns))
         for name, frame in (("chosen", chosen), ("rejected", rejected))

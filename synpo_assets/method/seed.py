@@ -75,10 +75,10 @@ def seed_rows(
 
 
 def _text(value: Any, role: str) -> str | None:
-    """The text of a cell: itself, or the turn of `role` in chat messages (first of user, last of assistant)."""
+    """The text of a cell: itself, or the turn of `role` in chat messages (the first of that role)."""
     if isinstance(value, list):
         turns = [turn.get("content") for turn in value if isinstance(turn, dict) and turn.get("role") == role]
-        value = (turns[0] if role == "user" else turns[-1]) if turns else None
+        value = turns[0] if turns else None
     return value.strip() if isinstance(value, str) else None
 
 
