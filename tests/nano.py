@@ -46,7 +46,6 @@ def make_nano_model(directory: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    torch.set_num_threads(2)
     tokenizer = nano_tokenizer()
     model = LlamaForCausalLM(
         LlamaConfig(
