@@ -10,8 +10,9 @@ import pandera.errors
 import pandera.polars as pa
 import polars as pl
 
+from synpo_assets.method.pairs import MESSAGES
+
 SHOWN_BAD_ROWS = 5
-MESSAGES = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 
 
 def _id(description: str, unique: bool = False) -> str:
