@@ -1,9 +1,7 @@
 """The closing summary of a run on the terminal, read back from what the assets recorded."""
 
 from pathlib import Path
-from typing import Any
 
-import dagster as dg
 import polars as pl
 from dagster import DagsterInstance
 from rich.console import Console
@@ -11,6 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from synpo_assets.history import metadata_of, seconds_of
 from synpo_assets.partitions import partition_key
 from synpo_assets.runs import asset_names
 
@@ -21,7 +20,7 @@ def print_summary(instance: DagsterInstance, home: Path, iterations: int) -> Non
     console.print(_made(instance, iterations))
     console.print(_sample_pair(home, iterations))
     console.print(_held_out(instance, iterations))
-    newest = _metadata(instance, "model_checkpoint", partition_key(iterations))
+    newest = metadata_of(instance, "model_checkpoint", partition_key(iterations))
     places = {
         f"M_{iterations}": newest["path"],
         "preference pairs": home / "tables" / "preference_pairs" / f"{partition_key(iterations)}.parquet",
@@ -38,11 +37,11 @@ def _made(instance: DagsterInstance, iterations: int) -> Table:
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for partition in (None, *(partition_key(number) for number in range(1, iterations + 1))):
         for name in asset_names(partitioned=partition is not None):
-            about = _metadata(instance, name, partition)
+            about = metadata_of(instance, name, partition)
             rows = about.get("dagster/row_count", about.get("examples", ""))
             tokens = about.get("generated_tokens", about.get("tokens", ""))
             label = f"{name}[{partition}]" if partition else name
-            table.add_row(label, str(rows), str(tokens), f"{_seconds(instance, name, partition):.0f}")
+            table.add_row(label, str(rows), str(tokens), f"{seconds_of(instance, name, partition):.0f}")
         table.add_section()
     return table
 
@@ -64,28 +63,7 @@ def _held_out(instance: DagsterInstance, iterations: int) -> Table:
     for column in ("", "mean reward M_0", "mean reward M_t", "win rate of M_t over M_0", "prompts"):
         table.add_column(column, justify="right")
     for number in range(1, iterations + 1):
-        about = _metadata(instance, "evaluation", partition_key(number))
+        about = metadata_of(instance, "evaluation", partition_key(number))
         rewards = [f"{about[f'held_out_reward {name}']:.3f}" for name in ("initial", "policy")]
         table.add_row(f"M_{number}", *rewards, f"{about['win_rate_over_initial']:.2f}", str(about["held_out_prompts"]))
     return table
-
-
-def _record(instance: DagsterInstance, asset: str, partition: str | None) -> dg.EventLogRecord:
-    partitions = [partition] if partition else None
-    selection = dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=partitions)
-    # A state asset may have been reported by another run as well; the newest event is the one that counts.
-    return instance.fetch_materializations(selection, limit=1).records[0]
-
-
-def _metadata(instance: DagsterInstance, asset: str, partition: str | None) -> dict[str, Any]:
-    materialization = _record(instance, asset, partition).asset_materialization
-    assert materialization is not None
-    return {name: entry.value for name, entry in materialization.metadata.items()}
-
-
-def _seconds(instance: DagsterInstance, asset: str, partition: str | None) -> float:
-    run_id = _record(instance, asset, partition).run_id
-    for stats in instance.get_run_step_stats(run_id, step_keys=[asset]):
-        if stats.start_time and stats.end_time:
-            return stats.end_time - stats.start_time
-    return 0.0

@@ -12,7 +12,7 @@ from resources.checkpoint_store import Checkpoint, CheckpointStore
 from resources.settings import Settings
 from resources.trainer import Trainer
 from synpo_assets.loop import report_policy
-from synpo_assets.partitions import GPU_POOL, ITERATIONS, checkpoint
+from synpo_assets.partitions import GPU_POOL, ITERATIONS, checkpoint, partition_key
 from synpo_assets.presentation import checkpoint_output, table_version, training_metadata
 
 USED_COLUMNS = ("iteration", "prompt", "chosen", "rejected", "chosen_finish_reason", "rejected_finish_reason")
@@ -32,14 +32,15 @@ def model_checkpoint(
     """M_t: SimPO on all pairs so far, starting from M_0 (algorithm 1, line 5)."""
     training = settings.policy.training
     start = initial_policy if settings.policy.policy_init == "initial" else policy
-    pairs = pl.concat([preference_history, preference_pairs]).select(*USED_COLUMNS)
+    pairs = pl.concat([preference_history, preference_pairs])
+    rows = pairs.select(*USED_COLUMNS).to_dicts()
     made, summary = checkpoints.create(
         context,
-        lambda directory: trainer.preference(start, pairs.to_dicts(), training, directory, context.log.info),
+        lambda directory: trainer.preference(start, rows, training, directory, context.log.info),
         parents={"start": start, "policy": policy},
         trained_on={
-            f"preference_pairs[{context.partition_key}]": table_version(preference_pairs),
-            "preference_history": table_version(preference_history),
+            f"preference_pairs[{partition_key(number)}]": table_version(of_iteration)
+            for (number,), of_iteration in pairs.group_by("iteration", maintain_order=True)
         },
         settings=settings.policy.model_dump(),
         random_seed=settings.random_seed,
