@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from resources.errors import FinalError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
 
 
-class ChatTemplateError(Exception):
+class ChatTemplateError(FinalError):
     """The tokenizer has no chat template; the message says how to give it one."""
 
 

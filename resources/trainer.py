@@ -14,6 +14,7 @@ import dagster as dg
 from resources.chat import Message, answer_ids, load_tokenizer, prompt_ids, prompt_text
 from resources.checkpoint_store import Checkpoint
 from resources.device import prepare_device, torch_dtype
+from resources.errors import FinalError
 from resources.settings import Engine, PreferenceTraining, Training
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 LOG_EVERY_SECONDS = 10
 
 
-class TrainingError(RuntimeError):
+class TrainingError(FinalError):
     """Training cannot start or has diverged; the message says which setting to change."""
 
 

@@ -15,12 +15,12 @@ from resources.scorer import RewardScorer
 from resources.settings import Settings
 from synpo_assets.method.evaluation import win_rate
 from synpo_assets.method.templates import user_message
-from synpo_assets.partitions import GPU_POOL, ITERATIONS, iteration_of, table
+from synpo_assets.partitions import ITERATIONS, ON_GPU, iteration_of, table
 from synpo_assets.presentation import made_by, table_output
 from synpo_assets.schemas import Evaluation
 
 
-@dg.asset(partitions_def=ITERATIONS, **table(Evaluation, "responses", "scorer"), pool=GPU_POOL, kinds={"huggingface"})
+@dg.asset(partitions_def=ITERATIONS, **table(Evaluation, "responses", "scorer"), **ON_GPU, kinds={"huggingface"})
 def evaluation(
     context: dg.AssetExecutionContext,
     model_checkpoint: Checkpoint,
@@ -59,4 +59,6 @@ def evaluation(
         "held_out_prompts": frame.height,
     }
     usage_figures = (usage + initial_usage).metadata()
-    return table_output(frame, **rewards, **figures, **usage_figures, **scores.metadata(), **made_by(model_checkpoint))
+    return table_output(
+        context, frame, **rewards, **figures, **usage_figures, **scores.metadata(), **made_by(model_checkpoint)
+    )

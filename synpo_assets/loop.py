@@ -8,13 +8,18 @@ it, and refuse if it is missing, failed or altered.
 """
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
 import polars as pl
+from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from resources.checkpoint_store import Checkpoint, CheckpointError, CheckpointStore
+from resources.settings import Settings
 from resources.tables import ParquetTables
+from synpo_assets.checks import failed_checks
+from synpo_assets.history import data_version_of
 from synpo_assets.partitions import ITERATIONS, checkpoint, iteration_of, partition_key, table
 from synpo_assets.presentation import checkpoint_output, made_by, table_output, table_version
 from synpo_assets.schemas import PreferenceHistory
@@ -29,17 +34,22 @@ LOG_EVERY_SECONDS = 30.0
     **checkpoint(),
 )
 def policy(
-    context: dg.AssetExecutionContext, initial_policy: Checkpoint, checkpoints: dg.ResourceParam[CheckpointStore]
+    context: dg.AssetExecutionContext,
+    initial_policy: Checkpoint,
+    checkpoints: dg.ResourceParam[CheckpointStore],
+    settings: dg.ResourceParam[Settings],
 ) -> dg.Output[Checkpoint]:
     """M_{t-1}, the model that enters iteration t: M_0 at first, then the checkpoint of the iteration before."""
+    wait_for_other_runs(context)
     if iteration_of(context) == 1:
         entering = initial_policy
     else:
         previous = partition_key(iteration_of(context) - 1)
         wait_until_finished(context, "model_checkpoint", previous)
         entering = checkpoints.current("model_checkpoint", previous)
+        refuse_other_experiment(entering, experiment_of(context.instance, initial_policy, settings))
         checkpoints.verify(entering)
-    return checkpoint_output(entering, **made_by(entering))
+    return checkpoint_output(context, entering, **made_by(entering))
 
 
 @dg.asset(partitions_def=ITERATIONS, deps=[policy], **table(PreferenceHistory))
@@ -50,7 +60,7 @@ def preference_history(
     earlier = [partition_key(number) for number in range(1, iteration_of(context))]
     for partition in earlier:
         wait_until_finished(context, "preference_pairs", partition)
-    return _history([tables.read("preference_pairs", partition) for partition in earlier])
+    return _history(context, [tables.read("preference_pairs", partition) for partition in earlier])
 
 
 def report_policy(context: dg.AssetExecutionContext, made: Checkpoint, checkpoints: CheckpointStore) -> None:
@@ -85,7 +95,7 @@ def wait_until_finished(context: dg.AssetExecutionContext, asset: str, partition
         ).records
         planned = context.instance.get_latest_planned_materialization_info(key, partition)
         if made and (planned is None or planned.storage_id < made[0].storage_id):
-            return
+            break
         run = planned and context.instance.get_run_by_id(planned.run_id)
         if planned is None or run is None:
             raise CheckpointError(f"{label} was never materialized: run that iteration first.")
@@ -97,6 +107,63 @@ def wait_until_finished(context: dg.AssetExecutionContext, asset: str, partition
         if time.monotonic() - reported > LOG_EVERY_SECONDS:
             reported = time.monotonic()
             context.log.info(f"Waiting for {label}, which run {run.run_id} is making.")
+        time.sleep(POLL_SECONDS)
+    if failed := failed_checks(context.instance, asset, partition):
+        raise CheckpointError(
+            f"{label} did not pass its blocking checks ({', '.join(failed)}): mend the cause and run that iteration "
+            "again, or, if the threshold was wrong, correct it and run the check again in the UI."
+        )
+
+
+def experiment_of(instance: DagsterInstance, initial_policy: Checkpoint, settings: Settings) -> dict[str, str | int]:
+    """What all iterations of one experiment share: M_0, the seed, and the random seed."""
+    return {
+        "initial_policy": initial_policy.sha[:16],
+        "seed_pairs": str(data_version_of(instance, "seed_pairs", None)),
+        "random_seed": settings.random_seed,
+    }
+
+
+def refuse_other_experiment(entering: Checkpoint, experiment: Mapping[str, str | int]) -> None:
+    """Raises a sentence if a checkpoint was made from another M_0, another seed or another random seed.
+
+    Sizes, thresholds and learning rates may change between iterations; these may not.
+
+    Raises:
+        CheckpointError: It names what differs.
+    """
+    made_with = entering.manifest["settings"]["experiment"]
+    differing = [f"{name} {made_with[name]} then, {value} now" for name, value in experiment.items()
+                 if made_with[name] != value]  # fmt: skip
+    if differing:
+        raise CheckpointError(
+            f"{entering.label} was made with other settings ({'; '.join(differing)}): run the iterations again from 0001, "
+            "or give the new settings a home of their own."
+        )
+
+
+def wait_for_other_runs(context: dg.AssetExecutionContext) -> None:
+    """Waits while an older run works on the same iteration, so that two never write the same partition at once.
+
+    Runs from the UI queue for their iteration already (dagster.yaml); this covers runs that no queue has seen.
+    """
+    same_iteration = RunsFilter(
+        statuses=[DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING],
+        tags=dict(ITERATIONS.get_tags_for_partition_key(context.partition_key)),
+    )
+    reported = 0.0
+    while True:
+        # Newest first: the runs behind this one are older.
+        live = [run.run_id for run in context.instance.get_runs(same_iteration)]
+        older = live[live.index(context.run.run_id) + 1 :] if context.run.run_id in live else []
+        if not older:
+            return
+        if time.monotonic() - reported > LOG_EVERY_SECONDS:
+            reported = time.monotonic()
+            context.log.info(
+                f"Waiting for run {older[0]}, which works on iteration {context.partition_key} already. If it is dead, "
+                "terminate it in the UI."
+            )
         time.sleep(POLL_SECONDS)
 
 
@@ -112,16 +179,18 @@ def _report(
             metadata={
                 **metadata,
                 "reported_by": reporter,
-                "made_by_asset": dg.MetadataValue.asset(context.asset_key),
-                "made_by_run": dg.MetadataValue.dagster_run(context.run.run_id),
+                "reported_by_asset": dg.MetadataValue.asset(context.asset_key),
+                "reported_by_run": dg.MetadataValue.dagster_run(context.run.run_id),
             },
             tags={"dagster/data_version": version},
         )
     )
 
 
-def _history(tables: list[pl.DataFrame]) -> dg.Output[pl.DataFrame]:
+def _history(context: dg.AssetExecutionContext, tables: list[pl.DataFrame]) -> dg.Output[pl.DataFrame]:
     empty = PreferenceHistory.empty()
     frame = pl.concat([empty, *tables]) if tables else empty
     counts = dict(frame.group_by("iteration").len().sort("iteration").iter_rows())
-    return table_output(frame, pairs_by_iteration=dg.MetadataValue.json({str(key): n for key, n in counts.items()}))
+    return table_output(
+        context, frame, pairs_by_iteration=dg.MetadataValue.json({str(key): n for key, n in counts.items()})
+    )

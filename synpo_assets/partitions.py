@@ -14,6 +14,12 @@ from synpo_assets.schemas import Table, column_schema, frame_type
 ALL_ASSETS_JOB = "synpo"
 GPU_POOL = "gpu"
 GROUP = "synpo"
+# Arguments of `dg.asset` for an asset that computes with a model: one at a time, and tried again with growing pauses
+# when a download, a server or a device fails for a while. Finished shards are kept between the tries.
+ON_GPU: dict[str, Any] = {
+    "pool": GPU_POOL,
+    "retry_policy": dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL),
+}
 ITERATIONS = dg.StaticPartitionsDefinition(
     [f"{number:04d}" for number in range(1, active_settings().max_iterations + 1)]
 )

@@ -11,6 +11,7 @@ import dagster as dg
 import polars as pl
 
 from resources.checkpoint_store import Checkpoint, CheckpointStore
+from resources.errors import FinalError
 from resources.language_model import LanguageModel
 from resources.model_source import fetch_reward_model
 from resources.scorer import RewardScorer
@@ -21,14 +22,14 @@ from synpo_assets.loop import report_history
 from synpo_assets.method import pairs as pair_method
 from synpo_assets.method.pairs import as_preferences, join_sides, select_pairs
 from synpo_assets.method.templates import user_message
-from synpo_assets.partitions import GPU_POOL, ITERATIONS, checkpoint, iteration_of, table
+from synpo_assets.partitions import ITERATIONS, ON_GPU, checkpoint, iteration_of, table
 from synpo_assets.presentation import checkpoint_output, table_output, table_version, training_metadata
 from synpo_assets.schemas import PreferencePairs
 
 SCORE_CONVENTION = "reward_difference"
 
 
-@dg.asset(**checkpoint("scorer", "responses"), pool=GPU_POOL, kinds={"huggingface"})
+@dg.asset(**checkpoint("scorer", "responses"), **ON_GPU, kinds={"huggingface"})
 def reward_model(
     context: dg.AssetExecutionContext,
     initial_policy: Checkpoint,
@@ -60,13 +61,13 @@ def reward_model(
         about = training_metadata(summary)
     accuracy, count = _held_out_accuracy(context, made, scorer, compared.filter(split="held_out"))
     about |= {"held_out_accuracy": accuracy, "held_out_pairs": count, "generated_tokens": usage.generated_tokens}
-    return checkpoint_output(made, **about)
+    return checkpoint_output(context, made, **about)
 
 
 @dg.asset(
     partitions_def=ITERATIONS,
     **table(PreferencePairs, "preferences", "scorer", pair_method),
-    pool=GPU_POOL,
+    **ON_GPU,
     kinds={"polars"},
 )
 def preference_pairs(
@@ -97,7 +98,7 @@ def preference_pairs(
         settings.random_seed,
     )
     if kept.is_empty():
-        raise dg.Failure(
+        raise FinalError(
             f"None of {joined.height} pairs was kept: {dropped}. If `margin` dropped most, lower preferences.margin_threshold."
         )
     frame = as_preferences(kept).with_columns(
@@ -109,6 +110,7 @@ def preference_pairs(
     report_history(context, preference_history, frame, tables)
     lengths = kept.select(pl.col("chosen_response", "rejected_response").str.len_chars().mean()).row(0)
     return table_output(
+        context,
         frame,
         candidates=joined.height,
         dropped=dg.MetadataValue.json(dropped),

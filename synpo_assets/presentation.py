@@ -1,13 +1,16 @@
 """What an asset shows about itself in the UI, and the content version that staleness is judged by."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import dagster as dg
 import polars as pl
+from dagster import DagsterInstance
 
 from resources.checkpoint_store import Checkpoint
 from resources.trainer import TrainingSummary
+from synpo_assets.history import data_version_of, newest
 
 
 def table_version(frame: pl.DataFrame) -> str:
@@ -15,22 +18,67 @@ def table_version(frame: pl.DataFrame) -> str:
     return hashlib.sha256(frame.write_ndjson().encode()).hexdigest()[:16]
 
 
-def table_output(value: pl.DataFrame, **metadata: Any) -> dg.Output[pl.DataFrame]:
+def table_output(context: dg.AssetExecutionContext, value: pl.DataFrame, **metadata: Any) -> dg.Output[pl.DataFrame]:
     """A table with its content version and metadata; sample rows and counts are added where it is stored."""
-    return dg.Output(value, data_version=dg.DataVersion(table_version(value)), metadata=metadata)
+    about = {**metadata, "made_from": made_from(context)}
+    return dg.Output(value, data_version=dg.DataVersion(table_version(value)), metadata=about)
 
 
-def checkpoint_output(value: Checkpoint, **metadata: Any) -> dg.Output[Checkpoint]:
-    """A checkpoint with its sha as content version, and where it lies."""
+def checkpoint_output(context: dg.AssetExecutionContext, value: Checkpoint, **metadata: Any) -> dg.Output[Checkpoint]:
+    """A checkpoint with its sha as content version, where it lies, and the run that made it."""
     about: dict[str, Any] = {"sha": value.sha, "path": dg.MetadataValue.path(value.weights)}
     parents = value.manifest["parents"]
     about |= {f"{role} checkpoint": f"{parent['asset']} {parent['sha'][:16]}" for role, parent in parents.items()}
-    return dg.Output(value, data_version=dg.DataVersion(value.sha[:16]), metadata=about | metadata)
+    about |= {**metadata, "made_from": made_from(context)}
+    return dg.Output(value, data_version=dg.DataVersion(value.sha[:16]), metadata=about)
 
 
 def made_by(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Metadata that names the checkpoint that produced a table."""
-    return {"checkpoint": checkpoint.label, "checkpoint_sha": checkpoint.sha}
+    """Metadata that names the checkpoint that produced something, with links to its asset, iteration and run."""
+    return {
+        "checkpoint": checkpoint.label,
+        "checkpoint_sha": checkpoint.sha,
+        "checkpoint_asset": dg.MetadataValue.asset(dg.AssetKey(checkpoint.asset)),
+        "checkpoint_page": dg.MetadataValue.url(_page(checkpoint.asset, checkpoint.partition)),
+        "checkpoint_run": dg.MetadataValue.dagster_run(checkpoint.manifest["run_id"]),
+    }
+
+
+def made_from(context: dg.AssetExecutionContext) -> dg.MarkdownMetadataValue:
+    """The content versions of everything that the running asset depends on, with links to their pages and runs."""
+    graph = context.job_def.asset_layer.asset_graph
+    parents = [graph.get(key) for key in sorted(graph.get(context.asset_key).parent_keys)]
+    inputs = [
+        (node.key.to_user_string(), context.partition_key if node.partitions_def is not None else None)
+        for node in parents
+    ]
+    return versions_table(context.instance, inputs)
+
+
+def versions_table(
+    instance: DagsterInstance, inputs: Sequence[tuple[str, str | None]], **columns: Sequence[Any]
+) -> dg.MarkdownMetadataValue:
+    """A table of assets and iterations with content version and run, as links that work in the UI.
+
+    Args:
+        instance: Knows the newest materialization of each.
+        inputs: Pairs of asset and iteration, which is None for assets made once.
+        columns: Further columns, one value per input.
+    """
+    lines = [["made from", *columns, "content version", "run"]]
+    for (asset, partition), *values in zip(inputs, *columns.values(), strict=True):
+        record = newest(instance, asset, partition)
+        label = f"{asset}[{partition}]" if partition else asset
+        version = f"`{data_version_of(instance, asset, partition)}`"
+        run = f"[{record.run_id[:8]}](/runs/{record.run_id})" if record else "none"
+        lines.append([f"[{label}]({_page(asset, partition)})", *map(str, values), version, run])
+    lines.insert(1, ["---"] * len(lines[0]))
+    return dg.MetadataValue.md("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def _page(asset: str, partition: str | None) -> str:
+    """The address of an asset or iteration in the UI."""
+    return f"/assets/{asset}" + (f"?view=partitions&partition={partition}" if partition else "")
 
 
 SHOWN_STEPS = 50

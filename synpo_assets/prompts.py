@@ -14,6 +14,7 @@ import dagster as dg
 import polars as pl
 
 from resources.checkpoint_store import Checkpoint, CheckpointStore
+from resources.errors import FinalError
 from resources.language_model import LanguageModel, Usage
 from resources.settings import Settings
 from resources.tables import table_metadata
@@ -24,12 +25,12 @@ from synpo_assets.method import templates
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.keywords import Keywords, drawn_rows, training_keywords
 from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter, draw_until_enough
-from synpo_assets.partitions import GPU_POOL, ITERATIONS, checkpoint, iteration_of, table
+from synpo_assets.partitions import ITERATIONS, ON_GPU, checkpoint, iteration_of, table
 from synpo_assets.presentation import checkpoint_output, made_by, table_output, table_version, training_metadata
 from synpo_assets.schemas import KeywordSets, SyntheticPrompts
 
 
-@dg.asset(**checkpoint("prompt_generator", keyword_method, templates), pool=GPU_POOL, kinds={"huggingface"})
+@dg.asset(**checkpoint("prompt_generator", keyword_method, templates), **ON_GPU, kinds={"huggingface"})
 def prompt_generator(
     context: dg.AssetExecutionContext,
     initial_policy: Checkpoint,
@@ -56,7 +57,7 @@ def prompt_generator(
         settings=generator.training.model_dump(),
         random_seed=settings.random_seed,
     )
-    return checkpoint_output(made, without_keywords=drawn.count(None), **training_metadata(summary))
+    return checkpoint_output(context, made, without_keywords=drawn.count(None), **training_metadata(summary))
 
 
 @dg.asset(
@@ -77,13 +78,13 @@ def keyword_sets(
     frame = drawn.with_columns(iteration=pl.lit(iteration_of(context), pl.Int64)).collect()
     if iteration_of(context) * wanted > pool_size:
         context.log.warning(f"The pool has {pool_size} keyword sets: some are drawn again. Enlarge the corpus.")
-    return table_output(frame, pool_size=pool_size)
+    return table_output(context, frame, pool_size=pool_size)
 
 
 @dg.asset(
     partitions_def=ITERATIONS,
     **table(SyntheticPrompts, "prompt_generator", "seed_data", prompt_method, templates),
-    pool=GPU_POOL,
+    **ON_GPU,
     kinds={"huggingface"},
 )
 def synthetic_prompts(
@@ -114,7 +115,7 @@ def synthetic_prompts(
 
     kept, used = draw_until_enough(keyword_sets.to_dicts(), options.prompts_per_iteration, write, prompts)
     if not kept:
-        raise dg.Failure(
+        raise FinalError(
             f"None of {used} completions of the prompt generator held a valid prompt: {dict(prompts.dropped)}. "
             "If most are unparsable, train longer (prompt_generator.training); else loosen the filter that dropped them."
         )
@@ -123,6 +124,7 @@ def synthetic_prompts(
         checkpoint_sha=pl.lit(prompt_generator.sha),
     )
     return table_output(
+        context,
         frame.select(*SyntheticPrompts.to_schema().columns),
         wanted=options.prompts_per_iteration,
         keyword_sets_used=used,

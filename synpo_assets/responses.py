@@ -18,12 +18,12 @@ from resources.trainer import Trainer, TrainingError
 from synpo_assets.method import templates
 from synpo_assets.method.responses import response_table
 from synpo_assets.method.templates import improver_instruction, user_message
-from synpo_assets.partitions import GPU_POOL, ITERATIONS, checkpoint, iteration_of, table
+from synpo_assets.partitions import ITERATIONS, ON_GPU, checkpoint, iteration_of, table
 from synpo_assets.presentation import checkpoint_output, made_by, table_output, table_version, training_metadata
 from synpo_assets.schemas import RefinedResponses, Responses, SeedResponses
 
 
-@dg.asset(partitions_def=ITERATIONS, **table(Responses, "responses"), pool=GPU_POOL, kinds={"huggingface"})
+@dg.asset(partitions_def=ITERATIONS, **table(Responses, "responses"), **ON_GPU, kinds={"huggingface"})
 def base_responses(
     context: dg.AssetExecutionContext,
     synthetic_prompts: pl.DataFrame,
@@ -34,12 +34,10 @@ def base_responses(
     """M_{t-1}'s answers to the synthetic prompts: what the improver rewrites (algorithm 1, line 3)."""
     sampling = settings.responses.sampling
     frame, usage = _answer(context, synthetic_prompts.select("prompt_id", "prompt"), policy, language_model, sampling)
-    return table_output(frame, **usage.metadata(), **made_by(policy))
+    return table_output(context, frame, **usage.metadata(), **made_by(policy))
 
 
-@dg.asset(
-    partitions_def=ITERATIONS, **table(Responses, "responses", "preferences"), pool=GPU_POOL, kinds={"huggingface"}
-)
+@dg.asset(partitions_def=ITERATIONS, **table(Responses, "responses", "preferences"), **ON_GPU, kinds={"huggingface"})
 def initial_responses(
     context: dg.AssetExecutionContext,
     synthetic_prompts: pl.DataFrame,
@@ -52,12 +50,10 @@ def initial_responses(
     answerer = initial_policy if settings.preferences.rejected_from == "initial" else policy
     sampling = settings.responses.sampling
     frame, usage = _answer(context, synthetic_prompts.select("prompt_id", "prompt"), answerer, language_model, sampling)
-    return table_output(frame, **usage.metadata(), **made_by(answerer))
+    return table_output(context, frame, **usage.metadata(), **made_by(answerer))
 
 
-@dg.asset(
-    partitions_def=ITERATIONS, **table(SeedResponses, "responses", "scorer"), pool=GPU_POOL, kinds={"huggingface"}
-)
+@dg.asset(partitions_def=ITERATIONS, **table(SeedResponses, "responses", "scorer"), **ON_GPU, kinds={"huggingface"})
 def seed_responses(
     context: dg.AssetExecutionContext,
     seed_pairs: pl.DataFrame,
@@ -80,13 +76,15 @@ def seed_responses(
         scorer_sha=pl.lit(reward_model.sha),
     )
     better = (scored["margin"] > 0).mean()
-    return table_output(scored, gold_better_share=better, **usage.metadata(), **scores.metadata(), **made_by(policy))
+    return table_output(
+        context, scored, gold_better_share=better, **usage.metadata(), **scores.metadata(), **made_by(policy)
+    )
 
 
 @dg.asset(
     partitions_def=ITERATIONS,
     **checkpoint("response_improver", templates),
-    pool=GPU_POOL,
+    **ON_GPU,
     kinds={"huggingface"},
 )
 def response_improver(
@@ -115,13 +113,15 @@ def response_improver(
         settings=options.training.model_dump(),
         random_seed=settings.random_seed,
     )
-    return checkpoint_output(made, below_margin=seed_responses.height - valid.height, **training_metadata(summary))
+    return checkpoint_output(
+        context, made, below_margin=seed_responses.height - valid.height, **training_metadata(summary)
+    )
 
 
 @dg.asset(
     partitions_def=ITERATIONS,
     **table(RefinedResponses, "response_improver", templates),
-    pool=GPU_POOL,
+    **ON_GPU,
     kinds={"huggingface"},
 )
 def refined_responses(
@@ -140,7 +140,7 @@ def refined_responses(
     prompts = base.drop("response")
     frame = response_table(prompts, written, response_improver.sha, iteration_of(context))
     unchanged = (frame["response"] == base["response"].str.strip_chars()).mean()
-    return table_output(frame, unchanged_share=unchanged, **usage.metadata(), **made_by(response_improver))
+    return table_output(context, frame, unchanged_share=unchanged, **usage.metadata(), **made_by(response_improver))
 
 
 def _answer(

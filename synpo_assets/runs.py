@@ -10,6 +10,8 @@ import dagster as dg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from resources.settings import SettingsError
+from synpo_assets.checks import failed_checks
+from synpo_assets.history import newest
 from synpo_assets.partitions import ALL_ASSETS_JOB, ITERATIONS, partition_key
 
 CODE_VERSION_TAG = "dagster/code_version"
@@ -80,12 +82,16 @@ def warn_of_outdated(instance: DagsterInstance) -> None:
 
 
 def missing_assets(instance: DagsterInstance, partition: str | None) -> list[str]:
-    """The assets of an iteration (or, for None, those made once) that were never materialized, in order."""
+    """The assets of an iteration (or, for None, those made once) to be made, in order.
+
+    An asset is missing if it was never materialized, or if it failed a blocking check when that was last evaluated.
+    """
     names = asset_names(partitioned=partition is not None)
+    missing = {name for name in names if newest(instance, name, partition) is None}
+    missing |= {name for name in names if failed_checks(instance, name, partition)}
     if partition is None:
-        return [name for name in names if instance.get_latest_materialization_event(dg.AssetKey(name)) is None]
-    missing = [name for name in names if partition not in instance.get_materialized_partitions(dg.AssetKey(name))]
-    return [name for name in names if name in missing or name in STATE_ASSETS] if missing else []
+        return [name for name in names if name in missing]
+    return [name for name in names if name in missing | STATE_ASSETS] if missing else []
 
 
 def close_dead_runs(instance: DagsterInstance) -> None:

@@ -40,16 +40,16 @@ def initial_policy(
     """M_0, the instruct model that every training run starts from (paper, section 3.1)."""
     weights, origin = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
     adopted = checkpoints.adopt(context, weights, origin)
-    return checkpoint_output(adopted, **{f"origin {key}": value for key, value in origin.items()})
+    return checkpoint_output(context, adopted, **{f"origin {key}": value for key, value in origin.items()})
 
 
 @dg.asset(**table(SeedPairs, "seed_data", seed_method), kinds={"polars"})
-def seed_pairs(settings: dg.ResourceParam[Settings]) -> dg.Output[pl.DataFrame]:
+def seed_pairs(context: dg.AssetExecutionContext, settings: dg.ResourceParam[Settings]) -> dg.Output[pl.DataFrame]:
     """The seed: prompts with gold answers, and a held-out split that no training reads (paper, section 3.1)."""
     frame, dropped = seed_table(settings)
     counts = {f"{split} rows": frame.filter(pl.col("split") == split).height for split in ("train", "held_out")}
     reasons = "\n".join(f"{row.split} line {row.line}: {row.reason}" for row in dropped) or "none"
-    return table_output(frame, **counts, dropped=len(dropped), dropped_rows=reasons)
+    return table_output(context, frame, **counts, dropped=len(dropped), dropped_rows=reasons)
 
 
 @dg.asset(**table(KeywordPool, "keyword_pool", keyword_method, lazy=True), kinds={"polars"})

@@ -11,14 +11,14 @@ import polars as pl
 from resources.checkpoint_store import Checkpoint, CheckpointStore
 from resources.settings import Settings
 from resources.trainer import Trainer
-from synpo_assets.loop import report_policy
-from synpo_assets.partitions import GPU_POOL, ITERATIONS, checkpoint, partition_key
-from synpo_assets.presentation import checkpoint_output, table_version, training_metadata
+from synpo_assets.loop import experiment_of, report_policy
+from synpo_assets.partitions import ITERATIONS, ON_GPU, checkpoint, partition_key
+from synpo_assets.presentation import checkpoint_output, table_version, training_metadata, versions_table
 
 USED_COLUMNS = ("iteration", "prompt", "chosen", "rejected", "chosen_finish_reason", "rejected_finish_reason")
 
 
-@dg.asset(partitions_def=ITERATIONS, **checkpoint("policy"), pool=GPU_POOL, kinds={"huggingface"})
+@dg.asset(partitions_def=ITERATIONS, **checkpoint("policy"), **ON_GPU, kinds={"huggingface"})
 def model_checkpoint(
     context: dg.AssetExecutionContext,
     preference_pairs: pl.DataFrame,
@@ -42,13 +42,19 @@ def model_checkpoint(
             f"preference_pairs[{partition_key(number)}]": table_version(of_iteration)
             for (number,), of_iteration in pairs.group_by("iteration", maintain_order=True)
         },
-        settings=settings.policy.model_dump(),
+        settings={
+            "policy": settings.policy.model_dump(),
+            "experiment": experiment_of(context.instance, initial_policy, settings),
+        },
         random_seed=settings.random_seed,
     )
     report_policy(context, made, checkpoints)
-    trained_on = dict(pairs.group_by("iteration").len().sort("iteration").iter_rows())
+    counts = pairs.group_by("iteration").len().sort("iteration")
+    partitions = [("preference_pairs", partition_key(number)) for number in counts["iteration"]]
     return checkpoint_output(
+        context,
         made,
-        pairs_by_iteration=dg.MetadataValue.json({str(key): count for key, count in trained_on.items()}),
+        pairs_by_iteration=dg.MetadataValue.json({str(number): count for number, count in counts.iter_rows()}),
+        trained_on=versions_table(context.instance, partitions, pairs=counts["len"].to_list()),
         **training_metadata(summary),
     )

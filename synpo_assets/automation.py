@@ -1,0 +1,84 @@
+"""Going on by itself: a sensor that starts the next iteration until the target is reached or the gate says stop.
+
+Paper: four iterations, "until performance no longer improves". Here: off until it is switched on in the UI; the figures
+that decide are settings (section `automation`), and the reason to stop is shown with each tick of the sensor.
+"""
+
+import dagster as dg
+from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+
+from resources.settings import GateMetric, Settings
+from synpo_assets.history import metadata_of
+from synpo_assets.method.gate import gate_reason
+from synpo_assets.partitions import ALL_ASSETS_JOB, ITERATIONS, partition_key
+from synpo_assets.runs import missing_assets
+
+UNFINISHED = [
+    DagsterRunStatus.QUEUED, DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING, DagsterRunStatus.STARTED,
+    DagsterRunStatus.CANCELING,
+]  # fmt: skip
+
+
+@dg.sensor(
+    job_name=ALL_ASSETS_JOB,
+    minimum_interval_seconds=30,
+    description="Starts the next iteration until automation.target_iterations, or until the gate says stop.",
+)
+def next_iteration(
+    context: dg.SensorEvaluationContext, settings: dg.ResourceParam[Settings]
+) -> dg.RunRequest | dg.SkipReason:
+    """Asks for the first iteration that is not finished, or says why it does not."""
+    iteration = first_unfinished(context.instance, settings)
+    if (reason := reason_to_wait(context.instance, settings, iteration)) is not None:
+        return dg.SkipReason(reason)
+    key = partition_key(iteration)
+    names = missing_assets(context.instance, None) + missing_assets(context.instance, key)
+    return dg.RunRequest(
+        partition_key=key, asset_selection=[dg.AssetKey(name) for name in names], tags={"synpo/automation": "true"}
+    )
+
+
+def first_unfinished(instance: DagsterInstance, settings: Settings) -> int:
+    """The first iteration in which something is missing; max_iterations + 1 if there is none."""
+    iterations = range(1, settings.max_iterations + 1)
+    unfinished = (number for number in iterations if missing_assets(instance, partition_key(number)))
+    return next(unfinished, settings.max_iterations + 1)
+
+
+def reason_to_wait(instance: DagsterInstance, settings: Settings, iteration: int) -> str | None:
+    """Why an iteration is not to be started now, as a sentence; None if it is."""
+    target = min(settings.automation.target_iterations or settings.max_iterations, settings.max_iterations)
+    if iteration > target:
+        return f"Stopped: iteration {target} is finished, which is the target (automation.target_iterations)."
+    if live := instance.get_runs(RunsFilter(statuses=UNFINISHED), limit=1):
+        return f"Run {live[0].run_id} is at work."
+    newest = instance.get_runs(
+        RunsFilter(tags=dict(ITERATIONS.get_tags_for_partition_key(partition_key(iteration)))), limit=1
+    )
+    if newest and not newest[0].is_success:
+        return (
+            f"Stopped: the newest run of iteration {iteration} ({newest[0].run_id}) ended as {newest[0].status.value}. "
+            "Mend the cause and run it again; this sensor goes on after it."
+        )
+    if iteration > 1:
+        figures = gate_figures(instance, partition_key(iteration - 1))
+        gate = settings.automation
+        if reason := gate_reason(figures, gate.minimum, gate.maximum):
+            return (
+                f"Stopped after iteration {iteration - 1} by the gate: {reason}. The limits are automation.minimum and "
+                "automation.maximum; an iteration that you start yourself is not held up."
+            )
+    return None
+
+
+def gate_figures(instance: DagsterInstance, partition: str) -> dict[GateMetric, float | None]:
+    """The figures of an iteration that the gate may judge; None where one was not recorded."""
+    evaluation, pairs = (metadata_of(instance, asset, partition) for asset in ("evaluation", "preference_pairs"))
+    reward, initial_reward = (evaluation.get(f"held_out_reward {side}") for side in ("policy", "initial"))
+    return {
+        "win_rate_over_initial": evaluation.get("win_rate_over_initial"),
+        "held_out_reward_gain": None if reward is None or initial_reward is None else reward - initial_reward,
+        "mean_margin": pairs.get("mean_margin"),
+        "chosen_to_rejected_length": pairs.get("chosen_to_rejected_length"),
+        "pairs_kept": pairs.get("dagster/row_count"),
+    }

@@ -1,0 +1,44 @@
+"""Figures that tell good data from bad: how repetitive, how alike, how long."""
+
+import itertools
+import random
+from collections.abc import Sequence
+
+from synpo_assets.method.pairs import repetition
+from synpo_assets.method.prompts import words_of
+
+SAMPLED_TEXTS = 300
+
+
+def mean_repetition(texts: Sequence[str], size: int) -> float:
+    """The mean share of word n-grams that a text repeats, over the texts.
+
+    Examples:
+        >>> mean_repetition(["tick tock tick tock tick tock", "no word comes twice here"], 2)
+        0.3
+    """
+    return sum(repetition(text, size) for text in texts) / len(texts)
+
+
+def length_ratio(texts: Sequence[str], others: Sequence[str]) -> float:
+    """Characters of the texts over characters of the others.
+
+    Examples:
+        >>> length_ratio(["ab", "abcd"], ["abc"])
+        2.0
+    """
+    return sum(map(len, texts)) / max(1, sum(map(len, others)))
+
+
+def mean_similarity(texts: Sequence[str], random_seed: int) -> float:
+    """The mean Jaccard similarity of the word sets of two texts, over all pairs of a random sample of the texts.
+
+    A text counts the words it shares with another against all words of both: 0 if they share none, 1 if they share all.
+
+    Examples:
+        >>> mean_similarity(["red fox", "red hen", "blue sky"], random_seed=0)
+        0.1111111111111111
+    """
+    sample = random.Random(random_seed).sample(list(texts), min(SAMPLED_TEXTS, len(texts)))
+    pairs = list(itertools.combinations([set(words_of(text)) for text in sample], 2))
+    return sum(len(a & b) / max(1, len(a | b)) for a, b in pairs) / max(1, len(pairs))
