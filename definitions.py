@@ -12,7 +12,7 @@ from resources.scorer import RewardScorer
 from resources.settings import active_settings, home_directory
 from resources.tables import ParquetTables
 from resources.trainer import Trainer
-from synpo_assets import evaluation, loop, preferences, prompts, responses, seed, training
+from synpo_assets import automation, checks, evaluation, loop, preferences, prompts, report, responses, seed, training
 from synpo_assets.partitions import ALL_ASSETS_JOB
 from synpo_assets.terminal import terminal_logger
 
@@ -27,6 +27,7 @@ end_with_parent()
 
 settings = active_settings()
 home = home_directory()
+root = settings.storage.root(home)
 
 # The forkserver imports the heavy libraries once; each step is then forked from it in an instant, in a process of its
 # own, so that the memory of one phase is free again before the next one starts.
@@ -35,21 +36,22 @@ executor = dg.multiprocess_executor.configured(
 )
 
 defs = dg.Definitions(
-    assets=dg.load_assets_from_modules([seed, prompts, preferences, loop, responses, training, evaluation]),
+    assets=dg.load_assets_from_modules([seed, prompts, preferences, loop, responses, training, evaluation, report]),
+    asset_checks=dg.load_asset_checks_from_modules([checks]),
     resources={
         "settings": dg.ResourceDefinition.hardcoded_resource(settings),
         "language_model": LanguageModel(
-            shards=str(home / "shards"), engine=settings.engine, random_seed=settings.random_seed
+            shards=f"{root}/shards", engine=settings.engine, random_seed=settings.random_seed
         ),
         "trainer": Trainer(engine=settings.engine, random_seed=settings.random_seed),
-        "scorer": RewardScorer(
-            engine=settings.engine,
-            max_length=settings.scorer.max_length,
+        "scorer": RewardScorer(engine=settings.engine, max_length=settings.scorer.max_length),
+        "tables": ParquetTables(f"{root}/tables"),
+        "checkpoints": CheckpointStore(
+            f"{root}/checkpoints", cache=str(home / "cache" / "checkpoints") if settings.storage.artifacts else None
         ),
-        "tables": ParquetTables(str(home / "tables")),
-        "checkpoints": CheckpointStore(str(home / "checkpoints")),
     },
     jobs=[dg.define_asset_job(ALL_ASSETS_JOB, description="What `synpo run` executes: any of the assets.")],
+    sensors=[automation.next_iteration],
     executor=executor,
     loggers={"console": terminal_logger},
 )

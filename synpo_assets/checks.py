@@ -1,10 +1,11 @@
 """Asset checks: blocking where going on would waste a GPU, warnings where people should look.
 
 Paper: none; it watches AlpacaEval between iterations. Here: the schema of a table is checked before it is written
-(schemas.py); these checks judge what was written, per iteration, and can be run again in the UI when a threshold of the
-section `checks` has changed. A blocking check that failed ends its iteration, and the next one refuses to start.
+(schemas.py); these checks judge what was written, per iteration, each time it is materialized. Thresholds are the section
+`checks` of the settings. A blocking check that failed ends its iteration, and the next one refuses to start.
 """
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from synpo_assets.history import metadata_of
 from synpo_assets.method.evaluation import win_rate
 from synpo_assets.method.quality import length_ratio, mean_repetition, mean_similarity
 from synpo_assets.partitions import ITERATIONS, partition_key
+
+# Partitions of asset checks are marked preview; the pinned Dagster minor version is the one they were tested with.
+warnings.filterwarnings("ignore", category=dg.PreviewWarning)
 
 BLOCKING = {
     "preference_pairs": ("enough_pairs", "no_empty_side"),

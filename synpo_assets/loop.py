@@ -110,8 +110,8 @@ def wait_until_finished(context: dg.AssetExecutionContext, asset: str, partition
         time.sleep(POLL_SECONDS)
     if failed := failed_checks(context.instance, asset, partition):
         raise CheckpointError(
-            f"{label} did not pass its blocking checks ({', '.join(failed)}): mend the cause and run that iteration "
-            "again, or, if the threshold was wrong, correct it and run the check again in the UI."
+            f"{label} did not pass its blocking checks ({', '.join(failed)}): mend the cause, or correct the threshold "
+            "(section `checks` of the settings), and run that iteration again."
         )
 
 
@@ -132,9 +132,12 @@ def refuse_other_experiment(entering: Checkpoint, experiment: Mapping[str, str |
     Raises:
         CheckpointError: It names what differs.
     """
-    made_with = entering.manifest["settings"]["experiment"]
-    differing = [f"{name} {made_with[name]} then, {value} now" for name, value in experiment.items()
-                 if made_with[name] != value]  # fmt: skip
+    made_with = entering.manifest["settings"].get("experiment", {})
+    differing = [
+        f"{name} {made_with.get(name, 'unknown')} then, {value} now"
+        for name, value in experiment.items()
+        if made_with.get(name) != value
+    ]
     if differing:
         raise CheckpointError(
             f"{entering.label} was made with other settings ({'; '.join(differing)}): run the iterations again from 0001, "

@@ -65,7 +65,7 @@ def versions_table(
         inputs: Pairs of asset and iteration, which is None for assets made once.
         columns: Further columns, one value per input.
     """
-    lines = [["made from", *columns, "content version", "run"]]
+    lines = [["asset", *columns, "content version", "run"]]
     for (asset, partition), *values in zip(inputs, *columns.values(), strict=True):
         record = newest(instance, asset, partition)
         label = f"{asset}[{partition}]" if partition else asset

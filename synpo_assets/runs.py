@@ -18,6 +18,8 @@ CODE_VERSION_TAG = "dagster/code_version"
 FOREGROUND_TAG = "synpo/foreground"
 # They look up what the iteration before left, so they run whenever anything of their iteration does.
 STATE_ASSETS = {"policy", "preference_history"}
+# Made from all iterations, so it is made again at the end of each.
+REPORT = "boosting_report"
 
 
 def asset_job() -> dg.JobDefinition:
@@ -28,10 +30,11 @@ def asset_job() -> dg.JobDefinition:
 
 
 def asset_names(partitioned: bool) -> list[str]:
-    """All assets in dependency order: those of an iteration, or those made once."""
+    """Assets in dependency order: those of an iteration, or those made once, before all iterations."""
     graph = asset_job().asset_layer.asset_graph
-    ordered = [key for keys in graph.toposorted_asset_keys_by_level for key in sorted(keys)]
-    return [key.to_user_string() for key in ordered if (graph.get(key).partitions_def is not None) == partitioned]
+    ordered = [graph.get(key) for keys in graph.toposorted_asset_keys_by_level for key in sorted(keys)]
+    names = [node.key.to_user_string() for node in ordered if (node.partitions_def is not None) == partitioned]
+    return [name for name in names if name != REPORT]
 
 
 @contextmanager
@@ -82,7 +85,7 @@ def warn_of_outdated(instance: DagsterInstance) -> None:
 
 
 def missing_assets(instance: DagsterInstance, partition: str | None) -> list[str]:
-    """The assets of an iteration (or, for None, those made once) to be made, in order.
+    """The assets of an iteration (or, for None, those made once) to be made, in order; the report ends an iteration.
 
     An asset is missing if it was never materialized, or if it failed a blocking check when that was last evaluated.
     """
@@ -91,7 +94,7 @@ def missing_assets(instance: DagsterInstance, partition: str | None) -> list[str
     missing |= {name for name in names if failed_checks(instance, name, partition)}
     if partition is None:
         return [name for name in names if name in missing]
-    return [name for name in names if name in missing | STATE_ASSETS] if missing else []
+    return [*(name for name in names if name in missing | STATE_ASSETS), REPORT] if missing else []
 
 
 def close_dead_runs(instance: DagsterInstance) -> None:
@@ -122,6 +125,10 @@ def _run(instance: DagsterInstance, names: Sequence[str], partition: str | None)
         for event in result.all_events:
             if event.is_step_failure:
                 logging.getLogger("synpo").error(failure_sentence(event))
+            elif event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
+                evaluation = event.asset_check_evaluation_data
+                if not evaluation.passed:
+                    logging.getLogger("synpo").warning(check_sentence(evaluation))
         return result.success
 
 
@@ -137,3 +144,15 @@ def failure_sentence(event: dg.DagsterEvent) -> str:
     reason = f"{error.cls_name}: {error.message.partition(': ')[2].strip()}" if error else "No reason was recorded."
     place = error.stack[-1].strip().splitlines()[0] if error and error.stack else ""
     return f"{event.step_key} failed. {reason}\n  {place}"
+
+
+def check_sentence(evaluation: dg.AssetCheckEvaluation) -> str:
+    """Which check of which asset and iteration did not pass, and its figures."""
+    where = evaluation.asset_key.to_user_string() + (f"[{evaluation.partition}]" if evaluation.partition else "")
+    figures = ", ".join(f"{name} {_rounded(entry.value)}" for name, entry in evaluation.metadata.items())
+    outcome = "failed, and what follows it is not made" if evaluation.blocking else "did not pass"
+    return f"The check {evaluation.check_name} of {where} {outcome}: {figures}."
+
+
+def _rounded(value: object) -> object:
+    return round(value, 3) if isinstance(value, float) else value

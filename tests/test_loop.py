@@ -1,12 +1,16 @@
 """The loop edge on real Dagster instances: what enters an iteration, and when it refuses."""
 
+import shutil
+from pathlib import Path
+
 import dagster as dg
 import pytest
 
 from resources.checkpoint_store import Checkpoint, CheckpointError, CheckpointStore
+from resources.settings import active_settings
 from resources.tables import ParquetTables
 from synpo_assets import loop
-from synpo_assets.loop import policy, preference_history, report_history, report_policy
+from synpo_assets.loop import experiment_of, policy, preference_history, report_history, report_policy
 from synpo_assets.partitions import ITERATIONS
 from synpo_assets.schemas import PreferencePairs
 from tests.test_stores import write_weights
@@ -23,6 +27,7 @@ def stores(tmp_path):
     return {
         "checkpoints": CheckpointStore(str(tmp_path / "checkpoints")),
         "tables": ParquetTables(str(tmp_path / "tables")),
+        "settings": active_settings(),
     }
 
 
@@ -32,18 +37,30 @@ def initial_policy(context: dg.AssetExecutionContext, checkpoints: dg.ResourcePa
     return made
 
 
-def model_checkpoint_asset(text="M_1", fails=False):
+def model_checkpoint_asset(text="M_1", fails=False, random_seed=None, passes_check=True):
     @dg.asset(name="model_checkpoint", partitions_def=ITERATIONS, io_manager_key="checkpoints")
     def made(context: dg.AssetExecutionContext, checkpoints: dg.ResourceParam[CheckpointStore]) -> Checkpoint:
         if fails:
             raise RuntimeError("out of memory")
+        settings = active_settings().model_copy(update={} if random_seed is None else {"random_seed": random_seed})
+        experiment = experiment_of(context.instance, checkpoints.current("initial_policy", None), settings)
         checkpoint, _ = checkpoints.create(
-            context, write_weights(text), parents={}, trained_on={}, settings={}, random_seed=0
+            context, write_weights(text), parents={}, trained_on={}, settings={"experiment": experiment}, random_seed=0
         )
         report_policy(context, checkpoint, checkpoints)
         return checkpoint
 
-    return made
+    @dg.asset_check(asset=made, name="finite_weights", blocking=True, partitions_def=ITERATIONS)
+    def finite_weights():
+        return dg.AssetCheckResult(passed=passes_check)
+
+    return made, finite_weights
+
+
+def make(instance, stores, *args, partition="0001", **options):
+    """Makes M_t; a failure of it or of its check is left to the history."""
+    run([initial_policy], instance, stores)
+    return run(model_checkpoint_asset(*args, **options), instance, stores, partition, raise_on_error=False)
 
 
 def run(assets, instance, stores, partition=None, **options):
@@ -61,13 +78,13 @@ def test_m0_enters_the_first_iteration(instance, stores):
 
 
 def test_the_checkpoint_of_the_iteration_before_enters_the_next(instance, stores):
-    run([model_checkpoint_asset()], instance, stores, "0001")
+    make(instance, stores)
     entering = enter(instance, stores, "0002")
     assert entering.label == "model_checkpoint[0001]"
 
 
 def test_a_finished_checkpoint_reports_the_policy_of_the_next_iteration(instance, stores):
-    run([model_checkpoint_asset()], instance, stores, "0001")
+    make(instance, stores)
     records = instance.fetch_materializations(
         dg.AssetRecordsFilter(asset_key=dg.AssetKey("policy"), asset_partitions=["0002"]), limit=1
     ).records
@@ -87,18 +104,18 @@ def test_a_missing_checkpoint_is_refused_with_the_remedy(instance, stores):
 
 
 def test_a_failed_newest_attempt_is_refused_even_if_an_older_checkpoint_exists(instance, stores):
-    run([model_checkpoint_asset()], instance, stores, "0001")
-    failed = run([model_checkpoint_asset(fails=True)], instance, stores, "0001", raise_on_error=False)
+    make(instance, stores)
+    failed = make(instance, stores, fails=True)
     with pytest.raises(CheckpointError) as error:
         enter(instance, stores, "0002")
     assert failed.run_id in str(error.value)
     assert "FAILURE" in str(error.value)
-    run([model_checkpoint_asset("M_1 again")], instance, stores, "0001")
+    make(instance, stores, "M_1 again")
     assert enter(instance, stores, "0002").label == "model_checkpoint[0001]"
 
 
 def test_an_altered_checkpoint_is_refused(instance, stores):
-    run([model_checkpoint_asset()], instance, stores, "0001")
+    make(instance, stores)
     made = stores["checkpoints"].current("model_checkpoint", "0001")
     with open(f"{made.weights}/model.safetensors", "w") as file:
         file.write("M_X")
@@ -106,17 +123,73 @@ def test_an_altered_checkpoint_is_refused(instance, stores):
         enter(instance, stores, "0002")
 
 
+@pytest.mark.parametrize("damage", ["delete", "empty", "lose the manifest"])
+def test_a_checkpoint_directory_that_was_deleted_or_emptied_is_refused(instance, stores, damage):
+    make(instance, stores)
+    directory = Path(stores["checkpoints"].current("model_checkpoint", "0001").directory)
+    if damage == "lose the manifest":
+        (directory / "manifest.json").unlink()
+    else:
+        shutil.rmtree(directory)
+        if damage == "empty":
+            directory.mkdir()
+    with pytest.raises(CheckpointError, match=r"materialize .*again"):
+        enter(instance, stores, "0002")
+
+
+def test_a_checkpoint_made_with_another_random_seed_is_refused_and_the_setting_named(instance, stores):
+    make(instance, stores, random_seed=7)
+    with pytest.raises(CheckpointError, match=r"made with other settings \(random_seed 7 then, 42 now\)"):
+        enter(instance, stores, "0002")
+
+
+def test_a_checkpoint_made_from_another_m0_is_refused(instance, stores):
+    make(instance, stores)
+
+    @dg.asset(name="initial_policy", io_manager_key="checkpoints")
+    def other(context: dg.AssetExecutionContext, checkpoints: dg.ResourceParam[CheckpointStore]) -> Checkpoint:
+        return checkpoints.create(
+            context, write_weights("other"), parents={}, trained_on={}, settings={}, random_seed=0
+        )[0]
+
+    with pytest.raises(CheckpointError, match=r"made with other settings \(initial_policy "):
+        run([other, policy], instance, stores, "0002", selection=["initial_policy", "policy"])
+
+
+def test_a_checkpoint_that_failed_a_blocking_check_is_refused_until_it_passes(instance, stores):
+    assert not make(instance, stores, passes_check=False).success
+    with pytest.raises(CheckpointError, match=r"did not pass its blocking checks \(finite_weights\)"):
+        enter(instance, stores, "0002")
+    assert make(instance, stores, passes_check=True).success
+    assert enter(instance, stores, "0002").label == "model_checkpoint[0001]"
+
+
+def test_a_run_waits_for_an_older_run_of_the_same_iteration(instance, stores, monkeypatch):
+    job = dg.Definitions([initial_policy, policy], resources=stores).resolve_implicit_global_asset_job_def()
+    tags = ITERATIONS.get_tags_for_partition_key("0001")
+    older = instance.create_run_for_job(job, tags=tags, status=dg.DagsterRunStatus.STARTED)
+    waits = []
+
+    def end_meanwhile(seconds):
+        waits.append(seconds)
+        instance.report_run_failed(older)
+
+    monkeypatch.setattr(loop.time, "sleep", end_meanwhile)
+    assert enter(instance, stores, "0001").asset == "initial_policy"
+    assert waits == [loop.POLL_SECONDS]
+
+
 def test_it_waits_while_a_live_run_is_making_the_checkpoint(instance, stores, monkeypatch):
     """The waiting guard asks again until the run that was planned has ended."""
     waits = []
-    asset = model_checkpoint_asset()
+    asset, _ = model_checkpoint_asset()
     job = dg.Definitions([asset], resources=stores).resolve_implicit_global_asset_job_def()
     planned = instance.create_run_for_job(job, tags=ITERATIONS.get_tags_for_partition_key("0001"),
                                           asset_selection=frozenset([dg.AssetKey("model_checkpoint")]))  # fmt: skip
 
     def finish_meanwhile(seconds):
         waits.append(seconds)
-        run([asset], instance, stores, "0001")
+        make(instance, stores)
 
     monkeypatch.setattr(loop.time, "sleep", finish_meanwhile)
     assert enter(instance, stores, "0002").label == "model_checkpoint[0001]"

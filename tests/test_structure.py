@@ -10,7 +10,19 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm", "ray", "yake", "py3langid"]
+HEAVY = [
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "vllm",
+    "ray",
+    "yake",
+    "py3langid",
+    "matplotlib",
+]
 
 
 def test_the_code_location_loads_without_heavy_libraries():

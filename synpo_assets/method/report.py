@@ -1,0 +1,272 @@
+"""The boosting report: figures by iteration as text, a few sample pairs, and the page that shows both."""
+
+import dataclasses
+import functools
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jinja2
+import polars as pl
+
+from synpo_assets.method.templates import FOLDER
+
+MISSING = "—"
+SHOWN_CHARACTERS = 4000
+BIDIRECTIONAL_CONTROLS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+GENERATED_BY = (
+    "synthetic_prompts", "seed_responses", "base_responses", "initial_responses", "refined_responses", "evaluation",
+)  # fmt: skip
+TRAINED_BY = ("response_improver", "model_checkpoint")
+SCORED_BY = ("seed_responses", "preference_pairs", "evaluation")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedIteration:
+    """What is known of one finished iteration.
+
+    Attributes:
+        key: Its partition key, `0001`.
+        metadata: Metadata values of the newest materialization, by asset.
+        seconds: Wall time of its steps.
+        pairs: Its table `preference_pairs`.
+        training_log: What the trainer of M_t logged, thinned out, one entry per step; empty if it was not recorded.
+    """
+
+    key: str
+    metadata: Mapping[str, Mapping[str, Any]]
+    seconds: float
+    pairs: pl.DataFrame
+    training_log: Sequence[Mapping[str, Any]]
+
+    def figure(self, asset: str, name: str) -> Any:
+        """A value that an asset recorded, or None if it recorded none of that name."""
+        return self.metadata[asset].get(name)
+
+    def rows(self, asset: str) -> int | None:
+        """How many rows a table has."""
+        return self.figure(asset, "dagster/row_count")
+
+    @property
+    def rewards(self) -> list[Mapping[str, Any]]:
+        """The logged steps that hold the rewards of chosen and rejected; the trainer's closing entry has none."""
+        return [entry for entry in self.training_log if entry.get("rewards/chosen") is not None]
+
+    @property
+    def funnel(self) -> dict[str, int | None]:
+        """Rows per stage, from the completions that were asked for a prompt to the pairs that were kept."""
+        return {
+            "prompts asked for": self.figure("synthetic_prompts", "keyword_sets_used"),
+            "valid prompts": self.rows("synthetic_prompts"),
+            "refined answers": self.rows("refined_responses"),
+            "candidate pairs": self.figure("preference_pairs", "candidates"),
+            "pairs kept": self.rows("preference_pairs"),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the report's table.
+
+    Attributes:
+        section: Which part of the table it belongs to.
+        label: What it shows, with its unit.
+        cells: One text per iteration.
+    """
+
+    section: str
+    label: str
+    cells: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A picture of the report.
+
+    Attributes:
+        name: What it shows, in a word or two.
+        description: The same in a sentence, for those who do not see it.
+        data_uri: The PNG as a `data:` address.
+    """
+
+    name: str
+    description: str
+    data_uri: str
+
+
+def report_rows(iterations: Sequence[FinishedIteration]) -> list[Row]:
+    """The table by iteration: one row per figure, one cell per iteration, missing figures as a dash."""
+    reasons = {
+        asset: sorted(set().union(*(iteration.figure(asset, "dropped") or () for iteration in iterations)))
+        for asset in ("synthetic_prompts", "preference_pairs")
+    }
+    columns = [_column(iteration, reasons) for iteration in iterations]
+    return [Row(section, label, tuple(column[section, label] for column in columns)) for section, label in columns[0]]
+
+
+def report_notes(iterations: Sequence[FinishedIteration], unfinished: Sequence[str]) -> list[str]:
+    """Sentences about what the report leaves out."""
+    notes = [
+        f"model_checkpoint[{iteration.key}] recorded no rewards: its curves are missing."
+        for iteration in iterations
+        if not iteration.rewards
+    ]
+    if unfinished:
+        notes.append(f"Not finished, and therefore left out: iteration {', '.join(unfinished)}.")
+    return notes
+
+
+def sample_pairs(pairs: pl.DataFrame) -> list[dict[str, Any]]:
+    """The pairs with the largest, the median and the smallest margin, fewer if there are fewer pairs.
+
+    Returns:
+        Rows with place, pair_id, margin, and for chosen and rejected the text and its score, and the prompt's text.
+    """
+    ordered = pairs.sort("margin", "pair_id", descending=[True, False])
+    places = {"largest margin": 0, "median margin": pairs.height // 2, "smallest margin": pairs.height - 1}
+    distinct = {place: name for name, place in reversed(places.items())}
+    samples = []
+    for place in sorted(distinct):
+        row = ordered.row(place, named=True)
+        texts = {side: row[side][-1]["content"] for side in ("prompt", "chosen", "rejected")}
+        figures = {name: row[name] for name in ("pair_id", "margin", "chosen_score", "rejected_score")}
+        samples.append({"place": distinct[place], **figures, **texts})
+    return samples
+
+
+def report_html(iterations: Sequence[FinishedIteration], plots: Sequence[Plot], notes: Sequence[str]) -> str:
+    """The report as one page without scripts, links or outside resources; every text in it is escaped."""
+    return (
+        _environment()
+        .get_template("boosting_report.html.jinja")
+        .render(
+            keys=[iteration.key for iteration in iterations],
+            rows=report_rows(iterations),
+            plots=plots,
+            notes=notes,
+            judges=sorted({str(iteration.figure("evaluation", "judge")) for iteration in iterations}),
+            samples={iteration.key: sample_pairs(iteration.pairs) for iteration in reversed(iterations)},
+        )
+    )
+
+
+def visible(text: str) -> str:
+    r"""A text with its control characters shown as their numbers; line ends and tabs stay.
+
+    Examples:
+        >>> visible("\x1b[31mred\x00 \u202eevil")
+        '⟨U+001B⟩[31mred⟨U+0000⟩ ⟨U+202E⟩evil'
+    """
+    return "".join(_visible_character(character) for character in text)
+
+
+def shortened(text: str) -> str:
+    """A text of at most `SHOWN_CHARACTERS` characters that says how many were left out."""
+    left_out = len(text) - SHOWN_CHARACTERS
+    return text if left_out <= 0 else f"{text[:SHOWN_CHARACTERS]}… ({left_out:,} more characters)"
+
+
+def _column(iteration: FinishedIteration, reasons: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], str]:
+    """The texts of one iteration by section and label, with a line for each reason to drop, by asset."""
+    figure, rows, funnel = iteration.figure, iteration.rows, iteration.funnel
+    sections: dict[str, dict[str, str]] = {
+        "Rows": {
+            "keyword sets drawn": _count(rows("keyword_sets")),
+            "keyword sets used": _count(funnel["prompts asked for"]),
+            "synthetic prompts": _count(rows("synthetic_prompts")),
+            "base responses (policy)": _count(rows("base_responses")),
+            "initial responses (M_0)": _count(rows("initial_responses")),
+            "refined responses": _count(rows("refined_responses")),
+            "candidate pairs": _count(funnel["candidate pairs"]),
+            "pairs kept": _count(funnel["pairs kept"]),
+            "pairs trained on, with those before": _count(figure("model_checkpoint", "examples")),
+        },
+        "Pass rates": {
+            "valid prompts per keyword set used": _ratio(funnel["valid prompts"], funnel["prompts asked for"]),
+            "pairs kept per candidate": _ratio(funnel["pairs kept"], funnel["candidate pairs"]),
+        },
+        "Dropped": {
+            f"{asset}: {reason.replace('_', ' ')}": _dropped(figure(asset, "dropped"), reason)
+            for asset, possible in reasons.items()
+            for reason in possible
+        },
+        "Pairs": {
+            "mean margin of scores": _number(figure("preference_pairs", "mean_margin")),
+            "chosen length / rejected length": _number(figure("preference_pairs", "chosen_to_rejected_length")),
+            "chosen answers cut": _share(figure("preference_pairs", "chosen_cut_share")),
+            "rejected answers cut": _share(figure("preference_pairs", "rejected_cut_share")),
+            "reward margin at the last logged training step": _number(_last_reward_margin(iteration)),
+        },
+        "Held-out": {
+            "prompts": _count(figure("evaluation", "held_out_prompts")),
+            "mean reward of M_0": _number(figure("evaluation", "held_out_reward initial")),
+            "mean reward of M_t": _number(figure("evaluation", "held_out_reward policy")),
+            "mean reward of the gold answers": _number(figure("evaluation", "held_out_reward answer")),
+            "win rate of M_t over M_0": _share(figure("evaluation", "win_rate_over_initial")),
+            "judge": figure("evaluation", "judge") or MISSING,
+        },
+        "Checkpoints": {
+            "M_t": _sha(figure("model_checkpoint", "sha")),
+            "policy that answered": _sha(figure("base_responses", "checkpoint_sha")),
+            "response improver": _sha(figure("refined_responses", "checkpoint_sha")),
+            "scorer": _sha(figure("preference_pairs", "scorer_sha")),
+        },
+        "Work": {
+            "tokens generated": _count(_total(iteration, GENERATED_BY, "generated_tokens")),
+            "tokens trained on": _count(_total(iteration, TRAINED_BY, "tokens")),
+            "tokens scored": _count(_total(iteration, SCORED_BY, "scored_tokens")),
+            "seconds": _count(round(iteration.seconds)),
+        },
+    }
+    return {(section, label): text for section, figures in sections.items() for label, text in figures.items()}
+
+
+def _dropped(dropped: Mapping[str, int] | None, reason: str) -> str:
+    return MISSING if dropped is None else _count(dropped.get(reason, 0))
+
+
+def _last_reward_margin(iteration: FinishedIteration) -> float | None:
+    return iteration.rewards[-1]["rewards/margins"] if iteration.rewards else None
+
+
+def _total(iteration: FinishedIteration, assets: Iterable[str], name: str) -> int:
+    return sum(iteration.figure(asset, name) or 0 for asset in assets)
+
+
+def _count(value: int | None) -> str:
+    return MISSING if value is None else f"{value:,}"
+
+
+def _number(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.3f}"
+
+
+def _share(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1%}"
+
+
+def _ratio(part: int | None, whole: int | None) -> str:
+    return _share(part / whole) if part is not None and whole else MISSING
+
+
+def _sha(value: str | None) -> str:
+    return MISSING if value is None else value[:16]
+
+
+def _visible_character(character: str) -> str:
+    control = unicodedata.category(character) == "Cc" and character not in "\n\t"
+    hidden = control or unicodedata.bidirectional(character) in BIDIRECTIONAL_CONTROLS
+    return f"⟨U+{ord(character):04X}⟩" if hidden else character
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"visible": visible, "shortened": shortened}
+    return environment

@@ -1,0 +1,95 @@
+"""The sensor that goes on by itself: what it asks for, and the reasons it gives when it does not."""
+
+import dagster as dg
+import pytest
+
+from resources.settings import active_settings
+from synpo_assets.automation import next_iteration, reason_to_wait
+from synpo_assets.partitions import ITERATIONS
+from synpo_assets.runs import asset_names
+
+
+@pytest.fixture
+def instance():
+    with dg.DagsterInstance.ephemeral() as ephemeral:
+        yield ephemeral
+
+
+def settings(**automation):
+    return active_settings().model_copy(
+        update={"automation": active_settings().automation.model_copy(update=automation)}
+    )
+
+
+def finish(instance, partition, metadata=None, without=()):
+    """Reports a whole iteration (or, for None, all that is made once) as materialized."""
+    for name in asset_names(partitioned=partition is not None):
+        if name not in without:
+            instance.report_runless_asset_event(
+                dg.AssetMaterialization(name, partition=partition, metadata=(metadata or {}).get(name, {}))
+            )
+
+
+def tick(instance, **automation):
+    context = dg.build_sensor_context(instance=instance, resources={"settings": settings(**automation)})
+    return next_iteration(context)
+
+
+def test_it_is_off_until_it_is_switched_on():
+    from definitions import defs
+
+    sensor = defs.resolve_sensor_def("next_iteration")
+    assert sensor.default_status == dg.DefaultSensorStatus.STOPPED
+
+
+def test_on_an_empty_home_it_asks_for_iteration_1_with_all_that_is_made_once(instance):
+    request = tick(instance)
+    assert request.partition_key == "0001"
+    asked = {key.to_user_string() for key in request.asset_selection}
+    assert {"initial_policy", "reward_model", "policy", "evaluation"} <= asked
+
+
+def test_after_an_iteration_it_asks_for_the_next(instance):
+    finish(instance, None)
+    finish(instance, "0001", {"evaluation": {"win_rate_over_initial": 0.6}})
+    request = tick(instance)
+    assert request.partition_key == "0002"
+    assert "initial_policy" not in {key.to_user_string() for key in request.asset_selection}
+
+
+def test_of_a_half_finished_iteration_it_asks_for_the_rest(instance):
+    finish(instance, None)
+    finish(instance, "0001", without=("model_checkpoint", "evaluation"))
+    asked = {key.to_user_string() for key in tick(instance).asset_selection}
+    assert asked >= {"model_checkpoint", "evaluation", "policy"}
+    assert "base_responses" not in asked
+
+
+@pytest.mark.parametrize(("limits", "reason"), [
+    ({}, "win_rate_over_initial is 0.4, less than 0.5"),
+    ({"minimum": {}, "maximum": {"mean_margin": 1.0}}, "mean_margin is 2.5, more than 1"),
+    ({"minimum": {"held_out_reward_gain": 0.1}}, "held_out_reward_gain was not measured"),
+])  # fmt: skip
+def test_the_gate_stops_it_and_it_says_why(instance, limits, reason):
+    finish(instance, None)
+    finish(instance, "0001", {"evaluation": {"win_rate_over_initial": 0.4}, "preference_pairs": {"mean_margin": 2.5}})
+    skipped = tick(instance, **limits)
+    assert isinstance(skipped, dg.SkipReason)
+    assert skipped.skip_message.startswith(f"Stopped after iteration 1 by the gate: {reason}")
+
+
+def test_it_stops_at_the_target(instance):
+    finish(instance, None)
+    finish(instance, "0001", {"evaluation": {"win_rate_over_initial": 0.9}})
+    assert "Stopped: iteration 1 is finished" in tick(instance, target_iterations=1).skip_message
+
+
+@pytest.mark.parametrize(("status", "reason"), [
+    (dg.DagsterRunStatus.STARTED, "is at work"),
+    (dg.DagsterRunStatus.FAILURE, "ended as FAILURE"),
+    (dg.DagsterRunStatus.CANCELED, "ended as CANCELED"),
+])  # fmt: skip
+def test_it_waits_for_runs_and_does_not_repeat_failed_ones(instance, status, reason):
+    job = dg.Definitions([dg.AssetSpec("anything")]).resolve_implicit_global_asset_job_def()
+    instance.create_run_for_job(job, tags=ITERATIONS.get_tags_for_partition_key("0001"), status=status)
+    assert reason in reason_to_wait(instance, settings(), 1)

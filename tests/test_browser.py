@@ -1,0 +1,140 @@
+"""The UI in a real browser, on a home with two finished nano iterations. `pytest -m slow`.
+
+Screenshots are kept as test artefacts in the folder that SYNPO_SCREENSHOTS names, else in pytest's temporary folder.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+import pytest
+
+from resources.tables import table_metadata
+from tests.ui import running_ui, wait_for
+
+pytestmark = pytest.mark.slow
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = "<script>document.title = 'owned'; alert(1)</script> | **bold** | \x1b[31mred\x1b[0m\n| a | b |\n|---|---|"
+
+
+@pytest.fixture(scope="module")
+def ui(nano_run, tmp_path_factory):
+    """A copy of the home with two iterations, and its UI."""
+    assert nano_run.result.returncode == 0, nano_run.result.stderr[-3000:]
+    home = tmp_path_factory.mktemp("browser") / "home"
+    shutil.copytree(nano_run.home, home)
+    with running_ui(home) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page(ui):
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright to test the UI in a browser")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        page.set_default_timeout(60_000)
+        page.goto(ui.url)
+        yield page
+        browser.close()
+
+
+@pytest.fixture
+def screenshot(page, request, tmp_path_factory):
+    """Keeps a picture of the page as it is when the test ends, failed or not."""
+    yield
+    folder = Path(os.environ.get("SYNPO_SCREENSHOTS") or tmp_path_factory.getbasetemp() / "screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=folder / f"{request.node.name}.png")
+
+
+def open_partition(page, ui, asset, partition):
+    page.goto(f"{ui.url}/assets/{asset}?view=partitions&partition={partition}")
+    page.get_by_text("Latest materialization").wait_for()
+
+
+def row(page, label):
+    """The value cell of a metadata entry."""
+    return page.locator("tr", has=page.get_by_text(label, exact=True)).locator("td").nth(1)
+
+
+def test_the_lineage_graph_shows_every_asset(page, ui, screenshot):
+    page.get_by_role("link", name="Lineage").click()
+    for asset in ui.assets():
+        page.locator(f"text={asset}").first.wait_for()
+
+
+def test_a_partition_shows_sample_rows_links_and_statistics(page, ui, screenshot):
+    open_partition(page, ui, "preference_pairs", "0002")
+    pair_id = pl.read_parquet(ui.home / "tables" / "preference_pairs" / "0002.parquet")["pair_id"][0]
+    row(page, "sample").get_by_text(pair_id).wait_for()
+    row(page, "statistics").get_by_text("mean").first.wait_for()
+    row(page, "made_from").get_by_role("link", name="refined_responses[0002]").wait_for()
+
+
+def test_links_lead_from_data_to_the_checkpoint_that_made_it(page, ui, screenshot):
+    open_partition(page, ui, "base_responses", "0002")
+    sha = ui.metadata("model_checkpoint", "0001")["sha"]
+    assert row(page, "checkpoint_sha").inner_text() == sha
+    page.goto(ui.url + row(page, "checkpoint_page").get_by_role("link").get_attribute("href"))
+    page.get_by_text(sha).first.wait_for()
+    open_partition(page, ui, "base_responses", "0002")
+    row(page, "checkpoint_run").get_by_role("link").click()
+    page.wait_for_url("**/runs/**")
+
+
+def test_a_checkpoint_lists_every_partition_of_pairs_it_was_trained_on(page, ui, screenshot):
+    open_partition(page, ui, "model_checkpoint", "0002")
+    row(page, "trained_on").get_by_role("link", name="preference_pairs[0001]").click()
+    page.wait_for_url("**/assets/preference_pairs?view=partitions&partition=0001")
+
+
+def test_checks_show_their_figures_by_partition(page, ui, screenshot):
+    page.goto(f"{ui.url}/assets/preference_pairs?view=checks")
+    page.get_by_text("blocking", exact=True).wait_for()
+    page.get_by_text("least_allowed").first.wait_for()
+    page.get_by_role("tab", name="Partitions").last.click()
+    page.get_by_text("0002").first.wait_for()
+
+
+def test_the_report_shows_its_table_and_plots(page, ui, screenshot):
+    page.goto(f"{ui.url}/assets/boosting_report?view=events")
+    image = page.locator('img[src^="data:image/png;base64,"]').first
+    image.wait_for()
+    assert wait_for(lambda: image.evaluate("picture => picture.naturalWidth"), 20) >= 600
+    image.scroll_into_view_if_needed()
+
+
+def test_generated_text_with_scripts_and_markup_is_shown_as_text(page, ui, screenshot):
+    frame = pl.DataFrame({"prompt": [HOSTILE]})
+    with dg.DagsterInstance.from_config(str(ui.home)) as instance:
+        instance.report_runless_asset_event(
+            dg.AssetMaterialization("synthetic_prompts", partition="0002", metadata={"sample": table_metadata(frame)})
+        )
+    dialogs = []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    open_partition(page, ui, "synthetic_prompts", "0002")
+    row(page, "sample").get_by_text("<script>document.title").wait_for()
+    row(page, "sample").get_by_text("| **bold** |").wait_for()
+    assert dialogs == []
+    assert page.title() != "owned"
+
+
+def test_a_backfill_of_iteration_2_is_launched_from_the_graph_and_succeeds(page, ui, screenshot):
+    before = {run["id"] for run in ui.runs()}
+    page.goto(ui.url)
+    page.get_by_role("link", name="Lineage").click()
+    page.get_by_role("button", name="Materialize all").click()
+    page.get_by_text("Select a partition or create one").click()
+    page.get_by_placeholder("Filter partitions").fill("0002")
+    page.locator("label", has_text="0002").click()
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Launch").click()
+    made = wait_for(lambda: [run for run in ui.runs() if run["id"] not in before and run["partition"] == "0002"], 120)
+    assert ui.wait_for_run(made[0]["id"], 600) == "SUCCESS"
+    page.goto(f"{ui.url}/runs/{made[0]['id']}")
+    page.get_by_text("Success").first.wait_for()

@@ -1,0 +1,158 @@
+"""Asset checks on tables with known faults: what they say, per iteration, and what they hold up."""
+
+import dagster as dg
+import polars as pl
+import pytest
+
+from resources.checkpoint_store import CheckpointStore
+from resources.settings import active_settings
+from resources.tables import ParquetTables
+from synpo_assets import checks
+from synpo_assets.checks import failed_checks
+from synpo_assets.partitions import ITERATIONS
+from tests.test_loop import pairs
+
+
+@pytest.fixture
+def instance():
+    with dg.DagsterInstance.ephemeral() as ephemeral:
+        yield ephemeral
+
+
+def evaluate(instance, tmp_path, asset, value, partition="0001", metadata=None, io_manager="tables", **settings):
+    """Materializes a stand-in asset and its real checks; returns each check's evaluation by name."""
+    resources = {
+        "tables": ParquetTables(str(tmp_path / "tables")),
+        "checkpoints": CheckpointStore(str(tmp_path / "checkpoints")),
+        "settings": active_settings().model_copy(
+            update={"checks": active_settings().checks.model_copy(update=settings)}
+        ),
+    }
+
+    @dg.asset(name=asset, partitions_def=ITERATIONS, io_manager_key=io_manager)
+    def made(context: dg.AssetExecutionContext):
+        return dg.Output(value(context) if callable(value) else value, metadata=metadata or {})
+
+    @dg.asset(partitions_def=ITERATIONS, deps=[made])
+    def after() -> None: ...
+
+    # Each name in the module is one definition or a list of them.
+    definitions = [*checks.finite_weights_checks, *(value for value in vars(checks).values()
+                   if isinstance(value, dg.AssetChecksDefinition))]  # fmt: skip
+    own = [check for check in definitions if next(iter(check.check_keys)).asset_key == made.key]
+    result = dg.materialize(
+        [made, after, *own], instance=instance, resources=resources, partition_key=partition, raise_on_error=False
+    )
+    found = {evaluation.check_name: evaluation for evaluation in result.get_asset_check_evaluations()}
+    assert {evaluation.partition for evaluation in found.values()} == {partition}
+    return found, bool(result.asset_materializations_for_node("after"))
+
+
+def figures(evaluation):
+    return {name: entry.value for name, entry in evaluation.metadata.items()}
+
+
+def with_texts(frame, chosen, rejected):
+    sides = {"chosen": chosen, "rejected": rejected}
+    return frame.with_columns(
+        pl.Series(side, [[{"role": "assistant", "content": text}] for text in texts], dtype=frame.schema[side])
+        for side, texts in sides.items()
+    )
+
+
+GOOD = ["A pan that is too hot burns the butter.", "Rivers bend where the bank is soft."]
+
+
+def good_pairs(count=8):
+    return with_texts(pairs(1, count), GOOD * (count // 2), GOOD[::-1] * (count // 2))
+
+
+def test_good_pairs_pass_all_checks(instance, tmp_path):
+    found, went_on = evaluate(instance, tmp_path, "preference_pairs", good_pairs())
+    assert {name: evaluation.passed for name, evaluation in found.items()} == dict.fromkeys(
+        ["enough_pairs", "no_empty_side", "score_margin", "length_ratio", "repetition"], True
+    )
+    assert went_on
+    assert failed_checks(instance, "preference_pairs", "0001") == []
+
+
+def test_too_few_pairs_block_what_follows_in_their_iteration_only(instance, tmp_path):
+    found, went_on = evaluate(instance, tmp_path, "preference_pairs", good_pairs(2), min_pairs_share=0.5)
+    assert not found["enough_pairs"].passed
+    assert figures(found["enough_pairs"]) == {"pairs": 2, "least_allowed": 4.0}
+    assert not went_on
+    assert failed_checks(instance, "preference_pairs", "0001") == ["enough_pairs"]
+    assert failed_checks(instance, "preference_pairs", "0002") == []
+    _, went_on = evaluate(instance, tmp_path, "preference_pairs", good_pairs(2), min_pairs_share=0.25)
+    assert went_on
+    assert failed_checks(instance, "preference_pairs", "0001") == []
+
+
+def test_an_empty_chosen_side_blocks(instance, tmp_path):
+    frame = with_texts(pairs(1, 4), [*GOOD, " \n", "x"], [*GOOD, "a", "b"])
+    found, went_on = evaluate(instance, tmp_path, "preference_pairs", frame)
+    assert figures(found["no_empty_side"]) == {"empty_answers": 1}
+    assert not went_on
+
+
+@pytest.mark.parametrize(("check", "chosen", "limits"), [
+    ("length_ratio", [text * 5 for text in GOOD], {}),
+    ("repetition", ["tick tock " * 20, "no no no no no no no no"], {"max_length_ratio": 100.0}),
+    ("score_margin", GOOD, {"min_mean_margin": 0.6}),
+])  # fmt: skip
+def test_questionable_pairs_warn_and_do_not_block(instance, tmp_path, check, chosen, limits):
+    found, went_on = evaluate(
+        instance, tmp_path, "preference_pairs", with_texts(pairs(1, 2), chosen, GOOD), min_pairs_share=0.0, **limits
+    )
+    assert not found[check].passed
+    assert found[check].severity == dg.AssetCheckSeverity.WARN
+    assert went_on
+
+
+def test_prompts_that_grow_alike_or_repeat_earlier_ones_warn(instance, tmp_path):
+    about = {"dropped": {"near_duplicate": 5}, "keyword_sets_used": 10}
+    varied = pl.DataFrame({"prompt": ["How do rivers bend?", "Name three salads.", "Why is ice slippery?"]})
+    found, _ = evaluate(instance, tmp_path, "synthetic_prompts", varied, metadata=about)
+    assert figures(found["few_near_duplicates"])["near_duplicate_rate"] == 0.5
+    assert not found["few_near_duplicates"].passed
+    assert found["varied_prompts"].passed
+    alike = pl.DataFrame({"prompt": ["How do rivers bend?", "How do rivers bend here?", "How do rivers bend there?"]})
+    about = {"dropped": {}, "keyword_sets_used": 3}
+    found, _ = evaluate(instance, tmp_path, "synthetic_prompts", alike, "0002", about)
+    assert not found["varied_prompts"].passed
+    assert found["few_near_duplicates"].passed
+
+
+def checkpoint_with(value):
+    def make(context):
+        def build(directory):
+            import torch
+            from safetensors.torch import save_file
+
+            (directory / "merged").mkdir()
+            tensors = {"good": torch.ones(2, dtype=torch.bfloat16), "last": torch.tensor([1.0, value])}
+            save_file(tensors, directory / "merged" / "model.safetensors")
+
+        return context.resources.checkpoints.create(
+            context, build, parents={}, trained_on={}, settings={}, random_seed=0
+        )[0]
+
+    return make
+
+
+@pytest.mark.parametrize(("value", "passes"), [(1.0, True), (float("nan"), False), (float("inf"), False)])
+def test_weights_that_are_not_finite_block(tmp_path, instance, value, passes):
+    found, went_on = evaluate(instance, tmp_path, "model_checkpoint", checkpoint_with(value), io_manager="checkpoints")
+    assert found["finite_weights"].passed == went_on == passes
+    assert figures(found["finite_weights"])["tensors_not_finite"] == (0 if passes else 1)
+
+
+def test_a_policy_that_loses_or_loops_warns(instance, tmp_path):
+    frame = pl.DataFrame({
+        "policy_score": [0.0, 0.0], "initial_score": [1.0, 1.0],
+        "policy_response": ["and and and and and and"] * 2, "initial_response": GOOD,
+    })  # fmt: skip
+    found, went_on = evaluate(instance, tmp_path, "evaluation", frame)
+    assert [found[name].passed for name in ("win_rate", "answers_without_loops")] == [False, False]
+    assert figures(found["answers_without_loops"])["of_the_initial_policy"] == 0.0
+    assert went_on

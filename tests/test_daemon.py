@@ -1,0 +1,187 @@
+"""The loop in the UI with its real daemon: backfills, staleness, cancellation, automation. `pytest -m slow`."""
+
+import itertools
+import re
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+
+from tests.nano import nano_settings, write_settings
+from tests.ui import running_ui, wait_for
+
+pytestmark = pytest.mark.slow
+ITERATIONS = ["0001", "0002", "0003"]
+ON_GPU = {
+    "prompt_generator", "reward_model", "synthetic_prompts", "base_responses", "initial_responses", "seed_responses",
+    "response_improver", "refined_responses", "preference_pairs", "model_checkpoint", "evaluation",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ui(tmp_path_factory, nano_model):
+    """A new home and its UI; the tests below follow one another on it."""
+    home = tmp_path_factory.mktemp("daemon") / "home"
+    home.mkdir()
+    write_settings(home / "settings.yaml", nano_settings(nano_model) | {"max_iterations": 3})
+    with running_ui(home) as running:
+        yield running
+
+
+def change_settings(ui, **sections):
+    file = ui.home / "settings.yaml"
+    values = yaml.safe_load(file.read_text())
+    for section, changes in sections.items():
+        values[section] = {**values.get(section, {}), **changes} if isinstance(changes, dict) else changes
+    write_settings(file, values)
+    ui.reload()
+
+
+def order(runs):
+    return [(run["partition"], run["status"]) for run in sorted(runs, key=lambda run: run["startTime"] or 0)]
+
+
+def runs_of(ui, backfill):
+    return ui.runs(tags=[{"key": "dagster/backfill", "value": backfill}])
+
+
+def test_a_backfill_of_everything_stops_cleanly_where_an_iteration_fails(ui):
+    """Once-only assets, then 0001; 0002 fails; 0003 ends with the sentence and trains on nothing stale."""
+    in_the_way = ui.home / "tables" / "keyword_sets" / "0002.parquet"
+    in_the_way.mkdir(parents=True)
+    backfill = ui.backfill(ITERATIONS)
+    assert ui.wait_for_backfill(backfill) == "COMPLETED_FAILED"
+    runs = runs_of(ui, backfill)
+    iterations = [run for run in runs if run["partition"]]
+    assert order(iterations) == [("0001", "SUCCESS"), ("0002", "FAILURE"), ("0003", "FAILURE")]
+    last = next(run for run in runs if run["partition"] == "0003")
+    message = ui.failure_messages(last["id"])
+    assert "The newest attempt to make model_checkpoint[0002] ended without it" in message
+    assert "run that iteration again, then this one" in message
+    assert [step["stepKey"] for step in last["stepStats"]] == ["policy"]
+    in_the_way.rmdir()
+
+
+def test_the_backfill_again_makes_everything_in_order_with_one_run_per_iteration(ui):
+    """First what is made once, then the iterations one after the other, then the report over all of them."""
+    backfill = ui.backfill(ITERATIONS)
+    assert ui.wait_for_backfill(backfill) == "COMPLETED_SUCCESS"
+    runs = sorted(runs_of(ui, backfill), key=lambda run: run["startTime"])
+    assert [run["partition"] for run in runs] == [None, *ITERATIONS, None]
+    for earlier, later in itertools.pairwise(runs):
+        assert earlier["endTime"] <= later["startTime"]
+    assert runs[-1]["assetSelection"] == [{"path": ["boosting_report"]}]
+
+
+def test_steps_on_the_gpu_never_overlap(ui):
+    """Over all runs so far, whichever iteration and backfill they belong to."""
+    spans = sorted(
+        (step["startTime"], step["endTime"], step["stepKey"])
+        for run in ui.runs() for step in run["stepStats"]
+        if step["stepKey"] in ON_GPU and step["startTime"] and step["endTime"]
+    )  # fmt: skip
+    assert len(spans) > 20
+    for earlier, later in itertools.pairwise(spans):
+        assert earlier[1] <= later[0], (earlier, later)
+
+
+def test_one_iteration_again_with_other_settings_makes_later_ones_stale_and_reuses_shards(ui):
+    assert set(ui.stale("model_checkpoint", ITERATIONS).values()) == {"FRESH"}
+    before = ui.metadata("model_checkpoint", "0002")["sha"]
+    change_settings(ui, policy={"training": {**nano_settings(Path())["policy"]["training"], "beta": 6.0}})
+    assert set(ui.stale("model_checkpoint", ITERATIONS).values()) == {"STALE"}
+    assert set(ui.stale("base_responses", ITERATIONS).values()) == {"FRESH"}
+    partitioned = [name for name, is_partitioned in ui.assets().items() if is_partitioned]
+    assert ui.wait_for_backfill(ui.backfill(["0002"], partitioned)) == "COMPLETED_SUCCESS"
+    after = ui.metadata("model_checkpoint", "0002")["sha"]
+    assert after != before
+    for asset in ("base_responses", "synthetic_prompts", "refined_responses"):
+        assert ui.metadata(asset, "0002")["generated_tokens"] == 0, asset
+    assert ui.stale("model_checkpoint", ["0002"]) == {"0002": "FRESH"}
+    assert ui.stale("base_responses", ITERATIONS) == {"0001": "FRESH", "0002": "FRESH", "0003": "STALE"}
+    assert ui.wait_for_backfill(ui.backfill(["0003"], partitioned)) == "COMPLETED_SUCCESS"
+    assert ui.metadata("policy", "0003")["checkpoint_sha"] == after
+    assert ui.metadata("base_responses", "0003")["checkpoint_sha"] == after
+    assert ui.stale("base_responses", ["0003"]) == {"0003": "FRESH"}
+
+
+def test_the_links_of_a_materialization_lead_to_what_made_it(ui):
+    about, made = ui.metadata("base_responses", "0003"), ui.metadata("model_checkpoint", "0002")
+    assert about["checkpoint_asset"] == {"path": ["model_checkpoint"]}
+    assert about["checkpoint_run"] == made["run"]
+    assert about["checkpoint_page"] == "/assets/model_checkpoint?view=partitions&partition=0002"
+    assert about["checkpoint_sha"] == made["sha"]
+    trained_on = ui.metadata("model_checkpoint", "0003")["trained_on"]
+    assert re.findall(r"\[(preference_pairs\[\d+\])\]\((\S+)\)", trained_on) == [
+        (f"preference_pairs[{key}]", f"/assets/preference_pairs?view=partitions&partition={key}") for key in ITERATIONS
+    ]
+
+
+def test_a_second_run_of_the_same_iteration_waits_for_the_first(ui):
+    names = ["policy", "keyword_sets", "preference_history", "synthetic_prompts"]
+    first, second = (ui.launch("0001", names) for _ in range(2))
+    assert {ui.wait_for_run(first), ui.wait_for_run(second)} == {"SUCCESS"}
+    one, other = sorted((run for run in ui.runs() if run["id"] in (first, second)), key=lambda run: run["startTime"])
+    assert one["endTime"] <= other["startTime"]
+
+
+def processes_of(home):
+    """Command lines of the processes whose environment names the home and that execute a step."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and f"SYNPO_HOME={home}\0".encode() in (entry / "environ").read_bytes():
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+    return found
+
+
+def test_a_cancelled_run_ends_all_its_processes_within_30_seconds_and_leaves_nothing_half_made(ui):
+    change_settings(
+        ui, policy={"training": {**nano_settings(Path())["policy"]["training"], "beta": 6.0, "epochs": 2000}}
+    )
+    before, checkpoint = set(processes_of(ui.home)), ui.metadata("model_checkpoint", "0001")
+    run = ui.launch("0001", ["model_checkpoint"])
+    training = ui.home / "checkpoints" / "model_checkpoint"
+    wait_for(lambda: list(training.glob(".0001.*.tmp")), 120)
+    time.sleep(3)
+    started = time.monotonic()
+    ui.terminate(run)
+    assert ui.wait_for_run(run, 30) == "CANCELED"
+    wait_for(lambda: set(processes_of(ui.home)) <= before, max(1.0, 30 - (time.monotonic() - started)))
+    assert list(training.glob(".*tmp")) == []
+    assert ui.metadata("model_checkpoint", "0001") == checkpoint
+    change_settings(ui, policy={"training": {**nano_settings(Path())["policy"]["training"], "beta": 6.0}})
+    again = ui.launch("0001", ["model_checkpoint"])
+    assert ui.wait_for_run(again) == "SUCCESS", "the slot of the pool was not given back"
+
+
+def test_another_iteration_is_a_setting_and_the_sensor_makes_it_and_stops_at_the_target(ui):
+    change_settings(ui, max_iterations=4, automation={"minimum": {"win_rate_over_initial": 0.0}})
+    sensor = {
+        "repositoryLocationName": ui.location(),
+        "repositoryName": "__repository__",
+        "sensorName": "next_iteration",
+    }
+    ui.query(
+        """mutation S($selector: SensorSelector!) { startSensor(sensorSelector: $selector) { __typename
+             ... on PythonError { message } } }""",
+        selector=sensor,
+    )  # fmt: skip
+    made = wait_for(lambda: [run for run in ui.runs() if run["partition"] == "0004"], 120)
+    assert ui.wait_for_run(made[0]["id"]) == "SUCCESS"
+
+    def last_reason():
+        found = ui.query(
+            """query T($selector: SensorSelector!) { sensorOrError(sensorSelector: $selector) { ... on Sensor {
+                 sensorState { ticks(limit: 1) { status skipReason error { message } } } } } }""",
+            selector=sensor,
+        )["sensorOrError"]["sensorState"]["ticks"]  # fmt: skip
+        return found and found[0]["skipReason"]
+
+    reason = wait_for(lambda: "Stopped" in (last_reason() or "") and last_reason(), 120)
+    assert reason == "Stopped: iteration 4 is finished, which is the target (automation.target_iterations)."
+    assert pl.read_parquet(ui.home / "tables" / "evaluation" / "0004.parquet").height == 6
