@@ -1,21 +1,24 @@
-"""Model checkpoints on disk: weights, training log and, written last, a manifest. No manifest, no checkpoint."""
+"""Model checkpoints: weights, training log and, written last, a manifest. No manifest, no checkpoint."""
 
 import dataclasses
 import importlib.metadata
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from upath import UPath
 
-from resources.files import file_sha256, json_sha256, temporary_directory_beside, write_atomically
+from resources.errors import FinalError
+from resources.files import AnyPath, file_sha256, json_sha256, temporary_directory_beside, write_atomically
 
 RECORDED_LIBRARIES = ("dagster", "torch", "transformers", "trl", "peft", "polars")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(FinalError):
     """A checkpoint is missing, incomplete or altered; the message names it and says what to do."""
 
 
@@ -27,8 +30,8 @@ class Checkpoint:
         asset: The asset that made it, for example `model_checkpoint`.
         partition: Its iteration (`0001`), or None for assets made once.
         sha: sha256 over the names and contents of all weight files.
-        weights: Directory with safetensors weights, config and tokenizer: what generates.
-        directory: Directory with `manifest.json`.
+        weights: Local directory with safetensors weights, config and tokenizer: what generates.
+        directory: Local directory with `manifest.json`.
     """
 
     asset: str
@@ -52,11 +55,22 @@ class CheckpointStore(dg.IOManager):
     """Keeps checkpoints under one root, one directory per content, and hands them to assets as `Checkpoint`.
 
     Each asset and iteration has a small pointer file that names its current checkpoint. An older checkpoint
-    stays on disk when a newer one takes its place, because data on disk names it by its sha.
+    stays when a newer one takes its place, because data names it by its sha.
+
+    Models are built and loaded in local directories. Where the root is an object store, a checkpoint is therefore
+    built in a local cache and uploaded, its manifest last, and fetched into the cache by whoever lacks it.
     """
 
-    def __init__(self, root: str) -> None:
-        self.root = root
+    def __init__(self, root: str, cache: str | None = None) -> None:
+        """Makes a store.
+
+        Args:
+            root: A local directory, or a URL that fsspec knows.
+            cache: For a URL only: the local directory that holds the checkpoints in use.
+        """
+        self._root = UPath(root)
+        self._local = Path(cache or root)
+        self._is_remote = cache is not None
 
     def create(
         self,
@@ -69,6 +83,8 @@ class CheckpointStore(dg.IOManager):
         random_seed: int,
     ) -> tuple[Checkpoint, Any]:
         """Builds a checkpoint in a temporary directory and moves it to its final place.
+
+        Content that is there already is kept; if it was damaged since, it is replaced.
 
         Args:
             context: The running asset: names the checkpoint, its iteration and its run.
@@ -83,8 +99,7 @@ class CheckpointStore(dg.IOManager):
         """
         asset = context.asset_key.to_user_string()
         partition = None if context.assets_def.partitions_def is None else context.partition_key
-        place = Path(self.root) / asset / (partition or "once")
-        with temporary_directory_beside(place) as temporary:
+        with temporary_directory_beside(self._local / asset / (partition or "once")) as temporary:
             result = build(temporary)
             manifest = {
                 **_weights_manifest(temporary / "merged"),
@@ -99,15 +114,10 @@ class CheckpointStore(dg.IOManager):
                 "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
             }
-            write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=2).encode())
-            final = place / manifest["sha"][:16]
-            final.parent.mkdir(exist_ok=True)
-            if not (final / "manifest.json").exists():
-                temporary.rename(final)
-        return self._open(final), result
+            return self._keep(temporary, manifest), result
 
     def adopt(self, context: dg.AssetExecutionContext, weights: Path, origin: Mapping[str, Any]) -> Checkpoint:
-        """Registers a model that lies elsewhere (cache, hub snapshot, user directory) without copying it.
+        """Registers a model that lies elsewhere (cache, hub snapshot, user directory) by links to its files.
 
         Args:
             context: The running asset.
@@ -116,11 +126,13 @@ class CheckpointStore(dg.IOManager):
         """
         asset = context.asset_key.to_user_string()
         manifest = _weights_manifest(weights)
-        manifest |= {"asset": asset, "partition": None, "run_id": context.run.run_id, "weights": str(weights)}
+        manifest |= {"asset": asset, "partition": None, "run_id": context.run.run_id, "weights": "merged"}
         manifest |= {"parents": {}, "trained_on": {}, "settings": dict(origin)}
-        directory = Path(self.root) / asset / "once" / manifest["sha"][:16]
-        write_atomically(directory / "manifest.json", json.dumps(manifest, indent=2).encode())
-        return self._open(directory)
+        with temporary_directory_beside(self._local / asset / "once") as temporary:
+            (temporary / "merged").mkdir()
+            for name in manifest["files"]:
+                (temporary / "merged" / name).symlink_to((weights / name).absolute())
+            return self._keep(temporary, manifest)
 
     def current(self, asset: str, partition: str | None) -> Checkpoint:
         """The newest finished checkpoint of an asset and iteration, its files checked for presence and size.
@@ -131,30 +143,38 @@ class CheckpointStore(dg.IOManager):
         label = f"{asset}[{partition}]" if partition else asset
         pointer = self._pointer(asset, partition)
         if not pointer.exists():
-            raise CheckpointError(f"{label} has no checkpoint in {self.root}: materialize {label} first.")
-        checkpoint = self._open(Path(self.root) / json.loads(pointer.read_text())["directory"])
-        for name, expected in checkpoint.manifest["files"].items():
-            file = Path(checkpoint.weights) / name
-            if not file.exists() or file.stat().st_size != expected["bytes"]:
-                raise CheckpointError(f"{file} of {label} is missing or has changed size: materialize {label} again.")
-        return checkpoint
+            raise CheckpointError(f"{label} has no checkpoint in {self._root}: materialize {label} first.")
+        name = json.loads(pointer.read_text())["directory"]
+        if damaged := _damaged_file(self._root / name):
+            raise CheckpointError(f"{damaged} of {label} is missing or has changed size: materialize {label} again.")
+        if self._is_remote:
+            self._fetch(name)
+        return _open(self._local / name)
+
+    def manifest(self, asset: str, partition: str | None) -> dict[str, Any] | None:
+        """The manifest of the current checkpoint, for which no weights are fetched; None if there is no such checkpoint."""
+        pointer = self._pointer(asset, partition)
+        if not pointer.exists():
+            return None
+        file = self._root / json.loads(pointer.read_text())["directory"] / "manifest.json"
+        return json.loads(file.read_text()) if file.exists() else None
 
     def verify(self, checkpoint: Checkpoint) -> None:
-        """Reads every weight file again and compares it with the manifest.
+        """Reads every weight file again, in an object store too, and compares it with the manifest.
 
         Raises:
             CheckpointError: The content of the directory is not what was written.
         """
-        if _weights_manifest(Path(checkpoint.weights))["sha"] != checkpoint.sha:
-            raise CheckpointError(
-                f"The files of {checkpoint.label} in {checkpoint.weights} were altered after they were written: "
-                f"materialize {checkpoint.label} again."
-            )
+        stored = self._root / self._name(checkpoint)
+        if not _is_intact(stored, checkpoint.sha):
+            raise _altered(stored, checkpoint.label)
+        if self._is_remote and not _is_intact(Path(checkpoint.directory), checkpoint.sha):
+            shutil.rmtree(checkpoint.directory, ignore_errors=True)
+            self._fetch(self._name(checkpoint))
 
     def point_to(self, asset: str, partition: str | None, checkpoint: Checkpoint) -> None:
         """Makes a checkpoint the current one of an asset and iteration."""
-        directory = str(Path(checkpoint.directory).relative_to(self.root))
-        write_atomically(self._pointer(asset, partition), json.dumps({"directory": directory}).encode())
+        write_atomically(self._pointer(asset, partition), json.dumps({"directory": self._name(checkpoint)}).encode())
 
     def handle_output(self, context: dg.OutputContext, obj: Checkpoint) -> None:
         """Stores the pointer of a materialized checkpoint asset."""
@@ -166,29 +186,102 @@ class CheckpointStore(dg.IOManager):
         partition = context.asset_partition_key if context.has_asset_partitions else None
         return self.current(context.asset_key.to_user_string(), partition)
 
-    def _pointer(self, asset: str, partition: str | None) -> Path:
-        return Path(self.root) / asset / f"{partition or 'once'}.json"
+    def _pointer(self, asset: str, partition: str | None) -> UPath:
+        return self._root / asset / f"{partition or 'once'}.json"
 
-    def _open(self, directory: Path) -> Checkpoint:
-        file = directory / "manifest.json"
-        if not file.exists():
-            raise CheckpointError(
-                f"{directory} holds no manifest.json, so no finished checkpoint: materialize it again."
-            )
-        manifest = json.loads(file.read_text())
-        return Checkpoint(
-            asset=manifest["asset"],
-            partition=manifest["partition"],
-            sha=manifest["sha"],
-            weights=str(directory / manifest["weights"]),
-            directory=str(directory),
-        )
+    def _name(self, checkpoint: Checkpoint) -> str:
+        """The place of a checkpoint below the root, which is its place in the cache as well."""
+        return Path(checkpoint.directory).relative_to(self._local).as_posix()
+
+    def _keep(self, temporary: Path, manifest: dict[str, Any]) -> Checkpoint:
+        """Moves a directory whose weights are complete to its final place, and uploads it to an object store."""
+        name = f"{manifest['asset']}/{manifest['partition'] or 'once'}/{manifest['sha'][:16]}"
+        write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=2).encode())
+        _move(temporary, self._local / name, manifest["sha"])
+        if self._is_remote and not _is_intact(self._root / name, manifest["sha"]):
+            self._upload(name)
+        return _open(self._local / name)
+
+    def _upload(self, name: str) -> None:
+        source, target = self._local / name, self._root / name
+        if target.exists():
+            target.fs.rm(target.path, recursive=True)
+        files = [file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()]
+        # No manifest, no checkpoint: it is uploaded last.
+        for file in sorted(files, key=lambda file: file == "manifest.json"):
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            target.fs.put_file(str(source / file), (target / file).path)
+
+    def _fetch(self, name: str) -> None:
+        """Copies a checkpoint from the object store into the cache, unless it is there."""
+        source, target = self._root / name, self._local / name
+        if (target / "manifest.json").exists() and _damaged_file(target) is None:
+            return
+        with temporary_directory_beside(target) as temporary:
+            for file in source.fs.find(source.path):
+                copy = temporary / file.removeprefix(source.path).strip("/")
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                source.fs.get_file(file, str(copy))
+            fetched = _open(temporary)
+            if not _is_intact(temporary, fetched.sha):
+                raise _altered(source, fetched.label)
+            _move(temporary, target, fetched.sha)
 
 
-def _weights_manifest(weights: Path) -> dict[str, Any]:
+def _move(temporary: Path, final: Path, sha: str) -> None:
+    """Moves a finished directory to its place, unless the same content is there and undamaged."""
+    if not _is_intact(final, sha):
+        shutil.rmtree(final, ignore_errors=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary.rename(final)
+
+
+def _manifest(directory: AnyPath) -> dict[str, Any]:
+    file = directory / "manifest.json"
+    if not file.exists():
+        raise CheckpointError(f"{directory} holds no manifest.json, so no finished checkpoint: materialize it again.")
+    return json.loads(file.read_text())
+
+
+def _open(directory: Path) -> Checkpoint:
+    manifest = _manifest(directory)
+    return Checkpoint(
+        asset=manifest["asset"],
+        partition=manifest["partition"],
+        sha=manifest["sha"],
+        weights=str(directory / manifest["weights"]),
+        directory=str(directory),
+    )
+
+
+def _damaged_file(directory: AnyPath) -> AnyPath | None:
+    """The first weight file that is missing or has not the size that the manifest says."""
+    manifest = _manifest(directory)
+    for name, expected in manifest["files"].items():
+        file = directory / manifest["weights"] / name
+        if not file.exists() or file.stat().st_size != expected["bytes"]:
+            return file
+    return None
+
+
+def _is_intact(directory: AnyPath, sha: str) -> bool:
+    """Whether a finished checkpoint lies here whose weight files, read again, have this sha."""
+    if not (directory / "manifest.json").exists():
+        return False
+    weights = directory / _manifest(directory)["weights"]
+    return weights.exists() and _weights_manifest(weights)["sha"] == sha
+
+
+def _altered(directory: AnyPath, label: str) -> CheckpointError:
+    return CheckpointError(
+        f"The files of {label} in {directory} were altered after they were written: materialize {label} again."
+    )
+
+
+def _weights_manifest(weights: AnyPath) -> dict[str, Any]:
     files = {
-        str(path.relative_to(weights)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(weights.iterdir())
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(UPath(weights).iterdir(), key=lambda path: path.name)
         if path.is_file() and path.name != "README.md"
     }
     return {"sha": json_sha256({name: entry["sha256"] for name, entry in files.items()}), "files": files}

@@ -4,23 +4,44 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from upath import UPath
+
+AnyPath = Path | UPath
+BLOCK_BYTES = 8 * 2**20
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name beside its place, then renames it.
+def write_atomically(path: AnyPath, content: bytes) -> None:
+    """Writes a file as a whole or not at all.
 
     Args:
         path: Where the file shall be; its folder is made if need be.
         content: All of its bytes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with opened_atomically(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def opened_atomically(path: AnyPath) -> Iterator[IO[bytes]]:
+    """Opens a file for writing under a temporary name beside its place; when all is written, it is renamed."""
+    final = UPath(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        # An object store has no renaming: there this is a copy, which appears whole or not at all, and a removal.
+        # Writing to the final name would not do, because closing a file after an error uploads what there is of it.
+        temporary.rename(final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -42,10 +63,13 @@ def temporary_directory_beside(place: Path) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: AnyPath) -> str:
     """The sha256 of a file's bytes, as 64 hex digits."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def json_sha256(value: Any) -> str:

@@ -7,17 +7,17 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import polars as pl
+from upath import UPath
 
 from resources.chat import Message, load_tokenizer, prompt_ids
 from resources.checkpoint_store import Checkpoint
 from resources.device import prepare_device, torch_dtype
 from resources.engines.transformers_engine import Completion, Request, TransformersEngine
-from resources.files import json_sha256, write_atomically
+from resources.files import json_sha256, opened_atomically, write_atomically
 from resources.settings import Engine, Sampling
 
 LOG_EVERY_SECONDS = 10
@@ -65,10 +65,10 @@ class Usage:
 class LanguageModel(dg.ConfigurableResource):
     """Generates answers in shards.
 
-    A shard is a parquet file in a folder named by the fingerprint of everything that can change a completion:
-    weights, sampling settings, engine and number format. Inside the folder a completion is identified by its
-    rendered prompt and seed. A second call with the same fingerprint reads what is there and generates the rest;
-    another fingerprint has another folder, so results never mix.
+    A shard is a parquet file under `shards` (a directory, or a URL that fsspec knows), in a folder named by the
+    fingerprint of everything that can change a completion: weights, sampling settings, engine and number format. Inside
+    the folder a completion is identified by its rendered prompt and seed. A second call with the same fingerprint reads
+    what is there and generates the rest; another fingerprint has another folder, so results never mix.
     """
 
     shards: str
@@ -126,7 +126,7 @@ class LanguageModel(dg.ConfigurableResource):
         digest = hashlib.sha256(json.dumps([self.random_seed, row_id, token_ids]).encode()).digest()
         return Request(key=digest.hex()[:32], token_ids=token_ids, seed=int.from_bytes(digest[:8], "big") >> 1)
 
-    def _shard_folder(self, checkpoint: Checkpoint, sampling: Sampling) -> Path:
+    def _shard_folder(self, checkpoint: Checkpoint, sampling: Sampling) -> UPath:
         what = {
             "checkpoint": checkpoint.sha,
             "sampling": sampling.model_dump(),
@@ -134,7 +134,7 @@ class LanguageModel(dg.ConfigurableResource):
             "device": prepare_device(self.engine),
             "dtype": str(torch_dtype(self.engine)),
         }
-        folder = Path(self.shards) / json_sha256(what)[:16]
+        folder = UPath(self.shards) / json_sha256(what)[:16]
         description = folder / "fingerprint.json"
         if not description.exists():
             write_atomically(description, json.dumps(what | {"made_for": checkpoint.label}, indent=2).encode())
@@ -152,19 +152,19 @@ def _shards(batches: Iterator[list[Completion]], size: int) -> Iterator[list[Com
         yield waiting
 
 
-def _read_shards(folder: Path, keys: set[str]) -> dict[str, dict[str, Any]]:
-    shards = sorted(folder.glob("*.parquet"))
-    if not shards:
-        return {}
-    found = pl.scan_parquet(shards).filter(pl.col("key").is_in(list(keys))).collect()
-    return {row["key"]: row for row in found.to_dicts()}
+def _read_shards(folder: UPath, keys: set[str]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.parquet")):
+        with path.open("rb") as file:
+            rows = pl.read_parquet(file).filter(pl.col("key").is_in(list(keys))).to_dicts()
+        found |= {row["key"]: row for row in rows}
+    return found
 
 
-def _write_shard(folder: Path, completions: Sequence[Completion]) -> None:
+def _write_shard(folder: UPath, completions: Sequence[Completion]) -> None:
     table = pl.DataFrame([dataclasses.asdict(completion) for completion in completions], schema=COMPLETION_COLUMNS)
-    temporary = folder / f".{uuid.uuid4().hex}.tmp"
-    table.write_parquet(temporary)
-    temporary.rename(folder / f"{uuid.uuid4().hex}.parquet")
+    with opened_atomically(folder / f"{uuid.uuid4().hex}.parquet") as file:
+        table.write_parquet(file)
 
 
 def _with_progress(

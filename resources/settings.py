@@ -12,7 +12,8 @@ from typing import Any, Literal, Self
 
 import dagster as dg
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from upath.registry import available_implementations
 
 PRESETS = Path(__file__).parent / "presets"
 SEED_DATA_SUFFIXES = (".jsonl", ".parquet")
@@ -300,6 +301,98 @@ class Engine(dg.Config):
     )
 
 
+class Storage(Section):
+    """Where artifacts and history are kept; by default all of it lies in the home."""
+
+    artifacts: str | None = Field(
+        None,
+        description="Where tables, checkpoints and shards are kept. None: the home. Else the URL of a folder in an object "
+        "store that fsspec knows, such as s3://bucket/experiment, one for each experiment; checkpoints in use are copied to "
+        "the home. For S3, install the extra `s3`; credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, "
+        "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL) or from ~/.aws.",
+    )
+    dagster_database: str | None = Field(
+        None,
+        description="Where Dagster keeps its history. None: SQLite in the home. Else the URL of a PostgreSQL database, "
+        "postgresql://user@host/database, one for each experiment: histories must not mix. Install the extra `postgres`; the "
+        "password may be left to PGPASSWORD or ~/.pgpass. Earlier history is not moved: set it before the first run. Another "
+        "machine with the same database and artifacts goes on where this one stopped; let one at a time work.",
+    )
+
+    @field_validator("artifacts")
+    @classmethod
+    def _known_scheme(cls, url: str | None) -> str | None:
+        scheme, separator, place = (url or "").partition("://")
+        if url is not None and not (
+            separator and place.strip("/") and scheme in available_implementations(fallback=True)
+        ):
+            raise ValueError(
+                f"{url!r} is not a URL that fsspec knows: write it as s3://bucket/experiment, or leave it out to keep "
+                "artifacts in the home."
+            )
+        return url
+
+    @field_validator("dagster_database")
+    @classmethod
+    def _postgresql(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith("postgresql://"):
+            # The URL may hold a password, so the message does not repeat it.
+            raise ValueError(
+                "This is not the URL of a PostgreSQL database: write it as postgresql://user@host/database, or leave it out "
+                "to keep the history in the home."
+            )
+        return url
+
+    def root(self, home: Path) -> str:
+        """The folder of tables, checkpoints and shards: a URL, or the home."""
+        return (self.artifacts or str(home)).rstrip("/")
+
+
+class Checks(Section):
+    """Thresholds of the asset checks. A blocking check ends the iteration; the others warn. None are in the paper."""
+
+    min_pairs_share: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="Blocking: at least this share of preferences.pairs_per_iteration must be left to train on.",
+    )
+    min_mean_margin: float = Field(0.0, description="Warn if the mean score margin of the pairs is lower.")
+    max_length_ratio: float = Field(
+        2.0, gt=1, description="Warn if one side is this many times as long as the other, on average (length bias)."
+    )
+    max_mean_repetition: float = Field(
+        0.2, gt=0, le=1, description="Warn if answers repeat a larger share of their word n-grams, on average."
+    )
+    max_near_duplicate_rate: float = Field(
+        0.3, gt=0, le=1, description="Warn if more of the written prompts were near-duplicates and dropped."
+    )
+    max_similarity_growth: float = Field(
+        1.25, gt=0, description="Warn if prompts resemble each other this many times as much as in iteration 1."
+    )
+    min_win_rate: float = Field(0.5, ge=0, le=1, description="Warn if the win rate over M_0 is lower.")
+
+
+GateMetric = Literal[
+    "win_rate_over_initial", "held_out_reward_gain", "mean_margin", "chosen_to_rejected_length", "pairs_kept"
+]
+
+
+class Automation(Section):
+    """The sensor that starts one iteration after the other; it is off until it is switched on in the UI."""
+
+    target_iterations: int | None = Field(
+        None, ge=1, description="Stop after this iteration. None: max_iterations. Paper: 4."
+    )
+    minimum: dict[GateMetric, float] = Field(
+        {"win_rate_over_initial": 0.5},
+        description="Gate: go on only while each of these figures of the newest iteration is at least this.",
+    )
+    maximum: dict[GateMetric, float] = Field(
+        default_factory=dict, description="Gate: go on only while each of these figures is at most this."
+    )
+
+
 class Settings(Section):
     """All settings of one experiment."""
 
@@ -316,6 +409,9 @@ class Settings(Section):
     preferences: Preferences
     policy: Policy
     engine: Engine = Field(default_factory=lambda: Engine.model_validate({}))
+    storage: Storage = Field(default_factory=lambda: Storage.model_validate({}))
+    checks: Checks = Field(default_factory=Checks)
+    automation: Automation = Field(default_factory=Automation)
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -1,11 +1,12 @@
 """Tables as parquet files, one folder per asset and one file per iteration."""
 
-import uuid
-from typing import Any
+from typing import IO, Any
 
 import dagster as dg
 import polars as pl
 from upath import UPath
+
+from resources.files import opened_atomically
 
 SAMPLE_ROWS = 5
 SHOWN_CHARACTERS = 300
@@ -31,11 +32,19 @@ class ParquetTables(dg.UPathIOManager):
         """
         return _read(self._base_path / asset / f"{partition}.parquet", f"{asset}[{partition}]")
 
+    def scan(self, asset: str) -> pl.LazyFrame | None:
+        """The rows of an asset, over all its iterations, to be read lazily; None if it was never written."""
+        made_once = self._base_path / f"{asset}.parquet"
+        files = [made_once] if made_once.exists() else sorted((self._base_path / asset).glob("*.parquet"))
+        if not files:
+            return None
+        # Opened here for the same reason as in `load_from_path`.
+        opened: list[IO[bytes]] = [file.open("rb") for file in files]
+        return pl.scan_parquet(opened)
+
     def write(self, asset: str, partition: str, frame: pl.DataFrame) -> None:
         """Writes the table of an asset and iteration other than the running one."""
-        path = self._base_path / asset / f"{partition}.parquet"
-        self.make_directory(path.parent)
-        _write(frame, path)
+        _write(frame, self._base_path / asset / f"{partition}.parquet")
 
     def dump_to_path(self, context: dg.OutputContext, obj: pl.DataFrame | pl.LazyFrame, path: UPath) -> None:
         """Writes one table."""
@@ -48,7 +57,8 @@ class ParquetTables(dg.UPathIOManager):
             FileNotFoundError: It was never written, or was deleted.
         """
         if context.dagster_type.typing_type is pl.LazyFrame:
-            return pl.scan_parquet(str(path), storage_options=dict(path.storage_options) or None)
+            # Opened here because polars' own clients of object stores find their credentials in other ways.
+            return pl.scan_parquet(path.open("rb"))
         return _read(path, context.asset_key.to_user_string())
 
     def get_metadata(self, context: dg.OutputContext, obj: pl.DataFrame | pl.LazyFrame) -> dict[str, Any]:
@@ -65,13 +75,11 @@ class ParquetTables(dg.UPathIOManager):
 
 
 def _write(frame: pl.DataFrame | pl.LazyFrame, path: UPath) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with temporary.open("wb") as file:
+    with opened_atomically(path) as file:
         if isinstance(frame, pl.LazyFrame):
             frame.sink_parquet(file)
         else:
             frame.write_parquet(file)
-    temporary.rename(path)
 
 
 def _read(path: UPath, asset: str) -> pl.DataFrame:

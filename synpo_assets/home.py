@@ -1,7 +1,7 @@
 """The home directory of one experiment: its settings, Dagster's history, tables, shards and checkpoints."""
 
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from resources.settings import Settings, SettingsError, load_settings, preset_pa
 
 SHOWN_DIFFERENCES = 5
 PROJECT = Path(__file__).parents[1]
+STORAGE_COMMENT = "# Written by synpo from storage.dagster_database in settings.yaml: change it there."
 
 
 def chosen_settings(home: Path, preset: str | None, file: Path | None) -> Settings:
@@ -47,9 +48,24 @@ def prepare_home(home: Path, settings: Settings) -> None:
         text = "# All settings of this experiment. Edit them here; relative paths are relative to this file.\n"
         text += yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True, width=120)
         write_atomically(home / "settings.yaml", text.encode())
-    if not (home / "dagster.yaml").exists():
-        shutil.copyfile(PROJECT / "dagster.yaml", home / "dagster.yaml")
+    file = home / "dagster.yaml"
+    written = file.read_text() if file.exists() else ""
+    wanted = _with_storage(written or (PROJECT / "dagster.yaml").read_text(), settings.storage.dagster_database)
+    if wanted != written:
+        write_atomically(file, wanted.encode())
     os.environ["SYNPO_HOME"] = os.environ["DAGSTER_HOME"] = str(home)
+
+
+def _with_storage(configuration: str, database: str | None) -> str:
+    """Dagster's configuration with the block `storage` for a database; everything else stays as it was written."""
+    block = r"^storage:.*(?:\n[ \t].*)*\n?"
+    kept = re.sub(rf"\n*^{re.escape(STORAGE_COMMENT)}\n{block}", "\n", configuration, flags=re.MULTILINE)
+    if database is None:
+        return kept
+    kept = re.sub(block, "", kept, flags=re.MULTILINE).rstrip("\n")
+    # SQLAlchemy takes plain postgresql:// for psycopg 3, but dagster-postgres comes with psycopg 2.
+    url = database.replace("postgresql://", "postgresql+psycopg2://", 1)
+    return f"{kept}\n\n{STORAGE_COMMENT}\n{yaml.safe_dump({'storage': {'postgres': {'postgres_url': url}}})}"
 
 
 def _differences(stored: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> Iterator[str]:

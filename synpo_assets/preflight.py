@@ -3,20 +3,23 @@
 import os
 import random
 import shutil
+import uuid
 from pathlib import Path
 
 import polars as pl
 from rich.console import Console
 from rich.table import Table
+from upath import UPath
 
 from resources.device import prepare_device
 from resources.model_source import cached_initial_policy, fetch_initial_policy, fetch_reward_model
 from resources.seed_source import read_rows
-from resources.settings import Settings, SettingsError
+from resources.settings import Settings, SettingsError, Storage
 from synpo_assets.estimate import expected_work, parameter_count, seconds
 from synpo_assets.method.seed import BadRow, seed_rows
 
 SHOWN_BAD_ROWS = 5
+CONNECT_SECONDS = 10
 ROOM_WITHOUT_MODEL = 2_000_000_000
 SEED_SCHEMA = {"prompt_id": pl.String, "prompt": pl.String, "answer": pl.String, "split": pl.String, "line": pl.Int64}
 
@@ -54,10 +57,10 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
 
 
 def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> None:
-    """Everything that can fail is tried before training: seed data, corpus, disk, and getting M_0.
+    """Everything that can fail is tried before training: seed data, corpus, storage, disk, and getting M_0.
 
     Raises:
-        SettingsError: A setting, a data file or the disk does not allow the run.
+        SettingsError: A setting, a data file, the storage or the disk does not allow the run.
         resources.model_source.ModelSourceError: M_0 cannot be had.
         resources.chat.ChatTemplateError: M_0 has no chat template.
     """
@@ -68,12 +71,46 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> Non
         )
     seed_table(settings)
     next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
+    check_storage(settings.storage)
     check_disk(settings, home)
     fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
     if settings.scorer.kind == "pretrained":
         fetch_reward_model(settings.scorer, settings.engine.trust_remote_code)
     # Only now is the size of a model known that had to be downloaded.
     check_disk(settings, home)
+
+
+def check_storage(storage: Storage) -> None:
+    """Connects to the database of the history, and writes and removes a file where artifacts are kept.
+
+    Raises:
+        SettingsError: A driver is not installed, or one of them does not answer or refuses.
+    """
+    if storage.dagster_database is not None:
+        try:
+            import dagster_postgres  # noqa: F401
+            import psycopg2
+
+            psycopg2.connect(storage.dagster_database, connect_timeout=CONNECT_SECONDS).close()
+        except ImportError as error:
+            raise SettingsError(
+                f"storage.dagster_database needs {error.name}, which is not installed: pip install 'synpo[postgres]'."
+            ) from None
+        except psycopg2.Error as error:
+            reason = " ".join(str(error).split())
+            raise SettingsError(f"The database of storage.dagster_database cannot be used: {reason}") from None
+    if storage.artifacts is not None:
+        probe = UPath(storage.artifacts) / f".{uuid.uuid4().hex}.probe"
+        try:
+            probe.write_bytes(b"")
+            probe.unlink()
+        # Each kind of object store has errors of its own, and a missing driver is one of them.
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise SettingsError(
+                f"{storage.artifacts} (storage.artifacts) cannot be written to: {reason}. Check the URL, the credentials "
+                "and the endpoint; for S3, pip install 'synpo[s3]'."
+            ) from None
 
 
 def check_disk(settings: Settings, home: Path) -> int:

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-import polars as pl
 from dagster import DagsterInstance
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from resources.settings import active_settings
+from resources.tables import ParquetTables
 from synpo_assets.history import metadata_of, seconds_of
 from synpo_assets.partitions import partition_key
 from synpo_assets.runs import asset_names
@@ -17,14 +18,15 @@ from synpo_assets.runs import asset_names
 def print_summary(instance: DagsterInstance, home: Path, iterations: int) -> None:
     """Prints what was made, one pair, held-out rewards, where everything lies, and how to open the UI."""
     console = Console()
+    root = active_settings().storage.root(home)
     console.print(_made(instance, iterations))
-    console.print(_sample_pair(home, iterations))
+    console.print(_sample_pair(ParquetTables(f"{root}/tables"), iterations))
     console.print(_held_out(instance, iterations))
     newest = metadata_of(instance, "model_checkpoint", partition_key(iterations))
     places = {
         f"M_{iterations}": newest["path"],
-        "preference pairs": home / "tables" / "preference_pairs" / f"{partition_key(iterations)}.parquet",
-        "everything": home,
+        "preference pairs": f"{root}/tables/preference_pairs/{partition_key(iterations)}.parquet",
+        "everything": home if root == str(home) else f"{home} and {root}",
         "Dagster UI": f"synpo ui --home {home}",
     }
     for name, place in places.items():
@@ -46,9 +48,8 @@ def _made(instance: DagsterInstance, iterations: int) -> Table:
     return table
 
 
-def _sample_pair(home: Path, iterations: int) -> Panel:
-    path = home / "tables" / "preference_pairs" / f"{partition_key(iterations)}.parquet"
-    pairs = pl.read_parquet(path).sort("margin")
+def _sample_pair(tables: ParquetTables, iterations: int) -> Panel:
+    pairs = tables.read("preference_pairs", partition_key(iterations)).sort("margin")
     pair = pairs.row(pairs.height // 2, named=True)
     text = Text()
     for side, score in (("prompt", None), ("chosen", "chosen_score"), ("rejected", "rejected_score")):

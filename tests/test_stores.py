@@ -111,6 +111,34 @@ def test_damage_is_named(tmp_path):
         store.current("model_checkpoint", "0002")
 
 
+def test_materializing_a_damaged_checkpoint_again_makes_it_whole(tmp_path):
+    store = CheckpointStore(str(tmp_path))
+    made = create(store, write_weights("one"))
+    (Path(made.weights) / "model.safetensors").write_text("0ne")
+    store.verify(create(store, write_weights("one")))
+    (Path(made.directory) / "manifest.json").unlink()
+    store.verify(create(store, write_weights("one")))
+
+
+def test_an_adopted_model_is_linked_and_not_copied(tmp_path):
+    model, store = tmp_path / "model", CheckpointStore(str(tmp_path / "checkpoints"))
+    model.mkdir()
+    (model / "model.safetensors").write_text("M_0")
+
+    @dg.asset(io_manager_key="checkpoints")
+    def initial_policy(context: dg.AssetExecutionContext):
+        return store.adopt(context, model, {"source": "directory"})
+
+    for _ in range(2):
+        assert dg.materialize([initial_policy], resources={"checkpoints": store}).success
+    adopted = store.current("initial_policy", None)
+    store.verify(adopted)
+    assert (Path(adopted.weights) / "model.safetensors").resolve() == (model / "model.safetensors").resolve()
+    (model / "model.safetensors").write_text("M_1")
+    with pytest.raises(CheckpointError, match=r"initial_policy in .* were altered"):
+        store.verify(adopted)
+
+
 def table_asset(frame, **options):
     @dg.asset(io_manager_key="tables", **options)
     def some_table():

@@ -1,0 +1,30 @@
+"""Makes the pictures of README from a home: `python -m tests.pictures.make HOME`. Needs playwright and Chromium."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from tests.ui import running_ui
+
+FOLDER = Path(__file__).parent
+
+
+def main(home: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    with running_ui(home) as ui, sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 2000, "height": 1250})
+        page.goto(ui.url)
+        page.get_by_role("link", name="Lineage").click()
+        page.get_by_role("button", name="Hide navigation").click()
+        for asset in ui.assets():
+            page.locator(f"text={asset}").first.wait_for()
+        page.wait_for_timeout(4000)
+        page.screenshot(path=FOLDER / "lineage.png")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,365 @@
+"""Artifacts in an object store and history in PostgreSQL, against real servers on the loopback interface."""
+
+import itertools
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+import pytest
+import yaml
+from typer.testing import CliRunner
+from upath import UPath
+
+from resources.checkpoint_store import CheckpointError, CheckpointStore
+from resources.files import opened_atomically, write_atomically
+from resources.language_model import LanguageModel
+from resources.settings import Engine, Sampling, Settings, SettingsError, Storage, load_settings
+from resources.tables import ParquetTables
+from synpo_assets.cli import app
+from synpo_assets.home import PROJECT, STORAGE_COMMENT, prepare_home
+from synpo_assets.preflight import check_storage
+from tests.conftest import synpo
+from tests.nano import nano_settings, write_settings
+from tests.test_stores import SEED, create, table_asset, write_weights
+
+POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
+PASSWORD = "not the default"
+NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def environment():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def object_store(environment):
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    environment.setenv("AWS_ACCESS_KEY_ID", "key")
+    environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    yield
+    server.stop()
+
+
+@pytest.fixture
+def bucket(object_store) -> UPath:
+    bucket = UPath(f"s3://bucket-{next(NUMBERS)}")
+    bucket.mkdir()
+    return bucket
+
+
+@pytest.fixture(scope="module")
+def postgres(environment):
+    """A PostgreSQL server that asks for a password, and the URL of it without one."""
+    if not POSTGRES:
+        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    programs = POSTGRES[-1].parent
+    # The server refuses to work for root, and pytest's own directories are closed to anybody else.
+    as_postgres = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="synpo-postgres-") as place:
+        secret, data = Path(place) / "password", Path(place) / "data"
+        secret.write_text(PASSWORD)
+        if as_postgres:
+            shutil.chown(place, "postgres")
+            shutil.chown(secret, "postgres")
+
+        def server(*command: str) -> None:
+            subprocess.run([*as_postgres, *command], check=True, stdout=subprocess.DEVNULL, cwd=place)
+
+        server(str(programs / "initdb"), "-D", str(data), "-U", "synpo", "-A", "scram-sha-256", "--pwfile", str(secret))
+        control = [str(programs / "pg_ctl"), "-D", str(data), "-w"]
+        server(*control, "-l", f"{place}/log", "-o", f"-h 127.0.0.1 -p {port} -k {place}", "start")
+        environment.setenv("PGPASSWORD", PASSWORD)
+        try:
+            yield f"postgresql://synpo@127.0.0.1:{port}"
+        finally:
+            server(*control, "-m", "fast", "stop")
+
+
+@pytest.fixture
+def database(postgres) -> str:
+    import psycopg2
+
+    name = f"experiment_{next(NUMBERS)}"
+    connection = psycopg2.connect(f"{postgres}/postgres")
+    connection.autocommit = True
+    connection.cursor().execute(f"CREATE DATABASE {name}")
+    connection.close()
+    return f"{postgres}/{name}"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """A new home; what `prepare_home` puts into the environment is taken back afterwards."""
+    for name in ("SYNPO_HOME", "DAGSTER_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    return tmp_path
+
+
+def names_in(folder: UPath) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_tables_go_through_an_object_store(bucket):
+    tables = ParquetTables(str(bucket / "tables"))
+
+    @dg.asset
+    def reader(some_table: pl.DataFrame):
+        assert some_table.equals(SEED)
+
+    @dg.asset
+    def lazy_reader(some_table: pl.LazyFrame):
+        assert some_table.select("prompt").filter(pl.col("prompt") == "b").collect().height == 1
+
+    assert dg.materialize([table_asset(SEED), reader, lazy_reader], resources={"tables": tables}).success
+    assert dg.materialize([table_asset(SEED.lazy()), reader, lazy_reader], resources={"tables": tables}).success
+    tables.write("preference_history", "0002", SEED)
+    tables.write("preference_history", "0002", SEED.head(1))
+    assert tables.read("preference_history", "0002").equals(SEED.head(1))
+    assert names_in(bucket / "tables" / "preference_history") == ["0002.parquet"]
+    with pytest.raises(FileNotFoundError, match=r"s3://.*of preference_pairs\[0001\] does not exist: materialize"):
+        tables.read("preference_pairs", "0001")
+
+
+def test_a_write_that_fails_leaves_the_earlier_file(bucket):
+    def stop_in_the_middle():
+        with opened_atomically(bucket / "table.parquet") as file:
+            file.write(b"half")
+            raise RuntimeError
+
+    write_atomically(bucket / "table.parquet", b"whole")
+    with pytest.raises(RuntimeError):
+        stop_in_the_middle()
+    assert (bucket / "table.parquet").read_bytes() == b"whole"
+    assert names_in(bucket) == ["table.parquet"]
+
+
+def test_a_checkpoint_is_found_from_another_machine(bucket, tmp_path):
+    made = create(CheckpointStore(str(bucket / "checkpoints"), str(tmp_path / "here")), write_weights("one"))
+    there = CheckpointStore(str(bucket / "checkpoints"), str(tmp_path / "there"))
+    found = there.current("model_checkpoint", "0001")
+    assert (found.sha, found.manifest) == (made.sha, made.manifest)
+    assert (Path(found.weights) / "model.safetensors").read_text() == "one"
+    assert found.directory.startswith(str(tmp_path / "there"))
+    there.verify(found)
+    there.point_to("policy", "0002", found)
+    assert there.current("policy", "0002") == found
+
+
+def test_m0_is_uploaded_so_that_other_machines_have_it(bucket, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_text("M_0")
+    store = CheckpointStore(str(bucket), str(tmp_path / "here"))
+
+    @dg.asset(io_manager_key="checkpoints")
+    def initial_policy(context: dg.AssetExecutionContext):
+        return store.adopt(context, tmp_path / "model", {"source": "directory"})
+
+    assert dg.materialize([initial_policy], resources={"checkpoints": store}).success
+    shutil.rmtree(tmp_path / "model")
+    found = CheckpointStore(str(bucket), str(tmp_path / "there")).current("initial_policy", None)
+    assert (Path(found.weights) / "model.safetensors").read_text() == "M_0"
+    # The machine that made it lost the files that its cache points to, and fetches them.
+    assert (Path(store.current("initial_policy", None).weights) / "model.safetensors").read_text() == "M_0"
+
+
+def test_a_damaged_checkpoint_in_the_bucket_is_refused_and_made_whole_again(bucket, tmp_path):
+    store = CheckpointStore(str(bucket), str(tmp_path / "here"))
+    made = create(store, write_weights("one"))
+    stored = bucket / "model_checkpoint" / "0001" / made.sha[:16]
+    (stored / "merged" / "model.safetensors").write_text("0ne")
+    with pytest.raises(CheckpointError, match=r"model_checkpoint\[0001\] in s3://.* were altered"):
+        store.verify(made)
+    with pytest.raises(CheckpointError, match=r"were altered"):
+        CheckpointStore(str(bucket), str(tmp_path / "there")).current("model_checkpoint", "0001")
+    assert not list((tmp_path / "there").rglob("*.safetensors"))
+    (stored / "merged" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"s3://.*model.safetensors .* is missing or has changed size"):
+        store.current("model_checkpoint", "0001")
+    store.verify(create(store, write_weights("one")))
+
+
+def test_a_damaged_copy_is_fetched_again(bucket, tmp_path):
+    store = CheckpointStore(str(bucket), str(tmp_path))
+    made = create(store, write_weights("one"))
+    file = Path(made.weights) / "model.safetensors"
+    file.write_text("0ne")
+    store.verify(made)
+    assert file.read_text() == "one"
+    file.unlink()
+    store.current("model_checkpoint", "0001")
+    assert file.read_text() == "one"
+
+
+def test_half_an_upload_is_no_checkpoint(bucket, tmp_path, monkeypatch):
+    store, put_file = CheckpointStore(str(bucket), str(tmp_path / "here")), bucket.fs.put_file
+
+    def breaks_before_the_end(local, remote):
+        if remote.endswith("manifest.json"):
+            raise OSError("the network is gone")
+        put_file(local, remote)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(bucket.fs, "put_file", breaks_before_the_end)
+        with pytest.raises(OSError, match="the network is gone"):
+            create(store, write_weights("one"))
+    assert [file.name for file in bucket.glob("*/*/*/*/*")] == ["model.safetensors"]
+    with pytest.raises(CheckpointError, match=r"model_checkpoint\[0001\] has no checkpoint in s3://"):
+        store.current("model_checkpoint", "0001")
+    made = create(store, write_weights("one"))
+    assert CheckpointStore(str(bucket), str(tmp_path / "there")).current("model_checkpoint", "0001").sha == made.sha
+    (bucket / "model_checkpoint" / "0001" / made.sha[:16] / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"s3://.* holds no manifest\.json"):
+        store.current("model_checkpoint", "0001")
+
+
+def test_finished_shards_are_found_in_the_bucket(bucket, nano_checkpoint):
+    asked = [(str(number), [{"role": "user", "content": f"Question {number}?"}]) for number in range(5)]
+    model = LanguageModel(shards=str(bucket / "shards"), engine=Engine(threads=1, shard_rows=2), random_seed=1)
+    sampling = Sampling(max_new_tokens=4)
+    first, usage = model.answer(nano_checkpoint, asked[:3], sampling, lambda message: None)
+    assert usage.reused == 0
+    everything, usage = model.answer(nano_checkpoint, asked, sampling, lambda message: None)
+    assert usage.reused == 3
+    assert everything.head(3).equals(first)
+
+
+def settings_with(tmp_path: Path, **storage: str) -> Settings:
+    return load_settings(write_settings(tmp_path / "mine.yaml", {"preset": "laptop", "storage": storage}))
+
+
+@pytest.mark.parametrize(("storage", "sentence"), [
+    ({"artifacts": "s4://bucket/x"}, r"`storage.artifacts`: 's4://bucket/x' is not a URL that fsspec knows: write it as s3:"),
+    ({"artifacts": "bucket/x"}, "is not a URL that fsspec knows"),
+    ({"artifacts": "s3://"}, "is not a URL that fsspec knows"),
+    ({"dagster_database": "mysql://u:secret@h/d"}, "`storage.dagster_database`: This is not the URL of a PostgreSQL database"),
+])  # fmt: skip
+def test_wrong_urls_are_refused_at_once(tmp_path, storage, sentence):
+    with pytest.raises(SettingsError, match=sentence) as error:
+        settings_with(tmp_path, **storage)
+    assert "secret" not in str(error.value)
+
+
+def test_a_bucket_that_is_not_there_ends_in_one_sentence(object_store):
+    with pytest.raises(SettingsError, match=r"s3://absent/x \(storage\.artifacts\) cannot be written to: .*bucket"):
+        check_storage(Storage(artifacts="s3://absent/x", dagster_database=None))
+
+
+def test_a_missing_driver_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dagster_postgres", None)
+    with pytest.raises(SettingsError, match=r"needs dagster_postgres.*pip install 'synpo\[postgres\]'"):
+        check_storage(Storage(artifacts=None, dagster_database="postgresql://user@localhost/x"))
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(SettingsError, match=r"s3a://x \(storage\.artifacts\).*pip install 'synpo\[s3\]'"):
+        check_storage(Storage(artifacts="s3a://x", dagster_database=None))
+
+
+def test_no_driver_is_imported_where_nothing_needs_it():
+    drivers = ["boto3", "botocore", "dagster_postgres", "psycopg2", "s3fs"]
+    code = (
+        f"import sys, definitions, synpo_assets.preflight; print([name for name in {drivers} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_an_unreachable_database_ends_the_command_in_one_sentence(tmp_path):
+    settings = {"preset": "laptop", "storage": {"dagster_database": "postgresql://user@127.0.0.1:1/history"}}
+    file = write_settings(tmp_path / "mine.yaml", settings)
+    result = CliRunner().invoke(app, ["run", "--settings", str(file), "--home", str(tmp_path / "home")])
+    assert result.exit_code == 2
+    assert "synpo: The database of storage.dagster_database cannot be used: connection to server" in result.stderr
+    assert not (tmp_path / "home").exists()
+
+
+def test_what_exists_answers_the_check(bucket, database):
+    check_storage(Storage(artifacts=str(bucket / "experiment"), dagster_database=database))
+    assert names_in(bucket) == []
+
+
+def test_the_configuration_follows_the_setting_and_keeps_what_a_user_wrote(home):
+    plain, url = settings_with(home), "postgresql://synpo@localhost/history"
+    prepare_home(home, plain)
+    file = home / "dagster.yaml"
+    original = file.read_text()
+    file.write_text(original + "\n# mine\nretention:\n  schedule:\n    purge_after_days: 30\n")
+    edited = file.read_text()
+    prepare_home(home, plain)
+    assert file.read_text() == edited
+    for _ in range(2):
+        prepare_home(home, settings_with(home, dagster_database=url))
+        configuration = yaml.safe_load(file.read_text())
+        assert configuration["storage"] == {"postgres": {"postgres_url": url.replace(":", "+psycopg2:", 1)}}
+        assert file.read_text().startswith(edited.rstrip())
+        assert file.read_text().count(STORAGE_COMMENT) == 1
+    prepare_home(home, plain)
+    assert file.read_text() == edited
+
+
+def test_a_storage_block_of_the_users_own_is_replaced_only_by_the_setting(home):
+    file = home / "dagster.yaml"
+    file.write_text("telemetry:\n  enabled: false\nstorage:\n  sqlite:\n    base_dir: /somewhere")
+    prepare_home(home, settings_with(home))
+    assert yaml.safe_load(file.read_text())["storage"] == {"sqlite": {"base_dir": "/somewhere"}}
+    prepare_home(home, settings_with(home, dagster_database="postgresql://localhost/x"))
+    assert file.read_text().count("storage:") == 1
+    assert yaml.safe_load(file.read_text())["telemetry"] == {"enabled": False}
+
+
+def test_history_is_kept_in_postgres(home, database):
+    prepare_home(home, settings_with(home, dagster_database=database))
+
+    @dg.asset
+    def some_asset():
+        return dg.MaterializeResult(metadata={"rows": 7})
+
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        assert dg.materialize([some_asset], instance=instance).success
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        event = instance.get_latest_materialization_event(dg.AssetKey("some_asset"))
+        assert event.asset_materialization.metadata["rows"].value == 7
+    assert list(home.rglob("*.db")) == []
+
+
+@pytest.mark.slow
+def test_an_iteration_with_both_and_the_next_one_from_another_home(tmp_path, nano_model, bucket, database):
+    storage = {"artifacts": str(bucket / "experiment"), "dagster_database": database}
+    file = write_settings(tmp_path / "nano.yaml", nano_settings(nano_model) | {"storage": storage})
+    first, other = tmp_path / "first", tmp_path / "other"
+    result = synpo("run", "--settings", file, "--home", first)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{storage['artifacts']}/tables/preference_pairs/0001.parquet" in result.stdout
+    root = UPath(storage["artifacts"])
+    assert {"evaluation", "keyword_pool.parquet", "preference_pairs"} <= set(names_in(root / "tables"))
+    assert {"initial_policy", "model_checkpoint", "policy"} <= set(names_in(root / "checkpoints"))
+    assert list(root.glob("shards/*/*.parquet"))
+    assert not any((first / folder).exists() for folder in ("tables", "checkpoints", "shards"))
+    assert list(first.rglob("*.db")) == []
+
+    def runs() -> list[str | None]:
+        with dg.DagsterInstance.from_config(str(first)) as instance:
+            return [run.tags.get("dagster/partition") for run in instance.get_runs()]
+
+    assert sorted(runs(), key=str) == ["0001", None]
+    again = synpo("run", "--home", first)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert len(runs()) == 2
+    result = synpo("run", "--settings", file, "--home", other, "--iterations", 2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert sorted(runs(), key=str) == ["0001", "0002", None]
+    assert list(other.glob("cache/checkpoints/model_checkpoint/0001/*/manifest.json"))
