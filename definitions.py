@@ -13,7 +13,6 @@ from resources.settings import active_settings, home_directory
 from resources.tables import ParquetTables
 from resources.trainer import Trainer
 from synpo_assets import automation, checks, evaluation, loop, preferences, prompts, report, responses, seed, training
-from synpo_assets.partitions import ALL_ASSETS_JOB
 from synpo_assets.terminal import terminal_logger
 
 # Progress bars fill the logs of the UI; assets log count, rate and time left instead.
@@ -50,7 +49,7 @@ defs = dg.Definitions(
             f"{root}/checkpoints", cache=str(home / "cache" / "checkpoints") if settings.storage.artifacts else None
         ),
     },
-    jobs=[dg.define_asset_job(ALL_ASSETS_JOB, description="What `synpo run` executes: any of the assets.")],
+    jobs=automation.JOBS,
     sensors=[automation.next_iteration],
     executor=executor,
     loggers={"console": terminal_logger},

@@ -1,4 +1,4 @@
-"""Going on by itself: a sensor that starts the next iteration until the target is reached or the gate says stop.
+"""Jobs, and going on by itself: a sensor that starts the next iteration until the target is reached or the gate says stop.
 
 Paper: four iterations, "until performance no longer improves". Here: off until it is switched on in the UI; the figures
 that decide are settings (section `automation`), and the reason to stop is shown with each tick of the sensor.
@@ -13,6 +13,19 @@ from synpo_assets.method.gate import gate_reason
 from synpo_assets.partitions import ALL_ASSETS_JOB, ITERATIONS, partition_key
 from synpo_assets.runs import missing_assets
 
+JOBS = [
+    dg.define_asset_job(
+        "made_once",
+        selection=dg.AssetSelection.assets("policy").upstream(include_self=False),
+        description="What all iterations share: M_0, the seed, the keyword pool, the prompt generator, the scorer.",
+    ),
+    dg.define_asset_job(
+        "iteration",
+        selection=dg.AssetSelection.assets("policy").downstream(),
+        description="One whole iteration, and the report; several partitions run one after the other.",
+    ),
+    dg.define_asset_job(ALL_ASSETS_JOB, description="Any of the assets: what `synpo run` and the sensor launch."),
+]
 UNFINISHED = [
     DagsterRunStatus.QUEUED, DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING, DagsterRunStatus.STARTED,
     DagsterRunStatus.CANCELING,

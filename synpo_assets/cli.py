@@ -1,4 +1,4 @@
-"""The command `synpo`: run, ui, check."""
+"""The command `synpo`: run, check, trace, ui."""
 
 import os
 import sys
@@ -74,6 +74,24 @@ def check(preset: Preset = None, settings_file: SettingsFile = None, home: Home 
 
 
 @app.command()
+def trace(
+    identifier: Annotated[str, typer.Argument(metavar="ID", help="An id of a keyword set, prompt, response or pair.")],
+    home: Home = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything, uncut, as JSON.")] = False,
+) -> None:
+    """Show the lineage of one row: what it was made from, by whom, and what was trained on it.
+
+    The beginning of an id is enough.
+    """
+    settings, place = _prepare(None, None, home)
+    _or_exit(lambda: _require_home(place))
+    prepare_home(place, settings)
+    from synpo_assets.trace import print_trace
+
+    _or_exit(lambda: print_trace(identifier, as_json))
+
+
+@app.command()
 def ui(
     home: Home = None,
     port: Annotated[int, typer.Option(help="Port of the web server.")] = 3000,
@@ -81,6 +99,9 @@ def ui(
 ) -> None:
     """Open the Dagster UI, with its daemon, on the same home."""
     settings, place = _prepare(None, None, home)
+    from synpo_assets.preflight import check_storage
+
+    _or_exit(lambda: check_storage(settings.storage))
     prepare_home(place, settings)
     command = [str(Path(sys.executable).with_name("dg")), "dev", "--host", host, "--port", str(port)]
     os.chdir(PROJECT)
@@ -90,6 +111,14 @@ def ui(
 def _prepare(preset: str | None, settings_file: Path | None, home: Path | None) -> tuple[Settings, Path]:
     place = home.absolute() if home else home_directory()
     return _or_exit(lambda: chosen_settings(place, preset, settings_file)), place
+
+
+def _require_home(place: Path) -> None:
+    if not (place / "settings.yaml").exists():
+        raise SettingsError(
+            f"{place} is no home of an experiment: it holds no settings.yaml. Name the right one with --home, or make "
+            "this one with `synpo run`."
+        )
 
 
 def _or_exit(action: Callable[[], Result]) -> Result:

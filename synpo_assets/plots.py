@@ -31,7 +31,7 @@ def draw_plots(iterations: Sequence[FinishedIteration]) -> list[Plot]:
     plots = [
         _plot("margins", f"Score margins of the preference pairs of {which}.", margin_histogram(iterations)),
         _plot("funnel", f"Rows that each stage left, {which}.", stage_funnel(iterations)),
-        _plot("held-out", f"Held-out rewards and win rate over M_0, {which}.", held_out_results(iterations)),
+        _plot("held_out", f"Held-out rewards and win rate over M_0, {which}.", held_out_results(iterations)),
     ]
     if any(logs.values()):
         text = f"Rewards of chosen and rejected answers over the training steps of {which}."

@@ -80,7 +80,7 @@ def test_links_lead_from_data_to_the_checkpoint_that_made_it(page, ui, screensho
     open_partition(page, ui, "base_responses", "0002")
     sha = ui.metadata("model_checkpoint", "0001")["sha"]
     assert row(page, "checkpoint_sha").inner_text() == sha
-    page.goto(ui.url + row(page, "checkpoint_page").get_by_role("link").get_attribute("href"))
+    page.goto(ui.url + row(page, "checkpoint_page").get_by_role("link").first.get_attribute("href"))
     page.get_by_text(sha).first.wait_for()
     open_partition(page, ui, "base_responses", "0002")
     row(page, "checkpoint_run").get_by_role("link").click()
@@ -103,10 +103,11 @@ def test_checks_show_their_figures_by_partition(page, ui, screenshot):
 
 def test_the_report_shows_its_table_and_plots(page, ui, screenshot):
     page.goto(f"{ui.url}/assets/boosting_report?view=events")
+    row(page, "table").get_by_text("win rate").first.wait_for()
+    row(page, "rewards").get_by_text("Show Markdown").click()
     image = page.locator('img[src^="data:image/png;base64,"]').first
     image.wait_for()
     assert wait_for(lambda: image.evaluate("picture => picture.naturalWidth"), 20) >= 600
-    image.scroll_into_view_if_needed()
 
 
 def test_generated_text_with_scripts_and_markup_is_shown_as_text(page, ui, screenshot):

@@ -18,7 +18,7 @@ from synpo_assets.partitions import ITERATIONS, partition_key
 from synpo_assets.report import boosting_report, iterations_of, read_iteration
 from synpo_assets.schemas import PreferencePairs
 
-PLOTS = {"rewards", "margins", "funnel", "held-out"}
+PLOTS = {"rewards", "margins", "funnel", "held_out"}
 NASTY = "<script>alert(1)</script>\x1b[31m\x00\n| a | b |\n|---|---|\n| <b>c</b> | \u202ed |"
 
 
