@@ -4,10 +4,23 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
+import dagster as dg
+
+from resources.processes import end_soon_after_interrupt
 from resources.settings import Engine, SettingsError
 
 if TYPE_CHECKING:
     import torch
+
+
+class DeviceResource(dg.ConfigurableResource):
+    """A resource that computes with models; its step gives the device back soon after it is cancelled."""
+
+    engine: Engine
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Called by Dagster at the start of each step that uses the resource."""
+        end_soon_after_interrupt()
 
 
 def prepare_device(engine: Engine) -> str:

@@ -9,16 +9,15 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import dagster as dg
 import polars as pl
 from upath import UPath
 
 from resources.chat import Message, load_tokenizer, prompt_ids
 from resources.checkpoint_store import Checkpoint
-from resources.device import prepare_device, torch_dtype
+from resources.device import DeviceResource, prepare_device, torch_dtype
 from resources.engines.transformers_engine import Completion, Request, TransformersEngine
 from resources.files import json_sha256, opened_atomically, write_atomically
-from resources.settings import Engine, Sampling
+from resources.settings import Sampling
 
 LOG_EVERY_SECONDS = 10
 COMPLETION_COLUMNS = {
@@ -62,7 +61,7 @@ class Usage:
         return figures
 
 
-class LanguageModel(dg.ConfigurableResource):
+class LanguageModel(DeviceResource):
     """Generates answers in shards.
 
     A shard is a parquet file under `shards` (a directory, or a URL that fsspec knows), in a folder named by the
@@ -72,7 +71,6 @@ class LanguageModel(dg.ConfigurableResource):
     """
 
     shards: str
-    engine: Engine
     random_seed: int
 
     def answer(

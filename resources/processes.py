@@ -1,11 +1,16 @@
-"""Step processes end with the run that started them."""
+"""Step processes end with the run that started them, and soon after they are told to."""
 
 import ctypes
+import functools
+import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 
 PR_SET_PDEATHSIG = 1
+GRACE_SECONDS = 8.0
 
 
 def end_with_parent() -> None:
@@ -17,3 +22,29 @@ def end_with_parent() -> None:
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         os.register_at_fork(after_in_child=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+
+
+@functools.cache
+def end_soon_after_interrupt() -> None:
+    """Makes a step process end within two grace periods of its first interrupt, whatever it is doing.
+
+    An interrupt raises an exception between two Python instructions. A library may swallow that exception, and a long
+    call into C delays it, while the device stays occupied. So the interrupt is repeated once, and then the process ends.
+    Only child processes are treated so: the main process of a command is the user's to stop.
+    """
+    if multiprocessing.parent_process() is None or threading.current_thread() is not threading.main_thread():
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # Python writes the number of each signal here at once, before its handlers get their turn.
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while os.read(reader, 1)[0] != signal.SIGINT:
+            pass
+        time.sleep(GRACE_SECONDS)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(GRACE_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-soon-after-interrupt", daemon=True).start()

@@ -5,12 +5,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import dagster as dg
-
 from resources.chat import answer_ids, load_tokenizer, prompt_ids
 from resources.checkpoint_store import Checkpoint
-from resources.device import prepare_device, torch_dtype
-from resources.settings import Engine
+from resources.device import DeviceResource, prepare_device, torch_dtype
 
 LOG_EVERY_SECONDS = 10
 
@@ -37,14 +34,13 @@ class Scores:
                 "scoring_seconds": round(self.seconds, 1)}  # fmt: skip
 
 
-class RewardScorer(dg.ConfigurableResource):
+class RewardScorer(DeviceResource):
     """Gives each (prompt, answer) one number; higher is better.
 
     A margin is the difference of two such numbers for the same prompt, each scored once and by itself. This
     convention is stored with the pairs as `reward_difference`.
     """
 
-    engine: Engine
     max_length: int
 
     def score(self, reward_model: Checkpoint, rows: Sequence[tuple[str, str]], log: Callable[[str], None]) -> Scores:

@@ -9,13 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import dagster as dg
-
 from resources.chat import Message, answer_ids, load_tokenizer, prompt_ids, prompt_text
 from resources.checkpoint_store import Checkpoint
-from resources.device import prepare_device, torch_dtype
+from resources.device import DeviceResource, prepare_device, torch_dtype
 from resources.errors import FinalError
-from resources.settings import Engine, PreferenceTraining, Training
+from resources.settings import PreferenceTraining, Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -57,10 +55,9 @@ class TrainingSummary:
         return figures | {"final_loss": losses[-1]}
 
 
-class Trainer(dg.ConfigurableResource):
+class Trainer(DeviceResource):
     """Trains a model from a checkpoint and writes adapter, merged weights, tokenizer and log into a directory."""
 
-    engine: Engine
     random_seed: int
 
     def supervised(

@@ -126,10 +126,12 @@ class Ui:
 
     def terminate(self, run):
         """The button `Terminate` of a run."""
-        self.query(
-            """mutation T($id: String!) { terminateRun(runId: $id, terminatePolicy: SAFE_TERMINATE) { __typename } }""",
+        found = self.query(
+            """mutation T($id: String!) { terminateRun(runId: $id, terminatePolicy: SAFE_TERMINATE) { __typename
+                 ... on TerminateRunFailure { message } ... on PythonError { message } } }""",
             id=run,
-        )
+        )["terminateRun"]
+        assert found["__typename"] == "TerminateRunSuccess", found
 
     def failure_messages(self, run):
         """The messages of the errors that ended steps of a run, innermost causes included."""
