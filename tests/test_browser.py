@@ -125,10 +125,9 @@ def test_generated_text_with_scripts_and_markup_is_shown_as_text(page, ui, scree
     assert page.title() != "owned"
 
 
-def test_a_backfill_of_iteration_2_is_launched_from_the_graph_and_succeeds(page, ui, screenshot):
+def test_iteration_2_is_made_again_from_its_job_and_succeeds(page, ui, screenshot):
     before = {run["id"] for run in ui.runs()}
-    page.goto(ui.url)
-    page.get_by_role("link", name="Lineage").click()
+    page.goto(f"{ui.url}/locations/__repository__@{ui.location()}/jobs/iteration")
     page.get_by_role("button", name="Materialize all").click()
     page.get_by_text("Select a partition or create one").click()
     page.get_by_placeholder("Filter partitions").fill("0002")
@@ -137,5 +136,6 @@ def test_a_backfill_of_iteration_2_is_launched_from_the_graph_and_succeeds(page,
     page.get_by_role("button", name="Launch").click()
     made = wait_for(lambda: [run for run in ui.runs() if run["id"] not in before and run["partition"] == "0002"], 120)
     assert ui.wait_for_run(made[0]["id"], 600) == "SUCCESS"
+    assert {"path": ["prompt_generator"]} not in made[0]["assetSelection"], "made again what all iterations share"
     page.goto(f"{ui.url}/runs/{made[0]['id']}")
     page.get_by_text("Success").first.wait_for()

@@ -132,9 +132,10 @@ def processes_of(home):
     found = set()
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and f"SYNPO_HOME={home}\0".encode() in (entry / "environ").read_bytes():
-                if b"resource_tracker" not in (entry / "cmdline").read_bytes():
-                    found.add(int(entry.name))
+            if not entry.name.isdigit() or b"resource_tracker" in (entry / "cmdline").read_bytes():
+                continue
+            if f"SYNPO_HOME={home}\0".encode() in (entry / "environ").read_bytes():
+                found.add(int(entry.name))
         except OSError:
             continue
     return found

@@ -15,14 +15,17 @@ def main(home: Path) -> None:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with running_ui(home) as ui, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 2000, "height": 1250})
+        page = browser.new_page(viewport={"width": 2000, "height": 1250}, device_scale_factor=1.25)
         page.goto(ui.url)
         page.get_by_role("link", name="Lineage").click()
         page.get_by_role("button", name="Hide navigation").click()
         for asset in ui.assets():
             page.locator(f"text={asset}").first.wait_for()
         page.wait_for_timeout(4000)
-        page.screenshot(path=FOLDER / "lineage.png")
+        # The graph without the lists and buttons around it.
+        page.screenshot(
+            path=FOLDER / "lineage.png", clip={"x": 380, "y": 240, "width": 1440, "height": 820}
+        )
         browser.close()
 
 
