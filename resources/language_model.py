@@ -15,7 +15,8 @@ from upath import UPath
 from resources.chat import Message, load_tokenizer, prompt_ids
 from resources.checkpoint_store import Checkpoint
 from resources.device import DeviceResource, prepare_device, torch_dtype
-from resources.engines.transformers_engine import Completion, Request, TransformersEngine
+from resources.engines.interface import Completion, Request
+from resources.engines.transformers_engine import TransformersEngine
 from resources.files import json_sha256, opened_atomically, write_atomically
 from resources.settings import Sampling
 

@@ -1,49 +1,15 @@
 """Generation with Hugging Face transformers: one batch at a time, runs anywhere."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from resources.chat import end_of_turn_id, load_tokenizer
 from resources.device import prepare_device, torch_dtype
+from resources.engines.interface import Completion, Request
 from resources.settings import Engine, Sampling
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt to complete.
-
-    Attributes:
-        key: Identifies the request; carried over to its completion.
-        token_ids: The rendered prompt.
-        seed: Seed of this request's own random stream.
-    """
-
-    key: str
-    token_ids: list[int]
-    seed: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What the model wrote.
-
-    Attributes:
-        key: The key of the request.
-        text: The text, without special tokens.
-        input_tokens: Tokens of the prompt.
-        output_tokens: Tokens written, the end-of-turn token included.
-        finish_reason: `stop` if the model ended by itself or hit a stop text, `length` if it was cut.
-    """
-
-    key: str
-    text: str
-    input_tokens: int
-    output_tokens: int
-    finish_reason: Literal["stop", "length"]
 
 
 class TransformersEngine:
