@@ -15,6 +15,7 @@ from upath import UPath
 from resources.errors import FinalError
 from resources.files import AnyPath, file_sha256, json_sha256, temporary_directory_beside, write_atomically
 
+REQUIRED_KEYS = {"asset", "partition", "sha", "weights", "files"}
 RECORDED_LIBRARIES = ("dagster", "torch", "transformers", "trl", "peft", "polars")
 
 
@@ -107,7 +108,10 @@ class CheckpointStore(dg.IOManager):
                 "partition": partition,
                 "run_id": context.run.run_id,
                 "weights": "merged",
-                "parents": {role: {"asset": parent.label, "sha": parent.sha} for role, parent in parents.items()},
+                "parents": {
+                    role: {"asset": parent.label, "sha": parent.sha, "run_id": parent.manifest["run_id"]}
+                    for role, parent in parents.items()
+                },
                 "trained_on": dict(trained_on),
                 "settings": dict(settings),
                 "random_seed": random_seed,
@@ -196,9 +200,14 @@ class CheckpointStore(dg.IOManager):
     def _keep(self, temporary: Path, manifest: dict[str, Any]) -> Checkpoint:
         """Moves a directory whose weights are complete to its final place, and uploads it to an object store."""
         name = f"{manifest['asset']}/{manifest['partition'] or 'once'}/{manifest['sha'][:16]}"
-        write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=2).encode())
+        content = json.dumps(manifest, indent=2).encode()
+        write_atomically(temporary / "manifest.json", content)
         _move(temporary, self._local / name, manifest["sha"])
-        if self._is_remote and not _is_intact(self._root / name, manifest["sha"]):
+        # Equal weights may come of other settings: the manifest tells of the newest run that made them.
+        write_atomically(self._local / name / "manifest.json", content)
+        if self._is_remote and _is_intact(self._root / name, manifest["sha"]):
+            write_atomically(self._root / name / "manifest.json", content)
+        elif self._is_remote:
             self._upload(name)
         return _open(self._local / name)
 
@@ -240,7 +249,13 @@ def _manifest(directory: AnyPath) -> dict[str, Any]:
     file = directory / "manifest.json"
     if not file.exists():
         raise CheckpointError(f"{directory} holds no manifest.json, so no finished checkpoint: materialize it again.")
-    return json.loads(file.read_text())
+    try:
+        manifest = json.loads(file.read_text())
+        if not isinstance(manifest, dict) or not manifest.keys() >= REQUIRED_KEYS:
+            raise ValueError
+    except ValueError:
+        raise CheckpointError(f"{file} was altered and is no manifest any more: materialize it again.") from None
+    return manifest
 
 
 def _open(directory: Path) -> Checkpoint:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from resources.errors import FinalError
 from resources.processes import end_soon_after_interrupt
-from resources.settings import Engine, SettingsError
+from resources.settings import Engine
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ def prepare_device(engine: Engine) -> str:
     """Chooses `cuda` or `cpu` and sets the number of CPU threads.
 
     Raises:
-        SettingsError: A GPU was asked for and there is none.
+        FinalError: A GPU was asked for and there is none.
     """
     import torch
     import transformers
@@ -38,7 +39,7 @@ def prepare_device(engine: Engine) -> str:
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(engine.threads or os.cpu_count() or 1)
     if engine.device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("engine.device is `cuda` but torch sees no GPU: set it to `auto` or `cpu`.")
+        raise FinalError("engine.device is `cuda` but torch sees no GPU: set it to `auto` or `cpu`.")
     return "cuda" if engine.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 

@@ -51,9 +51,7 @@ def temporary_directory_beside(place: Path) -> Iterator[Path]:
     Directories that a killed process left behind under the same place are removed first.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in place.parent.glob(f".{place.name}.*.tmp"):
-        if not _is_alive(int(leftover.name.split(".")[-2])):
-            shutil.rmtree(leftover, ignore_errors=True)
+    remove_abandoned(place.parent, f".{place.name}.*.tmp")
     directory = place.parent / f".{place.name}.{os.getpid()}.tmp"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
@@ -61,6 +59,19 @@ def temporary_directory_beside(place: Path) -> Iterator[Path]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path, pattern: str) -> None:
+    """Removes the temporary directories of processes that are dead.
+
+    Args:
+        folder: Where to look.
+        pattern: Which names; the last but one part of a name is the process id.
+    """
+    for leftover in folder.glob(pattern):
+        process_id = leftover.name.split(".")[-2]
+        if process_id.isdigit() and not _is_alive(int(process_id)):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def file_sha256(path: AnyPath) -> str:

@@ -1,8 +1,8 @@
 """Answers prompts with a checkpoint; every finished shard of completions survives a crash and is found again."""
 
+import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import time
 import uuid
@@ -14,9 +14,9 @@ from upath import UPath
 
 from resources.chat import Message, load_tokenizer, prompt_ids
 from resources.checkpoint_store import Checkpoint
-from resources.device import DeviceResource, prepare_device, torch_dtype
+from resources.device import DeviceResource
+from resources.engines.choice import engine_fingerprint, open_engine
 from resources.engines.interface import Completion, Request
-from resources.engines.transformers_engine import TransformersEngine
 from resources.files import json_sha256, opened_atomically, write_atomically
 from resources.settings import Sampling
 
@@ -103,11 +103,11 @@ class LanguageModel(DeviceResource):
         if finished:
             log(f"{len(finished)} of {len(requests)} completions were finished earlier and are reused.")
         if missing:
-            engine = TransformersEngine(checkpoint.weights, self.engine)
-            batches = _with_progress(engine.generate(missing, sampling), len(missing), log)
-            for shard in _shards(batches, self.engine.shard_rows):
-                _write_shard(folder, shard)
-                finished |= {completion.key: dataclasses.asdict(completion) for completion in shard}
+            engine = open_engine(checkpoint.weights, self.engine, log)
+            with contextlib.closing(engine.generate(missing, sampling)) as batches:
+                for shard in _shards(_with_progress(batches, len(missing), log), self.engine.shard_rows):
+                    _write_shard(folder, shard)
+                    finished |= {completion.key: dataclasses.asdict(completion) for completion in shard}
         rows = [finished[request.key] for request in requests]
         generated = {request.key for request in missing}
         usage = Usage(
@@ -129,9 +129,7 @@ class LanguageModel(DeviceResource):
         what = {
             "checkpoint": checkpoint.sha,
             "sampling": sampling.model_dump(),
-            "engine": f"transformers {importlib.metadata.version('transformers')}",
-            "device": prepare_device(self.engine),
-            "dtype": str(torch_dtype(self.engine)),
+            **engine_fingerprint(self.engine),
         }
         folder = UPath(self.shards) / json_sha256(what)[:16]
         description = folder / "fingerprint.json"

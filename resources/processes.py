@@ -19,9 +19,13 @@ def end_with_parent() -> None:
     Without it, a step of a killed run would go on computing, and the next run would do the same work beside it.
     Linux only (prctl(2)); elsewhere nothing happens.
     """
+    os.register_at_fork(after_in_child=end_with_this_parent)
+
+
+def end_with_this_parent() -> None:
+    """Makes this process end when its parent does, even if the parent is killed with -9; on Linux only."""
     if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        os.register_at_fork(after_in_child=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @functools.cache

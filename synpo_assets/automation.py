@@ -18,6 +18,8 @@ JOBS = [
         "made_once",
         selection=dg.AssetSelection.assets("policy").upstream(include_self=False),
         description="What all iterations share: M_0, the seed, the keyword pool, the prompt generator, the scorer.",
+        # dagster.yaml lets one run with this tag at a time.
+        tags={"synpo/made_once": "true"},
     ),
     dg.define_asset_job(
         "iteration",

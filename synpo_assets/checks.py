@@ -14,7 +14,8 @@ import dagster as dg
 import polars as pl
 from dagster import DagsterInstance
 from dagster._core.event_api import PartitionKeyFilter
-from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus as CheckStatus
 
 from resources.checkpoint_store import CheckpointStore
 from resources.settings import Settings
@@ -40,11 +41,23 @@ MADE_ONCE = ("prompt_generator", "reward_model")
 
 def failed_checks(instance: DagsterInstance, asset: str, partition: str | None) -> list[str]:
     """The blocking checks of an asset and iteration that failed when they were last evaluated."""
+    return [name for name, record in _latest(instance, asset, partition) if record.status == CheckStatus.FAILED]
+
+
+def unfinished_checks(instance: DagsterInstance, asset: str, partition: str | None) -> str | None:
+    """The run that was last to start on a blocking check and has not evaluated it (yet); None if there is none."""
+    latest = _latest(instance, asset, partition)
+    return next((record.run_id for _, record in latest if record.status == CheckStatus.PLANNED), None)
+
+
+def _latest(
+    instance: DagsterInstance, asset: str, partition: str | None
+) -> list[tuple[str, AssetCheckExecutionRecord]]:
     keys = [dg.AssetCheckKey(dg.AssetKey(asset), name) for name in BLOCKING.get(asset, ())]
     latest = instance.event_log_storage.get_latest_asset_check_execution_by_key(
         keys, partition_filter=PartitionKeyFilter(key=partition)
     )
-    return [key.name for key, record in latest.items() if record.status == AssetCheckExecutionRecordStatus.FAILED]
+    return [(key.name, record) for key, record in latest.items()]
 
 
 def _spec(name: str, asset: str, description: str) -> dg.AssetCheckSpec:
@@ -77,7 +90,8 @@ def synthetic_prompts_checks(
     """Whether the generator still writes new prompts."""
     limits = settings.checks
     about = metadata_of(context.instance, "synthetic_prompts", context.partition_key)
-    rate = about["dropped"].get("near_duplicate", 0) / about["keyword_sets_used"]
+    # An event that was reported by hand has no figures.
+    rate = about.get("dropped", {}).get("near_duplicate", 0) / about.get("keyword_sets_used", 1)
     yield _result(
         context, "few_near_duplicates", rate <= limits.max_near_duplicate_rate,
         near_duplicate_rate=rate, most_allowed=limits.max_near_duplicate_rate,

@@ -9,12 +9,12 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from resources.chat import ChatTemplateError
+from resources.errors import FinalError
 from resources.model_source import ModelSourceError
 from resources.settings import Settings, SettingsError, home_directory
 from synpo_assets.home import PROJECT, chosen_settings, prepare_home
 
-EXPECTED_ERRORS = (SettingsError, ModelSourceError, ChatTemplateError)
+EXPECTED_ERRORS = (SettingsError, ModelSourceError, FinalError)
 Result = TypeVar("Result")
 
 app = typer.Typer(
@@ -85,6 +85,9 @@ def trace(
     """
     settings, place = _prepare(None, None, home)
     _or_exit(lambda: _require_home(place))
+    from synpo_assets.preflight import check_storage
+
+    _or_exit(lambda: check_storage(settings.storage))
     prepare_home(place, settings)
     from synpo_assets.trace import print_trace
 

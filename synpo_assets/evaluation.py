@@ -13,14 +13,20 @@ from resources.checkpoint_store import Checkpoint
 from resources.language_model import LanguageModel
 from resources.scorer import RewardScorer
 from resources.settings import Settings
+from synpo_assets.method import evaluation as evaluation_method
 from synpo_assets.method.evaluation import win_rate
 from synpo_assets.method.templates import user_message
-from synpo_assets.partitions import ITERATIONS, ON_GPU, iteration_of, table
+from synpo_assets.partitions import GPU_POOL, ITERATIONS, iteration_of, table
 from synpo_assets.presentation import made_by, table_output
 from synpo_assets.schemas import Evaluation
 
 
-@dg.asset(partitions_def=ITERATIONS, **table(Evaluation, "responses", "scorer"), **ON_GPU, kinds={"huggingface"})
+@dg.asset(
+    partitions_def=ITERATIONS,
+    **table(Evaluation, "responses", "scorer.max_length", "engine.dtype", evaluation_method),
+    pool=GPU_POOL,
+    kinds={"huggingface"},
+)
 def evaluation(
     context: dg.AssetExecutionContext,
     model_checkpoint: Checkpoint,

@@ -32,6 +32,15 @@ def data_version_of(instance: DagsterInstance, asset: str, partition: str | None
     return (made.tags or {}).get("dagster/data_version") if made else None
 
 
+def unfinished_attempt(instance: DagsterInstance, asset: str, partition: str | None) -> str | None:
+    """The run that was last to start on an asset and has not made it (yet); None if the newest attempt succeeded."""
+    planned = instance.get_latest_planned_materialization_info(dg.AssetKey(asset), partition)
+    record = newest(instance, asset, partition)
+    if planned is None or (record is not None and planned.storage_id < record.storage_id):
+        return None
+    return planned.run_id
+
+
 def seconds_of(instance: DagsterInstance, asset: str, partition: str | None) -> float:
     """Wall time of the step that made the newest materialization, in seconds; 0 if it was reported by another asset."""
     record = newest(instance, asset, partition)

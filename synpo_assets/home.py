@@ -74,4 +74,5 @@ def _differences(stored: dict[str, Any], asked: dict[str, Any], prefix: str = ""
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            yield f"{prefix}{key}: {old} there, {new} asked for"
+            # The address of a database may hold a password.
+            yield f"{prefix}{key}" if key == "dagster_database" else f"{prefix}{key}: {old} there, {new} asked for"

@@ -18,8 +18,8 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from resources.checkpoint_store import Checkpoint, CheckpointError, CheckpointStore
 from resources.settings import Settings
 from resources.tables import ParquetTables
-from synpo_assets.checks import failed_checks
-from synpo_assets.history import data_version_of
+from synpo_assets.checks import failed_checks, unfinished_checks
+from synpo_assets.history import data_version_of, newest, unfinished_attempt
 from synpo_assets.partitions import ITERATIONS, checkpoint, iteration_of, partition_key, table
 from synpo_assets.presentation import checkpoint_output, made_by, table_output, table_version
 from synpo_assets.schemas import PreferenceHistory
@@ -41,13 +41,14 @@ def policy(
 ) -> dg.Output[Checkpoint]:
     """M_{t-1}, the model that enters iteration t: M_0 at first, then the checkpoint of the iteration before."""
     wait_for_other_runs(context)
-    if iteration_of(context) == 1:
-        entering = initial_policy
-    else:
+    checkpoints.verify(initial_policy)
+    entering = initial_policy
+    if iteration_of(context) > 1:
         previous = partition_key(iteration_of(context) - 1)
         wait_until_finished(context, "model_checkpoint", previous)
         entering = checkpoints.current("model_checkpoint", previous)
         refuse_other_experiment(entering, experiment_of(context.instance, initial_policy, settings))
+        refuse_unrecorded(entering, data_version_of(context.instance, "model_checkpoint", previous))
         checkpoints.verify(entering)
     return checkpoint_output(context, entering, **made_by(entering))
 
@@ -63,22 +64,18 @@ def preference_history(
     return _history(context, [tables.read("preference_pairs", partition) for partition in earlier])
 
 
-def report_policy(context: dg.AssetExecutionContext, made: Checkpoint, checkpoints: CheckpointStore) -> None:
-    """Hands M_t, just made, to the next iteration: the back edge model_checkpoint[t] -> policy[t+1]."""
-    following = partition_key(iteration_of(context) + 1)
-    checkpoints.point_to("policy", following, made)
-    _report(context, "policy", following, made.sha[:16], {**made_by(made), "sha": made.sha})
+def report_policy(context: dg.AssetExecutionContext, made: Checkpoint) -> None:
+    """Announces M_t, just made, to the next iteration: the back edge model_checkpoint[t] -> policy[t+1].
+
+    Only an event: what iteration t+1 reads changes when its own `policy` step runs, never under a run at work.
+    """
+    _report(context, "policy", made.sha[:16], {**made_by(made), "sha": made.sha})
 
 
-def report_history(
-    context: dg.AssetExecutionContext, history: pl.DataFrame, pairs: pl.DataFrame, tables: ParquetTables
-) -> None:
-    """Adds the pairs, just made, to those before: the back edge preference_pairs[t] -> preference_history[t+1]."""
-    following = partition_key(iteration_of(context) + 1)
+def report_history(context: dg.AssetExecutionContext, history: pl.DataFrame, pairs: pl.DataFrame) -> None:
+    """Announces all pairs so far, those just made included: preference_pairs[t] -> preference_history[t+1]."""
     combined = pl.concat([history, pairs])
-    tables.write("preference_history", following, combined)
-    metadata = {"dagster/row_count": combined.height}
-    _report(context, "preference_history", following, table_version(combined), metadata)
+    _report(context, "preference_history", table_version(combined), {"dagster/row_count": combined.height})
 
 
 def wait_until_finished(context: dg.AssetExecutionContext, asset: str, partition: str) -> None:
@@ -87,27 +84,24 @@ def wait_until_finished(context: dg.AssetExecutionContext, asset: str, partition
     Raises:
         CheckpointError: It was never made, or its newest attempt failed or was cancelled.
     """
-    key, label = dg.AssetKey(asset), f"{asset}[{partition}]"
+    label = f"{asset}[{partition}]"
     reported = 0.0
-    while True:
-        made = context.instance.fetch_materializations(
-            dg.AssetRecordsFilter(asset_key=key, asset_partitions=[partition]), limit=1
-        ).records
-        planned = context.instance.get_latest_planned_materialization_info(key, partition)
-        if made and (planned is None or planned.storage_id < made[0].storage_id):
-            break
-        run = planned and context.instance.get_run_by_id(planned.run_id)
-        if planned is None or run is None:
-            raise CheckpointError(f"{label} was never materialized: run that iteration first.")
-        if run.is_finished:
+    while run_id := unfinished_attempt(context.instance, asset, partition) or unfinished_checks(
+        context.instance, asset, partition
+    ):
+        run = context.instance.get_run_by_id(run_id)
+        if run is None or run.is_finished:
+            state = run.status.value if run else "deleted"
             raise CheckpointError(
-                f"The newest attempt to make {label} ended without it (run {run.run_id}: {run.status.value}): "
-                "run that iteration again, then this one."
+                f"The newest attempt to make {label} ended without it (run {run_id}: {state}): run that iteration again, "
+                "then this one."
             )
         if time.monotonic() - reported > LOG_EVERY_SECONDS:
             reported = time.monotonic()
-            context.log.info(f"Waiting for {label}, which run {run.run_id} is making.")
+            context.log.info(f"Waiting for {label}, which run {run_id} is making.")
         time.sleep(POLL_SECONDS)
+    if newest(context.instance, asset, partition) is None:
+        raise CheckpointError(f"{label} was never materialized: run that iteration first.")
     if failed := failed_checks(context.instance, asset, partition):
         raise CheckpointError(
             f"{label} did not pass its blocking checks ({', '.join(failed)}): mend the cause, or correct the threshold "
@@ -145,13 +139,26 @@ def refuse_other_experiment(entering: Checkpoint, experiment: Mapping[str, str |
         )
 
 
+def refuse_unrecorded(entering: Checkpoint, recorded: str | None) -> None:
+    """Raises a sentence if a checkpoint on disk is not the one that the history says was made.
+
+    Raises:
+        CheckpointError: It names both.
+    """
+    if entering.sha[:16] != recorded:
+        raise CheckpointError(
+            f"{entering.directory} holds {entering.sha[:16]}, but the history of {entering.label} says {recorded}: the "
+            f"directory was exchanged by hand. Materialize {entering.label} again."
+        )
+
+
 def wait_for_other_runs(context: dg.AssetExecutionContext) -> None:
     """Waits while an older run works on the same iteration, so that two never write the same partition at once.
 
     Runs from the UI queue for their iteration already (dagster.yaml); this covers runs that no queue has seen.
     """
     same_iteration = RunsFilter(
-        statuses=[DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING],
+        statuses=[DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING],
         tags=dict(ITERATIONS.get_tags_for_partition_key(context.partition_key)),
     )
     reported = 0.0
@@ -164,20 +171,21 @@ def wait_for_other_runs(context: dg.AssetExecutionContext) -> None:
         if time.monotonic() - reported > LOG_EVERY_SECONDS:
             reported = time.monotonic()
             context.log.info(
-                f"Waiting for run {older[0]}, which works on iteration {context.partition_key} already. If it is dead, "
-                "terminate it in the UI."
+                f"Waiting for run {older[0]}, which works on iteration {context.partition_key} already. If its "
+                "process is dead, terminate it in the UI."
             )
         time.sleep(POLL_SECONDS)
 
 
-def _report(
-    context: dg.AssetExecutionContext, asset: str, partition: str, version: str, metadata: dict[str, Any]
-) -> None:
+def _report(context: dg.AssetExecutionContext, asset: str, version: str, metadata: dict[str, Any]) -> None:
+    following = partition_key(iteration_of(context) + 1)
+    if following not in ITERATIONS.get_partition_keys():
+        return
     reporter = f"{context.asset_key.to_user_string()}[{context.partition_key}]"
     context.log_event(
         dg.AssetMaterialization(
             asset,
-            partition=partition,
+            partition=following,
             description=f"Reported by {reporter}.",
             metadata={
                 **metadata,

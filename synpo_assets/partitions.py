@@ -1,6 +1,8 @@
 """What the settings decide before any asset runs: the iterations, and the version of each asset's code."""
 
-import inspect
+import functools
+import operator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,12 +16,8 @@ from synpo_assets.schemas import Table, column_schema, frame_type
 ALL_ASSETS_JOB = "synpo"
 GPU_POOL = "gpu"
 GROUP = "synpo"
-# Arguments of `dg.asset` for an asset that computes with a model: one at a time, and tried again with growing pauses
-# when a download, a server or a device fails for a while. Finished shards are kept between the tries.
-ON_GPU: dict[str, Any] = {
-    "pool": GPU_POOL,
-    "retry_policy": dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL),
-}
+# A download, a server or a device may fail for a while; finished shards are kept between the tries.
+RETRIES = dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL)
 ITERATIONS = dg.StaticPartitionsDefinition(
     [f"{number:04d}" for number in range(1, active_settings().max_iterations + 1)]
 )
@@ -36,11 +34,22 @@ def partition_key(iteration: int) -> str:
 
 
 def code_version(*parts: str | ModuleType) -> str:
-    """A hash of everything that decides what an asset computes: settings sections by name, and method modules."""
+    """A hash of everything that decides what an asset computes.
+
+    Args:
+        parts: Settings by dotted name (`policy`, `policy.training.beta`), and method modules, which count with the
+            templates in the folder of the same name.
+    """
     settings = active_settings().model_dump()
-    named = {part: settings[part] for part in parts if isinstance(part, str)}
-    sources = {part.__name__: inspect.getsource(part) for part in parts if isinstance(part, ModuleType)}
+    named = {part: functools.reduce(operator.getitem, part.split("."), settings)
+             for part in parts if isinstance(part, str)}  # fmt: skip
+    sources = {part.__name__: _source(part) for part in parts if isinstance(part, ModuleType)}
     return json_sha256({"settings": named, "random_seed": settings["random_seed"], "code": sources})[:12]
+
+
+def _source(module: ModuleType) -> list[str]:
+    file = Path(str(module.__file__))
+    return [path.read_text() for path in (file, *sorted(file.with_suffix("").glob("*.jinja")))]
 
 
 def table(schema: type[Table], *parts: str | ModuleType, lazy: bool = False) -> dict[str, Any]:
@@ -51,9 +60,15 @@ def table(schema: type[Table], *parts: str | ModuleType, lazy: bool = False) -> 
         "io_manager_key": "tables",
         "code_version": code_version(*parts),
         "group_name": GROUP,
+        "retry_policy": RETRIES,
     }
 
 
 def checkpoint(*parts: str | ModuleType) -> dict[str, Any]:
     """Arguments of `dg.asset` for an asset that is a model checkpoint."""
-    return {"io_manager_key": "checkpoints", "code_version": code_version(*parts), "group_name": GROUP}
+    return {
+        "io_manager_key": "checkpoints",
+        "code_version": code_version(*parts),
+        "group_name": GROUP,
+        "retry_policy": RETRIES,
+    }

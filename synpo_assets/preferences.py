@@ -16,20 +16,26 @@ from resources.language_model import LanguageModel
 from resources.model_source import fetch_reward_model
 from resources.scorer import RewardScorer
 from resources.settings import Settings
-from resources.tables import ParquetTables
 from resources.trainer import Trainer
+from synpo_assets.history import metadata_of
 from synpo_assets.loop import report_history
 from synpo_assets.method import pairs as pair_method
 from synpo_assets.method.pairs import as_preferences, join_sides, select_pairs
 from synpo_assets.method.templates import user_message
-from synpo_assets.partitions import ITERATIONS, ON_GPU, checkpoint, iteration_of, table
-from synpo_assets.presentation import checkpoint_output, table_output, table_version, training_metadata
+from synpo_assets.partitions import GPU_POOL, ITERATIONS, checkpoint, iteration_of, table
+from synpo_assets.presentation import (
+    checkpoint_output,
+    checkpoints_table,
+    table_output,
+    table_version,
+    training_metadata,
+)
 from synpo_assets.schemas import PreferencePairs
 
 SCORE_CONVENTION = "reward_difference"
 
 
-@dg.asset(**checkpoint("scorer", "responses"), **ON_GPU, kinds={"huggingface"})
+@dg.asset(**checkpoint("scorer", "responses", "engine.dtype"), pool=GPU_POOL, kinds={"huggingface"})
 def reward_model(
     context: dg.AssetExecutionContext,
     initial_policy: Checkpoint,
@@ -66,8 +72,8 @@ def reward_model(
 
 @dg.asset(
     partitions_def=ITERATIONS,
-    **table(PreferencePairs, "preferences", "scorer", pair_method),
-    **ON_GPU,
+    **table(PreferencePairs, "preferences", "scorer.max_length", "engine.dtype", pair_method),
+    pool=GPU_POOL,
     kinds={"polars"},
 )
 def preference_pairs(
@@ -77,7 +83,6 @@ def preference_pairs(
     preference_history: pl.DataFrame,
     reward_model: Checkpoint,
     scorer: RewardScorer,
-    tables: dg.ResourceParam[ParquetTables],
     settings: dg.ResourceParam[Settings],
 ) -> dg.Output[pl.DataFrame]:
     """This iteration's pairs: refined answer over M_0's answer, scored, filtered, sampled (algorithm 1, line 4)."""
@@ -107,14 +112,14 @@ def preference_pairs(
         score_convention=pl.lit(SCORE_CONVENTION),
     )
     frame = frame.select(*PreferencePairs.to_schema().columns)
-    report_history(context, preference_history, frame, tables)
+    report_history(context, preference_history, frame)
     lengths = kept.select(pl.col("chosen_response", "rejected_response").str.len_chars().mean()).row(0)
     return table_output(
         context,
         frame,
         candidates=joined.height,
         dropped=dg.MetadataValue.json(dropped),
-        scorer=reward_model.label,
+        checkpoints=_checkpoints(context, reward_model),
         scorer_sha=reward_model.sha,
         **scores.metadata(),
         mean_margin=kept["margin"].mean(),
@@ -122,6 +127,15 @@ def preference_pairs(
         rejected_cut_share=(kept["rejected_finish_reason"] == "length").mean(),
         chosen_to_rejected_length=lengths[0] / max(lengths[1], 1),
     )
+
+
+def _checkpoints(context: dg.AssetExecutionContext, scorer: Checkpoint) -> dg.MarkdownMetadataValue:
+    """Which checkpoints wrote the two sides, as their tables recorded it, and which one scored them."""
+    rows = [("scorer", scorer.label, scorer.sha, scorer.manifest["run_id"])]
+    for side, asset in (("chosen", "refined_responses"), ("rejected", "initial_responses")):
+        about = metadata_of(context.instance, asset, context.partition_key)
+        rows.append((side, about["checkpoint"], about["checkpoint_sha"], about["checkpoint_run"]))
+    return checkpoints_table(rows)
 
 
 def _held_out_accuracy(

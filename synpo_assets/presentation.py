@@ -1,7 +1,7 @@
 """What an asset shows about itself in the UI, and the content version that staleness is judged by."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import dagster as dg
@@ -25,10 +25,13 @@ def table_output(context: dg.AssetExecutionContext, value: pl.DataFrame, **metad
 
 
 def checkpoint_output(context: dg.AssetExecutionContext, value: Checkpoint, **metadata: Any) -> dg.Output[Checkpoint]:
-    """A checkpoint with its sha as content version, where it lies, and the run that made it."""
+    """A checkpoint with its sha as content version, where it lies, and the checkpoints that it was made from."""
     about: dict[str, Any] = {"sha": value.sha, "path": dg.MetadataValue.path(value.weights)}
     parents = value.manifest["parents"]
-    about |= {f"{role} checkpoint": f"{parent['asset']} {parent['sha'][:16]}" for role, parent in parents.items()}
+    if parents:
+        about["parents"] = checkpoints_table(
+            (role, parent["asset"], parent["sha"], parent["run_id"]) for role, parent in parents.items()
+        )
     about |= {**metadata, "made_from": made_from(context)}
     return dg.Output(value, data_version=dg.DataVersion(value.sha[:16]), metadata=about)
 
@@ -42,6 +45,19 @@ def made_by(checkpoint: Checkpoint) -> dict[str, Any]:
         "checkpoint_page": dg.MetadataValue.url(_page(checkpoint.asset, checkpoint.partition)),
         "checkpoint_run": dg.MetadataValue.dagster_run(checkpoint.manifest["run_id"]),
     }
+
+
+def checkpoints_table(checkpoints: Iterable[tuple[str, str, str, str]]) -> dg.MarkdownMetadataValue:
+    """A table of checkpoints as links that work in the UI.
+
+    Args:
+        checkpoints: Of each its role, its label (`model_checkpoint[0001]`), its sha and the run that made it.
+    """
+    lines = [["role", "checkpoint", "sha", "run"], ["---"] * 4]
+    for role, label, sha, run_id in checkpoints:
+        asset, _, partition = label.removesuffix("]").partition("[")
+        lines.append([role, f"[{label}]({_page(asset, partition or None)})", f"`{sha[:16]}`", _run(run_id)])
+    return _markdown(lines)
 
 
 def made_from(context: dg.AssetExecutionContext) -> dg.MarkdownMetadataValue:
@@ -70,9 +86,17 @@ def versions_table(
         record = newest(instance, asset, partition)
         label = f"{asset}[{partition}]" if partition else asset
         version = f"`{data_version_of(instance, asset, partition)}`"
-        run = f"[{record.run_id[:8]}](/runs/{record.run_id})" if record else "none"
+        run = _run(record.run_id) if record else "none"
         lines.append([f"[{label}]({_page(asset, partition)})", *map(str, values), version, run])
     lines.insert(1, ["---"] * len(lines[0]))
+    return _markdown(lines)
+
+
+def _run(run_id: str) -> str:
+    return f"[{run_id[:8]}](/runs/{run_id})"
+
+
+def _markdown(lines: list[list[str]]) -> dg.MarkdownMetadataValue:
     return dg.MetadataValue.md("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 

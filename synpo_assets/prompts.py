@@ -25,12 +25,19 @@ from synpo_assets.method import templates
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.keywords import Keywords, drawn_rows, training_keywords
 from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter, draw_until_enough
-from synpo_assets.partitions import ITERATIONS, ON_GPU, checkpoint, iteration_of, table
+from synpo_assets.partitions import GPU_POOL, ITERATIONS, checkpoint, iteration_of, table
 from synpo_assets.presentation import checkpoint_output, made_by, table_output, table_version, training_metadata
 from synpo_assets.schemas import KeywordSets, SyntheticPrompts
 
 
-@dg.asset(**checkpoint("prompt_generator", keyword_method, templates), **ON_GPU, kinds={"huggingface"})
+@dg.asset(
+    **checkpoint(
+        "prompt_generator.training", "prompt_generator.keywords_from_seed_prompt", "prompt_generator.noise_keywords",
+        "keyword_pool.language", "keyword_pool.drop_personal_names", "engine.dtype", keyword_method, templates,
+    ),
+    pool=GPU_POOL,
+    kinds={"huggingface"},
+)  # fmt: skip
 def prompt_generator(
     context: dg.AssetExecutionContext,
     initial_policy: Checkpoint,
@@ -63,7 +70,7 @@ def prompt_generator(
 @dg.asset(
     partitions_def=ITERATIONS,
     deps=["policy"],
-    **table(KeywordSets, "prompt_generator", keyword_method),
+    **table(KeywordSets, "prompt_generator.prompts_per_iteration", "prompt_generator.max_overdraw", keyword_method),
     kinds={"polars"},
 )
 def keyword_sets(
@@ -83,8 +90,8 @@ def keyword_sets(
 
 @dg.asset(
     partitions_def=ITERATIONS,
-    **table(SyntheticPrompts, "prompt_generator", "seed_data", prompt_method, templates),
-    **ON_GPU,
+    **table(SyntheticPrompts, "prompt_generator", "engine.dtype", prompt_method, templates),
+    pool=GPU_POOL,
     kinds={"huggingface"},
 )
 def synthetic_prompts(

@@ -13,6 +13,7 @@ from resources.errors import FinalError
 from resources.files import json_sha256, write_atomically
 from resources.settings import home_directory
 from resources.tables import ParquetTables
+from resources.text import visible
 from synpo_assets import plots
 from synpo_assets.history import metadata_of, seconds_of
 from synpo_assets.method import report as report_method
@@ -24,7 +25,7 @@ from synpo_assets.method.report import (
     report_rows,
     sample_pairs,
 )
-from synpo_assets.partitions import GROUP, code_version
+from synpo_assets.partitions import GROUP, RETRIES, code_version
 from synpo_assets.plots import draw_plots
 from synpo_assets.presentation import versions_table
 
@@ -40,6 +41,7 @@ READ_ASSETS = (
     deps=["evaluation"],
     group_name=GROUP,
     kinds={"matplotlib"},
+    retry_policy=RETRIES,
     code_version=code_version(report_method, plots),
 )
 def boosting_report(context: dg.AssetExecutionContext, tables: dg.ResourceParam[ParquetTables]) -> dg.MaterializeResult:
@@ -53,7 +55,7 @@ def boosting_report(context: dg.AssetExecutionContext, tables: dg.ResourceParam[
     drawn = draw_plots(iterations)
     rows, notes = report_rows(iterations), report_notes(iterations, unfinished)
     path = home_directory() / "reports" / "boosting_report.html"
-    write_atomically(path, report_html(iterations, drawn, notes).encode())
+    write_atomically(path, report_html(iterations, drawn, notes, visible).encode())
     inputs = [(asset, key) for key in finished for asset in ("preference_pairs", "model_checkpoint", "evaluation")]
     return dg.MaterializeResult(
         data_version=dg.DataVersion(_content_version(iterations, rows, notes)),

@@ -15,15 +15,21 @@ from resources.language_model import LanguageModel, Usage
 from resources.scorer import RewardScorer
 from resources.settings import Sampling, Settings
 from resources.trainer import Trainer, TrainingError
+from synpo_assets.method import responses as response_method
 from synpo_assets.method import templates
 from synpo_assets.method.responses import response_table
 from synpo_assets.method.templates import improver_instruction, user_message
-from synpo_assets.partitions import ITERATIONS, ON_GPU, checkpoint, iteration_of, table
+from synpo_assets.partitions import GPU_POOL, ITERATIONS, checkpoint, iteration_of, table
 from synpo_assets.presentation import checkpoint_output, made_by, table_output, table_version, training_metadata
 from synpo_assets.schemas import RefinedResponses, Responses, SeedResponses
 
 
-@dg.asset(partitions_def=ITERATIONS, **table(Responses, "responses"), **ON_GPU, kinds={"huggingface"})
+@dg.asset(
+    partitions_def=ITERATIONS,
+    **table(Responses, "responses", "engine.dtype", response_method),
+    pool=GPU_POOL,
+    kinds={"huggingface"},
+)
 def base_responses(
     context: dg.AssetExecutionContext,
     synthetic_prompts: pl.DataFrame,
@@ -37,7 +43,12 @@ def base_responses(
     return table_output(context, frame, **usage.metadata(), **made_by(policy))
 
 
-@dg.asset(partitions_def=ITERATIONS, **table(Responses, "responses", "preferences"), **ON_GPU, kinds={"huggingface"})
+@dg.asset(
+    partitions_def=ITERATIONS,
+    **table(Responses, "responses", "preferences.rejected_from", "engine.dtype", response_method),
+    pool=GPU_POOL,
+    kinds={"huggingface"},
+)
 def initial_responses(
     context: dg.AssetExecutionContext,
     synthetic_prompts: pl.DataFrame,
@@ -53,7 +64,12 @@ def initial_responses(
     return table_output(context, frame, **usage.metadata(), **made_by(answerer))
 
 
-@dg.asset(partitions_def=ITERATIONS, **table(SeedResponses, "responses", "scorer"), **ON_GPU, kinds={"huggingface"})
+@dg.asset(
+    partitions_def=ITERATIONS,
+    **table(SeedResponses, "responses", "scorer.max_length", "engine.dtype", response_method),
+    pool=GPU_POOL,
+    kinds={"huggingface"},
+)
 def seed_responses(
     context: dg.AssetExecutionContext,
     seed_pairs: pl.DataFrame,
@@ -83,8 +99,8 @@ def seed_responses(
 
 @dg.asset(
     partitions_def=ITERATIONS,
-    **checkpoint("response_improver", templates),
-    **ON_GPU,
+    **checkpoint("response_improver.training", "response_improver.margin_threshold", "engine.dtype", templates),
+    pool=GPU_POOL,
     kinds={"huggingface"},
 )
 def response_improver(
@@ -120,8 +136,8 @@ def response_improver(
 
 @dg.asset(
     partitions_def=ITERATIONS,
-    **table(RefinedResponses, "response_improver", templates),
-    **ON_GPU,
+    **table(RefinedResponses, "response_improver.sampling", "engine.dtype", templates, response_method),
+    pool=GPU_POOL,
     kinds={"huggingface"},
 )
 def refined_responses(

@@ -2,6 +2,9 @@
 
 import fcntl
 import logging
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +12,15 @@ from pathlib import Path
 import dagster as dg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
-from resources.settings import SettingsError
-from synpo_assets.checks import failed_checks
-from synpo_assets.history import newest
+from resources.files import remove_abandoned
+from resources.settings import SettingsError, home_directory
+from synpo_assets.checks import failed_checks, unfinished_checks
+from synpo_assets.history import newest, unfinished_attempt
 from synpo_assets.partitions import ALL_ASSETS_JOB, ITERATIONS, partition_key
 
 CODE_VERSION_TAG = "dagster/code_version"
 FOREGROUND_TAG = "synpo/foreground"
+CANCELLATION_POLL_SECONDS = 2.0
 # They look up what the iteration before left, so they run whenever anything of their iteration does.
 STATE_ASSETS = {"policy", "preference_history"}
 # Made from all iterations, so it is made again at the end of each.
@@ -63,6 +68,8 @@ def run_missing(instance: DagsterInstance, iterations: int) -> bool:
         Whether all of it is materialized now. It stops at the first iteration that fails.
     """
     close_dead_runs(instance)
+    for checkpoints in ("checkpoints", "cache/checkpoints"):
+        remove_abandoned(home_directory(), f"{checkpoints}/*/.*.tmp")
     warn_of_outdated(instance)
     partitions = [None, *(partition_key(number) for number in range(1, iterations + 1))]
     return all(_run(instance, missing_assets(instance, partition), partition) for partition in partitions)
@@ -73,10 +80,13 @@ def warn_of_outdated(instance: DagsterInstance) -> None:
     graph = asset_job().asset_layer.asset_graph
     outdated = []
     for name in asset_names(partitioned=False) + asset_names(partitioned=True):
-        event = instance.get_latest_materialization_event(dg.AssetKey(name))
-        made = event and event.asset_materialization and (event.asset_materialization.tags or {}).get(CODE_VERSION_TAG)
-        if made and made != graph.get(dg.AssetKey(name)).code_version:
-            outdated.append(name)
+        made_for: list[str | None] = [*sorted(instance.get_materialized_partitions(dg.AssetKey(name)))]
+        for partition in made_for or [None]:
+            record = newest(instance, name, partition)
+            made = record and record.asset_materialization
+            version = (made.tags or {}).get(CODE_VERSION_TAG) if made else None
+            if version and version != graph.get(dg.AssetKey(name)).code_version:
+                outdated.append(f"{name}[{partition}]" if partition else name)
     if outdated:
         logging.getLogger("synpo").warning(
             "Made with other settings or code, and kept: %s. Materialize them again in `synpo ui` to renew them.",
@@ -87,14 +97,22 @@ def warn_of_outdated(instance: DagsterInstance) -> None:
 def missing_assets(instance: DagsterInstance, partition: str | None) -> list[str]:
     """The assets of an iteration (or, for None, those made once) to be made, in order; the report ends an iteration.
 
-    An asset is missing if it was never materialized, or if it failed a blocking check when that was last evaluated.
+    An asset is missing if it was never materialized, if the newest attempt to make or check it has ended without a
+    result, or if it failed a blocking check.
     """
     names = asset_names(partitioned=partition is not None)
-    missing = {name for name in names if newest(instance, name, partition) is None}
-    missing |= {name for name in names if failed_checks(instance, name, partition)}
+    missing = {name for name in names if _is_missing(instance, name, partition)}
     if partition is None:
         return [name for name in names if name in missing]
     return [*(name for name in names if name in missing | STATE_ASSETS), REPORT] if missing else []
+
+
+def _is_missing(instance: DagsterInstance, name: str, partition: str | None) -> bool:
+    if newest(instance, name, partition) is None or failed_checks(instance, name, partition):
+        return True
+    run_id = unfinished_attempt(instance, name, partition) or unfinished_checks(instance, name, partition)
+    run = instance.get_run_by_id(run_id) if run_id else None
+    return run_id is not None and (run is None or run.is_finished)
 
 
 def close_dead_runs(instance: DagsterInstance) -> None:
@@ -102,7 +120,9 @@ def close_dead_runs(instance: DagsterInstance) -> None:
 
     To be called while holding the lock of the home: then no unfinished foreground run can be alive.
     """
-    unfinished = [DagsterRunStatus.STARTED, DagsterRunStatus.STARTING, DagsterRunStatus.NOT_STARTED]
+    unfinished = [
+        DagsterRunStatus.STARTED, DagsterRunStatus.STARTING, DagsterRunStatus.NOT_STARTED, DagsterRunStatus.CANCELING,
+    ]  # fmt: skip
     for run in instance.get_runs(RunsFilter(statuses=unfinished)):
         if FOREGROUND_TAG in run.tags:
             instance.report_run_failed(run, "The process of this run was killed. Finished work is kept.")
@@ -115,13 +135,16 @@ def _run(instance: DagsterInstance, names: Sequence[str], partition: str | None)
     tags = {FOREGROUND_TAG: "true"}
     if partition is not None:
         tags |= ITERATIONS.get_tags_for_partition_key(partition)
-    with dg.execute_job(
-        dg.reconstructable(asset_job),
-        instance=instance,
-        asset_selection=[dg.AssetKey(name) for name in names],
-        tags=tags,
-        run_config={"loggers": {"console": {}}},
-    ) as result:
+    with (
+        _ended_from_the_ui(instance),
+        dg.execute_job(
+            dg.reconstructable(asset_job),
+            instance=instance,
+            asset_selection=[dg.AssetKey(name) for name in names],
+            tags=tags,
+            run_config={"loggers": {"console": {}}},
+        ) as result,
+    ):
         for event in result.all_events:
             if event.is_step_failure:
                 logging.getLogger("synpo").error(failure_sentence(event))
@@ -130,6 +153,27 @@ def _run(instance: DagsterInstance, names: Sequence[str], partition: str | None)
                 if not evaluation.passed:
                     logging.getLogger("synpo").warning(check_sentence(evaluation))
         return result.success
+
+
+@contextmanager
+def _ended_from_the_ui(instance: DagsterInstance) -> Iterator[None]:
+    """Interrupts this process when its run is terminated in the UI, as Dagster does for runs that it started itself."""
+    done = threading.Event()
+    terminated = RunsFilter(statuses=[DagsterRunStatus.CANCELING], tags={FOREGROUND_TAG: "true"})
+
+    def watch() -> None:
+        while not done.wait(CANCELLATION_POLL_SECONDS):
+            if instance.get_runs(terminated, limit=1):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def failure_sentence(event: dg.DagsterEvent) -> str:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from resources.settings import active_settings
 from resources.tables import ParquetTables
+from resources.text import visible
 from synpo_assets.history import metadata_of, seconds_of
 from synpo_assets.partitions import partition_key
 from synpo_assets.runs import asset_names
@@ -55,7 +56,7 @@ def _sample_pair(tables: ParquetTables, iterations: int) -> Panel:
     for side, score in (("prompt", None), ("chosen", "chosen_score"), ("rejected", "rejected_score")):
         title = side if score is None else f"{side} (score {pair[score]:.2f})"
         text.append(f"{title}\n", style="bold")
-        text.append(f"{pair[side][-1]['content']}\n")
+        text.append(f"{visible(pair[side][-1]['content'])}\n")
     return Panel(text, title=f"The pair with the median margin: {pair['pair_id']}", title_align="left")
 
 

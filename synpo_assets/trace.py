@@ -17,6 +17,7 @@ from rich.tree import Tree
 from resources.checkpoint_store import CheckpointStore
 from resources.settings import SettingsError
 from resources.tables import ParquetTables
+from resources.text import visible
 from synpo_assets.history import metadata_of, newest
 from synpo_assets.partitions import partition_key
 from synpo_assets.presentation import table_version
@@ -136,11 +137,10 @@ def _add(branch: Tree, node: Node) -> None:
 
 
 def _shown(value: Any) -> str:
-    """Cut to what fits a terminal, with every character that is not printed written as its escape."""
+    """Cut to what fits a terminal, with control characters made visible."""
     text = ", ".join(value) if isinstance(value, list) else f"{value:.3f}" if isinstance(value, float) else str(value)
     cut = "\n".join(text[:SHOWN_CHARACTERS].split("\n")[:SHOWN_LINES])
-    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in cut)
-    return shown if cut == text else f"{shown}…"
+    return visible(cut) if cut == text else f"{visible(cut)}…"
 
 
 def _whole_id(tables: ParquetTables, identifier: str) -> str:

@@ -12,13 +12,13 @@ from resources.checkpoint_store import Checkpoint, CheckpointStore
 from resources.settings import Settings
 from resources.trainer import Trainer
 from synpo_assets.loop import experiment_of, report_policy
-from synpo_assets.partitions import ITERATIONS, ON_GPU, checkpoint, partition_key
+from synpo_assets.partitions import GPU_POOL, ITERATIONS, checkpoint, partition_key
 from synpo_assets.presentation import checkpoint_output, table_version, training_metadata, versions_table
 
 USED_COLUMNS = ("iteration", "prompt", "chosen", "rejected", "chosen_finish_reason", "rejected_finish_reason")
 
 
-@dg.asset(partitions_def=ITERATIONS, **checkpoint("policy"), **ON_GPU, kinds={"huggingface"})
+@dg.asset(partitions_def=ITERATIONS, **checkpoint("policy", "engine.dtype"), pool=GPU_POOL, kinds={"huggingface"})
 def model_checkpoint(
     context: dg.AssetExecutionContext,
     preference_pairs: pl.DataFrame,
@@ -48,7 +48,7 @@ def model_checkpoint(
         },
         random_seed=settings.random_seed,
     )
-    report_policy(context, made, checkpoints)
+    report_policy(context, made)
     counts = pairs.group_by("iteration").len().sort("iteration")
     partitions = [("preference_pairs", partition_key(number)) for number in counts["iteration"]]
     return checkpoint_output(

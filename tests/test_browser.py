@@ -121,6 +121,7 @@ def test_generated_text_with_scripts_and_markup_is_shown_as_text(page, ui, scree
     open_partition(page, ui, "synthetic_prompts", "0002")
     row(page, "sample").get_by_text("<script>document.title").wait_for()
     row(page, "sample").get_by_text("| **bold** |").wait_for()
+    row(page, "sample").get_by_text("⟨U+001B⟩[31mred").wait_for()
     assert dialogs == []
     assert page.title() != "owned"
 

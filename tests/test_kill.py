@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import dagster as dg
 import polars as pl
 import pytest
 
@@ -49,3 +50,25 @@ def test_a_killed_run_ends_whole_and_the_next_one_goes_on(tmp_path, nano_model):
     assert {file: file.stat().st_mtime for file in saved} == saved
     assert pl.read_parquet(home / "tables/evaluation/0001.parquet").height == 6
     assert list(home.rglob("*.tmp")) == []
+
+
+def test_a_foreground_run_that_is_terminated_in_the_ui_ends_within_30_seconds(tmp_path, nano_model):
+    """The UI can only mark it as cancelling; the process watches for that."""
+    home = tmp_path / "home"
+    settings = write_settings(tmp_path / "nano.yaml", nano_settings(nano_model))
+    command = [str(Path(sys.executable).with_name("synpo")), "run", "--settings", str(settings), "--home", str(home)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("SYNPO_HOME", "DAGSTER_HOME")}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        while not list((home / "shards").glob("*/*.parquet")):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        with dg.DagsterInstance.from_config(str(home)) as instance:
+            (run,) = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))
+            instance.report_run_canceling(run)
+            process.wait(30)
+            assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.CANCELED
+    deadline = time.monotonic() + 10
+    while processes_of(home) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes_of(home) == []
+    assert synpo("run", "--home", home).returncode == 0

@@ -1,17 +1,21 @@
 """The loop edge on real Dagster instances: what enters an iteration, and when it refuses."""
 
 import shutil
+import time
 from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationPlanned
 
 from resources.checkpoint_store import Checkpoint, CheckpointError, CheckpointStore
 from resources.settings import active_settings
 from resources.tables import ParquetTables
 from synpo_assets import loop
+from synpo_assets.history import data_version_of
 from synpo_assets.loop import experiment_of, policy, preference_history, report_history, report_policy
 from synpo_assets.partitions import ITERATIONS
+from synpo_assets.presentation import checkpoint_output, table_version
 from synpo_assets.schemas import PreferencePairs
 from tests.test_stores import write_weights
 
@@ -39,7 +43,7 @@ def initial_policy(context: dg.AssetExecutionContext, checkpoints: dg.ResourcePa
 
 def model_checkpoint_asset(text="M_1", fails=False, random_seed=None, passes_check=True):
     @dg.asset(name="model_checkpoint", partitions_def=ITERATIONS, io_manager_key="checkpoints")
-    def made(context: dg.AssetExecutionContext, checkpoints: dg.ResourceParam[CheckpointStore]) -> Checkpoint:
+    def made(context: dg.AssetExecutionContext, checkpoints: dg.ResourceParam[CheckpointStore]):
         if fails:
             raise RuntimeError("out of memory")
         settings = active_settings().model_copy(update={} if random_seed is None else {"random_seed": random_seed})
@@ -47,14 +51,30 @@ def model_checkpoint_asset(text="M_1", fails=False, random_seed=None, passes_che
         checkpoint, _ = checkpoints.create(
             context, write_weights(text), parents={}, trained_on={}, settings={"experiment": experiment}, random_seed=0
         )
-        report_policy(context, checkpoint, checkpoints)
-        return checkpoint
+        report_policy(context, checkpoint)
+        return checkpoint_output(context, checkpoint)
 
     @dg.asset_check(asset=made, name="finite_weights", blocking=True, partitions_def=ITERATIONS)
     def finite_weights():
         return dg.AssetCheckResult(passed=passes_check)
 
     return made, finite_weights
+
+
+def planned_check(run, key, partition):
+    """The event that Dagster logs when a run starts that is going to evaluate a check."""
+    planned = AssetCheckEvaluationPlanned(
+        asset_key=key.asset_key, check_name=key.name,
+        partitions_subset=ITERATIONS.subset_with_partition_keys([partition]),
+    )  # fmt: skip
+    event = dg.DagsterEvent(
+        event_type_value=dg.DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED.value, job_name=run.job_name,
+        event_specific_data=planned,
+    )  # fmt: skip
+    return dg.EventLogEntry(
+        error_info=None, user_message="", level=20, run_id=run.run_id, timestamp=time.time(), job_name=run.job_name,
+        dagster_event=event,
+    )  # fmt: skip
 
 
 def make(instance, stores, *args, partition="0001", **options):
@@ -93,7 +113,6 @@ def test_a_finished_checkpoint_reports_the_policy_of_the_next_iteration(instance
     assert event.metadata["checkpoint"].value == "model_checkpoint[0001]"
     assert event.metadata["checkpoint_sha"].value == made.sha
     assert event.tags["dagster/data_version"] == made.sha[:16]
-    assert stores["checkpoints"].current("policy", "0002") == made
 
 
 def test_a_missing_checkpoint_is_refused_with_the_remedy(instance, stores):
@@ -141,6 +160,64 @@ def test_a_checkpoint_made_with_another_random_seed_is_refused_and_the_setting_n
     make(instance, stores, random_seed=7)
     with pytest.raises(CheckpointError, match=r"made with other settings \(random_seed 7 then, 42 now\)"):
         enter(instance, stores, "0002")
+
+
+def test_a_directory_that_was_exchanged_by_hand_is_refused(instance, stores):
+    make(instance, stores)
+    first = stores["checkpoints"].current("model_checkpoint", "0001")
+    make(instance, stores, "M_1 again")
+    stores["checkpoints"].point_to("model_checkpoint", "0001", first)
+    with pytest.raises(CheckpointError, match="was exchanged by hand"):
+        enter(instance, stores, "0002")
+
+
+def test_a_manifest_that_was_altered_is_refused(instance, stores):
+    make(instance, stores)
+    directory = stores["checkpoints"].current("model_checkpoint", "0001").directory
+    for content in ("{}", "", "[1"):
+        (Path(directory) / "manifest.json").write_text(content)
+        with pytest.raises(CheckpointError, match="is no manifest any more"):
+            enter(instance, stores, "0002")
+
+
+def test_what_an_iteration_reads_does_not_change_while_it_runs(instance, stores):
+    """Iteration 1 is made again while iteration 2 is at work: all steps of 2 see the policy that entered."""
+    make(instance, stores)
+    seen = []
+    policy_input = {"policy": dg.AssetIn(input_manager_key="checkpoints")}
+
+    @dg.asset(partitions_def=ITERATIONS, ins=policy_input)
+    def early(policy):
+        seen.append(policy.sha)
+        make(instance, stores, "M_1 again")
+
+    @dg.asset(partitions_def=ITERATIONS, ins=policy_input, deps=[early])
+    def late(policy):
+        seen.append(policy.sha)
+
+    assets = [initial_policy, policy, early, late]
+    assert run(assets, instance, stores, "0002", selection=["policy", "early", "late"]).success
+    assert len(set(seen)) == 1
+    assert data_version_of(instance, "policy", "0002") != seen[0][:16], "the next run of iteration 2 sees the new one"
+
+
+def test_it_waits_for_the_blocking_check_of_a_live_run(instance, stores, monkeypatch):
+    """The checkpoint is materialized before its check has run, in a run that is still alive."""
+    assert make(instance, stores).success
+    key = dg.AssetCheckKey(dg.AssetKey("model_checkpoint"), "finite_weights")
+    job = dg.Definitions([dg.AssetSpec("anything")]).resolve_implicit_global_asset_job_def()
+    live = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+    instance.event_log_storage.store_event(planned_check(live, key, "0001"))
+    waits = []
+
+    def end_meanwhile(seconds):
+        waits.append(seconds)
+        instance.report_run_failed(live)
+
+    monkeypatch.setattr(loop.time, "sleep", end_meanwhile)
+    with pytest.raises(CheckpointError, match="ended without it"):
+        enter(instance, stores, "0002")
+    assert waits == [loop.POLL_SECONDS]
 
 
 def test_a_checkpoint_made_from_another_m0_is_refused(instance, stores):
@@ -218,7 +295,7 @@ def pairs_asset(count):
         iteration = int(context.partition_key)
         history = tables.read("preference_history", context.partition_key)
         frame = pairs(iteration, count)
-        report_history(context, history, frame, tables)
+        report_history(context, history, frame)
         return frame
 
     return made
@@ -232,17 +309,26 @@ def history(instance, stores, partition):
 def test_history_is_all_pairs_before_and_grows(instance, stores):
     assert history(instance, stores, "0001").is_empty()
     run([pairs_asset(3)], instance, stores, "0001")
-    reported = stores["tables"].read("preference_history", "0002")
-    assert history(instance, stores, "0002").equals(reported)
+    second = history(instance, stores, "0002")
+    assert second["iteration"].to_list() == [1, 1, 1]
+    reported = data_version_of(instance, "preference_history", "0002")
     run([pairs_asset(2)], instance, stores, "0002")
-    third = history(instance, stores, "0003")
-    assert third["iteration"].to_list() == [1, 1, 1, 2, 2]
-    versions = [
-        instance.get_latest_materialization_event(dg.AssetKey("preference_history")).asset_materialization.tags[
-            "dagster/data_version"
-        ]
-    ]
-    assert versions[0]
+    assert data_version_of(instance, "preference_history", "0003") != reported
+    assert history(instance, stores, "0003")["iteration"].to_list() == [1, 1, 1, 2, 2]
+
+
+def test_the_history_that_was_reported_has_the_content_version_of_the_one_that_is_made(instance, stores):
+    history(instance, stores, "0001")
+    run([pairs_asset(3)], instance, stores, "0001")
+    reported = data_version_of(instance, "preference_history", "0002")
+    assert reported == table_version(history(instance, stores, "0002"))
+
+
+def test_nothing_is_reported_beyond_the_last_iteration(instance, stores):
+    last = ITERATIONS.get_partition_keys()[-1]
+    run([initial_policy], instance, stores)
+    assert run(model_checkpoint_asset(), instance, stores, last).success
+    assert instance.get_materialized_partitions(dg.AssetKey("policy")) == set()
 
 
 def test_history_refuses_a_gap(instance, stores):

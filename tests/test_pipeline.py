@@ -150,7 +150,7 @@ def test_checkpoints_show_their_training(instance):
     about = metadata(instance, "model_checkpoint", "0002")
     for name in ("sha", "path", "examples", "tokens", "steps", "seconds", "final_loss", "training_log"):
         assert name in about, name
-    assert len(about["training_log"].records) == about["steps"] if hasattr(about["training_log"], "records") else True
+    assert 0 < len(about["training_log"].records) <= about["steps"]
 
 
 def test_content_versions_are_recorded(home, instance):

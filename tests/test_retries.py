@@ -5,15 +5,14 @@ import pytest
 
 from resources.checkpoint_store import CheckpointError
 from resources.trainer import TrainingError
-from synpo_assets.partitions import ON_GPU
+from synpo_assets.partitions import GPU_POOL, RETRIES
 
 
 def attempts(error, failures):
-    """How often an asset with the arguments of every model step is tried, and whether it succeeds."""
+    """How often an asset with the retries of ours is tried, and whether it succeeds."""
     tried = []
-    policy = ON_GPU["retry_policy"]._replace(delay=0.01)
 
-    @dg.asset(**{**ON_GPU, "retry_policy": policy})
+    @dg.asset(retry_policy=RETRIES._replace(delay=0.01))
     def step() -> None:
         tried.append(1)
         if len(tried) <= failures:
@@ -25,7 +24,7 @@ def attempts(error, failures):
 
 def test_a_transient_failure_is_tried_again_with_growing_pauses():
     assert attempts(ConnectionError("the server went away"), failures=2) == (3, True)
-    assert ON_GPU["retry_policy"].backoff == dg.Backoff.EXPONENTIAL
+    assert RETRIES.backoff == dg.Backoff.EXPONENTIAL
 
 
 def test_tries_are_limited():
@@ -37,9 +36,12 @@ def test_what_would_fail_again_is_not_tried_again(error):
     assert attempts(error, failures=1) == (1, False)
 
 
-def test_every_asset_of_the_gpu_pool_is_retried():
+def test_every_asset_is_retried_and_those_that_use_a_model_share_a_pool():
     from definitions import defs
 
-    for asset in defs.assets:
-        if asset.op.pool == ON_GPU["pool"]:
-            assert asset.op.retry_policy == ON_GPU["retry_policy"], asset.key
+    assets = {asset.key.to_user_string(): asset for asset in defs.assets}
+    assert all(asset.op.retry_policy == RETRIES for asset in assets.values())
+    assert {name for name, asset in assets.items() if asset.op.pool == GPU_POOL} == {
+        "prompt_generator", "reward_model", "synthetic_prompts", "base_responses", "initial_responses",
+        "seed_responses", "response_improver", "refined_responses", "preference_pairs", "model_checkpoint", "evaluation",
+    }  # fmt: skip

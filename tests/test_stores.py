@@ -83,6 +83,15 @@ def test_equal_weights_have_equal_shas_and_old_checkpoints_stay(tmp_path):
     store.verify(first)
 
 
+def test_equal_weights_made_again_carry_the_manifest_of_the_newest_run(tmp_path):
+    store = CheckpointStore(str(tmp_path))
+    before = create(store, write_weights("one")).manifest
+    after = create(store, write_weights("one")).manifest
+    assert after["sha"] == before["sha"]
+    assert after["run_id"] != before["run_id"]
+    assert len(list(tmp_path.rglob("manifest.json"))) == 1
+
+
 def test_a_failed_build_leaves_nothing(tmp_path):
     def fails(directory):
         (directory / "merged").mkdir()

@@ -1,7 +1,7 @@
 """What every generation engine takes and gives."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Literal, Protocol
 
 from resources.settings import Sampling
@@ -44,6 +44,9 @@ class Completion:
 class GenerationEngine(Protocol):
     """A loaded or reachable model that completes requests."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Completion]]:
-        """Completes every request once, in any order, and yields completions as soon as some are done."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Generator[list[Completion], None, None]:
+        """Completes every request once, in any order, and yields completions as soon as some are done.
+
+        Closing the generator ends the work.
+        """
         ...

@@ -1,10 +1,11 @@
 """Generation with Hugging Face transformers: one batch at a time, runs anywhere."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
-from resources.chat import end_of_turn_id, load_tokenizer
+from resources.chat import load_tokenizer
 from resources.device import prepare_device, torch_dtype
+from resources.engines.completions import completion, end_ids, longest_sequence
 from resources.engines.interface import Completion, Request
 from resources.settings import Engine, Sampling
 
@@ -29,17 +30,14 @@ class TransformersEngine:
             trust_remote_code=engine.trust_remote_code,
         ).to(device)
         self._model.eval()
-        configured = self._model.generation_config.eos_token_id
-        configured = configured if isinstance(configured, list) else [configured]
-        ends = {*configured, self._tokenizer.eos_token_id, end_of_turn_id(self._tokenizer)}
-        self._end_ids = sorted(ends - {None})
+        self._end_ids = end_ids(self._tokenizer, self._model.generation_config.eos_token_id)
 
     @property
     def context_length(self) -> int:
         """The most tokens, prompt and completion together, that the model can attend to."""
         return self._model.config.max_position_embeddings
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Completion]]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Generator[list[Completion], None, None]:
         """Completes requests, longest prompts first, and yields each batch when it is done.
 
         Sorting by length keeps padding small; the longest batch comes first, so that running out of memory shows
@@ -52,12 +50,7 @@ class TransformersEngine:
         Raises:
             ValueError: A prompt and `max_new_tokens` together exceed the model's context.
         """
-        longest = max(len(request.token_ids) for request in requests)
-        if longest + sampling.max_new_tokens > self.context_length:
-            raise ValueError(
-                f"A prompt of {longest} tokens and max_new_tokens = {sampling.max_new_tokens} exceed the model's context "
-                f"of {self.context_length} tokens: lower sampling.max_new_tokens or shorten the prompts."
-            )
+        longest_sequence(requests, sampling, self.context_length)
         ordered = sorted(requests, key=lambda request: len(request.token_ids), reverse=True)
         while ordered:
             rows = max(1, self._batch_tokens // (len(ordered[0].token_ids) + sampling.max_new_tokens))
@@ -86,23 +79,8 @@ class TransformersEngine:
                 tokenizer=self._tokenizer,
             )
         written = output[:, padded["input_ids"].shape[1] :].tolist()
-        return [self._completion(*row, sampling) for row in zip(batch, written, strict=True)]
-
-    def _completion(self, request: Request, token_ids: list[int], sampling: Sampling) -> Completion:
-        end = next((place for place, token in enumerate(token_ids) if token in self._end_ids), None)
-        kept = token_ids if end is None else token_ids[: end + 1]
-        text = self._tokenizer.decode(kept, skip_special_tokens=True)
-        for stop in sampling.stop:
-            if stop in text:
-                text = text[: text.index(stop) + len(stop)]
-                end = len(kept)
-        return Completion(
-            key=request.key,
-            text=text,
-            input_tokens=len(request.token_ids),
-            output_tokens=len(kept),
-            finish_reason="length" if end is None else "stop",
-        )
+        rows = zip(batch, written, strict=True)
+        return [completion(request, ids, sampling, self._tokenizer, self._end_ids) for request, ids in rows]
 
 
 class RowSampler:

@@ -1,19 +1,16 @@
 """The boosting report: figures by iteration as text, a few sample pairs, and the page that shows both."""
 
 import dataclasses
-import functools
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
 import polars as pl
 
-from synpo_assets.method.templates import FOLDER
-
 MISSING = "—"
 SHOWN_CHARACTERS = 4000
-BIDIRECTIONAL_CONTROLS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+FOLDER = Path(__file__).parent / "report"
 GENERATED_BY = (
     "synthetic_prompts", "seed_responses", "base_responses", "initial_responses", "refined_responses", "evaluation",
 )  # fmt: skip
@@ -134,30 +131,30 @@ def sample_pairs(pairs: pl.DataFrame) -> list[dict[str, Any]]:
     return samples
 
 
-def report_html(iterations: Sequence[FinishedIteration], plots: Sequence[Plot], notes: Sequence[str]) -> str:
-    """The report as one page without scripts, links or outside resources; every text in it is escaped."""
-    return (
-        _environment()
-        .get_template("boosting_report.html.jinja")
-        .render(
-            keys=[iteration.key for iteration in iterations],
-            rows=report_rows(iterations),
-            plots=plots,
-            notes=notes,
-            judges=sorted({str(iteration.figure("evaluation", "judge")) for iteration in iterations}),
-            samples={iteration.key: sample_pairs(iteration.pairs) for iteration in reversed(iterations)},
-        )
-    )
+def report_html(
+    iterations: Sequence[FinishedIteration],
+    plots: Sequence[Plot],
+    notes: Sequence[str],
+    visible: Callable[[str], str],
+) -> str:
+    """The report as one page without scripts, links or outside resources; every text in it is escaped.
 
-
-def visible(text: str) -> str:
-    r"""A text with its control characters shown as their numbers; line ends and tabs stay.
-
-    Examples:
-        >>> visible("\x1b[31mred\x00 \u202eevil")
-        '⟨U+001B⟩[31mred⟨U+0000⟩ ⟨U+202E⟩evil'
+    Args:
+        iterations: The finished iterations, in order.
+        plots: The pictures.
+        notes: Sentences about what is missing.
+        visible: Makes the control characters of generated text harmless.
     """
-    return "".join(_visible_character(character) for character in text)
+    environment = _environment()
+    environment.filters["visible"] = visible
+    return environment.get_template("boosting_report.html.jinja").render(
+        keys=[iteration.key for iteration in iterations],
+        rows=report_rows(iterations),
+        plots=plots,
+        notes=notes,
+        judges=sorted({str(iteration.figure("evaluation", "judge")) for iteration in iterations}),
+        samples={iteration.key: sample_pairs(iteration.pairs) for iteration in reversed(iterations)},
+    )
 
 
 def shortened(text: str) -> str:
@@ -253,13 +250,6 @@ def _sha(value: str | None) -> str:
     return MISSING if value is None else value[:16]
 
 
-def _visible_character(character: str) -> str:
-    control = unicodedata.category(character) == "Cc" and character not in "\n\t"
-    hidden = control or unicodedata.bidirectional(character) in BIDIRECTIONAL_CONTROLS
-    return f"⟨U+{ord(character):04X}⟩" if hidden else character
-
-
-@functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
@@ -268,5 +258,5 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"visible": visible, "shortened": shortened}
+    environment.filters["shortened"] = shortened
     return environment

@@ -1,0 +1,130 @@
+"""One copy of a model in vLLM, in a process of its own."""
+
+import dataclasses
+import difflib
+import itertools
+import os
+import signal
+import traceback
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from resources.chat import load_tokenizer
+from resources.engines.completions import completion, end_ids
+from resources.engines.interface import Completion, Request
+from resources.errors import FinalError
+from resources.processes import end_with_this_parent
+from resources.settings import Sampling
+
+
+def answer_in_this_process(
+    results: Connection,
+    environment: dict[str, str],
+    arguments: dict[str, Any],
+    given: dict[str, Any],
+    requests: Sequence[Request],
+    sampling: Sampling,
+) -> None:
+    """Loads the model, answers, and sends completions as they finish, then an empty list; or an error, if there is one.
+
+    Args:
+        results: Where the completions go.
+        environment: Variables to set before vLLM is loaded.
+        arguments: What our settings say about vLLM's engine.
+        given: The user's further arguments, `engine.vllm_arguments`.
+        requests: Prompts as token ids.
+        sampling: How to sample.
+    """
+    end_with_this_parent()
+    # An interrupt of the terminal reaches this process too; its parent then ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ |= environment
+    try:
+        for completions in _completions(arguments, given, requests, sampling):
+            results.send(completions)
+        results.send([])
+    except FinalError as error:
+        results.send(error)
+    except Exception as error:
+        traceback.print_exc()
+        results.send(_explained(error))
+
+
+def _completions(
+    arguments: dict[str, Any], given: dict[str, Any], requests: Sequence[Request], sampling: Sampling
+) -> Iterator[list[Completion]]:
+    from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.usage.usage_lib import UsageContext
+
+    refuse_arguments(given, arguments, [field.name for field in dataclasses.fields(EngineArgs)])
+    engine = LLMEngine.from_engine_args(EngineArgs(**arguments, **given), usage_context=UsageContext.LLM_CLASS)
+    tokenizer = load_tokenizer(arguments["model"], arguments["trust_remote_code"])
+    ends = end_ids(tokenizer, engine.model_config.try_get_generation_config().get("eos_token_id"))
+    by_key = {request.key: request for request in requests}
+    waiting = iter(requests)
+    # vLLM's own loop, one step at a time, so that completions leave as they finish. Twice as many requests as run at a
+    # time keep its queue from running dry; adding all at once would hold up the first step and fill the memory.
+    room = 2 * engine.vllm_config.scheduler_config.max_num_seqs
+    while True:
+        for request in itertools.islice(waiting, room - engine.get_num_unfinished_requests()):
+            parameters = SamplingParams(
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_new_tokens,
+                seed=request.seed,
+                stop=sampling.stop,
+                include_stop_str_in_output=True,
+                stop_token_ids=ends,
+                # Only stop texts need the text while it is written.
+                detokenize=bool(sampling.stop),
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            # Token ids are taken as they are: no second BOS is put before them.
+            (prompt,) = engine.renderer.render_cmpl([TokensPrompt(prompt_token_ids=request.token_ids)])
+            engine.add_request(request.key, prompt, parameters)
+        if not engine.has_unfinished_requests():
+            return
+        if finished := engine.step():
+            yield [
+                completion(by_key[output.request_id], list(output.outputs[0].token_ids), sampling, tokenizer, ends)
+                for output in finished
+            ]
+
+
+def refuse_arguments(given: dict[str, Any], own: dict[str, Any], known: Sequence[str]) -> None:
+    """Checks `engine.vllm_arguments`.
+
+    Args:
+        given: The arguments to check.
+        own: What the engine sets itself.
+        known: All that vLLM knows.
+
+    Raises:
+        FinalError: One is unknown, or set by the engine itself.
+    """
+    for name in given:
+        if name in own or name.startswith("data_parallel"):
+            raise FinalError(
+                f"engine.vllm_arguments.{name} is set by the engine itself, from the other settings of the section `engine` "
+                "and the lengths in use: remove it."
+            )
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean `{nearest[0]}`?" if nearest else "."
+            raise FinalError(f"engine.vllm_arguments.{name} is no argument of vLLM{hint}")
+
+
+def _explained(error: Exception) -> Exception:
+    import torch
+
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError) or "memory" in reason.lower():
+        return FinalError(
+            f"vLLM's memory does not suffice. It says: {reason} Lower engine.batch_tokens, sampling.max_new_tokens or "
+            "engine.vllm_arguments.gpu_memory_utilization (what vLLM takes of each GPU), or raise "
+            "engine.tensor_parallel_size. Finished shards are kept: run it again."
+        )
+    return RuntimeError(f"vLLM failed: {reason}")

@@ -1,0 +1,22 @@
+"""Showing generated text as what it is."""
+
+import unicodedata
+
+BIDIRECTIONAL_CONTROLS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+
+
+def visible(text: str) -> str:
+    r"""A text with its control characters shown as their numbers; line ends and tabs stay.
+
+    A model may write escape sequences that recolour a terminal, or marks that turn the order of letters around.
+
+    Examples:
+        >>> visible("\x1b[31mred\x00 \u202eevil")
+        '⟨U+001B⟩[31mred⟨U+0000⟩ ⟨U+202E⟩evil'
+    """
+    return "".join(f"⟨U+{ord(letter):04X}⟩" if _is_hidden(letter) else letter for letter in text)
+
+
+def _is_hidden(letter: str) -> bool:
+    control = unicodedata.category(letter) == "Cc" and letter not in "\n\t"
+    return control or unicodedata.bidirectional(letter) in BIDIRECTIONAL_CONTROLS
