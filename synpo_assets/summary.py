@@ -27,6 +27,7 @@ def print_summary(instance: DagsterInstance, home: Path, iterations: int) -> Non
     places = {
         f"M_{iterations}": newest["path"],
         "preference pairs": f"{root}/tables/preference_pairs/{partition_key(iterations)}.parquet",
+        "report": home / "reports" / "boosting_report.html",
         "everything": home if root == str(home) else f"{home} and {root}",
         "Dagster UI": f"synpo ui --home {home}",
     }

@@ -1,7 +1,10 @@
 """The loop in the UI with its real daemon: backfills, staleness, cancellation, automation. `pytest -m slow`."""
 
 import itertools
+import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 import yaml
 
 from tests.nano import nano_settings, write_settings
+from tests.test_structure import ROOT
 from tests.ui import running_ui, wait_for
 
 pytestmark = pytest.mark.slow
@@ -187,3 +191,15 @@ def test_another_iteration_is_a_setting_and_the_sensor_makes_it_and_stops_at_the
     reason = wait_for(lambda: "Stopped" in (last_reason() or "") and last_reason(), 120)
     assert reason == "Stopped: iteration 4 is finished, which is the target (automation.target_iterations)."
     assert pl.read_parquet(ui.home / "tables" / "evaluation" / "0004.parquet").height == 6
+
+
+def test_dg_launch_makes_one_iteration(ui):
+    result = subprocess.run(
+        [str(Path(sys.executable).with_name("dg")), "launch", "--job", "iteration", "--partition", "0003"],
+        capture_output=True, text=True, cwd=ROOT, timeout=280,
+        env={**os.environ, "SYNPO_HOME": str(ui.home), "DAGSTER_HOME": str(ui.home)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    newest = [run for run in ui.runs() if run["partition"] == "0003"][-1]
+    assert newest["status"] == "SUCCESS"
+    assert {step["stepKey"] for step in newest["stepStats"]} >= {"policy", "model_checkpoint", "boosting_report"}
