@@ -23,7 +23,7 @@ from synpo_assets.schemas import Evaluation
 
 @dg.asset(
     partitions_def=ITERATIONS,
-    **table(Evaluation, "responses", "scorer.max_length", "engine.dtype", evaluation_method),
+    **table(Evaluation, "responses", "scorer.max_length", "engine.dtype", "engine.kind", evaluation_method),
     pool=GPU_POOL,
     kinds={"huggingface"},
 )

@@ -35,7 +35,7 @@ from synpo_assets.schemas import PreferencePairs
 SCORE_CONVENTION = "reward_difference"
 
 
-@dg.asset(**checkpoint("scorer", "responses", "engine.dtype"), pool=GPU_POOL, kinds={"huggingface"})
+@dg.asset(**checkpoint("scorer", "responses", "engine.dtype", "engine.kind"), pool=GPU_POOL, kinds={"huggingface"})
 def reward_model(
     context: dg.AssetExecutionContext,
     initial_policy: Checkpoint,

@@ -90,7 +90,7 @@ def keyword_sets(
 
 @dg.asset(
     partitions_def=ITERATIONS,
-    **table(SyntheticPrompts, "prompt_generator", "engine.dtype", prompt_method, templates),
+    **table(SyntheticPrompts, "prompt_generator", "engine.dtype", "engine.kind", prompt_method, templates),
     pool=GPU_POOL,
     kinds={"huggingface"},
 )

@@ -26,7 +26,7 @@ from synpo_assets.schemas import RefinedResponses, Responses, SeedResponses
 
 @dg.asset(
     partitions_def=ITERATIONS,
-    **table(Responses, "responses", "engine.dtype", response_method),
+    **table(Responses, "responses", "engine.dtype", "engine.kind", response_method),
     pool=GPU_POOL,
     kinds={"huggingface"},
 )
@@ -45,7 +45,7 @@ def base_responses(
 
 @dg.asset(
     partitions_def=ITERATIONS,
-    **table(Responses, "responses", "preferences.rejected_from", "engine.dtype", response_method),
+    **table(Responses, "responses", "preferences.rejected_from", "engine.dtype", "engine.kind", response_method),
     pool=GPU_POOL,
     kinds={"huggingface"},
 )
@@ -66,7 +66,7 @@ def initial_responses(
 
 @dg.asset(
     partitions_def=ITERATIONS,
-    **table(SeedResponses, "responses", "scorer.max_length", "engine.dtype", response_method),
+    **table(SeedResponses, "responses", "scorer.max_length", "engine.dtype", "engine.kind", response_method),
     pool=GPU_POOL,
     kinds={"huggingface"},
 )
@@ -136,7 +136,7 @@ def response_improver(
 
 @dg.asset(
     partitions_def=ITERATIONS,
-    **table(RefinedResponses, "response_improver.sampling", "engine.dtype", templates, response_method),
+    **table(RefinedResponses, "response_improver.sampling", "engine.dtype", "engine.kind", templates, response_method),
     pool=GPU_POOL,
     kinds={"huggingface"},
 )

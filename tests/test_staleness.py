@@ -25,6 +25,7 @@ CASES = {
         0.9, {"reward_model", "seed_responses", "base_responses", "initial_responses", "evaluation"}
     ),
     "engine.dtype": ("bfloat16", GENERATED | TRAINED | {"preference_pairs", "evaluation"}),
+    "engine.kind": ("transformers", GENERATED | {"reward_model", "evaluation"}),
     "engine.threads": (2, set()),
     "engine.shard_rows": (5, set()),
     "checks.min_win_rate": (0.9, set()),
