@@ -10,8 +10,8 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from resources.settings import GateMetric, Settings
 from synpo_assets.history import metadata_of
 from synpo_assets.method.gate import gate_reason
+from synpo_assets.missing import AssetGraph, missing_assets
 from synpo_assets.partitions import ALL_ASSETS_JOB, ITERATIONS, partition_key
-from synpo_assets.runs import missing_assets
 
 JOBS = [
     dg.define_asset_job(
@@ -43,20 +43,22 @@ def next_iteration(
     context: dg.SensorEvaluationContext, settings: dg.ResourceParam[Settings]
 ) -> dg.RunRequest | dg.SkipReason:
     """Asks for the first iteration that is not finished, or says why it does not."""
-    iteration = first_unfinished(context.instance, settings)
+    assert context.repository_def is not None  # Dagster sets it wherever a sensor runs.
+    graph = context.repository_def.asset_graph
+    iteration = first_unfinished(context.instance, graph, settings)
     if (reason := reason_to_wait(context.instance, settings, iteration)) is not None:
         return dg.SkipReason(reason)
     key = partition_key(iteration)
-    names = missing_assets(context.instance, None) + missing_assets(context.instance, key)
+    names = missing_assets(context.instance, graph, None) + missing_assets(context.instance, graph, key)
     return dg.RunRequest(
         partition_key=key, asset_selection=[dg.AssetKey(name) for name in names], tags={"synpo/automation": "true"}
     )
 
 
-def first_unfinished(instance: DagsterInstance, settings: Settings) -> int:
+def first_unfinished(instance: DagsterInstance, graph: AssetGraph, settings: Settings) -> int:
     """The first iteration in which something is missing; max_iterations + 1 if there is none."""
     iterations = range(1, settings.max_iterations + 1)
-    unfinished = (number for number in iterations if missing_assets(instance, partition_key(number)))
+    unfinished = (number for number in iterations if missing_assets(instance, graph, partition_key(number)))
     return next(unfinished, settings.max_iterations + 1)
 
 

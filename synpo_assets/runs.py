@@ -14,17 +14,11 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from resources.files import remove_abandoned
 from resources.settings import SettingsError, home_directory
-from synpo_assets.checks import failed_checks, unfinished_checks
-from synpo_assets.history import newest, unfinished_attempt
+from synpo_assets.missing import AssetGraph, missing_assets, outdated_assets
 from synpo_assets.partitions import ALL_ASSETS_JOB, ITERATIONS, partition_key
 
-CODE_VERSION_TAG = "dagster/code_version"
 FOREGROUND_TAG = "synpo/foreground"
 CANCELLATION_POLL_SECONDS = 2.0
-# They look up what the iteration before left, so they run whenever anything of their iteration does.
-STATE_ASSETS = {"policy", "preference_history"}
-# Made from all iterations, so it is made again at the end of each.
-REPORT = "boosting_report"
 
 
 def asset_job() -> dg.JobDefinition:
@@ -34,12 +28,9 @@ def asset_job() -> dg.JobDefinition:
     return defs.resolve_job_def(ALL_ASSETS_JOB)
 
 
-def asset_names(partitioned: bool) -> list[str]:
-    """Assets in dependency order: those of an iteration, or those made once, before all iterations."""
-    graph = asset_job().asset_layer.asset_graph
-    ordered = [graph.get(key) for keys in graph.toposorted_asset_keys_by_level for key in sorted(keys)]
-    names = [node.key.to_user_string() for node in ordered if (node.partitions_def is not None) == partitioned]
-    return [name for name in names if name != REPORT]
+def asset_graph() -> AssetGraph:
+    """The assets and their dependencies."""
+    return asset_job().asset_layer.asset_graph
 
 
 @contextmanager
@@ -70,49 +61,19 @@ def run_missing(instance: DagsterInstance, iterations: int) -> bool:
     close_dead_runs(instance)
     for checkpoints in ("checkpoints", "cache/checkpoints"):
         remove_abandoned(home_directory(), f"{checkpoints}/*/.*.tmp")
-    warn_of_outdated(instance)
+    graph = asset_graph()
+    warn_of_outdated(instance, graph)
     partitions = [None, *(partition_key(number) for number in range(1, iterations + 1))]
-    return all(_run(instance, missing_assets(instance, partition), partition) for partition in partitions)
+    return all(_run(instance, missing_assets(instance, graph, partition), partition) for partition in partitions)
 
 
-def warn_of_outdated(instance: DagsterInstance) -> None:
+def warn_of_outdated(instance: DagsterInstance, graph: AssetGraph) -> None:
     """Names the assets that were made with other settings or code: they are kept, and renewing them is a choice."""
-    graph = asset_job().asset_layer.asset_graph
-    outdated = []
-    for name in asset_names(partitioned=False) + asset_names(partitioned=True):
-        made_for: list[str | None] = [*sorted(instance.get_materialized_partitions(dg.AssetKey(name)))]
-        for partition in made_for or [None]:
-            record = newest(instance, name, partition)
-            made = record and record.asset_materialization
-            version = (made.tags or {}).get(CODE_VERSION_TAG) if made else None
-            if version and version != graph.get(dg.AssetKey(name)).code_version:
-                outdated.append(f"{name}[{partition}]" if partition else name)
-    if outdated:
+    if outdated := outdated_assets(instance, graph):
         logging.getLogger("synpo").warning(
             "Made with other settings or code, and kept: %s. Materialize them again in `synpo ui` to renew them.",
             ", ".join(outdated),
         )
-
-
-def missing_assets(instance: DagsterInstance, partition: str | None) -> list[str]:
-    """The assets of an iteration (or, for None, those made once) to be made, in order; the report ends an iteration.
-
-    An asset is missing if it was never materialized, if the newest attempt to make or check it has ended without a
-    result, or if it failed a blocking check.
-    """
-    names = asset_names(partitioned=partition is not None)
-    missing = {name for name in names if _is_missing(instance, name, partition)}
-    if partition is None:
-        return [name for name in names if name in missing]
-    return [*(name for name in names if name in missing | STATE_ASSETS), REPORT] if missing else []
-
-
-def _is_missing(instance: DagsterInstance, name: str, partition: str | None) -> bool:
-    if newest(instance, name, partition) is None or failed_checks(instance, name, partition):
-        return True
-    run_id = unfinished_attempt(instance, name, partition) or unfinished_checks(instance, name, partition)
-    run = instance.get_run_by_id(run_id) if run_id else None
-    return run_id is not None and (run is None or run.is_finished)
 
 
 def close_dead_runs(instance: DagsterInstance) -> None:

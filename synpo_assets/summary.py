@@ -12,8 +12,9 @@ from resources.settings import active_settings
 from resources.tables import ParquetTables
 from resources.text import visible
 from synpo_assets.history import metadata_of, seconds_of
+from synpo_assets.missing import asset_names
 from synpo_assets.partitions import partition_key
-from synpo_assets.runs import asset_names
+from synpo_assets.runs import asset_graph
 
 
 def print_summary(instance: DagsterInstance, home: Path, iterations: int) -> None:
@@ -40,7 +41,7 @@ def _made(instance: DagsterInstance, iterations: int) -> Table:
     for column, justify in (("asset", "left"), ("rows", "right"), ("tokens", "right"), ("seconds", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for partition in (None, *(partition_key(number) for number in range(1, iterations + 1))):
-        for name in asset_names(partitioned=partition is not None):
+        for name in asset_names(asset_graph(), partitioned=partition is not None):
             about = metadata_of(instance, name, partition)
             rows = about.get("dagster/row_count", about.get("examples", ""))
             tokens = about.get("generated_tokens", about.get("tokens", ""))

@@ -5,8 +5,9 @@ import pytest
 
 from resources.settings import active_settings
 from synpo_assets.automation import next_iteration, reason_to_wait
+from synpo_assets.missing import asset_names
 from synpo_assets.partitions import ITERATIONS
-from synpo_assets.runs import asset_names
+from synpo_assets.runs import asset_graph
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def settings(**automation):
 
 def finish(instance, partition, metadata=None, without=()):
     """Reports a whole iteration (or, for None, all that is made once) as materialized."""
-    for name in asset_names(partitioned=partition is not None):
+    for name in asset_names(asset_graph(), partitioned=partition is not None):
         if name not in without:
             instance.report_runless_asset_event(
                 dg.AssetMaterialization(name, partition=partition, metadata=(metadata or {}).get(name, {}))
@@ -31,7 +32,13 @@ def finish(instance, partition, metadata=None, without=()):
 
 
 def tick(instance, **automation):
-    context = dg.build_sensor_context(instance=instance, resources={"settings": settings(**automation)})
+    from definitions import defs
+
+    context = dg.build_sensor_context(
+        instance=instance,
+        resources={"settings": settings(**automation)},
+        repository_def=defs.get_repository_def(),
+    )
     return next_iteration(context)
 
 

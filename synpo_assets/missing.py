@@ -1,0 +1,56 @@
+"""Which assets are still to be made, and which were made with other settings."""
+
+import dagster as dg
+from dagster import DagsterInstance
+from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
+
+from synpo_assets.checks import failed_checks, unfinished_checks
+from synpo_assets.history import newest, unfinished_attempt
+
+CODE_VERSION_TAG = "dagster/code_version"
+# They look up what the iteration before left, so they run whenever anything of their iteration does.
+STATE_ASSETS = {"policy", "preference_history"}
+# Made from all iterations, so it is made again at the end of each.
+REPORT = "boosting_report"
+
+
+def asset_names(graph: AssetGraph, partitioned: bool) -> list[str]:
+    """Assets in dependency order: those of an iteration, or those made once, before all iterations."""
+    ordered = [graph.get(key) for keys in graph.toposorted_asset_keys_by_level for key in sorted(keys)]
+    names = [node.key.to_user_string() for node in ordered if (node.partitions_def is not None) == partitioned]
+    return [name for name in names if name != REPORT]
+
+
+def missing_assets(instance: DagsterInstance, graph: AssetGraph, partition: str | None) -> list[str]:
+    """The assets of an iteration (or, for None, those made once) to be made, in order; the report ends an iteration.
+
+    An asset is missing if it was never materialized, if the newest attempt to make or check it has ended without a
+    result, or if it failed a blocking check.
+    """
+    names = asset_names(graph, partitioned=partition is not None)
+    missing = {name for name in names if _is_missing(instance, name, partition)}
+    if partition is None:
+        return [name for name in names if name in missing]
+    return [*(name for name in names if name in missing | STATE_ASSETS), REPORT] if missing else []
+
+
+def _is_missing(instance: DagsterInstance, name: str, partition: str | None) -> bool:
+    if newest(instance, name, partition) is None or failed_checks(instance, name, partition):
+        return True
+    run_id = unfinished_attempt(instance, name, partition) or unfinished_checks(instance, name, partition)
+    run = instance.get_run_by_id(run_id) if run_id else None
+    return run_id is not None and (run is None or run.is_finished)
+
+
+def outdated_assets(instance: DagsterInstance, graph: AssetGraph) -> list[str]:
+    """The assets, by iteration, whose newest materialization has another code version than the code has now."""
+    outdated = []
+    for name in asset_names(graph, partitioned=False) + asset_names(graph, partitioned=True):
+        made_for: list[str | None] = [*sorted(instance.get_materialized_partitions(dg.AssetKey(name)))]
+        for partition in made_for or [None]:
+            record = newest(instance, name, partition)
+            made = record and record.asset_materialization
+            version = (made.tags or {}).get(CODE_VERSION_TAG) if made else None
+            if version and version != graph.get(dg.AssetKey(name)).code_version:
+                outdated.append(f"{name}[{partition}]" if partition else name)
+    return outdated
