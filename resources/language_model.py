@@ -170,6 +170,10 @@ def _with_progress(
     started = reported = time.monotonic()
     count = tokens = 0
     for batch in batches:
+        if not batch:
+            # The model is loaded only now; the rate is of generation.
+            started = reported = time.monotonic()
+            continue
         count += len(batch)
         tokens += sum(completion.output_tokens for completion in batch)
         now = time.monotonic()

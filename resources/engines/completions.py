@@ -23,7 +23,8 @@ def end_ids(tokenizer: "PreTrainedTokenizerBase", configured: int | list[int] | 
 
 
 def completion(
-    request: Request,
+    key: str,
+    input_tokens: int,
     token_ids: list[int],
     sampling: Sampling,
     tokenizer: "PreTrainedTokenizerBase",
@@ -32,7 +33,8 @@ def completion(
     """Makes a completion of what a model wrote.
 
     Args:
-        request: The prompt that was completed.
+        key: The key of the request.
+        input_tokens: Tokens of the prompt, as the model saw it.
         token_ids: The tokens written; what follows the first end is padding.
         sampling: Names the stop texts.
         tokenizer: The model's tokenizer.
@@ -50,9 +52,9 @@ def completion(
             while kept[-1] == tokenizer.pad_token_id:
                 kept = kept[:-1]
     return Completion(
-        key=request.key,
+        key=key,
         text=text,
-        input_tokens=len(request.token_ids),
+        input_tokens=input_tokens,
         output_tokens=len(kept),
         finish_reason="stop" if stopped else "length",
     )

@@ -47,6 +47,6 @@ class GenerationEngine(Protocol):
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Generator[list[Completion], None, None]:
         """Completes every request once, in any order, and yields completions as soon as some are done.
 
-        Closing the generator ends the work.
+        An engine that loads its model here yields an empty list when that is done. Closing the generator ends the work.
         """
         ...

@@ -79,8 +79,10 @@ class TransformersEngine:
                 tokenizer=self._tokenizer,
             )
         written = output[:, padded["input_ids"].shape[1] :].tolist()
-        rows = zip(batch, written, strict=True)
-        return [completion(request, ids, sampling, self._tokenizer, self._end_ids) for request, ids in rows]
+        return [
+            completion(request.key, len(request.token_ids), ids, sampling, self._tokenizer, self._end_ids)
+            for request, ids in zip(batch, written, strict=True)
+        ]
 
 
 class RowSampler:

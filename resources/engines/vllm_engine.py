@@ -37,7 +37,7 @@ class VllmEngine:
 
         config = AutoConfig.from_pretrained(weights, trust_remote_code=engine.trust_remote_code).get_text_config()
         self._context_length = config.max_position_embeddings
-        self._weights, self._engine, self._log = weights, engine, log
+        self._engine, self._log = engine, log
         self._devices = device_groups(engine, _visible_devices(engine), config.num_attention_heads)
         self._arguments = {
             "model": weights,
@@ -47,12 +47,14 @@ class VllmEngine:
             "tensor_parallel_size": max(1, len(self._devices[0])),
             "max_num_batched_tokens": engine.batch_tokens,
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
         }
-        environment = dict(ENVIRONMENT)
-        if prepare_device(engine) == "cpu":
+        on_cpu = prepare_device(engine) == "cpu"
+        defaults = ENVIRONMENT | CPU_ENVIRONMENT if on_cpu else ENVIRONMENT
+        self._environment = {name: os.environ.get(name, value) for name, value in defaults.items()}
+        if on_cpu:
             self._arguments |= CPU_ARGUMENTS
-            environment |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(engine.threads or os.cpu_count() or 1)}
-        self._environment = {name: os.environ.get(name, value) for name, value in environment.items()}
+            self._environment["OMP_NUM_THREADS"] = str(engine.threads or os.cpu_count() or 1)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Generator[list[Completion], None, None]:
         """Completes requests on all copies side by side and yields completions as they finish.
@@ -84,12 +86,13 @@ class VllmEngine:
                 writer.close()
                 running.append(reader)
             while running:
-                for reader in wait(running):
+                ready = wait(running)
+                for reader in [reader for reader in running if reader in ready]:
                     completions = _received(reader)
-                    if completions:
-                        yield completions
-                    else:
+                    if completions is None:
                         running.remove(reader)
+                    else:
+                        yield completions
         finally:
             for process in processes:
                 process.terminate()
@@ -137,8 +140,8 @@ def _visible_devices(engine: Engine) -> list[str]:
     return named if named[0] else [str(number) for number in range(torch.cuda.device_count())]
 
 
-def _received(reader: Connection) -> list[Completion]:
-    """What a copy finished; nothing after its last completion."""
+def _received(reader: Connection) -> list[Completion] | None:
+    """What a copy finished; None after its last completion."""
     try:
         message = reader.recv()
     except EOFError:

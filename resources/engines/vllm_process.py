@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -26,7 +27,9 @@ def answer_in_this_process(
     requests: Sequence[Request],
     sampling: Sampling,
 ) -> None:
-    """Loads the model, answers, and sends completions as they finish, then an empty list; or an error, if there is one.
+    """Loads the model, answers, and sends completions as they finish, then None; or an error, if there is one.
+
+    The first list is empty: it tells that the model is loaded.
 
     Args:
         results: Where the completions go.
@@ -40,10 +43,12 @@ def answer_in_this_process(
     # An interrupt of the terminal reaches this process too; its parent then ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= environment
+    # vLLM's own calls of what PyTorch deprecates say nothing to the reader of a run.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         for completions in _completions(arguments, given, requests, sampling):
             results.send(completions)
-        results.send([])
+        results.send(None)
     except FinalError as error:
         results.send(error)
     except Exception as error:
@@ -62,7 +67,7 @@ def _completions(
     engine = LLMEngine.from_engine_args(EngineArgs(**arguments, **given), usage_context=UsageContext.LLM_CLASS)
     tokenizer = load_tokenizer(arguments["model"], arguments["trust_remote_code"])
     ends = end_ids(tokenizer, engine.model_config.try_get_generation_config().get("eos_token_id"))
-    by_key = {request.key: request for request in requests}
+    yield []
     waiting = iter(requests)
     # vLLM's own loop, one step at a time, so that completions leave as they finish. Twice as many requests as run at a
     # time keep its queue from running dry; adding all at once would hold up the first step and fill the memory.
@@ -89,7 +94,14 @@ def _completions(
             return
         if finished := engine.step():
             yield [
-                completion(by_key[output.request_id], list(output.outputs[0].token_ids), sampling, tokenizer, ends)
+                completion(
+                    output.request_id,
+                    len(output.prompt_token_ids),
+                    list(output.outputs[0].token_ids),
+                    sampling,
+                    tokenizer,
+                    ends,
+                )
                 for output in finished
             ]
 

@@ -1,0 +1,183 @@
+"""Tokens per second of the generation stage against the library below it, on the same prompts, in one run.
+
+    python -m tests.benchmarks.generation transformers
+    python -m tests.benchmarks.generation vllm
+
+Each way of generating is timed in fresh processes, from the chat messages to the last completion, without the loading of
+the model. The ways take turns, so that a busy machine disturbs all alike; ratios are of medians over the rounds.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import resources.language_model
+from resources.chat import load_tokenizer, prompt_ids
+from resources.checkpoint_store import Checkpoint
+from resources.engines.choice import engine_fingerprint, open_engine
+from resources.engines.interface import Completion, Request
+from resources.engines.vllm_engine import CPU_ARGUMENTS, CPU_ENVIRONMENT, ENVIRONMENT
+from resources.settings import Engine, Sampling
+from tests.nano import make_nano_model, seed_rows
+
+BATCH_TOKENS = 16384
+WAYS = ("raw", "engine", "stage")
+
+
+def prompts(count: int) -> list[tuple[str, list[dict[str, str]]]]:
+    words = " ".join(row["prompt"] for row in seed_rows()).split()
+    texts = [" ".join(words[7 * n % len(words) :][: 8 + n % 24]) for n in range(count)]
+    return [(str(n), [{"role": "user", "content": text}]) for n, text in enumerate(texts)]
+
+
+class Stopwatch:
+    """An engine that notes how long it took to load."""
+
+    def __init__(self, weights: str, engine: Engine, log: Callable[[str], None]) -> None:
+        self.started = time.monotonic()
+        self.engine = open_engine(weights, engine, log)
+        self.loaded = time.monotonic()
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Completion]]:
+        with contextlib.closing(self.engine.generate(requests, sampling)) as batches:
+            for batch in batches:
+                self.loaded = self.loaded if batch else time.monotonic()
+                yield batch
+
+
+def engine_alone(library: str, model: str, count: int, sampling: Sampling, threads: int) -> tuple[int, float]:
+    """The engine without shards, rows and usage."""
+    engine = Stopwatch(model, Engine(kind=library, threads=threads, batch_tokens=BATCH_TOKENS), lambda message: None)
+    tokenizer = load_tokenizer(model)
+    asked = [Request(row_id, prompt_ids(tokenizer, messages), int(row_id)) for row_id, messages in prompts(count)]
+    tokens = sum(done.output_tokens for batch in engine.generate(asked, sampling) for done in batch)
+    return tokens, time.monotonic() - engine.loaded
+
+
+def stage(library: str, model: str, count: int, sampling: Sampling, threads: int) -> tuple[int, float]:
+    """What the assets call: rendering, engine, seeds, shards, rows in order, usage."""
+    opened: list[Stopwatch] = []
+
+    def open_stopwatch(*arguments: Any) -> Stopwatch:
+        opened.append(Stopwatch(*arguments))
+        return opened[0]
+
+    resources.language_model.open_engine = open_stopwatch
+    engine = Engine(kind=library, threads=threads, batch_tokens=BATCH_TOKENS)
+    # Imports torch and transformers, which is loading too.
+    load_tokenizer(model)
+    engine_fingerprint(engine)
+    checkpoint = Checkpoint("initial_policy", None, "nano", model, model)
+    with tempfile.TemporaryDirectory() as shards:
+        language_model = resources.language_model.LanguageModel(shards=shards, engine=engine, random_seed=1)
+        started = time.monotonic()
+        _, usage = language_model.answer(checkpoint, prompts(count), sampling, lambda message: None)
+        ended = time.monotonic()
+    return usage.generated_tokens, ended - started - (opened[0].loaded - opened[0].started)
+
+
+def raw_transformers(model: str, count: int, sampling: Sampling, threads: int) -> tuple[int, float]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    tokenizer = load_tokenizer(model)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    started, tokens = time.monotonic(), 0
+    waiting = sorted((prompt_ids(tokenizer, messages) for _, messages in prompts(count)), key=len, reverse=True)
+    while waiting:
+        rows = BATCH_TOKENS // (len(waiting[0]) + sampling.max_new_tokens)
+        batch, waiting = waiting[:rows], waiting[rows:]
+        padded = tokenizer.pad({"input_ids": batch}, padding_side="left", return_tensors="pt")
+        with torch.inference_mode():
+            output = network.generate(
+                **padded, do_sample=True, temperature=sampling.temperature, top_k=sampling.top_k,
+                max_new_tokens=sampling.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+        written = output[:, padded["input_ids"].shape[1] :]
+        tokenizer.batch_decode(written, skip_special_tokens=True)
+        tokens += int((written != tokenizer.pad_token_id).sum())
+    return tokens, time.monotonic() - started
+
+
+def raw_vllm(model: str, count: int, sampling: Sampling, threads: int) -> tuple[int, float]:
+    os.environ |= ENVIRONMENT | CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    tokenizer = load_tokenizer(model)
+    engine = LLM(model, dtype="float32", max_num_batched_tokens=BATCH_TOKENS, **CPU_ARGUMENTS)
+    options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "max_tokens": sampling.max_new_tokens}
+    started = time.monotonic()
+    outputs = engine.generate(
+        [TokensPrompt(prompt_token_ids=prompt_ids(tokenizer, messages)) for _, messages in prompts(count)],
+        [SamplingParams(seed=number, **options) for number in range(count)],
+        use_tqdm=False,
+    )
+    return sum(len(output.outputs[0].token_ids) for output in outputs), time.monotonic() - started
+
+
+def rate(arguments: argparse.Namespace, way: str, model: Path) -> float:
+    """Tokens per second of a fresh process."""
+    options = {"way": way, "model": model} | {
+        name: getattr(arguments, name) for name in ("prompts", "tokens", "threads")
+    }
+    command = [sys.executable, "-m", "tests.benchmarks.generation", arguments.library]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    tokens, seconds = json.loads(result.stdout.splitlines()[-1])
+    return tokens / seconds
+
+
+def compare(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
+    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+    loads = []
+    for _ in range(arguments.rounds):
+        for way in WAYS:
+            loads.append(round(os.getloadavg()[0], 1))
+            rates[way].append(round(rate(arguments, way, model)))
+    return {
+        "library": arguments.library,
+        "tokens per second": rates,
+        "load of the machine before each": loads,
+        "ratio to raw": {way: round(median(rates[way]) / median(rates["raw"]), 3) for way in WAYS[1:]},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", choices=["transformers", "vllm"])
+    parser.add_argument("--prompts", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", type=Path, help="A model directory; by default the nano model of the tests is made.")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        sampling = Sampling(temperature=0.7, top_k=50, max_new_tokens=arguments.tokens)
+        work = (str(arguments.model), arguments.prompts, sampling, arguments.threads)
+        raw = raw_vllm if arguments.library == "vllm" else raw_transformers
+        ways = {
+            "raw": raw,
+            "engine": partial(engine_alone, arguments.library),
+            "stage": partial(stage, arguments.library),
+        }
+        print(json.dumps(ways[arguments.way](*work)))  # noqa: T201
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model = arguments.model or make_nano_model(Path(folder) / "nano")
+        print(json.dumps(compare(arguments, model), indent=2))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

