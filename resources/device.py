@@ -1,7 +1,11 @@
 """Which processor and number format the models use."""
 
 import os
+import platform
+import resource
+import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -12,6 +16,8 @@ from resources.settings import Engine
 
 if TYPE_CHECKING:
     import torch
+
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 class DeviceResource(dg.ConfigurableResource):
@@ -49,4 +55,58 @@ def torch_dtype(engine: Engine) -> "torch.dtype":
 
     if engine.dtype != "auto":
         return getattr(torch, engine.dtype)
-    return torch.bfloat16 if prepare_device(engine) == "cuda" else torch.float32
+    # A stated device need not be in this machine: with engine.ray it is that of the workers.
+    device = prepare_device(engine) if engine.device == "auto" else engine.device
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def visible_gpus(engine: Engine) -> list[str]:
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them; none where models run on a CPU.
+
+    Raises:
+        FinalError: A GPU was asked for and there is none.
+    """
+    import torch
+
+    if prepare_device(engine) == "cpu":
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return (
+        named[: torch.cuda.device_count()] if named[0] else [str(number) for number in range(torch.cuda.device_count())]
+    )
+
+
+def peak_memory() -> dict[str, float]:
+    """The most memory that this process has needed so far; in a run each step is a process of its own.
+
+    Returns:
+        `peak_memory_gb`: the largest resident set, in 10^9 bytes, of this process or of any one process that it started
+        and that has ended; sets of several processes are not added up. A forked process starts to count anew.
+        `peak_gpu_memory_gb`, where PyTorch has used a GPU in this process: the most that it reserved on any one GPU. What
+        processes started by this one take there, such as vLLM's or further training processes, is not in it.
+    """
+    # A program inherits the record of the process that started it (getrusage(2)), which therefore has to be counted too.
+    largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    figures = {"peak_memory_gb": round(largest * RSS_UNIT / 1e9, 2)}
+    # A process that has not loaded PyTorch has used no GPU, and loading it here would be what takes most memory.
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        reserved = [torch.cuda.max_memory_reserved(device) for device in range(torch.cuda.device_count())]
+        figures["peak_gpu_memory_gb"] = round(max(reserved) / 1e9, 2)
+    return figures
+
+
+def device_name(engine: Engine) -> str:
+    """The processor that models run on, as its maker names it, and how many there are of it.
+
+    Raises:
+        FinalError: A GPU was asked for and there is none.
+    """
+    import torch
+
+    if prepare_device(engine) == "cuda":
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}"

@@ -69,9 +69,14 @@ def remove_abandoned(folder: Path, pattern: str) -> None:
         pattern: Which names; the last but one part of a name is the process id.
     """
     for leftover in folder.glob(pattern):
-        process_id = leftover.name.split(".")[-2]
-        if process_id.isdigit() and not _is_alive(int(process_id)):
+        if is_abandoned(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def is_abandoned(directory: AnyPath) -> bool:
+    """Whether a temporary directory belongs to a process that is dead: the last but one part of its name is the id."""
+    process_id = directory.name.split(".")[-2]
+    return process_id.isdigit() and not _is_alive(int(process_id))
 
 
 def file_sha256(path: AnyPath) -> str:

@@ -3,24 +3,27 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
-from upath import UPath
 
 from resources.chat import Message, load_tokenizer, prompt_ids
 from resources.checkpoint_store import Checkpoint
 from resources.device import DeviceResource
 from resources.engines.choice import engine_fingerprint, open_engine
-from resources.engines.interface import Completion, Request
-from resources.files import json_sha256, opened_atomically, write_atomically
+from resources.engines.interface import Completion, Requests
+from resources.progress import Progress
 from resources.settings import Sampling
+from resources.shards import Shards
 
-LOG_EVERY_SECONDS = 10
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RENDERED_AT_A_TIME = 1024
 COMPLETION_COLUMNS = {
     "key": pl.String,
     "text": pl.String,
@@ -77,7 +80,7 @@ class LanguageModel(DeviceResource):
     def answer(
         self,
         checkpoint: Checkpoint,
-        prompts: Sequence[tuple[str, Sequence[Message]]],
+        prompts: Iterable[tuple[str, Sequence[Message]]],
         sampling: Sampling,
         log: Callable[[str], None],
     ) -> tuple[pl.DataFrame, Usage]:
@@ -93,52 +96,84 @@ class LanguageModel(DeviceResource):
         Returns:
             One row per prompt in the given order, with columns id, text, input_tokens, output_tokens and
             finish_reason; and what the call cost.
+
+        Raises:
+            FinalError: A setting does not fit the machine or the model; the memory or the disk does not suffice.
         """
         started = time.monotonic()
         tokenizer = load_tokenizer(checkpoint.weights, self.engine.trust_remote_code)
-        requests = [self._request(row_id, prompt_ids(tokenizer, messages)) for row_id, messages in prompts]
-        folder = self._shard_folder(checkpoint, sampling)
-        finished = _read_shards(folder, {request.key for request in requests})
-        missing = list({r.key: r for r in requests if r.key not in finished}.values())
-        if finished:
-            log(f"{len(finished)} of {len(requests)} completions were finished earlier and are reused.")
-        if missing:
-            engine = open_engine(checkpoint.weights, self.engine, log)
-            with contextlib.closing(engine.generate(missing, sampling)) as batches:
-                for shard in _shards(_with_progress(batches, len(missing), log), self.engine.shard_rows):
-                    _write_shard(folder, shard)
-                    finished |= {completion.key: dataclasses.asdict(completion) for completion in shard}
-        rows = [finished[request.key] for request in requests]
-        generated = {request.key for request in missing}
-        usage = Usage(
-            rows=len(rows),
-            reused=len(rows) - len(generated),
-            input_tokens=sum(row["input_tokens"] for row in rows),
-            output_tokens=sum(row["output_tokens"] for row in rows),
-            generated_tokens=sum(finished[key]["output_tokens"] for key in generated),
+        asked = self._rendered(tokenizer, prompts)
+        shards = self.shards_of(checkpoint, sampling)
+        finished = shards.finished(asked["key"])
+        if len(finished):
+            log(f"{len(finished)} of {asked.height} completions were finished earlier and are reused.")
+        is_missing = pl.col("key").is_first_distinct() & ~pl.col("key").is_in(finished.implode())
+        requests = Requests(asked, asked.select(is_missing).to_series())
+        # Token ids are let go of as soon as possible: with many prompts they take much of the memory.
+        asked = asked.select("id", "key")
+        if len(requests):
+            self._finish(checkpoint, requests, sampling, shards, log)
+        del requests
+        rows = shards.rows(asked["key"])
+        generated = rows.filter(~pl.col("key").is_in(finished.implode()))["output_tokens"]
+        answered = asked.join(rows, on="key", how="inner", maintain_order="left").drop("key")
+        if answered.height < asked.height:
+            raise RuntimeError(f"The engine answered only {answered.height} of {asked.height} prompts: run it again.")
+        return answered, Usage(
+            rows=answered.height,
+            reused=answered.height - len(generated),
+            input_tokens=int(answered["input_tokens"].sum()),
+            output_tokens=int(answered["output_tokens"].sum()),
+            generated_tokens=int(generated.sum()),
             seconds=time.monotonic() - started,
         )
-        frame = pl.DataFrame(rows, schema=COMPLETION_COLUMNS).drop("key")
-        return frame.insert_column(0, pl.Series("id", [row_id for row_id, _ in prompts], dtype=pl.String)), usage
 
-    def _request(self, row_id: str, token_ids: list[int]) -> Request:
-        digest = hashlib.sha256(json.dumps([self.random_seed, row_id, token_ids]).encode()).digest()
-        return Request(key=digest.hex()[:32], token_ids=token_ids, seed=int.from_bytes(digest[:8], "big") >> 1)
+    def _finish(
+        self,
+        checkpoint: Checkpoint,
+        requests: Requests,
+        sampling: Sampling,
+        shards: Shards,
+        log: Callable[[str], None],
+    ) -> None:
+        """Generates what is missing, and writes a shard as soon as it is full."""
+        engine = open_engine(checkpoint, self.engine, log)
+        with contextlib.closing(engine.generate(requests, sampling)) as batches:
+            for shard in _in_shards(_with_progress(batches, len(requests), log), self.engine.shard_rows):
+                shards.write([dataclasses.asdict(completion) for completion in shard])
 
-    def _shard_folder(self, checkpoint: Checkpoint, sampling: Sampling) -> UPath:
-        what = {
+    def shards_of(self, checkpoint: Checkpoint, sampling: Sampling) -> Shards:
+        """The finished completions of a checkpoint under these settings.
+
+        Raises:
+            FinalError: The engine is not installed, or there is no GPU where one is asked for.
+        """
+        fingerprint = {
             "checkpoint": checkpoint.sha,
             "sampling": sampling.model_dump(),
-            **engine_fingerprint(self.engine),
+            **engine_fingerprint(self.engine, checkpoint.label),
         }
-        folder = UPath(self.shards) / json_sha256(what)[:16]
-        description = folder / "fingerprint.json"
-        if not description.exists():
-            write_atomically(description, json.dumps(what | {"made_for": checkpoint.label}, indent=2).encode())
-        return folder
+        return Shards(self.shards, fingerprint, checkpoint.label, COMPLETION_COLUMNS)
+
+    def _rendered(
+        self, tokenizer: "PreTrainedTokenizerBase", prompts: Iterable[tuple[str, Sequence[Message]]]
+    ) -> pl.DataFrame:
+        """The prompts as token ids, and the key that identifies the completion of each."""
+        schema: dict[str, Any] = {"id": pl.String, "key": pl.String, "token_ids": pl.List(pl.Int32)}
+        blocks = [pl.DataFrame(schema=schema)]
+        waiting = iter(prompts)
+        while block := list(itertools.islice(waiting, RENDERED_AT_A_TIME)):
+            token_ids = [prompt_ids(tokenizer, messages) for _, messages in block]
+            ids = [row_id for row_id, _ in block]
+            keys = [self._key(row_id, tokens) for row_id, tokens in zip(ids, token_ids, strict=True)]
+            blocks.append(pl.DataFrame({"id": ids, "key": keys, "token_ids": token_ids}, schema=schema))
+        return pl.concat(blocks)
+
+    def _key(self, row_id: str, token_ids: list[int]) -> str:
+        return hashlib.sha256(json.dumps([self.random_seed, row_id, token_ids]).encode()).hexdigest()[:32]
 
 
-def _shards(batches: Iterator[list[Completion]], size: int) -> Iterator[list[Completion]]:
+def _in_shards(batches: Iterator[list[Completion]], size: int) -> Iterator[list[Completion]]:
     waiting: list[Completion] = []
     for batch in batches:
         waiting += batch
@@ -149,36 +184,14 @@ def _shards(batches: Iterator[list[Completion]], size: int) -> Iterator[list[Com
         yield waiting
 
 
-def _read_shards(folder: UPath, keys: set[str]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.parquet")):
-        with path.open("rb") as file:
-            rows = pl.read_parquet(file).filter(pl.col("key").is_in(list(keys))).to_dicts()
-        found |= {row["key"]: row for row in rows}
-    return found
-
-
-def _write_shard(folder: UPath, completions: Sequence[Completion]) -> None:
-    table = pl.DataFrame([dataclasses.asdict(completion) for completion in completions], schema=COMPLETION_COLUMNS)
-    with opened_atomically(folder / f"{uuid.uuid4().hex}.parquet") as file:
-        table.write_parquet(file)
-
-
 def _with_progress(
     batches: Iterator[list[Completion]], total: int, log: Callable[[str], None]
 ) -> Iterator[list[Completion]]:
-    started = reported = time.monotonic()
-    count = tokens = 0
+    progress = Progress(total, "completions", log)
     for batch in batches:
         if not batch:
             # The model is loaded only now; the rate is of generation.
-            started = reported = time.monotonic()
+            progress.restart()
             continue
-        count += len(batch)
-        tokens += sum(completion.output_tokens for completion in batch)
-        now = time.monotonic()
-        if now - reported >= LOG_EVERY_SECONDS or count == total:
-            reported = now
-            left = (now - started) / count * (total - count)
-            log(f"{count} of {total} completions, {tokens / (now - started):.0f} tokens/s, {left:.0f} s left.")
+        progress.add(len(batch), sum(completion.output_tokens for completion in batch))
         yield batch

@@ -5,6 +5,16 @@ import unicodedata
 BIDIRECTIONAL_CONTROLS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 
+def asset_label(asset: str, partition: str | None) -> str:
+    """How people name an asset of an iteration, or one that is made once.
+
+    Examples:
+        >>> asset_label("model_checkpoint", "0001"), asset_label("seed_pairs", None)
+        ('model_checkpoint[0001]', 'seed_pairs')
+    """
+    return f"{asset}[{partition}]" if partition else asset
+
+
 def visible(text: str) -> str:
     r"""A text with its control characters shown as their numbers; line ends and tabs stay.
 

@@ -18,6 +18,7 @@ MODEL = WORK / "nano"
 HOME.mkdir()
 write_settings(HOME / "settings.yaml", nano_settings(MODEL))
 os.environ |= {"SYNPO_HOME": str(HOME), "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ.pop("DAGSTER_HOME", None)
 
 
@@ -31,6 +32,37 @@ def nano_checkpoint(nano_model: Path):
     from resources.checkpoint_store import Checkpoint
 
     return Checkpoint("initial_policy", None, "nano", str(nano_model), str(nano_model))
+
+
+@pytest.fixture(scope="session")
+def adapted_checkpoint(nano_model: Path):
+    """A model_checkpoint[0001] with a random LoRA adapter on M_0 and its merged weights, made by the real store."""
+    import dagster as dg
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from resources.checkpoint_store import CheckpointStore
+
+    store = CheckpointStore(str(WORK / "adapted"))
+
+    def build(directory: Path) -> None:
+        config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(nano_model), config)
+        adapted.save_pretrained(directory / "adapter")
+        adapted.merge_and_unload().save_pretrained(directory / "merged")
+        AutoTokenizer.from_pretrained(nano_model).save_pretrained(directory / "merged")
+
+    @dg.asset(io_manager_key="checkpoints")
+    def initial_policy(context: dg.AssetExecutionContext):
+        return store.adopt(context, nano_model, {"source": "directory"})
+
+    @dg.asset(io_manager_key="checkpoints", partitions_def=dg.StaticPartitionsDefinition(["0001"]))
+    def model_checkpoint(context: dg.AssetExecutionContext, initial_policy):
+        parents = {"start": initial_policy}
+        return store.create(context, build, parents=parents, trained_on={}, settings={}, random_seed=1)[0]
+
+    dg.materialize([initial_policy, model_checkpoint], resources={"checkpoints": store}, partition_key="0001")
+    return store.current("model_checkpoint", "0001")
 
 
 def synpo(*arguments: object, timeout: int = 280) -> subprocess.CompletedProcess[str]:

@@ -1,12 +1,13 @@
 """A real but tiny instruct model, made here in seconds, and settings that run the whole pipeline on it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from resources.chat import answer_ids, prompt_ids
+from resources.chat import answer_ids, load_tokenizer, prompt_ids
 from resources.settings import PRESETS
 from synpo_assets.method.templates import generator_instruction, generator_target, user_message
 
@@ -78,6 +79,20 @@ def make_nano_model(directory: Path) -> Path:
         schedule.step()
         optimizer.zero_grad()
     model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def copy_that_adds_bos(model: Path, directory: Path) -> Path:
+    """A copy of the nano model whose template writes a BOS, and whose tokenizer would add another."""
+    from tokenizers.processors import TemplateProcessing
+
+    shutil.copytree(model, directory)
+    tokenizer = load_tokenizer(str(directory))
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     tokenizer.save_pretrained(directory)
     return directory
 

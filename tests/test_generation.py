@@ -1,6 +1,9 @@
 """Generation on the nano model: seeds, shards, resuming after a kill."""
 
+import dataclasses
+import errno
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +13,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+import resources.shards
 from resources.engines.transformers_engine import RowSampler
+from resources.errors import FinalError
 from resources.language_model import LanguageModel
 from resources.settings import Engine, Sampling
 
@@ -61,6 +66,17 @@ def test_greedy_is_the_same_for_all_seeds(tmp_path, nano_checkpoint):
     assert frame["text"].n_unique() == 1
 
 
+def test_habits_that_a_model_brings_do_not_count(tmp_path, nano_model, nano_checkpoint):
+    directory = tmp_path / "with habits"
+    shutil.copytree(nano_model, directory)
+    habits = json.loads((directory / "generation_config.json").read_text())
+    habits |= {"repetition_penalty": 5.0, "do_sample": True, "top_k": 1, "num_beams": 2}
+    (directory / "generation_config.json").write_text(json.dumps(habits))
+    checkpoint = dataclasses.replace(nano_checkpoint, weights=str(directory))
+    with_habits, _ = model(tmp_path / "a").answer(checkpoint, PROMPTS, SAMPLING, silent)
+    assert with_habits.equals(model(tmp_path / "b").answer(nano_checkpoint, PROMPTS, SAMPLING, silent)[0])
+
+
 def test_finished_work_is_found_again_and_only_the_rest_is_done(tmp_path, nano_checkpoint):
     first, _ = model(tmp_path).answer(nano_checkpoint, PROMPTS[:10], SAMPLING, silent)
     whole, usage = model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
@@ -74,6 +90,21 @@ def test_other_settings_never_mix(tmp_path, nano_checkpoint):
     warmer = SAMPLING.model_copy(update={"temperature": 1.2})
     assert model(tmp_path).answer(nano_checkpoint, PROMPTS[:3], warmer, silent)[1].reused == 0
     assert len(list(tmp_path.glob("*/fingerprint.json"))) == 2
+
+
+def test_a_full_disk_is_said_and_keeps_what_is_finished(tmp_path, nano_checkpoint, monkeypatch):
+    first, _ = model(tmp_path).answer(nano_checkpoint, PROMPTS[:5], SAMPLING, silent)
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(resources.shards, "write_atomically", full)
+    with pytest.raises(FinalError, match=r"The disk with .* is full.*`synpo clean`"):
+        model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    monkeypatch.undo()
+    whole, usage = model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    assert usage.reused == 5
+    assert whole.head(5).equals(first)
 
 
 def test_writing_stops_at_a_stop_text(tmp_path, nano_checkpoint):
@@ -90,7 +121,7 @@ def test_writing_stops_at_a_stop_text(tmp_path, nano_checkpoint):
 
 def test_a_prompt_beyond_the_context_is_refused_with_the_setting(tmp_path, nano_checkpoint):
     too_long = [("long", [{"role": "user", "content": "word " * 3000}])]
-    with pytest.raises(ValueError, match=r"exceed the model's context of 1024 tokens: lower sampling\.max_new_tokens"):
+    with pytest.raises(FinalError, match=r"exceed the model's context of 1024 tokens: lower sampling\.max_new_tokens"):
         model(tmp_path).answer(nano_checkpoint, too_long, SAMPLING, silent)
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
@@ -13,23 +14,14 @@ import pytest
 
 from tests.conftest import synpo
 from tests.nano import nano_settings, write_settings
+from tests.ui import processes_of
 
 pytestmark = pytest.mark.slow
 
 
-def processes_of(home):
-    """Processes whose environment names the home, as those of its runs do."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and f"SYNPO_HOME={home}\0".encode() in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
-
-
-def test_a_killed_run_ends_whole_and_the_next_one_goes_on(tmp_path, nano_model):
+@contextmanager
+def run_that_generates(tmp_path, nano_model):
+    """`synpo run` on a new home, from the moment that its first shard is finished."""
     home = tmp_path / "home"
     settings = write_settings(tmp_path / "nano.yaml", nano_settings(nano_model))
     command = [str(Path(sys.executable).with_name("synpo")), "run", "--settings", str(settings), "--home", str(home)]
@@ -38,11 +30,16 @@ def test_a_killed_run_ends_whole_and_the_next_one_goes_on(tmp_path, nano_model):
         while not list((home / "shards").glob("*/*.parquet")):
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.05)
+        yield home, process
+
+
+def test_a_killed_run_ends_whole_and_the_next_one_goes_on(tmp_path, nano_model):
+    with run_that_generates(tmp_path, nano_model) as (home, process):
         process.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 30
     while processes_of(home) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert processes_of(home) == []
+    assert processes_of(home) == {}
     saved = {file: file.stat().st_mtime for file in home.glob("shards/*/*.parquet")}
     result = synpo("run", "--home", home)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -54,21 +51,16 @@ def test_a_killed_run_ends_whole_and_the_next_one_goes_on(tmp_path, nano_model):
 
 def test_a_foreground_run_that_is_terminated_in_the_ui_ends_within_30_seconds(tmp_path, nano_model):
     """The UI can only mark it as cancelling; the process watches for that."""
-    home = tmp_path / "home"
-    settings = write_settings(tmp_path / "nano.yaml", nano_settings(nano_model))
-    command = [str(Path(sys.executable).with_name("synpo")), "run", "--settings", str(settings), "--home", str(home)]
-    environment = {name: value for name, value in os.environ.items() if name not in ("SYNPO_HOME", "DAGSTER_HOME")}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        while not list((home / "shards").glob("*/*.parquet")):
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.05)
-        with dg.DagsterInstance.from_config(str(home)) as instance:
-            (run,) = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))
-            instance.report_run_canceling(run)
-            process.wait(30)
-            assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.CANCELED
+    with (
+        run_that_generates(tmp_path, nano_model) as (home, process),
+        dg.DagsterInstance.from_config(str(home)) as instance,
+    ):
+        (run,) = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))
+        instance.report_run_canceling(run)
+        process.wait(30)
+        assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.CANCELED
     deadline = time.monotonic() + 10
     while processes_of(home) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert processes_of(home) == []
+    assert processes_of(home) == {}
     assert synpo("run", "--home", home).returncode == 0

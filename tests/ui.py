@@ -168,6 +168,18 @@ class Ui:
         return entries | {"run": found["runId"]}
 
 
+def processes_of(home):
+    """Command lines of the processes whose environment names the home, as those of its runs do, by process id."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and f"SYNPO_HOME={home}\0".encode() in (entry / "environ").read_bytes():
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+    return found
+
+
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from resources.chat import end_of_turn_id
-from resources.engines.interface import Completion, Request
+from resources.engines.interface import Completion, Requests
+from resources.errors import FinalError
 from resources.settings import Sampling
 
 if TYPE_CHECKING:
@@ -60,16 +61,15 @@ def completion(
     )
 
 
-def longest_sequence(requests: Sequence[Request], sampling: Sampling, context_length: int) -> int:
+def longest_sequence(requests: Requests, sampling: Sampling, context_length: int) -> int:
     """The most tokens that a prompt and its completion can have together.
 
     Raises:
-        ValueError: This exceeds the model's context.
+        FinalError: This exceeds the model's context.
     """
-    longest = max(len(request.token_ids) for request in requests)
-    if longest + sampling.max_new_tokens > context_length:
-        raise ValueError(
-            f"A prompt of {longest} tokens and max_new_tokens = {sampling.max_new_tokens} exceed the model's context "
-            f"of {context_length} tokens: lower sampling.max_new_tokens or shorten the prompts."
+    if requests.longest + sampling.max_new_tokens > context_length:
+        raise FinalError(
+            f"A prompt of {requests.longest} tokens and max_new_tokens = {sampling.max_new_tokens} exceed the model's "
+            f"context of {context_length} tokens: lower sampling.max_new_tokens or shorten the prompts."
         )
-    return longest + sampling.max_new_tokens
+    return requests.longest + sampling.max_new_tokens

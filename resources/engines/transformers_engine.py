@@ -1,12 +1,14 @@
 """Generation with Hugging Face transformers: one batch at a time, runs anywhere."""
 
+import itertools
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 from resources.chat import load_tokenizer
 from resources.device import prepare_device, torch_dtype
 from resources.engines.completions import completion, end_ids, longest_sequence
-from resources.engines.interface import Completion, Request
+from resources.engines.interface import Completion, Request, Requests
+from resources.errors import FinalError
 from resources.settings import Engine, Sampling
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ class TransformersEngine:
     """A loaded model that completes requests."""
 
     def __init__(self, weights: str, engine: Engine) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         device = prepare_device(engine)
         self._batch_tokens = engine.batch_tokens
@@ -31,31 +33,39 @@ class TransformersEngine:
         ).to(device)
         self._model.eval()
         self._end_ids = end_ids(self._tokenizer, self._model.generation_config.eos_token_id)
+        # A model may bring a repetition penalty and other habits; the settings state all there is.
+        self._model.generation_config = GenerationConfig()
 
     @property
     def context_length(self) -> int:
         """The most tokens, prompt and completion together, that the model can attend to."""
         return self._model.config.max_position_embeddings
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Generator[list[Completion], None, None]:
-        """Completes requests, longest prompts first, and yields each batch when it is done.
-
-        Sorting by length keeps padding small; the longest batch comes first, so that running out of memory shows
-        at once and not after hours.
+    def generate(self, requests: Requests, sampling: Sampling) -> Generator[list[Completion], None, None]:
+        """Completes requests, longest prompts first, which keeps padding small, and yields each batch when it is done.
 
         Args:
             requests: Prompts as token ids.
             sampling: How to sample.
 
         Raises:
-            ValueError: A prompt and `max_new_tokens` together exceed the model's context.
+            FinalError: A prompt and `max_new_tokens` together exceed the model's context, or the memory does not suffice.
         """
+        import torch
+
         longest_sequence(requests, sampling, self.context_length)
-        ordered = sorted(requests, key=lambda request: len(request.token_ids), reverse=True)
-        while ordered:
-            rows = max(1, self._batch_tokens // (len(ordered[0].token_ids) + sampling.max_new_tokens))
-            yield self._complete(ordered[:rows], sampling)
-            ordered = ordered[rows:]
+        waiting = iter(requests)
+        for first in waiting:
+            rows = max(1, self._batch_tokens // (len(first.token_ids) + sampling.max_new_tokens))
+            batch = [first, *itertools.islice(waiting, rows - 1)]
+            try:
+                completions = self._complete(batch, sampling)
+            except torch.OutOfMemoryError as error:
+                raise FinalError(
+                    f"The GPU's memory does not suffice for a batch of {len(batch)} sequences: {' '.join(str(error).split())} "
+                    "Lower engine.batch_tokens or sampling.max_new_tokens. Finished shards are kept: run it again."
+                ) from None
+            yield completions
 
     def _complete(self, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
         import torch
