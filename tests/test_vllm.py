@@ -17,6 +17,7 @@ from resources.checkpoint_store import Checkpoint
 from resources.errors import FinalError
 from resources.language_model import LanguageModel
 from resources.settings import Engine
+from tests.nano import copy_that_adds_bos
 from tests.test_generation import PROMPTS, SAMPLING, model, silent
 
 pytestmark = [
@@ -88,6 +89,20 @@ def test_greedy_text_is_the_transformers_engines(tmp_path, nano_checkpoint):
     assert vllm.equals(transformers)
 
 
+def test_an_adapter_beside_the_model_writes_what_the_merged_weights_write(
+    tmp_path, adapted_checkpoint, nano_checkpoint
+):
+    greedy = SAMPLING.model_copy(update={"temperature": 0.0})
+    said = []
+    applied, _ = vllm_model(tmp_path, adapters="request").answer(adapted_checkpoint, PROMPTS, greedy, said.append)
+    merged, _ = model(tmp_path, kind="transformers").answer(adapted_checkpoint, PROMPTS, greedy, silent)
+    initial, _ = model(tmp_path, kind="transformers").answer(nano_checkpoint, PROMPTS, greedy, silent)
+    assert "'enable_lora': True" in said[1]
+    assert applied.equals(merged)
+    assert not merged["text"].equals(initial["text"])
+    assert len(list(tmp_path.glob("*/fingerprint.json"))) == 3
+
+
 def test_writing_stops_at_a_stop_text_as_with_transformers(tmp_path, nano_checkpoint):
     from synpo_assets.method.templates import generator_instruction
 
@@ -102,23 +117,8 @@ def test_writing_stops_at_a_stop_text_as_with_transformers(tmp_path, nano_checkp
     assert vllm.equals(transformers)
 
 
-@pytest.fixture
-def model_whose_tokenizer_adds_bos(tmp_path, nano_model):
-    from tokenizers.processors import TemplateProcessing
-
-    directory = tmp_path / "with bos"
-    shutil.copytree(nano_model, directory)
-    tokenizer = load_tokenizer(str(directory))
-    tokenizer.bos_token = "<|endoftext|>"
-    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
-    tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-def test_bos_is_not_doubled(tmp_path, model_whose_tokenizer_adds_bos):
-    directory = str(model_whose_tokenizer_adds_bos)
+def test_bos_is_not_doubled(tmp_path, nano_model):
+    directory = str(copy_that_adds_bos(nano_model, tmp_path / "with bos"))
     tokenizer = load_tokenizer(directory)
     assert tokenizer("text").input_ids[0] == tokenizer.bos_token_id
     rendered = [prompt_ids(tokenizer, messages) for _, messages in PROMPTS]
@@ -134,6 +134,12 @@ def test_copies_share_the_work_and_change_nothing(answered, tmp_path, nano_check
     both, _ = vllm_model(tmp_path, data_parallel_size=2).answer(nano_checkpoint, PROMPTS, SAMPLING, said.append)
     assert "copies of the model: 2" in said[1]
     assert both.equals(frame)
+
+
+def test_more_prompts_than_one_step_reads_change_nothing(answered, tmp_path, nano_checkpoint):
+    _, frame, _, _ = answered
+    narrow, _ = vllm_model(tmp_path, batch_tokens=100).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    assert narrow.equals(frame)
 
 
 def test_an_unknown_argument_is_refused_with_the_nearest(tmp_path, nano_checkpoint):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import itertools
 import os
 import signal
 import traceback
@@ -12,31 +11,33 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from resources.chat import load_tokenizer
+from resources.engines.adapters import Adapter
 from resources.engines.completions import completion, end_ids
-from resources.engines.interface import Completion, Request
+from resources.engines.interface import Completion
 from resources.errors import FinalError
 from resources.processes import end_with_this_parent
 from resources.settings import Sampling
 
 
 def answer_in_this_process(
-    results: Connection,
+    parent: Connection,
     environment: dict[str, str],
     arguments: dict[str, Any],
     given: dict[str, Any],
-    requests: Sequence[Request],
+    adapter: Adapter | None,
     sampling: Sampling,
 ) -> None:
     """Loads the model, answers, and sends completions as they finish, then None; or an error, if there is one.
 
-    The first list is empty: it tells that the model is loaded.
+    The first list is empty: it tells that the model is loaded. A number asks for so many more requests, of which the
+    parent sends a list; an empty one is the last.
 
     Args:
-        results: Where the completions go.
+        parent: Where requests come from and completions go.
         environment: Variables to set before vLLM is loaded.
         arguments: What our settings say about vLLM's engine.
         given: The user's further arguments, `engine.vllm_arguments`.
-        requests: Prompts as token ids.
+        adapter: The adapter to apply; None: the model as it is.
         sampling: How to sample.
     """
     end_with_this_parent()
@@ -46,20 +47,21 @@ def answer_in_this_process(
     # vLLM's own calls of what PyTorch deprecates say nothing to the reader of a run.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        for completions in _completions(arguments, given, requests, sampling):
-            results.send(completions)
-        results.send(None)
+        for completions in _completions(parent, arguments, given, adapter, sampling):
+            parent.send(completions)
+        parent.send(None)
     except FinalError as error:
-        results.send(error)
+        parent.send(error)
     except Exception as error:
         traceback.print_exc()
-        results.send(_explained(error))
+        parent.send(_explained(error))
 
 
 def _completions(
-    arguments: dict[str, Any], given: dict[str, Any], requests: Sequence[Request], sampling: Sampling
+    parent: Connection, arguments: dict[str, Any], given: dict[str, Any], adapter: Adapter | None, sampling: Sampling
 ) -> Iterator[list[Completion]]:
     from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
     from vllm.usage.usage_lib import UsageContext
 
@@ -67,30 +69,39 @@ def _completions(
     engine = LLMEngine.from_engine_args(EngineArgs(**arguments, **given), usage_context=UsageContext.LLM_CLASS)
     tokenizer = load_tokenizer(arguments["model"], arguments["trust_remote_code"])
     ends = end_ids(tokenizer, engine.model_config.try_get_generation_config().get("eos_token_id"))
+    lora = LoRARequest(adapter.name, adapter.number, adapter.directory) if adapter else None
     yield []
-    waiting = iter(requests)
     # vLLM's own loop, one step at a time, so that completions leave as they finish. Twice as many requests as run at a
     # time keep its queue from running dry; adding all at once would hold up the first step and fill the memory.
     room = 2 * engine.vllm_config.scheduler_config.max_num_seqs
+    asked = last = False
     while True:
-        for request in itertools.islice(waiting, room - engine.get_num_unfinished_requests()):
-            parameters = SamplingParams(
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_new_tokens,
-                seed=request.seed,
-                stop=sampling.stop,
-                include_stop_str_in_output=True,
-                stop_token_ids=ends,
-                # Only stop texts need the text while it is written.
-                detokenize=bool(sampling.stop),
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            # Token ids are taken as they are: no second BOS is put before them.
-            (prompt,) = engine.renderer.render_cmpl([TokensPrompt(prompt_token_ids=request.token_ids)])
-            engine.add_request(request.key, prompt, parameters)
-        if not engine.has_unfinished_requests():
+        unfinished = engine.get_num_unfinished_requests()
+        if not asked and not last and unfinished < room:
+            parent.send(room - unfinished)
+            asked = True
+        # Without work there is nothing to do but wait for it.
+        if asked and (parent.poll() or not unfinished):
+            requests, asked = parent.recv(), False
+            last = not requests
+            for request in requests:
+                parameters = SamplingParams(
+                    temperature=sampling.temperature,
+                    top_k=sampling.top_k,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_new_tokens,
+                    seed=request.seed,
+                    stop=sampling.stop,
+                    include_stop_str_in_output=True,
+                    stop_token_ids=ends,
+                    # Only stop texts need the text while it is written.
+                    detokenize=bool(sampling.stop),
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+                # Token ids are taken as they are: no second BOS is put before them.
+                (prompt,) = engine.renderer.render_cmpl([TokensPrompt(prompt_token_ids=request.token_ids)])
+                engine.add_request(request.key, prompt, parameters, lora_request=lora)
+        if last and not engine.has_unfinished_requests():
             return
         if finished := engine.step():
             yield [
