@@ -8,7 +8,7 @@ import pytest
 
 from resources.chat import load_tokenizer, prompt_text
 from resources.checkpoint_store import Checkpoint
-from resources.settings import Engine, PreferenceTraining, Training
+from resources.settings import Engine, PreferenceTraining, Training, TrainingProcesses
 from resources.trainer import Trainer, TrainingError
 from tests.nano import seed_rows
 
@@ -45,8 +45,10 @@ def pairs(rows=ROWS, **changes):
 
 
 @pytest.fixture
-def trainer():
-    return Trainer(engine=Engine(threads=1), random_seed=1)
+def trainer(tmp_path):
+    return Trainer(
+        engine=Engine(threads=1), random_seed=1, processes=TrainingProcesses(), states=str(tmp_path / "training")
+    )
 
 
 def silent(_message):
@@ -98,10 +100,10 @@ def test_golden_numbers_of_the_simpo_loss():
 def test_the_cpu_loss_of_supervised_training_is_trls(tmp_path, trainer, nano_checkpoint, monkeypatch):
     from trl import SFTTrainer
 
-    import resources.cpu_sft
+    import resources.training.cpu_sft
 
     ours = trainer.supervised(nano_checkpoint, EXAMPLES, SFT, tmp_path / "ours", silent)
-    monkeypatch.setattr(resources.cpu_sft, "CpuSFTTrainer", SFTTrainer)
+    monkeypatch.setattr(resources.training.cpu_sft, "CpuSFTTrainer", SFTTrainer)
     theirs = trainer.supervised(nano_checkpoint, EXAMPLES, SFT, tmp_path / "theirs", silent)
     assert ours.steps == theirs.steps == 2
     for mine, trl in zip(ours.history, theirs.history, strict=True):
@@ -164,27 +166,6 @@ def test_the_merged_copy_equals_base_plus_adapter(tmp_path, trainer, nano_checkp
     assert torch.allclose(adapted(tokens).logits, merged(tokens).logits, atol=1e-3)
 
 
-def test_the_reward_model_learns_to_tell_gold_from_nonsense(tmp_path, trainer, nano_checkpoint):
-    from resources.scorer import RewardScorer
-
-    training = SFT.model_copy(update={"learning_rate": 1e-2, "epochs": 6})
-    rows = [(row["prompt"], row["answer"], "zz qq zz qq") for row in ROWS]
-    summary = trainer.reward(nano_checkpoint, rows, training, tmp_path, silent)
-    assert summary.history[-1]["loss"] < 0.5 < summary.history[0]["loss"]
-    merged = str(tmp_path / "merged")
-    scorer = RewardScorer(engine=Engine(threads=1), max_length=400)
-    asked = [(row["prompt"], answer) for row in ROWS for answer in (row["answer"], "zz qq zz qq")]
-    scores = scorer.score(Checkpoint("reward_model", None, "x", merged, merged), asked, silent)
-    assert scores.cut == 0
-    assert all(gold > nonsense for gold, nonsense in zip(scores.values[::2], scores.values[1::2], strict=True))
-    # Batches are padded; a score must not depend on its neighbours.
-    one_by_one = RewardScorer(engine=Engine(threads=1, batch_tokens=64), max_length=400)
-    alone = one_by_one.score(Checkpoint("reward_model", None, "x", merged, merged), asked, silent)
-    assert alone.values == pytest.approx(scores.values, abs=1e-3)
-    short = RewardScorer(engine=Engine(threads=1), max_length=30)
-    assert short.score(Checkpoint("reward_model", None, "x", merged, merged), asked, silent).cut > 0
-
-
 def test_long_sides_are_cut_before_the_trainer_and_empty_ones_left_out(tmp_path, trainer, nano_checkpoint):
     rows = pairs(ROWS[:3])
     rows[0]["rejected"] = assistant("  ")
@@ -235,14 +216,14 @@ def test_the_progress_line_has_count_rate_and_time_left(tmp_path, trainer, nano_
 def test_each_side_ends_as_it_was_written(nano_checkpoint):
     """The trainer gets exactly the ids that generation uses: one end of turn, and none on an answer that was cut."""
     from resources.chat import prompt_ids
-    from resources.simpo import SimPOTrainer
-    from resources.trainer import _preference_row
+    from resources.training.rows import preference_row
+    from resources.training.simpo import SimPOTrainer
 
     tokenizer = load_tokenizer(nano_checkpoint.weights)
     # A tokenizer whose EOS is not the end-of-turn token and whose BOS nobody writes: both would be added by TRL.
     tokenizer.eos_token = tokenizer.bos_token = "<|endoftext|>"
     (pair,) = pairs(ROWS[:1], rejected_finish_reason="length")
-    row, cut = _preference_row(tokenizer, pair, SIMPO)
+    row, cut = preference_row(tokenizer, pair, SIMPO)
     assert cut == 0
     laid_out = SimPOTrainer.tokenize_row(None, row)
     prompt = prompt_ids(tokenizer, pair["prompt"])
@@ -258,30 +239,3 @@ def test_a_run_of_one_step_learns_something(tmp_path, trainer, nano_checkpoint):
     summary = trainer.preference(nano_checkpoint, pairs(), training, tmp_path, silent)
     assert summary.steps == 1
     assert summary.history[0]["learning_rate"] > 0
-
-
-def test_a_published_reward_model_without_pad_token_scores_batches(tmp_path, nano_checkpoint):
-    from transformers import AutoModelForSequenceClassification
-
-    from resources.scorer import RewardScorer
-
-    model = AutoModelForSequenceClassification.from_pretrained(nano_checkpoint.weights, num_labels=1)
-    model.config.pad_token_id = None
-    model.save_pretrained(tmp_path)
-    load_tokenizer(nano_checkpoint.weights).save_pretrained(tmp_path)
-    published = Checkpoint("reward_model", None, "x", str(tmp_path), str(tmp_path))
-    asked = [(row["prompt"], row["answer"]) for row in ROWS]
-    scores = RewardScorer(engine=Engine(threads=1), max_length=400).score(published, asked, silent)
-    assert len(set(scores.values)) == len(ROWS)
-
-
-def test_a_classifier_with_several_outputs_is_no_scorer(tmp_path, nano_checkpoint):
-    from transformers import AutoModelForSequenceClassification
-
-    from resources.scorer import RewardScorer
-
-    AutoModelForSequenceClassification.from_pretrained(nano_checkpoint.weights, num_labels=3).save_pretrained(tmp_path)
-    load_tokenizer(nano_checkpoint.weights).save_pretrained(tmp_path)
-    published = Checkpoint("reward_model", None, "x", str(tmp_path), str(tmp_path))
-    with pytest.raises(ValueError, match=r"gives 3 numbers per answer.*scorer\.name"):
-        RewardScorer(engine=Engine(threads=1), max_length=400).score(published, [("a", "b"), ("c", "d")], silent)

@@ -1,0 +1,1 @@
+"""Training runs with TRL and PEFT: what they are, how they are built, started and resumed."""

@@ -1,0 +1,227 @@
+"""How many processes train side by side, and how they are started and ended."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from resources.device import visible_gpus
+from resources.processes import GRACE_SECONDS, end_with_this_parent
+from resources.settings import Engine, Training, TrainingProcesses
+from resources.training.job import TrainingError, TrainingJob
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+JOB, ROWS, OUTPUT, FAILURE = "job.json", "rows", "output.log", "failure.json"
+SHOWN_LINES = 15
+
+
+def processes_to_start(options: TrainingProcesses, training: Training, engine: Engine) -> tuple[int, bool]:
+    """Decides how a training run is divided, before a model is loaded.
+
+    Args:
+        options: What the settings say about processes.
+        training: The settings of the run.
+        engine: States the device.
+
+    Returns:
+        The number of processes, and whether accelerate starts them; if not, the step's own process trains alone, which
+        spares the seconds that a start takes.
+
+    Raises:
+        TrainingError: The settings contradict each other or what this machine has.
+    """
+    gpus = len(visible_gpus(engine))
+    stated = options.processes
+    if options.accelerate_config is not None:
+        of_file = _checked_accelerate_config(options.accelerate_config, gpus)["num_processes"]
+        stated = stated or (of_file if of_file > 0 else None)
+    processes = stated or max(1, gpus)
+    if gpus and processes > gpus:
+        raise TrainingError(
+            f"training_processes.processes is {processes} and {gpus} GPUs are visible: lower it, or leave it out to use all "
+            "there are."
+        )
+    if training.batch_size % (training.micro_batch_size * processes):
+        raise TrainingError(
+            f"training.batch_size ({training.batch_size}) counts the examples of all processes, and micro_batch_size "
+            f"({training.micro_batch_size}) times training_processes.processes ({processes}) does not divide it: change one "
+            "of the three."
+        )
+    # Left alone with several GPUs, the trainer would use them all, in threads of one process.
+    return processes, processes > 1 or gpus > 1 or options.accelerate_config is not None
+
+
+def refuse_missing_packages(options: TrainingProcesses, training: Training) -> None:
+    """Checks that what the settings ask for is installed.
+
+    Raises:
+        TrainingError: A package is missing.
+    """
+    wanted: dict[str, tuple[str, str]] = {}
+    if options.report_to != "none":
+        wanted[options.report_to] = (f"training_processes.report_to is `{options.report_to}`", options.report_to)
+    if training.lora is not None and training.lora.load_in_4bit:
+        wanted["bitsandbytes"] = ("training.lora.load_in_4bit is on", "qlora")
+    for package, (reason, extra) in wanted.items():
+        if importlib.util.find_spec(package) is None:
+            raise TrainingError(
+                f"{reason}, and the package {package} is not installed: pip install 'synpo[{extra}]', or change the setting."
+            )
+
+
+def run_in_processes(
+    job: TrainingJob, dataset: "Dataset", accelerate_config: str | None, log: Callable[[str], None]
+) -> None:
+    """Trains in processes that accelerate starts, and ends them all if this call ends early.
+
+    Args:
+        job: What to train.
+        dataset: The rows.
+        accelerate_config: Path of the file that chooses DDP, FSDP or DeepSpeed; None for DDP.
+        log: Receives what the processes print.
+
+    Raises:
+        TrainingError: A process ended with a reason that the user can mend.
+        RuntimeError: A process failed for another reason.
+    """
+    (job.state / JOB).write_text(job.model_dump_json())
+    dataset.save_to_disk(str(job.state / ROWS))
+    failure, output = job.state / FAILURE, job.state / OUTPUT
+    failure.unlink(missing_ok=True)
+    if accelerate_config is None:
+        accelerate_config = str(job.state / "accelerate.yaml")
+        Path(accelerate_config).write_text(yaml.safe_dump(_data_parallel(job.processes)))
+    # fmt: off
+    command = [
+        sys.executable, "-m", "resources.training.processes", str(os.getpid()),
+        "--config_file", accelerate_config,
+        "--num_processes", str(job.processes),
+        # Port 0 is any that is free: another training may be under way on this machine.
+        "--main_process_port", "0",
+        # For DeepSpeed, which would else compare the number in its own file with ours.
+        "--gradient_accumulation_steps", str(job.accumulation_steps),
+        "--module", "resources.training.process", str(job.state),
+    ]
+    # fmt: on
+    log(f"Training starts in processes of its own: {job.processes}.")
+    environment = os.environ | _one_gpu(job)
+    with (
+        output.open("w") as errors,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True
+        ) as launcher,
+    ):
+        try:
+            for line in launcher.stdout or ():
+                log(line.rstrip())
+            launcher.wait()
+        finally:
+            _end(launcher)
+    if failure.exists():
+        told = json.loads(failure.read_text())
+        if told["is_final"]:
+            raise TrainingError(told["reason"])
+        raise RuntimeError(f"Training failed: {told['reason']} All that its processes said is in {output}.")
+    if launcher.returncode:
+        last = "\n".join(output.read_text().splitlines()[-SHOWN_LINES:])
+        raise RuntimeError(
+            "A training process ended without a reason; if it was killed (SIGKILL), the memory of the machine may not suffice. "
+            f"All that the processes said is in {output}; the last lines:\n{last}"
+        )
+
+
+def _end(launcher: "subprocess.Popen[str]") -> None:
+    """Ends the launcher, which ends the training processes, each of which leads a session of its own."""
+    if launcher.poll() is not None:
+        return
+    os.killpg(launcher.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        launcher.wait(GRACE_SECONDS / 2)
+    # Training processes that did not listen end with the launcher.
+    with suppress(ProcessLookupError):
+        os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def _data_parallel(processes: int) -> dict[str, Any]:
+    """What `accelerate config` writes for DDP on one machine; the processes choose gloo by themselves on a CPU."""
+    return {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_GPU" if processes > 1 else "NO",
+        "num_processes": processes,
+        "num_machines": 1,
+        "machine_rank": 0,
+        "mixed_precision": "no",
+        "use_cpu": False,
+    }
+
+
+def _one_gpu(job: TrainingJob) -> dict[str, str]:
+    """Hides all GPUs but one from a process that trains alone."""
+    gpus = visible_gpus(job.engine)
+    return {"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus and job.processes == 1 else {}
+
+
+def _checked_accelerate_config(path: str, gpus: int) -> dict[str, Any]:
+    """The content of `training_processes.accelerate_config`.
+
+    Raises:
+        TrainingError: The file is missing, is none of accelerate's, or asks for what cannot be had here.
+    """
+    from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+
+    named = f"training_processes.accelerate_config ({path})"
+    if not Path(path).is_file():
+        raise TrainingError(f"{named} does not exist: make it with `accelerate config --config_file {path}`.")
+    try:
+        config = load_config_from_file(path)
+        if not isinstance(config, ClusterConfig):
+            raise ValueError("it is for SageMaker")
+    # A file that holds no mapping, or a value of another type, fails in accelerate wherever it is first used.
+    except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise TrainingError(
+            f"{named} is no valid configuration of accelerate: {reason}. Make it anew with `accelerate config --config_file "
+            f"{path}`."
+        ) from None
+    values = config.to_dict()
+    kind = values["distributed_type"]
+    if kind not in ("NO", "MULTI_GPU", "FSDP", "DEEPSPEED"):
+        raise TrainingError(f"{named} has distributed_type {kind}: choose MULTI_GPU, FSDP or DEEPSPEED.")
+    if kind in ("FSDP", "DEEPSPEED") and not gpus:
+        raise TrainingError(f"{named} chooses {kind}, which needs GPUs, and none is used here: choose MULTI_GPU.")
+    if values["num_machines"] != 1:
+        raise TrainingError(
+            f"{named} has num_machines {values['num_machines']}: training uses one machine, so make it 1."
+        )
+    if kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
+        raise TrainingError(f"{named} chooses DeepSpeed, which is not installed: pip install deepspeed.")
+    deepspeed = values.get("deepspeed_config") or {}
+    if deepspeed.get("zero_stage") == 3 and not deepspeed.get("zero3_save_16bit_model"):
+        raise TrainingError(
+            f"{named} would leave the weights in pieces: set deepspeed_config.zero3_save_16bit_model to true."
+        )
+    return values
+
+
+def _launch(parent: int, arguments: list[str]) -> None:
+    """What the launcher does: accelerate's command, in a process that ends with the step that started it."""
+    end_with_this_parent()
+    if os.getppid() != parent:
+        return
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    launch_command(launch_command_parser().parse_args(arguments))
+
+
+if __name__ == "__main__":
+    _launch(int(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,248 @@
+"""One training run with TRL and PEFT, as each of its processes runs it."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resources.chat import load_tokenizer
+from resources.device import prepare_device, torch_dtype
+from resources.settings import PreferenceTraining
+from resources.training.job import TrainingError, TrainingJob
+from resources.training.state import KEPT_STATES, marking_callback
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, TrainerCallback
+
+LOG_EVERY_SECONDS = 10
+HISTORY = "trainer_log.jsonl"
+
+
+def train(job: TrainingJob, dataset: "Dataset", log: Callable[[str], None]) -> None:
+    """Trains, and saves the history and the adapter, or without adapters the weights, into the job's directory.
+
+    Args:
+        job: What to train.
+        dataset: The rows.
+        log: Receives progress sentences, in the main process only.
+
+    Raises:
+        TrainingError: The loss is not a number any more, or the GPU's memory does not suffice.
+    """
+    import torch
+    from transformers import PrinterCallback
+
+    device = prepare_device(job.engine)
+    trainer_class, config_class, options = _trainer(job, device)
+    training, steps = job.training, _steps(job, len(dataset))
+    # Before the model: with DeepSpeed or FSDP, these arguments decide how it is loaded.
+    config = config_class(
+        output_dir=str(job.state),
+        learning_rate=training.learning_rate,
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=job.accumulation_steps,
+        # Rounded down: the first warm-up step has learning rate 0, and a run of one step must learn something.
+        warmup_steps=int(steps * training.warmup_ratio),
+        lr_scheduler_type=training.scheduler,
+        seed=job.random_seed,
+        bf16=device == "cuda",
+        use_cpu=device == "cpu",
+        gradient_checkpointing=device == "cuda",
+        dataloader_pin_memory=device == "cuda",
+        logging_steps=1,
+        # The default replaces a NaN loss in the log by an earlier value: divergence would go unseen.
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if steps >= job.save_every_steps else "no",
+        save_steps=job.save_every_steps,
+        save_total_limit=KEPT_STATES,
+        report_to=job.report_to,
+        run_name=job.name,
+        project="synpo",
+        disable_tqdm=True,
+        **options,
+    )
+    try:
+        model = load_model(job, quantized=True)
+        trainer = trainer_class(
+            model=model,
+            args=config,
+            processing_class=load_tokenizer(job.start, job.engine.trust_remote_code),
+            train_dataset=dataset,
+            peft_config=_lora(job, model),
+            callbacks=[_progress_callback(log), marking_callback(job.seconds_before)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if training.lora is not None and training.lora.load_in_4bit:
+            _adapters_in_float32(trainer.model)
+        trainer.train(resume_from_checkpoint=job.resume_from and str(job.resume_from))
+        _save(trainer, job)
+    except torch.OutOfMemoryError:
+        raise TrainingError(
+            f"The GPU's memory does not suffice for training (micro_batch_size = {training.micro_batch_size}, max_length = "
+            f"{training.max_length}): lower training.micro_batch_size or training.max_length, train adapters "
+            "(training.lora, with load_in_4bit if need be), or split the model over several GPUs with FSDP or DeepSpeed "
+            "through training_processes.accelerate_config."
+        ) from None
+
+
+def load_model(job: TrainingJob, *, quantized: bool) -> "PreTrainedModel":
+    """Loads the weights that a job starts from.
+
+    Args:
+        job: Names them, and says what becomes of them.
+        quantized: Whether they may be held in 4 bits, if the job's settings say so.
+    """
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        BitsAndBytesConfig,
+        set_seed,
+    )
+
+    # The new output layer of a reward model is drawn at random.
+    set_seed(job.random_seed)
+    lora, number_format = job.training.lora, torch_dtype(job.engine)
+    # Small steps vanish when bfloat16 weights are updated themselves; adapters are kept in float32 by PEFT.
+    options: dict[str, Any] = {"dtype": torch.float32 if lora is None else number_format}
+    options |= {"use_safetensors": True, "trust_remote_code": job.engine.trust_remote_code}
+    if quantized and lora is not None and lora.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=number_format,
+        )
+    if job.kind == "reward":
+        return AutoModelForSequenceClassification.from_pretrained(job.start, num_labels=1, **options)
+    return AutoModelForCausalLM.from_pretrained(job.start, **options)
+
+
+def merge_adapter(job: TrainingJob) -> None:
+    """Adds the trained adapter to the weights it was trained on, as they were before any quantization.
+
+    Args:
+        job: A job that is done; `adapter` in its directory becomes `merged`.
+    """
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(load_model(job, quantized=False), job.directory / "adapter")
+    adapted.merge_and_unload().save_pretrained(job.directory / "merged")
+    load_tokenizer(job.start, job.engine.trust_remote_code).save_pretrained(job.directory / "merged")
+
+
+def _steps(job: TrainingJob, rows: int) -> int:
+    return math.ceil(math.ceil(rows / job.training.batch_size) * job.training.epochs)
+
+
+def _trainer(job: TrainingJob, device: str) -> tuple[Any, Any, dict[str, Any]]:
+    """TRL's trainer for a kind of training, the class of its arguments, and the arguments of this kind alone."""
+    if job.kind == "reward":
+        from trl import RewardConfig, RewardTrainer
+
+        return RewardTrainer, RewardConfig, {"max_length": None}
+    if isinstance(job.training, PreferenceTraining):
+        from trl.experimental.cpo import CPOConfig
+
+        from resources.training.simpo import SimPOTrainer
+
+        return SimPOTrainer, CPOConfig, {
+            "max_length": job.training.max_length,
+            "loss_type": "simpo",
+            "remove_unused_columns": False,
+            # Anything above zero adds a likelihood term that SimPO does not have.
+            "cpo_alpha": 0.0,
+            "beta": job.training.beta,
+            "simpo_gamma": job.training.gamma,
+        }  # fmt: skip
+    from trl import SFTConfig, SFTTrainer
+
+    from resources.training.cpu_sft import CpuSFTTrainer
+
+    alone_on_cpu = device == "cpu" and not job.launched
+    options = {"max_length": None, "completion_only_loss": True}
+    return CpuSFTTrainer if alone_on_cpu else SFTTrainer, SFTConfig, options
+
+
+def _lora(job: TrainingJob, model: "PreTrainedModel") -> Any:
+    from peft import LoraConfig
+
+    lora = job.training.lora
+    if lora is None:
+        return None
+    layers = model.config.num_hidden_layers
+    first = 0 if lora.last_layers is None else max(0, layers - lora.last_layers)
+    return LoraConfig(
+        task_type="SEQ_CLS" if job.kind == "reward" else "CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear"
+        if first == 0
+        else rf".*layers\.({'|'.join(map(str, range(first, layers)))})\..*_proj",
+        modules_to_save=["score"] if job.kind == "reward" else None,
+    )
+
+
+def _adapters_in_float32(model: Any) -> None:
+    """Undoes TRL's conversion of adapters on 4-bit weights to bfloat16, in which small steps vanish."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _save(trainer: Any, job: TrainingJob) -> None:
+    """Saves adapter or weights; every process takes part, because each may hold a piece of them."""
+    folder = job.directory / ("merged" if job.training.lora is None else "adapter")
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        # A pickle with paths of this run, which would make equal weights differ.
+        (folder / "training_args.bin").unlink()
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        (job.directory / HISTORY).write_text("".join(json.dumps(entry) + "\n" for entry in history))
+
+
+def read_history(directory: Path) -> list[dict[str, float]]:
+    """What the trainer logged, one entry per step, from the directory of a job that is done."""
+    return [json.loads(line) for line in (directory / HISTORY).read_text().splitlines()]
+
+
+def _progress_callback(log: Callable[[str], None]) -> "TrainerCallback":
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        """Logs steps with rate and time left, and stops on a loss that is not a number."""
+
+        started = reported = 0.0
+        first_step = 0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.started = self.reported = time.monotonic()
+            self.first_step = state.global_step
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            loss = (logs or {}).get("loss")
+            if loss is None:
+                return
+            if not math.isfinite(float(loss)):
+                raise TrainingError(
+                    f"The training loss became {loss} at step {state.global_step}: the run has diverged and nothing was "
+                    "saved. Lower training.learning_rate (or beta, for SimPO)."
+                )
+            now = time.monotonic()
+            due = now - self.reported > LOG_EVERY_SECONDS or state.global_step == state.max_steps
+            if due and state.is_world_process_zero:
+                self.reported = now
+                pace = (now - self.started) / (state.global_step - self.first_step)
+                left = pace * (state.max_steps - state.global_step)
+                log(
+                    f"Step {state.global_step} of {state.max_steps}, loss {float(loss):.3f}, {pace:.1f} s/step, {left:.0f} s left."
+                )
+
+    return Progress()
