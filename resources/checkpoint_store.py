@@ -14,6 +14,7 @@ from upath import UPath
 
 from resources.errors import FinalError
 from resources.files import AnyPath, file_sha256, json_sha256, temporary_directory_beside, write_atomically
+from resources.text import asset_label
 
 REQUIRED_KEYS = {"asset", "partition", "sha", "weights", "files"}
 RECORDED_LIBRARIES = ("dagster", "torch", "transformers", "trl", "peft", "polars")
@@ -44,7 +45,7 @@ class Checkpoint:
     @property
     def label(self) -> str:
         """How people name it: `model_checkpoint[0001]`."""
-        return f"{self.asset}[{self.partition}]" if self.partition else self.asset
+        return asset_label(self.asset, self.partition)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -109,7 +110,12 @@ class CheckpointStore(dg.IOManager):
                 "run_id": context.run.run_id,
                 "weights": "merged",
                 "parents": {
-                    role: {"asset": parent.label, "sha": parent.sha, "run_id": parent.manifest["run_id"]}
+                    role: {
+                        "asset": parent.label,
+                        "sha": parent.sha,
+                        "run_id": parent.manifest["run_id"],
+                        "directory": self._name(parent),
+                    }
                     for role, parent in parents.items()
                 },
                 "trained_on": dict(trained_on),
@@ -144,7 +150,7 @@ class CheckpointStore(dg.IOManager):
         Raises:
             CheckpointError: There is none, or files of it are missing.
         """
-        label = f"{asset}[{partition}]" if partition else asset
+        label = asset_label(asset, partition)
         pointer = self._pointer(asset, partition)
         if not pointer.exists():
             raise CheckpointError(f"{label} has no checkpoint in {self._root}: materialize {label} first.")
@@ -153,7 +159,7 @@ class CheckpointStore(dg.IOManager):
             raise CheckpointError(f"{damaged} of {label} is missing or has changed size: materialize {label} again.")
         if self._is_remote:
             self._fetch(name)
-        return _open(self._local / name)
+        return open_checkpoint(self._local / name)
 
     def manifest(self, asset: str, partition: str | None) -> dict[str, Any] | None:
         """The manifest of the current checkpoint, for which no weights are fetched; None if there is no such checkpoint."""
@@ -209,7 +215,7 @@ class CheckpointStore(dg.IOManager):
             write_atomically(self._root / name / "manifest.json", content)
         elif self._is_remote:
             self._upload(name)
-        return _open(self._local / name)
+        return open_checkpoint(self._local / name)
 
     def _upload(self, name: str) -> None:
         source, target = self._local / name, self._root / name
@@ -231,7 +237,7 @@ class CheckpointStore(dg.IOManager):
                 copy = temporary / file.removeprefix(source.path).strip("/")
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 source.fs.get_file(file, str(copy))
-            fetched = _open(temporary)
+            fetched = open_checkpoint(temporary)
             if not _is_intact(temporary, fetched.sha):
                 raise _altered(source, fetched.label)
             _move(temporary, target, fetched.sha)
@@ -258,7 +264,12 @@ def _manifest(directory: AnyPath) -> dict[str, Any]:
     return manifest
 
 
-def _open(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """The finished checkpoint in a local directory.
+
+    Raises:
+        CheckpointError: There is none, or its manifest is damaged.
+    """
     manifest = _manifest(directory)
     return Checkpoint(
         asset=manifest["asset"],

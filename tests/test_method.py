@@ -16,7 +16,7 @@ from synpo_assets.method.keywords import (
     paragraph_keyword_sets,
     training_keywords,
 )
-from synpo_assets.method.pairs import as_preferences, join_sides, repetition, select_pairs
+from synpo_assets.method.pairs import MESSAGES, as_preferences, join_sides, repetition, select_pairs
 from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter, draw_until_enough, ngrams, words_of
 from synpo_assets.method.responses import response_table
 from synpo_assets.method.seed import seed_rows as check_seed
@@ -144,6 +144,40 @@ def test_each_rule_drops_and_counts():
     ]
 
 
+def shared_pairs(one, other):
+    """The Jaccard similarity of the word pairs of two texts of two words or more."""
+    pairs = [set(itertools.pairwise(text.split())) for text in (one, other)]
+    return len(pairs[0] & pairs[1]) / len(pairs[0] | pairs[1])
+
+
+def test_texts_well_above_the_similarity_are_found():
+    known = NearDuplicates(0.7)
+    texts = [[f"w{number}x{place}" for place in range(20)] for number in range(400)]
+    changed = [" ".join([*words[:-1], "other"]) for words in texts]
+    for words, other in zip(texts, changed, strict=True):
+        known.add(" ".join(words))
+        assert shared_pairs(" ".join(words), other) == 0.9
+    found = [known.find(other) == " ".join(words) for words, other in zip(texts, changed, strict=True)]
+    assert sum(found) >= 0.95 * len(texts)
+
+
+@given(
+    st.lists(st.lists(st.sampled_from("abcd"), min_size=2, max_size=12).map(" ".join), min_size=1, max_size=12),
+    st.lists(st.sampled_from("abcd"), min_size=2, max_size=12).map(" ".join),
+    st.sampled_from([0.5, 0.55, 0.7, 0.9, 1.0]),
+)
+@settings(deadline=None)
+def test_what_is_found_is_similar_enough_and_a_copy_is_always_found(texts, asked, similarity):
+    known = NearDuplicates(similarity)
+    assert known.find(asked) is None
+    for text in texts:
+        known.add(text)
+    found = known.find(asked)
+    assert found is None or (found in texts and shared_pairs(found, asked) >= similarity)
+    for text in texts:
+        assert known.find(text.upper()) is not None
+
+
 def test_a_short_held_out_prompt_is_found_whole():
     assert Contamination(["Define entropy briefly"], 8).find("Now define entropy briefly, please")
     assert Contamination(["Define entropy briefly"], 8).find("Define enthalpy briefly") is None
@@ -233,6 +267,20 @@ def test_preferences_are_conversational():
     assert row["prompt"] == [{"role": "user", "content": "question 0"}]
     assert row["chosen"] == [{"role": "assistant", "content": "better"}]
     assert row["rejected"] == [{"role": "assistant", "content": "worse"}]
+
+
+def test_the_sample_and_its_ids_never_change():
+    chosen, rejected = ([f" {side} {n}\t" for n in range(8)] for side in ("better", "worse"))
+    joined = join_sides(responses("r", chosen), responses("0", rejected))
+    scored = joined.with_columns(chosen_score=pl.Series(range(8), dtype=pl.Float64), rejected_score=1.5)
+    kept, dropped = select_pairs(scored, 0, 1, 3, 3, random_seed=5)
+    assert dropped == {"empty_side": 0, "equal_sides": 0, "repetition": 0, "margin": 2, "not_sampled": 3}
+    frame = as_preferences(kept)
+    assert frame.select("prompt_id", "pair_id").rows() == [
+        ("prompt-2", "pair-39105081ba634b9f"), ("prompt-3", "pair-c39306ac4199d88f"), ("prompt-5", "pair-cd13b75f76c40d55")
+    ]  # fmt: skip
+    assert frame.schema["prompt"] == frame.schema["chosen"] == frame.schema["rejected"] == MESSAGES
+    assert as_preferences(kept.clear()).schema == frame.schema
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1))

@@ -5,7 +5,7 @@ import pytest
 
 from resources.model_source import fetch_initial_policy, fetch_reward_model
 from resources.settings import InitialPolicy, Scorer, SettingsError, load_settings, preset_path
-from synpo_assets.estimate import expected_work, parameter_count, seconds
+from synpo_assets.estimate import Work, expected_work, parameter_count, rates_on_cpu, seconds
 from synpo_assets.preflight import seed_table
 from tests.nano import seed_rows, write_settings
 
@@ -102,7 +102,8 @@ def test_more_prompts_cost_more_and_the_papers_size_is_the_papers(tmp_path):
     more = load_settings(
         write_settings(tmp_path / "more.yaml", {"preset": "laptop", "prompt_generator": {"prompts_per_iteration": 80}})
     )
-    assert sum(seconds(item, 10**8) for item in expected_work(more, seed)) > sum(seconds(item, 10**8) for item in work)
+    rates = rates_on_cpu(10**8)
+    assert sum(seconds(item, rates) for item in expected_work(more, seed)) > sum(seconds(item, rates) for item in work)
     # The paper's own iteration takes about 218,000 completions; ours is counted in tokens of at most 2,048 each.
     paper = load_settings(preset_path("paper_llama3"))
     fake = pl.DataFrame({"prompt": ["word " * 50], "answer": ["word " * 200], "split": ["train"]})
@@ -110,3 +111,8 @@ def test_more_prompts_cost_more_and_the_papers_size_is_the_papers(tmp_path):
     answers = [item for item in expected_work(paper, fake) if item.kind == "generate" and not item.once]
     completions = sum(item.tokens for item in answers if item.asset != "synthetic_prompts") / 2048
     assert 100_000 < completions < 218_000
+
+
+def test_a_larger_model_takes_longer_in_proportion():
+    work = Work("base_responses", "generate", 1000)
+    assert seconds(work, rates_on_cpu(10**9)) == pytest.approx(10 * seconds(work, rates_on_cpu(10**8)))

@@ -55,8 +55,8 @@ def test_the_two_paper_presets_differ_where_the_paper_does():
     assert mistral.initial_policy.name == "alignment-handbook/zephyr-7b-sft-full"
     assert llama.initial_policy.name == "princeton-nlp/Llama-3-Base-8B-SFT"
     assert (mistral.policy.training.learning_rate, llama.policy.training.learning_rate) == (3e-7, 6e-7)
-    # PairRM is not a plain sequence classifier; its preset takes the ArmoRM-like scorer until it has a loader.
-    assert llama.preferences.margin_threshold == 0.02
+    assert (mistral.scorer.name, llama.scorer.name) == ("llm-blender/PairRM-hf", "RLHFlow/ArmoRM-Llama3-8B-v0.1")
+    assert (mistral.preferences.margin_threshold, llama.preferences.margin_threshold) == (0.20, 0.02)
 
 
 def changed(tmp_path, **changes):

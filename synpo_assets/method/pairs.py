@@ -6,7 +6,6 @@ import polars as pl
 
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.prompts import words_of
-from synpo_assets.method.templates import user_message
 
 
 def repetition(text: str, size: int) -> float:
@@ -36,13 +35,11 @@ def join_sides(chosen: pl.DataFrame, rejected: pl.DataFrame) -> pl.DataFrame:
         One row per prompt that has both sides, with chosen_* and rejected_* columns.
     """
     columns = ["response_id", "response", "finish_reason", "checkpoint_sha"]
-    sides = {
-        name: frame.select("prompt_id", *(pl.col(column).alias(f"{name}_{column}") for column in columns))
-        for name, frame in (("chosen", chosen), ("rejected", rejected))
-    }
-    prompts = chosen.select("prompt_id", "prompt")
-    joined = prompts.join(sides["chosen"], on="prompt_id", validate="1:1", maintain_order="left")
-    return joined.join(sides["rejected"], on="prompt_id", validate="1:1", maintain_order="left")
+    sides = {name: [pl.col(column).alias(f"{name}_{column}") for column in columns] for name in ("chosen", "rejected")}
+    # A join shares the texts with frames of one chunk; from frames of several it copies them.
+    left = chosen.select("prompt_id", "prompt", *sides["chosen"]).rechunk()
+    right = rejected.select("prompt_id", *sides["rejected"]).rechunk()
+    return left.join(right, on="prompt_id", validate="1:1", maintain_order="left")
 
 
 def select_pairs(
@@ -69,15 +66,17 @@ def select_pairs(
         "repetition": repeats <= max_repetition,
         "margin": pl.col("margin") > margin_threshold,
     }
-    rows = scored.with_columns(margin=pl.col("chosen_score") - pl.col("rejected_score"))
+    scored = scored.with_columns(margin=pl.col("chosen_score") - pl.col("rejected_score"))
+    rows = scored.select("chosen_response", "rejected_response", "margin").with_row_index("place")
     dropped: collections.Counter[str] = collections.Counter()
     for reason, rule in rules.items():
-        kept = rows.filter(rule)
+        # Streamed, because a rule that strips the texts copies them.
+        kept = rows.lazy().filter(rule).collect(engine="streaming")
         dropped[reason] = rows.height - kept.height
         rows = kept
-    sampled = rows.with_row_index("place").sample(min(count, rows.height), seed=random_seed, shuffle=True)
-    dropped["not_sampled"] = rows.height - sampled.height
-    return sampled.sort("place").drop("place"), dict(dropped)
+    sampled = rows["place"].sample(min(count, rows.height), seed=random_seed, shuffle=True).sort()
+    dropped["not_sampled"] = rows.height - sampled.len()
+    return scored[sampled], dict(dropped)
 
 
 def as_preferences(pairs: pl.DataFrame) -> pl.DataFrame:
@@ -86,19 +85,18 @@ def as_preferences(pairs: pl.DataFrame) -> pl.DataFrame:
     Returns:
         prompt, chosen and rejected as lists of messages, pair_id, and the other columns unchanged.
     """
-    rows = pairs.to_dicts()
+    sides = pairs.select("chosen_response_id", "rejected_response_id").iter_rows()
     return pairs.with_columns(
-        pair_id=pl.Series(
-            [content_id("pair", r["chosen_response_id"], r["rejected_response_id"]) for r in rows], dtype=pl.String
-        ),
-        prompt=pl.Series([user_message(row["prompt"]) for row in rows], dtype=MESSAGES),
-        chosen=pl.Series([_assistant(row["chosen_response"]) for row in rows], dtype=MESSAGES),
-        rejected=pl.Series([_assistant(row["rejected_response"]) for row in rows], dtype=MESSAGES),
+        pair_id=pl.Series((content_id("pair", *ids) for ids in sides), dtype=pl.String),
+        prompt=_message("user", "prompt"),
+        chosen=_message("assistant", "chosen_response"),
+        rejected=_message("assistant", "rejected_response"),
     ).drop("chosen_response", "rejected_response")
 
 
 MESSAGES = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 
 
-def _assistant(text: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text}]
+def _message(role: str, column: str) -> pl.Expr:
+    """A conversation of one message, whose text stands in a column."""
+    return pl.concat_list(pl.struct(role=pl.lit(role), content=column)).cast(MESSAGES)

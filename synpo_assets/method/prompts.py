@@ -9,17 +9,21 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rensa import RMinHash, RMinHashLSH
 
 from synpo_assets.method.templates import parse_question
-
-if TYPE_CHECKING:
-    from datasketch import MinHash
 
 Row = dict[str, Any]
 
 WORD = re.compile(r"\w+")
 SMALLEST_ROUND = 8
+
+# Texts are compared if they agree in all hashes of a band. Memory grows with the bands, about 100 bytes each per text.
+BANDS = 10
+BAND_HASHES = range(1, 17)
+LEAST_FOUND = 0.5
 
 
 def words_of(text: str) -> list[str]:
@@ -38,36 +42,52 @@ def ngrams(words: Sequence[str], size: int) -> set[tuple[str, ...]]:
     return {tuple(words[start : start + size]) for start in range(len(words) - size + 1)} if words else set()
 
 
+def word_pairs(text: str) -> set[str]:
+    """All pairs of consecutive words; a single word by itself."""
+    return {" ".join(pair) for pair in ngrams(words_of(text), 2)}
+
+
 class NearDuplicates:
-    """Remembers texts and finds those nearly equal to a new one, by MinHash over word pairs."""
+    """Remembers texts and finds those nearly equal to a new one, by the word pairs they share.
+
+    MinHash proposes the texts to compare with, and their exact similarity decides: a text below the similarity is never
+    found, one well above it nearly always, one just at it more often than not.
+    """
 
     def __init__(self, similarity: float) -> None:
-        from datasketch import MinHashLSH
-
-        self._index = MinHashLSH(threshold=similarity, num_perm=128)
         self._similarity = similarity
-        self._hashes: dict[str, MinHash] = {}
+        # More hashes to a band mean fewer texts to compare with, and fewer found.
+        hashes = max((size for size in BAND_HASHES if _share_found(similarity, size) >= LEAST_FOUND), default=1)
+        self._hashes = hashes * BANDS
+        self._index = RMinHashLSH(similarity, self._hashes, BANDS)
+        self._texts: list[str] = []
 
     def find(self, text: str) -> str | None:
         """An earlier text whose word pairs have at least the set Jaccard similarity, if there is one."""
-        mine = self._hash(text)
-        # The index also returns some candidates below the threshold: their estimated similarity decides.
-        close = [key for key in self._index.query(mine) if self._hashes[str(key)].jaccard(mine) >= self._similarity]
-        return str(close[0]) if close else None
+        mine = word_pairs(text)
+        for place in sorted(self._index.query(self._hash(mine))):
+            if _jaccard(mine, word_pairs(self._texts[place])) >= self._similarity:
+                return self._texts[place]
+        return None
 
     def add(self, text: str) -> None:
         """Remembers a text."""
-        if text not in self._hashes:
-            self._hashes[text] = self._hash(text)
-            self._index.insert(text, self._hashes[text], check_duplication=False)
+        self._index.insert(len(self._texts), self._hash(word_pairs(text)))
+        self._texts.append(text)
 
-    @staticmethod
-    def _hash(text: str) -> "MinHash":
-        from datasketch import MinHash
-
-        result = MinHash(num_perm=128)
-        result.update_batch([" ".join(pair).encode() for pair in ngrams(words_of(text), 2)])
+    def _hash(self, pairs: set[str]) -> RMinHash:
+        result = RMinHash(self._hashes, seed=0)
+        result.update(pairs)
         return result
+
+
+def _jaccard(one: set[str], other: set[str]) -> float:
+    return len(one & other) / len(one | other) if one or other else 1.0
+
+
+def _share_found(similarity: float, band_hashes: int) -> float:
+    """The share of texts with this Jaccard similarity that agree in at least one band."""
+    return 1 - (1 - similarity**band_hashes) ** BANDS
 
 
 class Contamination:
@@ -79,14 +99,10 @@ class Contamination:
         self._sizes = {len(run) for run in self._sources}
 
     def find(self, text: str) -> str | None:
-        """The held-out prompt that the text overlaps with, if there is one."""
+        """The held-out prompt that the text overlaps with, if there is one; the first in the alphabet of several."""
         words = words_of(text)
-        for size in self._sizes:
-            if len(words) >= size:
-                for run in ngrams(words, size):
-                    if run in self._sources:
-                        return self._sources[run]
-        return None
+        runs = (run for size in self._sizes if len(words) >= size for run in ngrams(words, size))
+        return min((self._sources[run] for run in runs if run in self._sources), default=None)
 
 
 @dataclasses.dataclass

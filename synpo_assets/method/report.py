@@ -15,6 +15,10 @@ GENERATED_BY = (
     "synthetic_prompts", "seed_responses", "base_responses", "initial_responses", "refined_responses", "evaluation",
 )  # fmt: skip
 TRAINED_BY = ("response_improver", "model_checkpoint")
+MEMORY = {
+    "peak_memory_gb": "largest memory of a process, GB",
+    "peak_gpu_memory_gb": "largest GPU memory of a process, GB",
+}
 SCORED_BY = ("seed_responses", "preference_pairs", "evaluation")
 
 
@@ -98,7 +102,9 @@ def report_rows(iterations: Sequence[FinishedIteration]) -> list[Row]:
         for asset in ("synthetic_prompts", "preference_pairs")
     }
     columns = [_column(iteration, reasons) for iteration in iterations]
-    return [Row(section, label, tuple(column[section, label] for column in columns)) for section, label in columns[0]]
+    rows = [Row(section, label, tuple(column[section, label] for column in columns)) for section, label in columns[0]]
+    # Without a GPU there is nothing to say about it.
+    return [row for row in rows if row.label not in MEMORY.values() or set(row.cells) != {MISSING}]
 
 
 def report_notes(iterations: Sequence[FinishedIteration], unfinished: Sequence[str]) -> list[str]:
@@ -213,6 +219,7 @@ def _column(iteration: FinishedIteration, reasons: Mapping[str, Sequence[str]]) 
             "tokens trained on": _count(_total(iteration, TRAINED_BY, "tokens")),
             "tokens scored": _count(_total(iteration, SCORED_BY, "scored_tokens")),
             "seconds": _count(round(iteration.seconds)),
+            **{label: _largest(iteration, name) for name, label in MEMORY.items()},
         },
     }
     return {(section, label): text for section, figures in sections.items() for label, text in figures.items()}
@@ -228,6 +235,12 @@ def _last_reward_margin(iteration: FinishedIteration) -> float | None:
 
 def _total(iteration: FinishedIteration, assets: Iterable[str], name: str) -> int:
     return sum(iteration.figure(asset, name) or 0 for asset in assets)
+
+
+def _largest(iteration: FinishedIteration, name: str) -> str:
+    """The largest figure of this name that an asset of the iteration recorded."""
+    figures = [about[name] for about in iteration.metadata.values() if name in about]
+    return f"{max(figures):.2f}" if figures else MISSING
 
 
 def _count(value: int | None) -> str:

@@ -1,0 +1,1 @@
+"""Models that compare answers behind one interface."""
