@@ -110,7 +110,7 @@ def synthetic_prompts_checks(
     specs=[
         _spec("enough_pairs", "preference_pairs", "Enough pairs to train on."),
         _spec(
-            "no_empty_side", "preference_pairs", "No chosen or rejected answer is empty: SimPO divides by its length."
+            "no_empty_side", "preference_pairs", "A tripwire behind the filter: SimPO divides by an answer's length."
         ),
         _spec("score_margin", "preference_pairs", "Mean of score(chosen) - score(rejected)."),
         _spec(

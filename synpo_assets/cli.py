@@ -1,4 +1,4 @@
-"""The command `synpo`: run, check, trace, ui."""
+"""The command `synpo`: run, check, clean, trace, ui."""
 
 import os
 import sys
@@ -65,12 +65,61 @@ def run(
 
 
 @app.command()
-def check(preset: Preset = None, settings_file: SettingsFile = None, home: Home = None) -> None:
-    """Validate settings, seed data and hardware without loading a model, and estimate tokens, time and disk."""
+def check(
+    preset: Preset = None,
+    settings_file: SettingsFile = None,
+    home: Home = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Measure first how fast this machine generates, trains and scores with M_0; takes a minute or two, and later "
+            "calls use it.",
+        ),
+    ] = False,
+) -> None:
+    """Validate settings, seed data and hardware, and estimate tokens, time and disk; loads a model only to calibrate."""
     settings, place = _prepare(preset, settings_file, home)
     from synpo_assets.preflight import print_check
 
-    _or_exit(lambda: print_check(settings, place))
+    _or_exit(lambda: print_check(settings, place, calibrate))
+
+
+@app.command()
+def clean(
+    home: Home = None,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Remove what is listed; without it, nothing is removed.")
+    ] = False,
+    checkpoints: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoints",
+            help="With --delete: remove superseded checkpoints too. Tables and pairs of earlier attempts name them by their sha.",
+        ),
+    ] = False,
+) -> None:
+    """List what no run with the current settings would read any more.
+
+    Each entry shows its size, its age and what it was made for.
+
+    Completions and scores belong to the settings, the engine and the machine
+    that made them. Those of another engine.kind, sampling or library version,
+    or of a GPU that is not there now, are listed: clean a home on the machine
+    and with the settings that it will be used with.
+
+    An unfinished training is listed when its asset was made since, or when it
+    is older than a day; until then the next run goes on from it.
+    """
+    settings, place = _prepare(None, None, home)
+    _or_exit(lambda: _require_home(place))
+    from synpo_assets.preflight import check_storage
+
+    _or_exit(lambda: check_storage(settings.storage))
+    prepare_home(place, settings)
+    from synpo_assets.clean import print_clean
+
+    _or_exit(lambda: print_clean(settings, place, delete, checkpoints))
 
 
 @app.command()

@@ -1,6 +1,7 @@
-"""What a run will cost: tokens by counting, time from a small table of measured rates."""
+"""What a run will cost: tokens by counting, time from rates measured on this machine or from a small table of rates."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,19 @@ Kind = Literal["generate", "train", "score"]
 # as the assets of the laptop preset recorded them. Other model sizes are scaled by their number of parameters.
 CPU_RATES: dict[Kind, float] = {"generate": 95.0, "train": 240.0, "score": 300.0}
 CPU_RATES_PARAMETERS = 134.5e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """How fast one kind of work goes.
+
+    Attributes:
+        tokens_per_second: Once it is under way.
+        start_seconds: What it takes beforehand and afterwards, such as loading and saving the model.
+    """
+
+    tokens_per_second: float
+    start_seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +73,15 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
         "response_improver": (settings.response_improver.training, improving + answer),
         "model_checkpoint": (settings.policy.training, 2 * (asked + written)),
     }
+    pair_ranker = settings.scorer.kind == "pair_ranker"
+    orders = 1 if settings.scorer.pair_convention == "one_order" else 2
+
+    def compared(first: float, second: float) -> float:
+        """Tokens read to compare two answers to a prompt."""
+        return orders * (asked + first + second) if pair_ranker else 2 * asked + first + second
+
+    # A reward model has M_0's answers to the held-out prompts scored already.
+    gold = compared(answer, written) if pair_ranker else asked + answer
     work = []
     for asset, (training, length) in trained.items():
         if training is not None:
@@ -68,22 +91,28 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
     return [
         *work,
         Work("reward_model", "generate", seed.height * written, once=True),
-        Work("reward_model", "score", held_out.height * (2 * asked + answer + written), once=True),
+        Work("reward_model", "score", held_out.height * compared(answer, written), once=True),
         Work("synthetic_prompts", "generate", wanted * min(generator.max_overdraw, 1.5) * prompt),
         Work("base_responses", "generate", wanted * written),
         Work("initial_responses", "generate", wanted * written, later_only=True),
         Work("seed_responses", "generate", train.height * written, later_only=True),
-        Work("seed_responses", "score", train.height * (2 * asked + answer + written)),
+        Work("seed_responses", "score", train.height * compared(answer, written)),
         Work("refined_responses", "generate", wanted * settings.response_improver.sampling.max_new_tokens),
-        Work("preference_pairs", "score", wanted * 2 * (asked + written)),
+        Work("preference_pairs", "score", wanted * compared(written, written)),
         Work("evaluation", "generate", held_out.height * written),
-        Work("evaluation", "score", held_out.height * (3 * asked + answer + 2 * written)),
+        Work("evaluation", "score", held_out.height * (compared(written, written) + gold)),
     ]
 
 
-def seconds(work: Work, parameters: int) -> float:
-    """Seconds that the work takes on a CPU, from the table of measured rates."""
-    return work.tokens / CPU_RATES[work.kind] * parameters / CPU_RATES_PARAMETERS
+def rates_on_cpu(parameters: int) -> dict[Kind, Rate]:
+    """Rates of a model with so many parameters on a CPU, from the table of known ones."""
+    return {kind: Rate(rate * CPU_RATES_PARAMETERS / parameters) for kind, rate in CPU_RATES.items()}
+
+
+def seconds(work: Work, rates: Mapping[Kind, Rate]) -> float:
+    """Seconds that the work takes at these rates."""
+    rate = rates[work.kind]
+    return rate.start_seconds + work.tokens / rate.tokens_per_second
 
 
 def parameter_count(weights: Path) -> int:

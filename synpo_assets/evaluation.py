@@ -23,7 +23,15 @@ from synpo_assets.schemas import Evaluation
 
 @dg.asset(
     partitions_def=ITERATIONS,
-    **table(Evaluation, "responses", "scorer.max_length", "engine.dtype", "engine.kind", evaluation_method),
+    **table(
+        Evaluation,
+        "responses",
+        "scorer.max_length",
+        "scorer.pair_convention",
+        "engine.dtype",
+        "engine.kind",
+        evaluation_method,
+    ),
     pool=GPU_POOL,
     kinds={"huggingface"},
 )
@@ -43,28 +51,27 @@ def evaluation(
     sampling = settings.responses.sampling
     policy_side, usage = language_model.answer(model_checkpoint, asked, sampling, context.log.info)
     initial_side, initial_usage = language_model.answer(initial_policy, asked, sampling, context.log.info)
-    texts = {"answer": held_out["answer"], "policy": policy_side["text"], "initial": initial_side["text"]}
-    rows = [(prompt, text) for side in texts.values() for prompt, text in zip(held_out["prompt"], side, strict=True)]
-    scores = scorer.score(reward_model, rows, context.log.info)
-    columns = {
-        f"{name}_score": scores.values[i * held_out.height : (i + 1) * held_out.height] for i, name in enumerate(texts)
-    }
-    frame = held_out.with_columns(
-        policy_response=texts["policy"],
-        initial_response=texts["initial"],
-        **{name: pl.Series(values, dtype=pl.Float64) for name, values in columns.items()},
+    texts = held_out.with_columns(policy_response=policy_side["text"], initial_response=initial_side["text"])
+    policy, gold = (
+        scorer.compare(reward_model, texts.select("prompt", side, "initial_response").rows(), context.log.info)
+        for side in ("policy_response", "answer")
+    )
+    frame = texts.with_columns(
+        # Numbers of different comparisons have no common zero: all three are stated beside M_0's in the first one.
+        answer_score=policy.second_scores + gold.margins,
+        policy_score=policy.first_scores,
+        initial_score=policy.second_scores,
         policy_checkpoint_sha=pl.lit(model_checkpoint.sha),
         initial_checkpoint_sha=pl.lit(initial_policy.sha),
         iteration=pl.lit(iteration_of(context), pl.Int64),
     )
-    rewards = {f"held_out_reward {name}": frame[f"{name}_score"].mean() for name in texts}
+    rewards = {f"held_out_reward {name}": frame[f"{name}_score"].mean() for name in ("answer", "policy", "initial")}
     win = win_rate(frame["policy_score"].to_list(), frame["initial_score"].to_list())
     figures = {
         "win_rate_over_initial": win,
         "judge": "the scorer that filtered the pairs",
         "held_out_prompts": frame.height,
+        "score_convention": policy.convention,
     }
-    usage_figures = (usage + initial_usage).metadata()
-    return table_output(
-        context, frame, **rewards, **figures, **usage_figures, **scores.metadata(), **made_by(model_checkpoint)
-    )
+    cost = (usage + initial_usage).metadata() | (policy.usage + gold.usage).metadata()
+    return table_output(context, frame, **rewards, **figures, **cost, **made_by(model_checkpoint))

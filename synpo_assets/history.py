@@ -25,11 +25,15 @@ def metadata_of(instance: DagsterInstance, asset: str, partition: str | None) ->
     return {name: entry.value for name, entry in made.metadata.items()} if made else {}
 
 
-def data_version_of(instance: DagsterInstance, asset: str, partition: str | None) -> str | None:
-    """The content version of the newest materialization; None if there is none."""
-    record = newest(instance, asset, partition)
+def data_version(record: dg.EventLogRecord | None) -> str | None:
+    """The content version of a materialization; None if there is none."""
     made = record and record.asset_materialization
     return (made.tags or {}).get("dagster/data_version") if made else None
+
+
+def data_version_of(instance: DagsterInstance, asset: str, partition: str | None) -> str | None:
+    """The content version of the newest materialization; None if there is none."""
+    return data_version(newest(instance, asset, partition))
 
 
 def unfinished_attempt(instance: DagsterInstance, asset: str, partition: str | None) -> str | None:

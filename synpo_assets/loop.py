@@ -8,7 +8,7 @@ it, and refuse if it is missing, failed or altered.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import dagster as dg
@@ -18,6 +18,7 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from resources.checkpoint_store import Checkpoint, CheckpointError, CheckpointStore
 from resources.settings import Settings
 from resources.tables import ParquetTables
+from resources.text import asset_label
 from synpo_assets.checks import failed_checks, unfinished_checks
 from synpo_assets.history import data_version_of, newest, unfinished_attempt
 from synpo_assets.partitions import ITERATIONS, checkpoint, iteration_of, partition_key, table
@@ -84,22 +85,22 @@ def wait_until_finished(context: dg.AssetExecutionContext, asset: str, partition
     Raises:
         CheckpointError: It was never made, or its newest attempt failed or was cancelled.
     """
-    label = f"{asset}[{partition}]"
-    reported = 0.0
-    while run_id := unfinished_attempt(context.instance, asset, partition) or unfinished_checks(
-        context.instance, asset, partition
-    ):
-        run = context.instance.get_run_by_id(run_id)
-        if run is None or run.is_finished:
+    label = asset_label(asset, partition)
+
+    def obstacle() -> str | None:
+        run_id = unfinished_attempt(context.instance, asset, partition) or unfinished_checks(
+            context.instance, asset, partition
+        )
+        run = context.instance.get_run_by_id(run_id) if run_id else None
+        if run_id and (run is None or run.is_finished):
             state = run.status.value if run else "deleted"
             raise CheckpointError(
                 f"The newest attempt to make {label} ended without it (run {run_id}: {state}): run that iteration again, "
                 "then this one."
             )
-        if time.monotonic() - reported > LOG_EVERY_SECONDS:
-            reported = time.monotonic()
-            context.log.info(f"Waiting for {label}, which run {run_id} is making.")
-        time.sleep(POLL_SECONDS)
+        return f"Waiting for {label}, which run {run_id} is making." if run_id else None
+
+    _wait_out(context, obstacle)
     if newest(context.instance, asset, partition) is None:
         raise CheckpointError(f"{label} was never materialized: run that iteration first.")
     if failed := failed_checks(context.instance, asset, partition):
@@ -161,19 +162,28 @@ def wait_for_other_runs(context: dg.AssetExecutionContext) -> None:
         statuses=[DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING],
         tags=dict(ITERATIONS.get_tags_for_partition_key(context.partition_key)),
     )
-    reported = 0.0
-    while True:
+
+    def obstacle() -> str | None:
         # Newest first: the runs behind this one are older.
         live = [run.run_id for run in context.instance.get_runs(same_iteration)]
         older = live[live.index(context.run.run_id) + 1 :] if context.run.run_id in live else []
         if not older:
-            return
+            return None
+        return (
+            f"Waiting for run {older[0]}, which works on iteration {context.partition_key} already. If its process is dead, "
+            "terminate it in the UI."
+        )
+
+    _wait_out(context, obstacle)
+
+
+def _wait_out(context: dg.AssetExecutionContext, obstacle: Callable[[], str | None]) -> None:
+    """Asks again and again for what stands in the way, as a sentence, until nothing does; logs it now and then."""
+    reported = 0.0
+    while (sentence := obstacle()) is not None:
         if time.monotonic() - reported > LOG_EVERY_SECONDS:
             reported = time.monotonic()
-            context.log.info(
-                f"Waiting for run {older[0]}, which works on iteration {context.partition_key} already. If its "
-                "process is dead, terminate it in the UI."
-            )
+            context.log.info(sentence)
         time.sleep(POLL_SECONDS)
 
 

@@ -4,6 +4,7 @@ import dagster as dg
 from dagster import DagsterInstance
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 
+from resources.text import asset_label
 from synpo_assets.checks import failed_checks, unfinished_checks
 from synpo_assets.history import newest, unfinished_attempt
 
@@ -52,5 +53,5 @@ def outdated_assets(instance: DagsterInstance, graph: AssetGraph) -> list[str]:
             made = record and record.asset_materialization
             version = (made.tags or {}).get(CODE_VERSION_TAG) if made else None
             if version and version != graph.get(dg.AssetKey(name)).code_version:
-                outdated.append(f"{name}[{partition}]" if partition else name)
+                outdated.append(asset_label(name, partition))
     return outdated

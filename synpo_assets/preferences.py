@@ -4,7 +4,8 @@ Paper (section 2.3, algorithm 1 line 4): chosen is the refined answer, rejected 
 (PairRM or ArmoRM) prefers chosen by a margin and chosen does not repeat itself by more than half; 10,000 survivors are
 drawn at random per iteration.
 Here: by default the scorer is a Bradley-Terry reward model trained on the seed (gold over M_0's own answer), which
-needs no download. The repetition measure and the convention of the margin are ours, since the paper leaves both open.
+needs no download; PairRM and ArmoRM are settings. The repetition measure is ours, and so is the convention that says
+what a margin of PairRM is, since the paper leaves both open.
 """
 
 import dagster as dg
@@ -32,8 +33,6 @@ from synpo_assets.presentation import (
 )
 from synpo_assets.schemas import PreferencePairs
 
-SCORE_CONVENTION = "reward_difference"
-
 
 @dg.asset(**checkpoint("scorer", "responses", "engine.dtype", "engine.kind"), pool=GPU_POOL, kinds={"huggingface"})
 def reward_model(
@@ -51,7 +50,7 @@ def reward_model(
     written, usage = language_model.answer(initial_policy, asked, settings.responses.sampling, context.log.info)
     compared = seed_pairs.with_columns(response=written["text"].str.strip_chars())
     training = settings.scorer.training
-    if settings.scorer.kind == "pretrained" or training is None:
+    if settings.scorer.kind != "trained" or training is None:
         made = checkpoints.adopt(context, *fetch_reward_model(settings.scorer, settings.engine.trust_remote_code))
         about = {}
     else:
@@ -65,14 +64,17 @@ def reward_model(
             random_seed=settings.random_seed,
         )
         about = training_metadata(summary)
-    accuracy, count = _held_out_accuracy(context, made, scorer, compared.filter(split="held_out"))
-    about |= {"held_out_accuracy": accuracy, "held_out_pairs": count, "generated_tokens": usage.generated_tokens}
-    return checkpoint_output(context, made, **about)
+    held_out = compared.filter(split="held_out").select("prompt", "answer", "response").rows()
+    judged = scorer.compare(made, held_out, context.log.info)
+    about |= {"held_out_accuracy": (judged.margins > 0).mean(), "held_out_pairs": len(held_out)} | judged.metadata()
+    # Not the whole of it: its seconds and rate would replace those of the training.
+    answered = {name: usage.metadata()[name] for name in ("input_tokens", "output_tokens", "generated_tokens")}
+    return checkpoint_output(context, made, **about, **answered)
 
 
 @dg.asset(
     partitions_def=ITERATIONS,
-    **table(PreferencePairs, "preferences", "scorer.max_length", "engine.dtype", pair_method),
+    **table(PreferencePairs, "preferences", "scorer.max_length", "scorer.pair_convention", "engine.dtype", pair_method),
     pool=GPU_POOL,
     kinds={"polars"},
 )
@@ -88,12 +90,9 @@ def preference_pairs(
     """This iteration's pairs: refined answer over M_0's answer, scored, filtered, sampled (algorithm 1, line 4)."""
     options = settings.preferences
     joined = join_sides(refined_responses, initial_responses)
-    rows = joined.select("prompt", "chosen_response").rows() + joined.select("prompt", "rejected_response").rows()
-    scores = scorer.score(reward_model, rows, context.log.info)
-    scored = joined.with_columns(
-        chosen_score=pl.Series(scores.values[: joined.height], dtype=pl.Float64),
-        rejected_score=pl.Series(scores.values[joined.height :], dtype=pl.Float64),
-    )
+    rows = joined.select("prompt", "chosen_response", "rejected_response").rows()
+    compared = scorer.compare(reward_model, rows, context.log.info)
+    scored = joined.with_columns(chosen_score=compared.first_scores, rejected_score=compared.second_scores)
     kept, dropped = select_pairs(
         scored,
         options.margin_threshold,
@@ -109,7 +108,7 @@ def preference_pairs(
     frame = as_preferences(kept).with_columns(
         iteration=pl.lit(iteration_of(context), pl.Int64),
         scorer_sha=pl.lit(reward_model.sha),
-        score_convention=pl.lit(SCORE_CONVENTION),
+        score_convention=pl.lit(compared.convention),
     )
     frame = frame.select(*PreferencePairs.to_schema().columns)
     report_history(context, preference_history, frame)
@@ -121,7 +120,7 @@ def preference_pairs(
         dropped=dg.MetadataValue.json(dropped),
         checkpoints=_checkpoints(context, reward_model),
         scorer_sha=reward_model.sha,
-        **scores.metadata(),
+        **compared.metadata(),
         mean_margin=kept["margin"].mean(),
         chosen_cut_share=(kept["chosen_finish_reason"] == "length").mean(),
         rejected_cut_share=(kept["rejected_finish_reason"] == "length").mean(),
@@ -136,13 +135,3 @@ def _checkpoints(context: dg.AssetExecutionContext, scorer: Checkpoint) -> dg.Ma
         about = metadata_of(context.instance, asset, context.partition_key)
         rows.append((side, about["checkpoint"], about["checkpoint_sha"], about["checkpoint_run"]))
     return checkpoints_table(rows)
-
-
-def _held_out_accuracy(
-    context: dg.AssetExecutionContext, model: Checkpoint, scorer: RewardScorer, compared: pl.DataFrame
-) -> tuple[float, int]:
-    """The share of held-out prompts where the scorer prefers gold to M_0's answer, and how many there are."""
-    rows = compared.select("prompt", "answer").rows() + compared.select("prompt", "response").rows()
-    scores = scorer.score(model, rows, context.log.info).values
-    gold, own = scores[: compared.height], scores[compared.height :]
-    return sum(a > b for a, b in zip(gold, own, strict=True)) / compared.height, compared.height

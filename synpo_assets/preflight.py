@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import polars as pl
@@ -15,7 +16,8 @@ from resources.device import prepare_device
 from resources.model_source import cached_initial_policy, fetch_initial_policy, fetch_reward_model
 from resources.seed_source import read_rows
 from resources.settings import Settings, SettingsError, Storage
-from synpo_assets.estimate import expected_work, parameter_count, seconds
+from synpo_assets.calibration import Calibration, calibrate, known_calibration
+from synpo_assets.estimate import Kind, Rate, expected_work, parameter_count, rates_on_cpu, seconds
 from synpo_assets.method.seed import BadRow, seed_rows
 
 SHOWN_BAD_ROWS = 5
@@ -74,7 +76,7 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> Non
     check_storage(settings.storage)
     check_disk(settings, home)
     fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
-    if settings.scorer.kind == "pretrained":
+    if settings.scorer.kind != "trained":
         fetch_reward_model(settings.scorer, settings.engine.trust_remote_code)
     # Only now is the size of a model known that had to be downloaded.
     check_disk(settings, home)
@@ -145,14 +147,28 @@ def disk_needed(settings: Settings) -> int:
     return 2 * weights * (2 + 2 * settings.max_iterations)
 
 
-def print_check(settings: Settings, home: Path) -> None:
-    """Prints what was validated and what the run will cost; loads no model and writes nothing.
+def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
+    """Prints what was validated and what the run will cost; loads no model and writes nothing, unless asked to measure.
+
+    Args:
+        settings: The experiment.
+        home: Its home; it need not exist.
+        measure: Whether to measure first how fast this machine is, which takes a minute or two.
 
     Raises:
         SettingsError: A setting, a data file or the disk does not allow the run.
+        resources.model_source.ModelSourceError: M_0 is needed to measure and cannot be had.
+        FinalError: The settings do not fit this machine.
     """
+    console = Console()
     seed, dropped = seed_table(settings)
     next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
+    check_disk(settings, home)
+    if measure:
+        calibration: Calibration | None = calibrate(settings, seed, lambda line: console.print(line, markup=False))
+    else:
+        calibration = known_calibration(settings)
+    # After the measurement, which downloads M_0: only then is its size known.
     disk = check_disk(settings, home)
     cached = cached_initial_policy(settings.initial_policy)
     device = prepare_device(settings.engine)
@@ -165,32 +181,51 @@ def print_check(settings: Settings, home: Path) -> None:
     facts.add_row("device", f"{device}, {os.cpu_count()} cores")
     room = f"about {disk / 1e9:.1f} GB for all iterations" if cached else "unknown until M_0 is downloaded"
     facts.add_row("disk", room)
-    console = Console()
     console.print(facts, soft_wrap=True)
-    console.print(_cost(settings, seed, cached, device), soft_wrap=True)
+    console.print(_cost(settings, seed, *known_rates(calibration, cached, device)), soft_wrap=True)
 
 
-def _cost(settings: Settings, seed: pl.DataFrame, cached: Path | None, device: str) -> Table:
+def known_rates(
+    calibration: Calibration | None, cached: Path | None, device: str
+) -> tuple[Mapping[Kind, Rate] | None, str]:
+    """How fast this machine is, and how that is known.
+
+    Args:
+        calibration: What was measured here, if anything was.
+        cached: The directory of M_0, if it is on this machine.
+        device: `cuda` or `cpu`.
+
+    Returns:
+        The rates, or None if they are unknown; and the end of a sentence that says where they come from.
+    """
+    if calibration is not None:
+        rates = ", ".join(f"{kind} {rate.tokens_per_second:,.0f}" for kind, rate in calibration.rates.items())
+        made_for = calibration.made_for
+        return calibration.rates, (
+            f"measured on this machine ({made_for['device']}) on {calibration.measured} with {made_for['model']['name']}, "
+            f"in tokens/s: {rates}."
+        )
+    measuring = "`synpo check --calibrate` measures this machine."
+    if device == "cpu" and cached is not None and cached.exists():
+        return rates_on_cpu(parameter_count(cached)), (
+            f"scaled by parameters from rates of SmolLM2-135M on two CPU cores. {measuring}"
+        )
+    return None, f"unknown. {measuring}"
+
+
+def _cost(settings: Settings, seed: pl.DataFrame, rates: Mapping[Kind, Rate] | None, basis: str) -> Table:
     work = expected_work(settings, seed)
     phases = {
         "made once": [item for item in work if item.once],
         "iteration 1": [item for item in work if not item.once and not item.later_only],
         "each later iteration": [item for item in work if not item.once],
     }
-    known = cached is not None and cached.exists() and device == "cpu"
-    basis = (
-        "Tokens are upper bounds (every completion as long as allowed). Minutes: rates measured with SmolLM2-135M on two "
-        "CPU cores, scaled by parameters."
-        if known
-        else "Tokens are upper bounds. Minutes are unknown: "
-        + ("no rate was measured for a GPU yet." if device != "cpu" else "the size of M_0 is known after its download.")
-    )
-    table = Table(title="Expected work", title_justify="left", caption=basis, caption_justify="left")
+    caption = f"Tokens are upper bounds (every completion as long as allowed). Minutes: {basis}"
+    table = Table(title="Expected work", title_justify="left", caption=caption, caption_justify="left")
     for column in ("", "tokens written", "tokens trained on", "tokens scored", "minutes"):
         table.add_column(column, justify="right")
     for phase, items in phases.items():
         tokens = [sum(item.tokens for item in items if item.kind == kind) for kind in ("generate", "train", "score")]
-        parameters = parameter_count(cached) if known and cached is not None else 0
-        minutes = f"{sum(seconds(item, parameters) for item in items) / 60:.0f}" if known else "?"
+        minutes = "?" if rates is None else f"{sum(seconds(item, rates) for item in items) / 60:.0f}"
         table.add_row(phase, *(f"{count:,.0f}" for count in tokens), minutes)
     return table

@@ -9,8 +9,10 @@ import polars as pl
 from dagster import DagsterInstance
 
 from resources.checkpoint_store import Checkpoint
+from resources.device import peak_memory
+from resources.text import asset_label
 from resources.trainer import TrainingSummary
-from synpo_assets.history import data_version_of, newest
+from synpo_assets.history import data_version, newest
 
 
 def table_version(frame: pl.DataFrame) -> str:
@@ -19,20 +21,20 @@ def table_version(frame: pl.DataFrame) -> str:
 
 
 def table_output(context: dg.AssetExecutionContext, value: pl.DataFrame, **metadata: Any) -> dg.Output[pl.DataFrame]:
-    """A table with its content version and metadata; sample rows and counts are added where it is stored."""
-    about = {**metadata, "made_from": made_from(context)}
+    """A table with its content version, metadata and memory used; sample rows and counts are added where it is stored."""
+    about = {**peak_memory(), **metadata, "made_from": made_from(context)}
     return dg.Output(value, data_version=dg.DataVersion(table_version(value)), metadata=about)
 
 
 def checkpoint_output(context: dg.AssetExecutionContext, value: Checkpoint, **metadata: Any) -> dg.Output[Checkpoint]:
-    """A checkpoint with its sha as content version, where it lies, and the checkpoints that it was made from."""
+    """A checkpoint with its sha as content version, where it lies, its memory, and the checkpoints that it was made from."""
     about: dict[str, Any] = {"sha": value.sha, "path": dg.MetadataValue.path(value.weights)}
     parents = value.manifest["parents"]
     if parents:
         about["parents"] = checkpoints_table(
             (role, parent["asset"], parent["sha"], parent["run_id"]) for role, parent in parents.items()
         )
-    about |= {**metadata, "made_from": made_from(context)}
+    about |= {**peak_memory(), **metadata, "made_from": made_from(context)}
     return dg.Output(value, data_version=dg.DataVersion(value.sha[:16]), metadata=about)
 
 
@@ -84,10 +86,9 @@ def versions_table(
     lines = [["asset", *columns, "content version", "run"]]
     for (asset, partition), *values in zip(inputs, *columns.values(), strict=True):
         record = newest(instance, asset, partition)
-        label = f"{asset}[{partition}]" if partition else asset
-        version = f"`{data_version_of(instance, asset, partition)}`"
+        version = f"`{data_version(record)}`"
         run = _run(record.run_id) if record else "none"
-        lines.append([f"[{label}]({_page(asset, partition)})", *map(str, values), version, run])
+        lines.append([f"[{asset_label(asset, partition)}]({_page(asset, partition)})", *map(str, values), version, run])
     lines.insert(1, ["---"] * len(lines[0]))
     return _markdown(lines)
 

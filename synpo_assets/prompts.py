@@ -16,7 +16,7 @@ import polars as pl
 from resources.checkpoint_store import Checkpoint, CheckpointStore
 from resources.errors import FinalError
 from resources.language_model import LanguageModel, Usage
-from resources.settings import Settings
+from resources.settings import Sampling, Settings
 from resources.tables import table_metadata
 from resources.trainer import Trainer
 from synpo_assets.method import keywords as keyword_method
@@ -114,9 +114,7 @@ def synthetic_prompts(
             (f"{row['keyword_set_id']} {context.partition_key}", templates.generator_instruction(row["keywords"]))
             for row in drawn
         ]
-        # Only the question is used, so writing stops where it ends.
-        sampling = options.sampling.model_copy(update={"stop": [templates.QUESTION_END]})
-        written, usage = language_model.answer(prompt_generator, asked, sampling, context.log.info)
+        written, usage = language_model.answer(prompt_generator, asked, prompt_sampling(settings), context.log.info)
         usages.append(usage)
         return written.to_dicts()
 
@@ -140,6 +138,11 @@ def synthetic_prompts(
         **sum(usages[1:], usages[0]).metadata(),
         **made_by(prompt_generator),
     )
+
+
+def prompt_sampling(settings: Settings) -> Sampling:
+    """How G samples: only the question is used, so writing stops where it ends."""
+    return settings.prompt_generator.sampling.model_copy(update={"stop": [templates.QUESTION_END]})
 
 
 def _prompt_filter(settings: Settings, seed_pairs: pl.DataFrame, history: pl.DataFrame) -> PromptFilter:

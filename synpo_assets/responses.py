@@ -66,7 +66,15 @@ def initial_responses(
 
 @dg.asset(
     partitions_def=ITERATIONS,
-    **table(SeedResponses, "responses", "scorer.max_length", "engine.dtype", "engine.kind", response_method),
+    **table(
+        SeedResponses,
+        "responses",
+        "scorer.max_length",
+        "scorer.pair_convention",
+        "engine.dtype",
+        "engine.kind",
+        response_method,
+    ),
     pool=GPU_POOL,
     kinds={"huggingface"},
 )
@@ -82,18 +90,17 @@ def seed_responses(
     """M_{t-1}'s answers to the seed prompts, scored beside the gold answers (algorithm 1, line 2)."""
     seed = seed_pairs.filter(split="train").select("prompt_id", "prompt", "answer")
     frame, usage = _answer(context, seed, policy, language_model, settings.responses.sampling)
-    rows = frame.select("prompt", "answer").rows() + frame.select("prompt", "response").rows()
-    scores = scorer.score(reward_model, rows, context.log.info)
-    gold, own = scores.values[: frame.height], scores.values[frame.height :]
+    rows = frame.select("prompt", "answer", "response").rows()
+    compared = scorer.compare(reward_model, rows, context.log.info)
     scored = frame.with_columns(
-        answer_score=pl.Series(gold, dtype=pl.Float64),
-        response_score=pl.Series(own, dtype=pl.Float64),
-        margin=pl.Series(gold, dtype=pl.Float64) - pl.Series(own, dtype=pl.Float64),
+        answer_score=compared.first_scores,
+        response_score=compared.second_scores,
+        margin=compared.margins,
         scorer_sha=pl.lit(reward_model.sha),
     )
     better = (scored["margin"] > 0).mean()
     return table_output(
-        context, scored, gold_better_share=better, **usage.metadata(), **scores.metadata(), **made_by(policy)
+        context, scored, gold_better_share=better, **usage.metadata(), **compared.metadata(), **made_by(policy)
     )
 
 

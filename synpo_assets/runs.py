@@ -14,6 +14,7 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from resources.files import remove_abandoned
 from resources.settings import SettingsError, home_directory
+from resources.text import asset_label
 from synpo_assets.missing import AssetGraph, missing_assets, outdated_assets
 from synpo_assets.partitions import ALL_ASSETS_JOB, ITERATIONS, partition_key
 
@@ -153,7 +154,7 @@ def failure_sentence(event: dg.DagsterEvent) -> str:
 
 def check_sentence(evaluation: dg.AssetCheckEvaluation) -> str:
     """Which check of which asset and iteration did not pass, and its figures."""
-    where = evaluation.asset_key.to_user_string() + (f"[{evaluation.partition}]" if evaluation.partition else "")
+    where = asset_label(evaluation.asset_key.to_user_string(), evaluation.partition)
     figures = ", ".join(f"{name} {_rounded(entry.value)}" for name, entry in evaluation.metadata.items())
     outcome = "failed, and what follows it is not made" if evaluation.blocking else "did not pass"
     return f"The check {evaluation.check_name} of {where} {outcome}: {figures}."

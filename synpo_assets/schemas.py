@@ -110,7 +110,9 @@ class PreferencePairs(Table):
     chosen_score: float = pa.Field(description="The scorer's value of the chosen answer.")
     rejected_score: float = pa.Field(description="The scorer's value of the rejected answer.")
     margin: float = pa.Field(description="chosen_score - rejected_score.")
-    score_convention: str = _text("How scores become a margin.")
+    score_convention: str = _text(
+        "What a margin is: `reward_difference` of a reward model, or the scorer.pair_convention of a pair ranker."
+    )
     scorer_sha: str = _id("sha of the scorer.")
     chosen_finish_reason: str = pa.Field(isin=["stop", "length"], description="`length`: the chosen answer was cut.")
     rejected_finish_reason: str = pa.Field(
@@ -137,9 +139,9 @@ class Evaluation(Table):
     answer: str = _text("The gold answer.")
     policy_response: str = pa.Field(description="M_t's answer.")
     initial_response: str = pa.Field(description="M_0's answer.")
-    answer_score: float = pa.Field(description="The scorer's value of the gold answer.")
-    policy_score: float = pa.Field(description="The scorer's value of M_t's answer.")
-    initial_score: float = pa.Field(description="The scorer's value of M_0's answer.")
+    answer_score: float = pa.Field(description="initial_score plus the margin of the gold answer over M_0's.")
+    policy_score: float = pa.Field(description="The scorer's value of M_t's answer, beside M_0's.")
+    initial_score: float = pa.Field(description="The scorer's value of M_0's answer, beside M_t's.")
     policy_checkpoint_sha: str = _id("sha of M_t.")
     initial_checkpoint_sha: str = _id("sha of M_0.")
     iteration: int = pa.Field(ge=1, description="The iteration t.")

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from resources.settings import active_settings
 from resources.tables import ParquetTables
-from resources.text import visible
+from resources.text import asset_label, visible
 from synpo_assets.history import metadata_of, seconds_of
 from synpo_assets.missing import asset_names
 from synpo_assets.partitions import partition_key
@@ -37,16 +37,17 @@ def print_summary(instance: DagsterInstance, home: Path, iterations: int) -> Non
 
 
 def _made(instance: DagsterInstance, iterations: int) -> Table:
-    table = Table(title="What was made", title_justify="left")
-    for column, justify in (("asset", "left"), ("rows", "right"), ("tokens", "right"), ("seconds", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table = Table("asset", title="What was made", title_justify="left")
+    for column in ("rows", "tokens", "seconds", "peak GB"):
+        table.add_column(column, justify="right")
     for partition in (None, *(partition_key(number) for number in range(1, iterations + 1))):
         for name in asset_names(asset_graph(), partitioned=partition is not None):
             about = metadata_of(instance, name, partition)
             rows = about.get("dagster/row_count", about.get("examples", ""))
             tokens = about.get("generated_tokens", about.get("tokens", ""))
-            label = f"{name}[{partition}]" if partition else name
-            table.add_row(label, str(rows), str(tokens), f"{seconds_of(instance, name, partition):.0f}")
+            seconds = f"{seconds_of(instance, name, partition):.0f}"
+            memory = f"{about['peak_memory_gb']:.2f}" if "peak_memory_gb" in about else ""
+            table.add_row(asset_label(name, partition), str(rows), str(tokens), seconds, memory)
         table.add_section()
     return table
 

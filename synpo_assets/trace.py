@@ -17,7 +17,7 @@ from rich.tree import Tree
 from resources.checkpoint_store import CheckpointStore
 from resources.settings import SettingsError
 from resources.tables import ParquetTables
-from resources.text import visible
+from resources.text import asset_label, visible
 from synpo_assets.history import metadata_of, newest
 from synpo_assets.partitions import partition_key
 from synpo_assets.presentation import table_version
@@ -232,7 +232,7 @@ class _Home:
             text = row[role][-1]["content"] if role in row else None
             made_from.append(self._follow(role, asset_below, row[name], key, text))
         record, facts = newest(self.instance, asset, key), {name: row[name] for name in told}
-        table, run_id = _label(asset, key), record and record.run_id
+        table, run_id = asset_label(asset, key), record and record.run_id
         trained = [] if row.get("split") == "held_out" else self._trained(asset, key)
         return Node(kind, row[column], facts, table, run_id, note, made_from, trained)
 
@@ -240,7 +240,7 @@ class _Home:
         """The row that an id leads to, or a node that says that it is gone."""
         if rows := self._rows(asset, key, **{TABLES[asset][0]: whole}):
             return self._node(kind, asset, rows[0])
-        note = f"no longer in {_label(asset, key)}, which was deleted or made again"
+        note = f"no longer in {asset_label(asset, key)}, which was deleted or made again"
         return Node(kind, whole, {"text": text} if text else {}, note=note)
 
     def _model(self, role: str, sha: str, asset: str, key: str | None) -> Node:
@@ -253,7 +253,7 @@ class _Home:
 
     def _trained(self, asset: str, key: str | None) -> list[Node]:
         """The checkpoints whose manifests name a table among what they were trained on."""
-        label = _label(asset, key)
+        label = asset_label(asset, key)
         named = [
             (made, version)
             for made in self.manifests
@@ -274,13 +274,9 @@ class _Home:
 
 
 def _checkpoint(role: str, manifest: dict[str, Any], note: str | None = None) -> Node:
-    label = _label(manifest["asset"], manifest["partition"])
+    label = asset_label(manifest["asset"], manifest["partition"])
     return Node(role, label, {"sha": manifest["sha"]}, run_id=manifest["run_id"], note=note)
 
 
 def _ids(node: Node) -> set[str | None]:
     return {node.id}.union(*map(_ids, node.made_from))
-
-
-def _label(asset: str, key: str | None) -> str:
-    return f"{asset}[{key}]" if key else asset

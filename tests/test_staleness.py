@@ -26,6 +26,9 @@ CASES = {
     ),
     "engine.dtype": ("bfloat16", GENERATED | TRAINED | {"preference_pairs", "evaluation"}),
     "engine.kind": ("transformers", GENERATED | {"reward_model", "evaluation"}),
+    "scorer.pair_convention": (
+        "one_order", {"reward_model", "seed_responses", "preference_pairs", "evaluation"}
+    ),
     "engine.threads": (2, set()),
     "engine.shard_rows": (5, set()),
     "checks.min_win_rate": (0.9, set()),

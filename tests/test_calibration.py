@@ -1,0 +1,79 @@
+"""Measuring how fast this machine is, on the nano model, and what `synpo check` makes of it."""
+
+import pytest
+
+from resources.settings import load_settings
+from synpo_assets.calibration import calibrate, known_calibration
+from synpo_assets.estimate import Rate, Work, seconds
+from synpo_assets.preflight import known_rates, print_check, seed_table
+from tests.nano import nano_settings, write_settings
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def load(nano_model, tmp_path_factory):
+    def load(**sections):
+        settings = nano_settings(nano_model)
+        for name, changed in sections.items():
+            settings[name] = settings[name] | changed
+        return load_settings(write_settings(tmp_path_factory.mktemp("settings") / "mine.yaml", settings))
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def measured(cache, load):
+    settings = load()
+    return calibrate(settings, seed_table(settings)[0], lambda line: None)
+
+
+def test_every_kind_of_work_is_measured_and_found_again(cache, load, measured):
+    assert measured.rates.keys() == {"generate", "train", "score"}
+    assert all(rate.tokens_per_second > 0 for rate in measured.rates.values())
+    assert measured.rates["train"].start_seconds > 0
+    assert known_calibration(load()) == measured
+
+
+def test_models_that_were_made_to_measure_are_removed(cache, measured):
+    assert [path.suffix for path in cache.rglob("*") if path.is_file()] == [".json"]
+
+
+@pytest.mark.parametrize(("section", "changed"), [
+    ("engine", {"batch_tokens": 64}), ("engine", {"dtype": "bfloat16"}), ("responses", {"sampling": {"max_new_tokens": 9}}),
+    ("policy", {"training": nano_settings("x")["policy"]["training"] | {"lora": None}}),
+    ("initial_policy", {"name": "/another/model"}),
+])  # fmt: skip
+def test_rates_are_not_taken_for_those_of_other_settings(load, measured, section, changed):
+    assert known_calibration(load(**{section: changed})) is None
+
+
+def test_rates_do_not_depend_on_what_does_not_change_the_speed(load, measured):
+    other = load(engine={"shard_rows": 7}, preferences={"margin_threshold": 0.5}, seed_data={"train_limit": 20})
+    assert known_calibration(other) == measured
+
+
+def test_the_check_says_what_its_estimate_is_based_on(load, measured, tmp_path, capsys):
+    print_check(load(), tmp_path / "home")
+    assert f"measured on this machine ({measured.made_for['device']}) on {measured.measured}" in capsys.readouterr().out
+    print_check(load(engine={"batch_tokens": 64}), tmp_path / "home")
+    printed = capsys.readouterr().out
+    assert "scaled by parameters from rates of SmolLM2-135M on two CPU cores" in printed
+    assert "synpo check --calibrate" in printed
+    assert not (tmp_path / "home").exists()
+
+
+def test_nothing_is_known_of_a_gpu_or_a_model_that_is_not_here_before_it_is_measured(nano_model, measured):
+    assert known_rates(None, nano_model, "cuda") == known_rates(None, None, "cpu")
+    assert known_rates(None, nano_model, "cuda")[0] is None
+    assert known_rates(measured, nano_model, "cuda")[0] == measured.rates
+
+
+def test_time_is_that_of_the_start_and_of_the_tokens():
+    assert seconds(Work("base_responses", "generate", 100), {"generate": Rate(20.0, start_seconds=3)}) == 8

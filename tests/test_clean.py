@@ -1,0 +1,250 @@
+"""What `synpo clean` lists and removes, on a copy of a home in which two iterations ran, and on an object store."""
+
+import json
+import os
+import shutil
+import subprocess
+import uuid
+from datetime import UTC, datetime, timedelta
+
+import dagster as dg
+import pytest
+import yaml
+from dagster._core.storage.dagster_run import DagsterRun
+from upath import UPath
+
+from resources.checkpoint_store import Checkpoint, CheckpointStore
+from resources.language_model import LanguageModel
+from resources.scorer import RewardScorer
+from resources.settings import Sampling, SettingsError, load_settings
+from resources.tables import ParquetTables
+from synpo_assets import clean
+from synpo_assets.clean import leftovers, refuse_while_at_work, remove
+from synpo_assets.method.templates import user_message
+from synpo_assets.runs import FOREGROUND_TAG, locked
+from tests.conftest import synpo
+from tests.nano import write_settings
+
+
+@pytest.fixture
+def home(nano_run, tmp_path):
+    assert nano_run.result.returncode == 0, nano_run.result.stderr[-3000:]
+    return shutil.copytree(nano_run.home, tmp_path / "home", symlinks=True)
+
+
+def change(home, section, name, value):
+    stored = yaml.safe_load((home / "settings.yaml").read_text())
+    stored[section][name] = value
+    write_settings(home / "settings.yaml", stored)
+
+
+def resources(settings, root):
+    scoring = settings.scorer.model_dump(include={"kind", "pair_convention", "max_length"})
+    return (
+        LanguageModel(shards=f"{root}/shards", engine=settings.engine, random_seed=settings.random_seed),
+        RewardScorer(shards=f"{root}/shards", engine=settings.engine, **scoring),
+    )
+
+
+def found_in(home):
+    settings = load_settings(home / "settings.yaml")
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        return leftovers(instance, settings, home, *resources(settings, home))
+
+
+def places(home, group):
+    return {leftover.place.relative_to(home).as_posix() for leftover in found_in(home) if leftover.group == group}
+
+
+def files_of(home):
+    return {path for folder in ("shards", "tables", "checkpoints") for path in (home / folder).rglob("*")}
+
+
+def shards_that(home, holds):
+    descriptions = {file.parent: json.loads(file.read_text()) for file in (home / "shards").glob("*/fingerprint.json")}
+    return {folder.relative_to(home).as_posix() for folder, told in descriptions.items() if holds(told)}
+
+
+def test_right_after_a_run_everything_is_in_use(home):
+    before = files_of(home)
+    result = synpo("clean", "--home", home, "--delete", "--checkpoints")
+    assert result.returncode == 0, result.stderr
+    assert "nothing to clean" in result.stdout
+    assert files_of(home) == before
+
+
+def test_another_sampling_leaves_exactly_its_shards_behind(home):
+    old = load_settings(home / "settings.yaml").responses.sampling.model_dump()
+    change(home, "responses", "sampling", old | {"temperature": 0.9})
+    expected = shards_that(home, lambda told: told.get("sampling") == old)
+    assert expected
+    assert places(home, clean.SHARDS) == expected
+    before = files_of(home)
+    listed = synpo("clean", "--home", home)
+    assert all(place in listed.stdout for place in expected)
+    assert "initial_policy" in listed.stdout
+    assert "temperature 0.7" in listed.stdout
+    assert "nothing was removed" in listed.stdout
+    assert files_of(home) == before
+    removed = synpo("clean", "--home", home, "--delete")
+    assert "Removed" in removed.stdout, removed.stderr
+    gone = {path.relative_to(home).as_posix() for path in before - files_of(home)}
+    assert {place for place in gone if place.count("/") == 1} == expected
+    assert all(place.rsplit("/", 1)[0] in expected for place in gone if place.count("/") > 1)
+
+
+@pytest.mark.parametrize(("section", "name", "value", "left"), [
+    ("engine", "dtype", "bfloat16", lambda told: True),
+    ("scorer", "max_length", 64, lambda told: "sampling" not in told),
+])  # fmt: skip
+def test_engine_and_scorer_settings_count(home, section, name, value, left):
+    change(home, section, name, value)
+    assert places(home, clean.SHARDS) == shards_that(home, left) != set()
+
+
+def test_sizes_rows_and_age_are_those_of_the_files(home):
+    change(home, "engine", "dtype", "bfloat16")
+    for leftover in found_in(home):
+        files = [file for file in leftover.place.rglob("*") if file.is_file()]
+        assert leftover.size == sum(file.stat().st_size for file in files)
+        assert leftover.rows > 0
+        assert datetime.now(UTC) - leftover.changed < timedelta(hours=2)
+
+
+def test_what_is_in_use_is_found_again_after_a_removal(home):
+    (home / "shards" / "0123456789abcdef").mkdir()
+    remove(found_in(home))
+    settings = load_settings(home / "settings.yaml")
+    prompts = ParquetTables(f"{home}/tables").read("synthetic_prompts", "0002")
+    asked = [(row_id, user_message(text)) for row_id, text in prompts.select("prompt_id", "prompt").rows()]
+    policy = CheckpointStore(f"{home}/checkpoints").current("policy", "0002")
+    model, _ = resources(settings, home)
+    _, usage = model.answer(policy, asked, settings.responses.sampling, lambda message: None)
+    assert usage.reused == usage.rows == prompts.height
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_over_after_a_removal_generates_nothing_anew(home):
+    (home / "shards" / "0123456789abcdef").mkdir()
+    assert "Removed" in synpo("clean", "--home", home, "--delete").stdout
+    for folder in ("history", "schedules", "storage"):
+        shutil.rmtree(home / folder)
+    result = synpo("run", "--home", home)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "were finished earlier and are reused" in result.stderr
+    assert " completions, " not in result.stderr
+
+
+def test_superseded_checkpoints_go_only_when_asked_for_in_addition(home):
+    (current,) = (home / "checkpoints/model_checkpoint/0001").iterdir()
+    old = current.with_name("0123456789abcdef")
+    shutil.copytree(current, old)
+    assert places(home, clean.CHECKPOINTS) == {old.relative_to(home).as_posix()}
+    kept = synpo("clean", "--home", home, "--delete")
+    assert "go with --checkpoints in addition" in kept.stdout, kept.stderr
+    assert old.exists()
+    synpo("clean", "--home", home, "--delete", "--checkpoints")
+    assert not old.exists()
+    assert (current / "manifest.json").exists()
+
+
+def test_a_checkpoint_that_an_adapter_in_use_was_trained_from_is_in_use(home):
+    """M_1 may have been made again since M_2 was trained from it; vLLM may need the old one to apply M_2's adapter."""
+    (base,) = (home / "checkpoints/model_checkpoint/0001").iterdir()
+    (trained,) = (home / "checkpoints/model_checkpoint/0002").iterdir()
+    for other in ("other", "start"):
+        shutil.copytree(base, base.with_name(other))
+    manifest = json.loads((trained / "manifest.json").read_text())
+    manifest["parents"]["start"]["directory"] = "model_checkpoint/0001/start"
+    (trained / "manifest.json").write_text(json.dumps(manifest))
+    assert places(home, clean.CHECKPOINTS) == {"checkpoints/model_checkpoint/0001/other"}
+
+
+def test_halves_of_dead_processes_are_left_over_and_those_of_live_ones_are_not(home):
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    half = f"tables/preference_pairs/.0001.parquet.{uuid.uuid4().hex}.tmp"
+    dead = f"checkpoints/model_checkpoint/.0001.{ended.pid}.tmp"
+    alive = f"checkpoints/model_checkpoint/.0002.{os.getpid()}.tmp"
+    for directory in (dead, alive):
+        (home / directory / "merged").mkdir(parents=True)
+        (home / directory / "merged" / ".model.tmp").write_text("half")
+    (home / half).write_text("half")
+    assert places(home, clean.HALVES) == {half, dead}
+    assert places(home, clean.CHECKPOINTS) == set()
+
+
+def test_an_unfinished_training_is_kept_while_a_run_may_go_on_from_it(home):
+    now = datetime.now(UTC)
+    begun = {
+        "goes_on": ("model_checkpoint[0003]", now),
+        "made_since": ("model_checkpoint[0002]", now - timedelta(hours=12)),
+        "begun_again": ("model_checkpoint[0002]", now),
+        "given_up": ("model_checkpoint[0003]", now - timedelta(days=2)),
+        "of_no_asset": (None, now),
+    }
+    for name, (asset, created) in begun.items():
+        (home / "training" / name).mkdir(parents=True)
+        told = {"asset": asset, "kind": "preference", "start": "initial_policy", "created": created.isoformat()}
+        (home / "training" / name / "description.json").write_text(json.dumps(told))
+    assert places(home, clean.TRAININGS) == {"training/made_since", "training/given_up"}
+
+
+def test_it_is_refused_while_a_run_is_at_work(tmp_path):
+    settings = load_settings(write_settings(tmp_path / "settings.yaml", {"preset": "laptop"}))
+    with locked(tmp_path), pytest.raises(SettingsError, match="Another `synpo run` is at work"):
+        clean.print_clean(settings, tmp_path, delete=True, with_checkpoints=True)
+    with dg.DagsterInstance.ephemeral() as instance:
+        killed = DagsterRun(job_name="synpo", status=dg.DagsterRunStatus.STARTED, tags={FOREGROUND_TAG: "true"})
+        instance.add_run(killed)
+        refuse_while_at_work(instance, tmp_path)
+        launched = instance.add_run(DagsterRun(job_name="synpo", status=dg.DagsterRunStatus.STARTING))
+        with pytest.raises(SettingsError, match=f"Run {launched.run_id} is at work"):
+            refuse_while_at_work(instance, tmp_path)
+
+
+def test_a_home_that_was_never_made_is_refused(tmp_path):
+    result = synpo("clean", "--home", tmp_path / "nowhere")
+    assert result.returncode == 2
+    assert "is no home of an experiment" in result.stderr
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_in_an_object_store(tmp_path):
+    place = f"memory://{uuid.uuid4().hex}"
+    changed = {"preset": "laptop", "engine": {"threads": 1}, "storage": {"artifacts": place}}
+    settings, root = load_settings(write_settings(tmp_path / "settings.yaml", changed)), UPath(place)
+    model, scorer = resources(settings, place)
+    name = "initial_policy/once/0123456789abcdef"
+    for directory in (name, "initial_policy/once/fedcba9876543210"):
+        manifest = {
+            "asset": "initial_policy", "partition": None, "sha": "in use", "run_id": "run", "weights": "merged", "parents": {},
+        }  # fmt: skip
+        (root / "checkpoints" / directory / "manifest.json").write_text(json.dumps(manifest))
+    (root / "checkpoints/initial_policy/once.json").write_text(json.dumps({"directory": name}))
+    row = {"key": "k", "text": "t", "input_tokens": 1, "output_tokens": 1, "finish_reason": "stop"}
+    shards = {}
+    for sha, sampling in (
+        ("in use", settings.responses.sampling),
+        ("superseded", settings.responses.sampling),
+        ("in use", Sampling(max_new_tokens=1)),
+    ):
+        shards[sha, sampling.max_new_tokens] = model.shards_of(
+            Checkpoint("initial_policy", None, sha, "", ""), sampling
+        )
+        shards[sha, sampling.max_new_tokens].write([row, row | {"key": "l"}])
+    half = root / "tables" / "seed_pairs" / f".x.parquet.{uuid.uuid4().hex}.tmp"
+    half.write_bytes(b"half")
+    with dg.DagsterInstance.ephemeral() as instance:
+        found = leftovers(instance, settings, tmp_path, model, scorer)
+    kept = shards["in use", settings.responses.sampling.max_new_tokens].folder
+    assert {leftover.place.path for leftover in found} == {
+        half.path,
+        (root / "checkpoints/initial_policy/once/fedcba9876543210").path,
+        *(made.folder.path for made in shards.values() if made.folder != kept),
+    }
+    assert {leftover.rows for leftover in found if leftover.group == clean.SHARDS} == {2}
+    remove(found)
+    assert [folder.name for folder in (root / "shards").iterdir()] == [kept.name]
+    assert (root / "checkpoints" / name / "manifest.json").exists()
+    assert not half.exists()
