@@ -27,6 +27,9 @@ end_with_parent()
 settings = active_settings()
 home = home_directory()
 root = settings.storage.root(home)
+shards = f"{root}/shards"
+cache = str(home / "cache" / "checkpoints") if settings.storage.artifacts else None
+compared = settings.scorer.model_dump(include={"kind", "max_length", "pair_convention"})
 
 # The forkserver imports the heavy libraries once; each step is then forked from it in an instant, in a process of its
 # own, so that the memory of one phase is free again before the next one starts.
@@ -39,15 +42,16 @@ defs = dg.Definitions(
     asset_checks=dg.load_asset_checks_from_modules([checks]),
     resources={
         "settings": dg.ResourceDefinition.hardcoded_resource(settings),
-        "language_model": LanguageModel(
-            shards=f"{root}/shards", engine=settings.engine, random_seed=settings.random_seed
+        "language_model": LanguageModel(shards=shards, engine=settings.engine, random_seed=settings.random_seed),
+        "trainer": Trainer(
+            states=f"{home}/training",
+            engine=settings.engine,
+            processes=settings.training_processes,
+            random_seed=settings.random_seed,
         ),
-        "trainer": Trainer(engine=settings.engine, random_seed=settings.random_seed),
-        "scorer": RewardScorer(engine=settings.engine, max_length=settings.scorer.max_length),
+        "scorer": RewardScorer(shards=shards, engine=settings.engine, **compared),
         "tables": ParquetTables(f"{root}/tables"),
-        "checkpoints": CheckpointStore(
-            f"{root}/checkpoints", cache=str(home / "cache" / "checkpoints") if settings.storage.artifacts else None
-        ),
+        "checkpoints": CheckpointStore(f"{root}/checkpoints", cache),
     },
     jobs=automation.JOBS,
     sensors=[automation.next_iteration],

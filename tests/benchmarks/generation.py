@@ -2,6 +2,9 @@
 
     python -m tests.benchmarks.generation transformers
     python -m tests.benchmarks.generation vllm
+    python -m tests.benchmarks.generation transformers --peer PYTHON
+
+The last also times distilabel (see distilabel_peer.py), whose environment has the given Python.
 
 Each way of generating is timed in fresh processes, from the chat messages to the last completion, without the loading of
 the model. The ways take turns, so that a busy machine disturbs all alike; ratios are of medians over the rounds.
@@ -15,23 +18,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import polars as pl
+
 import resources.language_model
 from resources.chat import load_tokenizer, prompt_ids
 from resources.checkpoint_store import Checkpoint
 from resources.engines.choice import engine_fingerprint, open_engine
-from resources.engines.interface import Completion, Request
+from resources.engines.interface import Completion, Requests
 from resources.engines.vllm_engine import CPU_ARGUMENTS, CPU_ENVIRONMENT, ENVIRONMENT
 from resources.settings import Engine, Sampling
 from tests.nano import make_nano_model, seed_rows
 
 BATCH_TOKENS = 16384
 WAYS = ("raw", "engine", "stage")
+PEER = "distilabel"
+TEMPERATURE, TOP_K = 0.7, 50
 
 
 def prompts(count: int) -> list[tuple[str, list[dict[str, str]]]]:
@@ -43,12 +50,12 @@ def prompts(count: int) -> list[tuple[str, list[dict[str, str]]]]:
 class Stopwatch:
     """An engine that notes how long it took to load."""
 
-    def __init__(self, weights: str, engine: Engine, log: Callable[[str], None]) -> None:
+    def __init__(self, checkpoint: Checkpoint, engine: Engine, log: Callable[[str], None]) -> None:
         self.started = time.monotonic()
-        self.engine = open_engine(weights, engine, log)
+        self.engine = open_engine(checkpoint, engine, log)
         self.loaded = time.monotonic()
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Completion]]:
+    def generate(self, requests: Requests, sampling: Sampling) -> Iterator[list[Completion]]:
         with contextlib.closing(self.engine.generate(requests, sampling)) as batches:
             for batch in batches:
                 self.loaded = self.loaded if batch else time.monotonic()
@@ -57,10 +64,13 @@ class Stopwatch:
 
 def engine_alone(library: str, model: str, count: int, sampling: Sampling, threads: int) -> tuple[int, float]:
     """The engine without shards, rows and usage."""
-    engine = Stopwatch(model, Engine(kind=library, threads=threads, batch_tokens=BATCH_TOKENS), lambda message: None)
+    checkpoint = Checkpoint("initial_policy", None, "nano", model, model)
+    settings = Engine(kind=library, threads=threads, batch_tokens=BATCH_TOKENS)
+    engine = Stopwatch(checkpoint, settings, lambda message: None)
     tokenizer = load_tokenizer(model)
-    asked = [Request(row_id, prompt_ids(tokenizer, messages), int(row_id)) for row_id, messages in prompts(count)]
-    tokens = sum(done.output_tokens for batch in engine.generate(asked, sampling) for done in batch)
+    rows = [(f"{int(row_id):032x}", prompt_ids(tokenizer, messages)) for row_id, messages in prompts(count)]
+    asked = pl.DataFrame(rows, schema=["key", "token_ids"], orient="row")
+    tokens = sum(done.output_tokens for batch in engine.generate(Requests(asked), sampling) for done in batch)
     return tokens, time.monotonic() - engine.loaded
 
 
@@ -76,7 +86,7 @@ def stage(library: str, model: str, count: int, sampling: Sampling, threads: int
     engine = Engine(kind=library, threads=threads, batch_tokens=BATCH_TOKENS)
     # Imports torch and transformers, which is loading too.
     load_tokenizer(model)
-    engine_fingerprint(engine)
+    engine_fingerprint(engine, "initial_policy")
     checkpoint = Checkpoint("initial_policy", None, "nano", model, model)
     with tempfile.TemporaryDirectory() as shards:
         language_model = resources.language_model.LanguageModel(shards=shards, engine=engine, random_seed=1)
@@ -126,8 +136,22 @@ def raw_vllm(model: str, count: int, sampling: Sampling, threads: int) -> tuple[
     return sum(len(output.outputs[0].token_ids) for output in outputs), time.monotonic() - started
 
 
+def peer_rate(arguments: argparse.Namespace, model: Path) -> float:
+    """Tokens per second of distilabel, in its own environment."""
+    job = {
+        "model": str(model), "prompts": [messages for _, messages in prompts(arguments.prompts)], "tokens": arguments.tokens,
+        "threads": arguments.threads, "rows_at_a_time": 50, "temperature": TEMPERATURE, "top_k": TOP_K,
+    }  # fmt: skip
+    command = [arguments.peer, str(Path(__file__).with_name("distilabel_peer.py"))]
+    result = subprocess.run(command, check=True, input=json.dumps(job), stdout=subprocess.PIPE, text=True)
+    tokens, seconds = json.loads(result.stdout.splitlines()[-1])
+    return tokens / seconds
+
+
 def rate(arguments: argparse.Namespace, way: str, model: Path) -> float:
     """Tokens per second of a fresh process."""
+    if way == PEER:
+        return peer_rate(arguments, model)
     options = {"way": way, "model": model} | {
         name: getattr(arguments, name) for name in ("prompts", "tokens", "threads")
     }
@@ -139,17 +163,18 @@ def rate(arguments: argparse.Namespace, way: str, model: Path) -> float:
 
 
 def compare(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
-    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+    ways = (*WAYS, PEER) if arguments.peer else WAYS
+    rates: dict[str, list[float]] = {way: [] for way in ways}
     loads = []
     for _ in range(arguments.rounds):
-        for way in WAYS:
+        for way in ways:
             loads.append(round(os.getloadavg()[0], 1))
             rates[way].append(round(rate(arguments, way, model)))
     return {
         "library": arguments.library,
         "tokens per second": rates,
         "load of the machine before each": loads,
-        "ratio to raw": {way: round(median(rates[way]) / median(rates["raw"]), 3) for way in WAYS[1:]},
+        "ratio to raw": {way: round(median(rates[way]) / median(rates["raw"]), 3) for way in ways[1:]},
     }
 
 
@@ -161,10 +186,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", type=Path, help="A model directory; by default the nano model of the tests is made.")
+    parser.add_argument("--peer", help="The Python of an environment with distilabel 1.5.3.")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
-        sampling = Sampling(temperature=0.7, top_k=50, max_new_tokens=arguments.tokens)
+        sampling = Sampling(temperature=TEMPERATURE, top_k=TOP_K, max_new_tokens=arguments.tokens)
         work = (str(arguments.model), arguments.prompts, sampling, arguments.threads)
         raw = raw_vllm if arguments.library == "vllm" else raw_transformers
         ways = {
