@@ -1,5 +1,6 @@
 """Answers prompts with a checkpoint; every finished shard of completions survives a crash and is found again."""
 
+import array
 import contextlib
 import dataclasses
 import hashlib
@@ -102,20 +103,20 @@ class LanguageModel(DeviceResource):
         """
         started = time.monotonic()
         tokenizer = load_tokenizer(checkpoint.weights, self.engine.trust_remote_code)
-        asked = self._rendered(tokenizer, prompts)
+        asked, token_ids = self._rendered(tokenizer, prompts)
         shards = self.shards_of(checkpoint, sampling)
         finished = shards.finished(asked["key"])
         if len(finished):
             log(f"{len(finished)} of {asked.height} completions were finished earlier and are reused.")
         is_missing = pl.col("key").is_first_distinct() & ~pl.col("key").is_in(finished.implode())
-        requests = Requests(asked, asked.select(is_missing).to_series())
-        # Token ids are let go of as soon as possible: with many prompts they take much of the memory.
+        requests = Requests(asked.filter(is_missing), token_ids)
         asked = asked.select("id", "key")
         if len(requests):
             self._finish(checkpoint, requests, sampling, shards, log)
-        del requests
+        # The answers take their place: with many prompts, each of the two takes much of the memory.
+        del requests, token_ids
         rows = shards.rows(asked["key"])
-        generated = rows.filter(~pl.col("key").is_in(finished.implode()))["output_tokens"]
+        generated = rows["output_tokens"].filter(~rows["key"].is_in(finished.implode()))
         answered = asked.join(rows, on="key", how="inner", maintain_order="left").drop("key")
         if answered.height < asked.height:
             raise RuntimeError(f"The engine answered only {answered.height} of {asked.height} prompts: run it again.")
@@ -157,17 +158,19 @@ class LanguageModel(DeviceResource):
 
     def _rendered(
         self, tokenizer: "PreTrainedTokenizerBase", prompts: Iterable[tuple[str, Sequence[Message]]]
-    ) -> pl.DataFrame:
-        """The prompts as token ids, and the key that identifies the completion of each."""
-        schema: dict[str, Any] = {"id": pl.String, "key": pl.String, "token_ids": pl.List(pl.Int32)}
-        blocks = [pl.DataFrame(schema=schema)]
+    ) -> tuple[pl.DataFrame, "array.array[int]"]:
+        """The key that identifies the completion of each prompt, and where its tokens lie among those of all."""
+        schema: dict[str, Any] = {"id": pl.String, "key": pl.String, "start": pl.Int64, "length": pl.Int64}
+        blocks, token_ids = [pl.DataFrame(schema=schema)], array.array("i")
         waiting = iter(prompts)
         while block := list(itertools.islice(waiting, RENDERED_AT_A_TIME)):
-            token_ids = [prompt_ids(tokenizer, messages) for _, messages in block]
-            ids = [row_id for row_id, _ in block]
-            keys = [self._key(row_id, tokens) for row_id, tokens in zip(ids, token_ids, strict=True)]
-            blocks.append(pl.DataFrame({"id": ids, "key": keys, "token_ids": token_ids}, schema=schema))
-        return pl.concat(blocks)
+            rows = []
+            for row_id, messages in block:
+                tokens = prompt_ids(tokenizer, messages)
+                rows.append((row_id, self._key(row_id, tokens), len(token_ids), len(tokens)))
+                token_ids.extend(tokens)
+            blocks.append(pl.DataFrame(rows, schema=schema, orient="row"))
+        return pl.concat(blocks, rechunk=True), token_ids
 
     def _key(self, row_id: str, token_ids: list[int]) -> str:
         return hashlib.sha256(json.dumps([self.random_seed, row_id, token_ids]).encode()).hexdigest()[:32]

@@ -4,7 +4,7 @@ import errno
 import io
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import polars as pl
@@ -47,11 +47,13 @@ class Shards:
 
     def rows(self, keys: pl.Series) -> pl.DataFrame:
         """The finished rows with these keys, each once, in any order."""
-        wanted = keys.unique().to_frame("key")
-        shards = [shard.join(wanted, on="key", how="semi") for shard in self._shards(list(self._columns))]
-        found = pl.concat([pl.DataFrame(schema=self._columns), *shards], rechunk=True)
+        found = pl.DataFrame(schema=self._columns)
+        # Filtered only where need be, and appended in place: copies would take as much memory as the rows.
+        for shard in self._shards(list(self._columns)):
+            is_wanted = shard["key"].is_in(keys.implode())
+            found.extend(shard if is_wanted.all() else shard.filter(is_wanted))
         # Two runs that were at work side by side may both have finished a row.
-        return found.unique("key", keep="first", maintain_order=True) if found["key"].is_duplicated().any() else found
+        return found if found["key"].n_unique() == found.height else found.unique("key", keep="first")
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Writes one shard, as a whole or not at all.
@@ -73,9 +75,7 @@ class Shards:
                 "not needed any more) and run it again."
             ) from None
 
-    def _shards(self, columns: list[str]) -> list[pl.DataFrame]:
-        frames = []
+    def _shards(self, columns: list[str]) -> Iterator[pl.DataFrame]:
         for path in sorted(self.folder.glob("*.parquet")):
             with path.open("rb") as file:
-                frames.append(pl.read_parquet(file, columns=columns))
-        return frames
+                yield pl.read_parquet(file, columns=columns)

@@ -156,8 +156,8 @@ def refined_responses(
 ) -> dg.Output[pl.DataFrame]:
     """The policy's answers, rewritten by R_t: the chosen side (algorithm 1, line 3)."""
     base = base_responses.select("prompt_id", "prompt", pl.col("response_id").alias("base_response_id"), "response")
-    rows = base.select("base_response_id", "prompt", "response").rows()
-    asked = [(response_id, improver_instruction(prompt, response)) for response_id, prompt, response in rows]
+    rows = base.select("base_response_id", "prompt", "response").iter_rows()
+    asked = ((response_id, improver_instruction(prompt, response)) for response_id, prompt, response in rows)
     sampling = settings.response_improver.sampling
     written, usage = language_model.answer(response_improver, asked, sampling, context.log.info)
     prompts = base.drop("response")
@@ -174,6 +174,7 @@ def _answer(
     sampling: Sampling,
 ) -> tuple[pl.DataFrame, Usage]:
     """Answers prompts by themselves, each as one user turn."""
-    asked = [(prompt_id, user_message(prompt)) for prompt_id, prompt in prompts.select("prompt_id", "prompt").rows()]
+    rows = prompts.select("prompt_id", "prompt").iter_rows()
+    asked = ((prompt_id, user_message(prompt)) for prompt_id, prompt in rows)
     written, usage = language_model.answer(answerer, asked, sampling, context.log.info)
     return response_table(prompts, written, answerer.sha, iteration_of(context)), usage

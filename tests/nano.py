@@ -1,10 +1,13 @@
 """A real but tiny instruct model, made here in seconds, and settings that run the whole pipeline on it."""
 
+import array
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import yaml
 
 from resources.chat import answer_ids, load_tokenizer, prompt_ids
@@ -95,6 +98,15 @@ def copy_that_adds_bos(model: Path, directory: Path) -> Path:
     tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def prompt_table(prompts: Iterable[tuple[str, list[int]]]) -> "tuple[pl.DataFrame, array.array[int]]":
+    """What `Requests` takes, of pairs of key and token ids."""
+    pairs = list(prompts)
+    token_ids = array.array("i", (token for _, tokens in pairs for token in tokens))
+    lengths = pl.Series([len(tokens) for _, tokens in pairs], dtype=pl.Int64)
+    table = pl.DataFrame({"key": [key for key, _ in pairs], "start": lengths.cum_sum() - lengths, "length": lengths})
+    return table, token_ids
 
 
 def nano_settings(model: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import importlib.metadata
 import shutil
 from pathlib import Path
 
-import polars as pl
 import pytest
 
 from resources.checkpoint_store import open_checkpoint
@@ -17,7 +16,7 @@ from resources.engines.vllm_engine import VllmEngine, device_groups
 from resources.engines.vllm_process import refuse_arguments
 from resources.errors import FinalError
 from resources.settings import Engine, Sampling, SettingsError, load_settings
-from tests.nano import nano_settings, nano_tokenizer, write_settings
+from tests.nano import nano_settings, nano_tokenizer, prompt_table, write_settings
 from tests.test_generation import model
 
 GPUS = ["0", "1", "2", "3"]
@@ -91,16 +90,14 @@ def test_an_engine_that_is_not_installed_is_named_with_the_extra():
 
 
 def requests(lengths):
-    keys = [f"{place:032x}" for place in range(len(lengths))]
-    return Requests(pl.DataFrame({"key": keys, "token_ids": [[5] * length for length in lengths]}))
+    return Requests(*prompt_table((f"{place:032x}", [place] * length) for place, length in enumerate(lengths)))
 
 
 def test_requests_come_longest_first_with_a_seed_from_their_key():
     three = requests([2, 7, 4])
     assert (len(three), three.longest) == (3, 7)
-    assert [len(request.token_ids) for request in three] == [7, 4, 2]
-    keyed = Requests(pl.DataFrame({"key": ["f" * 32], "token_ids": [[1]]}))
-    assert next(iter(keyed)).seed == 2**63 - 1
+    assert [request.token_ids for request in three] == [[1] * 7, [2] * 4, [0] * 2]
+    assert next(iter(Requests(*prompt_table([("f" * 32, [1])])))).seed == 2**63 - 1
 
 
 def test_a_prompt_beyond_the_context_is_refused_alike_by_vllm(nano_checkpoint):

@@ -25,6 +25,7 @@ from resources.engines.ray_engine import RayEngine, _room, connected, worker_set
 from resources.engines.ray_worker import ArrivingRequests, Wants
 from resources.errors import FinalError
 from resources.settings import Engine, RayCluster
+from tests.nano import prompt_table
 from tests.test_generation import PROMPTS, SAMPLING, model, silent
 
 MANY = [(f"{row_id}-{n}", messages) for n in range(20) for row_id, messages in PROMPTS]
@@ -35,8 +36,7 @@ def request(key, length):
 
 
 def requests(number):
-    rows = [{"key": f"{n:032x}", "token_ids": [1] * (1 + n % 7)} for n in range(number)]
-    return Requests(pl.DataFrame(rows))
+    return Requests(*prompt_table((f"{n:032x}", [1] * (1 + n % 7)) for n in range(number)))
 
 
 def checkpoint(weights):

@@ -27,7 +27,7 @@ from resources.engines.interface import Requests
 from resources.errors import FinalError
 from resources.language_model import LanguageModel
 from resources.settings import Engine
-from tests.nano import copy_that_adds_bos
+from tests.nano import copy_that_adds_bos, prompt_table
 from tests.test_generation import PROMPTS, SAMPLING, model, silent
 
 PLAIN = SAMPLING.model_copy(update={"top_k": 0})
@@ -216,8 +216,7 @@ class CountedRequests(Requests):
 
 
 def test_requests_are_taken_as_they_are_needed_and_closing_ends_the_work(faulty, nano_checkpoint):
-    keys = [f"{number:032x}" for number in range(5000)]
-    requests = CountedRequests(pl.DataFrame({"key": keys, "token_ids": [[1, 2, 3]] * len(keys)}))
+    requests = CountedRequests(*prompt_table((f"{number:032x}", [1, 2, 3]) for number in range(5000)))
     engine = Engine(threads=1, kind="server", server={"url": faulty.url, "concurrency": 4})
     completing = open_engine(nano_checkpoint, engine, silent).generate(requests, PLAIN)
     answered = list(itertools.chain.from_iterable(itertools.islice(completing, 20)))
@@ -234,7 +233,7 @@ def test_requests_are_taken_as_they_are_needed_and_closing_ends_the_work(faulty,
 
 
 def test_closing_ends_pauses_too(faulty, nano_checkpoint):
-    requests = Requests(pl.DataFrame({"key": [f"{number:032x}" for number in range(3)], "token_ids": [[1]] * 3}))
+    requests = Requests(*prompt_table((f"{number:032x}", [1]) for number in range(3)))
     engine = Engine(threads=1, kind="server", server={"url": faulty.url, "concurrency": 2})
     completing = open_engine(nano_checkpoint, engine, silent).generate(requests, PLAIN)
     assert next(completing) == []

@@ -1,5 +1,6 @@
 """What every generation engine takes and gives."""
 
+import array
 import dataclasses
 from collections.abc import Generator, Iterator
 from typing import Literal, Protocol
@@ -7,8 +8,6 @@ from typing import Literal, Protocol
 import polars as pl
 
 from resources.settings import Sampling
-
-TURNED_AT_A_TIME = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,35 +28,31 @@ class Request:
 class Requests:
     """Prompts to complete, longest first, so that running out of memory shows at once and not after hours.
 
-    They are held as one table and become `Request` objects while they are iterated over: a hundred thousand prompts
-    take little memory.
+    Their token ids lie in one array and become `Request` objects while they are iterated over: a hundred thousand
+    prompts take little memory, and all of it is given back when they are done.
 
     Attributes:
         longest: Tokens of the longest prompt.
     """
 
-    def __init__(self, table: pl.DataFrame, wanted: pl.Series | None = None) -> None:
+    def __init__(self, table: pl.DataFrame, token_ids: "array.array[int]") -> None:
         """Takes prompts without copying them.
 
         Args:
-            table: Has the columns key (32 hex digits, which also give the seed) and token_ids.
-            wanted: Of each row, whether it is to be completed. None: all are.
+            table: Has the columns key (32 hex digits, which also give the seed), start and length: where the prompt
+                lies in the token ids.
+            token_ids: The tokens of all prompts, one after the other.
         """
-        lengths = table.select(length=pl.col("token_ids").list.len()).with_row_index("place")
-        ordered = lengths.filter(True if wanted is None else wanted).sort(
-            "length", descending=True, maintain_order=True
-        )
-        self._table, self._places = table, ordered["place"]
-        self.longest = int(ordered["length"][0]) if ordered.height else 0
+        self._table = table.select("key", "start", "length").sort("length", descending=True, maintain_order=True)
+        self._token_ids = token_ids
+        self.longest = int(self._table["length"][0]) if table.height else 0
 
     def __len__(self) -> int:
-        return len(self._places)
+        return self._table.height
 
     def __iter__(self) -> Iterator[Request]:
-        for start in range(0, len(self), TURNED_AT_A_TIME):
-            block = self._table[self._places[start : start + TURNED_AT_A_TIME]]
-            for key, token_ids in block.select("key", "token_ids").iter_rows():
-                yield Request(key, token_ids, seed=int(key[:16], 16) >> 1)
+        for key, start, length in self._table.iter_rows():
+            yield Request(key, self._token_ids[start : start + length].tolist(), seed=int(key[:16], 16) >> 1)
 
 
 @dataclasses.dataclass(frozen=True)

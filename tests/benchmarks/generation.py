@@ -24,8 +24,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import polars as pl
-
 import resources.language_model
 from resources.chat import load_tokenizer, prompt_ids
 from resources.checkpoint_store import Checkpoint
@@ -33,7 +31,7 @@ from resources.engines.choice import engine_fingerprint, open_engine
 from resources.engines.interface import Completion, Requests
 from resources.engines.vllm_engine import CPU_ARGUMENTS, CPU_ENVIRONMENT, ENVIRONMENT
 from resources.settings import Engine, Sampling
-from tests.nano import make_nano_model, seed_rows
+from tests.nano import make_nano_model, prompt_table, seed_rows
 
 BATCH_TOKENS = 16384
 WAYS = ("raw", "engine", "stage")
@@ -68,9 +66,10 @@ def engine_alone(library: str, model: str, count: int, sampling: Sampling, threa
     settings = Engine(kind=library, threads=threads, batch_tokens=BATCH_TOKENS)
     engine = Stopwatch(checkpoint, settings, lambda message: None)
     tokenizer = load_tokenizer(model)
-    rows = [(f"{int(row_id):032x}", prompt_ids(tokenizer, messages)) for row_id, messages in prompts(count)]
-    asked = pl.DataFrame(rows, schema=["key", "token_ids"], orient="row")
-    tokens = sum(done.output_tokens for batch in engine.generate(Requests(asked), sampling) for done in batch)
+    asked = Requests(
+        *prompt_table((f"{int(row_id):032x}", prompt_ids(tokenizer, messages)) for row_id, messages in prompts(count))
+    )
+    tokens = sum(done.output_tokens for batch in engine.generate(asked, sampling) for done in batch)
     return tokens, time.monotonic() - engine.loaded
 
 
