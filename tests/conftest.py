@@ -19,6 +19,8 @@ HOME.mkdir()
 write_settings(HOME / "settings.yaml", nano_settings(MODEL))
 os.environ |= {"SYNPO_HOME": str(HOME), "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+# It is read when trackio is imported, which any training may be the first to do.
+os.environ["TRACKIO_DIR"] = str(WORK / "trackio")
 os.environ.pop("DAGSTER_HOME", None)
 
 

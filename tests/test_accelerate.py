@@ -1,6 +1,5 @@
 """Training goes on after it was stopped, and is divided among processes; what cannot work is refused before it starts."""
 
-import importlib.util
 import json
 import os
 import random
@@ -229,12 +228,9 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(
         sft(trainer(tmp_path, **options), no_weights, tmp_path / "out", **changes)
 
 
-def test_progress_reaches_the_tracker_under_the_name_of_the_run(tmp_path, nano_checkpoint, monkeypatch):
-    if importlib.util.find_spec("trackio") is None:
-        pytest.skip("trackio is not installed")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+def test_progress_reaches_the_tracker_under_the_name_of_the_run(tmp_path, nano_checkpoint):
     sft(trainer(tmp_path / "states", report_to="trackio"), nano_checkpoint, tmp_path / "out")
-    with closing(sqlite3.connect(tmp_path / "trackio" / "synpo.db")) as connection:
+    with closing(sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / "synpo.db")) as connection:
         logged = connection.execute("select run_name, metrics from metrics").fetchall()
     assert {name for name, _ in logged} == {"supervised from initial_policy"}
     assert "train/loss" in str(logged[0][1])
@@ -255,7 +251,6 @@ def test_too_little_gpu_memory_is_explained(tmp_path, nano_checkpoint, monkeypat
 
 @pytest.mark.parametrize("train", [sft, simpo, reward])
 def test_adapters_on_4_bit_weights_are_merged_into_the_start_weights(tmp_path, nano_checkpoint, train):
-    pytest.importorskip("bitsandbytes")
     import torch
     from safetensors.torch import load_file
 
