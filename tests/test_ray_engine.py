@@ -274,6 +274,8 @@ def test_a_node_killed_while_it_generates_costs_no_prompt_and_doubles_none(clust
     frame, usage = spread.answer(nano_checkpoint, MANY, SAMPLING, said.append)
     killer.join()
     nodes.append(cluster.add_node(num_cpus=1, object_store_memory=10**8))
+    # Until its heartbeats are missed, the lost node counts as room for another worker in the tests that follow.
+    cluster.wait_for_nodes(timeout=120)
     undisturbed, _ = model(tmp_path / "alone", device="cpu").answer(nano_checkpoint, MANY, SAMPLING, silent)
     assert frame.equals(undisturbed)
     shards = pl.concat([pl.read_parquet(file) for file in finished.glob("*/*.parquet")])
