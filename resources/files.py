@@ -36,6 +36,10 @@ def opened_atomically(path: AnyPath) -> Iterator[IO[bytes]]:
     try:
         with temporary.open("wb") as file:
             yield file
+            if not final.protocol:
+                # Or a power failure may leave the name without the content.
+                file.flush()
+                os.fsync(file.fileno())
         # An object store has no renaming: there this is a copy, which appears whole or not at all, and a removal.
         # Writing to the final name would not do, because closing a file after an error uploads what there is of it.
         temporary.rename(final)

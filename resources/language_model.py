@@ -122,7 +122,7 @@ class LanguageModel(DeviceResource):
             raise RuntimeError(f"The engine answered only {answered.height} of {asked.height} prompts: run it again.")
         return answered, Usage(
             rows=answered.height,
-            reused=answered.height - len(generated),
+            reused=int(asked["key"].is_in(finished.implode()).sum()),
             input_tokens=int(answered["input_tokens"].sum()),
             output_tokens=int(answered["output_tokens"].sum()),
             generated_tokens=int(generated.sum()),

@@ -8,7 +8,7 @@ import difflib
 import functools
 import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import dagster as dg
 import yaml
@@ -17,6 +17,7 @@ from upath.registry import available_implementations
 
 PRESETS = Path(__file__).parent / "presets"
 SEED_DATA_SUFFIXES = (".jsonl", ".parquet")
+GENERATING_ASSETS = ("initial_policy", "prompt_generator", "response_improver", "model_checkpoint")
 
 
 class SettingsError(ValueError):
@@ -26,7 +27,7 @@ class SettingsError(ValueError):
 class Section(BaseModel):
     """A part of the settings; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class InitialPolicy(Section):
@@ -112,7 +113,10 @@ class Sampling(Section):
     )
     top_p: float = Field(1.0, gt=0, le=1, description="Sample within this probability mass; 1 is all.")
     max_new_tokens: int = Field(ge=1, description="Longest completion, in tokens. Not given in the paper.")
-    stop: list[str] = Field(default_factory=list, description="Texts that end a completion; they stay in the text.")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description="Texts that end a completion; they stay in the text.",
+    )
 
 
 class Lora(Section):
@@ -300,7 +304,7 @@ class Policy(Section):
 class TrainingProcesses(dg.Config):
     """How training runs: its processes, what it saves on the way, and who is told of its progress."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     processes: int | None = Field(
         None, ge=1, description="Processes that train side by side. None: one for each visible GPU, 1 on a CPU."
@@ -321,10 +325,11 @@ class TrainingProcesses(dg.Config):
 class Server(dg.Config):
     """A running server with OpenAI's completions API: vLLM's own, or another."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     url: str = Field(
-        description="Its base URL, such as http://127.0.0.1:8000/v1. The API key, if it wants one, is read from OPENAI_API_KEY."
+        pattern="^https?://",
+        description="Its base URL, such as http://127.0.0.1:8000/v1. The API key, if it wants one, is read from OPENAI_API_KEY.",
     )
     models: dict[str, str] = Field(
         default_factory=dict,
@@ -344,11 +349,20 @@ class Server(dg.Config):
         description="Tries of one request while the server is down, overloaded or answers 5xx, with growing pauses.",
     )
 
+    @field_validator("models")
+    @classmethod
+    def _known_assets(cls, models: dict[str, str]) -> dict[str, str]:
+        for label in models:
+            asset = label.partition("[")[0]
+            if asset not in GENERATING_ASSETS:
+                raise ValueError(f"{label!r} is no checkpoint that generates{_nearest(asset, list(GENERATING_ASSETS))}")
+        return models
+
 
 class RayCluster(dg.Config):
     """A Ray cluster whose nodes share the generation; they need this project installed and the files of the home."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     address: str | None = Field(
         None,
@@ -364,7 +378,7 @@ class RayCluster(dg.Config):
 class Engine(dg.Config):
     """How models run on this machine. A Dagster config, so that the UI shows it with the resources that use it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes a GPU where there is one.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -573,6 +587,12 @@ class Settings(Section):
                 "seed_data.train and seed_data.held_out are the same data: held-out pairs must never be trained on."
             )
         return self
+
+    @property
+    def trainings(self) -> list[Training]:
+        """All training runs that the settings ask for."""
+        trainings = [self.prompt_generator.training, self.response_improver.training, self.policy.training]
+        return trainings + ([self.scorer.training] if self.scorer.kind == "trained" and self.scorer.training else [])
 
     @property
     def keyword_sets_per_iteration(self) -> int:

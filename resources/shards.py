@@ -78,4 +78,11 @@ class Shards:
     def _shards(self, columns: list[str]) -> Iterator[pl.DataFrame]:
         for path in sorted(self.folder.glob("*.parquet")):
             with path.open("rb") as file:
-                yield pl.read_parquet(file, columns=columns)
+                try:
+                    shard = pl.read_parquet(file, columns=columns)
+                except pl.exceptions.PolarsError as error:
+                    raise FinalError(
+                        f"The shard {path} cannot be read, so it was damaged after it was written: "
+                        f"{' '.join(str(error).split())} Remove it and run it again: its rows are then made anew."
+                    ) from None
+            yield shard

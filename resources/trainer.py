@@ -135,8 +135,8 @@ class Trainer(DeviceResource):
         started = time.monotonic()
         if not prepared.rows:
             raise TrainingError(
-                f"None of the {prepared.examples} examples fits into training.max_length = {training.max_length} tokens: "
-                "raise it."
+                f"None of the {prepared.examples} examples can be trained on: either all answers are empty, or none fits into "
+                f"training.max_length = {training.max_length} tokens with its prompt: then raise it."
             )
         job = self._job(kind, start, prepared, training, directory)
         if job.resume_from is not None:

@@ -17,7 +17,7 @@ from resources.files import json_sha256, temporary_directory_beside, write_atomi
 from resources.language_model import LanguageModel
 from resources.model_source import fetch_initial_policy
 from resources.scorer import RewardScorer
-from resources.settings import Settings
+from resources.settings import Settings, SettingsError
 from resources.trainer import Trainer
 from synpo_assets.estimate import Kind, Rate
 from synpo_assets.method.templates import user_message
@@ -64,9 +64,16 @@ def calibrate(settings: Settings, seed: pl.DataFrame, log: Callable[[str], None]
         log: Receives progress sentences.
 
     Raises:
+        SettingsError: It is not known how the server calls M_0.
         resources.model_source.ModelSourceError: M_0 cannot be had.
         FinalError: A setting does not fit the machine or the model, or the memory does not suffice.
     """
+    server = settings.engine.server
+    if server is not None and "initial_policy" not in server.models:
+        raise SettingsError(
+            "To measure a server, its name for M_0 is needed, because no checkpoint has been made yet: state it under "
+            "engine.server.models.initial_policy."
+        )
     # SimPO lives in trl.experimental, which is why trl is pinned exactly.
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = os.environ["TQDM_DISABLE"] = "1"
     weights, _ = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)

@@ -164,9 +164,9 @@ def _is_obsolete(instance: DagsterInstance, folder: UPath) -> bool:
     created = datetime.fromisoformat(description["created"])
     asset, _, partition = str(description.get("asset") or "").removesuffix("]").partition("[")
     record = newest(instance, asset, partition or None) if asset else None
-    return datetime.now(UTC) - created > TRAINING_KEPT or (
-        record is not None and record.timestamp > created.timestamp()
-    )
+    # A long training may have been begun days ago and have saved its newest state a minute ago.
+    given_up = datetime.now(UTC) - (_training(folder).changed or created) > TRAINING_KEPT
+    return given_up or (record is not None and record.timestamp > created.timestamp())
 
 
 def _half_written(root: UPath) -> Iterator[Leftover]:
@@ -199,8 +199,12 @@ def _leftover(group: str, place: UPath, made_for: str, rows: int | None = None) 
 
 
 def _height(file: UPath) -> int:
+    """The rows of a shard; none if it was damaged on the disk."""
     with file.open("rb") as opened:
-        return pl.scan_parquet(opened).select(pl.len()).collect().item()
+        try:
+            return pl.scan_parquet(opened).select(pl.len()).collect().item()
+        except pl.exceptions.PolarsError:
+            return 0
 
 
 def _json(file: UPath) -> dict[str, Any]:

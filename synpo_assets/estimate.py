@@ -43,6 +43,8 @@ class Work:
         tokens: How many.
         later_only: Whether iteration 1 does without it, because its rows are found in finished shards.
         once: Whether it is made once, before iteration 1.
+        accumulates: Whether iteration t has t times as much of it: the pairs of all iterations so far.
+        most_tokens: What it never exceeds.
     """
 
     asset: str
@@ -50,6 +52,14 @@ class Work:
     tokens: float
     later_only: bool = False
     once: bool = False
+    accumulates: bool = False
+    most_tokens: float = float("inf")
+
+    def in_iteration(self, iteration: int) -> float:
+        """The tokens of an iteration, counted from 1."""
+        if self.later_only and iteration == 1:
+            return 0.0
+        return min(self.tokens * (iteration if self.accumulates else 1), self.most_tokens)
 
 
 def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
@@ -85,14 +95,23 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
     work = []
     for asset, (training, length) in trained.items():
         if training is not None:
-            rows = settings.preferences.pairs_per_iteration if asset == "model_checkpoint" else train.height
-            tokens = min(rows, training.max_examples or rows) * training.epochs * length
-            work.append(Work(asset, "train", tokens, once=asset in ("prompt_generator", "reward_model")))
+            is_policy = asset == "model_checkpoint"
+            rows = settings.preferences.pairs_per_iteration if is_policy else train.height
+            work.append(
+                Work(
+                    asset,
+                    "train",
+                    rows * training.epochs * length,
+                    once=asset in ("prompt_generator", "reward_model"),
+                    accumulates=is_policy,
+                    most_tokens=(training.max_examples or float("inf")) * training.epochs * length,
+                )
+            )
     return [
         *work,
         Work("reward_model", "generate", seed.height * written, once=True),
         Work("reward_model", "score", held_out.height * compared(answer, written), once=True),
-        Work("synthetic_prompts", "generate", wanted * min(generator.max_overdraw, 1.5) * prompt),
+        Work("synthetic_prompts", "generate", settings.keyword_sets_per_iteration * generator.sampling.max_new_tokens),
         Work("base_responses", "generate", wanted * written),
         Work("initial_responses", "generate", wanted * written, later_only=True),
         Work("seed_responses", "generate", train.height * written, later_only=True),
@@ -109,10 +128,10 @@ def rates_on_cpu(parameters: int) -> dict[Kind, Rate]:
     return {kind: Rate(rate * CPU_RATES_PARAMETERS / parameters) for kind, rate in CPU_RATES.items()}
 
 
-def seconds(work: Work, rates: Mapping[Kind, Rate]) -> float:
-    """Seconds that the work takes at these rates."""
-    rate = rates[work.kind]
-    return rate.start_seconds + work.tokens / rate.tokens_per_second
+def seconds(work: Work, rates: Mapping[Kind, Rate], iteration: int = 1) -> float:
+    """Seconds that the work of an iteration takes at these rates."""
+    rate, tokens = rates[work.kind], work.in_iteration(iteration)
+    return rate.start_seconds + tokens / rate.tokens_per_second if tokens else 0.0
 
 
 def parameter_count(weights: Path) -> int:

@@ -6,6 +6,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import polars as pl
 from rich.console import Console
@@ -16,6 +17,8 @@ from resources.device import prepare_device
 from resources.model_source import cached_initial_policy, fetch_initial_policy, fetch_reward_model
 from resources.seed_source import read_rows
 from resources.settings import Settings, SettingsError, Storage
+from resources.training.processes import processes_to_start, refuse_missing_packages
+from resources.training.state import KEPT_STATES
 from synpo_assets.calibration import Calibration, calibrate, known_calibration
 from synpo_assets.estimate import Kind, Rate, expected_work, parameter_count, rates_on_cpu, seconds
 from synpo_assets.method.seed import BadRow, seed_rows
@@ -73,6 +76,7 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> Non
         )
     seed_table(settings)
     next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
+    check_training(settings)
     check_storage(settings.storage)
     check_disk(settings, home)
     fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
@@ -80,6 +84,17 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> Non
         fetch_reward_model(settings.scorer, settings.engine.trust_remote_code)
     # Only now is the size of a model known that had to be downloaded.
     check_disk(settings, home)
+
+
+def check_training(settings: Settings) -> None:
+    """Checks that every training can be divided among its processes here, and that its packages are installed.
+
+    Raises:
+        resources.trainer.TrainingError: One cannot.
+    """
+    for training in settings.trainings:
+        refuse_missing_packages(settings.training_processes, training)
+        processes_to_start(settings.training_processes, training, settings.engine)
 
 
 def check_storage(storage: Storage) -> None:
@@ -128,6 +143,8 @@ def check_disk(settings: Settings, home: Path) -> int:
     if home.exists() and not home.is_dir():
         raise SettingsError(f"{home} is a file: name a directory with --home.")
     existing = next(folder for folder in (home, *home.parents) if folder.exists())
+    if not os.access(existing, os.W_OK):
+        raise SettingsError(f"{existing} cannot be written to: choose another directory with --home.")
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise SettingsError(
@@ -138,13 +155,16 @@ def check_disk(settings: Settings, home: Path) -> int:
 
 
 def disk_needed(settings: Settings) -> int:
-    """Bytes of all checkpoints of the experiment, plus the download of M_0 if it is not on this machine yet."""
+    """Bytes of all checkpoints and of one training's saved states, plus the download of M_0 if it is not here yet."""
     cached = cached_initial_policy(settings.initial_policy)
     if cached is None:
         return ROOM_WITHOUT_MODEL
     weights = sum(file.stat().st_size for file in cached.glob("*.safetensors"))
     # Generator and reward model once, improver and policy per iteration; float32 takes twice the room of bfloat16.
-    return 2 * weights * (2 + 2 * settings.max_iterations)
+    checkpoints = 2 * weights * (2 + 2 * settings.max_iterations)
+    # A saved state of a full training holds the weights and two moments of AdamW for each, in float32.
+    is_full = any(training.lora is None for training in settings.trainings)
+    return checkpoints + (KEPT_STATES * 3 * 2 * weights if is_full else 0)
 
 
 def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
@@ -163,6 +183,7 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     console = Console()
     seed, dropped = seed_table(settings)
     next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
+    check_training(settings)
     check_disk(settings, home)
     if measure:
         calibration: Calibration | None = calibrate(settings, seed, lambda line: console.print(line, markup=False))
@@ -214,18 +235,18 @@ def known_rates(
 
 
 def _cost(settings: Settings, seed: pl.DataFrame, rates: Mapping[Kind, Rate] | None, basis: str) -> Table:
-    work = expected_work(settings, seed)
-    phases = {
-        "made once": [item for item in work if item.once],
-        "iteration 1": [item for item in work if not item.once and not item.later_only],
-        "each later iteration": [item for item in work if not item.once],
-    }
+    work, last = expected_work(settings, seed), settings.max_iterations
+    once, repeated = [item for item in work if item.once], [item for item in work if not item.once]
+    # The last iteration is the longest: M_t is trained on the pairs of all iterations so far.
+    phases = {"made once": (once, [1]), "iteration 1": (repeated, [1]), f"iteration {last}": (repeated, [last])}
+    phases[f"all {last} iterations"] = (repeated, list(range(1, last + 1)))
     caption = f"Tokens are upper bounds (every completion as long as allowed). Minutes: {basis}"
     table = Table(title="Expected work", title_justify="left", caption=caption, caption_justify="left")
     for column in ("", "tokens written", "tokens trained on", "tokens scored", "minutes"):
         table.add_column(column, justify="right")
-    for phase, items in phases.items():
-        tokens = [sum(item.tokens for item in items if item.kind == kind) for kind in ("generate", "train", "score")]
-        minutes = "?" if rates is None else f"{sum(seconds(item, rates) for item in items) / 60:.0f}"
+    for phase, (items, iterations) in phases.items():
+        every = [(item, iteration) for item in items for iteration in iterations]
+        tokens = [sum(item.in_iteration(t) for item, t in every if item.kind == kind) for kind in get_args(Kind)]
+        minutes = "?" if rates is None else f"{sum(seconds(item, rates, t) for item, t in every) / 60:.0f}"
         table.add_row(phase, *(f"{count:,.0f}" for count in tokens), minutes)
     return table

@@ -18,6 +18,7 @@ import pytest
 from resources.checkpoint_store import Checkpoint
 from resources.settings import Engine, Lora, PreferenceTraining, Training, TrainingProcesses
 from resources.trainer import Trainer, TrainingError
+from resources.training.processes import refuse_pieces
 from tests.nano import seed_rows
 
 ROWS = seed_rows()[:32]
@@ -205,6 +206,10 @@ def test_a_batch_that_cannot_be_divided_is_refused(tmp_path, no_weights):
     ("distributed_type: FSDP\nnum_processes: 2", "FSDP, which needs GPUs"),
     ("distributed_type: XLA\nnum_processes: 2", "distributed_type XLA: choose"),
     ("distributed_type: MULTI_GPU\nnum_processes: 4\nnum_machines: 2", "num_machines 2"),
+    (
+        "distributed_type: DEEPSPEED\nnum_processes: 1\ndeepspeed_config: {deepspeed_config_file: absent.json}",
+        "DEEPSPEED, which needs GPUs",
+    ),
     # The number in the file counts where the settings name none.
     ("distributed_type: MULTI_GPU\nnum_processes: 3", r"training_processes\.processes \(3\)"),
 ])  # fmt: skip
@@ -214,6 +219,25 @@ def test_a_configuration_of_accelerate_that_cannot_work_is_refused(tmp_path, no_
         file.write_text(content)
     with pytest.raises(TrainingError, match=reason):
         sft(trainer(tmp_path, accelerate_config=str(file)), no_weights, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    (None, "cannot be read"),
+    ("[]", "cannot be read"),
+    ('{"zero_optimization": {"stage": 3}}', "in pieces: set zero_optimization.stage3_gather_16bit_weights_on_model_save"),
+])  # fmt: skip
+def test_a_file_of_deepspeed_that_would_leave_the_weights_in_pieces_is_refused(tmp_path, content, reason):
+    file = tmp_path / "deepspeed.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(TrainingError, match=reason):
+        refuse_pieces("training_processes.accelerate_config (a.yaml)", file)
+
+
+def test_a_file_of_deepspeed_that_gathers_the_weights_will_do(tmp_path):
+    for zero in ({"stage": 2}, {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}):
+        (tmp_path / "deepspeed.json").write_text(json.dumps({"zero_optimization": zero}))
+        refuse_pieces("training_processes.accelerate_config (a.yaml)", tmp_path / "deepspeed.json")
 
 
 @pytest.mark.parametrize(("package", "options", "changes"), [

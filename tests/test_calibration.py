@@ -2,7 +2,7 @@
 
 import pytest
 
-from resources.settings import load_settings
+from resources.settings import SettingsError, load_settings
 from synpo_assets.calibration import calibrate, known_calibration
 from synpo_assets.estimate import Rate, Work, seconds
 from synpo_assets.preflight import known_rates, print_check, seed_table
@@ -67,6 +67,12 @@ def test_the_check_says_what_its_estimate_is_based_on(load, measured, tmp_path, 
     assert "scaled by parameters from rates of SmolLM2-135M on two CPU cores" in printed
     assert "synpo check --calibrate" in printed
     assert not (tmp_path / "home").exists()
+
+
+def test_a_server_is_measured_only_where_its_name_for_the_model_is_stated(load):
+    settings = load(engine={"kind": "server", "server": {"url": "http://127.0.0.1:9/v1"}})
+    with pytest.raises(SettingsError, match=r"engine\.server\.models\.initial_policy"):
+        calibrate(settings, seed_table(settings)[0], print)
 
 
 def test_nothing_is_known_of_a_gpu_or_a_model_that_is_not_here_before_it_is_measured(nano_model, measured):

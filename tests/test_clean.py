@@ -181,12 +181,16 @@ def test_an_unfinished_training_is_kept_while_a_run_may_go_on_from_it(home):
         "made_since": ("model_checkpoint[0002]", now - timedelta(hours=12)),
         "begun_again": ("model_checkpoint[0002]", now),
         "given_up": ("model_checkpoint[0003]", now - timedelta(days=2)),
+        "takes_days": ("model_checkpoint[0003]", now - timedelta(days=2)),
         "of_no_asset": (None, now),
     }
     for name, (asset, created) in begun.items():
         (home / "training" / name).mkdir(parents=True)
         told = {"asset": asset, "kind": "preference", "start": "initial_policy", "created": created.isoformat()}
         (home / "training" / name / "description.json").write_text(json.dumps(told))
+        os.utime(home / "training" / name / "description.json", (created.timestamp(), created.timestamp()))
+    (home / "training" / "takes_days" / "checkpoint-500").mkdir()
+    (home / "training" / "takes_days" / "checkpoint-500" / "complete.json").write_text("{}")
     assert places(home, clean.TRAININGS) == {"training/made_since", "training/given_up"}
 
 

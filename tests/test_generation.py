@@ -92,6 +92,25 @@ def test_other_settings_never_mix(tmp_path, nano_checkpoint):
     assert len(list(tmp_path.glob("*/fingerprint.json"))) == 2
 
 
+def test_a_shard_that_was_damaged_is_named_and_made_anew_when_it_is_gone(tmp_path, nano_checkpoint):
+    whole, _ = model(tmp_path, shard_rows=4).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    damaged = min(tmp_path.glob("*/*.parquet"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(FinalError, match=rf"The shard .*{damaged.name} cannot be read.* Remove it and run it again"):
+        model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    damaged.unlink()
+    again, usage = model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    assert again.equals(whole)
+    assert usage.reused == len(PROMPTS) - 4
+
+
+def test_equal_rows_are_generated_once_and_are_not_reused_ones(tmp_path, nano_checkpoint):
+    model(tmp_path).answer(nano_checkpoint, PROMPTS[:1], SAMPLING, silent)
+    twice, usage = model(tmp_path).answer(nano_checkpoint, [*PROMPTS[:2], *PROMPTS[:2]], SAMPLING, silent)
+    assert twice[:2].equals(twice[2:])
+    assert (usage.rows, usage.reused, usage.generated_tokens) == (4, 2, twice["output_tokens"][1])
+
+
 def test_a_full_disk_is_said_and_keeps_what_is_finished(tmp_path, nano_checkpoint, monkeypatch):
     first, _ = model(tmp_path).answer(nano_checkpoint, PROMPTS[:5], SAMPLING, silent)
 

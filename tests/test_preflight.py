@@ -5,9 +5,10 @@ import pytest
 
 from resources.model_source import fetch_initial_policy, fetch_reward_model
 from resources.settings import InitialPolicy, Scorer, SettingsError, load_settings, preset_path
+from resources.training.job import TrainingError
 from synpo_assets.estimate import Work, expected_work, parameter_count, rates_on_cpu, seconds
-from synpo_assets.preflight import seed_table
-from tests.nano import seed_rows, write_settings
+from synpo_assets.preflight import check_before_run, check_disk, disk_needed, print_check, seed_table
+from tests.nano import nano_settings, seed_rows, write_settings
 
 CHATS = [
     {"id": n, "talk": [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]}
@@ -95,6 +96,30 @@ def test_parameters_are_counted_without_loading(nano_model):
     assert parameter_count(nano_model) == AutoModelForCausalLM.from_pretrained(nano_model).num_parameters()
 
 
+def test_training_processes_are_checked_before_anything_is_generated(tmp_path):
+    changes = {"preset": "laptop", "training_processes": {"processes": 3}}
+    settings = load_settings(write_settings(tmp_path / "three.yaml", changes))
+    for check in (print_check, check_before_run):
+        with pytest.raises(TrainingError, match=r"training_processes\.processes \(3\) does not divide it"):
+            check(settings, tmp_path / "home")
+
+
+def test_a_home_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(SettingsError, match=f"{tmp_path} cannot be written to: choose another directory"):
+        check_disk(load_settings(preset_path("laptop")), tmp_path / "home")
+
+
+def test_full_training_needs_room_for_saved_states_too(nano_model, tmp_path):
+    def needed(name, lora):
+        settings = nano_settings(nano_model)
+        settings["policy"]["training"]["lora"] = lora
+        return disk_needed(load_settings(write_settings(tmp_path / name, settings)))
+
+    adapters = needed("adapters.yaml", {"rank": 4})
+    assert needed("full.yaml", None) - adapters == 12 * (nano_model / "model.safetensors").stat().st_size
+
+
 def test_more_prompts_cost_more_and_the_papers_size_is_the_papers(tmp_path):
     laptop = load_settings(preset_path("laptop"))
     seed, _ = seed_table(laptop)
@@ -108,6 +133,9 @@ def test_more_prompts_cost_more_and_the_papers_size_is_the_papers(tmp_path):
     paper = load_settings(preset_path("paper_llama3"))
     fake = pl.DataFrame({"prompt": ["word " * 50], "answer": ["word " * 200], "split": ["train"]})
     fake = pl.concat([fake] * 18_000 + [fake.with_columns(split=pl.lit("held_out"))])
+    # D grows by 10,000 pairs with each iteration, and M_t is trained on all of it.
+    (policy,) = [item for item in expected_work(paper, fake) if item.asset == "model_checkpoint"]
+    assert [policy.in_iteration(t) / policy.in_iteration(1) for t in (1, 2, 4)] == [1, 2, 4]
     answers = [item for item in expected_work(paper, fake) if item.kind == "generate" and not item.once]
     completions = sum(item.tokens for item in answers if item.asset != "synthetic_prompts") / 2048
     assert 100_000 < completions < 218_000

@@ -71,6 +71,8 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(self.server.seconds)
         with self.server.lock:
             self.server.busy -= 1
+        if isinstance(fault, bytes):
+            return self.answer(200, fault)
         if fault:
             status, headers, message = fault
             return self.answer(status, {"error": {"message": message, "code": status}}, headers)
@@ -190,6 +192,44 @@ def test_what_would_be_refused_again_is_not_tried_again(tmp_path, faulty, nano_c
     assert len(faulty.bodies) == 1
 
 
+@pytest.mark.parametrize("answer", [
+    b'{"choices": [{"te',
+    b'{"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}',
+    b'{"error": {"message": "overloaded", "code": 503}}',
+    b'{"choices": [{"text": "", "finish_reason": "abort"}], "usage": {"prompt_tokens": 1, "completion_tokens": 0}}',
+])  # fmt: skip
+def test_an_answer_that_is_none_is_asked_for_again_and_never_kept(tmp_path, faulty, nano_checkpoint, answer):
+    faulty.faults = [answer]
+    frame, _ = asking(tmp_path / "once", faulty.url).answer(nano_checkpoint, PROMPTS[:1], PLAIN, silent)
+    assert frame["text"].to_list() == [faulty.text]
+    faulty.faults = [answer] * 2
+    with pytest.raises(
+        FinalError, match=r"does not answer as OpenAI's completions API does: .+ Finished shards are kept"
+    ):
+        asking(tmp_path / "always", faulty.url, attempts=2).answer(nano_checkpoint, PROMPTS[:1], PLAIN, silent)
+    assert list(tmp_path.glob("always/*/*.parquet")) == []
+
+
+HANGING = """
+import time
+from resources.engines.server_connection import side_by_side
+
+def ask(number):
+    if number:
+        time.sleep(60)
+    raise RuntimeError("refused")
+
+for _ in side_by_side(ask, range(4), 4):
+    pass
+"""
+
+
+def test_requests_that_hang_do_not_hold_up_the_end_of_the_process():
+    root = Path(__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, cwd=root, timeout=30)
+    assert "RuntimeError: refused" in result.stderr
+
+
 def test_what_was_finished_before_a_fault_is_kept(tmp_path, faulty, nano_checkpoint):
     faulty.faults = [None] * 6 + [(500, {}, "out of luck")]
     server = asking(tmp_path, faulty.url, concurrency=1, attempts=1, shard_rows=2)
@@ -239,7 +279,7 @@ def test_closing_ends_pauses_too(faulty, nano_checkpoint):
     assert next(completing) == []
     faulty.faults = [(429, {"Retry-After": "100"}, "later")]
     next(completing)
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("server-request-")]
     completing.close()
     assert threads
     for thread in threads:

@@ -80,6 +80,13 @@ def changed(tmp_path, **changes):
         ({"scorer": {"training": None}}, "scorer.training is missing"),
         ({"initial_policy": {"source": "hub", "name": "a/b"}}, "initial_policy.revision is missing"),
         ({"engine": {"device": "tpu"}}, "`engine.device` is 'tpu'"),
+        ({"responses": {"sampling": {"stop": [""]}}}, "`responses.sampling.stop.0` is ''"),
+        ({"responses": {"sampling": {"temperature": float("inf")}}}, "`responses.sampling.temperature` is inf"),
+        ({"engine": {"kind": "server", "server": {"url": "localhost:8000"}}}, "`engine.server.url` is 'localhost:8000'"),
+        (
+            {"engine": {"kind": "server", "server": {"url": "http://a/v1", "models": {"inital_policy": "a"}}}},
+            "'inital_policy' is no checkpoint that generates; did you mean `initial_policy`?",
+        ),
         ({"max_iterations": "many"}, "`max_iterations` is 'many'"),
         ({"preset": "labtop"}, "There is no preset `labtop`; did you mean `laptop`?"),
     ],

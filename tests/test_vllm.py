@@ -156,6 +156,17 @@ def test_too_little_memory_is_said_with_the_settings_to_change(tmp_path, nano_ch
         vllm_model(tmp_path).answer(nano_checkpoint, PROMPTS[:1], SAMPLING, silent)
 
 
+@pytest.mark.parametrize(("argument", "said"), [
+    ({"kv_cache_dtype": "memory_fp99"}, r"vLLM refuses what it is started with\. .*memory_fp99"),
+    ({"max_num_seqs": 4096}, r"vLLM refuses what it is started with\. .*max_num_seqs"),
+])  # fmt: skip
+def test_a_bad_value_is_not_taken_for_want_of_memory_and_is_final(tmp_path, nano_checkpoint, argument, said):
+    with pytest.raises(FinalError, match=said):
+        vllm_model(tmp_path, batch_tokens=128, vllm_arguments=argument).answer(
+            nano_checkpoint, PROMPTS[:1], SAMPLING, silent
+        )
+
+
 ONE_AT_A_TIME = {"shard_rows": 1, "vllm_arguments": {"max_num_seqs": 1}}
 LONG = SAMPLING.model_copy(update={"max_new_tokens": 400, "temperature": 2.0})
 KILLED = """

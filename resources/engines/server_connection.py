@@ -2,14 +2,17 @@
 
 import concurrent.futures
 import email.utils
+import itertools
 import os
+import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tenacity
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from resources.engines.adapters import Adapter
 from resources.errors import FinalError
@@ -26,6 +29,8 @@ LOG_EVERY_SECONDS = 10
 # Besides 5xx, what passes by itself: request timeout, conflict, too many requests.
 PASSING = (408, 409, 429)
 Answer = TypeVar("Answer", bound=BaseModel)
+Asked = TypeVar("Asked")
+Got = TypeVar("Got")
 
 
 class ServedModel(BaseModel):
@@ -47,7 +52,7 @@ class Choice(BaseModel):
     """What the server says that its model wrote; the token ids only if it is vLLM."""
 
     text: str
-    finish_reason: str | None = None
+    finish_reason: Literal["stop", "length"] | None = None
     token_ids: list[int] | None = None
 
 
@@ -61,8 +66,12 @@ class TokenCounts(BaseModel):
 class TextCompletion(BaseModel):
     """The server's answer to one prompt."""
 
-    choices: list[Choice]
+    choices: list[Choice] = Field(min_length=1)
     usage: TokenCounts
+
+
+class UnexpectedAnswerError(ValueError):
+    """An answer with status 200 that is not what OpenAI's API says; the text is the answer."""
 
 
 class Connection:
@@ -110,16 +119,20 @@ class Connection:
         """
         timeout = min(LIST_SECONDS, self._server.timeout_seconds)
         answer = self._ask(lambda: self._client.get("/models", cast_to=object, options={"timeout": timeout}))
-        return self._parsed(answer, ServedModels).data
+        try:
+            return _parsed(answer, ServedModels).data
+        except UnexpectedAnswerError as error:
+            # Tried once: it is the first thing that is asked, and most likely the URL is not the base URL.
+            raise self._unexpected(error) from None
 
     def post(self, path: str, body: Mapping[str, Any], answer: type[Answer]) -> Answer:
         """Posts one request and reads its answer.
 
         Raises:
-            FinalError: The server refuses the request.
+            FinalError: The server refuses the request, or does not answer as OpenAI's API does.
             RuntimeError: It does not answer.
         """
-        return self._parsed(self._ask(lambda: self._client.post(path, body=body, cast_to=object)), answer)
+        return self._ask(lambda: _parsed(self._client.post(path, body=body, cast_to=object), answer))
 
     def load(self, adapter: Adapter) -> None:
         """Has a vLLM server load an adapter.
@@ -147,27 +160,26 @@ class Connection:
 
         self._ask(load)
 
-    def _ask(self, call: Callable[[], object]) -> object:
+    def _ask(self, call: Callable[[], Got]) -> Got:
         import openai
 
-        def once() -> object:
+        def once() -> Got:
             if self._closed.is_set():
                 raise concurrent.futures.CancelledError
             return call()
 
         try:
             return self._tries(once)
+        except ValueError as error:
+            raise self._unexpected(error) from None
         except openai.APIError as error:
             raise self._explained(error) from None
 
-    def _parsed(self, answer: object, expected: type[Answer]) -> Answer:
-        try:
-            return expected.model_validate(answer)
-        except ValidationError:
-            raise FinalError(
-                f"{self._server.url} does not answer as OpenAI's completions API does: {_shortened(str(answer))} Is "
-                "engine.server.url the base URL of the server, with /v1 at its end?"
-            ) from None
+    def _unexpected(self, error: ValueError) -> FinalError:
+        return FinalError(
+            f"{self._server.url} does not answer as OpenAI's completions API does: {_shortened(str(error))} Is "
+            "engine.server.url the base URL of the server, with /v1 at its end? Finished shards are kept."
+        )
 
     def _explained(self, error: "openai.APIError") -> Exception:
         where, status = f"The server at {self._server.url}", _status(error)
@@ -206,6 +218,65 @@ class Connection:
         )
 
 
+def side_by_side(
+    ask: Callable[[Asked], Got], asked: Iterable[Asked], concurrency: int
+) -> Generator[list[Got], None, None]:
+    """Asks in threads, and takes the next questions only as earlier ones are answered; closing it ends the work.
+
+    The threads do not hold up the end of the process: a server that hangs would, for as long as a request may take.
+
+    Args:
+        ask: Asks one question; its error ends the work.
+        asked: The questions.
+        concurrency: How many are under way at a time.
+    """
+    questions: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[Got | Exception] = queue.SimpleQueue()
+
+    def work() -> None:
+        while (question := questions.get()) is not None:
+            try:
+                answers.put(ask(question))
+            except Exception as error:
+                answers.put(error)
+
+    waiting, under_way = iter(asked), 0
+
+    def hand_out(number: int) -> int:
+        taken = list(itertools.islice(waiting, number))
+        for question in taken:
+            questions.put(question)
+        return len(taken)
+
+    try:
+        for number in range(concurrency):
+            threading.Thread(target=work, name=f"server-request-{number}", daemon=True).start()
+        # As many again wait in line, so that no thread idles while a shard is written.
+        under_way = hand_out(2 * concurrency)
+        while under_way:
+            done = [answers.get()]
+            while not answers.empty():
+                done.append(answers.get())
+            yield [answer for answer in done if not isinstance(answer, Exception)]
+            for answer in done:
+                if isinstance(answer, Exception):
+                    raise answer
+            under_way += hand_out(len(done)) - len(done)
+    finally:
+        with suppress(queue.Empty):
+            while True:
+                questions.get_nowait()
+        for _ in range(concurrency):
+            questions.put(None)
+
+
+def _parsed(answer: object, expected: type[Answer]) -> Answer:
+    try:
+        return expected.model_validate(answer)
+    except ValidationError:
+        raise UnexpectedAnswerError(str(answer)) from None
+
+
 def _error(state: tenacity.RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome else None
 
@@ -220,8 +291,11 @@ def _status(error: BaseException | None) -> int | None:
 def _may_pass(error: BaseException) -> bool:
     import openai
 
+    # An answer that was cut off is no valid JSON, and an overloaded gateway may say so with status 200.
+    if isinstance(error, openai.APIConnectionError | ValueError):
+        return True
     status = _status(error)
-    return isinstance(error, openai.APIConnectionError) or (status is not None and (status in PASSING or status >= 500))
+    return status is not None and (status in PASSING or status >= 500)
 
 
 def _said(error: BaseException | None) -> str:
@@ -229,7 +303,8 @@ def _said(error: BaseException | None) -> str:
     import openai
 
     if not isinstance(error, openai.APIStatusError):
-        return _shortened(f"No answer came: {error} {error.__cause__ or ''}" if error else "")
+        what = "It answers" if isinstance(error, ValueError) else "No answer came"
+        return _shortened(f"{what}: {error} {error.__cause__ or ''}" if error else "")
     said = error.body.get("message", error.body) if isinstance(error.body, dict) else error
     return _shortened(f"It says: {error.status_code}, {said}")
 

@@ -18,6 +18,9 @@ from resources.errors import FinalError
 from resources.processes import end_with_this_parent
 from resources.settings import Sampling
 
+# How vLLM and CUDA say that there is too little of it; they speak of memory in other errors too.
+OUT_OF_MEMORY = ("out of memory", "free memory", "available memory", "not enough gpu memory", "kv cache is needed")
+
 
 def answer_in_this_process(
     parent: Connection,
@@ -104,6 +107,9 @@ def _completions(
         if last and not engine.has_unfinished_requests():
             return
         if finished := engine.step():
+            for output in finished:
+                if output.outputs[0].finish_reason not in ("stop", "length"):
+                    raise RuntimeError(f"it ended a completion with `{output.outputs[0].finish_reason}`.")
             yield [
                 completion(
                     output.request_id,
@@ -144,10 +150,16 @@ def _explained(error: Exception) -> Exception:
     import torch
 
     reason = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError) or "memory" in reason.lower():
+    if isinstance(error, torch.OutOfMemoryError) or any(phrase in reason.lower() for phrase in OUT_OF_MEMORY):
         return FinalError(
             f"vLLM's memory does not suffice. It says: {reason} Lower engine.batch_tokens, sampling.max_new_tokens or "
             "engine.vllm_arguments.gpu_memory_utilization (what vLLM takes of each GPU), or raise "
             "engine.tensor_parallel_size. Finished shards are kept: run it again."
+        )
+    # pydantic's errors are ValueErrors too; what vLLM finds wrong with its arguments it would find wrong again.
+    if isinstance(error, ValueError):
+        return FinalError(
+            f"vLLM refuses what it is started with. It says: {reason} Change engine.vllm_arguments, or the setting of the "
+            "section `engine` that it names."
         )
     return RuntimeError(f"vLLM failed: {reason}")

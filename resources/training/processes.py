@@ -210,7 +210,26 @@ def _checked_accelerate_config(path: str, gpus: int) -> dict[str, Any]:
         raise TrainingError(
             f"{named} would leave the weights in pieces: set deepspeed_config.zero3_save_16bit_model to true."
         )
+    if file := deepspeed.get("deepspeed_config_file"):
+        refuse_pieces(named, Path(file))
     return values
+
+
+def refuse_pieces(named: str, file: Path) -> None:
+    """Checks that DeepSpeed's own file, which accelerate's may name, has the weights gathered when they are saved.
+
+    Raises:
+        TrainingError: It has not, or cannot be read.
+    """
+    try:
+        zero = json.loads(file.read_text()).get("zero_optimization", {})
+    except (OSError, ValueError, AttributeError) as error:
+        raise TrainingError(f"{named} names {file} as deepspeed_config_file, which cannot be read: {error}") from None
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise TrainingError(
+            f"{file}, which {named} names, would leave the weights in pieces: set "
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save to true."
+        )
 
 
 def _launch(parent: int, arguments: list[str]) -> None:

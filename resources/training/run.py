@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,8 @@ def train(job: TrainingJob, dataset: "Dataset", log: Callable[[str], None]) -> N
         seed=job.random_seed,
         bf16=device == "cuda",
         use_cpu=device == "cpu",
-        gradient_checkpointing=device == "cuda",
+        # With FSDP, accelerate's own activation checkpointing takes its place: both together are refused.
+        gradient_checkpointing=device == "cuda" and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") != "true",
         dataloader_pin_memory=device == "cuda",
         logging_steps=1,
         # The default replaces a NaN loss in the log by an earlier value: divergence would go unseen.
@@ -116,6 +118,8 @@ def load_model(job: TrainingJob, *, quantized: bool) -> "PreTrainedModel":
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=number_format,
+            # FSDP shards only what is stored as floating-point numbers.
+            bnb_4bit_quant_storage=number_format,
         )
     if job.kind == "reward":
         return AutoModelForSequenceClassification.from_pretrained(job.start, num_labels=1, **options)
