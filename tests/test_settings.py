@@ -78,7 +78,7 @@ def changed(tmp_path, **changes):
         ({"policy": {"training": {"micro_batch_size": 3}}}, "micro_batch_size (3) does not divide batch_size (4)"),
         ({"scorer": {"kind": "pretrained"}}, "scorer.name is missing"),
         ({"scorer": {"training": None}}, "scorer.training is missing"),
-        ({"initial_policy": {"source": "hub", "name": "a/b"}}, "initial_policy.revision is missing"),
+        ({"initial_policy": {"source": "hub", "name": "a/b"}}, "`initial_policy`: revision is missing"),
         ({"engine": {"device": "tpu"}}, "`engine.device` is 'tpu'"),
         ({"max_iterations": "many"}, "`max_iterations` is 'many'"),
         ({"preset": "labtop"}, "There is no preset `labtop`; did you mean `laptop`?"),
