@@ -190,6 +190,7 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     """
     console = Console()
     seed, dropped = seed_table(settings)
+    shown_seed_prompts(settings, seed)
     next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
     check_disk(settings, home)
     if measure:

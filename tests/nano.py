@@ -142,7 +142,7 @@ def nano_settings(model: Path) -> dict[str, Any]:
             "near_duplicate_similarity": 0.95, "training": training, "sampling": sampling,
         },
         "diversity": {
-            "clusters": 4, "self_instruct_shots": 3,
+            "clusters": 4, "self_instruct_shots": 3, "self_instruct_sampling": sampling | {"max_new_tokens": 32},
             "embedding_model": {"source": "directory", "name": str(Path(model).parent / EMBEDDING_MODEL)},
         },
         "responses": {"sampling": sampling | {"max_new_tokens": 24}},
