@@ -5,7 +5,8 @@ is not named; synthetic prompts are less alike than those of UltraFeedback, Self
 topics of 1,000 prompts.
 Here: the same measure with all-MiniLM-L6-v2, on samples of equal size. The baseline is written by the same M_0 after
 seeing a few seed prompts (Self-Instruct, https://arxiv.org/abs/2212.10560), without the filter that Self-Instruct has
-against similar prompts, while the synthetic prompts are without near-duplicates (prompts.py). Topics are clusters of the embeddings, which need no judge and have no names.
+against similar prompts, while the synthetic prompts are without near-duplicates (prompts.py). Topics are clusters of the
+embeddings, which need no judge and have no names.
 """
 
 from collections.abc import Mapping, Sequence
