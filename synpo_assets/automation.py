@@ -17,7 +17,7 @@ JOBS = [
     dg.define_asset_job(
         "made_once",
         selection=dg.AssetSelection.assets("policy").upstream(include_self=False),
-        description="What all iterations share: M_0, the seed, the keyword pool, the prompt generator, the scorer.",
+        description="What all iterations share: M_0, the seed, the keyword pool, the prompt generator, the baseline, the scorer.",
         # dagster.yaml lets one run with this tag at a time.
         tags={"synpo/made_once": "true"},
     ),

@@ -112,7 +112,10 @@ def leftovers(
     manifests = _current_manifests(root / "checkpoints")
     current = [_checkpoint(root / "checkpoints" / name, manifest) for name, manifest in manifests.items()]
     # A sampling that no asset uses with some checkpoint does no harm here: its folder does not exist.
-    samplings = [prompt_sampling(settings), settings.responses.sampling, settings.response_improver.sampling]
+    samplings = [
+        prompt_sampling(settings), settings.self_instruct_sampling, settings.responses.sampling,
+        settings.response_improver.sampling,
+    ]  # fmt: skip
     in_use = {language_model.shards_of(made, sampling).folder.name for made in current for sampling in samplings}
     in_use |= {scorer.shards_of(made).folder.name for made in current if made.asset == "reward_model"}
     starts = [manifest["parents"].get("start", {}).get("directory") for manifest in manifests.values()]

@@ -111,6 +111,7 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
         *work,
         Work("reward_model", "generate", seed.height * written, once=True),
         Work("reward_model", "score", held_out.height * compared(answer, written), once=True),
+        Work("self_instruct_prompts", "generate", wanted * settings.self_instruct_sampling.max_new_tokens, once=True),
         Work("synthetic_prompts", "generate", settings.keyword_sets_per_iteration * generator.sampling.max_new_tokens),
         Work("base_responses", "generate", wanted * written),
         Work("initial_responses", "generate", wanted * written, later_only=True),

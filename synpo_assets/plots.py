@@ -1,4 +1,4 @@
-"""The pictures of the boosting report, as small PNGs.
+"""The pictures of the boosting report and of prompt_diversity, as small PNGs.
 
 Iterations are ordered, so their colours are too: from dark to light in viridis, which people who are colour-blind can
 read as well.
@@ -9,6 +9,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from synpo_assets.method.diversity import density
 from synpo_assets.method.report import FinishedIteration, Plot
 
 if TYPE_CHECKING:
@@ -20,6 +23,11 @@ BINS = 24
 SHOWN_MARKERS = 20
 SHOWN_NUMBERS = 4
 SHOWN_KEYS = 8
+SHOWN_PLACES, SMALLEST_MARGIN = 400, 0.02
+# Orange, blue and grey stay apart for colour-blind eyes, and the lines differ too.
+SOURCE_STYLES = {
+    "synthetic": ("-", "#0072b2"), "seed": ("--", "#e69f00"), "self_instruct": ("-.", "#666666"),
+}  # fmt: skip
 INK, GRID = "#333333", "#dddddd"
 
 
@@ -134,6 +142,28 @@ def held_out_results(iterations: Sequence[FinishedIteration]) -> bytes:
     _finish(rewards, "Held-out reward", "iteration", "mean reward", legend="")
     _finish(wins, "Win rate over M_0", "iteration", "prompts won (%)", legend=None)
     return _png(figure)
+
+
+def similarity_densities(iteration: int, similarities: Mapping[str, np.ndarray]) -> Plot:
+    """How alike prompts are: the density of the prompts' mean similarities, one line per source, its mean dotted.
+
+    Args:
+        iteration: The iteration that is shown.
+        similarities: By source, the mean similarity of each prompt to the others.
+    """
+    figure = _figure()
+    axes = figure.add_subplot()
+    everything = np.concatenate(list(similarities.values()))
+    margin = 0.25 * (everything.max() - everything.min()) + SMALLEST_MARGIN
+    places = np.linspace(everything.min() - margin, everything.max() + margin, SHOWN_PLACES)
+    for name, values in similarities.items():
+        style, colour = SOURCE_STYLES[name]
+        axes.plot(places, density(values, places), style, color=colour, label=f"{name} (n = {len(values):,})")
+        axes.axvline(values.mean(), color=colour, linewidth=0.8, linestyle=":")
+    axes.set_ylim(bottom=0)
+    _finish(axes, "How alike prompts are", "mean cosine similarity to the others", "density", legend="prompts")
+    text = f"Density of the prompts' mean cosine similarities to the others of their source, iteration {iteration}."
+    return _plot("similarities", text, _png(figure))
 
 
 def _plot(name: str, description: str, png: bytes) -> Plot:

@@ -14,13 +14,19 @@ from rich.table import Table
 from upath import UPath
 
 from resources.device import prepare_device
-from resources.model_source import cached_initial_policy, fetch_initial_policy, fetch_reward_model
+from resources.model_source import (
+    cached_initial_policy,
+    fetch_embedding_model,
+    fetch_initial_policy,
+    fetch_reward_model,
+)
 from resources.seed_source import read_rows
 from resources.settings import Settings, SettingsError, Storage
 from resources.training.processes import processes_to_start, refuse_missing_packages
 from resources.training.state import KEPT_STATES
 from synpo_assets.calibration import Calibration, calibrate, known_calibration
 from synpo_assets.estimate import Kind, Rate, expected_work, parameter_count, rates_on_cpu, seconds
+from synpo_assets.method.prompts import words_of
 from synpo_assets.method.seed import BadRow, seed_rows
 
 SHOWN_BAD_ROWS = 5
@@ -61,6 +67,27 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
     return pl.DataFrame(rows, schema=SEED_SCHEMA), bad
 
 
+def shown_seed_prompts(settings: Settings, seed: pl.DataFrame) -> pl.DataFrame:
+    """The rows of the train split whose prompt may be shown to M_0 when it writes the Self-Instruct baseline.
+
+    Args:
+        settings: The experiment.
+        seed: The table of the asset `seed_pairs`.
+
+    Raises:
+        SettingsError: All prompts are too long.
+    """
+    most = settings.diversity.self_instruct_max_words
+    train = seed.filter(split="train")
+    shown = train.filter([len(words_of(prompt)) <= most for prompt in train["prompt"]])
+    if shown.is_empty():
+        raise SettingsError(
+            f"No seed prompt has at most diversity.self_instruct_max_words = {most} words, so none can be shown to M_0 for "
+            "the Self-Instruct baseline: raise it."
+        )
+    return shown
+
+
 def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> None:
     """Everything that can fail is tried before training: seed data, corpus, storage, disk, and getting M_0.
 
@@ -74,12 +101,13 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> Non
             f"--iterations {iterations} is not between 1 and max_iterations = {settings.max_iterations}: raise it in the "
             f"settings (for a home that exists, in {home / 'settings.yaml'})."
         )
-    seed_table(settings)
+    shown_seed_prompts(settings, seed_table(settings)[0])
     next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
     check_training(settings)
     check_storage(settings.storage)
     check_disk(settings, home)
     fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
+    fetch_embedding_model(settings.diversity.embedding_model, settings.engine.trust_remote_code)
     if settings.scorer.kind != "trained":
         fetch_reward_model(settings.scorer, settings.engine.trust_remote_code)
     # Only now is the size of a model known that had to be downloaded.
@@ -182,6 +210,7 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     """
     console = Console()
     seed, dropped = seed_table(settings)
+    shown_seed_prompts(settings, seed)
     next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
     check_training(settings)
     check_disk(settings, home)

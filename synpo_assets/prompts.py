@@ -118,7 +118,7 @@ def synthetic_prompts(
         usages.append(usage)
         return written.to_dicts()
 
-    kept, used = draw_until_enough(keyword_sets.to_dicts(), options.prompts_per_iteration, write, prompts)
+    kept, used = draw_until_enough(keyword_sets.to_dicts(), options.prompts_per_iteration, write, prompts.keep)
     if not kept:
         raise FinalError(
             f"None of {used} completions of the prompt generator held a valid prompt: {dict(prompts.dropped)}. "

@@ -69,6 +69,41 @@ class SyntheticPrompts(Table):
     output_tokens: int = pa.Field(ge=1, description="Tokens written.")
 
 
+class SelfInstructPrompts(Table):
+    """Prompts that M_0 wrote after seeing some of the seed: the baseline of prompt_diversity."""
+
+    prompt: str = pa.Field(str_length={"min_value": 1}, unique=True, description="The instruction.")
+    example_ids: pl.List(pl.String) = pa.Field(description="prompt_id of the seed prompts that were shown.")  # type: ignore[valid-type]
+    checkpoint_sha: str = _id("sha of M_0.")
+    input_tokens: int = pa.Field(ge=1, description="Tokens of the rendered instruction.")
+    output_tokens: int = pa.Field(ge=1, description="Tokens written.")
+    finish_reason: str = pa.Field(isin=["stop", "length"], description="`stop`: ended by itself; `length`: cut.")
+
+
+class PromptDiversity(Table):
+    """How much the prompts of each source resemble each other, over samples of equal size."""
+
+    source: str = pa.Field(
+        isin=["synthetic", "seed", "self_instruct"],
+        unique=True,
+        description="`synthetic`: of this iteration; `seed`: of the train split; `self_instruct`: the baseline by M_0.",
+    )
+    available: int = pa.Field(ge=2, description="Prompts that the source has.")
+    prompts: int = pa.Field(ge=2, description="Prompts sampled and compared, as many of each source.")
+    mean: float = pa.Field(description="Mean over the prompts of their mean cosine similarity to all others.")
+    standard_deviation: float = pa.Field(ge=0, description="Of the prompts' mean similarities.")
+    percentile_5: float = pa.Field(description="5 % of the prompts have a lower mean similarity.")
+    median: float = pa.Field(description="Half of the prompts have a lower mean similarity.")
+    percentile_95: float = pa.Field(description="95 % of the prompts have a lower mean similarity.")
+    clusters_touched: int = pa.Field(
+        ge=1, description="Clusters, of all sources together, that hold a prompt of this one."
+    )
+    cluster_entropy: float = pa.Field(ge=0, description="Entropy of the source's shares in the clusters, in nats.")
+    effective_clusters: float = pa.Field(ge=1, description="Equally large clusters that would have this entropy.")
+    embedding_model: str = _text("The model that the figures belong to; those of two models cannot be compared.")
+    iteration: int = pa.Field(ge=1, description="The iteration.")
+
+
 class Responses(Table):
     """Answers to prompts."""
 

@@ -201,7 +201,7 @@ def test_drawing_stops_when_enough_or_used_up(wanted, available, valid_share):
                 for row, ok in zip(rows, good, strict=True)]  # fmt: skip
 
     prompts = prompt_filter()
-    kept, used = draw_until_enough([{"row": number} for number in range(available)], wanted, write, prompts)
+    kept, used = draw_until_enough([{"row": number} for number in range(available)], wanted, write, prompts.keep)
     assert used == len(asked) <= available
     assert len(kept) <= wanted
     assert len(kept) == wanted or used == available

@@ -13,12 +13,13 @@ from tests.nano import nano_settings, write_settings
 
 TABLES = {
     "seed_pairs": schemas.SeedPairs, "keyword_pool": schemas.KeywordPool, "keyword_sets": schemas.KeywordSets,
+    "self_instruct_prompts": schemas.SelfInstructPrompts, "prompt_diversity": schemas.PromptDiversity,
     "synthetic_prompts": schemas.SyntheticPrompts, "base_responses": schemas.Responses,
     "initial_responses": schemas.Responses, "seed_responses": schemas.SeedResponses,
     "refined_responses": schemas.RefinedResponses, "preference_pairs": schemas.PreferencePairs,
     "preference_history": schemas.PreferenceHistory, "evaluation": schemas.Evaluation,
 }  # fmt: skip
-ONCE = {"seed_pairs", "keyword_pool", "initial_policy", "prompt_generator", "reward_model"}
+ONCE = {"seed_pairs", "keyword_pool", "initial_policy", "prompt_generator", "reward_model", "self_instruct_prompts"}
 CHECKPOINTS = {"policy", "response_improver", "model_checkpoint"}
 
 

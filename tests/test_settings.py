@@ -78,7 +78,9 @@ def changed(tmp_path, **changes):
         ({"policy": {"training": {"micro_batch_size": 3}}}, "micro_batch_size (3) does not divide batch_size (4)"),
         ({"scorer": {"kind": "pretrained"}}, "scorer.name is missing"),
         ({"scorer": {"training": None}}, "scorer.training is missing"),
-        ({"initial_policy": {"source": "hub", "name": "a/b"}}, "initial_policy.revision is missing"),
+        ({"initial_policy": {"source": "hub", "name": "a/b"}}, "`initial_policy`: revision is missing"),
+        ({"diversity": {"embedding_model": {"source": "hub"}}}, "`diversity.embedding_model`: revision is missing"),
+        ({"diversity": {"self_instruct_shot": 1}}, "did you mean `self_instruct_shots`?"),
         ({"engine": {"device": "tpu"}}, "`engine.device` is 'tpu'"),
         ({"responses": {"sampling": {"stop": [""]}}}, "`responses.sampling.stop.0` is ''"),
         ({"responses": {"sampling": {"temperature": float("inf")}}}, "`responses.sampling.temperature` is inf"),
@@ -105,7 +107,9 @@ def test_the_same_data_cannot_be_train_and_held_out(tmp_path):
 
 
 def test_paths_are_relative_to_the_file_that_states_them(tmp_path):
-    settings = load_settings(changed(tmp_path, seed_data={"train": {"path": "data/mine.jsonl"}}))
+    model = {"embedding_model": {"source": "directory", "name": "my-model"}}
+    settings = load_settings(changed(tmp_path, seed_data={"train": {"path": "data/mine.jsonl"}}, diversity=model))
+    assert settings.diversity.embedding_model.name == str(tmp_path / "my-model")
     assert settings.seed_data.train.path == str(tmp_path / "data/mine.jsonl")
     assert settings.seed_data.held_out.path == str(PRESETS.parent / "seed/held_out.jsonl")
 

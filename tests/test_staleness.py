@@ -9,14 +9,21 @@ import pytest
 from tests.conftest import HOME
 from tests.test_structure import ROOT
 
-GENERATED = {"synthetic_prompts", "base_responses", "initial_responses", "seed_responses", "refined_responses"}
+GENERATED = {
+    "synthetic_prompts", "self_instruct_prompts", "base_responses", "initial_responses", "seed_responses",
+    "refined_responses",
+}  # fmt: skip
 TRAINED = {"prompt_generator", "reward_model", "response_improver", "model_checkpoint"}
 CASES = {
     "policy.training.beta": (7.5, {"model_checkpoint"}),
     "preferences.margin_threshold": (0.5, {"preference_pairs"}),
     "preferences.rejected_from": ("previous", {"preference_pairs", "initial_responses"}),
     "prompt_generator.min_words": (3, {"synthetic_prompts"}),
-    "prompt_generator.prompts_per_iteration": (9, {"synthetic_prompts", "keyword_sets"}),
+    "prompt_generator.prompts_per_iteration": (9, {"synthetic_prompts", "keyword_sets", "self_instruct_prompts"}),
+    "prompt_generator.sampling.temperature": (0.9, {"synthetic_prompts", "self_instruct_prompts"}),
+    "diversity.sample_size": (7, {"prompt_diversity"}),
+    "diversity.embedding_model.name": ("/elsewhere", {"prompt_diversity"}),
+    "diversity.self_instruct_shots": (2, {"self_instruct_prompts"}),
     "prompt_generator.training.epochs": (2, {"prompt_generator", "synthetic_prompts"}),
     "keyword_pool.drop_personal_names": (False, {"keyword_pool", "prompt_generator"}),
     "response_improver.sampling.temperature": (0.9, {"refined_responses"}),

@@ -19,6 +19,9 @@ MEMORY = {
     "peak_memory_gb": "largest memory of a process, GB",
     "peak_gpu_memory_gb": "largest GPU memory of a process, GB",
 }
+PROMPT_SOURCES = {
+    "synthetic": "synthetic prompts", "seed": "seed prompts", "self_instruct": "Self-Instruct prompts by M_0",
+}  # fmt: skip
 SCORED_BY = ("seed_responses", "preference_pairs", "evaluation")
 
 
@@ -192,6 +195,13 @@ def _column(iteration: FinishedIteration, reasons: Mapping[str, Sequence[str]]) 
             f"{asset}: {reason.replace('_', ' ')}": _dropped(figure(asset, "dropped"), reason)
             for asset, possible in reasons.items()
             for reason in possible
+        },
+        "Prompts": {
+            "prompts compared, of each source": _count(figure("prompt_diversity", "prompts_compared")),
+            **{
+                f"mean similarity of {what}": _number(figure("prompt_diversity", f"mean_similarity {source}"))
+                for source, what in PROMPT_SOURCES.items()
+            },
         },
         "Pairs": {
             "mean margin of scores": _number(figure("preference_pairs", "mean_margin")),
