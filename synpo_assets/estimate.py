@@ -59,7 +59,7 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
         settings: The experiment.
         seed: The table of the asset `seed_pairs`.
     """
-    train, held_out = seed.filter(split="train"), seed.filter(split="held_out")
+    train, judge, held_out = (seed.filter(split=split) for split in ("train", "judge", "held_out"))
     prompt, answer = (_tokens(" ".join(train[column])) / train.height for column in ("prompt", "answer"))
     written = settings.responses.sampling.max_new_tokens
     generator = settings.prompt_generator
@@ -70,6 +70,7 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
     trained = {
         "prompt_generator": (generator.training, instruction + _tokens(generator_target("", "")) + prompt + answer),
         "reward_model": (settings.scorer.training, 2 * asked + answer + written),
+        "judge_model": (settings.judge.training, 2 * asked + answer + written),
         "response_improver": (settings.response_improver.training, improving + answer),
         "model_checkpoint": (settings.policy.training, 2 * (asked + written)),
     }
@@ -80,18 +81,22 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
         """Tokens read to compare two answers to a prompt."""
         return orders * (asked + first + second) if pair_ranker else 2 * asked + first + second
 
-    # A reward model has M_0's answers to the held-out prompts scored already.
+    # A reward model has M_0's answers to the held-out prompts scored already, and M_{t-1}'s.
     gold = compared(answer, written) if pair_ranker else asked + answer
-    work = []
+    again = compared(written, written) if pair_ranker else 0
+    work, examples = [], {"model_checkpoint": settings.preferences.pairs_per_iteration, "judge_model": judge.height}
     for asset, (training, length) in trained.items():
         if training is not None:
-            rows = settings.preferences.pairs_per_iteration if asset == "model_checkpoint" else train.height
+            rows = examples.get(asset, train.height)
             tokens = min(rows, training.max_examples or rows) * training.epochs * length
-            work.append(Work(asset, "train", tokens, once=asset in ("prompt_generator", "reward_model")))
+            once = asset in ("prompt_generator", "reward_model", "judge_model")
+            work.append(Work(asset, "train", tokens, once=once))
     return [
         *work,
-        Work("reward_model", "generate", seed.height * written, once=True),
+        Work("reward_model", "generate", (train.height + held_out.height) * written, once=True),
         Work("reward_model", "score", held_out.height * compared(answer, written), once=True),
+        Work("judge_model", "generate", judge.height * written, once=True),
+        Work("judge_model", "score", held_out.height * (2 * asked + answer + written), once=True),
         Work("synthetic_prompts", "generate", wanted * min(generator.max_overdraw, 1.5) * prompt),
         Work("base_responses", "generate", wanted * written),
         Work("initial_responses", "generate", wanted * written, later_only=True),
@@ -100,7 +105,9 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
         Work("refined_responses", "generate", wanted * settings.response_improver.sampling.max_new_tokens),
         Work("preference_pairs", "score", wanted * compared(written, written)),
         Work("evaluation", "generate", held_out.height * written),
-        Work("evaluation", "score", held_out.height * (compared(written, written) + gold)),
+        # The judge has M_0's and M_{t-1}'s answers scored already.
+        Work("evaluation", "score", held_out.height * (compared(written, written) + gold + asked + written)),
+        Work("evaluation", "score", held_out.height * again, later_only=True),
     ]
 
 

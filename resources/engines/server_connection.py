@@ -2,10 +2,11 @@
 
 import concurrent.futures
 import email.utils
+import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tenacity
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from resources.engines.adapters import Adapter
 from resources.errors import FinalError
-from resources.settings import Server
+from resources.settings import ServerAccess
 
 if TYPE_CHECKING:
     import openai
@@ -26,6 +27,8 @@ LOG_EVERY_SECONDS = 10
 # Besides 5xx, what passes by itself: request timeout, conflict, too many requests.
 PASSING = (408, 409, 429)
 Answer = TypeVar("Answer", bound=BaseModel)
+Asked = TypeVar("Asked")
+Got = TypeVar("Got")
 
 
 class ServedModel(BaseModel):
@@ -68,16 +71,17 @@ class TextCompletion(BaseModel):
 class Connection:
     """The way to a server: tries again what may pass, and says the rest in sentences. Threads may share it."""
 
-    def __init__(self, server: Server, log: Callable[[str], None]) -> None:
+    def __init__(self, server: ServerAccess, log: Callable[[str], None], setting: str = "engine.server") -> None:
         """Connects with the first request.
 
         Args:
             server: Address, timeout and number of tries.
             log: Receives a sentence about a pause, not more often than every ten seconds.
+            setting: The setting that names the server, for messages.
         """
         import openai
 
-        self._server, self._log = server, log
+        self._server, self._log, self._setting = server, log, setting
         self._client = openai.OpenAI(
             base_url=server.url,
             # Its servers want some key even where none is checked.
@@ -166,7 +170,7 @@ class Connection:
         except ValidationError:
             raise FinalError(
                 f"{self._server.url} does not answer as OpenAI's completions API does: {_shortened(str(answer))} Is "
-                "engine.server.url the base URL of the server, with /v1 at its end?"
+                f"{self._setting}.url the base URL of the server, with /v1 at its end?"
             ) from None
 
     def _explained(self, error: "openai.APIError") -> Exception:
@@ -175,14 +179,14 @@ class Connection:
             tries = "one try" if self._server.attempts == 1 else f"{self._server.attempts} tries"
             return RuntimeError(
                 f"{where} did not complete a request in {tries}. {_said(error)} Finished shards are kept: run it "
-                "again when the server is well. engine.server.attempts and engine.server.timeout_seconds say how long to wait "
-                "for it, and a lower engine.server.concurrency asks less of it at a time."
+                f"again when the server is well. {self._setting}.attempts and {self._setting}.timeout_seconds say how long to "
+                f"wait for it, and a lower {self._setting}.concurrency asks less of it at a time."
             )
         if status in (401, 403):
             cure = "Put a key that it accepts into the environment variable OPENAI_API_KEY."
         elif status == 404:
             cure = (
-                "Is engine.server.url its base URL, with /v1 at its end? If it was started again in the meantime, adapters that "
+                f"Is {self._setting}.url its base URL, with /v1 at its end? If it was started again in the meantime, adapters that "
                 "were loaded are gone: run it again."
             )
         else:
@@ -204,6 +208,32 @@ class Connection:
             f"The server at {self._server.url} did not complete a request, try {state.attempt_number} of "
             f"{self._server.attempts}, the next in {state.upcoming_sleep:.0f} s. {_said(_error(state))}"
         )
+
+
+def side_by_side(
+    ask: Callable[[Asked], Got], asked: Iterable[Asked], concurrency: int
+) -> Generator[list[Got], None, None]:
+    """Asks in threads, and takes the next questions only as earlier ones are answered; closing it ends the work.
+
+    Args:
+        ask: Asks one question; its error ends the work.
+        asked: The questions.
+        concurrency: How many are under way at a time.
+    """
+    waiting = iter(asked)
+    threads = concurrent.futures.ThreadPoolExecutor(concurrency)
+    try:
+        # As many again wait in line, so that no thread idles while a shard is written.
+        under_way = {threads.submit(ask, question) for question in itertools.islice(waiting, 2 * concurrency)}
+        while under_way:
+            done, under_way = concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
+            failed = [future for future in done if future.exception()]
+            yield [future.result() for future in done if not future.exception()]
+            for future in failed:
+                future.result()
+            under_way |= {threads.submit(ask, question) for question in itertools.islice(waiting, len(done))}
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _error(state: tenacity.RetryCallState) -> BaseException | None:

@@ -1,8 +1,6 @@
 """Generation by asking a server that runs already: vLLM's, or another with OpenAI's completions API."""
 
-import concurrent.futures
 import contextlib
-import itertools
 import shlex
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
@@ -13,7 +11,7 @@ from resources.checkpoint_store import Checkpoint
 from resources.engines.adapters import adapter_of
 from resources.engines.completions import completion, end_ids, longest_sequence
 from resources.engines.interface import Completion, Request, Requests
-from resources.engines.server_connection import Connection, ServedModel, TextCompletion
+from resources.engines.server_connection import Connection, ServedModel, TextCompletion, side_by_side
 from resources.errors import FinalError
 from resources.settings import Engine, Sampling, Server
 
@@ -66,7 +64,7 @@ class ServerEngine:
                 answer = connection.post("/completions", body, TextCompletion)
                 return _as_completion(request, answer, sampling, tokenizer, ends)
 
-            yield from _side_by_side(complete, requests, self._server.concurrency)
+            yield from side_by_side(complete, requests, self._server.concurrency)
 
     def _model_on(self, connection: Connection) -> tuple[str, ServedModel]:
         """The name under which the server has the checkpoint, and the entry that tells its length and owner.
@@ -104,26 +102,6 @@ class ServerEngine:
             f"{', '.join(served) or 'nothing'}. Serve it, for instance with `{serve}`, or state the name that it has there "
             "under engine.server.models."
         )
-
-
-def _side_by_side(
-    complete: Callable[[Request], Completion], requests: Requests, concurrency: int
-) -> Generator[list[Completion], None, None]:
-    """Completes requests in threads, and takes the next ones only as earlier ones finish."""
-    waiting = iter(requests)
-    threads = concurrent.futures.ThreadPoolExecutor(concurrency)
-    try:
-        # As many again wait in line, so that no thread idles while a shard is written.
-        under_way = {threads.submit(complete, request) for request in itertools.islice(waiting, 2 * concurrency)}
-        while under_way:
-            done, under_way = concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
-            failed = [future for future in done if future.exception()]
-            yield [future.result() for future in done if not future.exception()]
-            for future in failed:
-                future.result()
-            under_way |= {threads.submit(complete, request) for request in itertools.islice(waiting, len(done))}
-    finally:
-        threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _openai_fields(name: str, request: Request, sampling: Sampling) -> dict[str, Any]:
