@@ -81,9 +81,8 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
         """Tokens read to compare two answers to a prompt."""
         return orders * (asked + first + second) if pair_ranker else 2 * asked + first + second
 
-    # A reward model has M_0's answers to the held-out prompts scored already, and M_{t-1}'s.
+    # A reward model has M_0's answers to the held-out prompts scored already.
     gold = compared(answer, written) if pair_ranker else asked + answer
-    again = compared(written, written) if pair_ranker else 0
     work, examples = [], {"model_checkpoint": settings.preferences.pairs_per_iteration, "judge_model": judge.height}
     for asset, (training, length) in trained.items():
         if training is not None:
@@ -91,6 +90,9 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
             tokens = min(rows, training.max_examples or rows) * training.epochs * length
             once = asset in ("prompt_generator", "reward_model", "judge_model")
             work.append(Work(asset, "train", tokens, once=once))
+    if pair_ranker:
+        # M_t beside M_{t-1}, which a reward model has scored already.
+        work.append(Work("evaluation", "score", held_out.height * compared(written, written), later_only=True))
     return [
         *work,
         Work("reward_model", "generate", (train.height + held_out.height) * written, once=True),
@@ -105,9 +107,9 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
         Work("refined_responses", "generate", wanted * settings.response_improver.sampling.max_new_tokens),
         Work("preference_pairs", "score", wanted * compared(written, written)),
         Work("evaluation", "generate", held_out.height * written),
-        # The judge has M_0's and M_{t-1}'s answers scored already.
-        Work("evaluation", "score", held_out.height * (compared(written, written) + gold + asked + written)),
-        Work("evaluation", "score", held_out.height * again, later_only=True),
+        Work("evaluation", "score", held_out.height * (compared(written, written) + gold)),
+        # By the judge, which has scored M_0's and M_{t-1}'s answers already.
+        Work("evaluation", "score", held_out.height * (asked + written)),
     ]
 
 
