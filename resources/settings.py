@@ -110,7 +110,14 @@ class SeedData(Section):
         description="Rows that are empty, duplicate, not text, or both in train and held out: refuse all, or drop and count.",
     )
     train_limit: int | None = Field(
-        None, ge=2, description="Use a random subset of this many training pairs. None: all."
+        None, ge=2, description="Use a random subset of this many training pairs. None: all that the judge leaves."
+    )
+    judge_limit: int | None = Field(
+        None,
+        ge=2,
+        description="At most this many pairs of `train` are set aside for the independent judge: generator, improver and scorer "
+        "never read them. Where train_limit leaves fewer, training gives up pairs for it, down to half of all. None: a quarter "
+        "as many as train_limit, or of all pairs.",
     )
     held_out_limit: int | None = Field(None, ge=2, description="Use this many held-out pairs. None: all.")
 
@@ -368,8 +375,8 @@ class TrainingProcesses(dg.Config):
     )
 
 
-class Server(dg.Config):
-    """A running server with OpenAI's completions API: vLLM's own, or another."""
+class ServerAccess(dg.Config):
+    """How a running server with OpenAI's API is reached."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -377,6 +384,18 @@ class Server(dg.Config):
         pattern="^https?://",
         description="Its base URL, such as http://127.0.0.1:8000/v1. The API key, if it wants one, is read from OPENAI_API_KEY.",
     )
+    concurrency: int = Field(64, ge=1, description="Requests under way at a time.")
+    timeout_seconds: float = Field(600, gt=0, description="Longest wait for one completion.")
+    attempts: int = Field(
+        6,
+        ge=1,
+        description="Tries of one request while the server is down, overloaded or answers 5xx, with growing pauses.",
+    )
+
+
+class Server(ServerAccess):
+    """A running server with OpenAI's completions API: vLLM's own, or another."""
+
     models: dict[str, str] = Field(
         default_factory=dict,
         description="The name under which it serves a checkpoint, by asset (`initial_policy`) or asset and iteration "
@@ -387,13 +406,6 @@ class Server(dg.Config):
         description="Load the adapters of checkpoints into the server as they are needed: a vLLM server of M_0, started with "
         "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, that sees the same files.",
     )
-    concurrency: int = Field(64, ge=1, description="Requests under way at a time.")
-    timeout_seconds: float = Field(600, gt=0, description="Longest wait for one completion.")
-    attempts: int = Field(
-        6,
-        ge=1,
-        description="Tries of one request while the server is down, overloaded or answers 5xx, with growing pauses.",
-    )
 
     @field_validator("models")
     @classmethod
@@ -403,6 +415,30 @@ class Server(dg.Config):
             if asset not in GENERATING_ASSETS:
                 raise ValueError(f"{label!r} is no checkpoint that generates{_nearest(asset, list(GENERATING_ASSETS))}")
         return models
+
+
+class JudgeServer(ServerAccess):
+    """A model behind OpenAI's chat API that judges: on this machine, in the house or at a provider."""
+
+    model: str = Field(description="The name under which the server has the model.")
+    template: str | None = Field(
+        None,
+        description="A jinja file (relative to the settings file) that makes the request from `prompt`, `answer_a` and "
+        '`answer_b`; the reply must be JSON, {"better": "A"}, "B" or "tie". None: resources/judges/comparison.jinja.',
+    )
+
+
+class Judge(Section):
+    """Who judges the held-out answers, besides the scorer: a reward model that no other training shares data with."""
+
+    training: Training = Field(
+        description="The training of the independent judge, from M_0 on the pairs of seed_data.judge_limit with another random "
+        "seed. Left out: that of the scorer. Not in the paper."
+    )
+    max_length: int = Field(
+        ge=8, description="Longest prompt and answer that it reads, in tokens. Left out: that of the scorer."
+    )
+    server: JudgeServer | None = Field(None, description="One more judge, asked in both orders. None: there is none.")
 
 
 class RayCluster(dg.Config):
@@ -567,8 +603,9 @@ class Checks(Section):
 
 
 GateMetric = Literal[
-    "win_rate_over_initial", "held_out_reward_gain", "mean_margin", "chosen_to_rejected_length", "pairs_kept"
-]
+    "win_rate_over_initial", "win_rate_over_previous", "win_rate_over_initial_by_scorer", "held_out_reward_gain",
+    "mean_margin", "chosen_to_rejected_length", "pairs_kept",
+]  # fmt: skip
 
 
 class Automation(Section):
@@ -602,11 +639,23 @@ class Settings(Section):
     scorer: Scorer
     preferences: Preferences
     policy: Policy
+    judge: Judge
     engine: Engine = Field(default_factory=lambda: Engine.model_validate({}))
     training_processes: TrainingProcesses = Field(default_factory=lambda: TrainingProcesses.model_validate({}))
     storage: Storage = Field(default_factory=lambda: Storage.model_validate({}))
     checks: Checks = Field(default_factory=Checks)
     automation: Automation = Field(default_factory=Automation)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _judge_like_the_scorer(cls, values: Any) -> Any:
+        """What the section `judge` leaves out is as in the section `scorer`."""
+        if not isinstance(values, dict) or not isinstance(values.get("judge", {}), dict):
+            return values
+        scorer = _section(values, "scorer")
+        shared = {name: scorer[name] for name in ("training", "max_length") if scorer.get(name) is not None}
+        defaults = {"max_length": Scorer.model_fields["max_length"].default}
+        return values | {"judge": _merge(defaults | shared, _section(values, "judge"))}
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -638,7 +687,12 @@ class Settings(Section):
     @property
     def trainings(self) -> list[Training]:
         """All training runs that the settings ask for."""
-        trainings = [self.prompt_generator.training, self.response_improver.training, self.policy.training]
+        trainings = [
+            self.prompt_generator.training,
+            self.response_improver.training,
+            self.policy.training,
+            self.judge.training,
+        ]
         return trainings + ([self.scorer.training] if self.scorer.kind == "trained" and self.scorer.training else [])
 
     @property
@@ -717,7 +771,9 @@ def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
             source["path"] = str((folder / source["path"]).resolve())
     model, scorer = _section(values, "initial_policy"), _section(values, "scorer")
     embedding = _section(_section(values, "diversity"), "embedding_model")
-    processes = _section(values, "training_processes")
+    processes, judge = _section(values, "training_processes"), _section(_section(values, "judge"), "server")
+    if judge.get("template"):
+        judge["template"] = str((folder / str(judge["template"])).resolve())
     if processes.get("accelerate_config"):
         processes["accelerate_config"] = str((folder / str(processes["accelerate_config"])).resolve())
     for place in (model, embedding):

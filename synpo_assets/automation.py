@@ -17,7 +17,8 @@ JOBS = [
     dg.define_asset_job(
         "made_once",
         selection=dg.AssetSelection.assets("policy").upstream(include_self=False),
-        description="What all iterations share: M_0, the seed, the keyword pool, the prompt generator, the baseline, the scorer.",
+        description="What all iterations share: M_0, the seed, the keyword pool, the prompt generator, the baseline, the scorer, "
+        "the judge.",
         # dagster.yaml lets one run with this tag at a time.
         tags={"synpo/made_once": "true"},
     ),
@@ -94,6 +95,8 @@ def gate_figures(instance: DagsterInstance, partition: str) -> dict[GateMetric, 
     reward, initial_reward = (evaluation.get(f"held_out_reward {side}") for side in ("policy", "initial"))
     return {
         "win_rate_over_initial": evaluation.get("win_rate_over_initial"),
+        "win_rate_over_previous": evaluation.get("win_rate_over_previous"),
+        "win_rate_over_initial_by_scorer": evaluation.get("win_rate_over_initial_by_scorer"),
         "held_out_reward_gain": None if reward is None or initial_reward is None else reward - initial_reward,
         "mean_margin": pairs.get("mean_margin"),
         "chosen_to_rejected_length": pairs.get("chosen_to_rejected_length"),

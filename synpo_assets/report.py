@@ -91,13 +91,14 @@ def read_iteration(instance: DagsterInstance, tables: ParquetTables, key: str) -
         FileNotFoundError: Its table of pairs was deleted.
     """
     metadata = {asset: metadata_of(instance, asset, key) for asset in READ_ASSETS}
-    log = metadata["model_checkpoint"].get("training_log")
+    log, rates = metadata["model_checkpoint"].get("training_log"), metadata["evaluation"].get("win_rates")
     return FinishedIteration(
         key=key,
         metadata=metadata,
         seconds=sum(seconds_of(instance, asset, key) for asset in READ_ASSETS),
         pairs=tables.read("preference_pairs", key),
         training_log=[record.data for record in log.records] if log else [],
+        win_rates=[record.data for record in rates.records] if rates else [],
     )
 
 

@@ -10,6 +10,7 @@ import pandera.errors
 import pandera.polars as pa
 import polars as pl
 
+from synpo_assets.method.evaluation import NO_VERDICT, POINTS
 from synpo_assets.method.pairs import MESSAGES
 
 SHOWN_BAD_ROWS = 5
@@ -39,7 +40,10 @@ class SeedPairs(Table):
     prompt_id: str = _id("Content hash of the prompt.", unique=True)
     prompt: str = _text("The instruction.")
     answer: str = _text("The gold answer.")
-    split: str = pa.Field(isin=["train", "held_out"], description="`held_out` rows are never trained on.")
+    split: str = pa.Field(
+        isin=["train", "judge", "held_out"],
+        description="`judge` rows are read by the independent judge alone, and `held_out` rows are never trained on.",
+    )
     line: int = pa.Field(ge=1, description="Line of the source file.")
 
 
@@ -166,18 +170,34 @@ class PreferenceHistory(PreferencePairs):
     prompt_id: str = _id("The prompt.")
 
 
+def _outcome(judge: str, opponent: str, nullable: bool = False) -> str:
+    return pa.Field(
+        isin=[*POINTS, NO_VERDICT],
+        nullable=nullable,
+        description=f"What {judge} says of M_t's answer beside {opponent}'s: win, tie, loss or no verdict.",
+    )
+
+
 class Evaluation(Table):
-    """Answers of M_t and M_0 to held-out prompts, with scores."""
+    """Answers of M_t, M_{t-1} and M_0 to held-out prompts, with scores and what each judge says of them."""
 
     prompt_id: str = _id("The held-out prompt.", unique=True)
     prompt: str = _text("The instruction.")
     answer: str = _text("The gold answer.")
     policy_response: str = pa.Field(description="M_t's answer.")
+    previous_response: str = pa.Field(description="M_{t-1}'s answer; at t = 1 this is M_0's.")
     initial_response: str = pa.Field(description="M_0's answer.")
     answer_score: float = pa.Field(description="initial_score plus the margin of the gold answer over M_0's.")
     policy_score: float = pa.Field(description="The scorer's value of M_t's answer, beside M_0's.")
     initial_score: float = pa.Field(description="The scorer's value of M_0's answer, beside M_t's.")
+    judge_over_initial: str = _outcome("the independent judge", "M_0")
+    judge_over_previous: str = _outcome("the independent judge", "M_{t-1}")
+    scorer_over_initial: str = _outcome("the scorer, which took part in training,", "M_0")
+    scorer_over_previous: str = _outcome("the scorer, which took part in training,", "M_{t-1}")
+    server_over_initial: str = _outcome("the model of judge.server, if there is one,", "M_0", nullable=True)
+    server_over_previous: str = _outcome("the model of judge.server, if there is one,", "M_{t-1}", nullable=True)
     policy_checkpoint_sha: str = _id("sha of M_t.")
+    previous_checkpoint_sha: str = _id("sha of M_{t-1}.")
     initial_checkpoint_sha: str = _id("sha of M_0.")
     iteration: int = pa.Field(ge=1, description="The iteration t.")
 

@@ -136,7 +136,7 @@ def nano_settings(model: Path) -> dict[str, Any]:
     return {
         "preset": "laptop",
         "initial_policy": {"source": "directory", "name": str(model), "wheel_sha256": None, "wheel_member": None},
-        "seed_data": {"train_limit": 24, "held_out_limit": 6},
+        "seed_data": {"train_limit": 24, "judge_limit": 8, "held_out_limit": 6},
         "prompt_generator": {
             "prompts_per_iteration": 10, "max_overdraw": 4, "min_words": 2, "language": None,
             "near_duplicate_similarity": 0.95, "training": training, "sampling": sampling,

@@ -81,6 +81,9 @@ def changed(tmp_path, **changes):
         ({"initial_policy": {"source": "hub", "name": "a/b"}}, "`initial_policy`: revision is missing"),
         ({"diversity": {"embedding_model": {"source": "hub"}}}, "`diversity.embedding_model`: revision is missing"),
         ({"diversity": {"self_instruct_shot": 1}}, "did you mean `self_instruct_shots`?"),
+        ({"judge": {"server": {"model": "m"}}}, "`judge.server.url` is None"),
+        ({"judge": {"server": {"url": "http://u", "modle": "m"}}}, "did you mean `model`?"),
+        ({"judge": 3}, "`judge` is 3"),
         ({"engine": {"device": "tpu"}}, "`engine.device` is 'tpu'"),
         ({"responses": {"sampling": {"stop": [""]}}}, "`responses.sampling.stop.0` is ''"),
         ({"responses": {"sampling": {"temperature": float("inf")}}}, "`responses.sampling.temperature` is inf"),
@@ -98,6 +101,28 @@ def test_wrong_settings_are_refused_in_a_sentence(tmp_path, changes, words):
         load_settings(changed(tmp_path, **changes))
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_judge_is_trained_like_the_scorer_unless_it_is_stated(tmp_path):
+    settings = load_settings(changed(tmp_path, scorer={"max_length": 77, "training": {"epochs": 3}}))
+    assert (settings.judge.max_length, settings.judge.training) == (77, settings.scorer.training)
+    settings = load_settings(changed(tmp_path, judge={"training": {"epochs": 5}}))
+    assert settings.judge.training == settings.scorer.training.model_copy(update={"epochs": 5})
+    assert settings.judge.server is None
+
+
+def test_a_judge_is_needed_where_the_scorer_is_not_trained(tmp_path):
+    scorer = {"kind": "pretrained", "name": "a/b", "training": None}
+    with pytest.raises(SettingsError, match=r"`judge\.training` is missing"):
+        load_settings(changed(tmp_path, scorer=scorer))
+    for name in ("paper_mistral", "paper_llama3"):
+        assert load_settings(preset_path(name)).judge.training.learning_rate > 0
+
+
+def test_the_template_of_a_judge_is_relative_to_the_file_that_states_it(tmp_path):
+    server = {"url": "http://127.0.0.1:1/v1", "model": "m", "template": "mine.jinja"}
+    settings = load_settings(changed(tmp_path, judge={"server": server}))
+    assert settings.judge.server.template == str(tmp_path / "mine.jinja")
 
 
 def test_the_same_data_cannot_be_train_and_held_out(tmp_path):

@@ -13,7 +13,7 @@ GENERATED = {
     "synthetic_prompts", "self_instruct_prompts", "base_responses", "initial_responses", "seed_responses",
     "refined_responses",
 }  # fmt: skip
-TRAINED = {"prompt_generator", "reward_model", "response_improver", "model_checkpoint"}
+TRAINED = {"prompt_generator", "reward_model", "judge_model", "response_improver", "model_checkpoint"}
 CASES = {
     "policy.training.beta": (7.5, {"model_checkpoint"}),
     "preferences.margin_threshold": (0.5, {"preference_pairs"}),
@@ -29,13 +29,19 @@ CASES = {
     "response_improver.sampling.temperature": (0.9, {"refined_responses"}),
     "response_improver.margin_threshold": (0.3, {"response_improver"}),
     "responses.sampling.temperature": (
-        0.9, {"reward_model", "seed_responses", "base_responses", "initial_responses", "evaluation"}
+        0.9, {"reward_model", "judge_model", "seed_responses", "base_responses", "initial_responses", "evaluation"}
     ),
     "engine.dtype": ("bfloat16", GENERATED | TRAINED | {"preference_pairs", "evaluation"}),
-    "engine.kind": ("transformers", GENERATED | {"reward_model", "evaluation"}),
+    "engine.kind": ("transformers", GENERATED | {"reward_model", "judge_model", "evaluation"}),
     "scorer.pair_convention": (
         "one_order", {"reward_model", "seed_responses", "preference_pairs", "evaluation"}
     ),
+    # The file leaves the judge out, so it is trained like the scorer.
+    "scorer.training.epochs": (2, {"reward_model", "judge_model"}),
+    "judge.training.epochs": (2, {"judge_model"}),
+    "judge.max_length": (99, {"judge_model", "evaluation"}),
+    "judge.server": ({"url": "http://127.0.0.1:1/v1", "model": "m"}, {"evaluation"}),
+    "seed_data.judge_limit": (9, {"seed_pairs"}),
     "engine.threads": (2, set()),
     "engine.shard_rows": (5, set()),
     "checks.min_win_rate": (0.9, set()),
