@@ -127,11 +127,11 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> Non
     shown_seed_prompts(settings, seed_table(settings)[0])
     next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
     check_training(settings)
+    _check_judge(settings)
     check_storage(settings.storage)
     check_disk(settings, home)
     fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
     fetch_embedding_model(settings.diversity.embedding_model, settings.engine.trust_remote_code)
-    _check_judge(settings)
     if settings.scorer.kind != "trained":
         fetch_reward_model(settings.scorer, settings.engine.trust_remote_code)
     # Only now is the size of a model known that had to be downloaded.

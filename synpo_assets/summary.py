@@ -65,9 +65,10 @@ def _sample_pair(tables: ParquetTables, iterations: int) -> Panel:
 
 
 def _held_out(instance: DagsterInstance, iterations: int) -> Table:
-    table = Table("", "judge", title="Held-out prompts: win rates of M_t, 95 % interval", title_justify="left")
-    for column in ("over M_0", "length-controlled", "over M_t-1"):
-        table.add_column(column, justify="right")
+    table = Table("", "judge", title="Held-out prompts: win rates of M_t, 95 % interval (LC: length-controlled)")
+    table.title_justify = "left"
+    for column in ("over M_0", "LC", "over M_t-1"):
+        table.add_column(column, justify="right", no_wrap=True)
     rewards = []
     for number in range(1, iterations + 1):
         about = metadata_of(instance, "evaluation", partition_key(number))

@@ -1,6 +1,6 @@
 """Win rates, who judges them, and what each judge may have read: pure functions, stand-in stages, a small HTTP server."""
 
-import dataclasses
+import copy
 import json
 import re
 import threading
@@ -21,7 +21,7 @@ from resources.language_model import Usage
 from resources.scorer import Comparison, RewardScorer, ScoringUsage
 from resources.settings import JudgeServer, SettingsError, active_settings, load_settings, preset_path
 from resources.tables import ParquetTables
-from synpo_assets import evaluation as evaluation_stage
+from resources.training.job import TrainingSummary
 from synpo_assets.evaluation import OPPONENTS, evaluation, judge_model
 from synpo_assets.method.evaluation import (
     NO_VERDICT,
@@ -34,10 +34,10 @@ from synpo_assets.method.evaluation import (
 from synpo_assets.partitions import ITERATIONS
 from synpo_assets.preferences import reward_model
 from synpo_assets.preflight import check_before_run, seed_table
-from synpo_assets.prompts import prompt_generator, synthetic_prompts
+from synpo_assets.prompts import prompt_generator
 from synpo_assets.responses import seed_responses
 from synpo_assets.schemas import Evaluation, check
-from tests.nano import nano_settings, write_settings
+from tests.nano import write_settings
 from tests.test_server_engine import FaultyServer
 
 OUTCOME = st.sampled_from(["win", "tie", "loss"])
@@ -130,8 +130,8 @@ def test_a_judge_that_goes_by_length_alone_sees_no_advantage_any_more():
 @pytest.mark.parametrize("count", [1, 2, 3, 5000])
 def test_estimates_exist_where_length_tells_all_wins_from_all_losses(count):
     judged = pl.Series(["win"] * count + ["loss"] * count)
-    lengths = pl.Series([100] * count + [10] * count)
-    assert length_controlled_win_rate(judged, lengths, pl.Series([50] * 2 * count)) == pytest.approx(0.5, abs=0.1)
+    lengths = pl.Series([90] * count + [10] * count)
+    assert length_controlled_win_rate(judged, lengths, pl.Series([50] * 2 * count)) == pytest.approx(0.5)
     assert 0.5 < length_controlled_win_rate(judged[:count], lengths[:count], lengths[:count]) < 1
 
 
@@ -167,7 +167,7 @@ def test_golden_numbers_of_a_table():
     (judge, scorer) = rates.to_dicts()
     counts = ("judge", "label", "opponent", "wins", "ties", "losses", "no_verdict", "prompts", "win_rate")
     assert tuple(judge[name] for name in counts) == ("judge", "independent", "other", 1, 1, 1, 1, 3, 0.5)
-    assert judge["length_controlled"] == pytest.approx(0.4572, abs=1e-4)
+    assert judge["length_controlled"] == pytest.approx(0.4373, abs=1e-4)
     assert (judge["low"], judge["high"]) == (0.0, 1.0)
     assert tuple(scorer[name] for name in ("wins", "prompts", "win_rate", "low", "high")) == (4, 4, 1.0, 1.0, 1.0)
     assert scorer["length_controlled"] < 0.9
@@ -239,107 +239,116 @@ CHECKPOINT = Checkpoint("initial_policy", None, "0123456789abcdef", "", "")
 
 
 class Recorder:
-    """Stands in for all models and trainers, and keeps what it was shown."""
+    """Stands in for all models and trainers, and keeps what each asset showed to it."""
 
-    random_seed = 42
+    pair_convention = "one_order"
 
-    def __init__(self):
-        self.answered, self.trained, self.compared, self.seeds = [], [], [], []
-        self.shards, self.engine, self.pair_convention = "", active_settings().engine, "one_order"
+    def __init__(self, shards):
+        self.shards, self.engine, self.random_seed = str(shards), active_settings().engine, 42
+        self.answered, self.trained, self.compared, self.seeds = {}, {}, {}, {}
+
+    def note(self, kind, texts):
+        asset = dg.AssetExecutionContext.get().asset_key.to_user_string()
+        splits = {split for split in ("train", "judge", "held_out") if any(f"{split} seed" in text for text in texts)}
+        kind[asset] = kind.get(asset, set()) | splits
 
     def answer(self, checkpoint, prompts, sampling, log):
         asked = list(prompts)
-        self.answered += [messages[0]["content"] for _, messages in asked]
-        ids = [row_id for row_id, _ in asked]
-        frame = pl.DataFrame({"id": ids, "text": f"by {checkpoint.sha}", "finish_reason": "stop"})
-        return frame.with_columns(input_tokens=pl.lit(3), output_tokens=pl.lit(4)), Usage(len(ids), 0, 3, 4, 4, 1.0)
+        self.note(self.answered, [messages[0]["content"] for _, messages in asked])
+        with open(f"{checkpoint.weights}/model.safetensors") as file:
+            text = f"by {file.read()}"
+        tokens = {"input_tokens": pl.lit(3, pl.Int64), "output_tokens": pl.lit(4, pl.Int64)}
+        frame = pl.DataFrame({"id": [row_id for row_id, _ in asked], "text": text, "finish_reason": "stop"})
+        return frame.with_columns(**tokens), Usage(len(asked), 0, 3, 4, 4, 1.0)
 
-    def reward(self, start, pairs, *_):
-        self.trained += [prompt for prompt, _, _ in pairs]
-        return self.summary()
+    def reward(self, start, pairs, training, directory, log):
+        return self.train([prompt for prompt, _, _ in pairs], directory)
 
-    def supervised(self, start, examples, *_):
-        self.trained += [answer for _, answer in examples]
-        return self.summary()
+    def supervised(self, start, examples, training, directory, log):
+        return self.train([answer for _, answer in examples], directory)
 
-    def summary(self):
-        return SimpleNamespace(history=[], metadata=dict)
+    def train(self, texts, directory):
+        self.note(self.trained, texts)
+        self.seeds[dg.AssetExecutionContext.get().asset_key.to_user_string()] = self.random_seed
+        weights(f"trained {self.random_seed}")(directory)
+        return TrainingSummary(len(texts), 0, 0, 9, 1, 1.0, [{"loss": 1.0, "step": 1}])
 
     def model_copy(self, update):
-        copied = Recorder()
-        vars(copied).update(vars(self))
+        copied = copy.copy(self)
         copied.random_seed = update["random_seed"]
-        self.seeds.append(copied.random_seed)
         return copied
-
-    def create(self, context, build, **about):
-        self.trained_on = about["trained_on"]
-        return CHECKPOINT, build(None)
 
     def compare(self, model, rows, log):
         rows = list(rows)
-        self.compared += [prompt for prompt, _, _ in rows]
+        self.note(self.compared, [prompt for prompt, _, _ in rows])
         scores = pl.Series([1.0] * len(rows))
         return Comparison(scores, scores - 1, "reward_difference", ScoringUsage(1, 0, 1, 0, 0, 1.0))
 
 
-def splits_in(texts):
-    return {split for split in ("train", "judge", "held_out") if any(f"{split} seed" in text for text in texts)}
-
-
+PLANTS = (("birch", "gravel"), ("melon", "sand"), ("tulip", "clay"))
 SEED = pl.DataFrame(
     [
-        {"prompt_id": f"prompt-{split}{n}", "prompt": f"How does the {split} seed number {n} grow in a garden?",
-         "answer": f"Slowly, as the {split} seed does.", "split": split, "line": n + 1}
-        for split in ("train", "judge", "held_out") for n in range(3)
-    ]
+        {"prompt_id": f"prompt-{split}{line}", "prompt": f"How does the {split} seed of a {plant} grow in {soil}?",
+         "answer": f"Slowly, as the {split} seed does.", "split": split, "line": line}
+        for split in ("train", "judge", "held_out") for line, (plant, soil) in enumerate(PLANTS, 1)
+    ],
+    schema_overrides={"line": pl.Int64},
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("asset", "answered", "trained", "compared"), [
-    (prompt_generator, set(), {"train"}, set()),
-    (reward_model, {"train", "held_out"}, {"train"}, {"held_out"}),
-    (judge_model, {"judge", "held_out"}, {"judge"}, {"held_out"}),
-    (seed_responses, {"train"}, set(), {"train"}),
-    (synthetic_prompts, set(), set(), set()),
-    (evaluation, {"held_out"}, set(), {"held_out"}),
-])  # fmt: skip
-def test_no_stage_reads_rows_of_another_split(monkeypatch, asset, answered, trained, compared):
-    seen, written = Recorder(), []
-    module = {"synthetic_prompts": "prompts", "seed_responses": "responses"}.get(asset.key.to_user_string())
-    for stage in ("prompts", "preferences", "responses", "evaluation"):
-        for output in ("checkpoint_output", "table_output"):
-            target = f"synpo_assets.{stage}.{output}"
-            monkeypatch.setattr(target, lambda context, value, **about: written.append(value), raising=False)
-    monkeypatch.setattr(evaluation_stage, "judge_scorer", lambda judge, scorer: scorer)
-    monkeypatch.setattr(evaluation_stage, "open_judges", lambda *_: [SimpleNamespace(name=n, label=n, compare=compare_as(seen))
-                                                                     for n in ("judge", "scorer")])  # fmt: skip
-    context = SimpleNamespace(log=SimpleNamespace(info=print), partition_key="0001", instance=None)
-    given = {
-        "context": context, "seed_pairs": SEED, "settings": active_settings(), "preference_history": pl.DataFrame(
-            schema={"prompt": pl.List(pl.Struct({"role": pl.String, "content": pl.String}))}
-        ), "keyword_sets": pl.DataFrame({"keyword_set_id": ["k"], "keywords": [["a", "b", "c"]]}),
+def weights(text):
+    def build(directory):
+        (directory / "merged").mkdir()
+        (directory / "merged" / "model.safetensors").write_text(text)
+
+    return build
+
+
+def stand_in(name, text, partitions=None):
+    @dg.asset(name=name, partitions_def=partitions, io_manager_key="checkpoints")
+    def made(context: dg.AssetExecutionContext, checkpoints: dg.ResourceParam[CheckpointStore]) -> Checkpoint:
+        return checkpoints.create(context, weights(text), parents={}, trained_on={}, settings={}, random_seed=0)[0]
+
+    return made
+
+
+@dg.asset(io_manager_key="tables")
+def seed_pairs() -> pl.DataFrame:
+    return SEED
+
+
+MODELS = [stand_in("initial_policy", "M_0"), stand_in("policy", "M_1", ITERATIONS),
+          stand_in("model_checkpoint", "M_2", ITERATIONS), seed_pairs]  # fmt: skip
+
+
+def materialize(assets, tmp_path, monkeypatch, judge=None):
+    """Runs real assets of iteration 2 on models that stand in; returns what they showed to these, and the result."""
+    seen = Recorder(tmp_path / "shards")
+    for module in ("synpo_assets.evaluation", "resources.judges.choice"):
+        monkeypatch.setattr(f"{module}.judge_scorer", lambda judge, scorer: scorer)
+    shared = active_settings()
+    resources = {
+        "tables": ParquetTables(str(tmp_path / "tables")),
+        "checkpoints": CheckpointStore(str(tmp_path / "checkpoints")),
+        "settings": shared.model_copy(update={"judge": judge or shared.judge}),
+        **{name: dg.ResourceDefinition.hardcoded_resource(seen) for name in ("language_model", "scorer", "trainer")},
+    }
+    return seen, dg.materialize([*MODELS, *assets], resources=resources, partition_key="0002")
+
+
+def test_no_stage_reads_rows_of_another_split(tmp_path, monkeypatch):
+    stages = [prompt_generator, reward_model, judge_model, seed_responses, evaluation]
+    seen, _ = materialize(stages, tmp_path, monkeypatch)
+    assert seen.trained == {"prompt_generator": {"train"}, "reward_model": {"train"}, "judge_model": {"judge"}}
+    assert seen.answered == {
+        "reward_model": {"train", "held_out"}, "judge_model": {"judge", "held_out"}, "seed_responses": {"train"},
+        "evaluation": {"held_out"},
     }  # fmt: skip
-    given |= dict.fromkeys(("language_model", "trainer", "scorer", "checkpoints"), seen)
-    models = ("initial_policy", "policy", "reward_model", "judge_model", "model_checkpoint", "prompt_generator")
-    given |= dict.fromkeys(models, CHECKPOINT)
-    body = asset.op.compute_fn.decorated_fn
-    wanted = {name: given[name] for name in body.__code__.co_varnames[: body.__code__.co_argcount]}
-    if module == "prompts":
-        with pytest.raises(FinalError):
-            body(**wanted)
-    else:
-        body(**wanted)
-    assert (splits_in(seen.answered), splits_in(seen.trained), splits_in(seen.compared)) == (
-        answered,
-        trained,
-        compared,
-    )
-    assert seen.seeds == ([43] if asset is judge_model else [])
-
-
-def compare_as(seen):
-    return lambda rows, log: seen.compare(None, rows, log)
+    assert seen.compared == {
+        "reward_model": {"held_out"}, "judge_model": {"held_out"}, "seed_responses": {"train"},
+        "evaluation": {"held_out"},
+    }  # fmt: skip
+    assert seen.seeds == {"prompt_generator": 42, "reward_model": 42, "judge_model": 43}
 
 
 # Judges behind one interface.
@@ -498,11 +507,11 @@ def test_the_shipped_template_shows_texts_as_they_are():
     ("{{ prompt }} {{ answer_a }} {{ answer_b }} {{ gold }}", "uses answer_a, answer_b, gold, prompt"),
     ("{{ prompt", "cannot be used"), (None, "cannot be used"),
 ])  # fmt: skip
-def test_a_template_that_cannot_be_used_is_refused_before_the_run(tmp_path, nano_model, text, words):
+def test_a_template_that_cannot_be_used_is_refused_before_the_run(tmp_path, text, words):
     if text is not None:
         (tmp_path / "mine.jinja").write_text(text)
     judge = {"server": {"url": "http://127.0.0.1:1/v1", "model": "m", "template": "mine.jinja"}}
-    stored = load_settings(write_settings(tmp_path / "mine.yaml", nano_settings(nano_model) | {"judge": judge}))
+    stored = load_settings(write_settings(tmp_path / "mine.yaml", {"preset": "laptop", "judge": judge}))
     with pytest.raises(SettingsError, match=re.escape(words)):
         check_before_run(stored, tmp_path / "home")
 
@@ -523,51 +532,15 @@ def test_every_judge_says_whether_it_took_part_in_training(tmp_path):
     assert open_judges(server, scorer, CHECKPOINT, CHECKPOINT)[2].label == "m (on a server)"
 
 
-def test_the_evaluation_of_an_iteration_with_a_server_as_third_judge(serve, tmp_path):
+def test_the_evaluation_of_an_iteration_with_a_server_as_third_judge(serve, tmp_path, monkeypatch):
     """The real asset; models stand in, whose answers tell which of them wrote."""
-    server = serve(lambda a, b: better("A" if "M_2" in a else "B") if "Question 0" not in a + b else "Hm.")
-    shared = active_settings()
-    judge = shared.judge.model_copy(update={"server": JudgeServer(url=server.url, model="m")})
-    held_out = SEED.filter(split="held_out")
-
-    def weights(text):
-        def build(directory):
-            (directory / "merged").mkdir()
-            (directory / "merged" / "model.safetensors").write_text(text)
-
-        return build
-
-    def model(name, text, partitioned):
-        partitions = ITERATIONS if partitioned else None
-
-        @dg.asset(name=name, partitions_def=partitions, io_manager_key="checkpoints")
-        def made(context: dg.AssetExecutionContext, checkpoints: dg.ResourceParam[CheckpointStore]) -> Checkpoint:
-            return checkpoints.create(context, weights(text), parents={}, trained_on={}, settings={}, random_seed=0)[0]
-
-        return made
-
-    @dg.asset(io_manager_key="tables")
-    def seed_pairs() -> pl.DataFrame:
-        return SEED
-
-    stand_ins = Recorder()
-    stand_ins.answer = writing_its_name(stand_ins)
-    resources = {
-        "tables": ParquetTables(str(tmp_path / "tables")),
-        "checkpoints": CheckpointStore(str(tmp_path / "checkpoints")),
-        "settings": shared.model_copy(update={"judge": judge}),
-        "language_model": dg.ResourceDefinition.hardcoded_resource(stand_ins),
-        "scorer": dg.ResourceDefinition.hardcoded_resource(stand_ins),
-    }
-    stand_ins.shards = str(tmp_path / "shards")
-    made = [model("initial_policy", "M_0", False), model("reward_model", "F", False), model("judge_model", "J", False),
-            model("policy", "M_1", True), model("model_checkpoint", "M_2", True)]  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("resources.judges.choice.judge_scorer", lambda judge, scorer: scorer)
-        result = dg.materialize([*made, seed_pairs, evaluation], resources=resources, partition_key="0002")
+    server = serve(lambda a, b: better("A" if "M_2" in a else "B"))
+    judge = active_settings().judge.model_copy(update={"server": JudgeServer(url=server.url, model="m")})
+    scorers = [stand_in("reward_model", "F"), stand_in("judge_model", "J")]
+    _, result = materialize([*scorers, evaluation], tmp_path, monkeypatch, judge)
     frame = result.output_for_node("evaluation")
     assert check(Evaluation, frame) is None
-    assert frame["prompt_id"].to_list() == held_out["prompt_id"].to_list()
+    assert frame["prompt_id"].to_list() == SEED.filter(split="held_out")["prompt_id"].to_list()
     assert frame.select(f"{side}_response" for side in ("policy", "previous", "initial")).unique().rows() == [
         ("by M_2", "by M_1", "by M_0")
     ]
@@ -579,12 +552,3 @@ def test_the_evaluation_of_an_iteration_with_a_server_as_third_judge(serve, tmp_
     assert len(rates) == 3 * len(OPPONENTS)
     assert rates["m (on a server)", "previous"]["wins"] == 3
     assert about["judges"] == "independent judge; scorer (took part in training); m (on a server)"
-
-
-def writing_its_name(recorder):
-    def answer(checkpoint, prompts, sampling, log):
-        text = (Path(checkpoint.weights) / "model.safetensors").read_text()
-        frame, usage = Recorder.answer(recorder, dataclasses.replace(checkpoint, sha=text), prompts, sampling, log)
-        return frame, usage
-
-    return answer
