@@ -603,8 +603,9 @@ class Checks(Section):
 
 
 GateMetric = Literal[
-    "win_rate_over_initial", "win_rate_over_previous", "win_rate_over_initial_by_scorer", "held_out_reward_gain",
-    "mean_margin", "chosen_to_rejected_length", "pairs_kept",
+    "win_rate_over_initial", "win_rate_over_initial_low", "win_rate_over_previous", "win_rate_over_initial_by_scorer",
+    "held_out_reward_gain", "mean_repetition", "cut_share", "prompt_similarity", "mean_margin", "chosen_to_rejected_length",
+    "pairs_kept",
 ]  # fmt: skip
 
 

@@ -20,7 +20,9 @@ from resources.settings import Settings
 from resources.tables import table_metadata
 from resources.trainer import Trainer
 from synpo_assets.method import evaluation as evaluation_method
+from synpo_assets.method import quality as quality_method
 from synpo_assets.method.evaluation import outcomes, win_rates
+from synpo_assets.method.quality import answer_figures
 from synpo_assets.method.templates import user_message
 from synpo_assets.partitions import GPU_POOL, ITERATIONS, checkpoint, iteration_of, table
 from synpo_assets.preferences import answered_metadata, seed_answers
@@ -78,6 +80,7 @@ def judge_model(
         "engine.dtype",
         "engine.kind",
         evaluation_method,
+        quality_method,
     ),
     pool=GPU_POOL,
     kinds={"huggingface"},
@@ -96,7 +99,7 @@ def evaluation(
 ) -> dg.Output[pl.DataFrame]:
     """Held-out answers of M_t, compared with those of M_0 and M_{t-1} by each judge; rewards by the scorer."""
     models = {"policy": model_checkpoint, "previous": policy, "initial": initial_policy}
-    texts, answering = _answers(context, models, seed_pairs, language_model, settings)
+    texts, measured, answering = _answers(context, models, seed_pairs, language_model, settings)
     rewards, convention, scoring = _rewards(context, texts, scorer, reward_model)
     judges = open_judges(settings.judge, scorer, judge_model, reward_model)
     judged, judging = _judged(context, texts, judges)
@@ -113,6 +116,9 @@ def evaluation(
         **_figures(rates),
         **{f"held_out_reward {side}": frame[f"{side}_score"].mean() for side in ("answer", "policy", "initial")},
         win_rates=table_metadata(rates),
+        measured_without_a_judge=table_metadata(measured),
+        **{f"mean_repetition {row['model']}": row["mean_repetition"] for row in measured.to_dicts()},
+        **{f"cut_share {row['model']}": row["cut_share"] for row in measured.to_dicts()},
         judges="; ".join(labels.values()),
         held_out_prompts=frame.height,
         score_convention=convention,
@@ -128,15 +134,19 @@ def _answers(
     seed_pairs: pl.DataFrame,
     language_model: LanguageModel,
     settings: Settings,
-) -> tuple[pl.DataFrame, Usage]:
-    """The held-out rows with the answers of each model; M_0's and M_{t-1}'s were mostly written earlier."""
+) -> tuple[pl.DataFrame, pl.DataFrame, Usage]:
+    """The held-out rows with the answers of each model, what can be measured of these without a judge, and their cost.
+
+    M_0's and M_{t-1}'s were mostly written earlier.
+    """
     held_out = seed_pairs.filter(split="held_out").select("prompt_id", "prompt", "answer")
     asked = [(prompt_id, user_message(prompt)) for prompt_id, prompt in held_out.select("prompt_id", "prompt").rows()]
     sampling = settings.responses.sampling
     written = {name: language_model.answer(model, asked, sampling, context.log.info) for name, model in models.items()}
     answers = {f"{name}_response": frame["text"] for name, (frame, _) in written.items()}
     first, *others = (usage for _, usage in written.values())
-    return held_out.with_columns(**answers), sum(others, first)
+    measured = answer_figures({name: frame for name, (frame, _) in written.items()})
+    return held_out.with_columns(**answers), measured, sum(others, first)
 
 
 def _rewards(
@@ -170,8 +180,10 @@ def _judged(
 
 
 def _figures(rates: pl.DataFrame) -> dict[str, float | None]:
-    """The win rates by name: those of the independent judge plainly, those of the others with `by`."""
-    return {
+    """The win rates by name: those of the independent judge plainly, with the low end, those of the others with `by`."""
+    named = {
         f"win_rate_over_{row['opponent']}" + ("" if row["judge"] == "judge" else f"_by_{row['judge']}"): row["win_rate"]
         for row in rates.to_dicts()
     }
+    low = {f"win_rate_over_{row['opponent']}_low": row["low"] for row in rates.filter(judge="judge").to_dicts()}
+    return named | low

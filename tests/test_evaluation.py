@@ -550,5 +550,11 @@ def test_the_evaluation_of_an_iteration_with_a_server_as_third_judge(serve, tmp_
     assert (about["win_rate_over_initial"], about["win_rate_over_previous_by_server"]) == (1.0, 1.0)
     rates = {(row.data["label"], row.data["opponent"]): row.data for row in about["win_rates"].records}
     assert len(rates) == 3 * len(OPPONENTS)
+    assert about["win_rate_over_initial_low"] == rates["independent judge", "initial"]["low"]
+    measured = [row.data for row in about["measured_without_a_judge"].records]
+    assert [(row["model"], row["mean_characters"], row["cut_share"]) for row in measured] == [
+        (model, len("by M_2"), 0.0) for model in ("policy", "previous", "initial")
+    ]
+    assert about["cut_share policy"] == about["mean_repetition policy"] == 0.0
     assert rates["m (on a server)", "previous"]["wins"] == 3
     assert about["judges"] == "independent judge; scorer (took part in training); m (on a server)"

@@ -79,7 +79,8 @@ def recorded(iteration, kept=5):
         },
         "model_checkpoint": {"examples": kept * iteration, "tokens": 2000, "training_log": training_log(iteration)},
         "evaluation": {
-            "held_out_prompts": 8, "held_out_reward initial": 0.1, "held_out_reward policy": 0.1 + iteration,
+            "held_out_prompts": 8, "mean_repetition policy": 0.25, "mean_repetition initial": 0.125, "cut_share policy": 0.75,
+        "held_out_reward initial": 0.1, "held_out_reward policy": 0.1 + iteration,
             "held_out_reward answer": 3.5, "win_rate_over_initial": 0.5 + iteration / 10, "scored_tokens": 7,
             "generated_tokens": 100, "win_rates": win_rates(iteration),
         },
@@ -208,6 +209,10 @@ def test_every_figure_stands_in_its_place(instance, home):
                 ("wins, ties, losses, no verdict", (f"5, 1, 2, {place}",) * 2),
             )
         },
+        "repeated 3-grams in M_t's answers": ("25.0%", "25.0%"),
+        "repeated 3-grams in M_0's answers": ("12.5%", "12.5%"),
+        "answers of M_t cut": ("75.0%", "75.0%"),
+        "answers of M_0 cut": ("—", "—"),
         "M_t": tuple(sha[:16] for sha in shas),
         "policy that answered": ("0123456789abcdef",) * 2,
         "response improver": ("0123456789abcdef",) * 2,

@@ -242,6 +242,10 @@ def _column(
             "mean reward of M_t, by the scorer": _number(figure("evaluation", "held_out_reward policy")),
             "mean reward of the gold answers, by the scorer": _number(figure("evaluation", "held_out_reward answer")),
             **_win_rates(iteration, judges),
+            "repeated 3-grams in M_t's answers": _share(figure("evaluation", "mean_repetition policy")),
+            "repeated 3-grams in M_0's answers": _share(figure("evaluation", "mean_repetition initial")),
+            "answers of M_t cut": _share(figure("evaluation", "cut_share policy")),
+            "answers of M_0 cut": _share(figure("evaluation", "cut_share initial")),
         },
         "Checkpoints": {
             "M_t": _sha(figure("model_checkpoint", "sha")),
