@@ -298,7 +298,10 @@ class Policy(Section):
     policy_init: Literal["initial", "previous"] = Field(
         "initial", description="Start M_t from M_0 (paper, Algorithm 1) or from M_{t-1} (as the printed loss suggests)."
     )
-    training: PreferenceTraining = Field(description="SimPO on all pairs so far.")
+    accumulate: bool = Field(
+        True, description="Train M_t on the pairs of iterations 1 to t (paper). False: on those of iteration t alone."
+    )
+    training: PreferenceTraining = Field(description="SimPO on these pairs.")
 
 
 class TrainingProcesses(dg.Config):

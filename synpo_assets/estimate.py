@@ -103,7 +103,7 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
                     "train",
                     rows * training.epochs * length,
                     once=asset in ("prompt_generator", "reward_model"),
-                    accumulates=is_policy,
+                    accumulates=is_policy and settings.policy.accumulate,
                     most_tokens=(training.max_examples or float("inf")) * training.epochs * length,
                 )
             )

@@ -13,6 +13,8 @@ GENERATED = {"synthetic_prompts", "base_responses", "initial_responses", "seed_r
 TRAINED = {"prompt_generator", "reward_model", "response_improver", "model_checkpoint"}
 CASES = {
     "policy.training.beta": (7.5, {"model_checkpoint"}),
+    "policy.policy_init": ("previous", {"model_checkpoint"}),
+    "policy.accumulate": (False, {"model_checkpoint"}),
     "preferences.margin_threshold": (0.5, {"preference_pairs"}),
     "preferences.rejected_from": ("previous", {"preference_pairs", "initial_responses"}),
     "prompt_generator.min_words": (3, {"synthetic_prompts"}),

@@ -1,0 +1,93 @@
+"""Ablations of the paper: each is one line of the settings, and changes the data or the training."""
+
+import dagster as dg
+import polars as pl
+import pytest
+
+from resources.checkpoint_store import CheckpointStore
+from resources.settings import Settings, load_settings
+from resources.tables import ParquetTables
+from resources.trainer import Trainer
+from synpo_assets.estimate import expected_work
+from synpo_assets.history import metadata_of
+from synpo_assets.loop import policy
+from synpo_assets.partitions import ITERATIONS
+from synpo_assets.presentation import table_output
+from synpo_assets.training import model_checkpoint
+from tests.nano import nano_settings, write_settings
+from tests.test_loop import pairs
+
+
+def changed(tmp_path, nano_model, section, **changes) -> Settings:
+    """The nano settings with a section changed."""
+    settings = nano_settings(nano_model)
+    settings[section] = settings.get(section, {}) | changes
+    return load_settings(write_settings(tmp_path / "settings.yaml", settings))
+
+
+@pytest.fixture
+def train_second(tmp_path, nano_model):
+    """Makes M_2 of two pairs of iteration 1 and three of iteration 2; returns its metadata, its manifest and its rows."""
+
+    def train_second(settings: Settings):
+        from resources.model_source import fetch_initial_policy
+
+        store = CheckpointStore(str(tmp_path / "checkpoints"))
+        trained_on = []
+
+        class Recorder(Trainer):
+            def preference(self, start, pairs, *arguments):
+                trained_on.append(pairs)
+                return super().preference(start, pairs, *arguments)
+
+        @dg.asset(io_manager_key="checkpoints")
+        def initial_policy(context: dg.AssetExecutionContext):
+            return store.adopt(context, *fetch_initial_policy(settings.initial_policy, False))
+
+        @dg.asset(name="policy", partitions_def=ITERATIONS, io_manager_key="checkpoints")
+        def entering(initial_policy):
+            return initial_policy
+
+        @dg.asset(partitions_def=ITERATIONS, io_manager_key="tables")
+        def preference_history(context: dg.AssetExecutionContext):
+            return table_output(context, pairs(1, 2))
+
+        @dg.asset(partitions_def=ITERATIONS, io_manager_key="tables")
+        def preference_pairs(context: dg.AssetExecutionContext):
+            return table_output(context, pairs(2, 3))
+
+        resources = {
+            "checkpoints": store, "tables": ParquetTables(str(tmp_path / "tables")), "settings": settings,
+            "trainer": Recorder(
+                engine=settings.engine, random_seed=1, processes=settings.training_processes,
+                states=str(tmp_path / "training"),
+            ),
+        }  # fmt: skip
+        assets = [entering, preference_history, preference_pairs, model_checkpoint]
+        with dg.DagsterInstance.ephemeral() as instance:
+            dg.materialize([initial_policy], instance=instance, resources=resources)
+            dg.materialize([initial_policy, *assets], instance=instance, resources=resources, partition_key="0002",
+                           selection=assets)  # fmt: skip
+            made = store.current("model_checkpoint", "0002")
+            return metadata_of(instance, "model_checkpoint", "0002"), made.manifest, trained_on[0]
+
+    return train_second
+
+
+@pytest.mark.parametrize(("accumulate", "iterations"), [(True, [1, 1, 2, 2, 2]), (False, [2, 2, 2])])
+def test_accumulate_decides_which_pairs_are_trained_on(tmp_path, nano_model, train_second, accumulate, iterations):
+    metadata, manifest, rows = train_second(changed(tmp_path, nano_model, "policy", accumulate=accumulate))
+    names = [f"preference_pairs[{number:04d}]" for number in sorted(set(iterations))]
+    assert [row["iteration"] for row in rows] == iterations
+    assert list(manifest["trained_on"]) == names
+    assert metadata["pairs_by_iteration"] == {str(n): iterations.count(n) for n in sorted(set(iterations))}
+    assert ("0001" in metadata["trained_on"]) == accumulate
+
+
+@pytest.mark.parametrize(("accumulate", "times"), [(True, 2), (False, 1)])
+def test_the_estimate_knows_whether_pairs_accumulate(tmp_path, nano_model, accumulate, times):
+    settings = changed(tmp_path, nano_model, "policy", accumulate=accumulate,
+                       training=nano_settings(nano_model)["policy"]["training"] | {"max_examples": None})  # fmt: skip
+    seed = pl.DataFrame({"split": ["train", "held_out"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
+    (work,) = [item for item in expected_work(settings, seed) if item.asset == "model_checkpoint"]
+    assert work.in_iteration(2) == times * work.in_iteration(1)
