@@ -180,7 +180,12 @@ class PreferenceTraining(Training):
 class PromptGenerator(Section):
     """The prompt generator G: learns (keywords -> prompt and answer), writes the synthetic prompts."""
 
-    keywords_from_seed_prompt: int = Field(2, ge=1, description="Keywords taken from the seed prompt itself. Paper: 2.")
+    keywords_from_seed_prompt: int | None = Field(
+        None,
+        ge=1,
+        description="Keywords taken from the seed prompt itself. None: keyword_pool.keywords_per_set less noise_keywords. "
+        "Paper: 2.",
+    )
     noise_keywords: int = Field(
         1, ge=0, description="Keywords taken from another seed prompt. Paper: 1; 0 switches noise off."
     )
@@ -572,11 +577,16 @@ class Settings(Section):
                 f"preferences.pairs_per_iteration ({kept}) is more than prompt_generator.prompts_per_iteration ({wanted}): "
                 "each prompt gives at most one pair. Lower the first or raise the second."
             )
-        trained = self.prompt_generator.keywords_from_seed_prompt + self.prompt_generator.noise_keywords
+        if self.keywords_from_seed_prompt < 1:
+            raise ValueError(
+                f"prompt_generator.noise_keywords ({self.prompt_generator.noise_keywords}) leaves no keyword of the seed "
+                f"prompt itself: it must be less than keyword_pool.keywords_per_set ({self.keyword_pool.keywords_per_set})."
+            )
+        trained = self.keywords_from_seed_prompt + self.prompt_generator.noise_keywords
         if trained != self.keyword_pool.keywords_per_set:
             raise ValueError(
                 f"The prompt generator is trained on {trained} keywords (keywords_from_seed_prompt + noise_keywords) but "
-                f"keyword_pool.keywords_per_set is {self.keyword_pool.keywords_per_set}: make them equal."
+                f"keyword_pool.keywords_per_set is {self.keyword_pool.keywords_per_set}: make them equal, or leave the first out."
             )
         if self.prompt_generator.min_words > self.prompt_generator.max_words:
             raise ValueError("prompt_generator.min_words is larger than max_words: no prompt could pass.")
@@ -596,6 +606,12 @@ class Settings(Section):
         """All training runs that the settings ask for."""
         trainings = [self.prompt_generator.training, self.response_improver.training, self.policy.training]
         return trainings + ([self.scorer.training] if self.scorer.kind == "trained" and self.scorer.training else [])
+
+    @property
+    def keywords_from_seed_prompt(self) -> int:
+        """Keywords of the seed prompt itself that the generator is trained on, beside the noise."""
+        stated = self.prompt_generator.keywords_from_seed_prompt
+        return stated or self.keyword_pool.keywords_per_set - self.prompt_generator.noise_keywords
 
     @property
     def keyword_sets_per_iteration(self) -> int:

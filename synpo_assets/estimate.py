@@ -73,7 +73,9 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
     prompt, answer = (_tokens(" ".join(train[column])) / train.height for column in ("prompt", "answer"))
     written = settings.responses.sampling.max_new_tokens
     generator = settings.prompt_generator
-    instruction = CHAT_TOKENS + _tokens(generator_instruction(["keyword"] * 3)[0]["content"])
+    instruction = CHAT_TOKENS + _tokens(
+        generator_instruction(["keyword"] * settings.keyword_pool.keywords_per_set)[0]["content"]
+    )
     improving = CHAT_TOKENS + _tokens(improver_instruction("", "")[0]["content"]) + prompt + written
     wanted = generator.prompts_per_iteration
     asked = CHAT_TOKENS + prompt

@@ -10,7 +10,7 @@ from resources.tables import ParquetTables
 from resources.trainer import Trainer
 from synpo_assets.estimate import expected_work
 from synpo_assets.history import metadata_of
-from synpo_assets.loop import policy
+from synpo_assets.method.keywords import Keywords, training_keywords
 from synpo_assets.partitions import ITERATIONS
 from synpo_assets.presentation import table_output
 from synpo_assets.training import model_checkpoint
@@ -91,3 +91,27 @@ def test_the_estimate_knows_whether_pairs_accumulate(tmp_path, nano_model, accum
     seed = pl.DataFrame({"split": ["train", "held_out"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
     (work,) = [item for item in expected_work(settings, seed) if item.asset == "model_checkpoint"]
     assert work.in_iteration(2) == times * work.in_iteration(1)
+
+
+@pytest.mark.parametrize("preset", ["laptop", "single_gpu", "paper_mistral", "paper_llama3"])
+@pytest.mark.parametrize(
+    ("changes", "counts"),
+    [
+        ({}, (2, 1)),
+        ({"keyword_pool": {"keywords_per_set": 2}}, (1, 1)),
+        ({"keyword_pool": {"keywords_per_set": 5}}, (4, 1)),
+        ({"prompt_generator": {"noise_keywords": 0}}, (3, 0)),
+    ],
+)
+def test_one_line_decides_the_keywords_the_generator_learns_from(tmp_path, preset, changes, counts):
+    settings = load_settings(write_settings(tmp_path / "settings.yaml", {"preset": preset} | changes))
+    own, noise = settings.keywords_from_seed_prompt, settings.prompt_generator.noise_keywords
+    assert (own, noise) == counts
+    prompts = [
+        "Explain how photosynthesis converts sunlight into chemical energy inside green leaves",
+        "Describe which volcanic eruptions destroyed ancient coastal harbours during winter storms",
+    ]
+    drawn = training_keywords(prompts, Keywords(), own, noise, random_seed=1)
+    for prompt, keywords in zip(prompts, drawn, strict=True):
+        assert sum(keyword in prompt.lower() for keyword in keywords) == own
+        assert len(keywords) == own + noise == settings.keyword_pool.keywords_per_set

@@ -21,6 +21,8 @@ CASES = {
     "prompt_generator.prompts_per_iteration": (9, {"synthetic_prompts", "keyword_sets"}),
     "prompt_generator.training.epochs": (2, {"prompt_generator", "synthetic_prompts"}),
     "keyword_pool.drop_personal_names": (False, {"keyword_pool", "prompt_generator"}),
+    "keyword_pool.keywords_per_set": (2, {"keyword_pool", "prompt_generator"}),
+    "prompt_generator.noise_keywords": (0, {"prompt_generator", "synthetic_prompts"}),
     "response_improver.sampling.temperature": (0.9, {"refined_responses"}),
     "response_improver.margin_threshold": (0.3, {"response_improver"}),
     "responses.sampling.temperature": (
