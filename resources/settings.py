@@ -156,12 +156,22 @@ class Training(Section):
 
 
 class PreferenceTraining(Training):
-    """SimPO (section 2.3 of the paper). Batch, epochs, learning rate and lengths are not given there."""
+    """SimPO (section 2.3 of the paper) or DPO. Batch, epochs, learning rate and lengths are not given there."""
 
-    beta: float = Field(
-        gt=0, description="Scale of the length-normalised log-probabilities. Paper: searched in {2..12}."
+    loss: Literal["simpo", "dpo"] = Field(
+        "simpo",
+        description="The loss: SimPO (paper), or DPO, whose reference model is the checkpoint that the training starts from.",
     )
-    gamma: float = Field(1.6, ge=0, description="Target reward margin, gamma itself and not gamma/beta. Paper: 1.6.")
+    beta: float = Field(
+        gt=0,
+        description="Scale of the length-normalised log-probabilities. Paper: searched in {2..12}. With DPO: of the summed "
+        "log-ratios to the reference model, and far smaller, such as 0.1.",
+    )
+    gamma: float = Field(
+        1.6,
+        ge=0,
+        description="Target reward margin, gamma itself and not gamma/beta. Paper: 1.6. Has no meaning with DPO.",
+    )
     max_prompt_length: int = Field(ge=4, description="Prompts are cut to this many tokens, from the left.")
     max_completion_length: int = Field(
         ge=4, description="Each side is cut to this many tokens before the trainer sees it."
@@ -306,7 +316,7 @@ class Policy(Section):
     accumulate: bool = Field(
         True, description="Train M_t on the pairs of iterations 1 to t (paper). False: on those of iteration t alone."
     )
-    training: PreferenceTraining = Field(description="SimPO on these pairs.")
+    training: PreferenceTraining = Field(description="SimPO or DPO on these pairs.")
 
 
 class TrainingProcesses(dg.Config):

@@ -1,11 +1,14 @@
 """Ablations of the paper: each is one line of the settings, and changes the data or the training."""
 
+import math
+
 import dagster as dg
 import polars as pl
 import pytest
 
+from resources.chat import load_tokenizer
 from resources.checkpoint_store import CheckpointStore
-from resources.settings import Settings, load_settings
+from resources.settings import Engine, Settings, TrainingProcesses, load_settings
 from resources.tables import ParquetTables
 from resources.trainer import Trainer
 from synpo_assets.estimate import expected_work
@@ -14,8 +17,10 @@ from synpo_assets.method.keywords import Keywords, training_keywords
 from synpo_assets.partitions import ITERATIONS
 from synpo_assets.presentation import table_output
 from synpo_assets.training import model_checkpoint
-from tests.nano import nano_settings, write_settings
+from tests.nano import nano_settings, seed_rows, write_settings
 from tests.test_loop import pairs
+from tests.test_training import SIMPO, mean_log_probability
+from tests.test_training import pairs as training_pairs
 
 
 def changed(tmp_path, nano_model, section, **changes) -> Settings:
@@ -115,3 +120,51 @@ def test_one_line_decides_the_keywords_the_generator_learns_from(tmp_path, prese
     for prompt, keywords in zip(prompts, drawn, strict=True):
         assert sum(keyword in prompt.lower() for keyword in keywords) == own
         assert len(keywords) == own + noise == settings.keyword_pool.keywords_per_set
+
+
+@pytest.mark.parametrize("lora", [SIMPO.lora, None])
+def test_the_dpo_loss_is_the_formula_with_the_start_as_reference(tmp_path, nano_checkpoint, lora):
+    """The second step's loss, by hand: the model after one step against the start, log-probabilities summed."""
+    from transformers import AutoModelForCausalLM
+
+    one = SIMPO.model_copy(update={"loss": "dpo", "beta": 0.3, "lora": lora, "learning_rate": 1e-2})
+    trainer = Trainer(
+        engine=Engine(threads=1), random_seed=1, processes=TrainingProcesses(), states=str(tmp_path / "s")
+    )
+    data = training_pairs()[:4]
+    first = trainer.preference(nano_checkpoint, data, one, tmp_path / "one", print)
+    two = trainer.preference(nano_checkpoint, data, one.model_copy(update={"epochs": 2}), tmp_path / "two", print)
+    assert first.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    tokenizer = load_tokenizer(nano_checkpoint.weights)
+    reference, model = (
+        AutoModelForCausalLM.from_pretrained(weights)
+        for weights in (nano_checkpoint.weights, tmp_path / "one" / "merged")
+    )
+    losses = []
+    for pair in data:
+        ratios = {}
+        for side in ("chosen", "rejected"):
+            answer = pair[side][0]["content"]
+            after, before = (mean_log_probability(m, tokenizer, pair["prompt"], answer) for m in (model, reference))
+            ratios[side] = (after - before) * len(tokenizer(answer + "<|im_end|>").input_ids)
+        losses.append(math.log1p(math.exp(-one.beta * (ratios["chosen"] - ratios["rejected"]))))
+    assert two.history[1]["loss"] == pytest.approx(sum(losses) / 4, abs=2e-3)
+    assert abs(two.history[1]["loss"] - math.log(2)) > 0.01
+
+
+def test_dpo_adds_no_end_to_an_answer_that_was_cut(tmp_path, nano_checkpoint, monkeypatch):
+    from resources.training.dpo import DPOTrainer
+
+    batches = []
+    monkeypatch.setattr(DPOTrainer, "compute_loss", lambda self, model, inputs, **options: (
+        batches.append(inputs) or sum(p.sum() for p in model.parameters() if p.requires_grad)))  # fmt: skip
+    trainer = Trainer(
+        engine=Engine(threads=1), random_seed=1, processes=TrainingProcesses(), states=str(tmp_path / "s")
+    )
+    (pair,) = training_pairs(seed_rows()[:1], rejected_finish_reason="length")
+    trainer.preference(nano_checkpoint, [pair], SIMPO.model_copy(update={"loss": "dpo"}), tmp_path / "out", print)
+    tokenizer = load_tokenizer(nano_checkpoint.weights)
+    expected = [pair["chosen"][0]["content"] + "<|im_end|>", "I do not know that."]
+    for row, answer in enumerate(expected):
+        completion = batches[0]["input_ids"][row][batches[0]["completion_mask"][row].bool()]
+        assert completion.tolist() == tokenizer(answer).input_ids

@@ -14,6 +14,7 @@ TRAINED = {"prompt_generator", "reward_model", "response_improver", "model_check
 CASES = {
     "policy.training.beta": (7.5, {"model_checkpoint"}),
     "policy.policy_init": ("previous", {"model_checkpoint"}),
+    "policy.training.loss": ("dpo", {"model_checkpoint"}),
     "policy.accumulate": (False, {"model_checkpoint"}),
     "preferences.margin_threshold": (0.5, {"preference_pairs"}),
     "preferences.rejected_from": ("previous", {"preference_pairs", "initial_responses"}),
