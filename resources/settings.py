@@ -188,12 +188,22 @@ class Training(Section):
 
 
 class PreferenceTraining(Training):
-    """SimPO (section 2.3 of the paper). Batch, epochs, learning rate and lengths are not given there."""
+    """SimPO (section 2.3 of the paper) or DPO. Batch, epochs, learning rate and lengths are not given there."""
 
-    beta: float = Field(
-        gt=0, description="Scale of the length-normalised log-probabilities. Paper: searched in {2..12}."
+    loss: Literal["simpo", "dpo"] = Field(
+        "simpo",
+        description="The loss: SimPO (paper), or DPO, whose reference model is the checkpoint that the training starts from.",
     )
-    gamma: float = Field(1.6, ge=0, description="Target reward margin, gamma itself and not gamma/beta. Paper: 1.6.")
+    beta: float = Field(
+        gt=0,
+        description="Scale of the length-normalised log-probabilities. Paper: searched in {2..12}. With DPO: of the summed "
+        "log-ratios to the reference model, and far smaller, such as 0.1.",
+    )
+    gamma: float = Field(
+        1.6,
+        ge=0,
+        description="Target reward margin, gamma itself and not gamma/beta. Paper: 1.6. Has no meaning with DPO.",
+    )
     max_prompt_length: int = Field(ge=4, description="Prompts are cut to this many tokens, from the left.")
     max_completion_length: int = Field(
         ge=4, description="Each side is cut to this many tokens before the trainer sees it."
@@ -212,7 +222,12 @@ class PreferenceTraining(Training):
 class PromptGenerator(Section):
     """The prompt generator G: learns (keywords -> prompt and answer), writes the synthetic prompts."""
 
-    keywords_from_seed_prompt: int = Field(2, ge=1, description="Keywords taken from the seed prompt itself. Paper: 2.")
+    keywords_from_seed_prompt: int | None = Field(
+        None,
+        ge=1,
+        description="Keywords taken from the seed prompt itself. None: keyword_pool.keywords_per_set less noise_keywords. "
+        "Paper: 2.",
+    )
     noise_keywords: int = Field(
         1, ge=0, description="Keywords taken from another seed prompt. Paper: 1; 0 switches noise off."
     )
@@ -351,7 +366,10 @@ class Policy(Section):
     policy_init: Literal["initial", "previous"] = Field(
         "initial", description="Start M_t from M_0 (paper, Algorithm 1) or from M_{t-1} (as the printed loss suggests)."
     )
-    training: PreferenceTraining = Field(description="SimPO on all pairs so far.")
+    accumulate: bool = Field(
+        True, description="Train M_t on the pairs of iterations 1 to t (paper). False: on those of iteration t alone."
+    )
+    training: PreferenceTraining = Field(description="SimPO or DPO on these pairs.")
 
 
 class TrainingProcesses(dg.Config):
@@ -666,11 +684,16 @@ class Settings(Section):
                 f"preferences.pairs_per_iteration ({kept}) is more than prompt_generator.prompts_per_iteration ({wanted}): "
                 "each prompt gives at most one pair. Lower the first or raise the second."
             )
-        trained = self.prompt_generator.keywords_from_seed_prompt + self.prompt_generator.noise_keywords
+        if self.keywords_from_seed_prompt < 1:
+            raise ValueError(
+                f"prompt_generator.noise_keywords ({self.prompt_generator.noise_keywords}) leaves no keyword of the seed "
+                f"prompt itself: it must be less than keyword_pool.keywords_per_set ({self.keyword_pool.keywords_per_set})."
+            )
+        trained = self.keywords_from_seed_prompt + self.prompt_generator.noise_keywords
         if trained != self.keyword_pool.keywords_per_set:
             raise ValueError(
                 f"The prompt generator is trained on {trained} keywords (keywords_from_seed_prompt + noise_keywords) but "
-                f"keyword_pool.keywords_per_set is {self.keyword_pool.keywords_per_set}: make them equal."
+                f"keyword_pool.keywords_per_set is {self.keyword_pool.keywords_per_set}: make them equal, or leave the first out."
             )
         if self.prompt_generator.min_words > self.prompt_generator.max_words:
             raise ValueError("prompt_generator.min_words is larger than max_words: no prompt could pass.")
@@ -695,6 +718,12 @@ class Settings(Section):
             self.judge.training,
         ]
         return trainings + ([self.scorer.training] if self.scorer.kind == "trained" and self.scorer.training else [])
+
+    @property
+    def keywords_from_seed_prompt(self) -> int:
+        """Keywords of the seed prompt itself that the generator is trained on, beside the noise."""
+        stated = self.prompt_generator.keywords_from_seed_prompt
+        return stated or self.keyword_pool.keywords_per_set - self.prompt_generator.noise_keywords
 
     @property
     def keyword_sets_per_iteration(self) -> int:

@@ -73,7 +73,9 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
     prompt, answer = (_tokens(" ".join(train[column])) / train.height for column in ("prompt", "answer"))
     written = settings.responses.sampling.max_new_tokens
     generator = settings.prompt_generator
-    instruction = CHAT_TOKENS + _tokens(generator_instruction(["keyword"] * 3)[0]["content"])
+    instruction = CHAT_TOKENS + _tokens(
+        generator_instruction(["keyword"] * settings.keyword_pool.keywords_per_set)[0]["content"]
+    )
     improving = CHAT_TOKENS + _tokens(improver_instruction("", "")[0]["content"]) + prompt + written
     wanted = generator.prompts_per_iteration
     asked = CHAT_TOKENS + prompt
@@ -103,7 +105,7 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
                     "train",
                     rows * training.epochs * length,
                     once=asset in ("prompt_generator", "reward_model", "judge_model"),
-                    accumulates=asset == "model_checkpoint",
+                    accumulates=asset == "model_checkpoint" and settings.policy.accumulate,
                     most_tokens=(training.max_examples or float("inf")) * training.epochs * length,
                 )
             )

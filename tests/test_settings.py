@@ -33,7 +33,7 @@ def test_paper_presets_hold_the_papers_numbers(name):
     assert settings.keyword_pool.max_sets == 1_000_000
     assert settings.keyword_pool.keywords_per_set == 3
     generator = settings.prompt_generator
-    assert (generator.keywords_from_seed_prompt, generator.noise_keywords) == (2, 1)
+    assert (settings.keywords_from_seed_prompt, generator.noise_keywords) == (2, 1)
     assert 36_000 <= generator.prompts_per_iteration <= settings.keyword_sets_per_iteration <= 72_000
     for training, length in ((generator.training, 8000), (settings.response_improver.training, 6000)):
         assert (training.learning_rate, training.batch_size, training.epochs) == (1e-6, 32, 3)
@@ -71,7 +71,8 @@ def changed(tmp_path, **changes):
         ({"engine": {"thread": 2}}, "`engine.thread` is not a setting; did you mean `threads`?"),
         ({"prompt_generator": {"sampling": {"temprature": 1}}}, "did you mean `temperature`?"),
         ({"preferences": {"pairs_per_iteration": 1000}}, "(1000) is more than prompt_generator.prompts_per_iteration (40)"),
-        ({"prompt_generator": {"noise_keywords": 0}}, "trained on 2 keywords"),
+        ({"prompt_generator": {"keywords_from_seed_prompt": 2, "noise_keywords": 0}}, "trained on 2 keywords"),
+        ({"prompt_generator": {"noise_keywords": 3}}, "noise_keywords (3) leaves no keyword of the seed prompt itself"),
         ({"prompt_generator": {"min_words": 70}}, "min_words is larger than max_words"),
         ({"keyword_pool": {"max_sets": 10}}, "keyword_pool.max_sets (10) is less than"),
         ({"policy": {"training": {"max_prompt_length": 1000}}}, "exceed max_length"),

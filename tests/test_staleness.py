@@ -16,6 +16,9 @@ GENERATED = {
 TRAINED = {"prompt_generator", "reward_model", "judge_model", "response_improver", "model_checkpoint"}
 CASES = {
     "policy.training.beta": (7.5, {"model_checkpoint"}),
+    "policy.policy_init": ("previous", {"model_checkpoint"}),
+    "policy.training.loss": ("dpo", {"model_checkpoint"}),
+    "policy.accumulate": (False, {"model_checkpoint"}),
     "preferences.margin_threshold": (0.5, {"preference_pairs"}),
     "preferences.rejected_from": ("previous", {"preference_pairs", "initial_responses"}),
     "prompt_generator.min_words": (3, {"synthetic_prompts"}),
@@ -26,6 +29,8 @@ CASES = {
     "diversity.self_instruct_shots": (2, {"self_instruct_prompts"}),
     "prompt_generator.training.epochs": (2, {"prompt_generator", "synthetic_prompts"}),
     "keyword_pool.drop_personal_names": (False, {"keyword_pool", "prompt_generator"}),
+    "keyword_pool.keywords_per_set": (2, {"keyword_pool", "prompt_generator"}),
+    "prompt_generator.noise_keywords": (0, {"prompt_generator", "synthetic_prompts"}),
     "response_improver.sampling.temperature": (0.9, {"refined_responses"}),
     "response_improver.margin_threshold": (0.3, {"response_improver"}),
     "responses.sampling.temperature": (
