@@ -77,9 +77,12 @@ def print_comparison(homes: Sequence[Path], output: Path | None) -> None:
         for place, (home, value) in enumerate(zip(homes, values, strict=True)):
             settings.add_row("" if place else name, Text(visible(str(home))), Text(visible(value)))
     console.print(settings if differing else "All settings are the same.")
-    table = Table("home", "t", title="Finished iterations, rewards of held-out prompts", title_justify="left")
+    table = Table(title="Finished iterations, rewards of held-out prompts", title_justify="left", padding=0)
+    for name in ("home", "t"):
+        table.add_column(name, overflow="fold")
     for name in FORMATS:
-        table.add_column(name, justify="right")
+        # Folded, because a figure whose end is cut off would be a wrong one.
+        table.add_column(name, justify="right", overflow="fold")
     for home, iteration, *values in figures.iter_rows():
         cells = (MISSING if value is None else form.format(value)
                  for form, value in zip(FORMATS.values(), values, strict=True))  # fmt: skip
