@@ -2,17 +2,19 @@
 
 import os
 import warnings
+from typing import Any
 
 import dagster as dg
 
 from resources.checkpoint_store import CheckpointStore
+from resources.embeddings import SentenceEmbedder
 from resources.language_model import LanguageModel
 from resources.processes import end_with_parent
 from resources.scorer import RewardScorer
 from resources.settings import active_settings, home_directory
 from resources.tables import ParquetTables
 from resources.trainer import Trainer
-from synpo_assets import automation, checks, evaluation, loop, preferences, prompts, report, responses, seed, training
+from synpo_assets import automation, checks, stages
 from synpo_assets.terminal import terminal_logger
 
 # Progress bars fill the logs of the UI; assets log count, rate and time left instead.
@@ -29,6 +31,7 @@ home = home_directory()
 root = settings.storage.root(home)
 shards = f"{root}/shards"
 cache = str(home / "cache" / "checkpoints") if settings.storage.artifacts else None
+common: dict[str, Any] = {"engine": settings.engine, "random_seed": settings.random_seed}
 compared = settings.scorer.model_dump(include={"kind", "max_length", "pair_convention"})
 
 # The forkserver imports the heavy libraries once; each step is then forked from it in an instant, in a process of its
@@ -38,18 +41,14 @@ executor = dg.multiprocess_executor.configured(
 )
 
 defs = dg.Definitions(
-    assets=dg.load_assets_from_modules([seed, prompts, preferences, loop, responses, training, evaluation, report]),
+    assets=dg.load_assets_from_modules(stages.STAGES),
     asset_checks=dg.load_asset_checks_from_modules([checks]),
     resources={
         "settings": dg.ResourceDefinition.hardcoded_resource(settings),
-        "language_model": LanguageModel(shards=shards, engine=settings.engine, random_seed=settings.random_seed),
-        "trainer": Trainer(
-            states=f"{home}/training",
-            engine=settings.engine,
-            processes=settings.training_processes,
-            random_seed=settings.random_seed,
-        ),
+        "language_model": LanguageModel(shards=shards, **common),
+        "trainer": Trainer(states=f"{home}/training", processes=settings.training_processes, **common),
         "scorer": RewardScorer(shards=shards, engine=settings.engine, **compared),
+        "embedder": SentenceEmbedder(engine=settings.engine),
         "tables": ParquetTables(f"{root}/tables"),
         "checkpoints": CheckpointStore(f"{root}/checkpoints", cache),
     },

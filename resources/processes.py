@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -16,8 +17,8 @@ GRACE_SECONDS = 8.0
 def end_with_parent() -> None:
     """Makes every process forked from here on end when its parent does, even if the parent is killed with -9.
 
-    Without it, a step of a killed run would go on computing, and the next run would do the same work beside it.
-    Linux only (prctl(2)); elsewhere nothing happens.
+    Steps are forked from a forkserver, which need not end with its run; see `end_with_run`. Linux only (prctl(2));
+    elsewhere nothing happens.
     """
     os.register_at_fork(after_in_child=end_with_this_parent)
 
@@ -26,6 +27,24 @@ def end_with_this_parent() -> None:
     """Makes this process end when its parent does, even if the parent is killed with -9; on Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@functools.cache
+def end_with_run() -> None:
+    """Makes a step process end within a moment when its run does, even if the run is killed with -9.
+
+    To the kernel, the parent of a step is the forkserver, and that lives on as long as any of its steps does. So a thread
+    waits for the end of the process that asked for the step.
+    """
+    run = multiprocessing.parent_process()
+    if run is None:
+        return
+
+    def watch() -> None:
+        multiprocessing.connection.wait([run.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="end-with-run", daemon=True).start()
 
 
 @functools.cache

@@ -143,7 +143,7 @@ class RewardScorer(DeviceResource):
         """
         started = time.monotonic()
         asked = pl.DataFrame(list(rows), schema=dict.fromkeys(("prompt", "first", "second"), pl.String), orient="row")
-        needed = [_readings(asked, sides) for sides in READ_TOGETHER[self.convention]]
+        needed = [readings(asked, sides) for sides in READ_TOGETHER[self.convention]]
         distinct = pl.concat(needed).unique("key", keep="first", maintain_order=True)
         shards = self.shards_of(reward_model)
         finished = shards.finished(distinct["key"])
@@ -193,9 +193,9 @@ class RewardScorer(DeviceResource):
         model: ScoringModel = open_model(reward_model.weights, self.engine, self.max_length)
         progress = Progress(missing.height, "scores", log)
         for done in range(0, missing.height, self.engine.shard_rows):
-            readings = [model.read(*row) for row in missing.slice(done, self.engine.shard_rows).rows()]
+            waiting = [model.read(*row) for row in missing.slice(done, self.engine.shard_rows).rows()]
             rows: list[dict[str, Any]] = []
-            for batch in _batches(readings, self.engine.batch_tokens):
+            for batch in _batches(waiting, self.engine.batch_tokens):
                 rows += _scored(model, batch)
                 progress.add(len(batch), sum(len(reading.token_ids) for reading in batch))
             shards.write(rows)
@@ -218,8 +218,8 @@ class RewardScorer(DeviceResource):
         return parts[0].with_columns(score=total / count)
 
 
-def _readings(asked: pl.DataFrame, sides: Sequence[str]) -> pl.DataFrame:
-    """What the model has to read: a row for each row asked, with key, prompt and answers."""
+def readings(asked: pl.DataFrame, sides: Sequence[str]) -> pl.DataFrame:
+    """What is read together: a row for each row asked, with key, prompt and the answers of these sides in this order."""
     frame = asked.select("prompt", answers=pl.concat_list(sides))
     keys = [hashlib.sha256(json.dumps(row).encode()).hexdigest()[:32] for row in frame.iter_rows()]
     return frame.select(pl.Series("key", keys, dtype=pl.String), "prompt", "answers")

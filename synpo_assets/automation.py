@@ -17,7 +17,8 @@ JOBS = [
     dg.define_asset_job(
         "made_once",
         selection=dg.AssetSelection.assets("policy").upstream(include_self=False),
-        description="What all iterations share: M_0, the seed, the keyword pool, the prompt generator, the scorer.",
+        description="What all iterations share: M_0, the seed, the keyword pool, the prompt generator, the baseline, the scorer, "
+        "the judge.",
         # dagster.yaml lets one run with this tag at a time.
         tags={"synpo/made_once": "true"},
     ),
@@ -90,11 +91,18 @@ def reason_to_wait(instance: DagsterInstance, settings: Settings, iteration: int
 
 def gate_figures(instance: DagsterInstance, partition: str) -> dict[GateMetric, float | None]:
     """The figures of an iteration that the gate may judge; None where one was not recorded."""
-    evaluation, pairs = (metadata_of(instance, asset, partition) for asset in ("evaluation", "preference_pairs"))
+    read = ("evaluation", "preference_pairs", "prompt_diversity")
+    evaluation, pairs, diversity = (metadata_of(instance, asset, partition) for asset in read)
     reward, initial_reward = (evaluation.get(f"held_out_reward {side}") for side in ("policy", "initial"))
     return {
         "win_rate_over_initial": evaluation.get("win_rate_over_initial"),
+        "win_rate_over_initial_low": evaluation.get("win_rate_over_initial_low"),
+        "win_rate_over_previous": evaluation.get("win_rate_over_previous"),
+        "win_rate_over_initial_by_scorer": evaluation.get("win_rate_over_initial_by_scorer"),
         "held_out_reward_gain": None if reward is None or initial_reward is None else reward - initial_reward,
+        "mean_repetition": evaluation.get("mean_repetition policy"),
+        "cut_share": evaluation.get("cut_share policy"),
+        "prompt_similarity": diversity.get("mean_similarity synthetic"),
         "mean_margin": pairs.get("mean_margin"),
         "chosen_to_rejected_length": pairs.get("chosen_to_rejected_length"),
         "pairs_kept": pairs.get("dagster/row_count"),

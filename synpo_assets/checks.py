@@ -33,10 +33,11 @@ BLOCKING = {
     "preference_pairs": ("enough_pairs", "no_empty_side"),
     "prompt_generator": ("finite_weights",),
     "reward_model": ("finite_weights",),
+    "judge_model": ("finite_weights",),
     "response_improver": ("finite_weights",),
     "model_checkpoint": ("finite_weights",),
 }
-MADE_ONCE = ("prompt_generator", "reward_model")
+MADE_ONCE = ("prompt_generator", "reward_model", "judge_model")
 
 
 def failed_checks(instance: DagsterInstance, asset: str, partition: str | None) -> list[str]:
@@ -151,7 +152,7 @@ def preference_pairs_checks(
 
 @dg.multi_asset_check(
     specs=[
-        _spec("win_rate", "evaluation", "Win rate of M_t over M_0 on held-out prompts."),
+        _spec("win_rate", "evaluation", "Win rate of M_t over M_0 on held-out prompts, by the independent judge."),
         _spec("answers_without_loops", "evaluation", "Mean share of repeated word n-grams in M_t's answers."),
     ]
 )
@@ -163,8 +164,11 @@ def evaluation_checks(
     """Whether training moved the policy where it was meant to go."""
     limits = settings.checks
     answers = tables.read("evaluation", context.partition_key)
-    wins = win_rate(answers["policy_score"].to_list(), answers["initial_score"].to_list())
-    yield _result(context, "win_rate", wins >= limits.min_win_rate, win_rate=wins, least_allowed=limits.min_win_rate)
+    wins, by_scorer = (win_rate(answers[f"{judge}_over_initial"]) for judge in ("judge", "scorer"))
+    yield _result(
+        context, "win_rate", wins is not None and wins >= limits.min_win_rate,
+        win_rate=wins, by_the_scorer=by_scorer, least_allowed=limits.min_win_rate,
+    )  # fmt: skip
     sides = [answers[f"{side}_response"].to_list() for side in ("policy", "initial")]
     repeated, before = (mean_repetition(texts, settings.preferences.repetition_ngram) for texts in sides)
     yield _result(

@@ -1,4 +1,4 @@
-"""The command `synpo`: run, check, export, clean, trace, ui."""
+"""The command `synpo`: run, check, export, clean, trace, compare, ui."""
 
 import os
 import sys
@@ -163,6 +163,23 @@ def trace(
     from synpo_assets.trace import print_trace
 
     _or_exit(lambda: print_trace(identifier, as_json))
+
+
+@app.command()
+def compare(
+    homes: Annotated[list[Path], typer.Argument(metavar="HOME...", help="Homes of two experiments or more.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Write the figures of the iterations into this .csv file.")
+    ] = None,
+) -> None:
+    """Put finished iterations of several homes beside each other: settings that differ, and figures."""
+
+    def action() -> None:
+        from synpo_assets.compare import print_comparison
+
+        print_comparison(homes, output)
+
+    _or_exit(action)
 
 
 @app.command()

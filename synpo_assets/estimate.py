@@ -69,17 +69,20 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
         settings: The experiment.
         seed: The table of the asset `seed_pairs`.
     """
-    train, held_out = seed.filter(split="train"), seed.filter(split="held_out")
+    train, judge, held_out = (seed.filter(split=split) for split in ("train", "judge", "held_out"))
     prompt, answer = (_tokens(" ".join(train[column])) / train.height for column in ("prompt", "answer"))
     written = settings.responses.sampling.max_new_tokens
     generator = settings.prompt_generator
-    instruction = CHAT_TOKENS + _tokens(generator_instruction(["keyword"] * 3)[0]["content"])
+    instruction = CHAT_TOKENS + _tokens(
+        generator_instruction(["keyword"] * settings.keyword_pool.keywords_per_set)[0]["content"]
+    )
     improving = CHAT_TOKENS + _tokens(improver_instruction("", "")[0]["content"]) + prompt + written
     wanted = generator.prompts_per_iteration
     asked = CHAT_TOKENS + prompt
     trained = {
         "prompt_generator": (generator.training, instruction + _tokens(generator_target("", "")) + prompt + answer),
         "reward_model": (settings.scorer.training, 2 * asked + answer + written),
+        "judge_model": (settings.judge.training, 2 * asked + answer + written),
         "response_improver": (settings.response_improver.training, improving + answer),
         "model_checkpoint": (settings.policy.training, 2 * (asked + written)),
     }
@@ -92,25 +95,30 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
 
     # A reward model has M_0's answers to the held-out prompts scored already.
     gold = compared(answer, written) if pair_ranker else asked + answer
-    work = []
+    work, examples = [], {"model_checkpoint": settings.preferences.pairs_per_iteration, "judge_model": judge.height}
     for asset, (training, length) in trained.items():
         if training is not None:
-            is_policy = asset == "model_checkpoint"
-            rows = settings.preferences.pairs_per_iteration if is_policy else train.height
+            rows = examples.get(asset, train.height)
             work.append(
                 Work(
                     asset,
                     "train",
                     rows * training.epochs * length,
-                    once=asset in ("prompt_generator", "reward_model"),
-                    accumulates=is_policy,
+                    once=asset in ("prompt_generator", "reward_model", "judge_model"),
+                    accumulates=asset == "model_checkpoint" and settings.policy.accumulate,
                     most_tokens=(training.max_examples or float("inf")) * training.epochs * length,
                 )
             )
+    if pair_ranker:
+        # M_t beside M_{t-1}, which a reward model has scored already.
+        work.append(Work("evaluation", "score", held_out.height * compared(written, written), later_only=True))
     return [
         *work,
-        Work("reward_model", "generate", seed.height * written, once=True),
+        Work("reward_model", "generate", (train.height + held_out.height) * written, once=True),
         Work("reward_model", "score", held_out.height * compared(answer, written), once=True),
+        Work("judge_model", "generate", judge.height * written, once=True),
+        Work("judge_model", "score", held_out.height * (2 * asked + answer + written), once=True),
+        Work("self_instruct_prompts", "generate", wanted * settings.self_instruct_sampling.max_new_tokens, once=True),
         Work("synthetic_prompts", "generate", settings.keyword_sets_per_iteration * generator.sampling.max_new_tokens),
         Work("base_responses", "generate", wanted * written),
         Work("initial_responses", "generate", wanted * written, later_only=True),
@@ -120,6 +128,8 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
         Work("preference_pairs", "score", wanted * compared(written, written)),
         Work("evaluation", "generate", held_out.height * written),
         Work("evaluation", "score", held_out.height * (compared(written, written) + gold)),
+        # By the judge, which has scored M_0's and M_{t-1}'s answers already.
+        Work("evaluation", "score", held_out.height * (asked + written)),
     ]
 
 

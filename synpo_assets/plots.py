@@ -1,4 +1,4 @@
-"""The pictures of the boosting report, as small PNGs.
+"""The pictures of the boosting report and of prompt_diversity, as small PNGs.
 
 Iterations are ordered, so their colours are too: from dark to light in viridis, which people who are colour-blind can
 read as well.
@@ -9,7 +9,10 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from synpo_assets.method.report import FinishedIteration, Plot
+import numpy as np
+
+from synpo_assets.method.diversity import density
+from synpo_assets.method.report import FinishedIteration, Plot, judge_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +23,11 @@ BINS = 24
 SHOWN_MARKERS = 20
 SHOWN_NUMBERS = 4
 SHOWN_KEYS = 8
+SHOWN_PLACES, SMALLEST_MARGIN = 400, 0.02
+# Orange, blue and grey stay apart for colour-blind eyes, and the lines differ too.
+SOURCE_STYLES = {
+    "synthetic": ("-", "#0072b2"), "seed": ("--", "#e69f00"), "self_instruct": ("-.", "#666666"),
+}  # fmt: skip
 INK, GRID = "#333333", "#dddddd"
 
 
@@ -31,7 +39,9 @@ def draw_plots(iterations: Sequence[FinishedIteration]) -> list[Plot]:
     plots = [
         _plot("margins", f"Score margins of the preference pairs of {which}.", margin_histogram(iterations)),
         _plot("funnel", f"Rows that each stage left, {which}.", stage_funnel(iterations)),
-        _plot("held_out", f"Held-out rewards and win rate over M_0, {which}.", held_out_results(iterations)),
+        _plot(
+            "held_out", f"Held-out rewards, and win rates of M_t by each judge, {which}.", held_out_results(iterations)
+        ),
     ]
     if any(logs.values()):
         text = f"Rewards of chosen and rejected answers over the training steps of {which}."
@@ -111,7 +121,7 @@ def stage_funnel(iterations: Sequence[FinishedIteration]) -> bytes:
 
 
 def held_out_results(iterations: Sequence[FinishedIteration]) -> bytes:
-    """Mean reward of M_t between M_0 and gold, and its win rate over M_0, over iterations, as a PNG."""
+    """Mean reward of M_t between M_0 and gold, and its win rates by each judge with intervals, as a PNG."""
     figure = _figure()
     rewards, wins = figure.subplots(1, 2)
     numbers = [int(iteration.key) for iteration in iterations]
@@ -125,15 +135,66 @@ def held_out_results(iterations: Sequence[FinishedIteration]) -> bytes:
         ("answer", "gold", "s:", "#e69f00"), ("policy", "M_t", "o-", "#0072b2"), ("initial", "M_0", "^--", "#666666"),
     ):  # fmt: skip
         rewards.plot(numbers, values(f"held_out_reward {side}"), style, label=label, color=colour, markersize=5)
-    wins.plot(numbers, [100 * win for win in values("win_rate_over_initial")], "o-", color="#0072b2", markersize=5)
+    _win_rates(wins, iterations)
     wins.axhline(50, color=INK, linewidth=0.8, linestyle=":")
     wins.set_ylim(0, 100)
     for axes in (rewards, wins):
         axes.set_xlim(numbers[0] - 0.5, numbers[-1] + 0.5)
         _count_in_whole_steps(axes)
     _finish(rewards, "Held-out reward", "iteration", "mean reward", legend="")
-    _finish(wins, "Win rate over M_0", "iteration", "prompts won (%)", legend=None)
+    _finish(wins, "Win rate of M_t", "iteration", "prompts won (%), 95 % interval", legend=None)
+    figure.legend(*wins.get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside lower center", ncols=2)
     return _png(figure)
+
+
+def similarity_densities(iteration: int, similarities: Mapping[str, np.ndarray]) -> Plot:
+    """How alike prompts are: the density of the prompts' mean similarities, one line per source, its mean dotted.
+
+    Args:
+        iteration: The iteration that is shown.
+        similarities: By source, the mean similarity of each prompt to the others.
+    """
+    figure = _figure()
+    axes = figure.add_subplot()
+    everything = np.concatenate(list(similarities.values()))
+    margin = 0.25 * (everything.max() - everything.min()) + SMALLEST_MARGIN
+    places = np.linspace(everything.min() - margin, everything.max() + margin, SHOWN_PLACES)
+    for name, values in similarities.items():
+        style, colour = SOURCE_STYLES[name]
+        axes.plot(places, density(values, places), style, color=colour, label=f"{name} (n = {len(values):,})")
+        axes.axvline(values.mean(), color=colour, linewidth=0.8, linestyle=":")
+    axes.set_ylim(bottom=0)
+    _finish(axes, "How alike prompts are", "mean cosine similarity to the others", "density", legend="prompts")
+    text = f"Density of the prompts' mean cosine similarities to the others of their source, iteration {iteration}."
+    return _plot("similarities", text, _png(figure))
+
+
+def _win_rates(axes: "Axes", iterations: Sequence[FinishedIteration]) -> None:
+    """A line with error bars for each judge's comparison with M_0, and for the independent judge's with M_{t-1}."""
+    first, *others = judge_labels(iterations) or [""]
+    shown = [
+        (first, "initial", "M_0"),
+        (first, "previous", "M_{t-1}"),
+        *((label, "initial", "M_0") for label in others),
+    ]
+    # Orange, blues and grey stay apart for colour-blind eyes, and the markers differ too.
+    styles = (("o-", "#0072b2"), ("v:", "#56b4e9"), ("^--", "#666666"), ("s-.", "#e69f00"))
+    for place, (label, opponent, name) in enumerate(shown):
+        rates = [
+            (int(iteration.key), rate)
+            for iteration in iterations
+            for rate in iteration.win_rates
+            if (rate["label"], rate["opponent"]) == (label, opponent) and rate["win_rate"] is not None
+        ]
+        style, colour = styles[place % len(styles)]
+        # Side by side, so that the bars of one iteration do not cover each other.
+        across = [number + 0.08 * (place - (len(shown) - 1) / 2) for number, _ in rates]
+        up = [100 * rate["win_rate"] for _, rate in rates]
+        bars = [[abs(100 * (rate[end] - rate["win_rate"])) for _, rate in rates] for end in ("low", "high")]
+        axes.errorbar(
+            across, up, bars, fmt=style, color=colour, markersize=4, linewidth=1.4, elinewidth=0.8, capsize=2,
+            label=f"over {name}: {label}",
+        )  # fmt: skip
 
 
 def _plot(name: str, description: str, png: bytes) -> Plot:

@@ -8,15 +8,17 @@ needs no download; PairRM and ArmoRM are settings. The repetition measure is our
 what a margin of PairRM is, since the paper leaves both open.
 """
 
+from typing import Any
+
 import dagster as dg
 import polars as pl
 
 from resources.checkpoint_store import Checkpoint, CheckpointStore
 from resources.errors import FinalError
-from resources.language_model import LanguageModel
+from resources.language_model import LanguageModel, Usage
 from resources.model_source import fetch_reward_model
 from resources.scorer import RewardScorer
-from resources.settings import Settings
+from resources.settings import Sampling, Settings
 from resources.trainer import Trainer
 from synpo_assets.history import metadata_of
 from synpo_assets.loop import report_history
@@ -46,9 +48,8 @@ def reward_model(
     settings: dg.ResourceParam[Settings],
 ) -> dg.Output[Checkpoint]:
     """The scorer F: trained on gold over M_0's own answers, or a published reward model (paper, section 2.3)."""
-    asked = [(prompt_id, user_message(prompt)) for prompt_id, prompt in seed_pairs.select("prompt_id", "prompt").rows()]
-    written, usage = language_model.answer(initial_policy, asked, settings.responses.sampling, context.log.info)
-    compared = seed_pairs.with_columns(response=written["text"].str.strip_chars())
+    sampling = settings.responses.sampling
+    compared, usage = seed_answers(context, initial_policy, seed_pairs, "train", language_model, sampling)
     training = settings.scorer.training
     if settings.scorer.kind != "trained" or training is None:
         made = checkpoints.adopt(context, *fetch_reward_model(settings.scorer, settings.engine.trust_remote_code))
@@ -67,9 +68,30 @@ def reward_model(
     held_out = compared.filter(split="held_out").select("prompt", "answer", "response").rows()
     judged = scorer.compare(made, held_out, context.log.info)
     about |= {"held_out_accuracy": (judged.margins > 0).mean(), "held_out_pairs": len(held_out)} | judged.metadata()
-    # Not the whole of it: its seconds and rate would replace those of the training.
-    answered = {name: usage.metadata()[name] for name in ("input_tokens", "output_tokens", "generated_tokens")}
-    return checkpoint_output(context, made, **about, **answered)
+    return checkpoint_output(context, made, **about, **answered_metadata(usage))
+
+
+def seed_answers(
+    context: dg.AssetExecutionContext,
+    initial_policy: Checkpoint,
+    seed_pairs: pl.DataFrame,
+    split: str,
+    language_model: LanguageModel,
+    sampling: Sampling,
+) -> tuple[pl.DataFrame, Usage]:
+    """M_0's own answers, as the column `response`, to one split of the seed and to the held-out prompts, and their cost.
+
+    A reward model learns gold over these on the split; on the held-out prompts it is tested.
+    """
+    compared = seed_pairs.filter(pl.col("split").is_in([split, "held_out"]))
+    asked = [(prompt_id, user_message(prompt)) for prompt_id, prompt in compared.select("prompt_id", "prompt").rows()]
+    written, usage = language_model.answer(initial_policy, asked, sampling, context.log.info)
+    return compared.with_columns(response=written["text"].str.strip_chars()), usage
+
+
+def answered_metadata(usage: Usage) -> dict[str, Any]:
+    """Tokens of M_0's answers, without seconds and rate, which would replace those of a training."""
+    return {name: usage.metadata()[name] for name in ("input_tokens", "output_tokens", "generated_tokens")}
 
 
 @dg.asset(

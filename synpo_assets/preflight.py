@@ -6,7 +6,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import polars as pl
 from rich.console import Console
@@ -14,13 +14,20 @@ from rich.table import Table
 from upath import UPath
 
 from resources.device import prepare_device
-from resources.model_source import cached_initial_policy, fetch_initial_policy, fetch_reward_model
+from resources.judges.server_judge import load_template
+from resources.model_source import (
+    cached_initial_policy,
+    fetch_embedding_model,
+    fetch_initial_policy,
+    fetch_reward_model,
+)
 from resources.seed_source import read_rows
-from resources.settings import Settings, SettingsError, Storage
+from resources.settings import SeedData, Settings, SettingsError, Storage
 from resources.training.processes import processes_to_start, refuse_missing_packages
 from resources.training.state import KEPT_STATES
 from synpo_assets.calibration import Calibration, calibrate, known_calibration
 from synpo_assets.estimate import Kind, Rate, expected_work, parameter_count, rates_on_cpu, seconds
+from synpo_assets.method.prompts import words_of
 from synpo_assets.method.seed import BadRow, seed_rows
 
 SHOWN_BAD_ROWS = 5
@@ -49,16 +56,59 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
             f"{len(bad)} seed rows cannot be used ({shown}{'; …' if len(bad) > SHOWN_BAD_ROWS else ''}). Correct "
             f"{seed.train.path} and {seed.held_out.path}, or set seed_data.on_bad_rows to `drop`."
         )
-    rows = []
-    for split, limit in (("train", seed.train_limit), ("held_out", seed.held_out_limit)):
-        of_split = [row for row in good if row["split"] == split]
-        if len(of_split) < 2:
-            raise SettingsError(f"seed_data.{split} has {len(of_split)} usable rows; at least 2 are needed.")
-        chosen = list(range(len(of_split)))
-        if limit is not None and limit < len(of_split):
-            chosen = sorted(random.Random(f"{settings.random_seed}:{split}").sample(chosen, limit))
-        rows += [of_split[place] for place in chosen]
-    return pl.DataFrame(rows, schema=SEED_SCHEMA), bad
+    usable = {split: [row for row in good if row["split"] == split] for split in ("train", "held_out")}
+    if len(usable["held_out"]) < 2:
+        raise SettingsError(f"seed_data.held_out has {len(usable['held_out'])} usable rows; at least 2 are needed.")
+    train_count, judge_count = _train_and_judge(seed, len(usable["train"]))
+    trained_on = _sample(usable["train"], train_count, f"{settings.random_seed}:train")
+    read = {row["prompt_id"] for row in trained_on}
+    left = [row for row in usable["train"] if row["prompt_id"] not in read]
+    set_aside = [row | {"split": "judge"} for row in _sample(left, judge_count, f"{settings.random_seed}:judge")]
+    asked = _sample(usable["held_out"], seed.held_out_limit, f"{settings.random_seed}:held_out")
+    return pl.DataFrame([*trained_on, *set_aside, *asked], schema=SEED_SCHEMA), bad
+
+
+def _train_and_judge(seed: SeedData, usable: int) -> tuple[int, int]:
+    """How many usable rows of the training file are trained on, and how many are set aside for the judge.
+
+    Raises:
+        SettingsError: There are too few rows for both.
+    """
+    if usable < 4:
+        raise SettingsError(
+            f"seed_data.train has {usable} usable rows; at least 4 are needed, 2 of them for the independent judge."
+        )
+    wanted = min(seed.train_limit or usable, usable)
+    judge = min(seed.judge_limit or max(wanted // 4, 2), max(usable - wanted, usable // 2))
+    return min(wanted, usable - judge), judge
+
+
+def _sample(rows: list[dict[str, Any]], limit: int | None, random_seed: str) -> list[dict[str, Any]]:
+    """A random subset in the original order; all rows without a limit."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[place] for place in sorted(random.Random(random_seed).sample(range(len(rows)), limit))]
+
+
+def shown_seed_prompts(settings: Settings, seed: pl.DataFrame) -> pl.DataFrame:
+    """The rows of the train split whose prompt may be shown to M_0 when it writes the Self-Instruct baseline.
+
+    Args:
+        settings: The experiment.
+        seed: The table of the asset `seed_pairs`.
+
+    Raises:
+        SettingsError: All prompts are too long.
+    """
+    most = settings.diversity.self_instruct_max_words
+    train = seed.filter(split="train")
+    shown = train.filter([len(words_of(prompt)) <= most for prompt in train["prompt"]])
+    if shown.is_empty():
+        raise SettingsError(
+            f"No seed prompt has at most diversity.self_instruct_max_words = {most} words, so none can be shown to M_0 for "
+            "the Self-Instruct baseline: raise it."
+        )
+    return shown
 
 
 def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> None:
@@ -74,12 +124,14 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> Non
             f"--iterations {iterations} is not between 1 and max_iterations = {settings.max_iterations}: raise it in the "
             f"settings (for a home that exists, in {home / 'settings.yaml'})."
         )
-    seed_table(settings)
+    shown_seed_prompts(settings, seed_table(settings)[0])
     next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
     check_training(settings)
+    _check_judge(settings)
     check_storage(settings.storage)
     check_disk(settings, home)
     fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
+    fetch_embedding_model(settings.diversity.embedding_model, settings.engine.trust_remote_code)
     if settings.scorer.kind != "trained":
         fetch_reward_model(settings.scorer, settings.engine.trust_remote_code)
     # Only now is the size of a model known that had to be downloaded.
@@ -95,6 +147,12 @@ def check_training(settings: Settings) -> None:
     for training in settings.trainings:
         refuse_missing_packages(settings.training_processes, training)
         processes_to_start(settings.training_processes, training, settings.engine)
+
+
+def _check_judge(settings: Settings) -> None:
+    """Reads the template of a server that judges; the server itself may be started later."""
+    if settings.judge.server:
+        load_template(settings.judge.server.template)
 
 
 def check_storage(storage: Storage) -> None:
@@ -160,8 +218,8 @@ def disk_needed(settings: Settings) -> int:
     if cached is None:
         return ROOM_WITHOUT_MODEL
     weights = sum(file.stat().st_size for file in cached.glob("*.safetensors"))
-    # Generator and reward model once, improver and policy per iteration; float32 takes twice the room of bfloat16.
-    checkpoints = 2 * weights * (2 + 2 * settings.max_iterations)
+    # Generator, reward model and judge once, improver and policy per iteration; float32 takes twice the room of bfloat16.
+    checkpoints = 2 * weights * (3 + 2 * settings.max_iterations)
     # A saved state of a full training holds the weights and two moments of AdamW for each, in float32.
     is_full = any(training.lora is None for training in settings.trainings)
     return checkpoints + (KEPT_STATES * 3 * 2 * weights if is_full else 0)
@@ -182,8 +240,10 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     """
     console = Console()
     seed, dropped = seed_table(settings)
+    shown_seed_prompts(settings, seed)
     next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
     check_training(settings)
+    _check_judge(settings)
     check_disk(settings, home)
     if measure:
         calibration: Calibration | None = calibrate(settings, seed, lambda line: console.print(line, markup=False))
@@ -193,11 +253,12 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     disk = check_disk(settings, home)
     cached = cached_initial_policy(settings.initial_policy)
     device = prepare_device(settings.engine)
-    counts = {split: seed.filter(split=split).height for split in ("train", "held_out")}
+    counts = {split: seed.filter(split=split).height for split in ("train", "judge", "held_out")}
     where = f"on this machine, {cached}" if cached else "not on this machine yet: the first run downloads it"
     facts = Table.grid(padding=(0, 2))
     facts.add_row("settings", f"valid (preset {settings.preset}), home {home}")
-    facts.add_row("seed", f"{counts['train']} train, {counts['held_out']} held out, {len(dropped)} dropped")
+    shares = f"{counts['train']} train, {counts['judge']} for the judge, {counts['held_out']} held out"
+    facts.add_row("seed", f"{shares}, {len(dropped)} dropped")
     facts.add_row("M_0", f"{settings.initial_policy.name}, {where}")
     facts.add_row("device", f"{device}, {os.cpu_count()} cores")
     room = f"about {disk / 1e9:.1f} GB for all iterations" if cached else "unknown until M_0 is downloaded"

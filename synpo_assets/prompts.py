@@ -33,7 +33,8 @@ from synpo_assets.schemas import KeywordSets, SyntheticPrompts
 @dg.asset(
     **checkpoint(
         "prompt_generator.training", "prompt_generator.keywords_from_seed_prompt", "prompt_generator.noise_keywords",
-        "keyword_pool.language", "keyword_pool.drop_personal_names", "engine.dtype", keyword_method, templates,
+        "keyword_pool.keywords_per_set", "keyword_pool.language", "keyword_pool.drop_personal_names", "engine.dtype",
+        keyword_method, templates,
     ),
     pool=GPU_POOL,
     kinds={"huggingface"},
@@ -49,7 +50,7 @@ def prompt_generator(
     """G, fine-tuned from M_0 to write a prompt and its answer from three keywords (paper, section 2.1)."""
     generator, seed = settings.prompt_generator, seed_pairs.filter(split="train")
     extractor = Keywords(settings.keyword_pool.language, settings.keyword_pool.drop_personal_names)
-    counts = (generator.keywords_from_seed_prompt, generator.noise_keywords)
+    counts = (settings.keywords_from_seed_prompt, generator.noise_keywords)
     drawn = training_keywords(seed["prompt"].to_list(), extractor, *counts, settings.random_seed)
     examples = [
         (templates.generator_instruction(keywords), templates.generator_target(prompt, answer))
@@ -118,7 +119,7 @@ def synthetic_prompts(
         usages.append(usage)
         return written.to_dicts()
 
-    kept, used = draw_until_enough(keyword_sets.to_dicts(), options.prompts_per_iteration, write, prompts)
+    kept, used = draw_until_enough(keyword_sets.to_dicts(), options.prompts_per_iteration, write, prompts.keep)
     if not kept:
         raise FinalError(
             f"None of {used} completions of the prompt generator held a valid prompt: {dict(prompts.dropped)}. "

@@ -31,14 +31,14 @@ from synpo_assets.presentation import versions_table
 
 # What an iteration makes, in order. The two state assets are left out: they may exist before their iteration begins.
 READ_ASSETS = (
-    "keyword_sets", "synthetic_prompts", "seed_responses", "response_improver", "base_responses", "initial_responses",
-    "refined_responses", "preference_pairs", "model_checkpoint", "evaluation",
+    "keyword_sets", "synthetic_prompts", "prompt_diversity", "seed_responses", "response_improver", "base_responses",
+    "initial_responses", "refined_responses", "preference_pairs", "model_checkpoint", "evaluation",
 )  # fmt: skip
 
 
 @dg.asset(
-    # It reads more than this; the last asset of an iteration stands for all of it in the graph.
-    deps=["evaluation"],
+    # It reads more than these; the last assets of an iteration stand for all of it in the graph.
+    deps=["evaluation", "prompt_diversity"],
     group_name=GROUP,
     kinds={"matplotlib"},
     retry_policy=RETRIES,
@@ -91,13 +91,14 @@ def read_iteration(instance: DagsterInstance, tables: ParquetTables, key: str) -
         FileNotFoundError: Its table of pairs was deleted.
     """
     metadata = {asset: metadata_of(instance, asset, key) for asset in READ_ASSETS}
-    log = metadata["model_checkpoint"].get("training_log")
+    log, rates = metadata["model_checkpoint"].get("training_log"), metadata["evaluation"].get("win_rates")
     return FinishedIteration(
         key=key,
         metadata=metadata,
         seconds=sum(seconds_of(instance, asset, key) for asset in READ_ASSETS),
         pairs=tables.read("preference_pairs", key),
         training_log=[record.data for record in log.records] if log else [],
+        win_rates=[record.data for record in rates.records] if rates else [],
     )
 
 

@@ -10,6 +10,7 @@ import pandera.errors
 import pandera.polars as pa
 import polars as pl
 
+from synpo_assets.method.evaluation import NO_VERDICT, POINTS
 from synpo_assets.method.pairs import MESSAGES
 
 SHOWN_BAD_ROWS = 5
@@ -39,7 +40,10 @@ class SeedPairs(Table):
     prompt_id: str = _id("Content hash of the prompt.", unique=True)
     prompt: str = _text("The instruction.")
     answer: str = _text("The gold answer.")
-    split: str = pa.Field(isin=["train", "held_out"], description="`held_out` rows are never trained on.")
+    split: str = pa.Field(
+        isin=["train", "judge", "held_out"],
+        description="`judge` rows are read by the independent judge alone, and `held_out` rows are never trained on.",
+    )
     line: int = pa.Field(ge=1, description="Line of the source file.")
 
 
@@ -67,6 +71,41 @@ class SyntheticPrompts(Table):
     checkpoint_sha: str = _id("sha of the prompt generator.")
     input_tokens: int = pa.Field(ge=1, description="Tokens of the rendered keywords template.")
     output_tokens: int = pa.Field(ge=1, description="Tokens written.")
+
+
+class SelfInstructPrompts(Table):
+    """Prompts that M_0 wrote after seeing some of the seed: the baseline of prompt_diversity."""
+
+    prompt: str = pa.Field(str_length={"min_value": 1}, unique=True, description="The instruction.")
+    example_ids: pl.List(pl.String) = pa.Field(description="prompt_id of the seed prompts that were shown.")  # type: ignore[valid-type]
+    checkpoint_sha: str = _id("sha of M_0.")
+    input_tokens: int = pa.Field(ge=1, description="Tokens of the rendered instruction.")
+    output_tokens: int = pa.Field(ge=1, description="Tokens written.")
+    finish_reason: str = pa.Field(isin=["stop", "length"], description="`stop`: ended by itself; `length`: cut.")
+
+
+class PromptDiversity(Table):
+    """How much the prompts of each source resemble each other, over samples of equal size."""
+
+    source: str = pa.Field(
+        isin=["synthetic", "seed", "self_instruct"],
+        unique=True,
+        description="`synthetic`: of this iteration; `seed`: of the train split; `self_instruct`: the baseline by M_0.",
+    )
+    available: int = pa.Field(ge=2, description="Prompts that the source has.")
+    prompts: int = pa.Field(ge=2, description="Prompts sampled and compared, as many of each source.")
+    mean: float = pa.Field(description="Mean over the prompts of their mean cosine similarity to all others.")
+    standard_deviation: float = pa.Field(ge=0, description="Of the prompts' mean similarities.")
+    percentile_5: float = pa.Field(description="5 % of the prompts have a lower mean similarity.")
+    median: float = pa.Field(description="Half of the prompts have a lower mean similarity.")
+    percentile_95: float = pa.Field(description="95 % of the prompts have a lower mean similarity.")
+    clusters_touched: int = pa.Field(
+        ge=1, description="Clusters, of all sources together, that hold a prompt of this one."
+    )
+    cluster_entropy: float = pa.Field(ge=0, description="Entropy of the source's shares in the clusters, in nats.")
+    effective_clusters: float = pa.Field(ge=1, description="Equally large clusters that would have this entropy.")
+    embedding_model: str = _text("The model that the figures belong to; those of two models cannot be compared.")
+    iteration: int = pa.Field(ge=1, description="The iteration.")
 
 
 class Responses(Table):
@@ -131,18 +170,34 @@ class PreferenceHistory(PreferencePairs):
     prompt_id: str = _id("The prompt.")
 
 
+def _outcome(judge: str, opponent: str, nullable: bool = False) -> str:
+    return pa.Field(
+        isin=[*POINTS, NO_VERDICT],
+        nullable=nullable,
+        description=f"What {judge} says of M_t's answer beside {opponent}'s: win, tie, loss or no verdict.",
+    )
+
+
 class Evaluation(Table):
-    """Answers of M_t and M_0 to held-out prompts, with scores."""
+    """Answers of M_t, M_{t-1} and M_0 to held-out prompts, with scores and what each judge says of them."""
 
     prompt_id: str = _id("The held-out prompt.", unique=True)
     prompt: str = _text("The instruction.")
     answer: str = _text("The gold answer.")
     policy_response: str = pa.Field(description="M_t's answer.")
+    previous_response: str = pa.Field(description="M_{t-1}'s answer; at t = 1 this is M_0's.")
     initial_response: str = pa.Field(description="M_0's answer.")
     answer_score: float = pa.Field(description="initial_score plus the margin of the gold answer over M_0's.")
     policy_score: float = pa.Field(description="The scorer's value of M_t's answer, beside M_0's.")
     initial_score: float = pa.Field(description="The scorer's value of M_0's answer, beside M_t's.")
+    judge_over_initial: str = _outcome("the independent judge", "M_0")
+    judge_over_previous: str = _outcome("the independent judge", "M_{t-1}")
+    scorer_over_initial: str = _outcome("the scorer, which took part in training,", "M_0")
+    scorer_over_previous: str = _outcome("the scorer, which took part in training,", "M_{t-1}")
+    server_over_initial: str = _outcome("the model of judge.server, if there is one,", "M_0", nullable=True)
+    server_over_previous: str = _outcome("the model of judge.server, if there is one,", "M_{t-1}", nullable=True)
     policy_checkpoint_sha: str = _id("sha of M_t.")
+    previous_checkpoint_sha: str = _id("sha of M_{t-1}.")
     initial_checkpoint_sha: str = _id("sha of M_0.")
     iteration: int = pa.Field(ge=1, description="The iteration t.")
 

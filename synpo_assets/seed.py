@@ -3,7 +3,8 @@
 Paper (sections 2 and 3.1): M_0 is an SFT model; the seed is 18,000 prompts with gold answers; the keyword pool holds
 keywords of 1,000,000 RefinedWeb paragraphs, three of one paragraph each.
 Here: all three are settings. A held-out split that no training reads is required beside the seed, because the paper
-does not say what its runs were validated on. Where the paper drops a list of keywords that holds a personal name or
+does not say what its runs were validated on; some of the seed is set aside for a judge that shares no data with any
+other training. Where the paper drops a list of keywords that holds a personal name or
 a stopword, we drop the word.
 """
 
@@ -45,9 +46,11 @@ def initial_policy(
 
 @dg.asset(**table(SeedPairs, "seed_data", seed_method), kinds={"polars"})
 def seed_pairs(context: dg.AssetExecutionContext, settings: dg.ResourceParam[Settings]) -> dg.Output[pl.DataFrame]:
-    """The seed: prompts with gold answers, and a held-out split that no training reads (paper, section 3.1)."""
+    """The seed: prompts with gold answers, rows for the judge alone, and held-out ones that no training reads (3.1)."""
     frame, dropped = seed_table(settings)
-    counts = {f"{split} rows": frame.filter(pl.col("split") == split).height for split in ("train", "held_out")}
+    counts = {
+        f"{split} rows": frame.filter(pl.col("split") == split).height for split in ("train", "judge", "held_out")
+    }
     reasons = "\n".join(f"{row.split} line {row.line}: {row.reason}" for row in dropped) or "none"
     return table_output(context, frame, **counts, dropped=len(dropped), dropped_rows=reasons)
 

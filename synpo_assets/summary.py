@@ -12,13 +12,14 @@ from resources.settings import active_settings
 from resources.tables import ParquetTables
 from resources.text import asset_label, visible
 from synpo_assets.history import metadata_of, seconds_of
+from synpo_assets.method.report import rate_text
 from synpo_assets.missing import asset_names
 from synpo_assets.partitions import partition_key
 from synpo_assets.runs import asset_graph
 
 
 def print_summary(instance: DagsterInstance, home: Path, iterations: int) -> None:
-    """Prints what was made, one pair, held-out rewards, where everything lies, and how to open the UI."""
+    """Prints what was made, one pair, held-out win rates, where everything lies, and how to open the UI."""
     console = Console()
     root = active_settings().storage.root(home)
     console.print(_made(instance, iterations))
@@ -64,11 +65,22 @@ def _sample_pair(tables: ParquetTables, iterations: int) -> Panel:
 
 
 def _held_out(instance: DagsterInstance, iterations: int) -> Table:
-    table = Table(title="Held-out prompts, judged by the scorer that also filtered the pairs", title_justify="left")
-    for column in ("", "mean reward M_0", "mean reward M_t", "win rate of M_t over M_0", "prompts"):
-        table.add_column(column, justify="right")
+    table = Table("", "judge", title="Held-out prompts: win rates of M_t, 95 % interval (LC: length-controlled)")
+    table.title_justify = "left"
+    for column in ("over M_0", "LC", "over M_t-1"):
+        table.add_column(column, justify="right", no_wrap=True)
+    rewards = []
     for number in range(1, iterations + 1):
         about = metadata_of(instance, "evaluation", partition_key(number))
-        rewards = [f"{about[f'held_out_reward {name}']:.3f}" for name in ("initial", "policy")]
-        table.add_row(f"M_{number}", *rewards, f"{about['win_rate_over_initial']:.2f}", str(about["held_out_prompts"]))
+        # What an earlier version of the asset recorded has no such table.
+        rates = [record.data for record in about["win_rates"].records] if "win_rates" in about else []
+        over = {(rate["label"], rate["opponent"]): rate for rate in rates}
+        for label in dict.fromkeys(rate["label"] for rate in rates):
+            initial, previous = (over[label, opponent] for opponent in ("initial", "previous"))
+            controlled = rate_text(initial | {"win_rate": initial["length_controlled"], "low": None})
+            table.add_row(f"M_{number}", label, rate_text(initial), controlled, rate_text(previous))
+        table.add_section()
+        means = (f"{about[f'held_out_reward {name}']:.3f}" for name in ("initial", "policy"))
+        rewards.append(f"{' → '.join(means)} (M_{number}, {about['held_out_prompts']} prompts)")
+    table.caption, table.caption_justify = f"Mean reward by the scorer, M_0 → M_t: {', '.join(rewards)}.", "left"
     return table

@@ -42,6 +42,7 @@ MADE_FROM = [
     ("refined_responses", "base_response_id", "base", "base_responses"),
     ("synthetic_prompts", "keyword_set_id", "keyword set", "keyword_sets"),
 ]
+MADE_ONCE = ("initial_policy", "prompt_generator", "reward_model", "judge_model")
 LONG_FACTS = ("paragraph", "prompt", "answer", "response", "text")
 SHOWN_IDS, SHOWN_CHARACTERS, SHOWN_LINES = 5, 400, 8
 
@@ -171,7 +172,7 @@ class _Home:
         self.tables, self.instance = tables, instance
         drawn = tables.scan("keyword_sets")
         iterations = () if drawn is None else drawn.select(pl.col("iteration").unique().sort()).collect()["iteration"]
-        found = [checkpoints.manifest(name, None) for name in ("initial_policy", "prompt_generator", "reward_model")]
+        found = [checkpoints.manifest(name, None) for name in MADE_ONCE]
         for key in map(partition_key, iterations):
             found += [checkpoints.manifest(name, key) for name in ("response_improver", "model_checkpoint")]
         self.manifests = [manifest for manifest in found if manifest]
@@ -233,7 +234,11 @@ class _Home:
             made_from.append(self._follow(role, asset_below, row[name], key, text))
         record, facts = newest(self.instance, asset, key), {name: row[name] for name in told}
         table, run_id = asset_label(asset, key), record and record.run_id
-        trained = [] if row.get("split") == "held_out" else self._trained(asset, key)
+        trained = self._trained(asset, key)
+        if split := row.get("split"):
+            trained = [
+                node for node in trained if (node.id == "judge_model") == (split == "judge") and split != "held_out"
+            ]
         return Node(kind, row[column], facts, table, run_id, note, made_from, trained)
 
     def _follow(self, kind: str, asset: str, whole: str, key: str | None, text: str | None = None) -> Node:

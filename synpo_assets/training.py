@@ -1,7 +1,8 @@
 """Preference optimisation: M_t.
 
 Paper (section 2.3, algorithm 1 line 5): SimPO on all pairs of iterations 1 to t, starting from M_0.
-Here: the same. The printed loss suggests a start from M_{t-1}; `policy.policy_init` chooses. Batch size, epochs,
+Here: the same. The printed loss suggests a start from M_{t-1}; `policy.policy_init` chooses, and
+`policy.accumulate: false` leaves the earlier pairs out. Batch size, epochs,
 learning rate and lengths are not given in the paper; the presets take those of SimPO's own base-model runs.
 """
 
@@ -29,10 +30,10 @@ def model_checkpoint(
     checkpoints: dg.ResourceParam[CheckpointStore],
     settings: dg.ResourceParam[Settings],
 ) -> dg.Output[Checkpoint]:
-    """M_t: SimPO on all pairs so far, starting from M_0 (algorithm 1, line 5)."""
+    """M_t: preference optimisation on all pairs so far, starting from M_0 (algorithm 1, line 5)."""
     training = settings.policy.training
     start = initial_policy if settings.policy.policy_init == "initial" else policy
-    pairs = pl.concat([preference_history, preference_pairs])
+    pairs = pl.concat([preference_history, preference_pairs]) if settings.policy.accumulate else preference_pairs
     rows = pairs.select(*USED_COLUMNS).to_dicts()
     made, summary = checkpoints.create(
         context,

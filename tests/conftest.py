@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.nano import make_nano_model, nano_settings, write_settings
+from tests.nano import EMBEDDING_MODEL, make_nano_embedding_model, make_nano_model, nano_settings, write_settings
 
 WORK = Path(tempfile.mkdtemp(prefix="synpo-tests-"))
 HOME = WORK / "home"
@@ -25,7 +25,13 @@ os.environ.pop("DAGSTER_HOME", None)
 
 
 @pytest.fixture(scope="session")
-def nano_model() -> Path:
+def nano_embedding_model() -> Path:
+    """Beside the nano model, where its settings look for it."""
+    return make_nano_embedding_model(WORK / EMBEDDING_MODEL)
+
+
+@pytest.fixture(scope="session")
+def nano_model(nano_embedding_model: Path) -> Path:
     return make_nano_model(MODEL)
 
 

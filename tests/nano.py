@@ -20,6 +20,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEACHING_STEPS = 400
+EMBEDDING_MODEL = "nano-embedding"
 
 
 def seed_rows(name: str = "train") -> list[dict[str, str]]:
@@ -86,6 +87,22 @@ def make_nano_model(directory: Path) -> Path:
     return directory
 
 
+def make_nano_embedding_model(directory: Path) -> Path:
+    """A 1-layer BERT with random weights."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    tokenizer = nano_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
 def copy_that_adds_bos(model: Path, directory: Path) -> Path:
     """A copy of the nano model whose template writes a BOS, and whose tokenizer would add another."""
     from tokenizers.processors import TemplateProcessing
@@ -119,10 +136,14 @@ def nano_settings(model: Path) -> dict[str, Any]:
     return {
         "preset": "laptop",
         "initial_policy": {"source": "directory", "name": str(model), "wheel_sha256": None, "wheel_member": None},
-        "seed_data": {"train_limit": 24, "held_out_limit": 6},
+        "seed_data": {"train_limit": 24, "judge_limit": 8, "held_out_limit": 6},
         "prompt_generator": {
             "prompts_per_iteration": 10, "max_overdraw": 4, "min_words": 2, "language": None,
             "near_duplicate_similarity": 0.95, "training": training, "sampling": sampling,
+        },
+        "diversity": {
+            "clusters": 4, "self_instruct_shots": 3, "self_instruct_sampling": sampling | {"max_new_tokens": 32},
+            "embedding_model": {"source": "directory", "name": str(Path(model).parent / EMBEDDING_MODEL)},
         },
         "responses": {"sampling": sampling | {"max_new_tokens": 24}},
         "response_improver": {"margin_threshold": -100, "training": training, "sampling": sampling},

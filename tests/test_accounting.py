@@ -55,12 +55,14 @@ def test_memory_is_counted_without_loading_pytorch():
 
 
 @pytest.mark.parametrize("asset", [
-    "prompt_generator", "reward_model", "seed_responses", "response_improver", "synthetic_prompts", "base_responses",
+    "prompt_generator", "self_instruct_prompts", "reward_model", "judge_model", "prompt_diversity",
+    "seed_responses", "response_improver", "synthetic_prompts", "base_responses",
     "initial_responses", "refined_responses", "preference_pairs", "model_checkpoint", "evaluation",
 ])  # fmt: skip
 def test_every_asset_that_uses_a_model_shows_tokens_time_and_memory(nano_run, asset):
+    once = ("prompt_generator", "self_instruct_prompts", "reward_model", "judge_model")
     with dg.DagsterInstance.from_config(str(nano_run.home)) as instance:
-        partition = None if asset in ("prompt_generator", "reward_model") else "0002"
+        partition = None if asset in once else "0002"
         about = metadata_of(instance, asset, partition)
     assert 0.1 < about["peak_memory_gb"] < 10
     assert "peak_gpu_memory_gb" not in about

@@ -53,7 +53,7 @@ def test_on_an_empty_home_it_asks_for_iteration_1_with_all_that_is_made_once(ins
     request = tick(instance)
     assert request.partition_key == "0001"
     asked = {key.to_user_string() for key in request.asset_selection}
-    assert {"initial_policy", "reward_model", "policy", "evaluation"} <= asked
+    assert {"initial_policy", "reward_model", "judge_model", "policy", "evaluation"} <= asked
 
 
 def test_after_an_iteration_it_asks_for_the_next(instance):
@@ -74,12 +74,22 @@ def test_of_a_half_finished_iteration_it_asks_for_the_rest(instance):
 
 @pytest.mark.parametrize(("limits", "reason"), [
     ({}, "win_rate_over_initial is 0.4, less than 0.5"),
+    ({"minimum": {"win_rate_over_previous": 0.5}}, "win_rate_over_previous is 0.3, less than 0.5"),
+    ({"minimum": {"win_rate_over_initial_by_scorer": 0.95}}, "win_rate_over_initial_by_scorer is 0.9, less than 0.95"),
     ({"minimum": {}, "maximum": {"mean_margin": 1.0}}, "mean_margin is 2.5, more than 1"),
     ({"minimum": {"held_out_reward_gain": 0.1}}, "held_out_reward_gain was not measured"),
+    # One figure is not enough: the win rate may rise while answers begin to loop and prompts grow alike.
+    ({"minimum": {"win_rate_over_initial": 0.3, "win_rate_over_initial_low": 0.5}}, "win_rate_over_initial_low is 0.2, less"),
+    ({"minimum": {}, "maximum": {"mean_repetition": 0.1}}, "mean_repetition is 0.3, more than 0.1"),
+    ({"minimum": {}, "maximum": {"cut_share": 0.5}}, "cut_share is 0.7, more than 0.5"),
+    ({"minimum": {}, "maximum": {"prompt_similarity": 0.15}}, "prompt_similarity is 0.2, more than 0.15"),
 ])  # fmt: skip
 def test_the_gate_stops_it_and_it_says_why(instance, limits, reason):
     finish(instance, None)
-    finish(instance, "0001", {"evaluation": {"win_rate_over_initial": 0.4}, "preference_pairs": {"mean_margin": 2.5}})
+    judged = {"win_rate_over_initial": 0.4, "win_rate_over_previous": 0.3, "win_rate_over_initial_by_scorer": 0.9}
+    judged |= {"win_rate_over_initial_low": 0.2, "mean_repetition policy": 0.3, "cut_share policy": 0.7}
+    others = {"preference_pairs": {"mean_margin": 2.5}, "prompt_diversity": {"mean_similarity synthetic": 0.2}}
+    finish(instance, "0001", {"evaluation": judged, **others})
     skipped = tick(instance, **limits)
     assert isinstance(skipped, dg.SkipReason)
     assert skipped.skip_message.startswith(f"Stopped after iteration 1 by the gate: {reason}")

@@ -149,10 +149,11 @@ def test_weights_that_are_not_finite_block(tmp_path, instance, value, passes):
 
 def test_a_policy_that_loses_or_loops_warns(instance, tmp_path):
     frame = pl.DataFrame({
-        "policy_score": [0.0, 0.0], "initial_score": [1.0, 1.0],
+        "judge_over_initial": ["loss", "loss"], "scorer_over_initial": ["win", "win"],
         "policy_response": ["and and and and and and"] * 2, "initial_response": GOOD,
     })  # fmt: skip
     found, went_on = evaluate(instance, tmp_path, "evaluation", frame)
     assert [found[name].passed for name in ("win_rate", "answers_without_loops")] == [False, False]
+    assert figures(found["win_rate"]) == {"win_rate": 0.0, "by_the_scorer": 1.0, "least_allowed": 0.5}
     assert figures(found["answers_without_loops"])["of_the_initial_policy"] == 0.0
     assert went_on

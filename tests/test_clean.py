@@ -14,6 +14,7 @@ from dagster._core.storage.dagster_run import DagsterRun
 from upath import UPath
 
 from resources.checkpoint_store import Checkpoint, CheckpointStore
+from resources.judges.choice import server_judge
 from resources.language_model import LanguageModel
 from resources.scorer import RewardScorer
 from resources.settings import Sampling, SettingsError, load_settings
@@ -95,11 +96,23 @@ def test_another_sampling_leaves_exactly_its_shards_behind(home):
 
 @pytest.mark.parametrize(("section", "name", "value", "left"), [
     ("engine", "dtype", "bfloat16", lambda told: True),
-    ("scorer", "max_length", 64, lambda told: "sampling" not in told),
+    ("scorer", "max_length", 64, lambda told: told["made_for"] == "scores by reward_model"),
+    ("judge", "max_length", 64, lambda told: told["made_for"] == "scores by judge_model"),
 ])  # fmt: skip
 def test_engine_and_scorer_settings_count(home, section, name, value, left):
     change(home, section, name, value)
     assert places(home, clean.SHARDS) == shards_that(home, left) != set()
+
+
+def test_verdicts_of_a_server_are_in_use_until_another_model_judges(home):
+    server = {"url": "http://127.0.0.1:1/v1", "model": "one"}
+    change(home, "judge", "server", server)
+    settings = load_settings(home / "settings.yaml")
+    shards = server_judge(settings.judge, resources(settings, home)[1]).shards
+    shards.write([{"key": "k", "points": 1.0, "reply": "A", "tokens": 3}])
+    assert places(home, clean.SHARDS) == set()
+    change(home, "judge", "server", server | {"model": "another"})
+    assert places(home, clean.SHARDS) == {shards.folder.relative_to(home).as_posix()}
 
 
 def test_sizes_rows_and_age_are_those_of_the_files(home):

@@ -19,7 +19,8 @@ from tests.ui import processes_of, running_ui, wait_for
 pytestmark = pytest.mark.slow
 ITERATIONS = ["0001", "0002", "0003"]
 ON_GPU = {
-    "prompt_generator", "reward_model", "synthetic_prompts", "base_responses", "initial_responses", "seed_responses",
+    "prompt_generator", "self_instruct_prompts", "reward_model", "judge_model", "synthetic_prompts", "prompt_diversity",
+    "base_responses", "initial_responses", "seed_responses",
     "response_improver", "refined_responses", "preference_pairs", "model_checkpoint", "evaluation",
 }  # fmt: skip
 

@@ -14,8 +14,10 @@ from resources.tables import ParquetTables
 from synpo_assets import loop
 from synpo_assets.history import data_version_of
 from synpo_assets.loop import experiment_of, policy, preference_history, report_history, report_policy
+from synpo_assets.missing import asset_names
 from synpo_assets.partitions import ITERATIONS
 from synpo_assets.presentation import checkpoint_output, table_version
+from synpo_assets.runs import asset_graph
 from synpo_assets.schemas import PreferencePairs
 from tests.test_stores import write_weights
 
@@ -329,6 +331,16 @@ def test_nothing_is_reported_beyond_the_last_iteration(instance, stores):
     run([initial_policy], instance, stores)
     assert run(model_checkpoint_asset(), instance, stores, last).success
     assert instance.get_materialized_partitions(dg.AssetKey("policy")) == set()
+
+
+def test_an_iteration_descends_from_its_policy_and_that_from_all_that_is_made_once():
+    """Else the daemon splits an iteration into several runs, or begins it before what it reads is there."""
+    graph = asset_graph()
+    ancestors = {key: graph.get_ancestor_asset_keys(key) for key in graph.get_all_asset_keys()}
+    once = {dg.AssetKey(name) for name in asset_names(graph, partitioned=False)}
+    assert once == ancestors[policy.key]
+    for name in set(asset_names(graph, partitioned=True)) - {"policy"}:
+        assert policy.key in ancestors[dg.AssetKey(name)], name
 
 
 def test_history_refuses_a_gap(instance, stores):

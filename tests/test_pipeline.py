@@ -13,12 +13,15 @@ from tests.nano import nano_settings, write_settings
 
 TABLES = {
     "seed_pairs": schemas.SeedPairs, "keyword_pool": schemas.KeywordPool, "keyword_sets": schemas.KeywordSets,
+    "self_instruct_prompts": schemas.SelfInstructPrompts, "prompt_diversity": schemas.PromptDiversity,
     "synthetic_prompts": schemas.SyntheticPrompts, "base_responses": schemas.Responses,
     "initial_responses": schemas.Responses, "seed_responses": schemas.SeedResponses,
     "refined_responses": schemas.RefinedResponses, "preference_pairs": schemas.PreferencePairs,
     "preference_history": schemas.PreferenceHistory, "evaluation": schemas.Evaluation,
 }  # fmt: skip
-ONCE = {"seed_pairs", "keyword_pool", "initial_policy", "prompt_generator", "reward_model"}
+ONCE = {
+    "seed_pairs", "keyword_pool", "initial_policy", "prompt_generator", "reward_model", "self_instruct_prompts", "judge_model",
+}  # fmt: skip
 CHECKPOINTS = {"policy", "response_improver", "model_checkpoint"}
 
 
@@ -131,11 +134,44 @@ def test_iterations_draw_different_keyword_sets(home):
 
 def test_held_out_prompts_are_never_trained_on(home):
     seed = table(home, "seed_pairs")
-    held_out = set(seed.filter(split="held_out")["prompt_id"])
+    held_out, judged = (set(seed.filter(split=split)["prompt_id"]) for split in ("held_out", "judge"))
+    assert judged
     for iteration in (1, 2):
+        assert not judged & set(table(home, "seed_responses", iteration)["prompt_id"])
         assert not held_out & set(table(home, "seed_responses", iteration)["prompt_id"])
         assert not held_out & set(table(home, "preference_pairs", iteration)["prompt_id"])
         assert set(table(home, "evaluation", iteration)["prompt_id"]) == held_out
+
+
+def test_the_evaluation_compares_with_m0_and_the_policy_before_by_both_judges(home, instance):
+    shas = [metadata(instance, "initial_policy")["sha"]]
+    for iteration in (1, 2):
+        about, frame = metadata(instance, "evaluation", f"{iteration:04d}"), table(home, "evaluation", iteration)
+        shas.append(metadata(instance, "model_checkpoint", f"{iteration:04d}")["sha"])
+        wanted = {"policy": shas[iteration], "previous": shas[iteration - 1], "initial": shas[0]}
+        assert {name: frame[f"{name}_checkpoint_sha"].unique().to_list() for name in wanted} == {
+            name: [sha] for name, sha in wanted.items()
+        }
+        rates = {(row.data["judge"], row.data["opponent"]): row.data for row in about["win_rates"].records}
+        assert rates.keys() == {(judge, over) for judge in ("judge", "scorer") for over in ("initial", "previous")}
+        for (judge, over), rate in rates.items():
+            judged = frame[f"{judge}_over_{over}"]
+            assert rate["wins"] == (judged == "win").sum()
+            assert rate["low"] <= rate["win_rate"] <= rate["high"]
+        assert about["win_rate_over_initial"] == pytest.approx(rates["judge", "initial"]["win_rate"], abs=1e-4)
+        by_scorer = (frame["policy_score"] > frame["initial_score"]).mean()
+        assert about["win_rate_over_initial_by_scorer"] == pytest.approx(by_scorer, abs=0.5 / frame.height + 1e-9)
+        assert "scorer (took part in training)" in about["judges"]
+    first = table(home, "evaluation", 1)
+    assert first["previous_response"].equals(first["initial_response"])
+
+
+def test_the_judge_is_trained_on_its_own_rows_with_another_seed(home, instance):
+    judge, scorer = metadata(instance, "judge_model"), metadata(instance, "reward_model")
+    assert judge["sha"] != scorer["sha"]
+    assert judge["examples"] == table(home, "seed_pairs").filter(split="judge").height == 8
+    name = json.loads((home / "checkpoints/judge_model/once.json").read_text())["directory"]
+    assert json.loads((home / "checkpoints" / name / "manifest.json").read_text())["random_seed"] == 43
 
 
 @pytest.mark.parametrize("asset", ["base_responses", "refined_responses", "synthetic_prompts", "initial_responses"])

@@ -12,7 +12,7 @@ from tests.nano import nano_settings, seed_rows, write_settings
 
 CHATS = [
     {"id": n, "talk": [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]}
-    for n in range(6)
+    for n in range(8)
 ]
 
 
@@ -21,24 +21,26 @@ def settings_with(tmp_path, **seed_data):
 
 
 def test_a_parquet_seed_of_chat_messages(tmp_path):
-    pl.DataFrame(CHATS[:4]).write_parquet(tmp_path / "train.parquet")
-    pl.DataFrame(CHATS[4:]).write_parquet(tmp_path / "held_out.parquet")
+    pl.DataFrame(CHATS[:6]).write_parquet(tmp_path / "train.parquet")
+    pl.DataFrame(CHATS[6:]).write_parquet(tmp_path / "held_out.parquet")
     frame, bad = seed_table(
         settings_with(tmp_path, train={"path": "train.parquet"}, held_out={"path": "held_out.parquet"},
                       prompt_column="talk", answer_column="talk")
     )  # fmt: skip
     assert bad == []
-    assert frame.filter(split="train").select("prompt", "answer").rows()[0] == ("question 0", "answer 0")
+    rows = frame.filter(pl.col("split") != "held_out").sort("line").select("prompt", "answer").rows()
+    assert rows == [(f"question {number}", f"answer {number}") for number in range(6)]
     assert frame.filter(split="held_out").height == 2
 
 
 def test_bad_rows_are_dropped_and_counted_where_the_setting_says_so(tmp_path):
     (tmp_path / "train.jsonl").write_text(
-        '{"prompt": "a", "answer": "1"}\n\n{"prompt": "b"}\n{"prompt": "c", "answer": "3"}\n'
+        '{"prompt": "a", "answer": "1"}\n\n{"prompt": "b"}\n'
+        + "".join(f'{{"prompt": "{name}", "answer": "3"}}\n' for name in "cdef")
     )
     asked = {"train": {"path": "train.jsonl"}}
     frame, bad = seed_table(settings_with(tmp_path, **asked, on_bad_rows="drop"))
-    assert frame.filter(split="train")["prompt"].to_list() == ["a", "c"]
+    assert sorted(frame.filter(pl.col("split") != "held_out")["prompt"]) == ["a", "c", "d", "e", "f"]
     assert [row.reason for row in bad] == ["the answer is missing or not text"]
     with pytest.raises(SettingsError, match="1 seed rows cannot be used"):
         seed_table(settings_with(tmp_path, **asked))
@@ -132,13 +134,23 @@ def test_more_prompts_cost_more_and_the_papers_size_is_the_papers(tmp_path):
     # The paper's own iteration takes about 218,000 completions; ours is counted in tokens of at most 2,048 each.
     paper = load_settings(preset_path("paper_llama3"))
     fake = pl.DataFrame({"prompt": ["word " * 50], "answer": ["word " * 200], "split": ["train"]})
-    fake = pl.concat([fake] * 18_000 + [fake.with_columns(split=pl.lit("held_out"))])
+    fake = pl.concat([fake] * 18_000 + [fake.with_columns(split=pl.lit(split)) for split in ("judge", "held_out")])
     # D grows by 10,000 pairs with each iteration, and M_t is trained on all of it.
     (policy,) = [item for item in expected_work(paper, fake) if item.asset == "model_checkpoint"]
     assert [policy.in_iteration(t) / policy.in_iteration(1) for t in (1, 2, 4)] == [1, 2, 4]
     answers = [item for item in expected_work(paper, fake) if item.kind == "generate" and not item.once]
     completions = sum(item.tokens for item in answers if item.asset != "synthetic_prompts") / 2048
     assert 100_000 < completions < 218_000
+
+
+def test_training_and_scoring_of_the_judge_are_counted():
+    laptop = load_settings(preset_path("laptop"))
+    seed, _ = seed_table(laptop)
+    of_judge = [item for item in expected_work(laptop, seed) if item.asset == "judge_model"]
+    assert [item.kind for item in of_judge] == ["train", "generate", "score"]
+    assert all(item.once and item.tokens > 0 for item in of_judge)
+    (train,) = (item for item in expected_work(laptop, seed) if (item.asset, item.kind) == ("reward_model", "train"))
+    assert of_judge[0].tokens == train.tokens, "as many rows, and the same training"
 
 
 def test_a_larger_model_takes_longer_in_proportion():

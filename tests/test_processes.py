@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 from resources import processes
 
@@ -45,3 +48,59 @@ def test_the_main_process_is_left_alone():
     signal.set_wakeup_fd(before)
     processes.end_soon_after_interrupt()
     assert signal.set_wakeup_fd(before) == before
+
+
+def step(watched, process_id):
+    if watched:
+        processes.end_with_run()
+    process_id.value = os.getpid()
+    # Does not give way to other threads, as a long call into C does not; it never ends by itself.
+    while True:
+        pass
+
+
+RUN = """
+import multiprocessing, time
+from tests.test_processes import step
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    process_id = context.Value("i", 0)
+    context.Process(target=step, args=({watched}, process_id), daemon=False).start()
+    while not process_id.value:
+        time.sleep(0.01)
+    print(process_id.value, flush=True)
+    time.sleep(60)
+"""
+
+
+def is_alive(process_id):
+    try:
+        return "Z" not in Path(f"/proc/{process_id}/stat").read_text().split(")")[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def step_of_a_killed_run(watched, seconds):
+    """Whether a step still runs so long after its run was killed with -9; it is ended then."""
+    code = RUN.format(watched=watched)
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    ) as run:
+        process_id = int(run.stdout.readline())
+        run.kill()
+    deadline = time.monotonic() + seconds
+    while is_alive(process_id) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if alive := is_alive(process_id):
+        os.kill(process_id, signal.SIGKILL)
+    return alive
+
+
+def test_a_step_ends_with_its_run_even_if_that_is_killed():
+    assert not step_of_a_killed_run(watched=True, seconds=10)
+
+
+def test_without_that_it_would_go_on():
+    """The forkserver does not end with the run: if this fails, the thread that watches is not needed any more."""
+    assert step_of_a_killed_run(watched=False, seconds=2)

@@ -64,6 +64,9 @@ def recorded(iteration, kept=5):
             "dagster/row_count": 12, "keyword_sets_used": 32, "dropped": {"unparsable": 19, "near_duplicate": 1},
             **generated,
         },
+        "prompt_diversity": {
+            "prompts_compared": 12, "mean_similarity synthetic": 0.1 * iteration, "mean_similarity seed": 0.05,
+        },
         "seed_responses": {**generated, "scored_tokens": 7},
         "response_improver": {"tokens": 1000},
         "base_responses": {"dagster/row_count": 12, **generated},
@@ -76,11 +79,23 @@ def recorded(iteration, kept=5):
         },
         "model_checkpoint": {"examples": kept * iteration, "tokens": 2000, "training_log": training_log(iteration)},
         "evaluation": {
-            "held_out_prompts": 8, "held_out_reward initial": 0.1, "held_out_reward policy": 0.1 + iteration,
+            "held_out_prompts": 8, "mean_repetition policy": 0.25, "mean_repetition initial": 0.125, "cut_share policy": 0.75,
+        "held_out_reward initial": 0.1, "held_out_reward policy": 0.1 + iteration,
             "held_out_reward answer": 3.5, "win_rate_over_initial": 0.5 + iteration / 10, "scored_tokens": 7,
-            "generated_tokens": 100, "judge": "the scorer that filtered the pairs",
+            "generated_tokens": 100, "win_rates": win_rates(iteration),
         },
     }  # fmt: skip
+
+
+def win_rates(iteration, labels=("independent judge", "scorer (took part in training)")):
+    """As they are recorded: a line for each judge and opponent."""
+    lines = [
+        {"label": label, "opponent": opponent, "wins": 5, "ties": 1, "losses": 2, "no_verdict": place, "prompts": 8,
+         "win_rate": 0.5 + iteration / 10 - place / 10, "low": 0.4, "high": 0.9, "length_controlled": 0.55}
+        for place, label in enumerate(labels)
+        for opponent in ("initial", "previous")
+    ]  # fmt: skip
+    return dg.MetadataValue.table([dg.TableRecord(line) for line in lines])
 
 
 def training_log(iteration):
@@ -171,17 +186,33 @@ def test_every_figure_stands_in_its_place(instance, home):
         "synthetic_prompts: near duplicate": ("1", "0"),
         "synthetic_prompts: unparsable": ("19", "20"),
         "preference_pairs: margin": ("5", "5"),
+        "prompts compared, of each source": ("12", "12"),
+        "mean similarity of synthetic prompts": ("0.100", "0.200"),
+        "mean similarity of seed prompts": ("0.050", "0.050"),
+        "mean similarity of Self-Instruct prompts by M_0": ("—", "—"),
         "mean margin of scores": ("1.400", "2.400"),
         "chosen length / rejected length": ("1.250", "1.250"),
         "chosen answers cut": ("10.0%", "10.0%"),
         "rejected answers cut": ("50.0%", "50.0%"),
         "reward margin at the last logged training step": ("0.500", "1.000"),
         "prompts": ("8", "8"),
-        "mean reward of M_0": ("0.100", "0.100"),
-        "mean reward of M_t": ("1.100", "2.100"),
-        "mean reward of the gold answers": ("3.500", "3.500"),
-        "win rate of M_t over M_0": ("60.0%", "70.0%"),
-        "judge": ("the scorer that filtered the pairs",) * 2,
+        "mean reward of M_0, by the scorer": ("0.100", "0.100"),
+        "mean reward of M_t, by the scorer": ("1.100", "2.100"),
+        "mean reward of the gold answers, by the scorer": ("3.500", "3.500"),
+        **{
+            f"{judge}, over {opponent}: {figure}": cells
+            for place, judge in enumerate(("independent judge", "scorer (took part in training)"))
+            for opponent in ("M_0", "M_{t-1}")
+            for figure, cells in (
+                ("win rate, 95 % interval", (f"{6 - place}0.0% (40.0 to 90.0)", f"{7 - place}0.0% (40.0 to 90.0)")),
+                ("length-controlled win rate", ("55.0%", "55.0%")),
+                ("wins, ties, losses, no verdict", (f"5, 1, 2, {place}",) * 2),
+            )
+        },
+        "repeated 3-grams in M_t's answers": ("25.0%", "25.0%"),
+        "repeated 3-grams in M_0's answers": ("12.5%", "12.5%"),
+        "answers of M_t cut": ("75.0%", "75.0%"),
+        "answers of M_0 cut": ("—", "—"),
         "M_t": tuple(sha[:16] for sha in shas),
         "policy that answered": ("0123456789abcdef",) * 2,
         "response improver": ("0123456789abcdef",) * 2,
@@ -202,7 +233,7 @@ def test_the_ui_shows_table_plots_and_sources(instance, home):
     assert metadata["notes"] == "none"
     assert "/assets/model_checkpoint?view=partitions&partition=0001" in metadata["made_from"]
     assert metadata["path"] == str(home / "reports" / "boosting_report.html")
-    for text in (sha[:16], "37.5%", "the scorer that filtered the pairs", "also filtered the training pairs"):
+    for text in (sha[:16], "37.5%", "independent judge; scorer (took part in training)", "no independent\njudgement"):
         assert text in page
 
 
@@ -289,6 +320,22 @@ def test_figures_that_were_never_recorded_are_dashes(instance, home):
     metadata, _, _ = report(instance, home)
     records = {record.data["figure"]: record.data["0001"] for record in metadata["table"].records}
     assert records["keyword sets drawn"] == records["valid prompts per keyword set used"] == "—"
+
+
+def test_an_iteration_that_was_judged_before_there_were_several_judges_has_dashes(instance, home):
+    old = dg.MetadataValue.null()
+    make_iteration(instance, home, 1, evaluation={"win_rates": old})
+    make_iteration(instance, home, 2)
+    make_iteration(instance, home, 3, evaluation={"win_rates": win_rates(3, ["independent judge", "m (on a server)"])})
+    metadata, _, page = report(instance, home)
+    records = {record.data["figure"]: record.data for record in metadata["table"].records}
+    judged = [records[f"{judge}, over M_0: win rate, 95 % interval"] for judge in
+              ("independent judge", "scorer (took part in training)", "m (on a server)")]  # fmt: skip
+    assert [[line[key] == "—" for key in ("0001", "0002", "0003")] for line in judged] == [
+        [True, False, False], [True, False, True], [True, True, False]
+    ]  # fmt: skip
+    assert "independent judge; scorer (took part in training); m (on a server)" in page
+    assert metadata.keys() >= PLOTS
 
 
 def test_equal_content_gives_an_equal_version_and_other_content_another(instance, home):

@@ -42,6 +42,7 @@ def test_every_asset_is_retried_and_those_that_use_a_model_share_a_pool():
     assets = {asset.key.to_user_string(): asset for asset in defs.assets}
     assert all(asset.op.retry_policy == RETRIES for asset in assets.values())
     assert {name for name, asset in assets.items() if asset.op.pool == GPU_POOL} == {
-        "prompt_generator", "reward_model", "synthetic_prompts", "base_responses", "initial_responses",
+        "prompt_generator", "self_instruct_prompts", "reward_model", "judge_model", "synthetic_prompts", "prompt_diversity",
+        "base_responses", "initial_responses",
         "seed_responses", "response_improver", "refined_responses", "preference_pairs", "model_checkpoint", "evaluation",
     }  # fmt: skip

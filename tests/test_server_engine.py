@@ -49,6 +49,12 @@ class FaultyServer(ThreadingHTTPServer):
         self.seconds, self.bodies, self.times, self.keys = 0.0, [], [], []
         self.lock, self.busy, self.busiest = threading.Lock(), 0, 0
 
+    def reply(self, body):
+        """What is answered to a request when all is well."""
+        choice = {"index": 0, "text": self.text, "finish_reason": self.finish_reason, "logprobs": None}
+        usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 7, "total_tokens": len(body["prompt"]) + 7}
+        return {"id": "1", "object": "text_completion", "choices": [choice], "usage": usage}
+
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -76,9 +82,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault:
             status, headers, message = fault
             return self.answer(status, {"error": {"message": message, "code": status}}, headers)
-        choice = {"index": 0, "text": self.server.text, "finish_reason": self.server.finish_reason, "logprobs": None}
-        usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 7, "total_tokens": len(body["prompt"]) + 7}
-        self.answer(200, {"id": "1", "object": "text_completion", "choices": [choice], "usage": usage})
+        self.answer(200, self.server.reply(body))
 
     def answer(self, status, content, headers=()):
         content = content if isinstance(content, bytes) else json.dumps(content).encode()

@@ -33,7 +33,7 @@ def test_paper_presets_hold_the_papers_numbers(name):
     assert settings.keyword_pool.max_sets == 1_000_000
     assert settings.keyword_pool.keywords_per_set == 3
     generator = settings.prompt_generator
-    assert (generator.keywords_from_seed_prompt, generator.noise_keywords) == (2, 1)
+    assert (settings.keywords_from_seed_prompt, generator.noise_keywords) == (2, 1)
     assert 36_000 <= generator.prompts_per_iteration <= settings.keyword_sets_per_iteration <= 72_000
     for training, length in ((generator.training, 8000), (settings.response_improver.training, 6000)):
         assert (training.learning_rate, training.batch_size, training.epochs) == (1e-6, 32, 3)
@@ -71,14 +71,20 @@ def changed(tmp_path, **changes):
         ({"engine": {"thread": 2}}, "`engine.thread` is not a setting; did you mean `threads`?"),
         ({"prompt_generator": {"sampling": {"temprature": 1}}}, "did you mean `temperature`?"),
         ({"preferences": {"pairs_per_iteration": 1000}}, "(1000) is more than prompt_generator.prompts_per_iteration (40)"),
-        ({"prompt_generator": {"noise_keywords": 0}}, "trained on 2 keywords"),
+        ({"prompt_generator": {"keywords_from_seed_prompt": 2, "noise_keywords": 0}}, "trained on 2 keywords"),
+        ({"prompt_generator": {"noise_keywords": 3}}, "noise_keywords (3) leaves no keyword of the seed prompt itself"),
         ({"prompt_generator": {"min_words": 70}}, "min_words is larger than max_words"),
         ({"keyword_pool": {"max_sets": 10}}, "keyword_pool.max_sets (10) is less than"),
         ({"policy": {"training": {"max_prompt_length": 1000}}}, "exceed max_length"),
         ({"policy": {"training": {"micro_batch_size": 3}}}, "micro_batch_size (3) does not divide batch_size (4)"),
         ({"scorer": {"kind": "pretrained"}}, "scorer.name is missing"),
         ({"scorer": {"training": None}}, "scorer.training is missing"),
-        ({"initial_policy": {"source": "hub", "name": "a/b"}}, "initial_policy.revision is missing"),
+        ({"initial_policy": {"source": "hub", "name": "a/b"}}, "`initial_policy`: revision is missing"),
+        ({"diversity": {"embedding_model": {"source": "hub"}}}, "`diversity.embedding_model`: revision is missing"),
+        ({"diversity": {"self_instruct_shot": 1}}, "did you mean `self_instruct_shots`?"),
+        ({"judge": {"server": {"model": "m"}}}, "`judge.server.url` is None"),
+        ({"judge": {"server": {"url": "http://u", "modle": "m"}}}, "did you mean `model`?"),
+        ({"judge": 3}, "`judge` is 3"),
         ({"engine": {"device": "tpu"}}, "`engine.device` is 'tpu'"),
         ({"responses": {"sampling": {"stop": [""]}}}, "`responses.sampling.stop.0` is ''"),
         ({"responses": {"sampling": {"temperature": float("inf")}}}, "`responses.sampling.temperature` is inf"),
@@ -98,6 +104,28 @@ def test_wrong_settings_are_refused_in_a_sentence(tmp_path, changes, words):
     assert "\n" not in str(error.value)
 
 
+def test_the_judge_is_trained_like_the_scorer_unless_it_is_stated(tmp_path):
+    settings = load_settings(changed(tmp_path, scorer={"max_length": 77, "training": {"epochs": 3}}))
+    assert (settings.judge.max_length, settings.judge.training) == (77, settings.scorer.training)
+    settings = load_settings(changed(tmp_path, judge={"training": {"epochs": 5}}))
+    assert settings.judge.training == settings.scorer.training.model_copy(update={"epochs": 5})
+    assert settings.judge.server is None
+
+
+def test_a_judge_is_needed_where_the_scorer_is_not_trained(tmp_path):
+    scorer = {"kind": "pretrained", "name": "a/b", "training": None}
+    with pytest.raises(SettingsError, match=r"`judge\.training` is missing"):
+        load_settings(changed(tmp_path, scorer=scorer))
+    for name in ("paper_mistral", "paper_llama3"):
+        assert load_settings(preset_path(name)).judge.training.learning_rate > 0
+
+
+def test_the_template_of_a_judge_is_relative_to_the_file_that_states_it(tmp_path):
+    server = {"url": "http://127.0.0.1:1/v1", "model": "m", "template": "mine.jinja"}
+    settings = load_settings(changed(tmp_path, judge={"server": server}))
+    assert settings.judge.server.template == str(tmp_path / "mine.jinja")
+
+
 def test_the_same_data_cannot_be_train_and_held_out(tmp_path):
     source = {"path": "seed.jsonl"}
     with pytest.raises(SettingsError, match="held-out pairs must never be trained on"):
@@ -105,7 +133,9 @@ def test_the_same_data_cannot_be_train_and_held_out(tmp_path):
 
 
 def test_paths_are_relative_to_the_file_that_states_them(tmp_path):
-    settings = load_settings(changed(tmp_path, seed_data={"train": {"path": "data/mine.jsonl"}}))
+    model = {"embedding_model": {"source": "directory", "name": "my-model"}}
+    settings = load_settings(changed(tmp_path, seed_data={"train": {"path": "data/mine.jsonl"}}, diversity=model))
+    assert settings.diversity.embedding_model.name == str(tmp_path / "my-model")
     assert settings.seed_data.train.path == str(tmp_path / "data/mine.jsonl")
     assert settings.seed_data.held_out.path == str(PRESETS.parent / "seed/held_out.jsonl")
 

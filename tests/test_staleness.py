@@ -9,26 +9,44 @@ import pytest
 from tests.conftest import HOME
 from tests.test_structure import ROOT
 
-GENERATED = {"synthetic_prompts", "base_responses", "initial_responses", "seed_responses", "refined_responses"}
-TRAINED = {"prompt_generator", "reward_model", "response_improver", "model_checkpoint"}
+GENERATED = {
+    "synthetic_prompts", "self_instruct_prompts", "base_responses", "initial_responses", "seed_responses",
+    "refined_responses",
+}  # fmt: skip
+TRAINED = {"prompt_generator", "reward_model", "judge_model", "response_improver", "model_checkpoint"}
 CASES = {
     "policy.training.beta": (7.5, {"model_checkpoint"}),
+    "policy.policy_init": ("previous", {"model_checkpoint"}),
+    "policy.training.loss": ("dpo", {"model_checkpoint"}),
+    "policy.accumulate": (False, {"model_checkpoint"}),
     "preferences.margin_threshold": (0.5, {"preference_pairs"}),
     "preferences.rejected_from": ("previous", {"preference_pairs", "initial_responses"}),
     "prompt_generator.min_words": (3, {"synthetic_prompts"}),
-    "prompt_generator.prompts_per_iteration": (9, {"synthetic_prompts", "keyword_sets"}),
+    "prompt_generator.prompts_per_iteration": (9, {"synthetic_prompts", "keyword_sets", "self_instruct_prompts"}),
+    "prompt_generator.sampling.temperature": (0.9, {"synthetic_prompts", "self_instruct_prompts"}),
+    "diversity.sample_size": (7, {"prompt_diversity"}),
+    "diversity.embedding_model.name": ("/elsewhere", {"prompt_diversity"}),
+    "diversity.self_instruct_shots": (2, {"self_instruct_prompts"}),
     "prompt_generator.training.epochs": (2, {"prompt_generator", "synthetic_prompts"}),
     "keyword_pool.drop_personal_names": (False, {"keyword_pool", "prompt_generator"}),
+    "keyword_pool.keywords_per_set": (2, {"keyword_pool", "prompt_generator"}),
+    "prompt_generator.noise_keywords": (0, {"prompt_generator", "synthetic_prompts"}),
     "response_improver.sampling.temperature": (0.9, {"refined_responses"}),
     "response_improver.margin_threshold": (0.3, {"response_improver"}),
     "responses.sampling.temperature": (
-        0.9, {"reward_model", "seed_responses", "base_responses", "initial_responses", "evaluation"}
+        0.9, {"reward_model", "judge_model", "seed_responses", "base_responses", "initial_responses", "evaluation"}
     ),
     "engine.dtype": ("bfloat16", GENERATED | TRAINED | {"preference_pairs", "evaluation"}),
-    "engine.kind": ("transformers", GENERATED | {"reward_model", "evaluation"}),
+    "engine.kind": ("transformers", GENERATED | {"reward_model", "judge_model", "evaluation"}),
     "scorer.pair_convention": (
         "one_order", {"reward_model", "seed_responses", "preference_pairs", "evaluation"}
     ),
+    # The file leaves the judge out, so it is trained like the scorer.
+    "scorer.training.epochs": (2, {"reward_model", "judge_model"}),
+    "judge.training.epochs": (2, {"judge_model"}),
+    "judge.max_length": (99, {"judge_model", "evaluation"}),
+    "judge.server": ({"url": "http://127.0.0.1:1/v1", "model": "m"}, {"evaluation"}),
+    "seed_data.judge_limit": (9, {"seed_pairs"}),
     "engine.threads": (2, set()),
     "engine.shard_rows": (5, set()),
     "checks.min_win_rate": (0.9, set()),

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from resources.engines.adapters import Adapter
 from resources.errors import FinalError
-from resources.settings import Server
+from resources.settings import ServerAccess
 
 if TYPE_CHECKING:
     import openai
@@ -77,16 +77,17 @@ class UnexpectedAnswerError(ValueError):
 class Connection:
     """The way to a server: tries again what may pass, and says the rest in sentences. Threads may share it."""
 
-    def __init__(self, server: Server, log: Callable[[str], None]) -> None:
+    def __init__(self, server: ServerAccess, log: Callable[[str], None], setting: str = "engine.server") -> None:
         """Connects with the first request.
 
         Args:
             server: Address, timeout and number of tries.
             log: Receives a sentence about a pause, not more often than every ten seconds.
+            setting: The setting that names the server, for messages.
         """
         import openai
 
-        self._server, self._log = server, log
+        self._server, self._log, self._setting = server, log, setting
         self._client = openai.OpenAI(
             base_url=server.url,
             # Its servers want some key even where none is checked.
@@ -178,7 +179,7 @@ class Connection:
     def _unexpected(self, error: ValueError) -> FinalError:
         return FinalError(
             f"{self._server.url} does not answer as OpenAI's completions API does: {_shortened(str(error))} Is "
-            "engine.server.url the base URL of the server, with /v1 at its end? Finished shards are kept."
+            f"{self._setting}.url the base URL of the server, with /v1 at its end? Finished shards are kept."
         )
 
     def _explained(self, error: "openai.APIError") -> Exception:
@@ -187,14 +188,14 @@ class Connection:
             tries = "one try" if self._server.attempts == 1 else f"{self._server.attempts} tries"
             return RuntimeError(
                 f"{where} did not complete a request in {tries}. {_said(error)} Finished shards are kept: run it "
-                "again when the server is well. engine.server.attempts and engine.server.timeout_seconds say how long to wait "
-                "for it, and a lower engine.server.concurrency asks less of it at a time."
+                f"again when the server is well. {self._setting}.attempts and {self._setting}.timeout_seconds say how long to "
+                f"wait for it, and a lower {self._setting}.concurrency asks less of it at a time."
             )
         if status in (401, 403):
             cure = "Put a key that it accepts into the environment variable OPENAI_API_KEY."
         elif status == 404:
             cure = (
-                "Is engine.server.url its base URL, with /v1 at its end? If it was started again in the meantime, adapters that "
+                f"Is {self._setting}.url its base URL, with /v1 at its end? If it was started again in the meantime, adapters that "
                 "were loaded are gone: run it again."
             )
         else:

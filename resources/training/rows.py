@@ -52,7 +52,7 @@ def supervised_rows(
 def preference_rows(
     tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[dict[str, Any]], training: PreferenceTraining
 ) -> TrainingRows:
-    """Rows of SimPO: text and token ids of prompt, chosen and rejected.
+    """Rows of SimPO and DPO: text and token ids of prompt, chosen and rejected.
 
     Args:
         tokenizer: The model's tokenizer.

@@ -149,6 +149,12 @@ def _trainer(job: TrainingJob, device: str) -> tuple[Any, Any, dict[str, Any]]:
         from trl import RewardConfig, RewardTrainer
 
         return RewardTrainer, RewardConfig, {"max_length": None}
+    if isinstance(job.training, PreferenceTraining) and job.training.loss == "dpo":
+        from trl import DPOConfig
+
+        from resources.training.dpo import DPOTrainer
+
+        return DPOTrainer, DPOConfig, {"max_length": job.training.max_length, "beta": job.training.beta}
     if isinstance(job.training, PreferenceTraining):
         from trl.experimental.cpo import CPOConfig
 

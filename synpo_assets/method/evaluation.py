@@ -1,14 +1,176 @@
-"""Comparing two models by the scores of their answers."""
+"""Comparing two models on the same prompts: win rates, how certain they are, and what length has to do with them."""
 
-from collections.abc import Sequence
+import numpy as np
+import polars as pl
+
+NO_VERDICT = "no verdict"
+POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
+RESAMPLES = 10_000
+COVERAGE = 0.95
+MOST_STEPS = 100
 
 
-def win_rate(scores: Sequence[float], other_scores: Sequence[float]) -> float:
-    """The share of prompts where the first answer scores higher; a tie counts half.
+def outcomes(margins: pl.Series) -> pl.Series:
+    """What each comparison came to.
+
+    Args:
+        margins: How much better the first answer is; missing or not a number where a judge gave no verdict.
 
     Examples:
-        >>> win_rate([1.0, 0.0, 2.0], [0.0, 0.0, 3.0])
-        0.5
+        >>> outcomes(pl.Series([0.3, 0.0, -2.0, None])).to_list()
+        ['win', 'tie', 'loss', 'no verdict']
     """
-    points = [(score > other) + 0.5 * (score == other) for score, other in zip(scores, other_scores, strict=True)]
-    return sum(points) / len(points)
+    margin = pl.col("margin")
+    by_sign = pl.when(margin > 0).then(pl.lit("win")).when(margin < 0).then(pl.lit("loss")).otherwise(pl.lit("tie"))
+    is_missing = margin.is_null() | margin.is_nan()
+    frame = pl.DataFrame({"margin": margins.cast(pl.Float64)})
+    return frame.select(outcome=pl.when(is_missing).then(pl.lit(NO_VERDICT)).otherwise(by_sign))["outcome"]
+
+
+def win_rate(judged: pl.Series) -> float | None:
+    """The share of prompts won, a tie counting half; None if there is no verdict at all.
+
+    Args:
+        judged: Outcomes, of which those without a verdict do not count.
+
+    Examples:
+        >>> win_rate(pl.Series(["win", "tie", "loss", "loss", "no verdict"]))
+        0.375
+    """
+    points = _points(judged)
+    return float(points.mean()) if len(points) else None
+
+
+def bootstrap_interval(judged: pl.Series, random_seed: int) -> tuple[float, float] | None:
+    """The percentile bootstrap interval of the win rate over prompts, 95 %; None if there is no verdict at all.
+
+    To draw n prompts with replacement is to draw their outcomes from a multinomial distribution, so no prompt is looked
+    at twice, however many there are.
+
+    Args:
+        judged: Outcomes.
+        random_seed: Fixes the draws.
+
+    Examples:
+        >>> bootstrap_interval(pl.Series(["win"] * 20 + ["loss"] * 12), random_seed=0)
+        (0.46875, 0.78125)
+    """
+    points = _points(judged)
+    if not len(points):
+        return None
+    values, counts = np.unique(points, return_counts=True)
+    drawn = np.random.default_rng(random_seed).multinomial(len(points), counts / len(points), size=RESAMPLES)
+    low, high = np.quantile(drawn @ values / len(points), [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return float(low), float(high)
+
+
+def length_controlled_win_rate(judged: pl.Series, lengths: pl.Series, other_lengths: pl.Series) -> float | None:
+    """The win rate that answers of equal length would have, as AlpacaEval 2 estimates it (arXiv 2404.04475).
+
+    A logistic regression, logit(win) = intercept + beta * tanh(difference in length / its standard deviation), in which a
+    tie is half a win. The rate is the sigmoid of the intercept. AlpacaEval's third term, the difficulty of an
+    instruction, is left out: it is estimated over many models.
+
+    Two tied prompts are added, one that only the intercept sees and one that only beta sees. They are log-F(1, 1) priors
+    (Greenland and Mansournia 2015, https://doi.org/10.1002/sim.6537), with which the estimate exists for few prompts and
+    where length tells all wins from all losses. With lengths that are equal the rate is (points + 1/2) / (prompts + 1).
+
+    Args:
+        judged: Outcomes, of which those without a verdict do not count.
+        lengths: Length of each first answer, in characters.
+        other_lengths: Length of each other answer.
+
+    Returns:
+        The rate, or None if there is no verdict at all.
+
+    Examples:
+        >>> longer_wins = pl.Series(["win"] * 6 + ["loss"] * 2)
+        >>> lengths, others = pl.Series([90, 80, 95, 70, 85, 90, 20, 30]), pl.Series([50] * 8)
+        >>> round(win_rate(longer_wins), 3), round(length_controlled_win_rate(longer_wins, lengths, others), 3)
+        (0.75, 0.573)
+    """
+    has_verdict = (judged != NO_VERDICT).to_numpy()
+    points = _points(judged)
+    if not len(points):
+        return None
+    differences = (lengths - other_lengths).to_numpy()[has_verdict].astype(float)
+    spread = differences.std()
+    # Without any spread nothing can be said about length.
+    feature = np.tanh(differences / spread) if spread > 0 else np.zeros_like(differences)
+    intercept, _ = _logistic_regression(feature, points)
+    return float(_sigmoid(intercept))
+
+
+def win_rates(
+    frame: pl.DataFrame, judges: dict[str, str], opponents: dict[str, str], answer: str, random_seed: int
+) -> pl.DataFrame:
+    """What each judge makes of each comparison.
+
+    Args:
+        frame: One row per prompt, with the outcome for each judge and opponent (`judge_over_initial`), and the answers.
+        judges: Label of each judge, by its name.
+        opponents: Column with the answers of each opponent, by its name.
+        answer: Column with the answers that are compared with the opponents'.
+        random_seed: Fixes the intervals.
+
+    Returns:
+        One row per judge and opponent: judge, label, opponent, wins, ties, losses, no_verdict, prompts (those with a
+        verdict), win_rate, low and high (its interval), length_controlled.
+    """
+    rows = []
+    for judge, label in judges.items():
+        for opponent, column in opponents.items():
+            judged = frame[f"{judge}_over_{opponent}"]
+            counts = {outcome: int((judged == outcome).sum()) for outcome in (*POINTS, NO_VERDICT)}
+            low, high = bootstrap_interval(judged, random_seed) or (None, None)
+            lengths, others = (frame[name].str.len_chars().cast(pl.Int64) for name in (answer, column))
+            rows.append(
+                {
+                    "judge": judge,
+                    "label": label,
+                    "opponent": opponent,
+                    "wins": counts["win"],
+                    "ties": counts["tie"],
+                    "losses": counts["loss"],
+                    "no_verdict": counts[NO_VERDICT],
+                    "prompts": judged.len() - counts[NO_VERDICT],
+                    "win_rate": win_rate(judged),
+                    "low": low,
+                    "high": high,
+                    "length_controlled": length_controlled_win_rate(judged, lengths, others),
+                }
+            )
+    numbers = dict.fromkeys(("win_rate", "low", "high", "length_controlled"), pl.Float64)
+    return pl.DataFrame(rows, schema_overrides=numbers)
+
+
+def _points(judged: pl.Series) -> np.ndarray:
+    """1 for a win, 0.5 for a tie, 0 for a loss; outcomes without a verdict are left out."""
+    return judged.filter(judged != NO_VERDICT).replace_strict(POINTS, return_dtype=pl.Float64).to_numpy()
+
+
+def _logistic_regression(feature: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Intercept and slope that make the points likeliest under log-F(1, 1) priors, by Newton's method."""
+    design = np.vstack([np.column_stack([np.ones_like(feature), feature]), np.eye(2)])
+    target = np.append(points, [0.5, 0.5])
+    found, cost = np.zeros(2), _cost(np.zeros(2), design, target)
+    for _ in range(MOST_STEPS):
+        likely = _sigmoid(design @ found)
+        step = np.linalg.solve(design.T @ (design * (likely * (1 - likely))[:, None]), design.T @ (target - likely))
+        # A whole step may lead too far where wins and losses are nearly told apart; half of it, and so on, does not.
+        while (new := _cost(found + step, design, target)) > cost and np.abs(step).max() > 1e-12:
+            step /= 2
+        found, cost = found + step, new
+        if np.abs(step).max() < 1e-10:
+            break
+    return found
+
+
+def _cost(coefficients: np.ndarray, design: np.ndarray, target: np.ndarray) -> float:
+    """The negative log-likelihood."""
+    logits = design @ coefficients
+    return float((np.logaddexp(0, logits) - target * logits).sum())
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0, -logits))

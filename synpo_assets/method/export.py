@@ -65,7 +65,8 @@ def axolotl_row(row: Mapping[str, Any]) -> Row:
     """A row of the strategy `chat_template.default`: the answers are single messages.
 
     Source: https://docs.axolotl.ai/docs/rlhf.html#chat_template.default; the strategy reads three fields of a row, and the
-    trainer under it is TRL's.
+    trainer under it is TRL's. It renders an answer and looks for its text in what came out: where the chat template trims
+    messages, an answer with spaces around it would be lost, so answers are trimmed here.
 
     Examples:
         >>> axolotl_row({
@@ -79,12 +80,8 @@ def axolotl_row(row: Mapping[str, Any]) -> Row:
          'rejected': {'role': 'assistant', 'content': 'No.'},
          'pair_id': 'pair-1'}
     """
-    return {
-        "messages": row["prompt"],
-        "chosen": row["chosen"][-1],
-        "rejected": row["rejected"][-1],
-        **_about(row),
-    }
+    answers = {side: row[side][-1] | {"content": row[side][-1]["content"].strip()} for side in ("chosen", "rejected")}
+    return {"messages": row["prompt"], **answers, **_about(row)}
 
 
 def openai_row(row: Mapping[str, Any]) -> Row:

@@ -1,4 +1,4 @@
-"""Which synthetic prompts are kept, and drawing keyword sets until there are enough of them.
+"""Which synthetic prompts are kept, and drawing what they are written from until there are enough of them.
 
 The paper keeps what parses. We also drop prompts that are too short or long, in another language, near-duplicates
 of a seed prompt or of an earlier prompt, or that share a long run of words with a held-out prompt.
@@ -152,33 +152,36 @@ class PromptFilter:
 
 
 def draw_until_enough(
-    keyword_sets: Sequence[Row], wanted: int, write: Callable[[Sequence[Row]], Sequence[Row]], prompts: PromptFilter
+    sources: Sequence[Row],
+    wanted: int,
+    write: Callable[[Sequence[Row]], Sequence[Row]],
+    keep: Callable[[str], str | None],
 ) -> tuple[list[Row], int]:
-    """Writes prompts from keyword sets until enough are valid or the keyword sets are used up.
+    """Writes prompts from keyword sets (or seed prompts shown) until enough are valid or all of these are used up.
 
-    Each round draws as many sets as the share of valid prompts so far makes necessary.
+    Each round draws as many as the share of valid prompts so far makes necessary.
 
     Args:
-        keyword_sets: All that this iteration may draw, in order.
+        sources: All that may be drawn, in order.
         wanted: Valid prompts wanted.
-        write: Turns keyword sets into one completion each, a row with the column `text`.
-        prompts: Decides which completions hold a valid prompt.
+        write: Turns what was drawn into one completion each, a row with the column `text`.
+        keep: The valid prompt in a completion's text, or None.
 
     Returns:
-        The kept rows (keyword set and completion together, plus the column `prompt`), at most `wanted`; and how many
-        keyword sets were used.
+        The kept rows (source and completion together, plus the column `prompt`), at most `wanted`; and how many sources
+        were used.
     """
     kept: list[Row] = []
     used = 0
-    while len(kept) < wanted and used < len(keyword_sets):
+    while len(kept) < wanted and used < len(sources):
         valid_share = max(len(kept) / used, 0.1) if used else 1.0
         size = max(SMALLEST_ROUND, math.ceil((wanted - len(kept)) / valid_share))
-        drawn = keyword_sets[used : used + size]
+        drawn = sources[used : used + size]
         used += len(drawn)
-        for keyword_set, completion in zip(drawn, write(drawn), strict=True):
-            prompt = prompts.keep(completion["text"])
+        for source, completion in zip(drawn, write(drawn), strict=True):
+            prompt = keep(completion["text"])
             if prompt is not None:
-                kept.append({**keyword_set, **completion, "prompt": prompt})
+                kept.append({**source, **completion, "prompt": prompt})
     return kept[:wanted], used
 
 

@@ -2,12 +2,15 @@
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import polars as pl
 
 from synpo_assets.method.pairs import repetition
 from synpo_assets.method.prompts import words_of
 
 SAMPLED_TEXTS = 300
+REPETITION_NGRAM = 3
 
 
 def mean_repetition(texts: Sequence[str], size: int) -> float:
@@ -18,6 +21,34 @@ def mean_repetition(texts: Sequence[str], size: int) -> float:
         0.3
     """
     return sum(repetition(text, size) for text in texts) / len(texts)
+
+
+def answer_figures(written: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    """What can be said of answers without asking any model: their length, repetition, and how many were cut.
+
+    Args:
+        written: By model, the answers, with columns text and finish_reason.
+
+    Returns:
+        One row per model: model, mean_characters, mean_repetition (the share of repeated word 3-grams) and cut_share (those
+        that did not end by themselves).
+
+    Examples:
+        >>> answers = pl.DataFrame({"text": ["so so so so", "fine"], "finish_reason": ["length", "stop"]})
+        >>> answer_figures({"M_0": answers}).row(0)
+        ('M_0', 7.5, 0.25, 0.5)
+    """
+    return pl.DataFrame(
+        [
+            {
+                "model": model,
+                "mean_characters": answers["text"].str.len_chars().mean(),
+                "mean_repetition": mean_repetition(answers["text"].to_list(), REPETITION_NGRAM),
+                "cut_share": (answers["finish_reason"] == "length").mean(),
+            }
+            for model, answers in written.items()
+        ]
+    )
 
 
 def length_ratio(texts: Sequence[str], others: Sequence[str]) -> float:

@@ -19,6 +19,9 @@ MEMORY = {
     "peak_memory_gb": "largest memory of a process, GB",
     "peak_gpu_memory_gb": "largest GPU memory of a process, GB",
 }
+PROMPT_SOURCES = {
+    "synthetic": "synthetic prompts", "seed": "seed prompts", "self_instruct": "Self-Instruct prompts by M_0",
+}  # fmt: skip
 SCORED_BY = ("seed_responses", "preference_pairs", "evaluation")
 
 
@@ -32,6 +35,7 @@ class FinishedIteration:
         seconds: Wall time of its steps.
         pairs: Its table `preference_pairs`.
         training_log: What the trainer of M_t logged, thinned out, one entry per step; empty if it was not recorded.
+        win_rates: The rows of `win_rates` (method/evaluation.py); empty if they were not recorded.
     """
 
     key: str
@@ -39,6 +43,7 @@ class FinishedIteration:
     seconds: float
     pairs: pl.DataFrame
     training_log: Sequence[Mapping[str, Any]]
+    win_rates: Sequence[Mapping[str, Any]]
 
     def figure(self, asset: str, name: str) -> Any:
         """A value that an asset recorded, or None if it recorded none of that name."""
@@ -101,10 +106,32 @@ def report_rows(iterations: Sequence[FinishedIteration]) -> list[Row]:
         asset: sorted(set().union(*(iteration.figure(asset, "dropped") or () for iteration in iterations)))
         for asset in ("synthetic_prompts", "preference_pairs")
     }
-    columns = [_column(iteration, reasons) for iteration in iterations]
+    columns = [_column(iteration, reasons, judge_labels(iterations)) for iteration in iterations]
     rows = [Row(section, label, tuple(column[section, label] for column in columns)) for section, label in columns[0]]
     # Without a GPU there is nothing to say about it.
     return [row for row in rows if row.label not in MEMORY.values() or set(row.cells) != {MISSING}]
+
+
+def judge_labels(iterations: Sequence[FinishedIteration]) -> list[str]:
+    """The judges of the iterations, each once, the independent one first."""
+    return list(dict.fromkeys(rate["label"] for iteration in iterations for rate in iteration.win_rates))
+
+
+def rate_text(rate: Mapping[str, Any] | None) -> str:
+    """A win rate with its interval, as far as it is known.
+
+    Examples:
+        >>> rate_text({"win_rate": 0.625, "low": 0.46875, "high": 0.78125})
+        '62.5% (46.9 to 78.1)'
+        >>> rate_text({"win_rate": 0.625, "low": None})
+        '62.5%'
+        >>> rate_text(None)
+        '—'
+    """
+    if rate is None or rate["win_rate"] is None:
+        return MISSING
+    text = f"{rate['win_rate']:.1%}"
+    return text if rate["low"] is None else f"{text} ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
 
 
 def report_notes(iterations: Sequence[FinishedIteration], unfinished: Sequence[str]) -> list[str]:
@@ -158,7 +185,7 @@ def report_html(
         rows=report_rows(iterations),
         plots=plots,
         notes=notes,
-        judges=sorted({str(iteration.figure("evaluation", "judge")) for iteration in iterations}),
+        judges=judge_labels(iterations),
         samples={iteration.key: sample_pairs(iteration.pairs) for iteration in reversed(iterations)},
     )
 
@@ -169,8 +196,10 @@ def shortened(text: str) -> str:
     return text if left_out <= 0 else f"{text[:SHOWN_CHARACTERS]}… ({left_out:,} more characters)"
 
 
-def _column(iteration: FinishedIteration, reasons: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], str]:
-    """The texts of one iteration by section and label, with a line for each reason to drop, by asset."""
+def _column(
+    iteration: FinishedIteration, reasons: Mapping[str, Sequence[str]], judges: Sequence[str]
+) -> dict[tuple[str, str], str]:
+    """The texts of one iteration by section and label, with lines for each reason to drop, by asset, and each judge."""
     figure, rows, funnel = iteration.figure, iteration.rows, iteration.funnel
     sections: dict[str, dict[str, str]] = {
         "Rows": {
@@ -193,6 +222,13 @@ def _column(iteration: FinishedIteration, reasons: Mapping[str, Sequence[str]]) 
             for asset, possible in reasons.items()
             for reason in possible
         },
+        "Prompts": {
+            "prompts compared, of each source": _count(figure("prompt_diversity", "prompts_compared")),
+            **{
+                f"mean similarity of {what}": _number(figure("prompt_diversity", f"mean_similarity {source}"))
+                for source, what in PROMPT_SOURCES.items()
+            },
+        },
         "Pairs": {
             "mean margin of scores": _number(figure("preference_pairs", "mean_margin")),
             "chosen length / rejected length": _number(figure("preference_pairs", "chosen_to_rejected_length")),
@@ -202,11 +238,14 @@ def _column(iteration: FinishedIteration, reasons: Mapping[str, Sequence[str]]) 
         },
         "Held-out": {
             "prompts": _count(figure("evaluation", "held_out_prompts")),
-            "mean reward of M_0": _number(figure("evaluation", "held_out_reward initial")),
-            "mean reward of M_t": _number(figure("evaluation", "held_out_reward policy")),
-            "mean reward of the gold answers": _number(figure("evaluation", "held_out_reward answer")),
-            "win rate of M_t over M_0": _share(figure("evaluation", "win_rate_over_initial")),
-            "judge": figure("evaluation", "judge") or MISSING,
+            "mean reward of M_0, by the scorer": _number(figure("evaluation", "held_out_reward initial")),
+            "mean reward of M_t, by the scorer": _number(figure("evaluation", "held_out_reward policy")),
+            "mean reward of the gold answers, by the scorer": _number(figure("evaluation", "held_out_reward answer")),
+            **_win_rates(iteration, judges),
+            "repeated 3-grams in M_t's answers": _share(figure("evaluation", "mean_repetition policy")),
+            "repeated 3-grams in M_0's answers": _share(figure("evaluation", "mean_repetition initial")),
+            "answers of M_t cut": _share(figure("evaluation", "cut_share policy")),
+            "answers of M_0 cut": _share(figure("evaluation", "cut_share initial")),
         },
         "Checkpoints": {
             "M_t": _sha(figure("model_checkpoint", "sha")),
@@ -223,6 +262,21 @@ def _column(iteration: FinishedIteration, reasons: Mapping[str, Sequence[str]]) 
         },
     }
     return {(section, label): text for section, figures in sections.items() for label, text in figures.items()}
+
+
+def _win_rates(iteration: FinishedIteration, judges: Sequence[str]) -> dict[str, str]:
+    """What each judge says of M_t beside M_0 and M_{t-1}: the win rate with its interval, and the counts behind it."""
+    rates = {(rate["label"], rate["opponent"]): rate for rate in iteration.win_rates}
+    lines = {}
+    for judge in judges:
+        for opponent, shown in (("initial", "M_0"), ("previous", "M_{t-1}")):
+            rate = rates.get((judge, opponent))
+            counts = [str(rate[name]) for name in ("wins", "ties", "losses", "no_verdict")] if rate else [MISSING]
+            compared = f"{judge}, over {shown}"
+            lines[f"{compared}: win rate, 95 % interval"] = rate_text(rate)
+            lines[f"{compared}: length-controlled win rate"] = _share(rate["length_controlled"] if rate else None)
+            lines[f"{compared}: wins, ties, losses, no verdict"] = ", ".join(counts)
+    return lines
 
 
 def _dropped(dropped: Mapping[str, int] | None, reason: str) -> str:

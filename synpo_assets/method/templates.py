@@ -1,4 +1,4 @@
-"""The two instruction templates: to the prompt generator and to the response improver.
+"""The instruction templates: to the prompt generator, to the response improver, and to M_0 for the Self-Instruct baseline.
 
 The paper prints its templates in the appendix; ours have the same parts in the same order, in our own words,
 in the files of the folder `templates`.
@@ -36,6 +36,11 @@ def improver_instruction(prompt: str, response: str) -> list[Message]:
     """What the response improver is asked: role line, question, original answer, place of the rewrite."""
     template = _environment().get_template("response_improver.jinja")
     return user_message(template.render(prompt=prompt, response=response))
+
+
+def self_instruct_instruction(examples: Sequence[str]) -> list[Message]:
+    """What M_0 is asked for the Self-Instruct baseline: to add a task to a list of some seed prompts."""
+    return user_message(_environment().get_template("self_instruct.jinja").render(examples=list(examples)))
 
 
 def parse_question(text: str) -> str | None:

@@ -1,0 +1,1 @@
+"""Judges that compare two models' answers behind one interface."""

@@ -1,0 +1,224 @@
+"""How varied prompts are, measured on their embeddings: mean similarities, and clusters as topics.
+
+Paper (section on diversity): the cosine similarity of each prompt to all others, averaged; 1,000 prompts of each source.
+A lower mean says that the prompts of a source are less alike. Topics there are named by a judge; here they are clusters.
+"""
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+
+MOST_ROUNDS = 100
+NARROWEST_BANDWIDTH = 0.005
+
+
+@dataclasses.dataclass(frozen=True)
+class Diversity:
+    """What was measured of several sources of prompts.
+
+    Attributes:
+        rows: A row per source: prompts (sampled), mean, standard_deviation, percentile_5, median and percentile_95 of the
+            mean similarities, clusters_touched, cluster_entropy and effective_clusters.
+        similarities: By source, the mean similarity of each prompt to the others of its source.
+        extremes: By source, the prompt that is most and the one that is least like the others.
+        topics: A row per cluster, largest first: how many prompts of each source it holds, and its most central prompt.
+    """
+
+    rows: list[Row]
+    similarities: dict[str, np.ndarray]
+    extremes: list[Row]
+    topics: list[Row]
+
+
+def equal_samples(sources: Mapping[str, Sequence[str]], most: int, random_seed: int) -> dict[str, list[str]]:
+    """Random samples of equal size, so that figures which depend on the number of prompts can be compared.
+
+    Sources with fewer than two prompts are left out: their prompts have no others to be compared with.
+
+    Args:
+        sources: The prompts by source.
+        most: The largest sample wanted; the smallest source decides if it has fewer prompts.
+        random_seed: Equal seeds give equal samples.
+
+    Examples:
+        >>> samples = equal_samples({"many": ["a", "b", "c"], "few": ["d", "e"], "one": ["f"]}, 1000, random_seed=0)
+        >>> {name: len(prompts) for name, prompts in samples.items()}
+        {'many': 2, 'few': 2}
+    """
+    compared = {name: prompts for name, prompts in sources.items() if len(prompts) > 1}
+    size = min([most, *map(len, compared.values())])
+    return {
+        name: random.Random(f"{random_seed}:{name}").sample(list(prompts), size) for name, prompts in compared.items()
+    }
+
+
+def mean_similarities(embeddings: np.ndarray) -> np.ndarray:
+    """The mean cosine similarity of each embedding to all others.
+
+    Args:
+        embeddings: Of shape (prompts, dimensions), at least two rows, none of length 0; other lengths do not count.
+
+    Returns:
+        Numbers between -1 and 1, of shape (prompts,).
+
+    Examples:
+        >>> mean_similarities(np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])).tolist()
+        [0.5, 0.5, 0.0]
+    """
+    vectors = _unit(embeddings)
+    # All others together: the sum of all, less the prompt itself. A matrix of all pairs is never made.
+    return ((vectors @ vectors.sum(axis=0)) - (vectors**2).sum(axis=1)) / (len(vectors) - 1)
+
+
+def similarity_figures(similarities: np.ndarray) -> Row:
+    """Mean, standard deviation (of these numbers themselves, not of a population) and percentiles.
+
+    Examples:
+        >>> similarity_figures(np.array([0.0, 0.5, 1.0]))["median"]
+        0.5
+    """
+    low, median, high = (float(value) for value in np.percentile(similarities, [5, 50, 95]))
+    return {
+        "mean": float(similarities.mean()),
+        "standard_deviation": float(similarities.std()),
+        "percentile_5": low,
+        "median": median,
+        "percentile_95": high,
+    }
+
+
+def density(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """A Gaussian kernel density estimate of the values at some places, with Scott's bandwidth.
+
+    Args:
+        values: What is distributed, of shape (values,).
+        places: Where the density is wanted, of shape (places,).
+    """
+    bandwidth = max(float(values.std()) * len(values) ** -0.2, NARROWEST_BANDWIDTH)
+    kernels = np.exp(-0.5 * ((places[:, None] - values[None, :]) / bandwidth) ** 2)
+    return kernels.mean(axis=1) / (bandwidth * np.sqrt(2 * np.pi))
+
+
+def cluster(embeddings: np.ndarray, clusters: int, random_seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorts embeddings into clusters: k-means on vectors of length 1, begun as k-means++ does (Arthur, Vassilvitskii 2007).
+
+    Args:
+        embeddings: Of shape (prompts, dimensions), none of length 0.
+        clusters: How many; there are fewer if there are fewer different embeddings.
+        random_seed: Equal seeds give equal clusters.
+
+    Returns:
+        The cluster of each embedding, counted from 0, of shape (prompts,); and the centers, of shape (clusters, dimensions).
+
+    Examples:
+        >>> labels, centers = cluster(np.array([[1.0, 0.0], [0.0, 1.0], [3.0, 0.0]]), 2, random_seed=0)
+        >>> bool(labels[0] == labels[2] != labels[1]), centers.shape
+        (True, (2, 2))
+    """
+    vectors = _unit(embeddings)
+    centers = _first_centers(vectors, clusters, np.random.default_rng(random_seed))
+    labels = _nearest(vectors, centers)
+    for _ in range(MOST_ROUNDS):
+        # A cluster that lost all its members keeps its place.
+        for number in np.unique(labels):
+            centers[number] = vectors[labels == number].mean(axis=0)
+        before, labels = labels, _nearest(vectors, centers)
+        if np.array_equal(before, labels):
+            break
+    return labels, centers
+
+
+def coverage(labels: np.ndarray) -> Row:
+    """How many clusters the prompts of one source touch, and how evenly.
+
+    Args:
+        labels: The cluster of each prompt.
+
+    Returns:
+        clusters_touched; cluster_entropy, the entropy of the shares in nats; and effective_clusters, its exponential: the
+        number of clusters that would have this entropy if all of them had equal shares.
+
+    Examples:
+        >>> coverage(np.array([0, 0, 7, 7]))
+        {'clusters_touched': 2, 'cluster_entropy': 0.6931471805599453, 'effective_clusters': 2.0}
+    """
+    _, counts = np.unique(labels, return_counts=True)
+    shares = counts / counts.sum()
+    # Minus zero would be shown as such.
+    entropy = abs(float(-(shares * np.log(shares)).sum()))
+    return {
+        "clusters_touched": len(counts),
+        "cluster_entropy": entropy,
+        "effective_clusters": float(np.exp(entropy)),
+    }
+
+
+def measure(prompts: Mapping[str, Sequence[str]], embeddings: np.ndarray, clusters: int, random_seed: int) -> Diversity:
+    """Measures the diversity of several sources of prompts, which are clustered all together.
+
+    Args:
+        prompts: The sampled prompts by source, two at least of each.
+        embeddings: One row per prompt, in the order of the sources.
+        clusters: How many clusters to make.
+        random_seed: Decides how clustering begins.
+    """
+    ends = np.cumsum([len(texts) for texts in prompts.values()])[:-1]
+    similarities = dict(zip(prompts, map(mean_similarities, np.split(embeddings, ends)), strict=True))
+    labels, centers = cluster(embeddings, clusters, random_seed)
+    by_source = dict(zip(prompts, np.split(labels, ends), strict=True))
+    return Diversity(
+        rows=[
+            {"source": name, "prompts": len(found), **similarity_figures(found), **coverage(by_source[name])}
+            for name, found in similarities.items()
+        ],
+        similarities=similarities,
+        extremes=[
+            {"source": name, "which": which, "similarity": float(found[row]), "prompt": prompts[name][row]}
+            for name, found in similarities.items()
+            for which, row in (
+                ("most like the others", int(found.argmax())),
+                ("least like the others", int(found.argmin())),
+            )
+        ],
+        topics=_topics(
+            [text for texts in prompts.values() for text in texts], by_source, _unit(embeddings) @ centers.T
+        ),
+    )
+
+
+def _topics(texts: Sequence[str], by_source: Mapping[str, np.ndarray], closeness: np.ndarray) -> list[Row]:
+    """The clusters with members; `closeness` has a row per text and a column per center, larger is closer."""
+    labels = np.concatenate(list(by_source.values()))
+    rows = []
+    for number in np.unique(labels):
+        members = np.flatnonzero(labels == number)
+        counts = {name: int((own == number).sum()) for name, own in by_source.items()}
+        rows.append({**counts, "central_prompt": texts[members[closeness[members, number].argmax()]]})
+    return sorted(rows, key=lambda row: sum(row[name] for name in by_source), reverse=True)
+
+
+def _first_centers(vectors: np.ndarray, clusters: int, generator: np.random.Generator) -> np.ndarray:
+    """Centers far from each other: each next one is drawn with its squared distance to the nearest as weight."""
+    chosen = [int(generator.integers(len(vectors)))]
+    distances = np.full(len(vectors), np.inf)
+    while len(chosen) < clusters:
+        distances = np.minimum(distances, ((vectors - vectors[chosen[-1]]) ** 2).sum(axis=1))
+        if not distances.any():
+            break
+        chosen.append(int(generator.choice(len(vectors), p=distances / distances.sum())))
+    return vectors[chosen].copy()
+
+
+def _nearest(vectors: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    return ((centers**2).sum(axis=1) - 2 * vectors @ centers.T).argmin(axis=1)
+
+
+def _unit(embeddings: np.ndarray) -> np.ndarray:
+    """The embeddings in double precision, scaled to length 1."""
+    vectors = np.asarray(embeddings, np.float64)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -1,0 +1,73 @@
+"""The baseline that synthetic prompts are compared with: M_0 writes a prompt after seeing a few of the seed.
+
+Self-Instruct (https://arxiv.org/abs/2212.10560) shows a base model eight tasks and has it continue the list. M_0 is an
+instruct model, so it is asked. Self-Instruct also drops what resembles an earlier task; here only what is empty or equal
+to an earlier prompt is dropped, because a filter for variety would decide what is to be measured.
+"""
+
+import collections
+import random
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+LABEL = re.compile(r"^[ \t]*Task \d+:", re.MULTILINE)
+
+
+def draw_examples(ids: Sequence[str], shots: int, count: int, random_seed: int) -> list[dict[str, Any]]:
+    """Draws the seed prompts that are shown, anew for each prompt to write; all of them if there are fewer than `shots`.
+
+    Args:
+        ids: Those of the seed prompts that may be shown.
+        shots: How many are shown.
+        count: How often to draw.
+        random_seed: Equal seeds give equal draws.
+
+    Returns:
+        Rows with the number of the draw, counted from 0, and `example_ids`, in the order in which they are shown.
+    """
+    return [
+        {
+            "number": number,
+            "example_ids": random.Random(f"{random_seed}:self-instruct:{number}").sample(
+                list(ids), min(shots, len(ids))
+            ),
+        }
+        for number in range(count)
+    ]
+
+
+def parse_task(text: str) -> str | None:
+    r"""The first task in what M_0 wrote, or None if there is none.
+
+    Examples:
+        >>> parse_task("Task 9: Explain tides.\n\nTask 10: Explain rain.")
+        'Explain tides.'
+        >>> parse_task("Explain tides.")
+        'Explain tides.'
+        >>> parse_task(" Task 9: ") is None
+        True
+    """
+    return next((part.strip() for part in LABEL.split(text) if part.strip()), None)
+
+
+class NewTasks:
+    """Keeps a prompt if there is one and it is not equal to an earlier one, and counts why the others are dropped.
+
+    Attributes:
+        dropped: Count by reason, `unparsable` or `duplicate`.
+    """
+
+    def __init__(self, known: Iterable[str]) -> None:
+        """Remembers the prompts that are there already: those of the seed."""
+        self.dropped: collections.Counter[str] = collections.Counter()
+        self._known = set(known)
+
+    def keep(self, written: str) -> str | None:
+        """The prompt in what M_0 wrote, or None; then the reason is counted."""
+        prompt = parse_task(written)
+        if prompt is None or prompt in self._known:
+            self.dropped["unparsable" if prompt is None else "duplicate"] += 1
+            return None
+        self._known.add(prompt)
+        return prompt

@@ -1,0 +1,5 @@
+"""The stages of the method in order: the modules whose assets make up the graph."""
+
+from synpo_assets import diversity, evaluation, loop, preferences, prompts, report, responses, seed, training
+
+STAGES = (seed, prompts, diversity, preferences, loop, responses, training, evaluation, report)

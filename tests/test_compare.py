@@ -1,0 +1,83 @@
+"""`synpo compare` on real Dagster histories of stand-in iterations."""
+
+import dagster as dg
+import polars as pl
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from resources.settings import load_settings
+from synpo_assets.cli import app
+from synpo_assets.compare import differing_settings
+from tests.nano import nano_settings, write_settings
+from tests.test_report import make_iteration
+
+
+def compare(*arguments):
+    return CliRunner().invoke(app, ["compare", *map(str, arguments)])
+
+
+def make_home(place, model, iterations, **changes):
+    """A home with settings and so many finished stand-in iterations."""
+    place.mkdir()
+    settings = load_settings(write_settings(place / "mine.yaml", nano_settings(model) | changes))
+    write_settings(place / "settings.yaml", yaml.safe_load(yaml.safe_dump(settings.model_dump())))
+    (place / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
+    with dg.DagsterInstance.from_config(str(place)) as instance:
+        for iteration in range(1, iterations + 1):
+            make_iteration(instance, place, iteration)
+    return place
+
+
+@pytest.fixture(scope="module")
+def homes(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("homes")
+    model = tmp_path / "model"
+    return [
+        make_home(tmp_path / "a", model, 2),
+        make_home(tmp_path / "b", model, 1, random_seed=7),
+    ]
+
+
+def test_it_shows_what_differs_and_what_came_of_it(homes, tmp_path):
+    file = tmp_path / "figures.csv"
+    result = compare(*homes, "--output", file)
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.output.splitlines())) <= 100
+    assert "random_seed" in result.output
+    assert "max_iterations" not in result.output
+    figures = pl.read_csv(file, schema_overrides={"iteration": pl.String})
+    assert figures["home"].to_list() == [str(homes[0]), str(homes[0]), str(homes[1])]
+    assert figures["iteration"].to_list() == ["0001", "0002", "0001"]
+    assert figures["win rate over M_0"].to_list() == pytest.approx([0.6, 0.7, 0.6])
+    assert figures["reward M_t"].to_list() == pytest.approx([1.1, 2.1, 1.1])
+    assert figures["pairs kept"].to_list() == [5, 5, 5]
+    assert figures["tokens generated"].to_list() == [500, 500, 500]
+    assert figures["tokens trained"].to_list() == [3000, 3000, 3000]
+
+
+def test_a_password_is_not_shown(homes):
+    one = load_settings(homes[0] / "settings.yaml")
+    storage = one.storage.model_copy(update={"dagster_database": "postgresql://u:secret@h/d"})
+    assert differing_settings([one, one]) == {}
+    differing = differing_settings([one, one.model_copy(update={"storage": storage})])
+    assert differing == {"storage.dagster_database": ["not shown", "not shown"]}
+
+
+@pytest.mark.parametrize(("second", "words"), [
+    ("nowhere", "is no home of an experiment"), ("empty", "has no finished iteration"), ("same", "each once"),
+])  # fmt: skip
+def test_what_cannot_be_compared_is_said_in_a_sentence(homes, tmp_path, second, words):
+    if second == "empty":
+        make_home(tmp_path / "empty", tmp_path / "model", 0)
+    result = compare(homes[0], homes[0] if second == "same" else tmp_path / second)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_file_that_is_no_csv_is_refused(homes, tmp_path):
+    result = compare(*homes, "--output", tmp_path / "figures.txt")
+    assert result.exit_code == 2
+    assert "is no .csv file" in result.stderr
+    assert not (tmp_path / "figures.txt").exists()

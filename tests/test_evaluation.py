@@ -1,0 +1,560 @@
+"""Win rates, who judges them, and what each judge may have read: pure functions, stand-in stages, a small HTTP server."""
+
+import copy
+import json
+import re
+import threading
+from types import SimpleNamespace
+
+import dagster as dg
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resources.checkpoint_store import Checkpoint, CheckpointStore
+from resources.errors import FinalError
+from resources.judges.choice import judge_scorer, open_judges
+from resources.judges.server_judge import ServerJudge, load_template
+from resources.language_model import Usage
+from resources.scorer import Comparison, RewardScorer, ScoringUsage
+from resources.settings import JudgeServer, SettingsError, active_settings, load_settings, preset_path
+from resources.tables import ParquetTables
+from resources.training.job import TrainingSummary
+from synpo_assets.evaluation import OPPONENTS, evaluation, judge_model
+from synpo_assets.method.evaluation import (
+    NO_VERDICT,
+    bootstrap_interval,
+    length_controlled_win_rate,
+    outcomes,
+    win_rate,
+    win_rates,
+)
+from synpo_assets.partitions import ITERATIONS
+from synpo_assets.preferences import reward_model
+from synpo_assets.preflight import check_before_run, seed_table
+from synpo_assets.prompts import prompt_generator
+from synpo_assets.responses import seed_responses
+from synpo_assets.schemas import Evaluation, check
+from tests.nano import write_settings
+from tests.test_server_engine import FaultyServer
+
+OUTCOME = st.sampled_from(["win", "tie", "loss"])
+JUDGED = st.lists(st.tuples(OUTCOME, st.integers(0, 500), st.integers(0, 500)), min_size=1, max_size=40)
+EXCHANGED = {"win": "loss", "tie": "tie", "loss": "win", NO_VERDICT: NO_VERDICT}
+
+
+def columns(rows):
+    outcome, lengths, others = zip(*rows, strict=True)
+    return pl.Series(outcome), pl.Series(lengths), pl.Series(others)
+
+
+def exchanged(judged):
+    return pl.Series([EXCHANGED[outcome] for outcome in judged])
+
+
+@given(JUDGED)
+def test_exchanging_the_sides_gives_the_rest_of_each_rate(rows):
+    judged, lengths, others = columns(rows)
+    assert win_rate(judged) + win_rate(exchanged(judged)) == pytest.approx(1)
+    controlled = length_controlled_win_rate(judged, lengths, others)
+    assert controlled + length_controlled_win_rate(exchanged(judged), others, lengths) == pytest.approx(1, abs=1e-8)
+    low, high = bootstrap_interval(judged, 1)
+    other_low, other_high = bootstrap_interval(exchanged(judged), 1)
+    assert (1 - other_high, 1 - other_low) == pytest.approx((low, high), abs=0.5)
+
+
+@given(JUDGED, st.integers(0, 10))
+def test_the_interval_contains_the_rate_and_is_repeatable(rows, random_seed):
+    judged, _, _ = columns(rows)
+    low, high = bootstrap_interval(judged, random_seed)
+    assert 0 <= low <= win_rate(judged) + 1e-12
+    assert win_rate(judged) - 1e-12 <= high <= 1
+    assert bootstrap_interval(judged.sort(), random_seed) == (low, high), "the order of prompts does not count"
+
+
+@given(JUDGED)
+def test_equal_lengths_leave_the_rate_but_for_the_prior(rows):
+    judged, lengths, _ = columns(rows)
+    points = win_rate(judged) * len(rows)
+    wanted = (points + 0.5) / (len(rows) + 1)
+    assert length_controlled_win_rate(judged, lengths, lengths) == pytest.approx(wanted, abs=1e-8)
+    assert length_controlled_win_rate(judged, lengths + 7, lengths) == pytest.approx(wanted, abs=1e-8)
+
+
+@given(JUDGED, st.integers(1, 30), st.integers(0, 500))
+def test_what_has_no_verdict_counts_for_neither_side(rows, count, length):
+    judged, lengths, others = columns(rows)
+    with_nonsense = pl.concat([judged, pl.Series([NO_VERDICT] * count)])
+    more = pl.concat([lengths, pl.Series([length] * count)]), pl.concat([others, pl.Series([0] * count)])
+    assert win_rate(with_nonsense) == win_rate(judged)
+    assert bootstrap_interval(with_nonsense, 1) == bootstrap_interval(judged, 1)
+    assert length_controlled_win_rate(with_nonsense, *more) == length_controlled_win_rate(judged, lengths, others)
+
+
+@settings(deadline=None, max_examples=25)
+@given(JUDGED)
+def test_the_length_controlled_rate_is_the_optimum_that_another_optimizer_finds(rows):
+    import torch
+
+    judged, lengths, others = columns(rows)
+    difference = torch.tensor((lengths - others).to_list(), dtype=torch.float64)
+    spread = difference.std(correction=0)
+    feature = torch.tanh(difference / spread) if spread > 0 else torch.zeros_like(difference)
+    points = torch.tensor([{"win": 1.0, "tie": 0.5, "loss": 0.0}[outcome] for outcome in judged], dtype=torch.float64)
+    found = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([found], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def cost():
+        optimizer.zero_grad()
+        logits = torch.cat([found[0] + found[1] * feature, found])
+        target = torch.cat([points, torch.tensor([0.5, 0.5], dtype=torch.float64)])
+        value = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+        value.backward()
+        return value
+
+    optimizer.step(cost)
+    wanted = torch.sigmoid(found[0]).item()
+    assert length_controlled_win_rate(judged, lengths, others) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_judge_that_goes_by_length_alone_sees_no_advantage_any_more():
+    draw = np.random.default_rng(0)
+    lengths, others = draw.integers(100, 500, 400) + 80, draw.integers(100, 500, 400)
+    judged = outcomes(pl.Series(lengths - others))
+    assert win_rate(judged) > 0.65
+    assert length_controlled_win_rate(judged, pl.Series(lengths), pl.Series(others)) == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5000])
+def test_estimates_exist_where_length_tells_all_wins_from_all_losses(count):
+    judged = pl.Series(["win"] * count + ["loss"] * count)
+    lengths = pl.Series([90] * count + [10] * count)
+    assert length_controlled_win_rate(judged, lengths, pl.Series([50] * 2 * count)) == pytest.approx(0.5)
+    assert 0.5 < length_controlled_win_rate(judged[:count], lengths[:count], lengths[:count]) < 1
+
+
+def test_the_interval_is_that_of_resampled_prompts_and_narrows_with_more_of_them():
+    judged = pl.Series(["win"] * 30 + ["tie"] * 10 + ["loss"] * 24)
+    points = np.array([1.0] * 30 + [0.5] * 10 + [0.0] * 24)
+    draw = np.random.default_rng(5)
+    resampled = [draw.choice(points, len(points)).mean() for _ in range(10_000)]
+    assert bootstrap_interval(judged, 0) == pytest.approx(np.quantile(resampled, [0.025, 0.975]), abs=0.01)
+    few, many = (bootstrap_interval(pl.concat([judged] * times), 0) for times in (1, 16))
+    assert (many[1] - many[0]) == pytest.approx((few[1] - few[0]) / 4, rel=0.1)
+
+
+@pytest.mark.parametrize("judged", [[], [NO_VERDICT] * 3])
+def test_without_any_verdict_there_is_no_rate(judged):
+    judged = pl.Series(judged, dtype=pl.String)
+    lengths = pl.Series([1] * len(judged), dtype=pl.Int64)
+    assert win_rate(judged) is bootstrap_interval(judged, 0) is None
+    assert length_controlled_win_rate(judged, lengths, lengths) is None
+
+
+def test_a_score_that_is_not_a_number_is_no_win():
+    assert outcomes(pl.Series([float("nan"), float("inf"), None])).to_list() == [NO_VERDICT, "win", NO_VERDICT]
+    assert outcomes(pl.Series([None, None])).to_list() == [NO_VERDICT] * 2
+
+
+def test_golden_numbers_of_a_table():
+    frame = pl.DataFrame({
+        "answer": ["long answer", "b", "cc", "dd"], "other": ["x", "yy", "zz", "w"],
+        "judge_over_other": ["win", "loss", "tie", NO_VERDICT], "scorer_over_other": ["win", "win", "win", "win"],
+    })  # fmt: skip
+    rates = win_rates(frame, {"judge": "independent", "scorer": "took part"}, {"other": "other"}, "answer", 3)
+    (judge, scorer) = rates.to_dicts()
+    counts = ("judge", "label", "opponent", "wins", "ties", "losses", "no_verdict", "prompts", "win_rate")
+    assert tuple(judge[name] for name in counts) == ("judge", "independent", "other", 1, 1, 1, 1, 3, 0.5)
+    assert judge["length_controlled"] == pytest.approx(0.4373, abs=1e-4)
+    assert (judge["low"], judge["high"]) == (0.0, 1.0)
+    assert tuple(scorer[name] for name in ("wins", "prompts", "win_rate", "low", "high")) == (4, 4, 1.0, 1.0, 1.0)
+    assert scorer["length_controlled"] < 0.9
+
+
+# Who reads which rows of the seed.
+
+
+def laptop_with(tmp_path, **seed_data):
+    return load_settings(write_settings(tmp_path / "mine.yaml", {"preset": "laptop", "seed_data": seed_data}))
+
+
+@pytest.mark.parametrize(("limits", "sizes"), [
+    ({}, (80, 80)),
+    ({"judge_limit": 200}, (80, 200)),
+    ({"train_limit": None, "judge_limit": None}, (248, 82)),
+    ({"train_limit": 300}, (250, 80)),
+    ({"train_limit": None, "judge_limit": 300}, (165, 165)),
+])  # fmt: skip
+def test_the_judge_gets_rows_that_training_leaves_and_at_most_half(tmp_path, limits, sizes):
+    frame, _ = seed_table(laptop_with(tmp_path, **limits))
+    counts = dict(frame.group_by("split").len().iter_rows())
+    assert (counts["train"], counts["judge"]) == sizes
+    assert frame["prompt_id"].is_unique().all()
+
+
+def test_setting_rows_aside_for_the_judge_does_not_change_what_is_trained_on(tmp_path):
+    trained_on = [
+        seed_table(laptop_with(tmp_path, judge_limit=limit))[0].filter(split="train") for limit in (2, 80, 250)
+    ]
+    assert trained_on[0].equals(trained_on[1])
+    assert trained_on[0].equals(trained_on[2])
+
+
+def test_too_few_rows_for_training_and_judge_are_refused(tmp_path):
+    rows = [{"prompt": f"question {number}", "answer": "yes"} for number in range(4)]
+    file = tmp_path / "few.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    frame, _ = seed_table(laptop_with(tmp_path, train={"path": "few.jsonl"}))
+    assert sorted(frame.filter(pl.col("split") != "held_out")["split"]) == ["judge", "judge", "train", "train"]
+    file.write_text("\n".join(json.dumps(row) for row in rows[:3]))
+    with pytest.raises(
+        SettingsError, match=r"3 usable rows; at least 4 are needed, 2 of them for the independent judge"
+    ):
+        seed_table(laptop_with(tmp_path, train={"path": "few.jsonl"}))
+
+
+def test_a_held_out_prompt_that_the_judge_would_read_is_refused(tmp_path):
+    """Whatever row it is: the file is compared before rows are set aside."""
+    held_out = [{"prompt": f"held {number}?", "answer": "yes"} for number in range(2)]
+    train = [{"prompt": f"question {number}?", "answer": "no"} for number in range(10)]
+    (tmp_path / "held_out.jsonl").write_text("\n".join(json.dumps(row) for row in held_out))
+    for place in range(10):
+        rows = [*train[:place], {"prompt": " HELD  1? ", "answer": "no"}, *train[place:]]
+        (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        sources = {"train": {"path": "train.jsonl"}, "held_out": {"path": "held_out.jsonl"}}
+        with pytest.raises(
+            SettingsError, match=rf"train line {place + 1}: the same prompt stands in line 2 of held_out"
+        ):
+            seed_table(laptop_with(tmp_path, **sources))
+        frame, _ = seed_table(laptop_with(tmp_path, **sources, on_bad_rows="drop"))
+        assert (
+            frame.filter(pl.col("prompt").str.to_lowercase().str.contains("held"))["split"].to_list()
+            == ["held_out"] * 2
+        )
+
+
+CHECKPOINT = Checkpoint("initial_policy", None, "0123456789abcdef", "", "")
+
+
+class Recorder:
+    """Stands in for all models and trainers, and keeps what each asset showed to it."""
+
+    pair_convention = "one_order"
+
+    def __init__(self, shards):
+        self.shards, self.engine, self.random_seed = str(shards), active_settings().engine, 42
+        self.answered, self.trained, self.compared, self.seeds = {}, {}, {}, {}
+
+    def note(self, kind, texts):
+        asset = dg.AssetExecutionContext.get().asset_key.to_user_string()
+        splits = {split for split in ("train", "judge", "held_out") if any(f"{split} seed" in text for text in texts)}
+        kind[asset] = kind.get(asset, set()) | splits
+
+    def answer(self, checkpoint, prompts, sampling, log):
+        asked = list(prompts)
+        self.note(self.answered, [messages[0]["content"] for _, messages in asked])
+        with open(f"{checkpoint.weights}/model.safetensors") as file:
+            text = f"by {file.read()}"
+        tokens = {"input_tokens": pl.lit(3, pl.Int64), "output_tokens": pl.lit(4, pl.Int64)}
+        frame = pl.DataFrame({"id": [row_id for row_id, _ in asked], "text": text, "finish_reason": "stop"})
+        return frame.with_columns(**tokens), Usage(len(asked), 0, 3, 4, 4, 1.0)
+
+    def reward(self, start, pairs, training, directory, log):
+        return self.train([prompt for prompt, _, _ in pairs], directory)
+
+    def supervised(self, start, examples, training, directory, log):
+        return self.train([answer for _, answer in examples], directory)
+
+    def train(self, texts, directory):
+        self.note(self.trained, texts)
+        self.seeds[dg.AssetExecutionContext.get().asset_key.to_user_string()] = self.random_seed
+        weights(f"trained {self.random_seed}")(directory)
+        return TrainingSummary(len(texts), 0, 0, 9, 1, 1.0, [{"loss": 1.0, "step": 1}])
+
+    def model_copy(self, update):
+        copied = copy.copy(self)
+        copied.random_seed = update["random_seed"]
+        return copied
+
+    def compare(self, model, rows, log):
+        rows = list(rows)
+        self.note(self.compared, [prompt for prompt, _, _ in rows])
+        scores = pl.Series([1.0] * len(rows))
+        return Comparison(scores, scores - 1, "reward_difference", ScoringUsage(1, 0, 1, 0, 0, 1.0))
+
+
+PLANTS = (("birch", "gravel"), ("melon", "sand"), ("tulip", "clay"))
+SEED = pl.DataFrame(
+    [
+        {"prompt_id": f"prompt-{split}{line}", "prompt": f"How does the {split} seed of a {plant} grow in {soil}?",
+         "answer": f"Slowly, as the {split} seed does.", "split": split, "line": line}
+        for split in ("train", "judge", "held_out") for line, (plant, soil) in enumerate(PLANTS, 1)
+    ],
+    schema_overrides={"line": pl.Int64},
+)  # fmt: skip
+
+
+def weights(text):
+    def build(directory):
+        (directory / "merged").mkdir()
+        (directory / "merged" / "model.safetensors").write_text(text)
+
+    return build
+
+
+def stand_in(name, text, partitions=None):
+    @dg.asset(name=name, partitions_def=partitions, io_manager_key="checkpoints")
+    def made(context: dg.AssetExecutionContext, checkpoints: dg.ResourceParam[CheckpointStore]) -> Checkpoint:
+        return checkpoints.create(context, weights(text), parents={}, trained_on={}, settings={}, random_seed=0)[0]
+
+    return made
+
+
+@dg.asset(io_manager_key="tables")
+def seed_pairs() -> pl.DataFrame:
+    return SEED
+
+
+MODELS = [stand_in("initial_policy", "M_0"), stand_in("policy", "M_1", ITERATIONS),
+          stand_in("model_checkpoint", "M_2", ITERATIONS), seed_pairs]  # fmt: skip
+
+
+def materialize(assets, tmp_path, monkeypatch, judge=None):
+    """Runs real assets of iteration 2 on models that stand in; returns what they showed to these, and the result."""
+    seen = Recorder(tmp_path / "shards")
+    for module in ("synpo_assets.evaluation", "resources.judges.choice"):
+        monkeypatch.setattr(f"{module}.judge_scorer", lambda judge, scorer: scorer)
+    shared = active_settings()
+    resources = {
+        "tables": ParquetTables(str(tmp_path / "tables")),
+        "checkpoints": CheckpointStore(str(tmp_path / "checkpoints")),
+        "settings": shared.model_copy(update={"judge": judge or shared.judge}),
+        **{name: dg.ResourceDefinition.hardcoded_resource(seen) for name in ("language_model", "scorer", "trainer")},
+    }
+    return seen, dg.materialize([*MODELS, *assets], resources=resources, partition_key="0002")
+
+
+def test_no_stage_reads_rows_of_another_split(tmp_path, monkeypatch):
+    stages = [prompt_generator, reward_model, judge_model, seed_responses, evaluation]
+    seen, _ = materialize(stages, tmp_path, monkeypatch)
+    assert seen.trained == {"prompt_generator": {"train"}, "reward_model": {"train"}, "judge_model": {"judge"}}
+    assert seen.answered == {
+        "reward_model": {"train", "held_out"}, "judge_model": {"judge", "held_out"}, "seed_responses": {"train"},
+        "evaluation": {"held_out"},
+    }  # fmt: skip
+    assert seen.compared == {
+        "reward_model": {"held_out"}, "judge_model": {"held_out"}, "seed_responses": {"train"},
+        "evaluation": {"held_out"},
+    }  # fmt: skip
+    assert seen.seeds == {"prompt_generator": 42, "reward_model": 42, "judge_model": 43}
+
+
+# Judges behind one interface.
+
+ROWS = [("Which?", "good answer", "poor one"), ("And?", "poor", "good"), ("Now?", "good a", "good b")]
+
+
+class ChatServer(FaultyServer):
+    """Answers chats as `judge` does, a function of the two answers shown."""
+
+    def __init__(self, judge):
+        super().__init__()
+        self.judge = judge
+
+    def reply(self, body):
+        shown = re.findall(r"<answer_[ab]>\n(.*?)\n</answer_[ab]>", body["messages"][0]["content"], re.DOTALL)
+        message = {"role": "assistant", "content": self.judge(*shown)}
+        usage = {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100}
+        return {"id": "1", "object": "chat.completion", "choices": [{"index": 0, "message": message}], "usage": usage}
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def serve(judge):
+        server = ChatServer(judge)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def asked(server, shards, shard_rows=256, **options):
+    return ServerJudge(JudgeServer(url=server.url, model="judge", **options), str(shards), shard_rows)
+
+
+def better(answer):
+    return json.dumps({"better": answer})
+
+
+def honest(a, b):
+    return better("tie" if ("good" in a) == ("good" in b) else "A" if "good" in a else "B")
+
+
+def verdicts(judge, log=lambda message: None):
+    compared = judge.compare(ROWS, log)
+    assert compared.margins.to_list() == [
+        None if first is None else 2 * first - 1 for first in compared.first_scores.to_list()
+    ]
+    return outcomes(compared.margins).to_list()
+
+
+def test_a_server_is_asked_in_both_orders_with_a_schema(serve, tmp_path):
+    server = serve(honest)
+    judge = asked(server, tmp_path)
+    compared = judge.compare(ROWS, lambda message: None)
+    assert outcomes(compared.margins).to_list() == ["win", "loss", "tie"]
+    assert (compared.usage.readings, compared.usage.tokens, compared.usage.reused) == (6, 600, 0)
+    assert len(server.bodies) == 6
+    for body in server.bodies:
+        assert (body["model"], body["temperature"]) == ("judge", 0)
+        schema = body["response_format"]["json_schema"]
+        assert schema["strict"]
+        assert schema["schema"]["properties"]["better"]["enum"] == ["A", "B", "tie"]
+        assert schema["schema"]["additionalProperties"] is False
+    places = [re.findall(r"good answer|poor one", body["messages"][0]["content"]) for body in server.bodies]
+    assert sorted(found for found in places if found) == [["good answer", "poor one"], ["poor one", "good answer"]]
+
+
+@pytest.mark.parametrize("judge", [
+    lambda a, b: better("A"), lambda a, b: better("B"),
+    # A tie in one order and a win in the other disagree too.
+    lambda a, b: better("A" if (a > b and "good" in a) else "tie"),
+])  # fmt: skip
+def test_where_the_orders_disagree_there_is_a_tie(serve, tmp_path, judge):
+    assert verdicts(asked(serve(judge), tmp_path)) == ["tie"] * 3
+
+
+@pytest.mark.parametrize("nonsense", [
+    "Answer A is better.", "", None, "A", '{"better": "C"}', '{"better": "A", "worse": "B"}', "[1", '{"better": "A"} or so',
+])  # fmt: skip
+def test_nonsense_is_counted_and_no_win(serve, tmp_path, nonsense):
+    said = []
+    assert verdicts(asked(serve(lambda a, b: nonsense), tmp_path), said.append) == [NO_VERDICT] * 3
+    assert any("6 of 6 replies of judge (on a server) are no verdict" in message for message in said)
+
+
+def test_one_order_without_a_verdict_is_none(serve, tmp_path):
+    server = serve(lambda a, b: "Hm." if a.startswith("poor") else honest(a, b))
+    assert verdicts(asked(server, tmp_path)) == [NO_VERDICT, NO_VERDICT, "tie"]
+
+
+def test_what_passes_is_tried_again_and_as_many_as_stated_are_under_way(serve, tmp_path):
+    server = serve(honest)
+    server.faults, server.seconds = [(429, {"Retry-After": "1"}, "slowly"), (503, {}, "out of luck")], 0.05
+    assert verdicts(asked(server, tmp_path, concurrency=2)) == ["win", "loss", "tie"]
+    assert len(server.bodies) == 8
+    assert server.busiest == 2
+    assert max(server.times) - min(server.times) >= 1
+
+
+def test_a_server_that_hangs_ends_the_step_with_the_settings_to_change(serve, tmp_path):
+    server = serve(honest)
+    server.seconds = 1.0
+    with pytest.raises(RuntimeError, match=r"in 2 tries.*judge\.server\.attempts and judge\.server\.timeout_seconds"):
+        asked(server, tmp_path, timeout_seconds=0.2, attempts=2).compare(ROWS[:1], lambda message: None)
+
+
+@pytest.mark.parametrize("status", [400, 401, 404])
+def test_what_would_be_refused_again_ends_the_step_at_once(serve, tmp_path, status):
+    server = serve(honest)
+    server.faults = [(status, {}, "I will not do that")]
+    with pytest.raises(FinalError, match=f"It says: {status}, I will not do that"):
+        asked(server, tmp_path, concurrency=1).compare(ROWS[:1], lambda message: None)
+
+
+def test_finished_verdicts_are_read_again_even_while_the_server_is_down(serve, tmp_path):
+    server = serve(honest)
+    server.faults = [None] * 4 + [(400, {}, "enough")]
+    with pytest.raises(FinalError):
+        asked(server, tmp_path, shard_rows=2, concurrency=1).compare(ROWS, lambda message: None)
+    compared = asked(server, tmp_path, shard_rows=2, concurrency=1).compare(ROWS, lambda message: None)
+    assert (compared.usage.reused, compared.usage.readings) == (4, 6)
+    gone = SimpleNamespace(url="http://127.0.0.1:1/v1")
+    assert verdicts(asked(gone, tmp_path)) == ["win", "loss", "tie"]
+
+
+def test_another_model_or_template_gives_other_shards(tmp_path):
+    server = SimpleNamespace(url="http://127.0.0.1:1/v1")
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ prompt }} {{ answer_a }} {{ answer_b }}")
+    folders = {
+        asked(server, tmp_path).shards.folder.name,
+        asked(server, tmp_path, template=str(template)).shards.folder.name,
+        ServerJudge(JudgeServer(url=server.url, model="other"), str(tmp_path), 1).shards.folder.name,
+    }
+    assert len(folders) == 3
+    elsewhere = SimpleNamespace(url="http://127.0.0.1:2/v1")
+    assert asked(elsewhere, tmp_path, concurrency=1).shards.folder.name in folders
+
+
+def test_the_shipped_template_shows_texts_as_they_are():
+    template, _ = load_template(None)
+    shown = template.render(prompt="a < b & {{ c }}", answer_a="<b>x</b>", answer_b="{% y %}")
+    for text in ("a < b & {{ c }}", "<b>x</b>", "{% y %}"):
+        assert text in shown
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("{{ prompt }} {{ answer_a }}", "uses answer_a, prompt: it must show answer_a, answer_b, prompt"),
+    ("{{ prompt }} {{ answer_a }} {{ answer_b }} {{ gold }}", "uses answer_a, answer_b, gold, prompt"),
+    ("{{ prompt", "cannot be used"), (None, "cannot be used"),
+])  # fmt: skip
+def test_a_template_that_cannot_be_used_is_refused_before_the_run(tmp_path, text, words):
+    if text is not None:
+        (tmp_path / "mine.jinja").write_text(text)
+    judge = {"server": {"url": "http://127.0.0.1:1/v1", "model": "m", "template": "mine.jinja"}}
+    stored = load_settings(write_settings(tmp_path / "mine.yaml", {"preset": "laptop", "judge": judge}))
+    with pytest.raises(SettingsError, match=re.escape(words)):
+        check_before_run(stored, tmp_path / "home")
+
+
+def test_every_judge_says_whether_it_took_part_in_training(tmp_path):
+    scorer = RewardScorer(
+        shards=str(tmp_path), engine=active_settings().engine, kind="pair_ranker", pair_convention="one_order",
+        max_length=99,
+    )  # fmt: skip
+    judge = load_settings(preset_path("paper_mistral")).judge
+    independent, took_part = open_judges(judge, scorer, CHECKPOINT, CHECKPOINT)
+    assert (independent.name, independent.label) == ("judge", "independent judge")
+    assert (took_part.name, took_part.label) == ("scorer", "scorer (took part in training)")
+    assert independent.scorer.convention == "reward_difference", "whatever the scorer is, the judge is a reward model"
+    assert took_part.scorer is scorer
+    assert judge_scorer(judge, scorer).max_length == judge.max_length == 2048
+    server = judge.model_copy(update={"server": JudgeServer(url="http://127.0.0.1:1/v1", model="m")})
+    assert open_judges(server, scorer, CHECKPOINT, CHECKPOINT)[2].label == "m (on a server)"
+
+
+def test_the_evaluation_of_an_iteration_with_a_server_as_third_judge(serve, tmp_path, monkeypatch):
+    """The real asset; models stand in, whose answers tell which of them wrote."""
+    server = serve(lambda a, b: better("A" if "M_2" in a else "B"))
+    judge = active_settings().judge.model_copy(update={"server": JudgeServer(url=server.url, model="m")})
+    scorers = [stand_in("reward_model", "F"), stand_in("judge_model", "J")]
+    _, result = materialize([*scorers, evaluation], tmp_path, monkeypatch, judge)
+    frame = result.output_for_node("evaluation")
+    assert check(Evaluation, frame) is None
+    assert frame["prompt_id"].to_list() == SEED.filter(split="held_out")["prompt_id"].to_list()
+    assert frame.select(f"{side}_response" for side in ("policy", "previous", "initial")).unique().rows() == [
+        ("by M_2", "by M_1", "by M_0")
+    ]
+    assert frame["server_over_initial"].to_list() == ["win"] * 3
+    (event,) = result.asset_materializations_for_node("evaluation")
+    about = {name: entry.value for name, entry in event.metadata.items()}
+    assert (about["win_rate_over_initial"], about["win_rate_over_previous_by_server"]) == (1.0, 1.0)
+    rates = {(row.data["label"], row.data["opponent"]): row.data for row in about["win_rates"].records}
+    assert len(rates) == 3 * len(OPPONENTS)
+    assert about["win_rate_over_initial_low"] == rates["independent judge", "initial"]["low"]
+    measured = [row.data for row in about["measured_without_a_judge"].records]
+    assert [(row["model"], row["mean_characters"], row["cut_share"]) for row in measured] == [
+        (model, len("by M_2"), 0.0) for model in ("policy", "previous", "initial")
+    ]
+    assert about["cut_share policy"] == about["mean_repetition policy"] == 0.0
+    assert rates["m (on a server)", "previous"]["wins"] == 3
+    assert about["judges"] == "independent judge; scorer (took part in training); m (on a server)"
