@@ -65,6 +65,20 @@ def temporary_directory_beside(place: Path) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def replace_directory(finished: Path, place: Path) -> None:
+    """Moves a finished directory, on the same disk, to a place; what was there is removed.
+
+    A reader finds the old directory or the new one, or for an instant none, but never half of one.
+    """
+    if place.exists():
+        old = place.with_name(f".{place.name}.old.{os.getpid()}.tmp")
+        place.rename(old)
+        finished.rename(place)
+        shutil.rmtree(old)
+    else:
+        finished.rename(place)
+
+
 def remove_abandoned(folder: Path, pattern: str) -> None:
     """Removes the temporary directories of processes that are dead.
 

@@ -642,6 +642,44 @@ class Automation(Section):
     )
 
 
+class Publishing(Section):
+    """Where pairs and models are published; nothing is, until `published_dataset` or `published_model` is materialized."""
+
+    dataset_repository: str | None = Field(
+        None, description="Hub id for the preference pairs, your-org/your-dataset. None: no such repository."
+    )
+    model_repository: str | None = Field(
+        None,
+        description="Hub id for the models, your-org/your-model: M_t goes to your-org/your-model-iteration-t. None: no such "
+        "repository.",
+    )
+    directory: str | None = Field(
+        None,
+        description="A directory (relative to the settings file) that is published to in place of the hub. None: the hub.",
+    )
+    license: str | None = Field(
+        None, description="Licence that the cards state, as the hub names it (apache-2.0). None: none is stated."
+    )
+    private: bool = Field(True, description="Make new hub repositories private; one that exists stays as it is.")
+    dry_run: bool = Field(
+        True, description="Write card and files into the home, under `published/`, and upload nothing."
+    )
+
+    @field_validator("dataset_repository", "model_repository")
+    @classmethod
+    def _hub_id(cls, name: str | None) -> str | None:
+        if name is not None:
+            from huggingface_hub.errors import HFValidationError
+            from huggingface_hub.utils import validate_repo_id
+
+            try:
+                # The longest name that an iteration can give it.
+                validate_repo_id(f"{name}-iteration-9999")
+            except HFValidationError as error:
+                raise ValueError(f"{name!r} is no hub id such as your-org/your-name: {error}") from None
+        return name
+
+
 class Settings(Section):
     """All settings of one experiment."""
 
@@ -664,6 +702,7 @@ class Settings(Section):
     storage: Storage = Field(default_factory=lambda: Storage.model_validate({}))
     checks: Checks = Field(default_factory=Checks)
     automation: Automation = Field(default_factory=Automation)
+    publishing: Publishing = Field(default_factory=Publishing)
 
     @model_validator(mode="before")
     @classmethod
@@ -806,6 +845,9 @@ def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
         judge["template"] = str((folder / str(judge["template"])).resolve())
     if processes.get("accelerate_config"):
         processes["accelerate_config"] = str((folder / str(processes["accelerate_config"])).resolve())
+    publishing = _section(values, "publishing")
+    if publishing.get("directory"):
+        publishing["directory"] = str((folder / str(publishing["directory"])).resolve())
     for place in (model, embedding):
         if place.get("source") == "directory" and "name" in place:
             place["name"] = str((folder / str(place["name"])).resolve())

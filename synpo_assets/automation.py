@@ -11,8 +11,9 @@ from resources.settings import GateMetric, Settings
 from synpo_assets.history import metadata_of
 from synpo_assets.method.gate import gate_reason
 from synpo_assets.missing import AssetGraph, missing_assets
-from synpo_assets.partitions import ALL_ASSETS_JOB, ITERATIONS, partition_key
+from synpo_assets.partitions import ALL_ASSETS_JOB, ITERATIONS, PUBLISHING_TAG, partition_key
 
+PUBLISHING = dg.AssetSelection.tag(PUBLISHING_TAG, "true")
 JOBS = [
     dg.define_asset_job(
         "made_once",
@@ -24,10 +25,14 @@ JOBS = [
     ),
     dg.define_asset_job(
         "iteration",
-        selection=dg.AssetSelection.assets("policy").downstream(),
+        selection=dg.AssetSelection.assets("policy").downstream() - PUBLISHING,
         description="One whole iteration, and the report; several partitions run one after the other.",
     ),
-    dg.define_asset_job(ALL_ASSETS_JOB, description="Any of the assets: what `synpo run` and the sensor launch."),
+    dg.define_asset_job(
+        ALL_ASSETS_JOB,
+        selection=dg.AssetSelection.all() - PUBLISHING,
+        description="Any of the assets: what `synpo run` and the sensor launch.",
+    ),
 ]
 UNFINISHED = [
     DagsterRunStatus.QUEUED, DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING, DagsterRunStatus.STARTED,

@@ -25,7 +25,7 @@ from synpo_assets.runs import FOREGROUND_TAG, locked
 
 AT_WORK = [DagsterRunStatus.QUEUED, DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
 # Where things are written under a temporary name first; Dagster's own folders are left alone.
-WRITTEN_FOLDERS = ("tables", "shards", "checkpoints", "cache/checkpoints", "training", "reports")
+WRITTEN_FOLDERS = ("tables", "shards", "checkpoints", "cache/checkpoints", "training", "reports", "published")
 TRAINING_KEPT = timedelta(days=1)
 SHARDS, TRAININGS, HALVES, CHECKPOINTS = (
     "Shards of other settings", "Unfinished trainings", "Half-written by processes that are gone", "Superseded checkpoints",

@@ -1,5 +1,16 @@
-"""The stages of the method in order: the modules whose assets make up the graph."""
+"""The stages of the method in order, and what follows them: the modules whose assets make up the graph."""
 
-from synpo_assets import diversity, evaluation, loop, preferences, prompts, report, responses, seed, training
+from synpo_assets import (
+    diversity,
+    evaluation,
+    loop,
+    preferences,
+    prompts,
+    publishing,
+    report,
+    responses,
+    seed,
+    training,
+)
 
-STAGES = (seed, prompts, diversity, preferences, loop, responses, training, evaluation, report)
+STAGES = (seed, prompts, diversity, preferences, loop, responses, training, evaluation, report, publishing)
