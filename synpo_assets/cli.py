@@ -1,4 +1,4 @@
-"""The command `synpo`: run, check, clean, trace, compare, ui."""
+"""The command `synpo`: run, check, export, clean, trace, compare, ui."""
 
 import os
 import sys
@@ -13,6 +13,7 @@ from resources.errors import FinalError
 from resources.model_source import ModelSourceError
 from resources.settings import Settings, SettingsError, home_directory
 from synpo_assets.home import PROJECT, chosen_settings, prepare_home
+from synpo_assets.method.export import Format
 
 EXPECTED_ERRORS = (SettingsError, ModelSourceError, FinalError)
 Result = TypeVar("Result")
@@ -83,6 +84,27 @@ def check(
     from synpo_assets.preflight import print_check
 
     _or_exit(lambda: print_check(settings, place, calibrate))
+
+
+@app.command()
+def export(
+    form: Annotated[Format, typer.Option("--format", help="The trainer that shall read the pairs.")],
+    output: Annotated[
+        Path, typer.Option(help="A folder, or a .jsonl file; for trl also a .parquet file, for openai a .jsonl file.")
+    ],
+    home: Home = None,
+    iterations: Annotated[str, typer.Option(help="Whose pairs: numbers such as 1,2, or all.")] = "all",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+) -> None:
+    """Write the preference pairs in the form that another trainer reads."""
+    settings, place = _prepare(None, None, home)
+    _or_exit(lambda: _require_home(place))
+    from synpo_assets.preflight import check_storage
+
+    _or_exit(lambda: check_storage(settings.storage))
+    from synpo_assets.export import print_export
+
+    _or_exit(lambda: print_export(settings, place, form, iterations, output, overwrite))
 
 
 @app.command()

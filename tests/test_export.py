@@ -1,0 +1,265 @@
+"""Pairs for other trainers: TRL's form by TRL's own checks, the others against models of what their authors document."""
+
+import json
+from typing import Any, Literal
+
+import polars as pl
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from typer.testing import CliRunner
+
+from resources.chat import load_tokenizer
+from resources.tables import ParquetTables
+from synpo_assets.cli import app
+from synpo_assets.method.export import CONVERSIONS, openai_row
+from synpo_assets.schemas import PreferencePairs
+from tests.nano import nano_settings, write_settings
+
+TEXT = 'Ünïcode, "quotes",\nlines \u2028 and \u202e marks'
+
+
+def pairs(iteration, count):
+    def message(role, text):
+        return [{"role": role, "content": f"{text} {iteration}-{count}: {TEXT}"}]
+
+    strings = [name for name, column in PreferencePairs.to_schema().columns.items() if str(column.dtype) == "String"]
+    rows = [
+        {name: f"{name}-{iteration}-{place}" for name in strings}
+        | {"prompt": message("user", "p"), "chosen": message("assistant", "c"), "rejected": message("assistant", "r")}
+        | {"chosen_score": 1.5, "rejected_score": 0.25, "margin": 1.25, "iteration": iteration}
+        for place in range(count)
+    ]
+    return pl.DataFrame(rows, schema=PreferencePairs.empty().schema)
+
+
+@pytest.fixture
+def home(tmp_path, nano_model):
+    home = tmp_path / "home"
+    home.mkdir()
+    write_settings(home / "settings.yaml", nano_settings(nano_model))
+    tables = ParquetTables(str(home / "tables"))
+    for iteration, count in ((1, 3), (2, 2)):
+        tables.write("preference_pairs", f"{iteration:04d}", pairs(iteration, count))
+    return home
+
+
+def export(home, form, output, *arguments):
+    words = ["export", "--home", home, "--format", form, "--output", output, *arguments]
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def written(home, form, output, *arguments):
+    result = export(home, form, output, *arguments)
+    assert result.exit_code == 0, result.output
+    file = output if output.suffix else output / "preference_pairs.jsonl"
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Lenient(BaseModel):
+    """A row whose trainer takes columns by name."""
+
+    pair_id: str
+    prompt_id: str
+    iteration: int
+    margin: float
+    chosen_checkpoint_sha: str
+    rejected_checkpoint_sha: str
+    scorer_sha: str
+
+
+class HumanTurn(Strict):
+    from_: Literal["human"] = Field(alias="from")
+    value: str = Field(min_length=1)
+
+
+class GptTurn(Strict):
+    from_: Literal["gpt"] = Field(alias="from")
+    value: str = Field(min_length=1)
+
+
+class LlamaFactoryRow(Lenient):
+    """https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md, sharegpt format, preference dataset."""
+
+    conversations: list[HumanTurn] = Field(min_length=1)
+    chosen: GptTurn
+    rejected: GptTurn
+
+
+class UserMessage(Strict):
+    role: Literal["user"]
+    content: str = Field(min_length=1)
+
+
+class AssistantMessage(Strict):
+    role: Literal["assistant"]
+    content: str = Field(min_length=1)
+
+
+class AxolotlRow(Lenient):
+    """https://docs.axolotl.ai/docs/rlhf.html#chat_template.default."""
+
+    messages: list[UserMessage] = Field(min_length=1)
+    chosen: AssistantMessage
+    rejected: AssistantMessage
+
+
+class OpenAIInput(Strict):
+    messages: list[UserMessage] = Field(min_length=1)
+
+
+class OpenAIRow(Strict):
+    """https://developers.openai.com/api/docs/guides/direct-preference-optimization: three fields, no others."""
+
+    input: OpenAIInput
+    preferred_output: list[AssistantMessage] = Field(min_length=1, max_length=1)
+    non_preferred_output: list[AssistantMessage] = Field(min_length=1, max_length=1)
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet", "folder"])
+def test_trl_reads_its_form_and_renders_it_with_a_chat_template(home, tmp_path, nano_model, name):
+    import datasets
+    from trl.data_utils import apply_chat_template, is_conversational, maybe_extract_prompt
+
+    output = tmp_path / name
+    assert export(home, "trl", output).exit_code == 0
+    file = output if output.suffix else output / "preference_pairs.jsonl"
+    kind = "parquet" if file.suffix == ".parquet" else "json"
+    loaded = datasets.load_dataset(kind, data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded.num_rows == 5
+    assert set(loaded.column_names) == set(PreferencePairs.to_schema().columns)
+    tokenizer = load_tokenizer(str(nano_model))
+    for row in loaded:
+        assert is_conversational(row)
+        assert maybe_extract_prompt(row) == row, "the prompt is explicit already"
+        rendered = apply_chat_template(row, tokenizer)
+        assert rendered["prompt"].endswith("<|im_start|>assistant\n")
+        assert rendered["chosen"].startswith(row["chosen"][0]["content"])
+        assert rendered["rejected"].startswith(row["rejected"][0]["content"])
+
+
+@pytest.mark.parametrize(
+    ("form", "model"), [("llama-factory", LlamaFactoryRow), ("axolotl", AxolotlRow), ("openai", OpenAIRow)]
+)
+def test_the_other_forms_are_what_their_authors_document(home, tmp_path, form, model):
+    rows = written(home, form, tmp_path / "out")
+    assert len(rows) == 5
+    for row in rows:
+        TypeAdapter(model).validate_python(row)
+
+
+def test_llama_factory_finds_the_file_and_its_columns(home, tmp_path):
+    rows = written(home, "llama-factory", tmp_path / "out")
+    info = json.loads((tmp_path / "out" / "dataset_info.json").read_text())
+    (described,) = info.values()
+    assert described["formatting"] == "sharegpt"
+    assert described["ranking"] is True
+    assert (tmp_path / "out" / described["file_name"]).exists()
+    assert described["columns"].keys() == {"messages", "chosen", "rejected"}
+    assert set(described["columns"].values()) <= rows[0].keys()
+
+
+def test_axolotls_snippet_names_the_file_and_its_fields(home, tmp_path):
+    import datasets
+
+    written(home, "axolotl", tmp_path / "out")
+    configuration = yaml.safe_load((tmp_path / "out" / "axolotl.yaml").read_text())
+    assert configuration["rl"] == "dpo"
+    (dataset,) = configuration["datasets"]
+    assert dataset["type"] == "chat_template.default"
+    loaded = datasets.load_dataset(
+        dataset["ds_type"], data_files=dataset["path"], split=dataset["split"], cache_dir=str(tmp_path / "cache")
+    )
+    assert {dataset[f"field_{name}"] for name in ("messages", "chosen", "rejected")} <= set(loaded.column_names)
+
+
+@pytest.mark.parametrize("form", CONVERSIONS)
+def test_texts_arrive_unchanged_and_in_order(home, tmp_path, form):
+    def contents(value: Any):
+        if isinstance(value, dict):
+            yield from (text for key, text in value.items() if key in ("content", "value") and isinstance(text, str))
+        for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from contents(part)
+
+    expected = [
+        sorted(row[side][0]["content"] for side in ("prompt", "chosen", "rejected"))
+        for row in pl.concat([pairs(1, 3), pairs(2, 2)]).to_dicts()
+    ]
+    assert [sorted(contents(row)) for row in written(home, form, tmp_path / "out")] == expected
+
+
+@given(chosen=st.text(min_size=1), rejected=st.text(min_size=1))
+def test_chosen_and_rejected_are_never_exchanged(chosen, rejected):
+    answers = {"chosen": chosen, "rejected": rejected}
+    row: dict[str, Any] = {side: [{"role": "assistant", "content": text}] for side, text in answers.items()}
+    row |= {"prompt": [{"role": "user", "content": "?"}]}
+    converted = {form: convert(row) for form, convert in CONVERSIONS.items()}
+    assert converted["trl"] == row
+    for side, text in answers.items():
+        assert converted["llama-factory"][side]["value"] == text
+        assert converted["axolotl"][side]["content"] == text
+    assert openai_row(row)["preferred_output"][0]["content"] == chosen
+    assert openai_row(row)["non_preferred_output"][0]["content"] == rejected
+
+
+@pytest.mark.parametrize(("asked", "iterations"), [("2", {2}), ("1, 2", {1, 2}), ("all", {1, 2})])
+def test_iterations_can_be_chosen(home, tmp_path, asked, iterations):
+    rows = written(home, "trl", tmp_path / "pairs.jsonl", "--iterations", asked)
+    assert {row["iteration"] for row in rows} == iterations
+
+
+@pytest.mark.parametrize(("form", "name"), [("trl", "out.parquet"), ("openai", "out.jsonl"), ("axolotl", "out")])
+def test_what_exists_is_replaced_only_when_asked(home, tmp_path, form, name):
+    assert export(home, form, tmp_path / name).exit_code == 0
+    before = {file: file.read_bytes() for file in tmp_path.rglob("out*") if file.is_file()}
+    refused = export(home, form, tmp_path / name, "--iterations", "1")
+    assert refused.exit_code == 2
+    assert "exists: choose another --output, or replace it with --overwrite" in refused.stderr
+    assert {file: file.read_bytes() for file in before} == before
+    assert export(home, form, tmp_path / name, "--iterations", "1", "--overwrite").exit_code == 0
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_dataset_info_of_the_users_own_is_not_replaced(home, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text('{"mine": {}}')
+    assert export(home, "llama-factory", tmp_path / "data").exit_code == 2
+    assert [file.name for file in (tmp_path / "data").iterdir()] == ["dataset_info.json"]
+
+
+@pytest.mark.parametrize(("form", "name", "arguments", "words"), [
+    ("openai", "x.parquet", (), "is written as .jsonl"),
+    ("llama-factory", "x.jsonl", (), "give --output a folder"),
+    ("trl", "x.jsonl", ("--iterations", "1,7"), "Iteration 7 has no preference pairs; iterations that have: 1, 2."),
+    ("trl", "x.jsonl", ("--iterations", "first"), "neither `all` nor numbers"),
+])  # fmt: skip
+def test_what_cannot_be_written_is_refused_in_a_sentence(home, tmp_path, form, name, arguments, words):
+    result = export(home, form, tmp_path / name, *arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / name).exists()
+
+
+def test_a_home_without_pairs_is_refused(tmp_path, nano_model):
+    write_settings(tmp_path / "settings.yaml", nano_settings(nano_model))
+    result = export(tmp_path, "trl", tmp_path / "x.jsonl")
+    assert result.exit_code == 2
+    assert "holds no preference pairs yet" in result.stderr
+
+
+def test_a_write_that_fails_leaves_nothing(home, tmp_path, monkeypatch):
+    from synpo_assets import export as module
+
+    def fails(row):
+        raise RuntimeError("disk full")
+
+    monkeypatch.setitem(module.CONVERSIONS, "openai", fails)
+    assert export(home, "openai", tmp_path / "x.jsonl").exit_code == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["home"]
