@@ -42,9 +42,11 @@ def print_export(
     write_pairs(pairs, form, file)
     counts = ", ".join(f"{count} of iteration {number}" for number, count in _counts(pairs))
     console = Console()
-    console.print(f"{pairs.height} pairs ({counts}) in the form of {form}: {file}", soft_wrap=True, highlight=False)
+    console.print(
+        f"{pairs.height} pairs ({counts}) in the form of {form}: {file}", soft_wrap=True, highlight=False, markup=False
+    )
     for place in _beside(form, file):
-        console.print(f"{'how to use it':<18}{place}", soft_wrap=True, highlight=False)
+        console.print(f"{'how to use it':<18}{place}", soft_wrap=True, highlight=False, markup=False)
 
 
 def output_file(form: Format, output: Path) -> Path:

@@ -65,23 +65,26 @@ def axolotl_row(row: Mapping[str, Any]) -> Row:
     """A row of the strategy `chat_template.default`: the answers are single messages.
 
     Source: https://docs.axolotl.ai/docs/rlhf.html#chat_template.default; the strategy reads three fields of a row, and the
-    trainer under it is TRL's. It renders an answer and looks for its text in what came out: where the chat template trims
-    messages, an answer with spaces around it would be lost, so answers are trimmed here.
+    trainer under it is TRL's. Answers are trimmed: the strategy looks them up in the text that the chat template makes, and
+    where the template trims them (as Llama 3's does) an answer with white space around it would come out empty.
 
     Examples:
         >>> axolotl_row({
         ...     "pair_id": "pair-1",
         ...     "prompt": [{"role": "user", "content": "Why?"}],
         ...     "chosen": [{"role": "assistant", "content": "Because."}],
-        ...     "rejected": [{"role": "assistant", "content": "No."}],
+        ...     "rejected": [{"role": "assistant", "content": "No. "}],
         ... })  # doctest: +NORMALIZE_WHITESPACE
         {'messages': [{'role': 'user', 'content': 'Why?'}],
          'chosen': {'role': 'assistant', 'content': 'Because.'},
          'rejected': {'role': 'assistant', 'content': 'No.'},
          'pair_id': 'pair-1'}
     """
-    answers = {side: row[side][-1] | {"content": row[side][-1]["content"].strip()} for side in ("chosen", "rejected")}
-    return {"messages": row["prompt"], **answers, **_about(row)}
+    return {
+        "messages": row["prompt"],
+        **{side: {**row[side][-1], "content": row[side][-1]["content"].strip()} for side in ("chosen", "rejected")},
+        **_about(row),
+    }
 
 
 def openai_row(row: Mapping[str, Any]) -> Row:
