@@ -23,7 +23,7 @@ def main(home: Path) -> None:
             page.locator(f"text={asset}").first.wait_for()
         page.wait_for_timeout(4000)
         # The graph without the lists and buttons around it.
-        page.screenshot(path=FOLDER / "lineage.png", clip={"x": 380, "y": 240, "width": 1440, "height": 820})
+        page.screenshot(path=FOLDER / "lineage.png", clip={"x": 380, "y": 140, "width": 1440, "height": 1030})
         browser.close()
 
 
