@@ -55,10 +55,8 @@ class Ui:
         ][0]["name"]
 
     def assets(self):
-        """All assets but those that publish, which are made only when asked for by name."""
         found = self.query("{ assetNodes { assetKey { path } isPartitioned } }")["assetNodes"]
-        partitioned = {node["assetKey"]["path"][0]: node["isPartitioned"] for node in found}
-        return {name: value for name, value in partitioned.items() if not name.startswith("published_")}
+        return {node["assetKey"]["path"][0]: node["isPartitioned"] for node in found}
 
     def reload(self):
         """The button `Reload` of the code location."""
