@@ -9,6 +9,7 @@ import dagster as dg
 from resources.checkpoint_store import CheckpointStore
 from resources.embeddings import SentenceEmbedder
 from resources.language_model import LanguageModel
+from resources.likelihood import AnswerLikelihood
 from resources.processes import end_with_parent
 from resources.scorer import RewardScorer
 from resources.settings import active_settings, home_directory
@@ -29,8 +30,7 @@ end_with_parent()
 settings = active_settings()
 home = home_directory()
 root = settings.storage.root(home)
-shards = f"{root}/shards"
-cache = str(home / "cache" / "checkpoints") if settings.storage.artifacts else None
+shards, cache = f"{root}/shards", str(home / "cache" / "checkpoints") if settings.storage.artifacts else None
 common: dict[str, Any] = {"engine": settings.engine, "random_seed": settings.random_seed}
 compared = settings.scorer.model_dump(include={"kind", "max_length", "pair_convention"})
 
@@ -49,6 +49,7 @@ defs = dg.Definitions(
         "trainer": Trainer(states=f"{home}/training", processes=settings.training_processes, **common),
         "scorer": RewardScorer(shards=shards, engine=settings.engine, **compared),
         "embedder": SentenceEmbedder(engine=settings.engine),
+        "likelihood": AnswerLikelihood(engine=settings.engine),
         "tables": ParquetTables(f"{root}/tables"),
         "checkpoints": CheckpointStore(f"{root}/checkpoints", cache),
     },

@@ -101,6 +101,11 @@ class SeedData(Section):
 
     train: DataSource = Field(description="Pairs that the generator, the improver and the reward model are trained on.")
     held_out: DataSource = Field(description="Pairs that no training ever reads; used for evaluation only.")
+    verifiable: DataSource | None = Field(
+        None,
+        description="Instructions with constraints that a program can check (columns prompt and constraints, as in "
+        "resources/seed/verifiable.jsonl); used for evaluation only. None: none are asked.",
+    )
     prompt_column: str = Field("prompt", description="Column with the prompt: text, or chat messages.")
     answer_column: str = Field(
         "answer", description="Column with the gold answer: text, or chat messages whose first assistant turn is taken."
@@ -833,7 +838,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
-    sources = [_section(_section(values, "seed_data"), key) for key in ("train", "held_out")]
+    sources = [_section(_section(values, "seed_data"), key) for key in ("train", "held_out", "verifiable")]
     sources.append(_section(_section(values, "keyword_pool"), "corpus"))
     for source in sources:
         if str(source.get("path", "")).endswith(SEED_DATA_SUFFIXES):

@@ -22,7 +22,8 @@ from synpo_assets.report import iterations_of, read_iteration
 WIDTH = 100
 # Of each figure: how it is called, and how it is written.
 FORMATS = {
-    "win rate over M_0": "{:.1%}", "reward M_0": "{:.3f}", "reward M_t": "{:.3f}", "margin": "{:.3f}",
+    "win rate over M_0": "{:.1%}", "instructions M_0": "{:.1%}", "instructions M_t": "{:.1%}", "reward M_0": "{:.3f}",
+    "reward M_t": "{:.3f}", "margin": "{:.3f}",
     "chosen / rejected length": "{:.2f}", "pairs kept": "{:,}", "tokens generated": "{:,}", "tokens trained": "{:,}",
     "seconds": "{:,}",
 }  # fmt: skip
@@ -114,6 +115,8 @@ def _figures(iteration: FinishedIteration) -> dict[str, Any]:
     figure = iteration.figure
     values = (
         figure("evaluation", "win_rate_over_initial"),
+        figure("instruction_following", "verifiable_rate initial"),
+        figure("instruction_following", "verifiable_rate policy"),
         figure("evaluation", "held_out_reward initial"),
         figure("evaluation", "held_out_reward policy"),
         figure("preference_pairs", "mean_margin"),

@@ -62,12 +62,13 @@ class Work:
         return min(self.tokens * (iteration if self.accumulates else 1), self.most_tokens)
 
 
-def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
+def expected_work(settings: Settings, seed: pl.DataFrame, instructions: int) -> list[Work]:
     """Upper bounds per asset: every completion is taken to be as long as allowed.
 
     Args:
         settings: The experiment.
         seed: The table of the asset `seed_pairs`.
+        instructions: How many verifiable instructions there are.
     """
     train, judge, held_out = (seed.filter(split=split) for split in ("train", "judge", "held_out"))
     prompt, answer = (_tokens(" ".join(train[column])) / train.height for column in ("prompt", "answer"))
@@ -127,6 +128,9 @@ def expected_work(settings: Settings, seed: pl.DataFrame) -> list[Work]:
         Work("refined_responses", "generate", wanted * settings.response_improver.sampling.max_new_tokens),
         Work("preference_pairs", "score", wanted * compared(written, written)),
         Work("evaluation", "generate", held_out.height * written),
+        # M_0's answers are found in the shards from the second iteration on.
+        Work("instruction_following", "generate", 2 * instructions * written),
+        Work("gold_comparison", "score", 2 * held_out.height * (asked + answer)),
         Work("evaluation", "score", held_out.height * (compared(written, written) + gold)),
         # By the judge, which has scored M_0's and M_{t-1}'s answers already.
         Work("evaluation", "score", held_out.height * (asked + written)),

@@ -31,7 +31,15 @@ LOG_EVERY_SECONDS = 30.0
 
 @dg.asset(
     partitions_def=ITERATIONS,
-    deps=["seed_pairs", "keyword_pool", "prompt_generator", "self_instruct_prompts", "reward_model", "judge_model"],
+    deps=[
+        "seed_pairs",
+        "keyword_pool",
+        "prompt_generator",
+        "self_instruct_prompts",
+        "reward_model",
+        "judge_model",
+        "verifiable_instructions",
+    ],
     **checkpoint(),
 )
 def policy(

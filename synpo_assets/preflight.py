@@ -29,6 +29,8 @@ from synpo_assets.calibration import Calibration, calibrate, known_calibration
 from synpo_assets.estimate import Kind, Rate, expected_work, parameter_count, rates_on_cpu, seconds
 from synpo_assets.method.prompts import words_of
 from synpo_assets.method.seed import BadRow, seed_rows
+from synpo_assets.method.verifiable import instruction_rows, overlapping
+from synpo_assets.schemas import VerifiableInstructions
 
 SHOWN_BAD_ROWS = 5
 CONNECT_SECONDS = 10
@@ -66,6 +68,38 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
     set_aside = [row | {"split": "judge"} for row in _sample(left, judge_count, f"{settings.random_seed}:judge")]
     asked = _sample(usable["held_out"], seed.held_out_limit, f"{settings.random_seed}:held_out")
     return pl.DataFrame([*trained_on, *set_aside, *asked], schema=SEED_SCHEMA), bad
+
+
+def verifiable_table(settings: Settings, seed: pl.DataFrame) -> pl.DataFrame:
+    """Reads and validates the verifiable instructions.
+
+    Args:
+        settings: The experiment.
+        seed: The table of the asset `seed_pairs`.
+
+    Returns:
+        The table of the asset `verifiable_instructions`, without rows if `seed_data.verifiable` is not stated.
+
+    Raises:
+        SettingsError: The file or a column is missing, a row cannot be used, or an instruction overlaps with a prompt that a
+            training reads.
+    """
+    source, rows = settings.seed_data.verifiable, list[dict[str, Any]]()
+    if source is not None:
+        rows, bad = instruction_rows(list(read_rows(source, "seed_data.verifiable", ("prompt", "constraints"))))
+        if bad:
+            shown = "; ".join(bad[:SHOWN_BAD_ROWS])
+            raise SettingsError(
+                f"{len(bad)} instructions of {source.path} (seed_data.verifiable) cannot be used: {shown}."
+            )
+        trained_on = seed.filter(pl.col("split") != "held_out")["prompt"].to_list()
+        ngram = settings.prompt_generator.decontamination_ngram
+        if overlaps := overlapping([row["prompt"] for row in rows], trained_on, ngram):
+            raise SettingsError(
+                f"{len(overlaps)} training prompts overlap with instructions of {source.path} (seed_data.verifiable), such as "
+                f"{overlaps[0][1]!r} with {overlaps[0][0]!r}: remove one of the two from its file."
+            )
+    return pl.DataFrame(rows, schema=VerifiableInstructions.empty().schema)
 
 
 def _train_and_judge(seed: SeedData, usable: int) -> tuple[int, int]:
@@ -124,7 +158,9 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> Non
             f"--iterations {iterations} is not between 1 and max_iterations = {settings.max_iterations}: raise it in the "
             f"settings (for a home that exists, in {home / 'settings.yaml'})."
         )
-    shown_seed_prompts(settings, seed_table(settings)[0])
+    seed, _ = seed_table(settings)
+    shown_seed_prompts(settings, seed)
+    verifiable_table(settings, seed)
     next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
     check_training(settings)
     _check_judge(settings)
@@ -241,6 +277,7 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     console = Console()
     seed, dropped = seed_table(settings)
     shown_seed_prompts(settings, seed)
+    instructions = verifiable_table(settings, seed).height
     next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
     check_training(settings)
     _check_judge(settings)
@@ -258,13 +295,13 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     facts = Table.grid(padding=(0, 2))
     facts.add_row("settings", f"valid (preset {settings.preset}), home {home}")
     shares = f"{counts['train']} train, {counts['judge']} for the judge, {counts['held_out']} held out"
-    facts.add_row("seed", f"{shares}, {len(dropped)} dropped")
+    facts.add_row("seed", f"{shares}, {len(dropped)} dropped; {instructions} verifiable instructions")
     facts.add_row("M_0", f"{settings.initial_policy.name}, {where}")
     facts.add_row("device", f"{device}, {os.cpu_count()} cores")
     room = f"about {disk / 1e9:.1f} GB for all iterations" if cached else "unknown until M_0 is downloaded"
     facts.add_row("disk", room)
     console.print(facts, soft_wrap=True)
-    console.print(_cost(settings, seed, *known_rates(calibration, cached, device)), soft_wrap=True)
+    console.print(_cost(settings, seed, instructions, *known_rates(calibration, cached, device)), soft_wrap=True)
 
 
 def known_rates(
@@ -295,8 +332,10 @@ def known_rates(
     return None, f"unknown. {measuring}"
 
 
-def _cost(settings: Settings, seed: pl.DataFrame, rates: Mapping[Kind, Rate] | None, basis: str) -> Table:
-    work, last = expected_work(settings, seed), settings.max_iterations
+def _cost(
+    settings: Settings, seed: pl.DataFrame, instructions: int, rates: Mapping[Kind, Rate] | None, basis: str
+) -> Table:
+    work, last = expected_work(settings, seed, instructions), settings.max_iterations
     once, repeated = [item for item in work if item.once], [item for item in work if not item.once]
     # The last iteration is the longest: M_t is trained on the pairs of all iterations so far.
     phases = {"made once": (once, [1]), "iteration 1": (repeated, [1]), f"iteration {last}": (repeated, [last])}

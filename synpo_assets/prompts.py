@@ -100,13 +100,15 @@ def synthetic_prompts(
     keyword_sets: pl.DataFrame,
     prompt_generator: Checkpoint,
     seed_pairs: pl.DataFrame,
+    verifiable_instructions: pl.DataFrame,
     preference_history: pl.DataFrame,
     language_model: LanguageModel,
     settings: dg.ResourceParam[Settings],
 ) -> dg.Output[pl.DataFrame]:
     """New prompts that G writes from the keyword sets; only valid ones stay (paper, section 2.1)."""
     options = settings.prompt_generator
-    prompts = _prompt_filter(settings, seed_pairs, preference_history)
+    asked_later = [*seed_pairs.filter(split="held_out")["prompt"], *verifiable_instructions["prompt"]]
+    prompts = _prompt_filter(settings, seed_pairs, preference_history, asked_later)
     usages: list[Usage] = []
 
     def write(drawn: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -146,12 +148,14 @@ def prompt_sampling(settings: Settings) -> Sampling:
     return settings.prompt_generator.sampling.model_copy(update={"stop": [templates.QUESTION_END]})
 
 
-def _prompt_filter(settings: Settings, seed_pairs: pl.DataFrame, history: pl.DataFrame) -> PromptFilter:
-    """A filter that knows the seed and the pairs so far, which are not written again, and the held-out prompts."""
+def _prompt_filter(
+    settings: Settings, seed_pairs: pl.DataFrame, history: pl.DataFrame, asked_later: Sequence[str]
+) -> PromptFilter:
+    """A filter that knows the seed and the pairs so far, which are not written again, and the prompts of evaluations."""
     options = settings.prompt_generator
     known = NearDuplicates(options.near_duplicate_similarity)
     earlier = [messages[0]["content"] for messages in history["prompt"].to_list()]
     for prompt in [*seed_pairs.filter(split="train")["prompt"], *earlier]:
         known.add(prompt)
-    held_out = Contamination(seed_pairs.filter(split="held_out")["prompt"], options.decontamination_ngram)
-    return PromptFilter(options.min_words, options.max_words, options.language, known, held_out)
+    contamination = Contamination(asked_later, options.decontamination_ngram)
+    return PromptFilter(options.min_words, options.max_words, options.language, known, contamination)

@@ -33,12 +33,13 @@ from synpo_assets.presentation import versions_table
 READ_ASSETS = (
     "keyword_sets", "synthetic_prompts", "prompt_diversity", "seed_responses", "response_improver", "base_responses",
     "initial_responses", "refined_responses", "preference_pairs", "model_checkpoint", "evaluation",
+    "instruction_following", "gold_comparison",
 )  # fmt: skip
 
 
 @dg.asset(
     # It reads more than these; the last assets of an iteration stand for all of it in the graph.
-    deps=["evaluation", "prompt_diversity"],
+    deps=["evaluation", "instruction_following", "gold_comparison", "prompt_diversity"],
     group_name=GROUP,
     kinds={"matplotlib"},
     retry_policy=RETRIES,

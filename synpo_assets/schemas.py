@@ -202,6 +202,43 @@ class Evaluation(Table):
     iteration: int = pa.Field(ge=1, description="The iteration t.")
 
 
+class VerifiableInstructions(Table):
+    """Instructions whose answers a program can check."""
+
+    prompt_id: str = _id("Content hash of the prompt.", unique=True)
+    prompt: str = _text("The instruction.")
+    constraints: pl.List(pl.Struct({"rule": pl.String, "value": pl.String})) = pa.Field(  # type: ignore[valid-type]
+        description="What an answer must meet: a rule of method/verifiable.py, and the value it compares with."
+    )
+
+
+class InstructionFollowing(VerifiableInstructions):
+    """Answers of M_t and M_0 to the verifiable instructions, and the constraints that they meet."""
+
+    policy_response: str = pa.Field(description="M_t's answer.")
+    policy_met: pl.List(pl.Boolean) = pa.Field(description="Whether M_t's answer meets each constraint, in order.")  # type: ignore[valid-type]
+    initial_response: str = pa.Field(description="M_0's answer.")
+    initial_met: pl.List(pl.Boolean) = pa.Field(description="Whether M_0's answer meets each constraint, in order.")  # type: ignore[valid-type]
+    policy_checkpoint_sha: str = _id("sha of M_t.")
+    initial_checkpoint_sha: str = _id("sha of M_0.")
+    iteration: int = pa.Field(ge=1, description="The iteration t.")
+
+
+class GoldComparison(Table):
+    """The held-out gold answers as M_t and M_0 see them, and how close their own answers are."""
+
+    prompt_id: str = _id("The held-out prompt.", unique=True)
+    prompt: str = _text("The instruction.")
+    answer: str = _text("The gold answer.")
+    policy_log_likelihood: float = pa.Field(le=0, description="Mean log-probability per gold token under M_t, in nats.")
+    initial_log_likelihood: float = pa.Field(le=0, description="The same under M_0.")
+    policy_similarity: float = pa.Field(description="Cosine of the embeddings of M_t's answer and the gold answer.")
+    initial_similarity: float = pa.Field(description="The same for M_0's answer.")
+    policy_checkpoint_sha: str = _id("sha of M_t.")
+    initial_checkpoint_sha: str = _id("sha of M_0.")
+    iteration: int = pa.Field(ge=1, description="The iteration t.")
+
+
 def column_schema(model: type[Table]) -> dg.TableSchema:
     """The columns with their descriptions, as the UI shows them."""
     columns = model.to_schema().columns

@@ -4,6 +4,7 @@ from synpo_assets import (
     diversity,
     evaluation,
     loop,
+    measurements,
     preferences,
     prompts,
     publishing,
@@ -13,4 +14,6 @@ from synpo_assets import (
     training,
 )
 
-STAGES = (seed, prompts, diversity, preferences, loop, responses, training, evaluation, report, publishing)
+STAGES = (
+    seed, prompts, diversity, preferences, loop, responses, training, evaluation, measurements, report, publishing,
+)  # fmt: skip

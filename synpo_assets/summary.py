@@ -12,7 +12,7 @@ from resources.settings import active_settings
 from resources.tables import ParquetTables
 from resources.text import asset_label, visible
 from synpo_assets.history import metadata_of, seconds_of
-from synpo_assets.method.report import rate_text
+from synpo_assets.method.report import gain_text, rate_text
 from synpo_assets.missing import asset_names
 from synpo_assets.partitions import partition_key
 from synpo_assets.runs import asset_graph
@@ -69,7 +69,7 @@ def _held_out(instance: DagsterInstance, iterations: int) -> Table:
     table.title_justify = "left"
     for column in ("over M_0", "LC", "over M_t-1"):
         table.add_column(column, justify="right", no_wrap=True)
-    rewards = []
+    rewards, followings = [], []
     for number in range(1, iterations + 1):
         about = metadata_of(instance, "evaluation", partition_key(number))
         # What an earlier version of the asset recorded has no such table.
@@ -82,5 +82,15 @@ def _held_out(instance: DagsterInstance, iterations: int) -> Table:
         table.add_section()
         means = (f"{about[f'held_out_reward {name}']:.3f}" for name in ("initial", "policy"))
         rewards.append(f"{' → '.join(means)} (M_{number}, {about['held_out_prompts']} prompts)")
-    table.caption, table.caption_justify = f"Mean reward by the scorer, M_0 → M_t: {', '.join(rewards)}.", "left"
+        following = metadata_of(instance, "instruction_following", partition_key(number))
+        if following.get("verifiable_gain") is not None:
+            shares = (f"{following[f'verifiable_rate {name}']:.1%}" for name in ("initial", "policy"))
+            gain = gain_text(*(following[f"verifiable_gain{end}"] for end in ("", "_low", "_high")))
+            followings.append(
+                f"{' → '.join(shares)}, {gain} (M_{number}, {following['dagster/row_count']} instructions)"
+            )
+    table.caption_justify = "left"
+    table.caption = f"Mean reward by the scorer, M_0 → M_t: {', '.join(rewards)}."
+    if followings:
+        table.caption += f"\nVerifiable instructions followed, M_0 → M_t: {', '.join(followings)}."
     return table

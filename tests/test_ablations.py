@@ -94,7 +94,7 @@ def test_the_estimate_knows_whether_pairs_accumulate(tmp_path, nano_model, accum
     settings = changed(tmp_path, nano_model, "policy", accumulate=accumulate,
                        training=nano_settings(nano_model)["policy"]["training"] | {"max_examples": None})  # fmt: skip
     seed = pl.DataFrame({"split": ["train", "held_out"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
-    (work,) = [item for item in expected_work(settings, seed) if item.asset == "model_checkpoint"]
+    (work,) = [item for item in expected_work(settings, seed, 0) if item.asset == "model_checkpoint"]
     assert work.in_iteration(2) == times * work.in_iteration(1)
 
 

@@ -58,6 +58,7 @@ def test_memory_is_counted_without_loading_pytorch():
     "prompt_generator", "self_instruct_prompts", "reward_model", "judge_model", "prompt_diversity",
     "seed_responses", "response_improver", "synthetic_prompts", "base_responses",
     "initial_responses", "refined_responses", "preference_pairs", "model_checkpoint", "evaluation",
+    "instruction_following", "gold_comparison",
 ])  # fmt: skip
 def test_every_asset_that_uses_a_model_shows_tokens_time_and_memory(nano_run, asset):
     once = ("prompt_generator", "self_instruct_prompts", "reward_model", "judge_model")

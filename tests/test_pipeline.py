@@ -18,9 +18,12 @@ TABLES = {
     "initial_responses": schemas.Responses, "seed_responses": schemas.SeedResponses,
     "refined_responses": schemas.RefinedResponses, "preference_pairs": schemas.PreferencePairs,
     "preference_history": schemas.PreferenceHistory, "evaluation": schemas.Evaluation,
+    "verifiable_instructions": schemas.VerifiableInstructions,
+    "instruction_following": schemas.InstructionFollowing, "gold_comparison": schemas.GoldComparison,
 }  # fmt: skip
 ONCE = {
     "seed_pairs", "keyword_pool", "initial_policy", "prompt_generator", "reward_model", "self_instruct_prompts", "judge_model",
+    "verifiable_instructions",
 }  # fmt: skip
 CHECKPOINTS = {"policy", "response_improver", "model_checkpoint"}
 

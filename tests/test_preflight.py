@@ -125,20 +125,22 @@ def test_full_training_needs_room_for_saved_states_too(nano_model, tmp_path):
 def test_more_prompts_cost_more_and_the_papers_size_is_the_papers(tmp_path):
     laptop = load_settings(preset_path("laptop"))
     seed, _ = seed_table(laptop)
-    work = expected_work(laptop, seed)
+    work = expected_work(laptop, seed, 0)
     more = load_settings(
         write_settings(tmp_path / "more.yaml", {"preset": "laptop", "prompt_generator": {"prompts_per_iteration": 80}})
     )
     rates = rates_on_cpu(10**8)
-    assert sum(seconds(item, rates) for item in expected_work(more, seed)) > sum(seconds(item, rates) for item in work)
+    assert sum(seconds(item, rates) for item in expected_work(more, seed, 0)) > sum(
+        seconds(item, rates) for item in work
+    )
     # The paper's own iteration takes about 218,000 completions; ours is counted in tokens of at most 2,048 each.
     paper = load_settings(preset_path("paper_llama3"))
     fake = pl.DataFrame({"prompt": ["word " * 50], "answer": ["word " * 200], "split": ["train"]})
     fake = pl.concat([fake] * 18_000 + [fake.with_columns(split=pl.lit(split)) for split in ("judge", "held_out")])
     # D grows by 10,000 pairs with each iteration, and M_t is trained on all of it.
-    (policy,) = [item for item in expected_work(paper, fake) if item.asset == "model_checkpoint"]
+    (policy,) = [item for item in expected_work(paper, fake, 0) if item.asset == "model_checkpoint"]
     assert [policy.in_iteration(t) / policy.in_iteration(1) for t in (1, 2, 4)] == [1, 2, 4]
-    answers = [item for item in expected_work(paper, fake) if item.kind == "generate" and not item.once]
+    answers = [item for item in expected_work(paper, fake, 0) if item.kind == "generate" and not item.once]
     completions = sum(item.tokens for item in answers if item.asset != "synthetic_prompts") / 2048
     assert 100_000 < completions < 218_000
 
@@ -146,10 +148,10 @@ def test_more_prompts_cost_more_and_the_papers_size_is_the_papers(tmp_path):
 def test_training_and_scoring_of_the_judge_are_counted():
     laptop = load_settings(preset_path("laptop"))
     seed, _ = seed_table(laptop)
-    of_judge = [item for item in expected_work(laptop, seed) if item.asset == "judge_model"]
+    of_judge = [item for item in expected_work(laptop, seed, 0) if item.asset == "judge_model"]
     assert [item.kind for item in of_judge] == ["train", "generate", "score"]
     assert all(item.once and item.tokens > 0 for item in of_judge)
-    (train,) = (item for item in expected_work(laptop, seed) if (item.asset, item.kind) == ("reward_model", "train"))
+    (train,) = (item for item in expected_work(laptop, seed, 0) if (item.asset, item.kind) == ("reward_model", "train"))
     assert of_judge[0].tokens == train.tokens, "as many rows, and the same training"
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from resources.settings import load_settings, preset_path
 from synpo_assets.method.prompts import Contamination, NearDuplicates
-from synpo_assets.preflight import seed_table
+from synpo_assets.method.verifiable import RULES
+from synpo_assets.preflight import seed_table, verifiable_table
 from tests.nano import SEED, seed_rows
 
 
@@ -52,8 +53,22 @@ def test_the_shipped_seed_is_valid():
     assert frame.height == len(seed_rows("train")) + len(seed_rows("held_out"))
 
 
+def test_the_shipped_instructions_are_valid_and_alike_to_no_prompt():
+    settings = load_settings(preset_path("laptop"))
+    whole = settings.seed_data.model_copy(update={"train_limit": None, "held_out_limit": None})
+    frame, _ = seed_table(settings.model_copy(update={"seed_data": whole}))
+    instructions = verifiable_table(settings, frame)
+    assert instructions.height >= 60
+    known = NearDuplicates(0.5)
+    for prompt in [*frame["prompt"], *instructions["prompt"]]:
+        assert known.find(prompt) is None, prompt
+        known.add(prompt)
+    rules = collections.Counter(each["rule"] for row in instructions["constraints"] for each in row)
+    assert set(rules) == RULES.keys()
+
+
 def test_how_it_was_made_and_its_licence_are_stated():
     text = (SEED / "README.md").read_text()
     assert "licen" in text.lower()
-    for name in ("train.jsonl", "held_out.jsonl", "corpus.jsonl"):
+    for name in ("train.jsonl", "held_out.jsonl", "corpus.jsonl", "verifiable.jsonl"):
         assert name in text

@@ -25,7 +25,7 @@ CASES = {
     "prompt_generator.prompts_per_iteration": (9, {"synthetic_prompts", "keyword_sets", "self_instruct_prompts"}),
     "prompt_generator.sampling.temperature": (0.9, {"synthetic_prompts", "self_instruct_prompts"}),
     "diversity.sample_size": (7, {"prompt_diversity"}),
-    "diversity.embedding_model.name": ("/elsewhere", {"prompt_diversity"}),
+    "diversity.embedding_model.name": ("/elsewhere", {"prompt_diversity", "gold_comparison"}),
     "diversity.self_instruct_shots": (2, {"self_instruct_prompts"}),
     "prompt_generator.training.epochs": (2, {"prompt_generator", "synthetic_prompts"}),
     "keyword_pool.drop_personal_names": (False, {"keyword_pool", "prompt_generator"}),
@@ -34,10 +34,13 @@ CASES = {
     "response_improver.sampling.temperature": (0.9, {"refined_responses"}),
     "response_improver.margin_threshold": (0.3, {"response_improver"}),
     "responses.sampling.temperature": (
-        0.9, {"reward_model", "judge_model", "seed_responses", "base_responses", "initial_responses", "evaluation"}
+        0.9, {"reward_model", "judge_model", "seed_responses", "base_responses", "initial_responses", "evaluation",
+              "instruction_following"}
     ),
-    "engine.dtype": ("bfloat16", GENERATED | TRAINED | {"preference_pairs", "evaluation"}),
-    "engine.kind": ("transformers", GENERATED | {"reward_model", "judge_model", "evaluation"}),
+    "engine.dtype": (
+        "bfloat16", GENERATED | TRAINED | {"preference_pairs", "evaluation", "instruction_following", "gold_comparison"}
+    ),
+    "engine.kind": ("transformers", GENERATED | {"reward_model", "judge_model", "evaluation", "instruction_following"}),
     "scorer.pair_convention": (
         "one_order", {"reward_model", "seed_responses", "preference_pairs", "evaluation"}
     ),
@@ -46,7 +49,7 @@ CASES = {
     "judge.training.epochs": (2, {"judge_model"}),
     "judge.max_length": (99, {"judge_model", "evaluation"}),
     "judge.server": ({"url": "http://127.0.0.1:1/v1", "model": "m"}, {"evaluation"}),
-    "seed_data.judge_limit": (9, {"seed_pairs"}),
+    "seed_data.judge_limit": (9, {"seed_pairs", "verifiable_instructions"}),
     "engine.threads": (2, set()),
     "engine.shard_rows": (5, set()),
     "checks.min_win_rate": (0.9, set()),

@@ -13,6 +13,7 @@ SHOWN_CHARACTERS = 4000
 FOLDER = Path(__file__).parent / "report"
 GENERATED_BY = (
     "synthetic_prompts", "seed_responses", "base_responses", "initial_responses", "refined_responses", "evaluation",
+    "instruction_following",
 )  # fmt: skip
 TRAINED_BY = ("response_improver", "model_checkpoint")
 MEMORY = {
@@ -22,6 +23,7 @@ MEMORY = {
 PROMPT_SOURCES = {
     "synthetic": "synthetic prompts", "seed": "seed prompts", "self_instruct": "Self-Instruct prompts by M_0",
 }  # fmt: skip
+MODELS = {"policy": "M_t", "initial": "M_0"}
 SCORED_BY = ("seed_responses", "preference_pairs", "evaluation")
 
 
@@ -132,6 +134,20 @@ def rate_text(rate: Mapping[str, Any] | None) -> str:
         return MISSING
     text = f"{rate['win_rate']:.1%}"
     return text if rate["low"] is None else f"{text} ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
+
+
+def gain_text(gain: float | None, low: float | None, high: float | None) -> str:
+    """A difference of two shares with its interval, in percentage points.
+
+    Examples:
+        >>> gain_text(0.125, -0.0139, 0.25)
+        '+12.5 points (-1.4 to +25.0)'
+        >>> gain_text(None, None, None)
+        '—'
+    """
+    if gain is None or low is None or high is None:
+        return MISSING
+    return f"{100 * gain:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def report_notes(iterations: Sequence[FinishedIteration], unfinished: Sequence[str]) -> list[str]:
@@ -246,6 +262,30 @@ def _column(
             "repeated 3-grams in M_0's answers": _share(figure("evaluation", "mean_repetition initial")),
             "answers of M_t cut": _share(figure("evaluation", "cut_share policy")),
             "answers of M_0 cut": _share(figure("evaluation", "cut_share initial")),
+        },
+        "Without a judge": {
+            "verifiable instructions": _count(rows("instruction_following")),
+            **{
+                f"instructions followed by {model}": _share(figure("instruction_following", f"verifiable_rate {side}"))
+                for side, model in MODELS.items()
+            },
+            "instructions followed, M_t less M_0, 95 % interval": gain_text(
+                *(figure("instruction_following", f"verifiable_gain{end}") for end in ("", "_low", "_high"))
+            ),
+            **{
+                f"constraints met by {model}": _share(figure("instruction_following", f"constraint_rate {side}"))
+                for side, model in MODELS.items()
+            },
+            **{
+                f"log-likelihood of gold under {model}, per token": _number(
+                    figure("gold_comparison", f"gold_log_likelihood {side}")
+                )
+                for side, model in MODELS.items()
+            },
+            **{
+                f"likeness of {model}'s answers to gold": _number(figure("gold_comparison", f"gold_similarity {side}"))
+                for side, model in MODELS.items()
+            },
         },
         "Checkpoints": {
             "M_t": _sha(figure("model_checkpoint", "sha")),

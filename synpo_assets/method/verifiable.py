@@ -1,0 +1,218 @@
+"""Instructions whose answers a program can check: no judge, no opinion, so a regression shows as what it is.
+
+The idea is IFEval's (https://arxiv.org/abs/2311.07911); rules, names and prompts are our own. An answer counts as
+followed when it meets all constraints of its prompt; an empty answer meets none.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from synpo_assets.method.evaluation import bootstrap_interval, outcomes
+from synpo_assets.method.ids import content_id
+from synpo_assets.method.prompts import Contamination
+
+BULLET = re.compile(r"\s*(?:[-*•]|\d+[.)])\s+\S")
+SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)")
+
+
+def meets(rule: str, value: str, answer: str) -> bool:
+    """Whether an answer meets one constraint.
+
+    Args:
+        rule: A name in `RULES`.
+        value: What the rule compares with; ignored by rules without a value.
+        answer: The answer.
+
+    Examples:
+        >>> meets("words_at_most", "3", "Only three words"), meets("bullets_exactly", "2", "- one")
+        (True, False)
+        >>> meets("avoids", "sand", "A sandy beach"), meets("ends_with", "the end", "So it was. The End.")
+        (True, True)
+    """
+    return bool(answer.strip()) and RULES[rule](answer.strip(), value)
+
+
+def followed(constraints: Sequence[Mapping[str, str]], answer: str) -> list[bool]:
+    """Whether an answer meets each constraint of its prompt.
+
+    Args:
+        constraints: Rule and value of each.
+        answer: The answer.
+    """
+    return [meets(constraint["rule"], constraint["value"], answer) for constraint in constraints]
+
+
+def followed_figures(answered: pl.DataFrame, random_seed: int) -> dict[str, float | None]:
+    """How many instructions M_t and M_0 follow, and the difference with its 95 % bootstrap interval over instructions.
+
+    Args:
+        answered: One row per instruction with policy_met and initial_met: for each constraint, whether it was met.
+        random_seed: Fixes the interval.
+
+    Returns:
+        By name: `verifiable_rate policy` and `initial` (all constraints met), `constraint_rate policy` and `initial`,
+        `verifiable_gain` with `_low` and `_high`. All None if there are no instructions.
+
+    Examples:
+        >>> answered = pl.DataFrame({"policy_met": [[True, True], [True]], "initial_met": [[True, False], [True]]})
+        >>> figures = followed_figures(answered, random_seed=0)
+        >>> figures["verifiable_rate policy"], figures["verifiable_rate initial"], figures["verifiable_gain"]
+        (1.0, 0.5, 0.5)
+    """
+    sides = ("policy", "initial")
+    whole = answered.select(pl.col(f"{side}_met").list.all().cast(pl.Float64).alias(side) for side in sides)
+    gains = whole["policy"] - whole["initial"]
+    # A win is an instruction that only M_t follows: the win rate runs from 0 to 1 where the difference runs from -1 to 1.
+    low, high = (
+        2 * end - 1 for end in bootstrap_interval(outcomes(gains), random_seed) or (float("nan"), float("nan"))
+    )
+    figures: dict[str, float | None] = {f"verifiable_rate {side}": _mean(whole[side]) for side in sides}
+    figures |= {f"constraint_rate {side}": _mean(answered[f"{side}_met"].explode()) for side in sides}
+    bounds = {"verifiable_gain_low": low, "verifiable_gain_high": high} if answered.height else {}
+    return (
+        figures | {"verifiable_gain": _mean(gains), "verifiable_gain_low": None, "verifiable_gain_high": None} | bounds
+    )
+
+
+def rates_by_rule(answered: pl.DataFrame) -> pl.DataFrame:
+    """How many constraints of each rule M_t and M_0 meet.
+
+    Args:
+        answered: One row per instruction with constraints, policy_met and initial_met.
+
+    Returns:
+        One row per rule: rule, constraints, policy, initial (the shares met).
+    """
+    single = answered.select("constraints", "policy_met", "initial_met").explode(
+        "constraints", "policy_met", "initial_met"
+    )
+    return (
+        single.unnest("constraints")
+        .group_by("rule")
+        .agg(constraints=pl.len(), policy=pl.col("policy_met").mean(), initial=pl.col("initial_met").mean())
+        .sort("constraints", "rule", descending=[True, False])
+    )
+
+
+def instruction_rows(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Reads instructions with their constraints.
+
+    Args:
+        rows: Line and row; a row has `prompt` and `constraints`, a list of objects with `rule` and, where the rule compares
+            with something, `value`.
+
+    Returns:
+        Rows with prompt_id, prompt and constraints (rule and value as text), and a sentence for each bad row.
+
+    Examples:
+        >>> good, bad = instruction_rows([(1, {"prompt": "Say hi.", "constraints": [{"rule": "words", "value": 1}]})])
+        >>> good, bad
+        ([], ['line 1: there is no rule `words`'])
+    """
+    good: dict[str, dict[str, Any]] = {}
+    bad: list[str] = []
+    for line, row in rows:
+        prompt, constraints = row.get("prompt"), row.get("constraints")
+        if not isinstance(prompt, str) or not prompt.strip():
+            bad.append(f"line {line}: the prompt is missing or empty")
+        elif not isinstance(constraints, list) or not constraints:
+            bad.append(f"line {line}: `constraints` is no list, or empty")
+        elif reason := next(filter(None, map(_problem, constraints)), None):
+            bad.append(f"line {line}: {reason}")
+        elif prompt.strip() in good:
+            bad.append(f"line {line}: the same prompt stands in an earlier line")
+        else:
+            stated = [{"rule": each["rule"], "value": str(each.get("value", ""))} for each in constraints]
+            prompt_id = content_id("prompt", prompt.strip())
+            good[prompt.strip()] = {"prompt_id": prompt_id, "prompt": prompt.strip(), "constraints": stated}
+    return list(good.values()), bad
+
+
+def overlapping(instructions: Sequence[str], trained_on: Sequence[str], ngram: int) -> list[tuple[str, str]]:
+    """Instructions that share a run of words with a prompt that some training reads, with that prompt.
+
+    Args:
+        instructions: The prompts of the verifiable instructions.
+        trained_on: The prompts that trainings read.
+        ngram: Words in a run.
+    """
+    known = Contamination(instructions, ngram)
+    return [(instruction, prompt) for prompt in trained_on if (instruction := known.find(prompt)) is not None]
+
+
+def _mean(values: pl.Series) -> float | None:
+    mean = values.cast(pl.Float64).mean()
+    return None if mean is None else float(str(mean))
+
+
+def _problem(constraint: Any) -> str | None:
+    """What is wrong with a constraint as written, if anything is."""
+    if not isinstance(constraint, Mapping) or not isinstance(constraint.get("rule"), str):
+        return "a constraint is no object with a `rule`"
+    rule, value = constraint["rule"], constraint.get("value")
+    if rule not in RULES:
+        return f"there is no rule `{rule}`"
+    if rule in COUNTING and not str(value).isdigit():
+        return f"the rule `{rule}` needs a whole number as value, not {value!r}"
+    if rule in COMPARING and not (isinstance(value, str | int) and str(value)):
+        return f"the rule `{rule}` needs a text as value"
+    return None
+
+
+def _words(answer: str) -> list[str]:
+    return [word for word in answer.split() if any(letter.isalnum() for letter in word)]
+
+
+def _sentences(answer: str) -> int:
+    """How many sentences there are; a last one without an end mark counts."""
+    return len([part for part in SENTENCE_END.split(answer) if any(letter.isalnum() for letter in part)])
+
+
+def _has_word(answer: str, text: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(text)}(?!\w)", answer, re.IGNORECASE) is not None
+
+
+def _lines(answer: str) -> list[str]:
+    return [line for line in answer.splitlines() if line.strip()]
+
+
+def _is_json(answer: str) -> bool:
+    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", answer, re.DOTALL)
+    try:
+        return isinstance(json.loads(fenced[1] if fenced else answer), dict | list)
+    except ValueError:
+        return False
+
+
+def _bare(text: str) -> str:
+    """In lowercase, without quotes at the start and punctuation at the end."""
+    return text.lower().lstrip("\"'*").rstrip(".!?\"'* ")
+
+
+COUNTING: dict[str, Callable[[str, str], bool]] = {
+    "words_at_most": lambda answer, value: len(_words(answer)) <= int(value),
+    "words_at_least": lambda answer, value: len(_words(answer)) >= int(value),
+    "sentences_at_most": lambda answer, value: _sentences(answer) <= int(value),
+    "lines_exactly": lambda answer, value: len(_lines(answer)) == int(value),
+    "bullets_exactly": lambda answer, value: len([x for x in _lines(answer) if BULLET.match(x)]) == int(value),
+    "question_marks_exactly": lambda answer, value: answer.count("?") == int(value),
+}
+COMPARING: dict[str, Callable[[str, str], bool]] = {
+    "contains": _has_word,
+    "avoids": lambda answer, value: not _has_word(answer, value),
+    "avoids_text": lambda answer, value: value not in answer,
+    "starts_with": lambda answer, value: _bare(answer).startswith(value.lower()),
+    "ends_with": lambda answer, value: _bare(answer).endswith(value.lower()),
+}
+ALONE: dict[str, Callable[[str, str], bool]] = {
+    "all_lowercase": lambda answer, _: answer == answer.lower(),
+    "all_uppercase": lambda answer, _: answer == answer.upper() and any(letter.isalpha() for letter in answer),
+    "in_quotes": lambda answer, _: len(answer) > 2 and answer[0] in '"“' and answer[-1] in '"”',
+    "is_json": lambda answer, _: _is_json(answer),
+}
+# By name: whether an answer meets it, given the value that it is compared with.
+RULES = COUNTING | COMPARING | ALONE

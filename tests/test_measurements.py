@@ -1,0 +1,181 @@
+"""What is measured of M_t without a judge: rules that a program checks, likelihood of gold, and likeness to it."""
+
+import json
+
+import polars as pl
+import pytest
+
+from resources.likelihood import AnswerLikelihood
+from resources.settings import Engine, SettingsError, load_settings
+from synpo_assets.measurements import refuse_answers_of_another
+from synpo_assets.method.verifiable import RULES, followed_figures, meets, overlapping, rates_by_rule
+from synpo_assets.preflight import seed_table, verifiable_table
+from tests.nano import write_settings
+from tests.test_pipeline import home, instance, metadata, table  # noqa: F401
+
+# For each rule an answer that meets it and one that does not; several where the border matters.
+CASES = [
+    ("words_at_most", "3", "Three - short words!", "These are four words"),
+    ("words_at_least", "3", "Three short words", "Two words"),
+    ("sentences_at_most", "1", 'He said "Pi is 3.14."', "One. Two"),
+    ("sentences_at_most", "2", "Is it? Yes!", "One. Two. Three."),
+    ("lines_exactly", "2", "one\n\ntwo", "one"),
+    ("bullets_exactly", "2", "Here:\n- one\n* two", "- one\n- two\n- three"),
+    ("bullets_exactly", "2", "1. one\n2) two", "-one\n-two"),
+    ("question_marks_exactly", "1", "Why?", "Why? How?"),
+    ("contains", "salt", "Salt, of course.", "The salty sea"),
+    ("avoids", "sand", "A sandy beach", "Sand."),
+    ("avoids_text", ",", "No pause", "A pause, here"),
+    ("starts_with", "yes", '"Yes, they can."', "Well, yes"),
+    ("ends_with", "safe travels", "Go well. Safe travels!", "Safe travels, friend"),
+    ("all_lowercase", "", "all small.", "Not all"),
+    ("all_uppercase", "", "LOUD 1!", "LOUD but not"),
+    ("in_quotes", "", '"Good day."', 'He said "hi"'),
+    ("is_json", "", '```json\n{"a": 1}\n```', "{'a': 1}"),
+    ("is_json", "", "[1, 2]", "12"),
+]
+
+
+@pytest.mark.parametrize(("rule", "value", "good", "bad"), CASES)
+def test_a_rule_tells_good_from_bad(rule, value, good, bad):
+    assert meets(rule, value, good)
+    assert not meets(rule, value, bad)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_empty_answer_meets_nothing(rule):
+    assert not meets(rule, "1", " \n")
+
+
+def test_every_rule_has_a_case():
+    assert {rule for rule, *_ in CASES} == RULES.keys()
+
+
+def test_the_difference_has_an_interval_and_rules_are_shown_apart():
+    constraints = [{"rule": "contains", "value": "a"}, {"rule": "is_json", "value": ""}]
+    answered = pl.DataFrame(
+        {
+            "constraints": [constraints] * 20,
+            "policy_met": [[True, True]] * 15 + [[True, False]] * 5,
+            "initial_met": [[True, True]] * 5 + [[False, True]] * 15,
+        }
+    )
+    figures = followed_figures(answered, random_seed=0)
+    assert (figures["verifiable_rate policy"], figures["verifiable_rate initial"]) == (0.75, 0.25)
+    assert (figures["constraint_rate policy"], figures["constraint_rate initial"]) == (0.875, 0.625)
+    assert figures["verifiable_gain"] == 0.5
+    assert 0.2 < figures["verifiable_gain_low"] < 0.5 < figures["verifiable_gain_high"] < 0.8
+    assert rates_by_rule(answered).rows() == [("contains", 20, 1.0, 0.25), ("is_json", 20, 0.75, 1.0)]
+
+
+def test_without_instructions_the_figures_are_missing():
+    empty = pl.DataFrame(schema={f"{side}_met": pl.List(pl.Boolean) for side in ("policy", "initial")})
+    assert set(followed_figures(empty, random_seed=0).values()) == {None}
+
+
+BAD_INSTRUCTIONS = [
+    ({"prompt": "", "constraints": []}, "the prompt is missing or empty"),
+    ({"prompt": "Say hi."}, "`constraints` is no list, or empty"),
+    ({"prompt": "Say hi.", "constraints": ["short"]}, "a constraint is no object with a `rule`"),
+    ({"prompt": "Say hi.", "constraints": [{"rule": "shorter"}]}, "there is no rule `shorter`"),
+    ({"prompt": "Say hi.", "constraints": [{"rule": "words_at_most"}]}, "needs a whole number as value, not None"),
+    ({"prompt": "Say hi.", "constraints": [{"rule": "contains", "value": ""}]}, "needs a text as value"),
+]
+
+
+def with_instructions(tmp_path, *rows):
+    file = tmp_path / "instructions.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    seed = {"verifiable": {"path": "instructions.jsonl"}}
+    return load_settings(write_settings(tmp_path / "mine.yaml", {"preset": "laptop", "seed_data": seed}))
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_INSTRUCTIONS)
+def test_a_bad_instruction_is_refused_with_its_line(tmp_path, row, reason):
+    good = {"prompt": "Say a word.", "constraints": [{"rule": "words_at_most", "value": 1}]}
+    settings = with_instructions(tmp_path, good, row)
+    with pytest.raises(SettingsError, match=r"seed_data\.verifiable") as refused:
+        verifiable_table(settings, seed_table(settings)[0])
+    assert "line 2" in str(refused.value)
+    assert reason in str(refused.value)
+
+
+def test_instructions_that_a_training_reads_are_refused(tmp_path):
+    trained_on = seed_table(load_settings(write_settings(tmp_path / "x.yaml", {"preset": "laptop"})))[0]
+    prompt = max(trained_on.filter(split="train")["prompt"], key=lambda text: len(text.split()))
+    settings = with_instructions(tmp_path, {"prompt": prompt, "constraints": [{"rule": "is_json"}]})
+    with pytest.raises(SettingsError, match="overlap with instructions"):
+        verifiable_table(settings, seed_table(settings)[0])
+
+
+def test_an_overlap_names_both_prompts():
+    trained_on = ["please list three fruits that are red right now", "something else"]
+    assert overlapping(["List three fruits that are red"], trained_on, 5) == [
+        ("List three fruits that are red", "please list three fruits that are red right now")
+    ]
+
+
+def test_no_instructions_are_no_error(tmp_path):
+    settings = load_settings(
+        write_settings(tmp_path / "mine.yaml", {"preset": "laptop", "seed_data": {"verifiable": None}})
+    )
+    assert verifiable_table(settings, seed_table(settings)[0]).is_empty()
+
+
+def test_the_likelihood_is_what_transformers_calls_the_loss(nano_checkpoint):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from resources.chat import answer_ids, load_tokenizer, prompt_ids
+
+    rows = [
+        ("Why?", "Because it is so."),
+        ("Name a colour that you like.", "Blue"),
+        ("Why?", "No reason at all, really."),
+    ]
+    # Small batches too: each row is padded differently.
+    alone = AnswerLikelihood(engine=Engine(threads=1, batch_tokens=64)).measure(nano_checkpoint, rows, print)
+    found = AnswerLikelihood(engine=Engine(threads=1)).measure(nano_checkpoint, rows, print)
+    assert found.per_token == pytest.approx(alone.per_token, abs=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(nano_checkpoint.weights)
+    tokenizer = load_tokenizer(nano_checkpoint.weights)
+    for (prompt, answer), mean in zip(rows, found.per_token, strict=True):
+        messages = [{"role": "user", "content": prompt}]
+        asked, written = prompt_ids(tokenizer, messages), answer_ids(tokenizer, messages, answer)
+        labels = torch.tensor([[-100] * len(asked) + written])
+        with torch.inference_mode():
+            loss = model(input_ids=torch.tensor([asked + written]), labels=labels).loss
+        assert mean == pytest.approx(-float(loss), abs=1e-4)
+
+
+def test_both_models_are_measured_in_each_iteration(home, instance):  # noqa: F811
+    assert table(home, "verifiable_instructions").height >= 60
+    for iteration in (1, 2):
+        following, gold = table(home, "instruction_following", iteration), table(home, "gold_comparison", iteration)
+        evaluated = table(home, "evaluation", iteration)
+        assert (
+            following["policy_checkpoint_sha"].unique().to_list()
+            == evaluated["policy_checkpoint_sha"].unique().to_list()
+        )
+        for row in following.to_dicts():
+            for side in ("policy", "initial"):
+                expected = [meets(each["rule"], each["value"], row[f"{side}_response"]) for each in row["constraints"]]
+                assert row[f"{side}_met"] == expected
+        about = metadata(instance, "instruction_following", f"{iteration:04d}")
+        rate = (following["policy_met"].list.all()).mean()
+        assert about["verifiable_rate policy"] == pytest.approx(rate)
+        assert about["verifiable_gain_low"] <= about["verifiable_gain"] <= about["verifiable_gain_high"]
+        assert gold["prompt_id"].to_list() == evaluated["prompt_id"].to_list()
+        assert gold["policy_similarity"].is_between(-1.001, 1.001).all()
+        assert (
+            gold["initial_log_likelihood"].to_list()
+            == table(home, "gold_comparison", 1)["initial_log_likelihood"].to_list()
+        )
+        about = metadata(instance, "gold_comparison", f"{iteration:04d}")
+        assert about["gold_log_likelihood policy"] == pytest.approx(gold["policy_log_likelihood"].mean())
+
+
+def test_answers_of_another_checkpoint_are_refused(nano_checkpoint):
+    evaluation = pl.DataFrame({"policy_checkpoint_sha": ["f" * 64]})
+    with pytest.raises(Exception, match="materialize `evaluation` of this iteration again"):
+        refuse_answers_of_another(nano_checkpoint, evaluation)
