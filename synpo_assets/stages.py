@@ -5,6 +5,7 @@ from synpo_assets import (
     evaluation,
     loop,
     preferences,
+    promotion,
     prompts,
     publishing,
     report,
@@ -13,4 +14,4 @@ from synpo_assets import (
     training,
 )
 
-STAGES = (seed, prompts, diversity, preferences, loop, responses, training, evaluation, report, publishing)
+STAGES = (seed, prompts, diversity, preferences, loop, responses, training, evaluation, promotion, report, publishing)

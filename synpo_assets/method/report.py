@@ -22,6 +22,7 @@ MEMORY = {
 PROMPT_SOURCES = {
     "synthetic": "synthetic prompts", "seed": "seed prompts", "self_instruct": "Self-Instruct prompts by M_0",
 }  # fmt: skip
+PROMOTED = {True: "yes", False: "no", None: MISSING}
 SCORED_BY = ("seed_responses", "preference_pairs", "evaluation")
 
 
@@ -52,6 +53,12 @@ class FinishedIteration:
     def rows(self, asset: str) -> int | None:
         """How many rows a table has."""
         return self.figure(asset, "dagster/row_count")
+
+    @property
+    def promoted(self) -> bool | None:
+        """Whether the gate let this M_t enter the next iteration; None if it judged another one, or none yet."""
+        judged_this = self.figure("promotion", "checkpoint_sha") == self.figure("model_checkpoint", "sha")
+        return self.figure("promotion", "promoted") if judged_this else None
 
     @property
     def rewards(self) -> list[Mapping[str, Any]]:
@@ -135,12 +142,13 @@ def rate_text(rate: Mapping[str, Any] | None) -> str:
 
 
 def report_notes(iterations: Sequence[FinishedIteration], unfinished: Sequence[str]) -> list[str]:
-    """Sentences about what the report leaves out."""
+    """Sentences about M_t that were not promoted, and about what the report leaves out."""
     notes = [
         f"model_checkpoint[{iteration.key}] recorded no rewards: its curves are missing."
         for iteration in iterations
         if not iteration.rewards
     ]
+    notes += [iteration.figure("promotion", "verdict") for iteration in iterations if iteration.promoted is False]
     if unfinished:
         notes.append(f"Not finished, and therefore left out: iteration {', '.join(unfinished)}.")
     return notes
@@ -247,6 +255,7 @@ def _column(
             "answers of M_t cut": _share(figure("evaluation", "cut_share policy")),
             "answers of M_0 cut": _share(figure("evaluation", "cut_share initial")),
         },
+        "Gate": {"M_t promoted to the next iteration": PROMOTED[iteration.promoted]},
         "Checkpoints": {
             "M_t": _sha(figure("model_checkpoint", "sha")),
             "policy that answered": _sha(figure("base_responses", "checkpoint_sha")),
