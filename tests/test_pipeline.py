@@ -18,6 +18,7 @@ TABLES = {
     "initial_responses": schemas.Responses, "seed_responses": schemas.SeedResponses,
     "refined_responses": schemas.RefinedResponses, "preference_pairs": schemas.PreferencePairs,
     "preference_history": schemas.PreferenceHistory, "evaluation": schemas.Evaluation,
+    "promotion": schemas.Promotion,
 }  # fmt: skip
 ONCE = {
     "seed_pairs", "keyword_pool", "initial_policy", "prompt_generator", "reward_model", "self_instruct_prompts", "judge_model",

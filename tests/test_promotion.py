@@ -16,7 +16,6 @@ from synpo_assets.evaluation import evaluation
 from synpo_assets.history import data_version_of, metadata_of
 from synpo_assets.loop import promotion_refusal
 from synpo_assets.missing import asset_names, missing_assets, outdated_assets
-from synpo_assets.partitions import ITERATIONS
 from synpo_assets.promotion import gate_figures, promotion
 from synpo_assets.runs import asset_graph
 from synpo_assets.schemas import Promotion, check
@@ -130,11 +129,16 @@ def test_without_a_promotion_the_next_iteration_refuses(instance, stores):
         enter(instance, stores, "0002")
 
 
-def test_an_evaluation_of_a_checkpoint_that_does_not_exist_is_refused(instance, stores):
+def test_an_evaluation_of_a_checkpoint_that_does_not_exist_is_refused(nano_run, instance, stores, tmp_path):
     from definitions import defs
 
+    for folder in ("checkpoints", "tables"):
+        shutil.copytree(nano_run.home / folder, tmp_path / folder, dirs_exist_ok=True)
+    (tmp_path / "checkpoints" / "model_checkpoint" / "0002.json").unlink()
     unused = dict.fromkeys(("language_model", "scorer", "trainer", "embedder"), dg.ResourceDefinition.none_resource())
-    with pytest.raises(CheckpointError, match=r"model_checkpoint\[0002\] has no checkpoint in .*: materialize model_checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"model_checkpoint\[0002\] has no checkpoint in .*: materialize model_checkpoint"
+    ):
         run(list(defs.assets), instance, stores | unused, "0002", selection=[evaluation])
 
 
@@ -170,7 +174,7 @@ def test_every_figure_that_may_be_limited_is_read_from_where_it_is_recorded(inst
 def test_a_refused_checkpoint_is_judged_again_once_the_limits_were_changed(instance):
     """Else the same command again would refuse for ever, whatever the limits are by now."""
     graph = asset_graph()
-    report(instance, dict.fromkeys(asset_names(graph, partitioned=True), {}))
+    report(instance, {name: {} for name in asset_names(graph, partitioned=True)})
 
     def judged(promoted, version):
         tags = {"dagster/code_version": version}
@@ -185,7 +189,9 @@ def test_a_refused_checkpoint_is_judged_again_once_the_limits_were_changed(insta
 
 def test_the_summary_of_a_run_says_what_was_promoted(nano_run):
     for iteration in (1, 2):
-        sentence = f"model_checkpoint[000{iteration}] was promoted to policy[000{iteration + 1}]: the gate has no limits."
+        sentence = (
+            f"model_checkpoint[000{iteration}] was promoted to policy[000{iteration + 1}]: the gate has no limits."
+        )
         assert sentence in " ".join(nano_run.result.stdout.split())
 
 
@@ -196,7 +202,10 @@ def test_a_run_stops_after_an_iteration_that_was_not_promoted(nano_run, tmp_path
     file = home / "settings.yaml"
     limits = {"minimum": {"win_rate_over_initial_low": 0.0, "pairs_kept": 1000}}
     write_settings(file, yaml.safe_load(file.read_text()) | {"gate": limits})
-    resources = {"checkpoints": CheckpointStore(str(home / "checkpoints")), "tables": ParquetTables(str(home / "tables"))}
+    resources = {
+        "checkpoints": CheckpointStore(str(home / "checkpoints")),
+        "tables": ParquetTables(str(home / "tables")),
+    }
     with dg.DagsterInstance.from_config(str(home)) as persistent:
         run([promotion], persistent, resources | {"settings": load_settings(file)}, "0002")
         refusal = promotion_refusal(persistent, "0002")
