@@ -1,15 +1,14 @@
 """Jobs, and going on by itself: a sensor that starts the next iteration until the target is reached or the gate says stop.
 
-Paper: four iterations, "until performance no longer improves". Here: off until it is switched on in the UI; the figures
-that decide are settings (section `automation`), and the reason to stop is shown with each tick of the sensor.
+Paper: four iterations, "until performance no longer improves". Here: off until it is switched on in the UI; whether the
+newest M_t was promoted decides (promotion.py), and the reason to stop is shown with each tick of the sensor.
 """
 
 import dagster as dg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
-from resources.settings import GateMetric, Settings
-from synpo_assets.history import metadata_of
-from synpo_assets.method.gate import gate_reason
+from resources.settings import Settings
+from synpo_assets.loop import promotion_refusal
 from synpo_assets.missing import AssetGraph, missing_assets
 from synpo_assets.partitions import ALL_ASSETS_JOB, ITERATIONS, PUBLISHING_TAG, partition_key
 
@@ -43,7 +42,7 @@ UNFINISHED = [
 @dg.sensor(
     job_name=ALL_ASSETS_JOB,
     minimum_interval_seconds=30,
-    description="Starts the next iteration until automation.target_iterations, or until the gate says stop.",
+    description="Starts the next iteration until automation.target_iterations, or until M_t is not promoted.",
 )
 def next_iteration(
     context: dg.SensorEvaluationContext, settings: dg.ResourceParam[Settings]
@@ -83,32 +82,6 @@ def reason_to_wait(instance: DagsterInstance, settings: Settings, iteration: int
             f"Stopped: the newest run of iteration {iteration} ({newest[0].run_id}) ended as {newest[0].status.value}. "
             "Mend the cause and run it again; this sensor goes on after it."
         )
-    if iteration > 1:
-        figures = gate_figures(instance, partition_key(iteration - 1))
-        gate = settings.automation
-        if reason := gate_reason(figures, gate.minimum, gate.maximum):
-            return (
-                f"Stopped after iteration {iteration - 1} by the gate: {reason}. The limits are automation.minimum and "
-                "automation.maximum; an iteration that you start yourself is not held up."
-            )
+    if iteration > 1 and (refusal := promotion_refusal(instance, partition_key(iteration - 1))):
+        return f"Stopped after iteration {iteration - 1}: {refusal}"
     return None
-
-
-def gate_figures(instance: DagsterInstance, partition: str) -> dict[GateMetric, float | None]:
-    """The figures of an iteration that the gate may judge; None where one was not recorded."""
-    read = ("evaluation", "preference_pairs", "prompt_diversity")
-    evaluation, pairs, diversity = (metadata_of(instance, asset, partition) for asset in read)
-    reward, initial_reward = (evaluation.get(f"held_out_reward {side}") for side in ("policy", "initial"))
-    return {
-        "win_rate_over_initial": evaluation.get("win_rate_over_initial"),
-        "win_rate_over_initial_low": evaluation.get("win_rate_over_initial_low"),
-        "win_rate_over_previous": evaluation.get("win_rate_over_previous"),
-        "win_rate_over_initial_by_scorer": evaluation.get("win_rate_over_initial_by_scorer"),
-        "held_out_reward_gain": None if reward is None or initial_reward is None else reward - initial_reward,
-        "mean_repetition": evaluation.get("mean_repetition policy"),
-        "cut_share": evaluation.get("cut_share policy"),
-        "prompt_similarity": diversity.get("mean_similarity synthetic"),
-        "mean_margin": pairs.get("mean_margin"),
-        "chosen_to_rejected_length": pairs.get("chosen_to_rejected_length"),
-        "pairs_kept": pairs.get("dagster/row_count"),
-    }

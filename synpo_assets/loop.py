@@ -2,9 +2,9 @@
 
 Paper (algorithm 1): M_{t-1} makes the data of iteration t, and all data so far makes M_t.
 Here: Dagster refuses cycles between asset keys, so the edges that lead back are not declared but reported:
-`model_checkpoint[t]` reports a materialization of `policy[t+1]`, and `preference_pairs[t]` one of
+`promotion[t]` reports a materialization of `policy[t+1]` once M_t has passed the gate, and `preference_pairs[t]` one of
 `preference_history[t+1]`. Both state assets look up what iteration t-1 left, wait while a live run is still making
-it, and refuse if it is missing, failed or altered.
+it, and refuse if it is missing, failed, altered or not promoted.
 """
 
 import time
@@ -20,7 +20,7 @@ from resources.settings import Settings
 from resources.tables import ParquetTables
 from resources.text import asset_label
 from synpo_assets.checks import failed_checks, unfinished_checks
-from synpo_assets.history import data_version_of, newest, unfinished_attempt
+from synpo_assets.history import data_version_of, metadata_of, newest, unfinished_attempt
 from synpo_assets.partitions import ITERATIONS, checkpoint, iteration_of, partition_key, table
 from synpo_assets.presentation import checkpoint_output, made_by, table_output, table_version
 from synpo_assets.schemas import PreferenceHistory
@@ -54,10 +54,13 @@ def policy(
     entering = initial_policy
     if iteration_of(context) > 1:
         previous = partition_key(iteration_of(context) - 1)
-        wait_until_finished(context, "model_checkpoint", previous)
+        for asset in ("model_checkpoint", "promotion"):
+            wait_until_finished(context, asset, previous)
         entering = checkpoints.current("model_checkpoint", previous)
         refuse_other_experiment(entering, experiment_of(context.instance, initial_policy, settings))
         refuse_unrecorded(entering, data_version_of(context.instance, "model_checkpoint", previous))
+        if refusal := promotion_refusal(context.instance, previous):
+            raise CheckpointError(refusal)
         checkpoints.verify(entering)
     return checkpoint_output(context, entering, **made_by(entering))
 
@@ -74,7 +77,7 @@ def preference_history(
 
 
 def report_policy(context: dg.AssetExecutionContext, made: Checkpoint) -> None:
-    """Announces M_t, just made, to the next iteration: the back edge model_checkpoint[t] -> policy[t+1].
+    """Announces M_t, just promoted, to the next iteration: the back edge promotion[t] -> policy[t+1].
 
     Only an event: what iteration t+1 reads changes when its own `policy` step runs, never under a run at work.
     """
@@ -159,6 +162,28 @@ def refuse_unrecorded(entering: Checkpoint, recorded: str | None) -> None:
             f"{entering.directory} holds {entering.sha[:16]}, but the history of {entering.label} says {recorded}: the "
             f"directory was exchanged by hand. Materialize {entering.label} again."
         )
+
+
+def promotion_refusal(instance: DagsterInstance, partition: str) -> str | None:
+    """Why M_t, as it is now, must not enter the next iteration, as a sentence; None if it was promoted."""
+    about = metadata_of(instance, "promotion", partition)
+    evaluation, promotion, made = (
+        asset_label(name, partition) for name in ("evaluation", "promotion", "model_checkpoint")
+    )
+    if "promoted" not in about:
+        return f"{promotion} holds no verdict on {made}: materialize {promotion} first."
+    judged, sha = about.get("checkpoint_sha"), metadata_of(instance, "model_checkpoint", partition).get("sha")
+    if judged != sha:
+        return (
+            f"{promotion} is about {str(judged)[:16]}, but {made} is {str(sha)[:16]} by now: materialize {evaluation} and "
+            f"{promotion} again."
+        )
+    if not about["promoted"]:
+        return (
+            f"{about['verdict']} Mend the cause and run that iteration again, or correct the limits in the section `gate` of "
+            f"the settings and materialize {promotion} again."
+        )
+    return None
 
 
 def wait_for_other_runs(context: dg.AssetExecutionContext) -> None:

@@ -33,13 +33,13 @@ from synpo_assets.presentation import versions_table
 READ_ASSETS = (
     "keyword_sets", "synthetic_prompts", "prompt_diversity", "seed_responses", "response_improver", "base_responses",
     "initial_responses", "refined_responses", "preference_pairs", "model_checkpoint", "evaluation",
-    "instruction_following", "gold_comparison",
+    "instruction_following", "gold_comparison", "promotion",
 )  # fmt: skip
 
 
 @dg.asset(
-    # It reads more than these; the last assets of an iteration stand for all of it in the graph.
-    deps=["evaluation", "instruction_following", "gold_comparison", "prompt_diversity"],
+    # It reads more than this; the last asset of an iteration stands for all of it in the graph.
+    deps=["promotion"],
     group_name=GROUP,
     kinds={"matplotlib"},
     retry_policy=RETRIES,
@@ -57,7 +57,11 @@ def boosting_report(context: dg.AssetExecutionContext, tables: dg.ResourceParam[
     rows, notes = report_rows(iterations), report_notes(iterations, unfinished)
     path = home_directory() / "reports" / "boosting_report.html"
     write_atomically(path, report_html(iterations, drawn, notes, visible).encode())
-    inputs = [(asset, key) for key in finished for asset in ("preference_pairs", "model_checkpoint", "evaluation")]
+    inputs = [
+        (asset, key)
+        for key in finished
+        for asset in ("preference_pairs", "model_checkpoint", "evaluation", "promotion")
+    ]
     return dg.MaterializeResult(
         data_version=dg.DataVersion(_content_version(iterations, rows, notes)),
         metadata={

@@ -239,6 +239,19 @@ class GoldComparison(Table):
     iteration: int = pa.Field(ge=1, description="The iteration t.")
 
 
+class Promotion(Table):
+    """What the gate says of M_t, one row per limited figure; no row where the gate has no limits."""
+
+    metric: str = pa.Field(unique=True, description="The figure, by its name in the section `gate` of the settings.")
+    value: float = pa.Field(nullable=True, description="What was measured of this iteration; empty: nothing was.")
+    minimum: float = pa.Field(nullable=True, description="gate.minimum; empty: there is none.")
+    maximum: float = pa.Field(nullable=True, description="gate.maximum; empty: there is none.")
+    passed: bool = pa.Field(description="Whether it was measured and keeps to its limits.")
+    reason: str = pa.Field(nullable=True, description="Why it did not pass; empty if it did.")
+    checkpoint_sha: str = _id("sha of M_t, which was judged.")
+    iteration: int = pa.Field(ge=1, description="The iteration t.")
+
+
 def column_schema(model: type[Table]) -> dg.TableSchema:
     """The columns with their descriptions, as the UI shows them."""
     columns = model.to_schema().columns

@@ -6,6 +6,7 @@ from synpo_assets import (
     loop,
     measurements,
     preferences,
+    promotion,
     prompts,
     publishing,
     report,
@@ -15,5 +16,6 @@ from synpo_assets import (
 )
 
 STAGES = (
-    seed, prompts, diversity, preferences, loop, responses, training, evaluation, measurements, report, publishing,
+    seed, prompts, diversity, preferences, loop, responses, training, evaluation, measurements, promotion, report,
+    publishing,
 )  # fmt: skip

@@ -12,6 +12,7 @@ from resources.settings import active_settings
 from resources.tables import ParquetTables
 from resources.text import asset_label, visible
 from synpo_assets.history import metadata_of, seconds_of
+from synpo_assets.loop import promotion_refusal
 from synpo_assets.method.report import gain_text, rate_text
 from synpo_assets.missing import asset_names
 from synpo_assets.partitions import partition_key
@@ -19,12 +20,15 @@ from synpo_assets.runs import asset_graph
 
 
 def print_summary(instance: DagsterInstance, home: Path, iterations: int) -> None:
-    """Prints what was made, one pair, held-out win rates, where everything lies, and how to open the UI."""
+    """Prints what was made, one pair, held-out win rates, what was promoted, where all lies, and how to open the UI."""
     console = Console()
     root = active_settings().storage.root(home)
     console.print(_made(instance, iterations))
     console.print(_sample_pair(ParquetTables(f"{root}/tables"), iterations))
     console.print(_held_out(instance, iterations))
+    for partition in (partition_key(number) for number in range(1, iterations + 1)):
+        verdict = promotion_refusal(instance, partition) or metadata_of(instance, "promotion", partition)["verdict"]
+        console.print(verdict, highlight=False, markup=False)
     newest = metadata_of(instance, "model_checkpoint", partition_key(iterations))
     places = {
         f"M_{iterations}": newest["path"],

@@ -12,7 +12,7 @@ import polars as pl
 from resources.checkpoint_store import Checkpoint, CheckpointStore
 from resources.settings import Settings
 from resources.trainer import Trainer
-from synpo_assets.loop import experiment_of, report_policy
+from synpo_assets.loop import experiment_of
 from synpo_assets.partitions import GPU_POOL, ITERATIONS, checkpoint, partition_key
 from synpo_assets.presentation import checkpoint_output, table_version, training_metadata, versions_table
 
@@ -49,7 +49,6 @@ def model_checkpoint(
         },
         random_seed=settings.random_seed,
     )
-    report_policy(context, made)
     counts = pairs.group_by("iteration").len().sort("iteration")
     partitions = [("preference_pairs", partition_key(number)) for number in counts["iteration"]]
     return checkpoint_output(

@@ -22,13 +22,13 @@ def settings(**automation):
     )
 
 
-def finish(instance, partition, metadata=None, without=()):
-    """Reports a whole iteration (or, for None, all that is made once) as materialized."""
+def finish(instance, partition, without=(), **metadata):
+    """Reports a whole iteration, promoted if nothing else is said (or, for None, all that is made once), as materialized."""
+    metadata = {"promotion": {"promoted": True}} | metadata
     for name in asset_names(asset_graph(), partitioned=partition is not None):
         if name not in without:
-            instance.report_runless_asset_event(
-                dg.AssetMaterialization(name, partition=partition, metadata=(metadata or {}).get(name, {}))
-            )
+            event = dg.AssetMaterialization(name, partition=partition, metadata=metadata.get(name, {}))
+            instance.report_runless_asset_event(event)
 
 
 def tick(instance, **automation):
@@ -58,7 +58,7 @@ def test_on_an_empty_home_it_asks_for_iteration_1_with_all_that_is_made_once(ins
 
 def test_after_an_iteration_it_asks_for_the_next(instance):
     finish(instance, None)
-    finish(instance, "0001", {"evaluation": {"win_rate_over_initial": 0.6}})
+    finish(instance, "0001")
     request = tick(instance)
     assert request.partition_key == "0002"
     assert "initial_policy" not in {key.to_user_string() for key in request.asset_selection}
@@ -66,38 +66,32 @@ def test_after_an_iteration_it_asks_for_the_next(instance):
 
 def test_of_a_half_finished_iteration_it_asks_for_the_rest(instance):
     finish(instance, None)
-    finish(instance, "0001", without=("model_checkpoint", "evaluation"))
+    finish(instance, "0001", without=("model_checkpoint", "evaluation", "promotion"))
     asked = {key.to_user_string() for key in tick(instance).asset_selection}
-    assert asked >= {"model_checkpoint", "evaluation", "policy"}
+    assert asked >= {"model_checkpoint", "evaluation", "promotion", "policy"}
     assert "base_responses" not in asked
 
 
-@pytest.mark.parametrize(("limits", "reason"), [
-    ({}, "win_rate_over_initial is 0.4, less than 0.5"),
-    ({"minimum": {"win_rate_over_previous": 0.5}}, "win_rate_over_previous is 0.3, less than 0.5"),
-    ({"minimum": {"win_rate_over_initial_by_scorer": 0.95}}, "win_rate_over_initial_by_scorer is 0.9, less than 0.95"),
-    ({"minimum": {}, "maximum": {"mean_margin": 1.0}}, "mean_margin is 2.5, more than 1"),
-    ({"minimum": {"held_out_reward_gain": 0.1}}, "held_out_reward_gain was not measured"),
-    # One figure is not enough: the win rate may rise while answers begin to loop and prompts grow alike.
-    ({"minimum": {"win_rate_over_initial": 0.3, "win_rate_over_initial_low": 0.5}}, "win_rate_over_initial_low is 0.2, less"),
-    ({"minimum": {}, "maximum": {"mean_repetition": 0.1}}, "mean_repetition is 0.3, more than 0.1"),
-    ({"minimum": {}, "maximum": {"cut_share": 0.5}}, "cut_share is 0.7, more than 0.5"),
-    ({"minimum": {}, "maximum": {"prompt_similarity": 0.15}}, "prompt_similarity is 0.2, more than 0.15"),
-])  # fmt: skip
-def test_the_gate_stops_it_and_it_says_why(instance, limits, reason):
+def test_it_stops_where_the_newest_checkpoint_was_not_promoted_and_says_why(instance):
     finish(instance, None)
-    judged = {"win_rate_over_initial": 0.4, "win_rate_over_previous": 0.3, "win_rate_over_initial_by_scorer": 0.9}
-    judged |= {"win_rate_over_initial_low": 0.2, "mean_repetition policy": 0.3, "cut_share policy": 0.7}
-    others = {"preference_pairs": {"mean_margin": 2.5}, "prompt_diversity": {"mean_similarity synthetic": 0.2}}
-    finish(instance, "0001", {"evaluation": judged, **others})
-    skipped = tick(instance, **limits)
+    verdict = "model_checkpoint[0001] was not promoted to policy[0002]: mean_repetition is 0.4, more than 0.2."
+    finish(instance, "0001", promotion={"promoted": False, "verdict": verdict})
+    skipped = tick(instance)
     assert isinstance(skipped, dg.SkipReason)
-    assert skipped.skip_message.startswith(f"Stopped after iteration 1 by the gate: {reason}")
+    assert skipped.skip_message.startswith(f"Stopped after iteration 1: {verdict} Mend the cause")
+
+
+def test_it_stops_where_an_older_checkpoint_was_promoted(instance):
+    finish(instance, None)
+    finish(
+        instance, "0001", promotion={"promoted": True, "checkpoint_sha": "a" * 64}, model_checkpoint={"sha": "b" * 64}
+    )
+    assert "promotion[0001] is about aaaaaaaaaaaaaaaa, but" in tick(instance).skip_message
 
 
 def test_it_stops_at_the_target(instance):
     finish(instance, None)
-    finish(instance, "0001", {"evaluation": {"win_rate_over_initial": 0.9}})
+    finish(instance, "0001")
     assert "Stopped: iteration 1 is finished" in tick(instance, target_iterations=1).skip_message
 
 

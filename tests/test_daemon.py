@@ -159,7 +159,7 @@ def test_a_cancelled_run_ends_all_its_processes_within_30_seconds_and_leaves_not
 
 
 def test_another_iteration_is_a_setting_and_the_sensor_makes_it_and_stops_at_the_target(ui):
-    change_settings(ui, max_iterations=4, automation={"minimum": {"win_rate_over_initial": 0.0}})
+    change_settings(ui, max_iterations=4)
     sensor = {
         "repositoryLocationName": ui.location(),
         "repositoryName": "__repository__",

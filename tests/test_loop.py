@@ -9,14 +9,15 @@ import pytest
 from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationPlanned
 
 from resources.checkpoint_store import Checkpoint, CheckpointError, CheckpointStore
-from resources.settings import active_settings
+from resources.settings import Gate, active_settings
 from resources.tables import ParquetTables
 from synpo_assets import loop
-from synpo_assets.history import data_version_of
-from synpo_assets.loop import experiment_of, policy, preference_history, report_history, report_policy
+from synpo_assets.history import data_version_of, metadata_of
+from synpo_assets.loop import experiment_of, policy, preference_history, report_history
 from synpo_assets.missing import asset_names
 from synpo_assets.partitions import ITERATIONS
-from synpo_assets.presentation import checkpoint_output, table_version
+from synpo_assets.presentation import checkpoint_output, made_by, table_version
+from synpo_assets.promotion import promotion
 from synpo_assets.runs import asset_graph
 from synpo_assets.schemas import PreferencePairs
 from tests.test_stores import write_weights
@@ -33,8 +34,12 @@ def stores(tmp_path):
     return {
         "checkpoints": CheckpointStore(str(tmp_path / "checkpoints")),
         "tables": ParquetTables(str(tmp_path / "tables")),
-        "settings": active_settings(),
+        "settings": gated(minimum={"win_rate_over_initial": 0.5}),
     }
+
+
+def gated(**limits):
+    return active_settings().model_copy(update={"gate": Gate(**({"minimum": {}} | limits))})
 
 
 @dg.asset(io_manager_key="checkpoints")
@@ -53,7 +58,6 @@ def model_checkpoint_asset(text="M_1", fails=False, random_seed=None, passes_che
         checkpoint, _ = checkpoints.create(
             context, write_weights(text), parents={}, trained_on={}, settings={"experiment": experiment}, random_seed=0
         )
-        report_policy(context, checkpoint)
         return checkpoint_output(context, checkpoint)
 
     @dg.asset_check(asset=made, name="finite_weights", blocking=True, partitions_def=ITERATIONS)
@@ -61,6 +65,17 @@ def model_checkpoint_asset(text="M_1", fails=False, random_seed=None, passes_che
         return dg.AssetCheckResult(passed=passes_check)
 
     return made, finite_weights
+
+
+def evaluation_asset(**figures):
+    """Says of the checkpoint that is there what it is told to, instead of asking judges."""
+
+    @dg.asset(name="evaluation", partitions_def=ITERATIONS, deps=["model_checkpoint"])
+    def made(context: dg.AssetExecutionContext, checkpoints: dg.ResourceParam[CheckpointStore]):
+        judged = checkpoints.current("model_checkpoint", context.partition_key)
+        return dg.MaterializeResult(metadata={"win_rate_over_initial": 0.6, **figures, **made_by(judged)})
+
+    return made
 
 
 def planned_check(run, key, partition):
@@ -79,10 +94,11 @@ def planned_check(run, key, partition):
     )  # fmt: skip
 
 
-def make(instance, stores, *args, partition="0001", **options):
-    """Makes M_t; a failure of it or of its check is left to the history."""
+def make(instance, stores, *args, partition="0001", figures=None, **options):
+    """Makes M_t, evaluates and promotes it; a failure of it or of its check is left to the history."""
     run([initial_policy], instance, stores)
-    return run(model_checkpoint_asset(*args, **options), instance, stores, partition, raise_on_error=False)
+    assets = [*model_checkpoint_asset(*args, **options), evaluation_asset(**(figures or {})), promotion]
+    return run(assets, instance, stores, partition, raise_on_error=False)
 
 
 def run(assets, instance, stores, partition=None, **options):
@@ -105,7 +121,7 @@ def test_the_checkpoint_of_the_iteration_before_enters_the_next(instance, stores
     assert entering.label == "model_checkpoint[0001]"
 
 
-def test_a_finished_checkpoint_reports_the_policy_of_the_next_iteration(instance, stores):
+def test_a_promoted_checkpoint_is_reported_as_the_policy_of_the_next_iteration(instance, stores):
     make(instance, stores)
     records = instance.fetch_materializations(
         dg.AssetRecordsFilter(asset_key=dg.AssetKey("policy"), asset_partitions=["0002"]), limit=1
@@ -114,6 +130,8 @@ def test_a_finished_checkpoint_reports_the_policy_of_the_next_iteration(instance
     made = stores["checkpoints"].current("model_checkpoint", "0001")
     assert event.metadata["checkpoint"].value == "model_checkpoint[0001]"
     assert event.metadata["checkpoint_sha"].value == made.sha
+    assert event.metadata["checkpoint_run"].value == made.manifest["run_id"]
+    assert event.metadata["reported_by"].value == "promotion[0001]"
     assert event.tags["dagster/data_version"] == made.sha[:16]
 
 
@@ -276,6 +294,24 @@ def test_it_waits_while_a_live_run_is_making_the_checkpoint(instance, stores, mo
     assert not instance.get_run_by_id(planned.run_id).is_finished
 
 
+def test_it_waits_while_a_live_run_is_judging_the_checkpoint(instance, stores, monkeypatch):
+    """M_1 is there, but whether it enters iteration 2 is still open."""
+    run([initial_policy], instance, stores)
+    run([*model_checkpoint_asset(), evaluation_asset()], instance, stores, "0001")
+    job = dg.Definitions([promotion], resources=stores).resolve_implicit_global_asset_job_def()
+    instance.create_run_for_job(job, tags=ITERATIONS.get_tags_for_partition_key("0001"),
+                                asset_selection=frozenset([promotion.key]))  # fmt: skip
+    waits = []
+
+    def judge_meanwhile(seconds):
+        waits.append(seconds)
+        run([promotion], instance, stores, "0001")
+
+    monkeypatch.setattr(loop.time, "sleep", judge_meanwhile)
+    assert enter(instance, stores, "0002").label == "model_checkpoint[0001]"
+    assert waits == [loop.POLL_SECONDS]
+
+
 def pairs(iteration, count):
     messages = [[{"role": "user", "content": "x"}]] * count
     columns = PreferencePairs.to_schema().columns
@@ -327,9 +363,8 @@ def test_the_history_that_was_reported_has_the_content_version_of_the_one_that_i
 
 
 def test_nothing_is_reported_beyond_the_last_iteration(instance, stores):
-    last = ITERATIONS.get_partition_keys()[-1]
-    run([initial_policy], instance, stores)
-    assert run(model_checkpoint_asset(), instance, stores, last).success
+    assert make(instance, stores, partition=ITERATIONS.get_partition_keys()[-1]).success
+    assert metadata_of(instance, "promotion", ITERATIONS.get_partition_keys()[-1])["promoted"]
     assert instance.get_materialized_partitions(dg.AssetKey("policy")) == set()
 
 

@@ -20,6 +20,7 @@ TABLES = {
     "preference_history": schemas.PreferenceHistory, "evaluation": schemas.Evaluation,
     "verifiable_instructions": schemas.VerifiableInstructions,
     "instruction_following": schemas.InstructionFollowing, "gold_comparison": schemas.GoldComparison,
+    "promotion": schemas.Promotion,
 }  # fmt: skip
 ONCE = {
     "seed_pairs", "keyword_pool", "initial_policy", "prompt_generator", "reward_model", "self_instruct_prompts", "judge_model",

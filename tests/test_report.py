@@ -151,8 +151,9 @@ def make_iteration(instance, home, iteration, text="x", without=(), **changes):
     assets = [stand_in(name, about) for name, about in figures.items() if name not in without]
     result = dg.materialize([*assets, made], instance=instance, resources=resources, partition_key=key)
     sha = result.output_for_node("model_checkpoint").sha
-    if "evaluation" not in without:
-        dg.materialize([stand_in("evaluation", {"checkpoint_sha": sha} | judged)], instance=instance, partition_key=key)
+    after = {"evaluation": judged, "promotion": {"promoted": True} | changes.get("promotion", {})}
+    judges = [stand_in(name, {"checkpoint_sha": sha} | about) for name, about in after.items() if name not in without]
+    dg.materialize(judges, instance=instance, partition_key=key)
     return sha
 
 
@@ -213,6 +214,7 @@ def test_every_figure_stands_in_its_place(instance, home):
         "repeated 3-grams in M_0's answers": ("12.5%", "12.5%"),
         "answers of M_t cut": ("75.0%", "75.0%"),
         "answers of M_0 cut": ("—", "—"),
+        "M_t promoted to the next iteration": ("yes", "yes"),
         "M_t": tuple(sha[:16] for sha in shas),
         "policy that answered": ("0123456789abcdef",) * 2,
         "response improver": ("0123456789abcdef",) * 2,
@@ -278,6 +280,19 @@ def test_an_iteration_whose_evaluation_judged_an_older_checkpoint_is_not_finishe
     make_iteration(instance, home, 1)
     make_iteration(instance, home, 2, evaluation={"checkpoint_sha": "that of a checkpoint made before"})
     assert iterations_of(instance) == (["0001"], ["0002"])
+
+
+def test_a_checkpoint_that_was_not_promoted_is_named_with_the_reason(instance, home):
+    verdict = "model_checkpoint[0002] was not promoted to policy[0003]: mean_repetition is 0.4, more than 0.2."
+    make_iteration(instance, home, 1)
+    make_iteration(instance, home, 2, promotion={"promoted": False, "verdict": verdict})
+    make_iteration(instance, home, 3, promotion={"checkpoint_sha": "that of a checkpoint made before"})
+    metadata, _, page = report(instance, home)
+    records = {record.data["figure"]: record.data for record in metadata["table"].records}
+    promoted = records["M_t promoted to the next iteration"]
+    assert [promoted[key] for key in ("0001", "0002", "0003")] == ["yes", "no", "—"]
+    assert metadata["notes"] == verdict
+    assert verdict in page
 
 
 def test_without_a_finished_iteration_it_says_what_to_do(instance, home):
@@ -351,12 +366,14 @@ def test_equal_content_gives_an_equal_version_and_other_content_another(instance
 
 def test_it_runs_in_the_run_of_one_iteration_and_covers_all(instance, home):
     make_iteration(instance, home, 1)
-    make_iteration(instance, home, 2, without=("evaluation",))
-    sha = stores(home)["checkpoints"].current("model_checkpoint", "0002").sha
-    judged = stand_in("evaluation", recorded(2)["evaluation"] | {"checkpoint_sha": sha})
-    result = dg.materialize([judged, boosting_report], instance=instance, resources=stores(home), partition_key="0002")
+    sha = make_iteration(instance, home, 2, without=("promotion",))
+    promoted = stand_in("promotion", {"promoted": True, "checkpoint_sha": sha})
+    assets = [promoted, boosting_report]
+    result = dg.materialize(assets, instance=instance, resources=stores(home), partition_key="0002")
     made = result.asset_materializations_for_node("boosting_report")[0]
     assert made.metadata["iterations"].value == "0001, 0002"
+    records = {record.data["figure"]: record.data for record in made.metadata["table"].value.records}
+    assert records["M_t promoted to the next iteration"]["0002"] == "yes"
     assert made.partition is None
 
 

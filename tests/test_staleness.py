@@ -54,6 +54,7 @@ CASES = {
     "engine.shard_rows": (5, set()),
     "checks.min_win_rate": (0.9, set()),
     "automation.target_iterations": (2, set()),
+    "gate.maximum": ({"mean_repetition": 0.5}, {"promotion"}),
     "publishing.license": ("apache-2.0", {"published_dataset", "published_model"}),
     "storage.artifacts": ("memory://x", set()),
     "max_iterations": (5, set()),

@@ -1,36 +1,68 @@
-"""The gate between two iterations: whether the newest one was good enough to go on."""
+"""The gate between two iterations: which figures of M_t keep to their limits, and what that means for M_t."""
 
-from collections.abc import Mapping
-from typing import TypeVar
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 Name = TypeVar("Name", bound=str)
 
 
-def gate_reason(
+def judge(
     figures: Mapping[Name, float | None], minimum: Mapping[Name, float], maximum: Mapping[Name, float]
-) -> str | None:
-    """Why to stop, or None to go on.
+) -> list[dict[str, Any]]:
+    """Holds figures against their limits; those without a limit are left out.
 
     Args:
         figures: What was measured, by name.
         minimum: Least allowed value, by name.
         maximum: Most allowed value, by name.
 
+    Returns:
+        One row per limited figure: metric, value, minimum, maximum, whether it passed, and the reason if it did not.
+
     Examples:
-        >>> gate_reason({"win_rate": 0.41}, {"win_rate": 0.5}, {})
-        'win_rate is 0.41, less than 0.5'
-        >>> gate_reason({"win_rate": 0.61}, {"win_rate": 0.5}, {}) is None
-        True
-        >>> gate_reason({}, {}, {"repetition": 0.2})
-        'repetition was not measured'
+        >>> [(row["passed"], row["reason"]) for row in judge({"win_rate": 0.61}, {"win_rate": 0.5}, {})]
+        [(True, None)]
+        >>> [row["reason"] for row in judge({"win_rate": 0.61}, {"win_rate": 0.7, "gain": 0}, {"win_rate": 0.9})]
+        ['win_rate is 0.61, less than 0.7', 'gain was not measured']
     """
-    reasons = []
-    for name in dict.fromkeys([*minimum, *maximum]):
-        value = figures.get(name)
-        if value is None:
-            reasons.append(f"{name} was not measured")
-        elif name in minimum and value < minimum[name]:
-            reasons.append(f"{name} is {value:.3g}, less than {minimum[name]:g}")
-        elif name in maximum and value > maximum[name]:
-            reasons.append(f"{name} is {value:.3g}, more than {maximum[name]:g}")
-    return "; ".join(reasons) or None
+    rows = []
+    for metric in dict.fromkeys([*minimum, *maximum]):
+        limits = {"minimum": minimum.get(metric), "maximum": maximum.get(metric)}
+        reason = _reason(metric, figures.get(metric), **limits)
+        row = {"metric": metric, "value": figures.get(metric), **limits, "passed": reason is None, "reason": reason}
+        rows.append(row)
+    return rows
+
+
+def verdict(rows: Iterable[Mapping[str, Any]], checkpoint: str, following: str) -> str:
+    """The sentence that says whether a checkpoint becomes the next policy, and why not.
+
+    Args:
+        rows: What `judge` returned.
+        checkpoint: What was judged: `model_checkpoint[0002]`.
+        following: What it would become: `policy[0003]`.
+
+    Examples:
+        >>> verdict(judge({"repetition": 0.4}, {}, {"repetition": 0.2}), "model_checkpoint[0002]", "policy[0003]")
+        'model_checkpoint[0002] was not promoted to policy[0003]: repetition is 0.4, more than 0.2.'
+        >>> verdict([], "model_checkpoint[0002]", "policy[0003]")
+        'model_checkpoint[0002] was promoted to policy[0003]: the gate has no limits.'
+    """
+    rows = list(rows)
+    if reasons := [row["reason"] for row in rows if not row["passed"]]:
+        return f"{checkpoint} was not promoted to {following}: {'; '.join(reasons)}."
+    names = ", ".join(row["metric"] for row in rows)
+    why = f"within the limits of the gate: {names}" if rows else "the gate has no limits"
+    return f"{checkpoint} was promoted to {following}: {why}."
+
+
+def _reason(metric: str, value: float | None, minimum: float | None, maximum: float | None) -> str | None:
+    # Every comparison with NaN is false, so it would pass.
+    if value is None or math.isnan(value):
+        return f"{metric} was not measured"
+    if minimum is not None and value < minimum:
+        return f"{metric} is {value:g}, less than {minimum:g}"
+    if maximum is not None and value > maximum:
+        return f"{metric} is {value:g}, more than {maximum:g}"
+    return None

@@ -24,6 +24,7 @@ PROMPT_SOURCES = {
     "synthetic": "synthetic prompts", "seed": "seed prompts", "self_instruct": "Self-Instruct prompts by M_0",
 }  # fmt: skip
 MODELS = {"policy": "M_t", "initial": "M_0"}
+PROMOTED = {True: "yes", False: "no", None: MISSING}
 SCORED_BY = ("seed_responses", "preference_pairs", "evaluation")
 
 
@@ -54,6 +55,12 @@ class FinishedIteration:
     def rows(self, asset: str) -> int | None:
         """How many rows a table has."""
         return self.figure(asset, "dagster/row_count")
+
+    @property
+    def promoted(self) -> bool | None:
+        """Whether the gate let this M_t enter the next iteration; None if it judged another one, or none yet."""
+        judged_this = self.figure("promotion", "checkpoint_sha") == self.figure("model_checkpoint", "sha")
+        return self.figure("promotion", "promoted") if judged_this else None
 
     @property
     def rewards(self) -> list[Mapping[str, Any]]:
@@ -151,12 +158,13 @@ def gain_text(gain: float | None, low: float | None, high: float | None) -> str:
 
 
 def report_notes(iterations: Sequence[FinishedIteration], unfinished: Sequence[str]) -> list[str]:
-    """Sentences about what the report leaves out."""
+    """Sentences about M_t that were not promoted, and about what the report leaves out."""
     notes = [
         f"model_checkpoint[{iteration.key}] recorded no rewards: its curves are missing."
         for iteration in iterations
         if not iteration.rewards
     ]
+    notes += [iteration.figure("promotion", "verdict") for iteration in iterations if iteration.promoted is False]
     if unfinished:
         notes.append(f"Not finished, and therefore left out: iteration {', '.join(unfinished)}.")
     return notes
@@ -287,6 +295,7 @@ def _column(
                 for side, model in MODELS.items()
             },
         },
+        "Gate": {"M_t promoted to the next iteration": PROMOTED[iteration.promoted]},
         "Checkpoints": {
             "M_t": _sha(figure("model_checkpoint", "sha")),
             "policy that answered": _sha(figure("base_responses", "checkpoint_sha")),
