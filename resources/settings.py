@@ -628,8 +628,8 @@ class Checks(Section):
 # The newest figures of an iteration; a `gain` is M_t's figure less that of M_0.
 GateMetric = Literal[
     "win_rate_over_initial", "win_rate_over_initial_low", "win_rate_over_previous", "win_rate_over_initial_by_scorer",
-    "held_out_reward_gain", "verifiable_rate_gain", "gold_log_likelihood_gain", "gold_similarity_gain", "mean_repetition", "cut_share", "prompt_similarity",
-    "prompt_similarity_to_seed", "mean_margin", "chosen_to_rejected_length", "pairs_kept",
+    "held_out_reward_gain", "verifiable_rate_gain", "gold_log_likelihood_gain", "gold_similarity_gain", "mean_repetition",
+    "cut_share", "prompt_similarity", "prompt_similarity_to_seed", "mean_margin", "chosen_to_rejected_length", "pairs_kept",
 ]  # fmt: skip
 
 
