@@ -209,12 +209,6 @@ class PreferenceTraining(Training):
         ge=0,
         description="Target reward margin, gamma itself and not gamma/beta. Paper: 1.6. Has no meaning with DPO.",
     )
-    nll_weight: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of the chosen answers' mean negative log-likelihood, added to SimPO's loss (CPO-SimPO, "
-        "https://github.com/fe1ixxu/CPO_SIMPO). It keeps a small model from unlearning to write. Paper: none, 0.",
-    )
     max_prompt_length: int = Field(ge=4, description="Prompts are cut to this many tokens, from the left.")
     max_completion_length: int = Field(
         ge=4, description="Each side is cut to this many tokens before the trainer sees it."
@@ -222,8 +216,6 @@ class PreferenceTraining(Training):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.loss == "dpo" and self.nll_weight:
-            raise ValueError("nll_weight belongs to SimPO's loss: leave it at 0 with loss `dpo`.")
         if self.max_prompt_length + self.max_completion_length > self.max_length:
             raise ValueError(
                 f"max_prompt_length ({self.max_prompt_length}) + max_completion_length ({self.max_completion_length}) "

@@ -164,8 +164,8 @@ def _trainer(job: TrainingJob, device: str) -> tuple[Any, Any, dict[str, Any]]:
             "max_length": job.training.max_length,
             "loss_type": "simpo",
             "remove_unused_columns": False,
-            # TRL's default of 1 adds a likelihood term that SimPO does not have.
-            "cpo_alpha": job.training.nll_weight,
+            # Anything above zero adds a likelihood term that SimPO does not have.
+            "cpo_alpha": 0.0,
             "beta": job.training.beta,
             "simpo_gamma": job.training.gamma,
         }  # fmt: skip
