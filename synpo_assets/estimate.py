@@ -9,6 +9,7 @@ import polars as pl
 
 from resources.settings import Settings
 from synpo_assets.method.templates import generator_instruction, generator_target, improver_instruction
+from synpo_assets.method.verifiable import SAMPLES
 
 TOKENS_PER_WORD = 1.4
 CHAT_TOKENS = 30
@@ -129,7 +130,7 @@ def expected_work(settings: Settings, seed: pl.DataFrame, instructions: int) -> 
         Work("preference_pairs", "score", wanted * compared(written, written)),
         Work("evaluation", "generate", held_out.height * written),
         # M_0's answers are found in the shards from the second iteration on.
-        Work("instruction_following", "generate", 2 * instructions * written),
+        Work("instruction_following", "generate", 2 * SAMPLES * instructions * written),
         Work("gold_comparison", "score", 2 * held_out.height * (asked + answer)),
         Work("evaluation", "score", held_out.height * (compared(written, written) + gold)),
         # By the judge, which has scored M_0's and M_{t-1}'s answers already.

@@ -20,7 +20,7 @@ from resources.settings import Settings
 from resources.tables import table_metadata
 from synpo_assets.method import verifiable as verifiable_method
 from synpo_assets.method.templates import user_message
-from synpo_assets.method.verifiable import followed, followed_figures, rates_by_rule
+from synpo_assets.method.verifiable import SAMPLES, followed, followed_figures, rates_by_rule
 from synpo_assets.partitions import GPU_POOL, ITERATIONS, iteration_of, table
 from synpo_assets.preflight import verifiable_table
 from synpo_assets.presentation import made_by, table_output
@@ -56,12 +56,15 @@ def instruction_following(
 ) -> dg.Output[pl.DataFrame]:
     """Which of the verifiable instructions M_t follows, beside M_0."""
     models = {"policy": model_checkpoint, "initial": initial_policy}
-    rows = verifiable_instructions.select("prompt_id", "prompt").rows()
-    asked = [(prompt_id, user_message(prompt)) for prompt_id, prompt in rows]
-    frame, usages, constraints = verifiable_instructions, list[Usage](), verifiable_instructions["constraints"]
+    samples = pl.DataFrame({"sample": range(1, SAMPLES + 1)}, schema={"sample": pl.Int64})
+    frame, usages = verifiable_instructions.join(samples, how="cross"), list[Usage]()
+    asked = [
+        (f"{prompt_id} sample {sample}", user_message(prompt))
+        for prompt_id, prompt, sample in frame.select("prompt_id", "prompt", "sample").rows()
+    ]
     for name, model in models.items():
         written, usage = language_model.answer(model, asked, settings.responses.sampling, context.log.info)
-        met = [followed(each, text) for each, text in zip(constraints.to_list(), written["text"], strict=True)]
+        met = [followed(each, text) for each, text in zip(frame["constraints"].to_list(), written["text"], strict=True)]
         frame = frame.with_columns(
             written["text"].alias(f"{name}_response"), pl.Series(f"{name}_met", met, dtype=pl.List(pl.Boolean))
         )
@@ -71,6 +74,8 @@ def instruction_following(
     return table_output(
         context,
         frame.select(*InstructionFollowing.to_schema().columns),
+        instructions=verifiable_instructions.height,
+        samples_each=SAMPLES,
         **followed_figures(frame, settings.random_seed),
         by_rule=table_metadata(rates_by_rule(frame)),
         **sum(usages[1:], usages[0]).metadata(),

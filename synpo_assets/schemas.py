@@ -212,9 +212,20 @@ class VerifiableInstructions(Table):
     )
 
 
-class InstructionFollowing(VerifiableInstructions):
-    """Answers of M_t and M_0 to the verifiable instructions, and the constraints that they meet."""
+class InstructionFollowing(Table):
+    """Answers of M_t and M_0 to the verifiable instructions, several to each, and the constraints that they meet."""
 
+    class Config(Table.Config):
+        """Checked of the whole table."""
+
+        unique = ("prompt_id", "sample")
+
+    prompt_id: str = _id("The instruction.")
+    prompt: str = _text("The instruction's text.")
+    constraints: pl.List(pl.Struct({"rule": pl.String, "value": pl.String})) = pa.Field(  # type: ignore[valid-type]
+        description="What an answer must meet."
+    )
+    sample: int = pa.Field(ge=1, description="Which of the answers to this instruction, counted from 1.")
     policy_response: str = pa.Field(description="M_t's answer.")
     policy_met: pl.List(pl.Boolean) = pa.Field(description="Whether M_t's answer meets each constraint, in order.")  # type: ignore[valid-type]
     initial_response: str = pa.Field(description="M_0's answer.")

@@ -90,9 +90,7 @@ def _held_out(instance: DagsterInstance, iterations: int) -> Table:
         if following.get("verifiable_gain") is not None:
             shares = (f"{following[f'verifiable_rate {name}']:.1%}" for name in ("initial", "policy"))
             gain = gain_text(*(following[f"verifiable_gain{end}"] for end in ("", "_low", "_high")))
-            followings.append(
-                f"{' → '.join(shares)}, {gain} (M_{number}, {following['dagster/row_count']} instructions)"
-            )
+            followings.append(f"{' → '.join(shares)}, {gain} (M_{number}, {following['instructions']} instructions)")
     table.caption_justify = "left"
     table.caption = f"Mean reward by the scorer, M_0 → M_t: {', '.join(rewards)}."
     if followings:

@@ -55,6 +55,7 @@ def test_the_difference_has_an_interval_and_rules_are_shown_apart():
     constraints = [{"rule": "contains", "value": "a"}, {"rule": "is_json", "value": ""}]
     answered = pl.DataFrame(
         {
+            "prompt_id": [str(place) for place in range(20)],
             "constraints": [constraints] * 20,
             "policy_met": [[True, True]] * 15 + [[True, False]] * 5,
             "initial_met": [[True, True]] * 5 + [[False, True]] * 15,
@@ -69,7 +70,9 @@ def test_the_difference_has_an_interval_and_rules_are_shown_apart():
 
 
 def test_without_instructions_the_figures_are_missing():
-    empty = pl.DataFrame(schema={f"{side}_met": pl.List(pl.Boolean) for side in ("policy", "initial")})
+    empty = pl.DataFrame(
+        schema={"prompt_id": pl.String} | {f"{side}_met": pl.List(pl.Boolean) for side in ("policy", "initial")}
+    )
     assert set(followed_figures(empty, random_seed=0).values()) == {None}
 
 
@@ -162,6 +165,7 @@ def test_both_models_are_measured_in_each_iteration(home, instance):  # noqa: F8
                 expected = [meets(each["rule"], each["value"], row[f"{side}_response"]) for each in row["constraints"]]
                 assert row[f"{side}_met"] == expected
         about = metadata(instance, "instruction_following", f"{iteration:04d}")
+        assert about["instructions"] * about["samples_each"] == following.height
         rate = (following["policy_met"].list.all()).mean()
         assert about["verifiable_rate policy"] == pytest.approx(rate)
         assert about["verifiable_gain_low"] <= about["verifiable_gain"] <= about["verifiable_gain_high"]

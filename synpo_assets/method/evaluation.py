@@ -44,9 +44,6 @@ def win_rate(judged: pl.Series) -> float | None:
 def bootstrap_interval(judged: pl.Series, random_seed: int) -> tuple[float, float] | None:
     """The percentile bootstrap interval of the win rate over prompts, 95 %; None if there is no verdict at all.
 
-    To draw n prompts with replacement is to draw their outcomes from a multinomial distribution, so no prompt is looked
-    at twice, however many there are.
-
     Args:
         judged: Outcomes.
         random_seed: Fixes the draws.
@@ -56,11 +53,22 @@ def bootstrap_interval(judged: pl.Series, random_seed: int) -> tuple[float, floa
         (0.46875, 0.78125)
     """
     points = _points(judged)
-    if not len(points):
-        return None
-    values, counts = np.unique(points, return_counts=True)
-    drawn = np.random.default_rng(random_seed).multinomial(len(points), counts / len(points), size=RESAMPLES)
-    low, high = np.quantile(drawn @ values / len(points), [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return bootstrap_mean(points, random_seed) if len(points) else None
+
+
+def bootstrap_mean(values: np.ndarray, random_seed: int) -> tuple[float, float]:
+    """The percentile bootstrap interval of a mean, 95 %.
+
+    To draw n values with replacement is to draw their counts from a multinomial distribution, so no value is looked at
+    twice, however many there are.
+
+    Args:
+        values: One number per prompt, at least one.
+        random_seed: Fixes the draws.
+    """
+    different, counts = np.unique(values, return_counts=True)
+    drawn = np.random.default_rng(random_seed).multinomial(len(values), counts / len(values), size=RESAMPLES)
+    low, high = np.quantile(drawn @ different / len(values), [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     return float(low), float(high)
 
 

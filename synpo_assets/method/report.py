@@ -272,7 +272,7 @@ def _column(
             "answers of M_0 cut": _share(figure("evaluation", "cut_share initial")),
         },
         "Without a judge": {
-            "verifiable instructions": _count(rows("instruction_following")),
+            "verifiable instructions": _count(figure("instruction_following", "instructions")),
             **{
                 f"instructions followed by {model}": _share(figure("instruction_following", f"verifiable_rate {side}"))
                 for side, model in MODELS.items()

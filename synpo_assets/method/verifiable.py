@@ -11,10 +11,12 @@ from typing import Any
 
 import polars as pl
 
-from synpo_assets.method.evaluation import bootstrap_interval, outcomes
+from synpo_assets.method.evaluation import bootstrap_mean
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.prompts import Contamination
 
+# Answers to each instruction: with one, chance moves the share by several points.
+SAMPLES = 3
 BULLET = re.compile(r"\s*(?:[-*•]|\d+[.)])\s+\S")
 SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)")
 
@@ -50,7 +52,8 @@ def followed_figures(answered: pl.DataFrame, random_seed: int) -> dict[str, floa
     """How many instructions M_t and M_0 follow, and the difference with its 95 % bootstrap interval over instructions.
 
     Args:
-        answered: One row per instruction with policy_met and initial_met: for each constraint, whether it was met.
+        answered: One row per instruction and sample, with prompt_id, and policy_met and initial_met: for each constraint,
+            whether it was met.
         random_seed: Fixes the interval.
 
     Returns:
@@ -58,34 +61,35 @@ def followed_figures(answered: pl.DataFrame, random_seed: int) -> dict[str, floa
         `verifiable_gain` with `_low` and `_high`. All None if there are no instructions.
 
     Examples:
-        >>> answered = pl.DataFrame({"policy_met": [[True, True], [True]], "initial_met": [[True, False], [True]]})
-        >>> figures = followed_figures(answered, random_seed=0)
+        >>> met = {"policy_met": [[True, True], [True]], "initial_met": [[True, False], [True]]}
+        >>> figures = followed_figures(pl.DataFrame({"prompt_id": ["a", "b"], **met}), random_seed=0)
         >>> figures["verifiable_rate policy"], figures["verifiable_rate initial"], figures["verifiable_gain"]
         (1.0, 0.5, 0.5)
     """
     sides = ("policy", "initial")
-    whole = answered.select(pl.col(f"{side}_met").list.all().cast(pl.Float64).alias(side) for side in sides)
-    gains = whole["policy"] - whole["initial"]
-    # A win is an instruction that only M_t follows: the win rate runs from 0 to 1 where the difference runs from -1 to 1.
-    low, high = (
-        2 * end - 1 for end in bootstrap_interval(outcomes(gains), random_seed) or (float("nan"), float("nan"))
+    whole = answered.group_by("prompt_id", maintain_order=True).agg(
+        pl.col(f"{side}_met").list.all().mean().alias(side) for side in sides
     )
-    figures: dict[str, float | None] = {f"verifiable_rate {side}": _mean(whole[side]) for side in sides}
-    figures |= {f"constraint_rate {side}": _mean(answered[f"{side}_met"].explode()) for side in sides}
-    bounds = {"verifiable_gain_low": low, "verifiable_gain_high": high} if answered.height else {}
-    return (
-        figures | {"verifiable_gain": _mean(gains), "verifiable_gain_low": None, "verifiable_gain_high": None} | bounds
-    )
+    # Rounded, because thirds that differ in the last digit are one value.
+    gains = (whole["policy"] - whole["initial"]).round(9)
+    low, high = bootstrap_mean(gains.to_numpy(), random_seed) if whole.height else (None, None)
+    return {
+        **{f"verifiable_rate {side}": _mean(whole[side]) for side in sides},
+        **{f"constraint_rate {side}": _mean(answered[f"{side}_met"].explode()) for side in sides},
+        "verifiable_gain": _mean(gains),
+        "verifiable_gain_low": low,
+        "verifiable_gain_high": high,
+    }
 
 
 def rates_by_rule(answered: pl.DataFrame) -> pl.DataFrame:
     """How many constraints of each rule M_t and M_0 meet.
 
     Args:
-        answered: One row per instruction with constraints, policy_met and initial_met.
+        answered: One row per instruction and sample, with constraints, policy_met and initial_met.
 
     Returns:
-        One row per rule: rule, constraints, policy, initial (the shares met).
+        One row per rule: rule, answered (constraints times samples), policy, initial (the shares met).
     """
     single = answered.select("constraints", "policy_met", "initial_met").explode(
         "constraints", "policy_met", "initial_met"
@@ -93,8 +97,8 @@ def rates_by_rule(answered: pl.DataFrame) -> pl.DataFrame:
     return (
         single.unnest("constraints")
         .group_by("rule")
-        .agg(constraints=pl.len(), policy=pl.col("policy_met").mean(), initial=pl.col("initial_met").mean())
-        .sort("constraints", "rule", descending=[True, False])
+        .agg(answered=pl.len(), policy=pl.col("policy_met").mean(), initial=pl.col("initial_met").mean())
+        .sort("answered", "rule", descending=[True, False])
     )
 
 
