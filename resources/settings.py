@@ -287,7 +287,10 @@ class Responses(Section):
 
 
 class ResponseImprover(Section):
-    """The response improver R_t: learns (prompt, own answer -> gold answer), rewrites the answers."""
+    """The response improver R_t: learns (prompt, own answer -> gold answer), rewrites the answers.
+
+    Read only where preferences.chosen_from is `improver`.
+    """
 
     margin_threshold: float = Field(
         description="Train only where score(gold) - score(own answer) exceeds this. Paper: the threshold of the pair filter."
@@ -338,10 +341,24 @@ class Scorer(Section):
 
 
 class Preferences(Section):
-    """Which pairs are kept (section 2.3 of the paper)."""
+    """Where the two sides of a pair come from, and which pairs are kept (section 2.3 of the paper)."""
 
+    chosen_from: Literal["improver", "ranked_samples"] = Field(
+        "improver",
+        description="What makes the two sides of a pair. `improver` (paper): R_t's rewrite is chosen, and rejected_from says whose "
+        "answer is rejected. `ranked_samples`: M_{t-1} answers each prompt several times, the scorer ranks these samples, the "
+        "best is chosen and the worst rejected; no improver is trained.",
+    )
+    ranked_samples: int = Field(
+        5,
+        ge=2,
+        description="Answers of M_{t-1} to each prompt, where chosen_from is `ranked_samples`. They are ranked by their margin "
+        "over the first of them, so that a pair ranker, which reads two answers at a time, needs no reading of every pair.",
+    )
     rejected_from: Literal["initial", "previous"] = Field(
-        "initial", description="Whose answer is rejected: M_0's (paper) or M_{t-1}'s."
+        "initial",
+        description="Whose answer is rejected: M_0's (paper) or M_{t-1}'s. Has no meaning with ranked samples, both sides of which "
+        "are M_{t-1}'s: `previous` is refused there.",
     )
     margin_threshold: float = Field(
         description="Kept if score(chosen) - score(rejected) exceeds this. Paper: 0.20 (PairRM), 0.02 (ArmoRM)."
@@ -358,6 +375,15 @@ class Preferences(Section):
         description="Repetition is the share of word n-grams of this size that occurred before in the same text.",
     )
     pairs_per_iteration: int = Field(ge=1, description="Pairs kept per iteration, a random sample. Paper: 10,000.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.chosen_from == "ranked_samples" and self.rejected_from == "previous":
+            raise ValueError(
+                "rejected_from is `previous` and chosen_from is `ranked_samples`: with ranked samples the rejected answer is the "
+                "worst of M_{t-1}'s own. Remove rejected_from, or set chosen_from to `improver`."
+            )
+        return self
 
 
 class Policy(Section):
@@ -750,13 +776,15 @@ class Settings(Section):
     @property
     def trainings(self) -> list[Training]:
         """All training runs that the settings ask for."""
-        trainings = [
-            self.prompt_generator.training,
-            self.response_improver.training,
-            self.policy.training,
-            self.judge.training,
-        ]
+        trainings = [self.prompt_generator.training, self.policy.training, self.judge.training]
+        if self.trains_improver:
+            trainings.append(self.response_improver.training)
         return trainings + ([self.scorer.training] if self.scorer.kind == "trained" and self.scorer.training else [])
+
+    @property
+    def trains_improver(self) -> bool:
+        """Whether there is a response improver; ranked samples do without it."""
+        return self.preferences.chosen_from == "improver"
 
     @property
     def keywords_from_seed_prompt(self) -> int:

@@ -21,6 +21,7 @@ CASES = {
     "policy.accumulate": (False, {"model_checkpoint"}),
     "preferences.margin_threshold": (0.5, {"preference_pairs"}),
     "preferences.rejected_from": ("previous", {"preference_pairs", "initial_responses"}),
+    "preferences.chosen_from": ("ranked_samples", {"preference_pairs", "initial_responses", "refined_responses"}),
     "prompt_generator.min_words": (3, {"synthetic_prompts"}),
     "prompt_generator.prompts_per_iteration": (9, {"synthetic_prompts", "keyword_sets", "self_instruct_prompts"}),
     "prompt_generator.sampling.temperature": (0.9, {"synthetic_prompts", "self_instruct_prompts"}),

@@ -22,7 +22,7 @@ MEMORY = {
 PROMPT_SOURCES = {
     "synthetic": "synthetic prompts", "seed": "seed prompts", "self_instruct": "Self-Instruct prompts by M_0",
 }  # fmt: skip
-SCORED_BY = ("seed_responses", "preference_pairs", "evaluation")
+SCORED_BY = ("seed_responses", "refined_responses", "preference_pairs", "evaluation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,8 +207,8 @@ def _column(
             "keyword sets used": _count(funnel["prompts asked for"]),
             "synthetic prompts": _count(rows("synthetic_prompts")),
             "base responses (policy)": _count(rows("base_responses")),
-            "initial responses (M_0)": _count(rows("initial_responses")),
-            "refined responses": _count(rows("refined_responses")),
+            "initial responses (rejected side)": _count(rows("initial_responses")),
+            "refined responses (chosen side)": _count(rows("refined_responses")),
             "candidate pairs": _count(funnel["candidate pairs"]),
             "pairs kept": _count(funnel["pairs kept"]),
             "pairs trained on, with those before": _count(figure("model_checkpoint", "examples")),
@@ -250,7 +250,7 @@ def _column(
         "Checkpoints": {
             "M_t": _sha(figure("model_checkpoint", "sha")),
             "policy that answered": _sha(figure("base_responses", "checkpoint_sha")),
-            "response improver": _sha(figure("refined_responses", "checkpoint_sha")),
+            "model that wrote the chosen side": _sha(figure("refined_responses", "checkpoint_sha")),
             "scorer": _sha(figure("preference_pairs", "scorer_sha")),
         },
         "Work": {
