@@ -266,7 +266,10 @@ class Diversity(Section):
         1000, ge=2, description="Prompts compared at most, of each source; the smallest source decides. Paper: 1,000."
     )
     clusters: int = Field(
-        30, ge=1, description="Clusters that all prompts are sorted into. The paper has a judge name 30 topics instead."
+        30,
+        ge=1,
+        description="Clusters that all prompts are sorted into. The paper has a judge name 30 topics instead, as the model of "
+        "judge.server does here where it is stated.",
     )
     embedding_model: EmbeddingModel = Field(default_factory=EmbeddingModel)
     self_instruct_shots: int = Field(
@@ -462,7 +465,7 @@ class Server(ServerAccess):
 
 
 class JudgeServer(ServerAccess):
-    """A model behind OpenAI's chat API that judges: on this machine, in the house or at a provider."""
+    """A model behind OpenAI's chat API that judges and labels: on this machine, in the house or at a provider."""
 
     model: str = Field(description="The name under which the server has the model.")
     template: str | None = Field(
@@ -482,7 +485,11 @@ class Judge(Section):
     max_length: int = Field(
         ge=8, description="Longest prompt and answer that it reads, in tokens. Left out: that of the scorer."
     )
-    server: JudgeServer | None = Field(None, description="One more judge, asked in both orders. None: there is none.")
+    server: JudgeServer | None = Field(
+        None,
+        description="One more judge, asked in both orders; prompt_diversity also has it name topic and intention of each prompt "
+        "compared. None: there is none.",
+    )
 
 
 class RayCluster(dg.Config):

@@ -14,7 +14,7 @@ from upath import UPath
 
 from resources.checkpoint_store import Checkpoint
 from resources.files import is_abandoned
-from resources.judges.choice import judge_scorer, server_judge
+from resources.judges.choice import judge_scorer, server_judge, topic_labeler
 from resources.language_model import LanguageModel
 from resources.scorer import RewardScorer
 from resources.settings import Settings, SettingsError
@@ -121,6 +121,7 @@ def leftovers(
     in_use |= {scorers[made.asset].shards_of(made).folder.name for made in current if made.asset in scorers}
     if settings.judge.server:
         in_use.add(server_judge(settings.judge, scorer).shards.folder.name)
+        in_use.add(topic_labeler(settings.judge, scorer).shards.folder.name)
     starts = [manifest["parents"].get("start", {}).get("directory") for manifest in manifests.values()]
     places = dict.fromkeys([UPath(home), root])
     return [

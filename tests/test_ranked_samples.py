@@ -8,7 +8,7 @@ from pathlib import Path
 import dagster as dg
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resources.checkpoint_store import Checkpoint, CheckpointStore
@@ -47,6 +47,7 @@ def ranked_settings(folder, nano_model, **changes):
 MARGIN = st.integers(-3, 3).map(float)
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 4).flatmap(
         lambda further: st.lists(st.lists(MARGIN, min_size=further, max_size=further), min_size=1)

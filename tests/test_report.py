@@ -224,6 +224,17 @@ def test_every_figure_stands_in_its_place(instance, home):
     }
 
 
+def test_what_a_judge_names_has_rows_where_there_is_such_a_judge(instance, home):
+    make_iteration(instance, home, 1)
+    make_iteration(instance, home, 2, prompt_diversity={"topics synthetic": 21, "intentions seed": 7})
+    iterations = [read_iteration(instance, stores(home)["tables"], key) for key in ("0001", "0002")]
+    named = {row.label: row.cells for row in report_rows(iterations) if "named by a judge" in row.label}
+    assert named == {
+        "topics of synthetic prompts, named by a judge": ("—", "21"),
+        "intentions of seed prompts, named by a judge": ("—", "7"),
+    }
+
+
 def test_the_ui_shows_table_plots_and_sources(instance, home):
     sha = make_iteration(instance, home, 1)
     metadata, _, page = report(instance, home)

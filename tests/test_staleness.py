@@ -46,7 +46,7 @@ CASES = {
     "scorer.training.epochs": (2, {"reward_model", "judge_model"}),
     "judge.training.epochs": (2, {"judge_model"}),
     "judge.max_length": (99, {"judge_model", "evaluation"}),
-    "judge.server": ({"url": "http://127.0.0.1:1/v1", "model": "m"}, {"evaluation"}),
+    "judge.server": ({"url": "http://127.0.0.1:1/v1", "model": "m"}, {"evaluation", "prompt_diversity"}),
     "seed_data.judge_limit": (9, {"seed_pairs"}),
     "engine.threads": (2, set()),
     "engine.shard_rows": (5, set()),

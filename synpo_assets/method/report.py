@@ -22,7 +22,13 @@ MEMORY = {
 PROMPT_SOURCES = {
     "synthetic": "synthetic prompts", "seed": "seed prompts", "self_instruct": "Self-Instruct prompts by M_0",
 }  # fmt: skip
-SCORED_BY = ("seed_responses", "refined_responses", "preference_pairs", "evaluation")
+LABELLED = {
+    f"{kind} {source}": f"{kind} of {what}, named by a judge" for kind in ("topics", "intentions")
+    for source, what in PROMPT_SOURCES.items()
+}  # fmt: skip
+# Without a GPU, or a judge that names topics, there is nothing to say about them.
+NOT_EVERYWHERE = {*MEMORY.values(), *LABELLED.values()}
+SCORED_BY = ("prompt_diversity", "seed_responses", "refined_responses", "preference_pairs", "evaluation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +114,7 @@ def report_rows(iterations: Sequence[FinishedIteration]) -> list[Row]:
     }
     columns = [_column(iteration, reasons, judge_labels(iterations)) for iteration in iterations]
     rows = [Row(section, label, tuple(column[section, label] for column in columns)) for section, label in columns[0]]
-    # Without a GPU there is nothing to say about it.
-    return [row for row in rows if row.label not in MEMORY.values() or set(row.cells) != {MISSING}]
+    return [row for row in rows if row.label not in NOT_EVERYWHERE or set(row.cells) != {MISSING}]
 
 
 def judge_labels(iterations: Sequence[FinishedIteration]) -> list[str]:
@@ -228,6 +233,7 @@ def _column(
                 f"mean similarity of {what}": _number(figure("prompt_diversity", f"mean_similarity {source}"))
                 for source, what in PROMPT_SOURCES.items()
             },
+            **{label: _count(figure("prompt_diversity", name)) for name, label in LABELLED.items()},
         },
         "Pairs": {
             "mean margin of scores": _number(figure("preference_pairs", "mean_margin")),
