@@ -271,7 +271,10 @@ class Diversity(Section):
         1000, ge=2, description="Prompts compared at most, of each source; the smallest source decides. Paper: 1,000."
     )
     clusters: int = Field(
-        30, ge=1, description="Clusters that all prompts are sorted into. The paper has a judge name 30 topics instead."
+        30,
+        ge=1,
+        description="Clusters that all prompts are sorted into. The paper has a judge name 30 topics instead, as the model of "
+        "judge.server does here where it is stated.",
     )
     embedding_model: EmbeddingModel = Field(default_factory=EmbeddingModel)
     self_instruct_shots: int = Field(
@@ -292,7 +295,10 @@ class Responses(Section):
 
 
 class ResponseImprover(Section):
-    """The response improver R_t: learns (prompt, own answer -> gold answer), rewrites the answers."""
+    """The response improver R_t: learns (prompt, own answer -> gold answer), rewrites the answers.
+
+    Read only where preferences.chosen_from is `improver`.
+    """
 
     margin_threshold: float = Field(
         description="Train only where score(gold) - score(own answer) exceeds this. Paper: the threshold of the pair filter."
@@ -343,10 +349,24 @@ class Scorer(Section):
 
 
 class Preferences(Section):
-    """Which pairs are kept (section 2.3 of the paper)."""
+    """Where the two sides of a pair come from, and which pairs are kept (section 2.3 of the paper)."""
 
+    chosen_from: Literal["improver", "ranked_samples"] = Field(
+        "improver",
+        description="What makes the two sides of a pair. `improver` (paper): R_t's rewrite is chosen, and rejected_from says whose "
+        "answer is rejected. `ranked_samples`: M_{t-1} answers each prompt several times, the scorer ranks these samples, the "
+        "best is chosen and the worst rejected; no improver is trained.",
+    )
+    ranked_samples: int = Field(
+        5,
+        ge=2,
+        description="Answers of M_{t-1} to each prompt, where chosen_from is `ranked_samples`. They are ranked by their margin "
+        "over the first of them, so that a pair ranker, which reads two answers at a time, needs no reading of every pair.",
+    )
     rejected_from: Literal["initial", "previous"] = Field(
-        "initial", description="Whose answer is rejected: M_0's (paper) or M_{t-1}'s."
+        "initial",
+        description="Whose answer is rejected: M_0's (paper) or M_{t-1}'s. Has no meaning with ranked samples, both sides of which "
+        "are M_{t-1}'s: `previous` is refused there.",
     )
     margin_threshold: float = Field(
         description="Kept if score(chosen) - score(rejected) exceeds this. Paper: 0.20 (PairRM), 0.02 (ArmoRM)."
@@ -363,6 +383,15 @@ class Preferences(Section):
         description="Repetition is the share of word n-grams of this size that occurred before in the same text.",
     )
     pairs_per_iteration: int = Field(ge=1, description="Pairs kept per iteration, a random sample. Paper: 10,000.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.chosen_from == "ranked_samples" and self.rejected_from == "previous":
+            raise ValueError(
+                "rejected_from is `previous` and chosen_from is `ranked_samples`: with ranked samples the rejected answer is the "
+                "worst of M_{t-1}'s own. Remove rejected_from, or set chosen_from to `improver`."
+            )
+        return self
 
 
 class Policy(Section):
@@ -441,7 +470,7 @@ class Server(ServerAccess):
 
 
 class JudgeServer(ServerAccess):
-    """A model behind OpenAI's chat API that judges: on this machine, in the house or at a provider."""
+    """A model behind OpenAI's chat API that judges and labels: on this machine, in the house or at a provider."""
 
     model: str = Field(description="The name under which the server has the model.")
     template: str | None = Field(
@@ -461,7 +490,11 @@ class Judge(Section):
     max_length: int = Field(
         ge=8, description="Longest prompt and answer that it reads, in tokens. Left out: that of the scorer."
     )
-    server: JudgeServer | None = Field(None, description="One more judge, asked in both orders. None: there is none.")
+    server: JudgeServer | None = Field(
+        None,
+        description="One more judge, asked in both orders; prompt_diversity also has it name topic and intention of each prompt "
+        "compared. None: there is none.",
+    )
 
 
 class RayCluster(dg.Config):
@@ -775,13 +808,15 @@ class Settings(Section):
     @property
     def trainings(self) -> list[Training]:
         """All training runs that the settings ask for."""
-        trainings = [
-            self.prompt_generator.training,
-            self.response_improver.training,
-            self.policy.training,
-            self.judge.training,
-        ]
+        trainings = [self.prompt_generator.training, self.policy.training, self.judge.training]
+        if self.trains_improver:
+            trainings.append(self.response_improver.training)
         return trainings + ([self.scorer.training] if self.scorer.kind == "trained" and self.scorer.training else [])
+
+    @property
+    def trains_improver(self) -> bool:
+        """Whether there is a response improver; ranked samples do without it."""
+        return self.preferences.chosen_from == "improver"
 
     @property
     def keywords_from_seed_prompt(self) -> int:

@@ -14,7 +14,7 @@ from upath import UPath
 
 from resources.checkpoint_store import Checkpoint
 from resources.files import is_abandoned
-from resources.judges.choice import judge_scorer, server_judge
+from resources.judges.choice import judge_scorer, server_judge, topic_labeler
 from resources.language_model import LanguageModel
 from resources.scorer import RewardScorer
 from resources.settings import Settings, SettingsError
@@ -113,15 +113,15 @@ def leftovers(
     manifests = _current_manifests(root / "checkpoints")
     current = [_checkpoint(root / "checkpoints" / name, manifest) for name, manifest in manifests.items()]
     # A sampling that no asset uses with some checkpoint does no harm here: its folder does not exist.
-    samplings = [
-        prompt_sampling(settings), settings.self_instruct_sampling, settings.responses.sampling,
-        settings.response_improver.sampling,
-    ]  # fmt: skip
+    samplings = [prompt_sampling(settings), settings.self_instruct_sampling, settings.responses.sampling]
+    if settings.trains_improver:
+        samplings.append(settings.response_improver.sampling)
     in_use = {language_model.shards_of(made, sampling).folder.name for made in current for sampling in samplings}
     scorers = {"reward_model": scorer, "judge_model": judge_scorer(settings.judge, scorer)}
     in_use |= {scorers[made.asset].shards_of(made).folder.name for made in current if made.asset in scorers}
     if settings.judge.server:
         in_use.add(server_judge(settings.judge, scorer).shards.folder.name)
+        in_use.add(topic_labeler(settings.judge, scorer).shards.folder.name)
     starts = [manifest["parents"].get("start", {}).get("directory") for manifest in manifests.values()]
     places = dict.fromkeys([UPath(home), root])
     return [

@@ -6,9 +6,11 @@ topics of 1,000 prompts.
 Here: the same measure with all-MiniLM-L6-v2, on samples of equal size. The baseline is written by the same M_0 after
 seeing a few seed prompts (Self-Instruct, https://arxiv.org/abs/2212.10560), without the filter that Self-Instruct has
 against similar prompts, while the synthetic prompts are without near-duplicates (prompts.py). Topics are clusters of the
-embeddings, which need no judge and have no names.
+embeddings, which need no judge and have no names. Where `judge.server` is stated, its model names a topic and an intention
+of the same prompts, from lists of our own (resources/judges/labels.yaml): the paper's counts are of other lists.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,15 +19,17 @@ import polars as pl
 
 from resources.checkpoint_store import Checkpoint
 from resources.embeddings import SentenceEmbedder
+from resources.judges.choice import topic_labeler
 from resources.language_model import LanguageModel, Usage
 from resources.model_source import fetch_embedding_model
+from resources.scorer import RewardScorer
 from resources.settings import Settings
 from resources.tables import table_metadata
 from synpo_assets.method import diversity as diversity_method
 from synpo_assets.method import prompts as prompt_method
 from synpo_assets.method import self_instruct as self_instruct_method
 from synpo_assets.method import templates
-from synpo_assets.method.diversity import Diversity, equal_samples, measure
+from synpo_assets.method.diversity import Diversity, equal_samples, label_counts, label_coverage, measure
 from synpo_assets.method.prompts import draw_until_enough
 from synpo_assets.method.self_instruct import NewTasks, draw_examples
 from synpo_assets.method.templates import self_instruct_instruction
@@ -97,6 +101,7 @@ def self_instruct_prompts(
         "diversity.sample_size",
         "diversity.clusters",
         "diversity.embedding_model",
+        "judge.server",
         diversity_method,
     ),
     pool=GPU_POOL,
@@ -108,6 +113,7 @@ def prompt_diversity(
     seed_pairs: pl.DataFrame,
     self_instruct_prompts: pl.DataFrame,
     embedder: SentenceEmbedder,
+    scorer: RewardScorer,
     settings: dg.ResourceParam[Settings],
 ) -> dg.Output[pl.DataFrame]:
     """How much prompts resemble each other: the synthetic ones, those of the seed, and the Self-Instruct baseline."""
@@ -132,7 +138,30 @@ def prompt_diversity(
         topics=table_metadata(pl.DataFrame(found.topics)),
         **{f"embedding_model {key}": value for key, value in origin.items()},
         **embedded.metadata(),
+        **_labels(context, sampled, scorer, settings),
     )
+
+
+def _labels(
+    context: dg.AssetExecutionContext, sampled: Mapping[str, Sequence[str]], scorer: RewardScorer, settings: Settings
+) -> dict[str, Any]:
+    """What the model of judge.server says that the prompts are about, as metadata; nothing where none is stated."""
+    if settings.judge.server is None:
+        return {}
+    labeler = topic_labeler(settings.judge, scorer)
+    texts = [text for prompts in sampled.values() for text in prompts]
+    named, usage = labeler.label_prompts(texts, context.log.info)
+    waiting = iter(named)
+    labelled = {source: list(itertools.islice(waiting, len(prompts))) for source, prompts in sampled.items()}
+    rows = label_coverage(labelled)
+    figures = ("topics", "topic_entropy", "intentions", "intention_entropy", "not_labelled")
+    return {
+        **{f"{name} {row['source']}": row[name] for row in rows for name in figures},
+        "labelled_by": labeler.label,
+        "label_coverage": table_metadata(pl.DataFrame(rows)),
+        "label_counts": table_metadata(pl.DataFrame(label_counts(labelled))),
+        **usage.metadata(),
+    }
 
 
 def _frame(found: Diversity, sources: Mapping[str, Sequence[str]], model: str, iteration: int) -> pl.DataFrame:

@@ -85,7 +85,10 @@ def expected_work(settings: Settings, seed: pl.DataFrame, instructions: int) -> 
         "prompt_generator": (generator.training, instruction + _tokens(generator_target("", "")) + prompt + answer),
         "reward_model": (settings.scorer.training, 2 * asked + answer + written),
         "judge_model": (settings.judge.training, 2 * asked + answer + written),
-        "response_improver": (settings.response_improver.training, improving + answer),
+        "response_improver": (
+            settings.response_improver.training if settings.trains_improver else None,
+            improving + answer,
+        ),
         "model_checkpoint": (settings.policy.training, 2 * (asked + written)),
     }
     pair_ranker = settings.scorer.kind == "pair_ranker"
@@ -111,6 +114,24 @@ def expected_work(settings: Settings, seed: pl.DataFrame, instructions: int) -> 
                     most_tokens=(training.max_examples or float("inf")) * training.epochs * length,
                 )
             )
+    judging = Work("preference_pairs", "score", wanted * compared(written, written))
+    if settings.trains_improver:
+        sides = [
+            Work("initial_responses", "generate", wanted * written, later_only=True),
+            Work("seed_responses", "generate", train.height * written, later_only=True),
+            Work("seed_responses", "score", train.height * compared(answer, written)),
+            Work("refined_responses", "generate", wanted * settings.response_improver.sampling.max_new_tokens),
+            judging,
+        ]
+    else:
+        # The first sample is the base response. A reward model reads each sample once, and has then read both sides.
+        further = settings.preferences.ranked_samples - 1
+        reading = further * compared(written, written) if pair_ranker else (further + 1) * (asked + written)
+        sides = [
+            Work("refined_responses", "generate", wanted * further * written),
+            Work("refined_responses", "score", wanted * reading),
+            *([judging] if pair_ranker else []),
+        ]
     if pair_ranker:
         # M_t beside M_{t-1}, which a reward model has scored already.
         work.append(Work("evaluation", "score", held_out.height * compared(written, written), later_only=True))
@@ -123,11 +144,7 @@ def expected_work(settings: Settings, seed: pl.DataFrame, instructions: int) -> 
         Work("self_instruct_prompts", "generate", wanted * settings.self_instruct_sampling.max_new_tokens, once=True),
         Work("synthetic_prompts", "generate", settings.keyword_sets_per_iteration * generator.sampling.max_new_tokens),
         Work("base_responses", "generate", wanted * written),
-        Work("initial_responses", "generate", wanted * written, later_only=True),
-        Work("seed_responses", "generate", train.height * written, later_only=True),
-        Work("seed_responses", "score", train.height * compared(answer, written)),
-        Work("refined_responses", "generate", wanted * settings.response_improver.sampling.max_new_tokens),
-        Work("preference_pairs", "score", wanted * compared(written, written)),
+        *sides,
         Work("evaluation", "generate", held_out.height * written),
         # M_0's answers are found in the shards from the second iteration on.
         Work("instruction_following", "generate", 2 * SAMPLES * instructions * written),

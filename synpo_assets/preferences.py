@@ -3,9 +3,9 @@
 Paper (section 2.3, algorithm 1 line 4): chosen is the refined answer, rejected is M_0's; a pair is kept if the scorer
 (PairRM or ArmoRM) prefers chosen by a margin and chosen does not repeat itself by more than half; 10,000 survivors are
 drawn at random per iteration.
-Here: by default the scorer is a Bradley-Terry reward model trained on the seed (gold over M_0's own answer), which
-needs no download; PairRM and ArmoRM are settings. The repetition measure is ours, and so is the convention that says
-what a margin of PairRM is, since the paper leaves both open.
+Here: the same, of whatever two sides `preferences.chosen_from` makes. By default the scorer is a Bradley-Terry reward
+model trained on the seed (gold over M_0's own answer), which needs no download; PairRM and ArmoRM are settings. The
+repetition measure is ours, and so is the convention that says what a margin of PairRM is, since the paper leaves both open.
 """
 
 from typing import Any
@@ -109,7 +109,7 @@ def preference_pairs(
     scorer: RewardScorer,
     settings: dg.ResourceParam[Settings],
 ) -> dg.Output[pl.DataFrame]:
-    """This iteration's pairs: refined answer over M_0's answer, scored, filtered, sampled (algorithm 1, line 4)."""
+    """This iteration's pairs: refined over rejected answer, scored, filtered, sampled (algorithm 1, line 4)."""
     options = settings.preferences
     joined = join_sides(refined_responses, initial_responses)
     rows = joined.select("prompt", "chosen_response", "rejected_response").rows()

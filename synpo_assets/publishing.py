@@ -41,7 +41,7 @@ CARD_SETTINGS: dict[str, Any] = {
 }
 WRITERS = {
     "prompt": "synthetic_prompts",
-    "answer that was rewritten": "base_responses",
+    "answer of the policy": "base_responses",
     "chosen": "refined_responses",
     "rejected": "initial_responses",
 }
@@ -82,7 +82,10 @@ def published_dataset(
         writers=list(_writers(context, iterations)),
         scorer=_scorer(settings),
         score_conventions=pairs["score_convention"].unique().sort().to_list(),
-        settings=settings.model_dump(include=CARD_SETTINGS),
+        ranked_samples=None if settings.trains_improver else settings.preferences.ranked_samples,
+        settings=settings.model_dump(
+            include=CARD_SETTINGS, exclude=set() if settings.trains_improver else {"response_improver"}
+        ),
         libraries=newest.get("libraries", {}),
         sample=_sample(iterations[-1].pairs),
     )

@@ -123,9 +123,9 @@ class Responses(Table):
 
 
 class RefinedResponses(Responses):
-    """Answers rewritten by the response improver."""
+    """The chosen side: answers rewritten by the response improver, or the best of the policy's ranked samples."""
 
-    base_response_id: str = _id("The answer that was rewritten.")
+    base_response_id: str = _id("The policy's answer that was rewritten, or the first of the samples that were ranked.")
 
 
 class SeedResponses(Responses):
@@ -144,8 +144,8 @@ class PreferencePairs(Table):
     pair_id: str = _id("Content hash of the two responses.", unique=True)
     prompt_id: str = _id("The prompt.", unique=True)
     prompt: MESSAGES = pa.Field(description="The prompt as one user message.")  # type: ignore[valid-type]
-    chosen: MESSAGES = pa.Field(description="The refined answer as one assistant message.")  # type: ignore[valid-type]
-    rejected: MESSAGES = pa.Field(description="M_0's answer as one assistant message.")  # type: ignore[valid-type]
+    chosen: MESSAGES = pa.Field(description="The refined response as one assistant message.")  # type: ignore[valid-type]
+    rejected: MESSAGES = pa.Field(description="The rejected answer as one assistant message.")  # type: ignore[valid-type]
     chosen_score: float = pa.Field(description="The scorer's value of the chosen answer.")
     rejected_score: float = pa.Field(description="The scorer's value of the rejected answer.")
     margin: float = pa.Field(description="chosen_score - rejected_score.")
@@ -159,7 +159,7 @@ class PreferencePairs(Table):
     )
     chosen_response_id: str = _id("The refined response.")
     rejected_response_id: str = _id("The rejected response.")
-    chosen_checkpoint_sha: str = _id("sha of the response improver.")
+    chosen_checkpoint_sha: str = _id("sha of the model that wrote the chosen side.")
     rejected_checkpoint_sha: str = _id("sha of the model that wrote the rejected side.")
     iteration: int = pa.Field(ge=1, description="The iteration that made the pair.")
 

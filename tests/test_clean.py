@@ -14,7 +14,7 @@ from dagster._core.storage.dagster_run import DagsterRun
 from upath import UPath
 
 from resources.checkpoint_store import Checkpoint, CheckpointStore
-from resources.judges.choice import server_judge
+from resources.judges.choice import server_judge, topic_labeler
 from resources.language_model import LanguageModel
 from resources.scorer import RewardScorer
 from resources.settings import Sampling, SettingsError, load_settings
@@ -104,12 +104,13 @@ def test_engine_and_scorer_settings_count(home, section, name, value, left):
     assert places(home, clean.SHARDS) == shards_that(home, left) != set()
 
 
-def test_verdicts_of_a_server_are_in_use_until_another_model_judges(home):
+@pytest.mark.parametrize("opened", [server_judge, topic_labeler])
+def test_what_a_server_said_is_in_use_until_another_model_judges(home, opened):
     server = {"url": "http://127.0.0.1:1/v1", "model": "one"}
     change(home, "judge", "server", server)
     settings = load_settings(home / "settings.yaml")
-    shards = server_judge(settings.judge, resources(settings, home)[1]).shards
-    shards.write([{"key": "k", "points": 1.0, "reply": "A", "tokens": 3}])
+    shards = opened(settings.judge, resources(settings, home)[1]).shards
+    shards.write([{"key": "k", "reply": "A", "tokens": 3}])
     assert places(home, clean.SHARDS) == set()
     change(home, "judge", "server", server | {"model": "another"})
     assert places(home, clean.SHARDS) == {shards.folder.relative_to(home).as_posix()}

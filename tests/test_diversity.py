@@ -18,6 +18,7 @@ from resources.errors import FinalError
 from resources.files import file_sha256
 from resources.language_model import LanguageModel
 from resources.model_source import ModelSourceError, fetch_embedding_model
+from resources.scorer import RewardScorer
 from resources.settings import EmbeddingModel, Engine, Sampling, SettingsError, active_settings
 from resources.tables import ParquetTables
 from synpo_assets.diversity import prompt_diversity, self_instruct_prompts
@@ -355,15 +356,20 @@ def materialize(tmp_path, assets, settings, partition=None, **resources):
     return result.output_for_node(name), {key: entry.value for key, entry in event.metadata.items()}
 
 
-def diversity(tmp_path, synthetic, baseline, **options):
+def diversity(tmp_path, synthetic, baseline, judge=None, **options):
     assets = [
         stand_in("synthetic_prompts", pl.DataFrame({"prompt": synthetic}), partitioned=True),
         stand_in("seed_pairs", SEED),
         stand_in("self_instruct_prompts", pl.DataFrame({"prompt": baseline}, schema={"prompt": pl.String})),
         prompt_diversity,
     ]
-    embedder = SentenceEmbedder(engine=Engine(threads=1, device="cpu"))
-    return materialize(tmp_path, assets, settings_with(**options), "0001", embedder=embedder)
+    engine, settings = Engine(threads=1, device="cpu"), settings_with(**options)
+    scorer = RewardScorer(
+        shards=str(tmp_path / "shards"), engine=engine, kind="trained", pair_convention="one_order", max_length=99
+    )
+    settings = settings.model_copy(update={"judge": settings.judge.model_copy(update={"server": judge})})
+    embedder = SentenceEmbedder(engine=engine)
+    return materialize(tmp_path, assets, settings, "0001", embedder=embedder, scorer=scorer)
 
 
 def test_the_table_compares_samples_of_equal_size(tmp_path, nano_embedding_model):
@@ -390,6 +396,7 @@ def test_without_a_baseline_the_others_are_compared(tmp_path, nano_embedding_mod
     assert frame["source"].to_list() == ["synthetic", "seed"]
     assert frame["prompts"].unique().to_list() == [6]
     assert "mean_similarity self_instruct" not in about
+    assert "labelled_by" not in about
 
 
 def baseline(tmp_path, nano_checkpoint, **options):

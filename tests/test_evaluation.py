@@ -23,6 +23,7 @@ from resources.settings import JudgeServer, SettingsError, active_settings, load
 from resources.tables import ParquetTables
 from resources.training.job import TrainingSummary
 from synpo_assets.evaluation import OPPONENTS, evaluation, judge_model
+from synpo_assets.improver import seed_responses
 from synpo_assets.method.evaluation import (
     NO_VERDICT,
     bootstrap_interval,
@@ -35,7 +36,6 @@ from synpo_assets.partitions import ITERATIONS
 from synpo_assets.preferences import reward_model
 from synpo_assets.preflight import check_before_run, seed_table
 from synpo_assets.prompts import prompt_generator
-from synpo_assets.responses import seed_responses
 from synpo_assets.schemas import Evaluation, check
 from tests.nano import write_settings
 from tests.test_server_engine import FaultyServer

@@ -177,8 +177,8 @@ def test_every_figure_stands_in_its_place(instance, home):
         "keyword sets used": ("32", "32"),
         "synthetic prompts": ("12", "12"),
         "base responses (policy)": ("12", "12"),
-        "initial responses (M_0)": ("12", "12"),
-        "refined responses": ("12", "12"),
+        "initial responses (rejected side)": ("12", "12"),
+        "refined responses (chosen side)": ("12", "12"),
         "candidate pairs": ("10", "10"),
         "pairs kept": ("5", "5"),
         "pairs trained on, with those before": ("5", "10"),
@@ -217,12 +217,23 @@ def test_every_figure_stands_in_its_place(instance, home):
         "M_t promoted to the next iteration": ("yes", "yes"),
         "M_t": tuple(sha[:16] for sha in shas),
         "policy that answered": ("0123456789abcdef",) * 2,
-        "response improver": ("0123456789abcdef",) * 2,
+        "model that wrote the chosen side": ("0123456789abcdef",) * 2,
         "scorer": ("feedfacefeedface",) * 2,
         "tokens generated": ("500", "500"),
         "tokens trained on": ("3,000", "3,000"),
         "tokens scored": ("21", "21"),
         "seconds": cells["seconds"],
+    }
+
+
+def test_what_a_judge_names_has_rows_where_there_is_such_a_judge(instance, home):
+    make_iteration(instance, home, 1)
+    make_iteration(instance, home, 2, prompt_diversity={"topics synthetic": 21, "intentions seed": 7})
+    iterations = [read_iteration(instance, stores(home)["tables"], key) for key in ("0001", "0002")]
+    named = {row.label: row.cells for row in report_rows(iterations) if "named by a judge" in row.label}
+    assert named == {
+        "topics of synthetic prompts, named by a judge": ("—", "21"),
+        "intentions of seed prompts, named by a judge": ("—", "7"),
     }
 
 

@@ -77,6 +77,8 @@ def changed(tmp_path, **changes):
         ({"keyword_pool": {"max_sets": 10}}, "keyword_pool.max_sets (10) is less than"),
         ({"policy": {"training": {"max_prompt_length": 1000}}}, "exceed max_length"),
         ({"policy": {"training": {"micro_batch_size": 3}}}, "micro_batch_size (3) does not divide batch_size (4)"),
+        ({"preferences": {"chosen_from": "ranked_samples", "rejected_from": "previous"}}, "Remove rejected_from"),
+        ({"preferences": {"ranked_samples": 1}}, "`preferences.ranked_samples` is 1"),
         ({"scorer": {"kind": "pretrained"}}, "scorer.name is missing"),
         ({"scorer": {"training": None}}, "scorer.training is missing"),
         ({"initial_policy": {"source": "hub", "name": "a/b"}}, "`initial_policy`: revision is missing"),

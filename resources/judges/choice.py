@@ -4,6 +4,7 @@ from resources.checkpoint_store import Checkpoint
 from resources.judges.interface import Judge
 from resources.judges.reward_judge import RewardJudge
 from resources.judges.server_judge import ServerJudge
+from resources.judges.topic_labeler import TopicLabeler
 from resources.scorer import RewardScorer
 from resources.settings import Judge as JudgeSettings
 
@@ -51,3 +52,9 @@ def server_judge(judge: JudgeSettings, scorer: RewardScorer) -> ServerJudge:
     """
     assert judge.server is not None
     return ServerJudge(judge.server, scorer.shards, scorer.engine.shard_rows)
+
+
+def topic_labeler(judge: JudgeSettings, scorer: RewardScorer) -> TopicLabeler:
+    """The model of `judge.server`, which must be stated, asked for topics."""
+    assert judge.server is not None
+    return TopicLabeler(judge.server, scorer.shards, scorer.engine.shard_rows)

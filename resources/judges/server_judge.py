@@ -1,36 +1,24 @@
-"""A model behind OpenAI's chat API as judge: it is shown both answers, in both orders.
+"""A model behind OpenAI's chat API as judge: it is shown both answers, in both orders."""
 
-Structured output asks for one of three replies. A server may ignore that, and a model may write nonsense: such a reply is
-no verdict, and is counted as that.
-"""
-
-import contextlib
 import hashlib
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jinja2
 import jinja2.meta
 import polars as pl
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from resources.engines.server_connection import Connection, TokenCounts, side_by_side
-from resources.progress import Progress
-from resources.scorer import BOTH_ORDERS, Comparison, ScoringUsage, readings
+from resources.judges.structured_chat import StructuredChat
+from resources.scorer import BOTH_ORDERS, Comparison, readings
 from resources.settings import JudgeServer, SettingsError
-from resources.shards import Shards
 
 SHIPPED_TEMPLATE = Path(__file__).parent / "comparison.jinja"
 TEMPLATE_NAMES = {"prompt", "answer_a", "answer_b"}
 CONVENTION = "share_of_both_orders"
-# A verdict takes a dozen; a model that is not held to the schema may go on for ever.
-LONGEST_REPLY = 256
-SHOWN_CHARACTERS = 200
 # What a verdict says of the answer that was shown first.
 POINTS = {"A": 1.0, "tie": 0.5, "B": 0.0}
-VERDICT_COLUMNS = {"key": pl.String, "points": pl.Float64, "reply": pl.String, "tokens": pl.Int64}
 
 
 class Verdict(BaseModel):
@@ -41,32 +29,14 @@ class Verdict(BaseModel):
     better: Literal["A", "B", "tie"]
 
 
-class ChatMessage(BaseModel):
-    """What the model wrote; nothing if it refused."""
-
-    content: str | None = None
-
-
-class ChatChoice(BaseModel):
-    """One reply."""
-
-    message: ChatMessage
-
-
-class ChatCompletion(BaseModel):
-    """The server's answer to one request."""
-
-    choices: list[ChatChoice] = Field(min_length=1)
-    usage: TokenCounts | None = None
-
-
 class ServerJudge:
     """Asks a server which of two answers is better, once in each order.
 
     The first answer gets 1 if it wins in both orders, 0 if it loses in both, and 0.5 if there is a tie or the orders
-    disagree, because the model then went by the place. Where one of the two replies is no verdict, the row has none.
+    disagree, because the model then went by the place. Where one of the two replies is no verdict, the row has none, and
+    counts for neither side.
 
-    Verdicts are kept as RewardScorer keeps scores: in shards under a fingerprint of model and template.
+    Verdicts are kept in shards under a fingerprint of model and template.
     """
 
     name = "server"
@@ -82,11 +52,10 @@ class ServerJudge:
         Raises:
             SettingsError: The template cannot be used.
         """
-        self.label = f"{server.model} (on a server)"
-        self._server, self._shard_rows = server, shard_rows
         self._template, text = load_template(server.template)
-        fingerprint = {"judge": server.model, "template": hashlib.sha256(text.encode()).hexdigest()[:16]}
-        self.shards = Shards(shards, fingerprint, f"verdicts by {server.model}", VERDICT_COLUMNS)
+        fingerprint = {"template": hashlib.sha256(text.encode()).hexdigest()[:16]}
+        self._chat = StructuredChat(server, Verdict, "verdict", fingerprint, shards, shard_rows)
+        self.label, self.shards = self._chat.label, self._chat.shards
 
     def compare(self, rows: Sequence[tuple[str, str, str]], log: Callable[[str], None]) -> Comparison:
         """Asks about each row in both orders.
@@ -99,61 +68,17 @@ class ServerJudge:
             FinalError: The server refuses the key or a request, or does not have the model.
             RuntimeError: It stays down, overloaded or failing for all of `judge.server.attempts`.
         """
-        started = time.monotonic()
         asked = pl.DataFrame(list(rows), schema=dict.fromkeys(("prompt", "first", "second"), pl.String), orient="row")
         needed = [readings(asked, sides) for sides in BOTH_ORDERS]
-        distinct = pl.concat(needed).unique("key", keep="first", maintain_order=True)
-        finished = self.shards.finished(distinct["key"])
-        missing = distinct.filter(~pl.col("key").is_in(finished.implode()))
-        if missing.height:
-            self._finish(missing, log)
-        given = self.shards.rows(distinct["key"])
-        if nonsense := given.filter(pl.col("points").is_null())["reply"].to_list():
-            log(
-                f"{len(nonsense)} of {given.height} replies of {self.label} are no verdict and count for neither side, such as "
-                f"{nonsense[0]!r}."
-            )
-        first, exchanged = (
-            frame.select("key").join(given, on="key", how="left", maintain_order="left")["points"] for frame in needed
-        )
-        points = _over_both_orders(first, 1 - exchanged)
-        usage = ScoringUsage(
-            readings=distinct.height,
-            reused=len(finished),
-            tokens=int(given["tokens"].sum()),
-            prompts_cut=0,
-            answers_cut=0,
-            seconds=time.monotonic() - started,
-        )
-        return Comparison(points, 1 - points, CONVENTION, usage)
-
-    def _finish(self, missing: pl.DataFrame, log: Callable[[str], None]) -> None:
-        """Asks for what is missing, and writes a shard as soon as it is full."""
-        progress = Progress(missing.height, "verdicts", log)
-        with contextlib.closing(Connection(self._server, log, "judge.server")) as connection:
-
-            def ask(row: tuple[str, str, list[str]]) -> dict[str, Any]:
-                key, prompt, (answer_a, answer_b) = row
-                text = self._template.render(prompt=prompt, answer_a=answer_a, answer_b=answer_b)
-                return {"key": key, **_reply(connection.post("/chat/completions", self._request(text), ChatCompletion))}
-
-            for done in range(0, missing.height, self._shard_rows):
-                rows: list[dict[str, Any]] = []
-                asked = missing.slice(done, self._shard_rows).rows()
-                for batch in side_by_side(ask, asked, self._server.concurrency):
-                    rows += batch
-                    progress.add(len(batch), sum(row["tokens"] for row in batch))
-                self.shards.write(rows)
-
-    def _request(self, text: str) -> dict[str, Any]:
-        schema = {"name": "verdict", "strict": True, "schema": Verdict.model_json_schema()}
-        return {
-            "model": self._server.model,
-            "messages": [{"role": "user", "content": text}],
-            "temperature": 0,
-            "max_tokens": LONGEST_REPLY,
-            "response_format": {"type": "json_schema", "json_schema": schema},
+        questions = {
+            key: self._template.render(prompt=prompt, answer_a=answer_a, answer_b=answer_b)
+            for key, prompt, (answer_a, answer_b) in pl.concat(needed).iter_rows()
         }
+        replies = self._chat.ask(questions, log)
+        points = {key: None if verdict is None else POINTS[verdict.better] for key, verdict in replies.by_key.items()}
+        first, exchanged = (pl.Series([points[key] for key in frame["key"]], dtype=pl.Float64) for frame in needed)
+        agreed = _over_both_orders(first, 1 - exchanged)
+        return Comparison(agreed, 1 - agreed, CONVENTION, replies.usage)
 
 
 def load_template(path: str | None) -> tuple[jinja2.Template, str]:
@@ -176,17 +101,6 @@ def load_template(path: str | None) -> tuple[jinja2.Template, str]:
             f"{', '.join(sorted(TEMPLATE_NAMES))}, and has nothing else to show."
         )
     return environment.from_string(text), text
-
-
-def _reply(answer: ChatCompletion) -> dict[str, Any]:
-    """What a reply says, how it said it, and its tokens; no points where it is no verdict."""
-    content = (answer.choices[0].message.content or "").strip()
-    tokens = answer.usage.prompt_tokens + answer.usage.completion_tokens if answer.usage else 0
-    try:
-        points = POINTS[Verdict.model_validate_json(content).better]
-    except ValidationError:
-        points = None
-    return {"points": points, "reply": content[:SHOWN_CHARACTERS], "tokens": tokens}
 
 
 def _over_both_orders(points: pl.Series, exchanged: pl.Series) -> pl.Series:

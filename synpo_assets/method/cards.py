@@ -28,6 +28,7 @@ def dataset_card(
     writers: Sequence[Mapping[str, str]],
     scorer: str,
     score_conventions: Sequence[str],
+    ranked_samples: int | None,
     settings: Mapping[str, Any],
     libraries: Mapping[str, str],
     sample: str,
@@ -46,6 +47,7 @@ def dataset_card(
         writers: Of each iteration and role, the checkpoint: keys `iteration`, `role`, `checkpoint` and `sha`.
         scorer: The scorer in words.
         score_conventions: What a margin is, as the pairs state it.
+        ranked_samples: How many answers to a prompt were ranked to find both sides; None if an improver wrote `chosen`.
         settings: The settings that decide what the pairs are.
         libraries: Version by library.
         sample: One pair as JSON, harmless to show.
@@ -76,6 +78,7 @@ def dataset_card(
         writers=_table(["iteration", "role", "checkpoint", "sha"], (row.values() for row in writers)),
         scorer=scorer,
         score_conventions=", ".join(f"`{name}`" for name in score_conventions),
+        ranked_samples=ranked_samples,
         settings=_yaml(settings),
         libraries=_libraries(libraries),
         sample=sample,

@@ -1,9 +1,11 @@
 """How varied prompts are, measured on their embeddings: mean similarities, and clusters as topics.
 
 Paper (section on diversity): the cosine similarity of each prompt to all others, averaged; 1,000 prompts of each source.
-A lower mean says that the prompts of a source are less alike. Topics there are named by a judge; here they are clusters.
+A lower mean says that the prompts of a source are less alike. Topics there are named by a judge; here they are clusters,
+and where a judge is at hand, labels besides.
 """
 
+import collections
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
@@ -147,15 +149,45 @@ def coverage(labels: np.ndarray) -> Row:
         >>> coverage(np.array([0, 0, 7, 7]))
         {'clusters_touched': 2, 'cluster_entropy': 0.6931471805599453, 'effective_clusters': 2.0}
     """
-    _, counts = np.unique(labels, return_counts=True)
-    shares = counts / counts.sum()
-    # Minus zero would be shown as such.
-    entropy = abs(float(-(shares * np.log(shares)).sum()))
-    return {
-        "clusters_touched": len(counts),
-        "cluster_entropy": entropy,
-        "effective_clusters": float(np.exp(entropy)),
-    }
+    touched, entropy = _spread(labels)
+    return {"clusters_touched": touched, "cluster_entropy": entropy, "effective_clusters": float(np.exp(entropy))}
+
+
+def label_coverage(labelled: Mapping[str, Sequence[Mapping[str, str] | None]]) -> list[Row]:
+    """How many topics and intentions the prompts of each source cover, and how evenly.
+
+    Args:
+        labelled: By source, the `topic` and `intention` of each prompt; None where the judge named none.
+
+    Returns:
+        A row per source: labelled and not_labelled (prompts), topics and intentions (different ones), topic_entropy and
+        intention_entropy (of their shares, in nats).
+
+    Examples:
+        >>> music, law = ({"topic": topic, "intention": "get ideas"} for topic in ("music", "law"))
+        >>> label_coverage({"seed": [music, law, None]})[0]["topics"]
+        2
+    """
+    rows = []
+    for source, labels in labelled.items():
+        known = [label for label in labels if label is not None]
+        row: Row = {"source": source, "labelled": len(known), "not_labelled": len(labels) - len(known)}
+        for kind in ("topic", "intention"):
+            row[f"{kind}s"], row[f"{kind}_entropy"] = _spread(np.array([label[kind] for label in known]))
+        rows.append(row)
+    return rows
+
+
+def label_counts(labelled: Mapping[str, Sequence[Mapping[str, str] | None]]) -> list[Row]:
+    """How many prompts of each source have each label: a row per topic, then per intention, the most frequent first."""
+    rows = []
+    for kind in ("topic", "intention"):
+        counts = {
+            source: collections.Counter(label[kind] for label in labels if label) for source, labels in labelled.items()
+        }
+        for name, _ in sum(counts.values(), collections.Counter()).most_common():
+            rows.append({"kind": kind, "label": name, **{source: found[name] for source, found in counts.items()}})
+    return rows
 
 
 def measure(prompts: Mapping[str, Sequence[str]], embeddings: np.ndarray, clusters: int, random_seed: int) -> Diversity:
@@ -200,6 +232,14 @@ def _topics(texts: Sequence[str], by_source: Mapping[str, np.ndarray], closeness
         counts = {name: int((own == number).sum()) for name, own in by_source.items()}
         rows.append({**counts, "central_prompt": texts[members[closeness[members, number].argmax()]]})
     return sorted(rows, key=lambda row: sum(row[name] for name in by_source), reverse=True)
+
+
+def _spread(labels: np.ndarray) -> tuple[int, float]:
+    """How many different labels there are, and the entropy of their shares in nats; 0 of none."""
+    _, counts = np.unique(labels, return_counts=True)
+    shares = counts / counts.sum()
+    # Minus zero would be shown as such.
+    return len(counts), abs(float(-(shares * np.log(shares)).sum()))
 
 
 def _first_centers(vectors: np.ndarray, clusters: int, generator: np.random.Generator) -> np.ndarray:

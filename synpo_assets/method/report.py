@@ -25,7 +25,13 @@ PROMPT_SOURCES = {
 }  # fmt: skip
 MODELS = {"policy": "M_t", "initial": "M_0"}
 PROMOTED = {True: "yes", False: "no", None: MISSING}
-SCORED_BY = ("seed_responses", "preference_pairs", "evaluation")
+LABELLED = {
+    f"{kind} {source}": f"{kind} of {what}, named by a judge" for kind in ("topics", "intentions")
+    for source, what in PROMPT_SOURCES.items()
+}  # fmt: skip
+# Without a GPU, or a judge that names topics, there is nothing to say about them.
+NOT_EVERYWHERE = {*MEMORY.values(), *LABELLED.values()}
+SCORED_BY = ("prompt_diversity", "seed_responses", "refined_responses", "preference_pairs", "evaluation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +123,7 @@ def report_rows(iterations: Sequence[FinishedIteration]) -> list[Row]:
     }
     columns = [_column(iteration, reasons, judge_labels(iterations)) for iteration in iterations]
     rows = [Row(section, label, tuple(column[section, label] for column in columns)) for section, label in columns[0]]
-    # Without a GPU there is nothing to say about it.
-    return [row for row in rows if row.label not in MEMORY.values() or set(row.cells) != {MISSING}]
+    return [row for row in rows if row.label not in NOT_EVERYWHERE or set(row.cells) != {MISSING}]
 
 
 def judge_labels(iterations: Sequence[FinishedIteration]) -> list[str]:
@@ -231,8 +236,8 @@ def _column(
             "keyword sets used": _count(funnel["prompts asked for"]),
             "synthetic prompts": _count(rows("synthetic_prompts")),
             "base responses (policy)": _count(rows("base_responses")),
-            "initial responses (M_0)": _count(rows("initial_responses")),
-            "refined responses": _count(rows("refined_responses")),
+            "initial responses (rejected side)": _count(rows("initial_responses")),
+            "refined responses (chosen side)": _count(rows("refined_responses")),
             "candidate pairs": _count(funnel["candidate pairs"]),
             "pairs kept": _count(funnel["pairs kept"]),
             "pairs trained on, with those before": _count(figure("model_checkpoint", "examples")),
@@ -252,6 +257,7 @@ def _column(
                 f"mean similarity of {what}": _number(figure("prompt_diversity", f"mean_similarity {source}"))
                 for source, what in PROMPT_SOURCES.items()
             },
+            **{label: _count(figure("prompt_diversity", name)) for name, label in LABELLED.items()},
         },
         "Pairs": {
             "mean margin of scores": _number(figure("preference_pairs", "mean_margin")),
@@ -299,7 +305,7 @@ def _column(
         "Checkpoints": {
             "M_t": _sha(figure("model_checkpoint", "sha")),
             "policy that answered": _sha(figure("base_responses", "checkpoint_sha")),
-            "response improver": _sha(figure("refined_responses", "checkpoint_sha")),
+            "model that wrote the chosen side": _sha(figure("refined_responses", "checkpoint_sha")),
             "scorer": _sha(figure("preference_pairs", "scorer_sha")),
         },
         "Work": {

@@ -1,0 +1,63 @@
+"""Ranking several answers of one model to the same prompt, in place of an improved answer."""
+
+import polars as pl
+
+
+def repeated_prompts(prompts: pl.DataFrame, samples: int) -> pl.DataFrame:
+    """Each prompt as often as it is answered.
+
+    Args:
+        prompts: Rows with prompt_id and any further columns.
+        samples: How many answers each prompt gets.
+
+    Returns:
+        The rows of `prompts`, each `samples` times in a row, with sample (1, 2, ...) and sample_id. The id of the first is
+        the prompt_id itself, under which the prompt was answered before.
+
+    Examples:
+        >>> repeated_prompts(pl.DataFrame({"prompt_id": ["prompt-1f"]}), 3)["sample_id"].to_list()
+        ['prompt-1f', 'prompt-1f sample 2', 'prompt-1f sample 3']
+    """
+    numbers = pl.DataFrame({"sample": range(1, samples + 1)}, schema={"sample": pl.Int64})
+    sample_id = pl.format("{} sample {}", "prompt_id", "sample")
+    return prompts.join(numbers, how="cross", maintain_order="left_right").with_columns(
+        sample_id=pl.when(pl.col("sample") == 1).then("prompt_id").otherwise(sample_id)
+    )
+
+
+def beside_first(answered: pl.DataFrame) -> pl.DataFrame:
+    """What the scorer compares: each further answer to a prompt, beside the first one.
+
+    Args:
+        answered: Rows with prompt_id, prompt, response and sample, the first sample of each prompt before the others.
+
+    Returns:
+        prompt, response and first_response of every row but the first ones, in the order of `answered`.
+    """
+    beside = answered.with_columns(first_response=pl.col("response").first().over("prompt_id"))
+    return beside.filter(pl.col("sample") > 1).select("prompt", "response", "first_response")
+
+
+def with_ranks(answered: pl.DataFrame, margins: pl.Series) -> pl.DataFrame:
+    """Ranks the answers to each prompt by their margin over the first one, whose own is 0.
+
+    Args:
+        answered: As in `beside_first`.
+        margins: How much better each row of `beside_first` is than the first answer.
+
+    Returns:
+        The same rows with margin_over_first and rank: 1 is the best. Of equal margins the earlier sample ranks better, so
+        that each prompt has one best and, among two answers or more, another that is worst.
+
+    Examples:
+        >>> answered = pl.DataFrame({"prompt_id": ["a"] * 3, "sample": [1, 2, 3]})
+        >>> with_ranks(answered, pl.Series([-0.5, 0.0]))["rank"].to_list()
+        [1, 3, 2]
+    """
+    further = (
+        answered.select("prompt_id", "sample").filter(pl.col("sample") > 1).with_columns(margin_over_first=margins)
+    )
+    ranked = answered.join(further, on=["prompt_id", "sample"], how="left", maintain_order="left")
+    ranked = ranked.with_columns(pl.col("margin_over_first").fill_null(0.0))
+    by_margin = pl.struct(-pl.col("margin_over_first"), "sample").rank("ordinal").over("prompt_id")
+    return ranked.with_columns(rank=by_margin.cast(pl.Int64))

@@ -1,0 +1,284 @@
+"""Without an improver: the best and the worst of several answers, and a graph that trains no model for it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resources.checkpoint_store import Checkpoint, CheckpointStore
+from resources.language_model import LanguageModel
+from resources.scorer import Comparison, ScoringUsage
+from resources.settings import active_settings, load_settings
+from resources.tables import ParquetTables
+from synpo_assets.estimate import CHAT_TOKENS, TOKENS_PER_WORD, expected_work
+from synpo_assets.method.cards import dataset_card
+from synpo_assets.method.ids import content_id
+from synpo_assets.method.ranking import beside_first, repeated_prompts, with_ranks
+from synpo_assets.partitions import ITERATIONS
+from synpo_assets.preferences import preference_pairs
+from synpo_assets.preflight import disk_needed
+from synpo_assets.ranked_samples import initial_responses, refined_responses
+from synpo_assets.responses import base_responses
+from synpo_assets.schemas import PreferencePairs, RefinedResponses, Responses, check
+from tests.conftest import synpo
+from tests.nano import nano_settings, seed_rows, write_settings
+from tests.test_structure import ROOT
+
+ASKED = [row["prompt"] for row in seed_rows()[:3]]
+RANKED = {"chosen_from": "ranked_samples", "ranked_samples": 3}
+
+
+def ranked_settings(folder, nano_model, **changes):
+    """A settings file of the nano model with ranked samples."""
+    settings = nano_settings(nano_model)
+    settings["preferences"] |= RANKED
+    return write_settings(folder / "settings.yaml", settings | changes)
+
+
+# The ranking.
+
+
+MARGIN = st.integers(-3, 3).map(float)
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 4).flatmap(
+        lambda further: st.lists(st.lists(MARGIN, min_size=further, max_size=further), min_size=1)
+    )
+)
+def test_the_best_and_the_worst_are_two_answers_with_the_extreme_margins(margins):
+    """The margins of each prompt's further answers over its first one."""
+    samples = len(margins[0]) + 1
+    prompts = pl.DataFrame({"prompt_id": [f"prompt-{number}" for number in range(len(margins))]})
+    repeated = repeated_prompts(prompts, samples)
+    ranked = with_ranks(repeated, pl.Series([margin for own in margins for margin in own]))
+    assert ranked.select("prompt_id", "sample").rows() == repeated.select("prompt_id", "sample").rows()
+    for prompt_id, further in zip(prompts["prompt_id"], margins, strict=True):
+        own, rows = [0.0, *further], ranked.filter(prompt_id=prompt_id)
+        assert sorted(rows["rank"]) == list(range(1, samples + 1))
+        best, worst = (rows.row(by_predicate=pl.col("rank") == rank, named=True) for rank in (1, samples))
+        assert (best["margin_over_first"], worst["margin_over_first"]) == (max(own), min(own))
+        assert best["sample"] == own.index(max(own)) + 1
+        assert best["sample"] != worst["sample"]
+
+
+def test_every_further_answer_is_compared_with_the_first_of_its_prompt():
+    answered = repeated_prompts(pl.DataFrame({"prompt_id": ["a", "b"], "prompt": ["A?", "B?"]}), 3)
+    answered = answered.with_columns(response=pl.Series(["a1", "a2", "a3", "b1", "b2", "b3"]))
+    expected = [("A?", "a2", "a1"), ("A?", "a3", "a1"), ("B?", "b2", "b1"), ("B?", "b3", "b1")]
+    assert beside_first(answered).rows() == expected
+
+
+# The assets.
+
+
+class PrefersLong:
+    """Stands in for the scorer; keeps what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def compare(self, model, rows, log):
+        self.asked.append(list(rows))
+        first, second = (pl.Series([float(len(row[place])) for row in self.asked[-1]]) for place in (1, 2))
+        return Comparison(first, second, "reward_difference", ScoringUsage(1, 0, 1, 0, 0, 1.0))
+
+
+def stand_in_checkpoint(name, weights, partitions=None):
+    @dg.asset(name=name, partitions_def=partitions, io_manager_key="checkpoints")
+    def made(context: dg.AssetExecutionContext, checkpoints: dg.ResourceParam[CheckpointStore]) -> Checkpoint:
+        return checkpoints.adopt(context, Path(weights), {"source": "directory"})
+
+    return made
+
+
+@dg.asset(partitions_def=ITERATIONS, io_manager_key="tables")
+def synthetic_prompts() -> pl.DataFrame:
+    return pl.DataFrame({"prompt_id": [content_id("prompt", text) for text in ASKED], "prompt": ASKED})
+
+
+@dg.asset(partitions_def=ITERATIONS, io_manager_key="tables")
+def preference_history() -> pl.DataFrame:
+    return pl.DataFrame(schema={name: c.dtype.type for name, c in PreferencePairs.to_schema().columns.items()})
+
+
+@pytest.fixture
+def iteration(tmp_path, nano_checkpoint):
+    """Makes the pairs of an iteration from ranked samples; returns tables and metadata by asset, and the scorer."""
+    settings = active_settings()
+    changed = {"preferences": settings.preferences.model_copy(update={**RANKED, "margin_threshold": 0.0})}
+    models = [stand_in_checkpoint("reward_model", nano_checkpoint.weights),
+              stand_in_checkpoint("policy", nano_checkpoint.weights, ITERATIONS)]  # fmt: skip
+    assets = [base_responses, refined_responses, initial_responses, preference_pairs]
+
+    def iteration():
+        scorer = PrefersLong()
+        resources = {
+            "tables": ParquetTables(str(tmp_path / "tables")),
+            "checkpoints": CheckpointStore(str(tmp_path / "checkpoints")),
+            "settings": settings.model_copy(update=changed),
+            "language_model": LanguageModel(shards=str(tmp_path / "s"), engine=settings.engine, random_seed=42),
+            "scorer": dg.ResourceDefinition.hardcoded_resource(scorer),
+        }
+        with dg.DagsterInstance.ephemeral() as instance:
+            result = dg.materialize(
+                [*models, synthetic_prompts, preference_history, *assets],
+                instance=instance, resources=resources, partition_key="0001",
+            )  # fmt: skip
+        names = [asset.key.to_user_string() for asset in assets]
+        events = {name: result.asset_materializations_for_node(name)[0].metadata for name in names}
+        about = {name: {key: entry.value for key, entry in event.items()} for name, event in events.items()}
+        return {name: result.output_for_node(name) for name in names}, about, scorer
+
+    return iteration
+
+
+def test_the_pairs_are_the_best_over_the_worst_of_the_policys_own_answers(iteration):
+    tables, about, scorer = iteration()
+    base, best, worst, pairs = tables.values()
+    for schema, frame in ((RefinedResponses, best), (Responses, worst), (PreferencePairs, pairs)):
+        assert check(schema, frame) is None
+    assert base["prompt_id"].to_list() == best["prompt_id"].to_list() == worst["prompt_id"].to_list()
+    assert best["base_response_id"].to_list() == base["response_id"].to_list()
+    assert {len(rows) for rows in scorer.asked[:2]} == {2 * len(ASKED)}
+    for prompt, first, longest, shortest in zip(
+        ASKED, base["response"], best["response"], worst["response"], strict=True
+    ):
+        samples = [first, *(answer for asked, answer, beside in scorer.asked[0] if asked == prompt and beside == first)]
+        assert len(samples) == 3
+        assert (longest, shortest) == (max(samples, key=len), min(reversed(samples), key=len))
+    both = zip(best["response"], worst["response"], strict=True)
+    assert pairs.height == sum(len(longest) > len(shortest) for longest, shortest in both) > 0
+    assert about["refined_responses"]["checkpoint"] == about["initial_responses"]["checkpoint"] == "policy"
+    assert pairs["chosen_checkpoint_sha"].unique().to_list() == [about["base_responses"]["checkpoint_sha"]]
+
+
+def test_nothing_is_generated_twice(iteration):
+    _, about, _ = iteration()
+    sides = [about[name] for name in ("refined_responses", "initial_responses")]
+    assert [side["rows"] for side in sides] == [3 * len(ASKED)] * 2
+    assert sorted(side["reused"] for side in sides) == [len(ASKED), 3 * len(ASKED)]
+    assert sorted(side["generated_tokens"] > 0 for side in sides) == [False, True]
+    _, again, _ = iteration()
+    assert [again[name]["generated_tokens"] for name in ("base_responses", "refined_responses")] == [0, 0]
+
+
+# The graph and what is planned by it.
+
+GRAPH = """
+import json
+from definitions import defs
+from synpo_assets.missing import asset_names
+from synpo_assets.runs import asset_graph
+graph = asset_graph()
+nodes = {key.to_user_string(): graph.get(key) for key in graph.get_all_asset_keys()}
+print(json.dumps({
+    "parents": {name: sorted(parent.to_user_string() for parent in node.parent_keys) for name, node in nodes.items()},
+    "executable": {name: node.is_executable for name, node in nodes.items()},
+    "partitioned": {name: node.partitions_def is not None for name, node in nodes.items()},
+    "mappings": sorted({type(mapping).__name__ for node in nodes.values() for mapping in node.partition_mappings.values()}),
+    "checks": sorted({key.asset_key.to_user_string() for key in graph.asset_check_keys}),
+    "iteration": asset_names(graph, partitioned=True),
+    "jobs": {name: sorted(key.to_user_string() for key in defs.resolve_job_def(name).asset_layer.executable_asset_keys)
+             for name in ("made_once", "iteration", "synpo")},
+}))
+"""
+
+
+def test_the_graph_has_no_improver_and_every_asset_of_an_iteration_descends_from_the_policy(tmp_path, nano_model):
+    from synpo_assets.missing import asset_names
+    from synpo_assets.runs import asset_graph
+
+    ranked_settings(tmp_path, nano_model)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", GRAPH],
+        capture_output=True, text=True, cwd=ROOT, env={"SYNPO_HOME": str(tmp_path), "PATH": ""}, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout)
+    usual = {key.to_user_string() for key in asset_graph().get_all_asset_keys()}
+    assert usual - set(found["parents"]) == {"seed_responses", "response_improver"}
+    assert set(found["parents"]) <= usual
+    assert all(found["executable"].values())
+    assert not set(found["checks"]) - set(found["parents"])
+    assert found["mappings"] == []
+    assert set(found["iteration"]) == set(asset_names(asset_graph(), True)) - {"seed_responses", "response_improver"}
+
+    def descends(name):
+        return name == "policy" or any(descends(parent) for parent in found["parents"][name])
+
+    assert all(descends(name) for name, partitioned in found["partitioned"].items() if partitioned)
+    assert "refined_responses" in found["jobs"]["iteration"]
+    assert "response_improver" not in found["jobs"]["synpo"]
+
+
+def test_what_is_planned_leaves_the_improver_out(tmp_path, nano_model):
+    (tmp_path / "usual").mkdir()
+    usual = load_settings(write_settings(tmp_path / "usual" / "settings.yaml", nano_settings(nano_model)))
+    ranked = load_settings(ranked_settings(tmp_path, nano_model))
+    assert len(usual.trainings) == len(ranked.trainings) + 1
+    assert disk_needed(ranked) < disk_needed(usual)
+    seed = pl.DataFrame({"split": ["train", "held_out"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
+    work = [item for item in expected_work(ranked, seed) if item.kind == "generate" and not item.once]
+    answers = ranked.prompt_generator.prompts_per_iteration * ranked.responses.sampling.max_new_tokens
+    written = {item.asset: item.tokens for item in work}
+    assert written["base_responses"] + written["refined_responses"] == RANKED["ranked_samples"] * answers
+    planned = {item.asset for item in expected_work(ranked, seed)}
+    assert not planned & {"seed_responses", "response_improver", "initial_responses"}
+
+
+@pytest.mark.parametrize(("kind", "readings"), [("trained", 5), ("pair_ranker", 2 * 4 + 2)])
+def test_what_is_scored_depends_on_what_the_scorer_reads(tmp_path, nano_model, kind, readings):
+    """A reward model reads each of five answers; a pair ranker the first beside each other, then best and worst, twice."""
+    scorer = {"scorer": nano_settings(nano_model)["scorer"] | {"kind": kind, "name": "some/ranker"}}
+    preferences = nano_settings(nano_model)["preferences"] | RANKED | {"ranked_samples": 5}
+    settings = load_settings(ranked_settings(tmp_path, nano_model, **scorer, preferences=preferences))
+    seed = pl.DataFrame({"split": ["train", "held_out"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
+    scored = [item for item in expected_work(settings, seed) if item.kind == "score"]
+    sides = sum(item.tokens for item in scored if item.asset in ("refined_responses", "preference_pairs"))
+    answers = 2 if kind == "pair_ranker" else 1
+    asked, written = CHAT_TOKENS + 2 * TOKENS_PER_WORD, settings.responses.sampling.max_new_tokens
+    assert sides == pytest.approx(10 * readings * (asked + answers * written))
+
+
+@pytest.mark.parametrize(("samples", "words", "others"), [
+    (3, "answered it 3\ntimes, and the scorer ranked the answers: `chosen` is the best", "response improver rewrote"),
+    (None, "response improver rewrote that answer: `chosen`", "ranked the answers"),
+])  # fmt: skip
+def test_the_card_of_the_pairs_says_where_both_sides_come_from(samples, words, others):
+    card = dataset_card(
+        repository=None, license_name=None, language="en", base_model="a model", keys=["0001"], rows=[], pairs=1,
+        columns={}, writers=[], scorer="F", score_conventions=["reward_difference"], ranked_samples=samples,
+        settings={}, libraries={}, sample="{}",
+    )  # fmt: skip
+    assert words in card
+    assert others not in card
+
+
+@pytest.mark.slow
+def test_a_whole_iteration_with_ranked_samples(tmp_path, nano_model):
+    home = tmp_path / "home"
+    result = synpo("run", "--settings", ranked_settings(tmp_path, nano_model), "--home", home)
+    assert result.returncode == 0, result.stderr[-3000:]
+    pairs, base = (
+        pl.read_parquet(home / f"tables/{name}/0001.parquet") for name in ("preference_pairs", "base_responses")
+    )
+    assert pairs["chosen_checkpoint_sha"].unique().to_list() == base["checkpoint_sha"].unique().to_list()
+    assert not (home / "tables" / "seed_responses").exists()
+    assert not (home / "checkpoints" / "response_improver").exists()
+    traced = synpo("trace", pairs["pair_id"][0], "--home", home, "--json")
+    assert traced.returncode == 0, traced.stderr
+    (pair,) = json.loads(traced.stdout)
+    chosen = next(node for node in pair["made_from"] if node["kind"] == "chosen")
+    assert {node["kind"] for node in chosen["made_from"]} == {"written by", "base"}
+    report = (home / "reports" / "boosting_report.html").read_text()
+    assert "model that wrote the chosen side" in report
+    assert "Everything here is in use" in synpo("clean", "--home", home).stdout
+    assert synpo("run", "--home", home).returncode == 0
