@@ -226,11 +226,11 @@ def test_what_is_planned_leaves_the_improver_out(tmp_path, nano_model):
     assert len(usual.trainings) == len(ranked.trainings) + 1
     assert disk_needed(ranked) < disk_needed(usual)
     seed = pl.DataFrame({"split": ["train", "held_out"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
-    work = [item for item in expected_work(ranked, seed) if item.kind == "generate" and not item.once]
+    work = [item for item in expected_work(ranked, seed, 0) if item.kind == "generate" and not item.once]
     answers = ranked.prompt_generator.prompts_per_iteration * ranked.responses.sampling.max_new_tokens
     written = {item.asset: item.tokens for item in work}
     assert written["base_responses"] + written["refined_responses"] == RANKED["ranked_samples"] * answers
-    planned = {item.asset for item in expected_work(ranked, seed)}
+    planned = {item.asset for item in expected_work(ranked, seed, 0)}
     assert not planned & {"seed_responses", "response_improver", "initial_responses"}
 
 
@@ -241,7 +241,7 @@ def test_what_is_scored_depends_on_what_the_scorer_reads(tmp_path, nano_model, k
     preferences = nano_settings(nano_model)["preferences"] | RANKED | {"ranked_samples": 5}
     settings = load_settings(ranked_settings(tmp_path, nano_model, **scorer, preferences=preferences))
     seed = pl.DataFrame({"split": ["train", "held_out"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
-    scored = [item for item in expected_work(settings, seed) if item.kind == "score"]
+    scored = [item for item in expected_work(settings, seed, 0) if item.kind == "score"]
     sides = sum(item.tokens for item in scored if item.asset in ("refined_responses", "preference_pairs"))
     answers = 2 if kind == "pair_ranker" else 1
     asked, written = CHAT_TOKENS + 2 * TOKENS_PER_WORD, settings.responses.sampling.max_new_tokens
