@@ -48,7 +48,7 @@ def policy(
     checkpoints: dg.ResourceParam[CheckpointStore],
     settings: dg.ResourceParam[Settings],
 ) -> dg.Output[Checkpoint]:
-    """M_{t-1}, the model that enters iteration t: M_0 at first, then the checkpoint of the iteration before."""
+    """M_{t-1}, the model that enters iteration t: M_0 at first, then the promoted checkpoint of the iteration before."""
     wait_for_other_runs(context)
     checkpoints.verify(initial_policy)
     entering = initial_policy

@@ -186,6 +186,21 @@ def test_another_iteration_is_a_setting_and_the_sensor_makes_it_and_stops_at_the
     assert pl.read_parquet(ui.home / "tables" / "evaluation" / "0004.parquet").height == 6
 
 
+def test_the_next_iteration_waits_for_corrected_limits_if_a_checkpoint_was_not_promoted(ui):
+    """The sensor, still switched on, has it judged again once they are corrected."""
+    change_settings(ui, gate={"minimum": {"pairs_kept": 1000}})
+    assert ui.wait_for_run(ui.launch("0003", ["promotion"])) == "SUCCESS"
+    refused = ui.launch("0004", ["policy"])
+    assert ui.wait_for_run(refused) == "FAILURE"
+    verdict = ui.metadata("promotion", "0003")["verdict"]
+    assert verdict.startswith("model_checkpoint[0003] was not promoted to policy[0004]: pairs_kept is ")
+    assert f"{verdict} Mend the cause" in ui.failure_messages(refused)
+    change_settings(ui, gate={"minimum": {}})
+    wait_for(lambda: ui.metadata("promotion", "0003")["verdict"] != verdict, 180)
+    assert ui.metadata("policy", "0004")["reported_by"] == "promotion[0003]"
+    assert ui.wait_for_run(ui.runs()[-1]["id"]) == "SUCCESS"
+
+
 def test_dg_launch_makes_one_iteration(ui):
     result = subprocess.run(
         [str(Path(sys.executable).with_name("dg")), "launch", "--job", "iteration", "--partition", "0003"],

@@ -209,11 +209,10 @@ def test_a_run_stops_after_an_iteration_that_was_not_promoted(nano_run, tmp_path
     with dg.DagsterInstance.from_config(str(home)) as persistent:
         run([promotion], persistent, resources | {"settings": load_settings(file)}, "0002")
         refusal = promotion_refusal(persistent, "0002")
-        sentence = "model_checkpoint[0002] was not promoted to policy[0003]: pairs_kept is 8, less than 1000."
-        assert refusal.startswith(sentence)
+        assert refusal.startswith("model_checkpoint[0002] was not promoted to policy[0003]: pairs_kept is ")
         stopped = synpo("run", "--home", home, "--iterations", 3)
         assert stopped.returncode == 1
-        assert sentence in " ".join(stopped.stderr.split()), stopped.stderr[-3000:]
+        assert refusal in " ".join(stopped.stderr.split()), stopped.stderr[-3000:]
         assert not (home / "tables" / "keyword_sets" / "0003.parquet").exists()
         run([promotion], persistent, resources | {"settings": gated(minimum={"pairs_kept": 1})}, "0002")
         assert promotion_refusal(persistent, "0002") is None
