@@ -112,7 +112,8 @@ class SeedData(Section):
     )
     on_bad_rows: Literal["refuse", "drop"] = Field(
         "refuse",
-        description="Rows that are empty, duplicate, not text, or both in train and held out: refuse all, or drop and count.",
+        description="Rows that are empty, duplicate or not text, and training rows that share prompt_generator."
+        "decontamination_ngram words in a row with a held-out prompt: refuse all, or drop and count.",
     )
     train_limit: int | None = Field(
         None, ge=2, description="Use a random subset of this many training pairs. None: all that the judge leaves."
@@ -256,7 +257,7 @@ class PromptGenerator(Section):
     decontamination_ngram: int = Field(
         8,
         ge=2,
-        description="Prompts that share this many consecutive words with a held-out prompt are dropped. Not in the paper.",
+        description="Prompts that share this many consecutive words with a prompt of an evaluation are dropped. Not in the paper.",
     )
     training: Training = Field(
         description="SFT from M_0. Paper: lr 1e-6, batch 32, warm-up 0.1, 3 epochs, length 8000."

@@ -28,7 +28,7 @@ from resources.training.state import KEPT_STATES
 from synpo_assets.calibration import Calibration, calibrate, known_calibration
 from synpo_assets.estimate import Kind, Rate, expected_work, parameter_count, rates_on_cpu, seconds
 from synpo_assets.method.prompts import words_of
-from synpo_assets.method.seed import BadRow, seed_rows
+from synpo_assets.method.seed import BadRow, overlapping_rows, seed_rows
 from synpo_assets.method.verifiable import instruction_rows, overlapping
 from synpo_assets.schemas import VerifiableInstructions
 
@@ -52,6 +52,9 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
     train = list(read_rows(seed.train, "seed_data.train", columns))
     held_out = list(read_rows(seed.held_out, "seed_data.held_out", columns))
     good, bad = seed_rows(train, held_out, *columns)
+    overlaps = overlapping_rows(good, settings.prompt_generator.decontamination_ngram)
+    bad, overlapping_lines = bad + overlaps, {row.line for row in overlaps}
+    good = [row for row in good if row["split"] == "held_out" or row["line"] not in overlapping_lines]
     if bad and seed.on_bad_rows == "refuse":
         shown = "; ".join(f"{row.split} line {row.line}: {row.reason}" for row in bad[:SHOWN_BAD_ROWS])
         raise SettingsError(

@@ -235,6 +235,27 @@ def test_a_held_out_prompt_that_the_judge_would_read_is_refused(tmp_path):
         )
 
 
+def test_a_training_prompt_that_overlaps_with_a_held_out_one_is_refused(tmp_path):
+    """Eight words in a row are enough, wherever they stand; fewer are not."""
+    asked = "Which four planets of the solar system have rings around them?"
+    overlapping = "Quiz: which FOUR planets of the solar system have moons?"
+    other = "Which four planets of the solar family have moons?"
+    (tmp_path / "held_out.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": prompt, "answer": "yes"}) for prompt in (asked, "Why?"))
+    )
+    train = [*(f"why {number}?" for number in range(5)), overlapping, other]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"prompt": prompt, "answer": "no"}) for prompt in train))
+    sources = {"train": {"path": "train.jsonl"}, "held_out": {"path": "held_out.jsonl"}}
+    with pytest.raises(
+        SettingsError, match=r"1 seed rows .*train line 6: it shares 8 words in a row with the held-out"
+    ):
+        seed_table(laptop_with(tmp_path, **sources))
+    frame, dropped = seed_table(laptop_with(tmp_path, **sources, on_bad_rows="drop"))
+    assert [row.line for row in dropped] == [6]
+    assert overlapping not in frame["prompt"]
+    assert other in frame["prompt"]
+
+
 CHECKPOINT = Checkpoint("initial_policy", None, "0123456789abcdef", "", "")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from synpo_assets.method.ids import content_id
+from synpo_assets.method.prompts import Contamination, words_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,28 @@ def seed_rows(
                 }
             )
     return good, bad
+
+
+def overlapping_rows(good: Sequence[Mapping[str, Any]], ngram: int) -> list[BadRow]:
+    """The training rows whose prompt shares a run of words with a held-out prompt.
+
+    Args:
+        good: Rows of `seed_rows`.
+        ngram: Words in a run; held-out prompts with fewer words are compared as a whole, by `seed_rows`.
+
+    Examples:
+        >>> rows = [{"split": "held_out", "line": 1, "prompt": "Name four red fruits, please."}]
+        >>> rows += [{"split": "train", "line": 7, "prompt": "Quick: name four red fruits!"}]
+        >>> overlapping_rows(rows, 4)[0].reason
+        "it shares 4 words in a row with the held-out prompt 'Name four red fruits, please.'"
+    """
+    asked_later = [row["prompt"] for row in good if row["split"] == "held_out"]
+    held_out = Contamination([prompt for prompt in asked_later if len(words_of(prompt)) >= ngram], ngram)
+    return [
+        BadRow("train", row["line"], f"it shares {ngram} words in a row with the held-out prompt {found[:80]!r}")
+        for row in good
+        if row["split"] == "train" and (found := held_out.find(row["prompt"])) is not None
+    ]
 
 
 def _text(value: Any, role: str) -> str | None:
