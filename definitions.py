@@ -6,6 +6,7 @@ from typing import Any
 
 import dagster as dg
 
+from resources.benchmarks import EvaluationHarness
 from resources.checkpoint_store import CheckpointStore
 from resources.embeddings import SentenceEmbedder
 from resources.language_model import LanguageModel
@@ -26,8 +27,7 @@ warnings.filterwarnings("ignore", category=dg.BetaWarning)
 
 end_with_parent()
 
-settings = active_settings()
-home = home_directory()
+settings, home = active_settings(), home_directory()
 root = settings.storage.root(home)
 shards = f"{root}/shards"
 cache = str(home / "cache" / "checkpoints") if settings.storage.artifacts else None
@@ -49,6 +49,7 @@ defs = dg.Definitions(
         "trainer": Trainer(states=f"{home}/training", processes=settings.training_processes, **common),
         "scorer": RewardScorer(shards=shards, engine=settings.engine, **compared),
         "embedder": SentenceEmbedder(engine=settings.engine),
+        "harness": EvaluationHarness(scores=f"{root}/benchmarks/scores", engine=settings.engine),
         "tables": ParquetTables(f"{root}/tables"),
         "checkpoints": CheckpointStore(f"{root}/checkpoints", cache),
     },

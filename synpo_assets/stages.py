@@ -1,6 +1,7 @@
 """The stages of the method in order, and what follows them: the modules whose assets make up the graph."""
 
 from synpo_assets import (
+    benchmarks,
     diversity,
     evaluation,
     loop,
@@ -13,4 +14,6 @@ from synpo_assets import (
     training,
 )
 
-STAGES = (seed, prompts, diversity, preferences, loop, responses, training, evaluation, report, publishing)
+STAGES = (
+    seed, prompts, diversity, preferences, loop, responses, training, evaluation, report, publishing, benchmarks,
+)  # fmt: skip
