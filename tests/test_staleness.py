@@ -36,8 +36,10 @@ CASES = {
     "responses.sampling.temperature": (
         0.9, {"reward_model", "judge_model", "seed_responses", "base_responses", "initial_responses", "evaluation"}
     ),
-    "engine.dtype": ("bfloat16", GENERATED | TRAINED | {"preference_pairs", "evaluation"}),
-    "engine.kind": ("transformers", GENERATED | {"reward_model", "judge_model", "evaluation"}),
+    "engine.dtype": (
+        "bfloat16", GENERATED | TRAINED | {"preference_pairs", "evaluation", "benchmark_scores", "benchmark_answers"}
+    ),
+    "engine.kind": ("transformers", GENERATED | {"reward_model", "judge_model", "evaluation", "benchmark_answers"}),
     "scorer.pair_convention": (
         "one_order", {"reward_model", "seed_responses", "preference_pairs", "evaluation"}
     ),
@@ -52,6 +54,9 @@ CASES = {
     "checks.min_win_rate": (0.9, set()),
     "automation.target_iterations": (2, set()),
     "publishing.license": ("apache-2.0", {"published_dataset", "published_model"}),
+    "benchmarks.tasks": (["six_more"], {"benchmark_scores"}),
+    "benchmarks.batch_size": (2, set()),
+    "benchmarks.mt_bench": ("/question.jsonl", {"benchmark_answers"}),
     "storage.artifacts": ("memory://x", set()),
     "max_iterations": (5, set()),
 }  # fmt: skip

@@ -70,16 +70,16 @@ def score_rows(task: str, shots: int, found: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def leaderboard_average(rows: Iterable[Mapping[str, Any]], column: str) -> float | None:
-    """The mean of a column over the six tasks of the Open LLM leaderboard; None unless all six are there.
+def leaderboard_average(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """The mean over the six tasks of the Open LLM leaderboard; None unless all six are there.
 
     Examples:
         >>> rows = [{"task": task, "metric": metric, "filter": chosen, "value": 0.5}
         ...         for task, (metric, chosen) in LEADERBOARD.items()]
-        >>> leaderboard_average(rows, "value"), leaderboard_average(rows[1:], "value")
+        >>> leaderboard_average(rows), leaderboard_average(rows[1:])
         (0.5, None)
     """
-    values = [row[column] for row in rows if LEADERBOARD.get(row["task"]) == (row["metric"], row["filter"])]
+    values = [row["value"] for row in rows if LEADERBOARD.get(row["task"]) == (row["metric"], row["filter"])]
     return sum(values) / len(values) if len(values) == len(LEADERBOARD) else None
 
 
