@@ -6,6 +6,7 @@ from typing import Any
 
 import dagster as dg
 
+from resources.benchmarks import EvaluationHarness
 from resources.checkpoint_store import CheckpointStore
 from resources.embeddings import SentenceEmbedder
 from resources.language_model import LanguageModel
@@ -24,11 +25,9 @@ os.environ["TQDM_DISABLE"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 # Data versions and pools are marked beta; the pinned Dagster minor version is the one they were tested with.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
-
 end_with_parent()
 
-settings = active_settings()
-home = home_directory()
+settings, home = active_settings(), home_directory()
 root = settings.storage.root(home)
 shards, cache = f"{root}/shards", str(home / "cache" / "checkpoints") if settings.storage.artifacts else None
 common: dict[str, Any] = {"engine": settings.engine, "random_seed": settings.random_seed}
@@ -50,6 +49,7 @@ defs = dg.Definitions(
         "scorer": RewardScorer(shards=shards, engine=settings.engine, **compared),
         "embedder": SentenceEmbedder(engine=settings.engine),
         "likelihood": AnswerLikelihood(engine=settings.engine),
+        "harness": EvaluationHarness(scores=f"{root}/benchmarks/scores", engine=settings.engine),
         "tables": ParquetTables(f"{root}/tables"),
         "checkpoints": CheckpointStore(f"{root}/checkpoints", cache),
     },

@@ -738,6 +738,82 @@ class Publishing(Section):
         return name
 
 
+# The tasks of the paper's two tables by lm-eval's names, with the number of examples shown.
+TASK_PRESETS: dict[str, dict[str, int]] = {
+    "open_llm_leaderboard": {
+        "arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "mmlu": 5, "winogrande": 5, "gsm8k": 5,
+    },
+    # Inferred: the text at hand says "six more lm-eval tasks, 5-shot" without their names, so these are six common ones.
+    "six_more": {"boolq": 5, "commonsense_qa": 5, "logiqa": 5, "openbookqa": 5, "piqa": 5, "sciq": 5},
+}  # fmt: skip
+
+
+class BenchmarkTask(Section):
+    """A task of lm-eval."""
+
+    name: str = Field(description="Name of a task or group that lm-eval knows or that lies in benchmarks.task_folder.")
+    shots: int = Field(ge=0, description="Solved examples shown before each question.")
+
+
+class Benchmarks(Section):
+    """What `benchmark_scores` and `benchmark_answers` measure; neither is made unless it is asked for by name."""
+
+    tasks: list[BenchmarkTask] = Field(
+        default_factory=list,
+        description="What benchmark_scores runs with lm-eval (extra `benchmarks`): tasks with `name` and `shots`, or the presets "
+        "`open_llm_leaderboard` (paper: ARC 25 shots, HellaSwag 10, TruthfulQA 0, MMLU 5, Winogrande 5, GSM8k 5) and `six_more` "
+        "(5 shots; their names are inferred). Data of tasks that lm-eval brings comes from the hub.",
+    )
+    task_folder: str | None = Field(
+        None,
+        description="A folder of task files of your own (relative to the settings file): lm-eval's YAML, whose `data_files` are "
+        "relative to this folder. None: only lm-eval's own tasks.",
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Questions of each task at most, the first ones. None: all, as the paper."
+    )
+    batch_size: int = Field(8, ge=1, description="Questions that lm-eval puts to the model at a time.")
+    alpaca_eval: str | None = Field(
+        None,
+        description="AlpacaEval 2's question file (.json, relative to the settings file) for benchmark_answers. None: left out.",
+    )
+    alpaca_eval_sampling: Sampling = Field(
+        Sampling(max_new_tokens=2048), description="Decoding for AlpacaEval 2. Paper: T = 0.7, 2048 new tokens."
+    )
+    arena_hard: str | None = Field(
+        None, description="Arena-Hard's question.jsonl, of v0.1 or v2.0, as alpaca_eval. None: left out."
+    )
+    arena_hard_sampling: Sampling = Field(
+        Sampling(temperature=0, max_new_tokens=4096),
+        description="Decoding for Arena-Hard. Not in the paper; Arena-Hard: greedy, 4096 new tokens.",
+    )
+    mt_bench: str | None = Field(None, description="MT-Bench's question.jsonl, as alpaca_eval. None: left out.")
+    mt_bench_max_new_tokens: int = Field(
+        1024,
+        ge=1,
+        description="Longest answer of a turn of MT-Bench. Not in the paper; FastChat: 1024, and a temperature for each category.",
+    )
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _presets(cls, tasks: Any) -> Any:
+        """Puts the tasks of a preset in the place of its name."""
+        tasks = [tasks] if isinstance(tasks, str) else tasks
+        if not isinstance(tasks, list):
+            return tasks
+        expanded: list[Any] = []
+        for task in tasks:
+            if not isinstance(task, str):
+                expanded.append(task)
+            elif task in TASK_PRESETS:
+                expanded += [{"name": name, "shots": shots} for name, shots in TASK_PRESETS[task].items()]
+            else:
+                raise ValueError(
+                    f"{task!r} is neither a preset ({', '.join(TASK_PRESETS)}) nor a task: write a task as `name` and `shots`."
+                )
+        return expanded
+
+
 class Settings(Section):
     """All settings of one experiment."""
 
@@ -762,6 +838,7 @@ class Settings(Section):
     gate: Gate = Field(default_factory=Gate)
     automation: Automation = Field(default_factory=Automation)
     publishing: Publishing = Field(default_factory=Publishing)
+    benchmarks: Benchmarks = Field(default_factory=Benchmarks)
 
     @model_validator(mode="before")
     @classmethod
@@ -909,6 +986,10 @@ def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
     publishing = _section(values, "publishing")
     if publishing.get("directory"):
         publishing["directory"] = str((folder / str(publishing["directory"])).resolve())
+    benchmarks = _section(values, "benchmarks")
+    for name in ("task_folder", "alpaca_eval", "arena_hard", "mt_bench"):
+        if benchmarks.get(name):
+            benchmarks[name] = str((folder / str(benchmarks[name])).resolve())
     for place in (model, embedding):
         if place.get("source") == "directory" and "name" in place:
             place["name"] = str((folder / str(place["name"])).resolve())
@@ -950,6 +1031,9 @@ def _sentence(path: Path, error: ValidationError) -> str:
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     section: type[BaseModel] = Settings
     for part in location:
+        if isinstance(part, int):
+            # The place in a list, whose elements are sections.
+            continue
         annotation = section.model_fields[str(part)].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]
         section = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))

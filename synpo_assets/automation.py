@@ -10,9 +10,9 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from resources.settings import Settings
 from synpo_assets.loop import promotion_refusal
 from synpo_assets.missing import AssetGraph, missing_assets
-from synpo_assets.partitions import ALL_ASSETS_JOB, ITERATIONS, PUBLISHING_TAG, partition_key
+from synpo_assets.partitions import ALL_ASSETS_JOB, ITERATIONS, OPT_IN_TAG, partition_key
 
-PUBLISHING = dg.AssetSelection.tag(PUBLISHING_TAG, "true")
+OPT_IN = dg.AssetSelection.tag(OPT_IN_TAG, "true")
 JOBS = [
     dg.define_asset_job(
         "made_once",
@@ -24,12 +24,12 @@ JOBS = [
     ),
     dg.define_asset_job(
         "iteration",
-        selection=dg.AssetSelection.assets("policy").downstream() - PUBLISHING,
+        selection=dg.AssetSelection.assets("policy").downstream() - OPT_IN,
         description="One whole iteration, and the report; several partitions run one after the other.",
     ),
     dg.define_asset_job(
         ALL_ASSETS_JOB,
-        selection=dg.AssetSelection.all() - PUBLISHING,
+        selection=dg.AssetSelection.all() - OPT_IN,
         description="Any of the assets: what `synpo run` and the sensor launch.",
     ),
 ]

@@ -19,13 +19,23 @@ from resources.language_model import LanguageModel
 from resources.scorer import RewardScorer
 from resources.settings import Settings, SettingsError
 from resources.shards import FINGERPRINT_FILE
+from synpo_assets.benchmarks import answer_samplings
 from synpo_assets.history import newest
 from synpo_assets.prompts import prompt_sampling
 from synpo_assets.runs import FOREGROUND_TAG, locked
 
 AT_WORK = [DagsterRunStatus.QUEUED, DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
 # Where things are written under a temporary name first; Dagster's own folders are left alone.
-WRITTEN_FOLDERS = ("tables", "shards", "checkpoints", "cache/checkpoints", "training", "reports", "published")
+WRITTEN_FOLDERS = (
+    "tables",
+    "shards",
+    "checkpoints",
+    "cache/checkpoints",
+    "training",
+    "reports",
+    "published",
+    "benchmarks",
+)
 TRAINING_KEPT = timedelta(days=1)
 SHARDS, TRAININGS, HALVES, CHECKPOINTS = (
     "Shards of other settings", "Unfinished trainings", "Half-written by processes that are gone", "Superseded checkpoints",
@@ -114,6 +124,7 @@ def leftovers(
     current = [_checkpoint(root / "checkpoints" / name, manifest) for name, manifest in manifests.items()]
     # A sampling that no asset uses with some checkpoint does no harm here: its folder does not exist.
     samplings = [prompt_sampling(settings), settings.self_instruct_sampling, settings.responses.sampling]
+    samplings += answer_samplings(settings.benchmarks)
     if settings.trains_improver:
         samplings.append(settings.response_improver.sampling)
     in_use = {language_model.shards_of(made, sampling).folder.name for made in current for sampling in samplings}

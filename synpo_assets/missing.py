@@ -7,7 +7,7 @@ from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 from resources.text import asset_label
 from synpo_assets.checks import failed_checks, unfinished_checks
 from synpo_assets.history import metadata_of, newest, unfinished_attempt
-from synpo_assets.partitions import PUBLISHING_TAG
+from synpo_assets.partitions import OPT_IN_TAG
 
 CODE_VERSION_TAG = "dagster/code_version"
 # They look up what the iteration before left, so they run whenever anything of their iteration does.
@@ -19,10 +19,10 @@ REPORT = "boosting_report"
 def asset_names(graph: AssetGraph, partitioned: bool) -> list[str]:
     """Assets in dependency order: those of an iteration, or those made once, before all iterations.
 
-    What publishes is neither: it is made only when it is asked for by name.
+    What is opt-in is neither: it is made only when it is asked for by name.
     """
     ordered = [graph.get(key) for keys in graph.toposorted_asset_keys_by_level for key in sorted(keys)]
-    own = [node for node in ordered if PUBLISHING_TAG not in node.tags]
+    own = [node for node in ordered if OPT_IN_TAG not in node.tags]
     names = [node.key.to_user_string() for node in own if (node.partitions_def is not None) == partitioned]
     return [name for name in names if name != REPORT]
 

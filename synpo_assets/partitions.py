@@ -16,8 +16,9 @@ from synpo_assets.schemas import Table, column_schema, frame_type
 ALL_ASSETS_JOB = "synpo"
 GPU_POOL = "gpu"
 GROUP = "synpo"
-# What publishes has this tag: no job, no sensor and no `synpo run` makes it. A second group would open the graph collapsed.
-PUBLISHING_TAG = "synpo/publishing"
+# What is made only when it is asked for by name has this tag: no job, no sensor and no `synpo run` makes it. A second group
+# would open the graph collapsed.
+OPT_IN_TAG = "synpo/opt_in"
 # A download, a server or a device may fail for a while; finished shards are kept between the tries.
 RETRIES = dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL)
 ITERATIONS = dg.StaticPartitionsDefinition(

@@ -25,7 +25,7 @@ from synpo_assets.history import metadata_of
 from synpo_assets.method import cards as cards_method
 from synpo_assets.method.cards import dataset_card, model_card
 from synpo_assets.method.report import FinishedIteration, report_rows
-from synpo_assets.partitions import GROUP, ITERATIONS, PUBLISHING_TAG, RETRIES, code_version, iteration_of
+from synpo_assets.partitions import GROUP, ITERATIONS, OPT_IN_TAG, RETRIES, code_version, iteration_of
 from synpo_assets.presentation import made_from, table_version
 from synpo_assets.report import iterations_of, read_iteration
 from synpo_assets.schemas import PreferencePairs
@@ -48,7 +48,7 @@ WRITERS = {
 TEXT_LIMIT = 2000
 PUBLISHED: dict[str, Any] = {
     "group_name": GROUP,
-    "tags": {PUBLISHING_TAG: "true"},
+    "tags": {OPT_IN_TAG: "true"},
     "kinds": {"huggingface"},
     "retry_policy": RETRIES,
 }

@@ -263,6 +263,23 @@ class Promotion(Table):
     iteration: int = pa.Field(ge=1, description="The iteration t.")
 
 
+class BenchmarkScores(Table):
+    """What lm-eval measured of M_t, with the same of M_0 beside it."""
+
+    task: str = _text("The task or group of lm-eval.")
+    shots: int = pa.Field(ge=0, description="Solved examples that were shown before each question.")
+    metric: str = _text("The metric, by lm-eval's name.")
+    filter: str = _text("What lm-eval did to the answers before it compared them; `none`: nothing.")
+    questions: int = pa.Field(ge=1, description="Questions asked.")
+    value: float = pa.Field(description="The figure of M_t.")
+    stderr: float = pa.Field(nullable=True, description="Its standard error, where lm-eval states one.")
+    value_initial: float = pa.Field(description="The figure of M_0.")
+    stderr_initial: float = pa.Field(nullable=True, description="Its standard error, where lm-eval states one.")
+    checkpoint_sha: str = _id("sha of M_t.")
+    initial_checkpoint_sha: str = _id("sha of M_0.")
+    iteration: int = pa.Field(ge=1, description="The iteration t.")
+
+
 def column_schema(model: type[Table]) -> dg.TableSchema:
     """The columns with their descriptions, as the UI shows them."""
     columns = model.to_schema().columns

@@ -2,6 +2,7 @@
 
 from resources.settings import active_settings
 from synpo_assets import (
+    benchmarks,
     diversity,
     evaluation,
     improver,
@@ -22,5 +23,5 @@ from synpo_assets import (
 SIDES = improver if active_settings().trains_improver else ranked_samples
 STAGES = (
     seed, prompts, diversity, preferences, loop, responses, SIDES, training, evaluation, measurements, promotion, report,
-    publishing,
+    publishing, benchmarks,
 )  # fmt: skip

@@ -20,6 +20,7 @@ from tests.nano import nano_settings, write_settings
 from tests.test_report import make_iteration
 
 PUBLISHED = {"published_dataset", "published_model"}
+OPT_IN = PUBLISHED | {"benchmark_scores", "benchmark_answers"}
 
 
 @pytest.fixture(scope="module")
@@ -305,22 +306,22 @@ def test_a_wrong_hub_id_is_refused_in_a_sentence(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
-def test_nothing_else_makes_what_publishes(instance):
+def test_nothing_else_makes_what_is_opt_in(instance):
     from definitions import defs
 
     repository = defs.get_repository_def()
     graph = repository.asset_graph
     for job in ("made_once", "iteration", ALL_ASSETS_JOB):
         selected = {key.to_user_string() for key in repository.get_job(job).asset_layer.selected_asset_keys}
-        assert not selected & PUBLISHED, job
+        assert not selected & OPT_IN, job
     every = {key.to_user_string() for key in graph.get_all_asset_keys()}
-    assert every > PUBLISHED
+    assert every > OPT_IN
     selected = {key.to_user_string() for key in repository.get_job(ALL_ASSETS_JOB).asset_layer.selected_asset_keys}
-    assert selected == every - PUBLISHED
+    assert selected == every - OPT_IN
     for partitioned in (True, False):
-        assert not set(asset_names(graph, partitioned)) & PUBLISHED
+        assert not set(asset_names(graph, partitioned)) & OPT_IN
     with dg.DagsterInstance.ephemeral() as empty:
-        assert not set(missing_assets(empty, graph, "0001") + missing_assets(empty, graph, None)) & PUBLISHED
+        assert not set(missing_assets(empty, graph, "0001") + missing_assets(empty, graph, None)) & OPT_IN
 
 
 def test_the_sensor_never_asks_for_it(nano_model, tmp_path):
@@ -332,15 +333,15 @@ def test_the_sensor_never_asks_for_it(nano_model, tmp_path):
             instance=empty, resources={"settings": active_settings()}, repository_def=defs.get_repository_def()
         )
         request = next_iteration(context)
-    assert not {key.to_user_string() for key in request.asset_selection} & PUBLISHED
+    assert not {key.to_user_string() for key in request.asset_selection} & OPT_IN
 
 
 def test_nothing_of_an_iteration_waits_for_it():
-    """Both are leaves, so a backfill that includes them is cut into the same runs as one without."""
+    """They are leaves, so a backfill that includes them is cut into the same runs as one without."""
     from definitions import defs
 
     graph = defs.get_repository_def().asset_graph
-    for name in PUBLISHED:
+    for name in OPT_IN:
         node = graph.get(dg.AssetKey(name))
         assert not node.child_keys
     model = graph.get(dg.AssetKey("published_model"))

@@ -39,9 +39,15 @@ CASES = {
               "instruction_following"}
     ),
     "engine.dtype": (
-        "bfloat16", GENERATED | TRAINED | {"preference_pairs", "evaluation", "instruction_following", "gold_comparison"}
+        "bfloat16",
+        GENERATED | TRAINED | {
+            "preference_pairs", "evaluation", "instruction_following", "gold_comparison", "benchmark_scores", "benchmark_answers"
+        },
     ),
-    "engine.kind": ("transformers", GENERATED | {"reward_model", "judge_model", "evaluation", "instruction_following"}),
+    "engine.kind": (
+        "transformers",
+        GENERATED | {"reward_model", "judge_model", "evaluation", "instruction_following", "benchmark_answers"},
+    ),
     "scorer.pair_convention": (
         "one_order", {"reward_model", "seed_responses", "preference_pairs", "evaluation"}
     ),
@@ -57,6 +63,9 @@ CASES = {
     "automation.target_iterations": (2, set()),
     "gate.maximum": ({"mean_repetition": 0.5}, {"promotion"}),
     "publishing.license": ("apache-2.0", {"published_dataset", "published_model"}),
+    "benchmarks.tasks": (["six_more"], {"benchmark_scores"}),
+    "benchmarks.batch_size": (2, set()),
+    "benchmarks.mt_bench": ("/question.jsonl", {"benchmark_answers"}),
     "storage.artifacts": ("memory://x", set()),
     "max_iterations": (5, set()),
 }  # fmt: skip

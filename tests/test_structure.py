@@ -22,6 +22,7 @@ HEAVY = [
     "yake",
     "py3langid",
     "matplotlib",
+    "lm_eval",
 ]
 
 

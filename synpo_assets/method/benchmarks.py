@@ -1,0 +1,219 @@
+"""Benchmarks: what lm-eval found as rows of a table, and answers in the forms that the official judges read.
+
+Paper (section 3): the Open LLM leaderboard and six more tasks with lm-eval; AlpacaEval 2, Arena-Hard and MT-Bench. Here: pure
+functions, one per form. Questions are rows of the benchmarks' own question files.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from synpo_assets.method.ids import content_id
+
+Row = dict[str, Any]
+
+# The metric, and lm-eval's filter, that the Open LLM leaderboard averages over.
+LEADERBOARD = {
+    "arc_challenge": ("acc_norm", "none"),
+    "hellaswag": ("acc_norm", "none"),
+    "truthfulqa_mc2": ("acc", "none"),
+    "mmlu": ("acc", "none"),
+    "winogrande": ("acc", "none"),
+    "gsm8k": ("exact_match", "strict-match"),
+}
+# What a question must hold, by benchmark.
+QUESTION_FIELDS = {
+    "alpaca_eval": ("instruction",),
+    "arena_hard": ("uid", "prompt"),
+    "mt_bench": ("question_id", "category", "turns"),
+}
+# https://github.com/lm-sys/FastChat/blob/main/fastchat/llm_judge/common.py: the temperature of a category, 0.7 of any other.
+MT_BENCH_TEMPERATURES = {
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
+MT_BENCH_TEMPERATURE = 0.7
+
+
+def score_rows(task: str, shots: int, found: Mapping[str, Any]) -> list[Row]:
+    """The figures of one task, one row per metric and filter.
+
+    Args:
+        task: The task, or a group of tasks, that lm-eval was asked for.
+        shots: The examples that were shown.
+        found: lm-eval's `results` and `n-samples`. What a group consists of is left out where lm-eval sums it up.
+
+    Examples:
+        >>> score_rows("sums", 5, {
+        ...     "results": {"sums": {"alias": "sums", "acc,none": 0.5, "acc_stderr,none": 0.1}},
+        ...     "n-samples": {"sums": {"original": 8, "effective": 4}},
+        ... })  # doctest: +NORMALIZE_WHITESPACE
+        [{'task': 'sums', 'shots': 5, 'metric': 'acc', 'filter': 'none', 'questions': 4, 'value': 0.5, 'stderr': 0.1}]
+    """
+    results, counts = found["results"], found["n-samples"]
+    rows = []
+    for name in [task] if task in results else sorted(results):
+        questions = counts[name]["effective"] if name in counts else sum(each["effective"] for each in counts.values())
+        for key, value in results[name].items():
+            metric, comma, chosen = key.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, Real):
+                error = results[name].get(f"{metric}_stderr,{chosen}")
+                stderr = float(error) if isinstance(error, Real) else None
+                rows.append(
+                    {"task": name, "shots": shots, "metric": metric, "filter": chosen, "questions": questions}
+                    | {"value": float(value), "stderr": stderr}
+                )
+    return rows
+
+
+def leaderboard_average(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """The mean over the six tasks of the Open LLM leaderboard; None unless all six are there.
+
+    Examples:
+        >>> rows = [{"task": task, "metric": metric, "filter": chosen, "value": 0.5}
+        ...         for task, (metric, chosen) in LEADERBOARD.items()]
+        >>> leaderboard_average(rows), leaderboard_average(rows[1:])
+        (0.5, None)
+    """
+    values = [row["value"] for row in rows if LEADERBOARD.get(row["task"]) == (row["metric"], row["filter"])]
+    return sum(values) / len(values) if len(values) == len(LEADERBOARD) else None
+
+
+def question_problem(benchmark: str, row: object) -> str | None:
+    """What is wrong with a row of a question file, to follow the words `row 3`; None if nothing is.
+
+    Examples:
+        >>> question_problem("alpaca_eval", {"prompt": "Why?"})
+        'has no `instruction`'
+        >>> question_problem("mt_bench", {"question_id": 81, "category": "math", "turns": "Why?"})
+        'has `turns` that are not a list of texts'
+    """
+    if not isinstance(row, dict):
+        return "is not a JSON object"
+    for field in QUESTION_FIELDS[benchmark]:
+        value = row.get(field)
+        if value in (None, "", []):
+            return f"has no `{field}`"
+        if field == "turns" and not (isinstance(value, list) and all(isinstance(turn, str) for turn in value)):
+            return "has `turns` that are not a list of texts"
+        if field in ("instruction", "prompt") and not isinstance(value, str):
+            return f"has a `{field}` that is not a text"
+    return None
+
+
+def turns_of(benchmark: str, question: Mapping[str, Any]) -> list[str]:
+    """What is asked, turn by turn.
+
+    Examples:
+        >>> turns_of("alpaca_eval", {"instruction": "Why?"})
+        ['Why?']
+    """
+    if benchmark == "mt_bench":
+        return list(question["turns"])
+    return [question["instruction" if benchmark == "alpaca_eval" else "prompt"]]
+
+
+def mt_bench_temperature(category: str) -> float:
+    """The temperature that FastChat answers questions of a category with."""
+    return MT_BENCH_TEMPERATURES.get(category, MT_BENCH_TEMPERATURE)
+
+
+def conversation(turns: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
+    """The chat that leads to the next answer: the turns so far, each but the last with its answer.
+
+    Examples:
+        >>> [message["content"] for message in conversation(["Why?", "Shorter!", "Again!"], ["Because of it."])]
+        ['Why?', 'Because of it.', 'Shorter!']
+    """
+    messages = []
+    for turn, answer in zip(turns, answers, strict=False):
+        messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
+    return [*messages, {"role": "user", "content": turns[len(answers)]}]
+
+
+def answer_row(benchmark: str, question: Mapping[str, Any], answers: Sequence[str], model: str, seconds: float) -> Row:
+    """The answers to the turns of a question in the form of a benchmark.
+
+    Args:
+        benchmark: The benchmark.
+        question: The row of its question file.
+        answers: The answer to each turn.
+        model: The name of the model.
+        seconds: When it was answered, in seconds since 1970.
+    """
+    if benchmark == "alpaca_eval":
+        return alpaca_eval_row(question, answers[0], model)
+    if benchmark == "arena_hard":
+        return arena_hard_row(question, answers[0], model, seconds)
+    return mt_bench_row(question, answers, model, seconds)
+
+
+def alpaca_eval_row(question: Mapping[str, Any], answer: str, model: str) -> Row:
+    """An element of AlpacaEval's `model_outputs`: dataset and split go along where the question names them.
+
+    Source: https://github.com/tatsu-lab/alpaca_eval#evaluating-a-model.
+
+    Examples:
+        >>> alpaca_eval_row({"instruction": "Why?", "dataset": "koala", "output": "Its own."}, "Because.", "m")
+        {'instruction': 'Why?', 'output': 'Because.', 'generator': 'm', 'dataset': 'koala'}
+    """
+    origin = {name: question[name] for name in ("dataset", "datasplit") if name in question}
+    return {"instruction": question["instruction"], "output": answer, "generator": model, **origin}
+
+
+def arena_hard_row(question: Mapping[str, Any], answer: str, model: str, seconds: float) -> Row:
+    """A line of Arena-Hard's `model_answer`, the same for questions of v0.1 and v2.0.
+
+    Source: https://github.com/lmarena/arena-hard-auto, `gen_answer.py`. Its `metadata`, which only style control reads, counts
+    tokens with GPT-4o's tokenizer; its own `utils/add_markdown_info.py` adds them to a finished file.
+
+    Args:
+        question: The row of the question file.
+        answer: The answer.
+        model: The name of the model.
+        seconds: When it was answered, in seconds since 1970.
+
+    Examples:
+        >>> row = arena_hard_row({"uid": "1f", "prompt": "Why?"}, "Because.", "m", 0.0)
+        >>> row["uid"], row["model"], row["messages"][-1]
+        ('1f', 'm', {'role': 'assistant', 'content': {'answer': 'Because.'}})
+    """
+    return {
+        "uid": question["uid"],
+        "ans_id": content_id("answer", model, question["uid"], answer),
+        "model": model,
+        "messages": [
+            {"role": "user", "content": question["prompt"]},
+            {"role": "assistant", "content": {"answer": answer}},
+        ],
+        "tstamp": seconds,
+    }
+
+
+def mt_bench_row(question: Mapping[str, Any], answers: Sequence[str], model: str, seconds: float) -> Row:
+    """A line of MT-Bench's `model_answer`, with one choice: the answers to all turns.
+
+    Source: https://github.com/lm-sys/FastChat/tree/main/fastchat/llm_judge, `gen_model_answer.py`.
+
+    Args:
+        question: The row of the question file.
+        answers: The answer to each turn.
+        model: The name of the model.
+        seconds: When it was answered, in seconds since 1970.
+
+    Examples:
+        >>> row = mt_bench_row({"question_id": 81}, ["Because.", "So."], "m", 0.0)
+        >>> row["question_id"], row["choices"]
+        (81, [{'index': 0, 'turns': ['Because.', 'So.']}])
+    """
+    return {
+        "question_id": question["question_id"],
+        "answer_id": content_id("answer", model, question["question_id"], *answers),
+        "model_id": model,
+        "choices": [{"index": 0, "turns": list(answers)}],
+        "tstamp": seconds,
+    }

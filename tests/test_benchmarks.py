@@ -1,0 +1,337 @@
+"""Benchmarks: that lm-eval runs offline and counts rightly, what the answer files hold, and what is refused before a model."""
+
+import json
+import socket
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+import pytest
+
+from resources.benchmarks import EvaluationHarness
+from resources.checkpoint_store import Checkpoint, CheckpointStore
+from resources.errors import FinalError
+from resources.language_model import LanguageModel
+from resources.settings import Engine, Sampling, SettingsError, load_settings
+from resources.tables import ParquetTables
+from synpo_assets.benchmarks import answer_samplings, benchmark_answers, benchmark_scores
+from synpo_assets.method.benchmarks import conversation
+from tests.nano import nano_settings, write_settings
+
+CHOICES = [
+    {"question": "Which of them is blue?", "choices": ["the sky", "a lemon", "grass"], "answer": 0},
+    {"question": "Which of them is sour?", "choices": ["the sky", "a lemon", "grass"], "answer": 1},
+    {"question": "Which of them barks?", "choices": ["a cat", "a cow", "a dog"], "answer": 2},
+    {"question": "Which of them is green?", "choices": ["the sky", "a lemon", "grass"], "answer": 2},
+]
+CHOICE_TASK = """
+task: things
+dataset_path: json
+dataset_kwargs: {data_files: {test: things.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+GENERATION_TASK = r"""
+task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: sums.jsonl}}
+output_type: generate_until
+test_split: test
+fewshot_split: test
+doc_to_text: "Q: {{question}}\nA:"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\n"], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+SUMS = [{"question": "one and one?", "answer": "two"}, {"question": "two and two?", "answer": "four"}]
+ALPACA = [{"dataset": "koala", "instruction": "Why is the sky blue?", "output": "Rayleigh.", "generator": "reference"}]
+ARENA = [{"uid": "1f", "category": "hard_prompt", "prompt": "Write a program."}]
+MT_BENCH = [
+    {"question_id": 81, "category": "writing", "turns": ["Write a blog post.", "Shorter!"]},
+    {"question_id": 111, "category": "math", "turns": ["What is one and one?", "And two?"]},
+]
+
+
+def json_lines(rows):
+    # A line separator inside of a text is no end of a line.
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Task files and question files beside a settings file."""
+    (tmp_path / "tasks").mkdir()
+    for name, content in {
+        "tasks/things.yaml": CHOICE_TASK,
+        "tasks/things.jsonl": json_lines(CHOICES),
+        "tasks/sums.yaml": GENERATION_TASK,
+        "tasks/sums.jsonl": json_lines(SUMS),
+        "alpaca.json": json.dumps(ALPACA),
+        "arena.jsonl": json_lines([ARENA[0] | {"prompt": "Write a\u2028program."}]),
+        "mt_bench.jsonl": json_lines(MT_BENCH),
+    }.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def make(folder, adapted_checkpoint, nano_model, monkeypatch):
+    """Materializes one of the two assets of iteration 1 with settings of the section `benchmarks`."""
+    monkeypatch.setenv("SYNPO_HOME", str(folder))
+    store = CheckpointStore(str(Path(adapted_checkpoint.directory).parents[2]))
+
+    def made(asset, selection=None, **options):
+        settings = load_settings(
+            write_settings(folder / "mine.yaml", nano_settings(nano_model) | {"benchmarks": options})
+        )
+        resources = {
+            "settings": settings,
+            "checkpoints": store,
+            "tables": ParquetTables(str(folder / "tables")),
+            "harness": EvaluationHarness(scores=str(folder / "benchmarks" / "scores"), engine=settings.engine),
+            "language_model": language_model(folder),
+        }
+        models = [dg.AssetSpec("initial_policy"), dg.AssetSpec("model_checkpoint", partitions_def=asset.partitions_def)]
+        sources = [model.with_io_manager_key("checkpoints") for model in models]
+        with dg.DagsterInstance.ephemeral() as instance:
+            result = dg.materialize(
+                [asset, *sources], resources=resources, partition_key="0001", instance=instance, raise_on_error=True
+            )
+            (event,) = result.asset_materializations_for_node(asset.key.to_user_string())
+        return {name: entry.value for name, entry in event.metadata.items()}
+
+    return made
+
+
+def language_model(folder):
+    return LanguageModel(shards=str(folder / "shards"), engine=Engine(threads=1, shard_rows=4), random_seed=7)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*_arguments):
+        raise AssertionError("it tried to reach the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Whatever loads a model fails the test."""
+    import transformers
+
+    def refuse(*_arguments, **_options):
+        # Not to be tried again.
+        raise FinalError("a model was loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+def likeliest_is_right(weights):
+    """The share of the questions whose right choice is the likeliest, worked out from the logits."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(weights), AutoTokenizer.from_pretrained(weights)
+    hits = []
+    for row in CHOICES:
+        sums = []
+        for choice in row["choices"]:
+            asked = tokenizer(row["question"], add_special_tokens=False).input_ids
+            whole = tokenizer(f"{row['question']} {choice}", add_special_tokens=False).input_ids
+            with torch.inference_mode():
+                steps = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+            sums.append(sum(float(steps[place - 1, whole[place]]) for place in range(len(asked), len(whole))))
+        hits.append(sums.index(max(sums)) == row["answer"])
+    return sum(hits) / len(hits)
+
+
+TASKS = [{"name": "things", "shots": 0}, {"name": "sums", "shots": 1}]
+
+
+def test_local_tasks_run_offline_and_their_figures_are_right(make, folder, adapted_checkpoint, offline, nano_model):
+    pytest.importorskip("lm_eval")
+    about = make(benchmark_scores, tasks=TASKS, task_folder="tasks", batch_size=2)
+    frame = pl.read_parquet(folder / "tables" / "benchmark_scores" / "0001.parquet")
+    assert frame.select("task", "shots", "metric", "filter", "questions").rows() == [
+        ("things", 0, "acc", "none", 4), ("sums", 1, "exact_match", "none", 2),
+    ]  # fmt: skip
+    assert frame["value"][0] == likeliest_is_right(adapted_checkpoint.weights)
+    assert frame["value_initial"][0] == likeliest_is_right(nano_model)
+    assert frame["stderr"].is_not_null().all()
+    assert set(frame["checkpoint_sha"]) == {adapted_checkpoint.sha}
+    assert about["checkpoint"] == "model_checkpoint[0001]"
+    assert len(about["scores"].records) == 2
+    assert about["open_llm_leaderboard_average"] is None
+
+
+def test_what_was_found_is_kept_by_model_and_task(make, folder, request):
+    pytest.importorskip("lm_eval")
+    first = make(benchmark_scores, tasks=TASKS[:1], task_folder="tasks", limit=2)
+    assert first["scores"].records[0].data["questions"] == 2
+    request.getfixturevalue("no_model")
+    again = make(benchmark_scores, tasks=TASKS[:1], task_folder="tasks", limit=2)
+    assert again["scores"].records == first["scores"].records
+    (folder / "tasks" / "things.jsonl").write_text(json_lines(reversed(CHOICES)))
+    with pytest.raises(FinalError, match="a model was loaded"):
+        make(benchmark_scores, tasks=TASKS[:1], task_folder="tasks", limit=2)
+
+
+def test_answers_have_the_forms_that_the_judges_read(make, folder, adapted_checkpoint):
+    sampling = {"temperature": 0.7, "max_new_tokens": 12}
+    options = {
+        "alpaca_eval": "alpaca.json", "alpaca_eval_sampling": sampling, "arena_hard": "arena.jsonl",
+        "arena_hard_sampling": sampling | {"temperature": 0.0}, "mt_bench": "mt_bench.jsonl", "mt_bench_max_new_tokens": 10,
+    }  # fmt: skip
+    stale = folder / "benchmarks" / "0001" / "mt_bench" / "model_answer" / "an-earlier-model.jsonl"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{}")
+    about = make(benchmark_answers, **options)
+    name = f"synpo-iteration-1-{adapted_checkpoint.sha[:8]}"
+    home = folder / "benchmarks" / "0001"
+    listed = sorted(record.data["file"] for record in about["files"].records)
+    assert listed == sorted(file.relative_to(home).as_posix() for file in home.rglob("*.json*"))
+    assert len(listed) == 6, "M_0's stand beside those of M_t"
+    assert about["rows"] == 2 * (1 + 1 + 2 * 2)
+
+    (alpaca,) = json.loads((home / "alpaca_eval" / f"{name}.json").read_text())
+    assert set(alpaca) == {"instruction", "output", "generator", "dataset"}
+    assert (alpaca["instruction"], alpaca["generator"], alpaca["dataset"]) == (ALPACA[0]["instruction"], name, "koala")
+
+    (arena,) = map(json.loads, (home / "arena_hard" / "model_answer" / f"{name}.jsonl").read_text().split("\n")[:-1])
+    assert set(arena) == {"uid", "ans_id", "model", "messages", "tstamp"}
+    assert arena["messages"][0] == {"role": "user", "content": "Write a\u2028program."}
+    assert set(arena["messages"][1]["content"]) == {"answer"}
+
+    rows = list(map(json.loads, (home / "mt_bench" / "model_answer" / f"{name}.jsonl").read_text().splitlines()))
+    assert set(rows[0]) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+    assert [row["question_id"] for row in rows] == [81, 111]
+    answers = [row["choices"][0]["turns"] for row in rows]
+    assert all(len(turns) == 2 for turns in answers)
+    # The second answer is the one to a chat that holds the first; category `math` is answered greedily.
+    asked = conversation(MT_BENCH[1]["turns"], answers[1][:1])
+    greedy = Sampling(temperature=0.0, max_new_tokens=10)
+    frame, usage = language_model(folder).answer(adapted_checkpoint, [("mt_bench", asked)], greedy, print)
+    assert frame["text"][0].strip() == answers[1][1]
+    assert usage.generated_tokens == 0
+
+    assert make(benchmark_answers, **options)["generated_tokens"] == 0, "the shards were not found again"
+    settings = load_settings(folder / "mine.yaml").benchmarks
+    in_use = {
+        language_model(folder).shards_of(adapted_checkpoint, each).folder.name for each in answer_samplings(settings)
+    }
+    made_for = {file.parent.name for file in (folder / "shards").glob("*/fingerprint.json")
+                if json.loads(file.read_text())["made_for"] == "model_checkpoint[0001]"}  # fmt: skip
+    assert in_use >= made_for, "`synpo clean` would remove them"
+
+
+@pytest.mark.parametrize("asset", [benchmark_scores, benchmark_answers])
+def test_with_nothing_named_it_says_what_to_name(make, asset, no_model):
+    with pytest.raises(
+        FinalError, match=f"nothing to do for {asset.key.to_user_string()}: name .* in benchmarks."
+    ) as error:
+        make(asset)
+    assert "\n" not in error.value.description
+
+
+def test_a_backfill_of_everything_leaves_out_what_is_not_configured(folder, nano_model):
+    """Or each run of it would fail in a home without benchmarks."""
+
+    @dg.asset
+    def initial_policy() -> Checkpoint:
+        return Checkpoint("initial_policy", None, "sha", "", "")
+
+    @dg.asset(partitions_def=benchmark_scores.partitions_def)
+    def model_checkpoint() -> Checkpoint:
+        return Checkpoint("model_checkpoint", "0001", "sha", "", "")
+
+    settings = load_settings(write_settings(folder / "mine.yaml", nano_settings(nano_model)))
+    resources = {
+        "settings": settings,
+        "checkpoints": dg.mem_io_manager,
+        "tables": dg.mem_io_manager,
+        "harness": EvaluationHarness(scores=str(folder), engine=settings.engine),
+        "language_model": language_model(folder),
+    }
+    names = ("model_checkpoint", "benchmark_scores", "benchmark_answers")
+    assets = [initial_policy, model_checkpoint, benchmark_scores, benchmark_answers]
+    job = dg.Definitions(assets=assets, resources=resources).resolve_implicit_global_asset_job_def()
+    with dg.DagsterInstance.ephemeral() as instance:
+        dg.materialize([initial_policy], instance=instance)
+        result = job.execute_in_process(
+            partition_key="0001", asset_selection=[dg.AssetKey(name) for name in names], instance=instance
+        )
+    made = {event.asset_key.to_user_string() for event in result.get_asset_materialization_events()}
+    assert result.success
+    assert made == {"model_checkpoint"}
+
+
+def test_without_lm_eval_the_extra_is_named(make, no_model, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FinalError, match=r"benchmarks.tasks needs lm-eval: install the extra `benchmarks`"):
+        make(benchmark_scores, tasks=TASKS, task_folder="tasks")
+
+
+def test_a_folder_without_task_files_is_refused(make, folder, no_model):
+    pytest.importorskip("lm_eval")
+    (folder / "empty").mkdir()
+    with pytest.raises(FinalError, match=r"empty \(benchmarks.task_folder\) holds no .yaml file"):
+        make(benchmark_scores, tasks=TASKS, task_folder="empty")
+
+
+def test_an_unknown_task_is_refused(make, no_model, monkeypatch):
+    tasks = pytest.importorskip("lm_eval.tasks")
+    # Reading lm-eval's own thousands of files would take most of the time of all tests here.
+    own = tasks.TaskManager
+    monkeypatch.setattr(tasks, "TaskManager", lambda **options: own(**options | {"include_defaults": False}))
+    with pytest.raises(FinalError, match=r"lm-eval knows no task `thing` \(benchmarks.tasks\)"):
+        make(benchmark_scores, tasks=[{"name": "thing", "shots": 0}], task_folder="tasks")
+
+
+def test_a_task_without_its_data_is_refused(make, folder, no_model):
+    pytest.importorskip("lm_eval")
+    (folder / "tasks" / "sums.jsonl").unlink()
+    with pytest.raises(FinalError, match=r"The task `sums` \(benchmarks.tasks\) cannot be loaded"):
+        make(benchmark_scores, tasks=TASKS[1:], task_folder="tasks")
+
+
+@pytest.mark.parametrize(("setting", "content", "message"), [
+    ("alpaca_eval", None, r"questions.json \(benchmarks.alpaca_eval\) does not exist"),
+    ("alpaca_eval", "[{", r"\(benchmarks.alpaca_eval\) is not valid JSON"),
+    ("alpaca_eval", "{}", r"\(benchmarks.alpaca_eval\) holds no list of questions"),
+    ("alpaca_eval", '[{"instruction": "Why?"}, {"prompt": "Why?"}]', r"Row 2 of .* has no `instruction`"),
+    ("arena_hard", '[{"question_id": "1f", "turns": []}]', r"\(benchmarks.arena_hard\) has no `uid`"),
+    ("mt_bench", '[{"question_id": 1, "category": "math", "turns": "a"}]', r"\(benchmarks.mt_bench\) has `turns` that are not"),
+])  # fmt: skip
+def test_a_wrong_question_file_is_refused(make, folder, no_model, setting, content, message):
+    if content is not None:
+        (folder / "questions.json").write_text(content)
+    with pytest.raises(FinalError, match=message) as error:
+        make(benchmark_answers, **{setting: "questions.json"})
+    assert "\n" not in error.value.description
+
+
+def test_presets_are_the_tasks_of_the_paper(folder):
+    file = folder / "x.yaml"
+    named = {"tasks": ["open_llm_leaderboard", {"name": "things", "shots": 2}]}
+    shots = {
+        "arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "mmlu": 5, "winogrande": 5, "gsm8k": 5, "things": 2,
+    }  # fmt: skip
+    settings = load_settings(write_settings(file, {"preset": "laptop", "benchmarks": named}))
+    assert {task.name: task.shots for task in settings.benchmarks.tasks} == shots
+    settings = load_settings(write_settings(file, {"preset": "laptop", "benchmarks": {"tasks": "six_more"}}))
+    assert [task.shots for task in settings.benchmarks.tasks] == [5] * 6
+
+
+@pytest.mark.parametrize(("tasks", "message"), [
+    ("leaderboard", "'leaderboard' is neither a preset .open_llm_leaderboard, six_more. nor a task"),
+    ([{"name": "gsm8k", "shot": 5}], "`benchmarks.tasks.0.shot` is not a setting; did you mean `shots`?"),
+    (5, "`benchmarks.tasks` is 5"),
+])  # fmt: skip
+def test_wrong_tasks_are_refused_in_a_sentence(folder, tasks, message):
+    with pytest.raises(SettingsError, match=message):
+        load_settings(write_settings(folder / "x.yaml", {"preset": "laptop", "benchmarks": {"tasks": tasks}}))
