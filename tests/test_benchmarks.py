@@ -261,9 +261,12 @@ def test_a_backfill_of_everything_leaves_out_what_is_not_configured(folder, nano
         result = job.execute_in_process(
             partition_key="0001", asset_selection=[dg.AssetKey(name) for name in names], instance=instance
         )
-    made = {event.asset_key.to_user_string() for event in result.get_asset_materialization_events()}
-    assert result.success
-    assert made == {"model_checkpoint"}
+    made = {
+        event.asset_key.to_user_string(): event.materialization for event in result.get_asset_materialization_events()
+    }
+    for name in names[1:]:
+        assert f"nothing to do for {name}: name" in made[name].metadata["left_out"].value
+    assert made["benchmark_scores"].metadata["dagster/row_count"].value == 0
 
 
 def test_without_lm_eval_the_extra_is_named(make, no_model, monkeypatch):
