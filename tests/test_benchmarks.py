@@ -248,8 +248,7 @@ def test_a_backfill_of_everything_leaves_out_what_is_not_configured(folder, nano
     settings = load_settings(write_settings(folder / "mine.yaml", nano_settings(nano_model)))
     resources = {
         "settings": settings,
-        "checkpoints": dg.mem_io_manager,
-        "tables": dg.mem_io_manager,
+        "tables": ParquetTables(str(folder / "tables")),
         "harness": EvaluationHarness(scores=str(folder), engine=settings.engine),
         "language_model": language_model(folder),
     }
