@@ -11,7 +11,7 @@ never fetched.
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import dagster as dg
@@ -44,7 +44,6 @@ from synpo_assets.schemas import BenchmarkScores
 OPT_IN: dict[str, Any] = {
     "partitions_def": ITERATIONS,
     "tags": {OPT_IN_TAG: "true"},
-    "output_required": False,
     "pool": GPU_POOL,
     "kinds": {"huggingface"},
 }
@@ -75,11 +74,12 @@ def benchmark_scores(
     initial_policy: Checkpoint,
     harness: EvaluationHarness,
     settings: dg.ResourceParam[Settings],
-) -> Iterator[dg.Output[pl.DataFrame]]:
+) -> dg.Output[pl.DataFrame]:
     """M_t beside M_0 on the tasks of `benchmarks.tasks`, as lm-eval measures them."""
     options = settings.benchmarks
-    if not _is_configured(context, bool(options.tasks), "Name lm-eval's tasks in benchmarks.tasks"):
-        return
+    if not options.tasks:
+        reason = _left_out(context, "name lm-eval's tasks in benchmarks.tasks")
+        return table_output(context, BenchmarkScores.empty(), left_out=reason)
     manager, started = open_tasks(options), time.monotonic()
     found = (
         harness.evaluate(model, manager, options, context.log.info) for model in (model_checkpoint, initial_policy)
@@ -92,7 +92,7 @@ def benchmark_scores(
         initial_checkpoint_sha=pl.lit(initial_policy.sha),
         iteration=pl.lit(iteration_of(context), pl.Int64),
     )
-    yield table_output(
+    return table_output(
         context,
         frame,
         scores=table_metadata(frame.drop("checkpoint_sha", "initial_checkpoint_sha", "iteration")),
@@ -124,13 +124,14 @@ def benchmark_answers(
     initial_policy: Checkpoint,
     language_model: LanguageModel,
     settings: dg.ResourceParam[Settings],
-) -> Iterator[dg.MaterializeResult]:
+) -> dg.MaterializeResult:
     """M_t's and M_0's answers to AlpacaEval 2, Arena-Hard and MT-Bench, as files for the official judges."""
     options = settings.benchmarks
     files = _question_files(options)
-    named = " or ".join(f"benchmarks.{name}" for name in QUESTION_FIELDS)
-    if not _is_configured(context, bool(files), f"Name a question file in {named}"):
-        return
+    if not files:
+        named = " or ".join(f"benchmarks.{name}" for name in QUESTION_FIELDS)
+        reason = _left_out(context, f"name a question file in {named}")
+        return dg.MaterializeResult(data_version=dg.DataVersion("none"), metadata={"left_out": reason})
     questions = {
         name: read_questions(file, f"benchmarks.{name}", functools.partial(question_problem, name))
         for name, file in files.items()
@@ -145,7 +146,7 @@ def benchmark_answers(
             written, used = _answers(answer, benchmark, rows, options)
             answers[benchmark, model_name] = written
             usages += used
-    yield dg.MaterializeResult(
+    return dg.MaterializeResult(
         data_version=dg.DataVersion(json_sha256([*answers.values()])[:16]),
         metadata={
             **_write(context, questions, answers),
@@ -163,17 +164,14 @@ def answer_samplings(options: Benchmarks) -> list[Sampling]:
     return [_sampling(benchmark, row, options) for benchmark in _question_files(options) for row in rows]
 
 
-def _is_configured(context: dg.AssetExecutionContext, is_stated: bool, remedy: str) -> bool:
-    """Whether there is something to do; raises a sentence if not, unless whole iterations were asked for with it."""
-    if not is_stated and dg.AssetKey("model_checkpoint") in (context.run.asset_selection or ()):
-        context.log.info(
-            f"Left out: nothing is named for {context.asset_key.to_user_string()} in the settings. {remedy}."
-        )
-    elif not is_stated:
-        raise FinalError(
-            f"There is nothing to do for {context.asset_key.to_user_string()}: {remedy[0].lower()}{remedy[1:]}."
-        )
-    return is_stated
+def _left_out(context: dg.AssetExecutionContext, remedy: str) -> str:
+    """Why nothing is done where the settings name nothing: a sentence, and an error if it was asked for by name."""
+    reason = f"There is nothing to do for {context.asset_key.to_user_string()}: {remedy}."
+    # A backfill of everything includes it, and must not fail in a home without benchmarks.
+    if dg.AssetKey("model_checkpoint") not in (context.run.asset_selection or ()):
+        raise FinalError(reason)
+    context.log.info(reason)
+    return reason
 
 
 def _beside(policy: list[dict[str, Any]], initial: list[dict[str, Any]]) -> pl.DataFrame:

@@ -22,6 +22,7 @@ ON_GPU = {
     "prompt_generator", "self_instruct_prompts", "reward_model", "judge_model", "synthetic_prompts", "prompt_diversity",
     "base_responses", "initial_responses", "seed_responses",
     "response_improver", "refined_responses", "preference_pairs", "model_checkpoint", "evaluation",
+    "benchmark_scores", "benchmark_answers",
 }  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def test_the_backfill_again_makes_everything_in_order_with_one_run_per_iteration
     assert [run["partition"] for run in runs] == [None, *ITERATIONS, None]
     for earlier, later in itertools.pairwise(runs):
         assert earlier["endTime"] <= later["startTime"]
-    # What spans all iterations comes last; publishing is a dry run.
+    # What spans all iterations comes last; publishing is a dry run, and without settings for them benchmarks are empty.
     assert sorted(asset["path"][0] for asset in runs[-1]["assetSelection"]) == ["boosting_report", "published_dataset"]
 
 

@@ -54,20 +54,23 @@ def score_rows(task: str, shots: int, found: Mapping[str, Any]) -> list[Row]:
         ... })  # doctest: +NORMALIZE_WHITESPACE
         [{'task': 'sums', 'shots': 5, 'metric': 'acc', 'filter': 'none', 'questions': 4, 'value': 0.5, 'stderr': 0.1}]
     """
-    results, counts = found["results"], found["n-samples"]
-    rows = []
-    for name in [task] if task in results else sorted(results):
-        questions = counts[name]["effective"] if name in counts else sum(each["effective"] for each in counts.values())
-        for key, value in results[name].items():
+    counts = {name: each["effective"] for name, each in found["n-samples"].items()}
+    rows: list[Row] = []
+    for name, figures in found["results"].items():
+        for key, value in figures.items():
             metric, comma, chosen = key.partition(",")
             if comma and not metric.endswith("_stderr") and isinstance(value, Real):
-                error = results[name].get(f"{metric}_stderr,{chosen}")
-                stderr = float(error) if isinstance(error, Real) else None
-                rows.append(
-                    {"task": name, "shots": shots, "metric": metric, "filter": chosen, "questions": questions}
-                    | {"value": float(value), "stderr": stderr}
-                )
-    return rows
+                error = figures.get(f"{metric}_stderr,{chosen}")
+                rows.append({
+                    "task": name,
+                    "shots": shots,
+                    "metric": metric,
+                    "filter": chosen,
+                    "questions": counts.get(name) or sum(counts.values()),
+                    "value": float(value),
+                    "stderr": float(error) if isinstance(error, Real) else None,
+                })  # fmt: skip
+    return [row for row in rows if row["task"] == task] or rows
 
 
 def leaderboard_average(rows: Iterable[Mapping[str, Any]]) -> float | None:
