@@ -109,6 +109,8 @@ def gold_comparison(
     embedded = embedder.embed(weights, texts, context.log.info)
     vectors = embedded.vectors.reshape(len(columns), evaluation.height, -1)
     similarities = dict(zip(models, (vectors[1:] * vectors[0]).sum(axis=2), strict=True))
+    tokens = embedded.tokens + sum(each.tokens for each in measured.values())
+    seconds = embedded.seconds + sum(each.seconds for each in measured.values())
     frame = evaluation.select("prompt_id", "prompt", "answer").with_columns(
         *(pl.Series(f"{name}_log_likelihood", measured[name].per_token) for name in models),
         *(pl.Series(f"{name}_similarity", similarities[name], dtype=pl.Float64) for name in models),
@@ -121,9 +123,10 @@ def gold_comparison(
         **{f"gold_log_likelihood {name}": frame[f"{name}_log_likelihood"].mean() for name in models},
         **{f"gold_similarity {name}": frame[f"{name}_similarity"].mean() for name in models},
         embedding_model=origin["name"],
-        tokens_read=sum(each.tokens for each in measured.values()),
-        seconds_reading=round(sum(each.seconds for each in measured.values()), 1),
-        **embedded.metadata(),
+        texts_cut=embedded.texts_cut,
+        tokens=tokens,
+        seconds=round(seconds, 1),
+        tokens_per_second=round(tokens / seconds, 1),
         **made_by(model_checkpoint),
     )
 

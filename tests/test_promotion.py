@@ -37,7 +37,8 @@ def judge(instance, stores, **limits):
 
 
 def test_several_figures_are_judged_and_each_stands_with_its_limits(instance, stores):
-    make(instance, stores, figures=LOOPS | {"verifiable_rate policy": 0.25, "verifiable_rate initial": 0.5})
+    make(instance, stores, figures=LOOPS)
+    report(instance, {"instruction_following": {"verifiable_rate policy": 0.25, "verifiable_rate initial": 0.5}})
     table, about = judge(
         instance, stores, minimum={"win_rate_over_initial": 0.55, "verifiable_rate_gain": -0.05},
         maximum={"mean_repetition": 0.2, "win_rate_over_initial": 0.9},
@@ -135,7 +136,10 @@ def test_an_evaluation_of_a_checkpoint_that_does_not_exist_is_refused(nano_run, 
     for folder in ("checkpoints", "tables"):
         shutil.copytree(nano_run.home / folder, tmp_path / folder, dirs_exist_ok=True)
     (tmp_path / "checkpoints" / "model_checkpoint" / "0002.json").unlink()
-    unused = dict.fromkeys(("language_model", "scorer", "trainer", "embedder"), dg.ResourceDefinition.none_resource())
+    unused = dict.fromkeys(
+        ("language_model", "scorer", "trainer", "embedder", "likelihood", "harness"),
+        dg.ResourceDefinition.none_resource(),
+    )
     with pytest.raises(
         CheckpointError, match=r"model_checkpoint\[0002\] has no checkpoint in .*: materialize model_checkpoint"
     ):
@@ -146,7 +150,12 @@ FIGURES = {
     "evaluation": {
         "win_rate_over_initial": 0.6, "win_rate_over_initial_low": 0.5, "win_rate_over_previous": 0.4,
         "win_rate_over_initial_by_scorer": 0.9, "held_out_reward policy": 1.5, "held_out_reward initial": 1.0,
-        "verifiable_rate policy": 0.25, "verifiable_rate initial": 0.5, "mean_repetition policy": 0.3, "cut_share policy": 0.7,
+        "mean_repetition policy": 0.3, "cut_share policy": 0.7,
+    },
+    "instruction_following": {"verifiable_rate policy": 0.25, "verifiable_rate initial": 0.5},
+    "gold_comparison": {
+        "gold_log_likelihood policy": -2.5, "gold_log_likelihood initial": -3.0, "gold_similarity policy": 0.75,
+        "gold_similarity initial": 0.5,
     },
     "preference_pairs": {"mean_margin": 2.5, "chosen_to_rejected_length": 1.25, "dagster/row_count": 8},
     "prompt_diversity": {"mean_similarity synthetic": 0.25, "mean_similarity seed": 0.125},
@@ -164,6 +173,7 @@ def test_every_figure_that_may_be_limited_is_read_from_where_it_is_recorded(inst
     assert figures == {
         "win_rate_over_initial": 0.6, "win_rate_over_initial_low": 0.5, "win_rate_over_previous": 0.4,
         "win_rate_over_initial_by_scorer": 0.9, "held_out_reward_gain": 0.5, "verifiable_rate_gain": -0.25,
+        "gold_log_likelihood_gain": 0.5, "gold_similarity_gain": 0.25,
         "mean_repetition": 0.3, "cut_share": 0.7, "prompt_similarity": 0.25, "prompt_similarity_to_seed": 2.0,
         "mean_margin": 2.5, "chosen_to_rejected_length": 1.25, "pairs_kept": 8,
     }  # fmt: skip
@@ -195,6 +205,7 @@ def test_the_summary_of_a_run_says_what_was_promoted(nano_run):
         assert sentence in " ".join(nano_run.result.stdout.split())
 
 
+@pytest.mark.slow
 def test_a_run_stops_after_an_iteration_that_was_not_promoted(nano_run, tmp_path):
     """The real M_2: refused for one figure of two, by `synpo run` too; with other limits it enters iteration 3."""
     home = tmp_path / "home"

@@ -45,5 +45,5 @@ def test_every_asset_is_retried_and_those_that_use_a_model_share_a_pool():
         "prompt_generator", "self_instruct_prompts", "reward_model", "judge_model", "synthetic_prompts", "prompt_diversity",
         "base_responses", "initial_responses",
         "seed_responses", "response_improver", "refined_responses", "preference_pairs", "model_checkpoint", "evaluation",
-        "instruction_following", "gold_comparison",
+        "instruction_following", "gold_comparison", "benchmark_scores", "benchmark_answers",
     }  # fmt: skip
