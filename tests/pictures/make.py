@@ -15,7 +15,7 @@ def main(home: Path) -> None:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with running_ui(home) as ui, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 2000, "height": 1250}, device_scale_factor=1.25)
+        page = browser.new_page(viewport={"width": 2000, "height": 1700})
         page.goto(ui.url)
         page.get_by_role("link", name="Lineage").click()
         page.get_by_role("button", name="Hide navigation").click()
@@ -23,7 +23,7 @@ def main(home: Path) -> None:
             page.locator(f"text={asset}").first.wait_for()
         page.wait_for_timeout(4000)
         # The graph without the lists and buttons around it.
-        page.screenshot(path=FOLDER / "lineage.png", clip={"x": 380, "y": 140, "width": 1440, "height": 1030})
+        page.screenshot(path=FOLDER / "lineage.png", clip={"x": 375, "y": 112, "width": 1605, "height": 1540})
         browser.close()
 
 
