@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from resources.batches import longest_first
 from resources.device import DeviceResource, prepare_device
 from resources.errors import FinalError
 from resources.progress import Progress
@@ -74,13 +75,9 @@ class SentenceEmbedder(DeviceResource):
         longest = min(tokenizer.model_max_length, model.config.max_position_embeddings, _stated_length(weights))
         cut = sum(len(token_ids) > longest for token_ids in tokenizer(list(texts)).input_ids)
         token_ids = tokenizer(list(texts), truncation=True, max_length=longest).input_ids
-        # Longest first keeps padding small, and what does not fit into memory shows at once.
-        order = sorted(range(len(texts)), key=lambda place: len(token_ids[place]), reverse=True)
         vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
         progress = Progress(len(texts), "embeddings", log)
-        while order:
-            count = max(1, self.engine.batch_tokens // len(token_ids[order[0]]))
-            places, order = order[:count], order[count:]
+        for places in longest_first([len(each) for each in token_ids], self.engine.batch_tokens):
             batch = [token_ids[place] for place in places]
             try:
                 vectors[places] = _mean_vectors(model, tokenizer, batch)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from resources.batches import longest_first
 from resources.chat import answer_ids, load_tokenizer, prompt_ids
 from resources.checkpoint_store import Checkpoint
 from resources.device import DeviceResource, prepare_device, torch_dtype
@@ -66,11 +67,7 @@ class AnswerLikelihood(DeviceResource):
         ]
         lengths = [len(prompt) + len(answer) for prompt, answer in sides]
         found, progress = [0.0] * len(rows), Progress(len(rows), "likelihoods", log)
-        # Longest first keeps padding small, and what does not fit into memory shows at once.
-        order = sorted(range(len(rows)), key=lambda place: lengths[place], reverse=True)
-        while order:
-            count = max(1, min(self.engine.batch_tokens, MOST_TOKENS) // lengths[order[0]])
-            places, order = order[:count], order[count:]
+        for places in longest_first(lengths, min(self.engine.batch_tokens, MOST_TOKENS)):
             try:
                 means = _mean_log_probabilities(model, tokenizer, [sides[place] for place in places])
             except torch.OutOfMemoryError as error:

@@ -7,11 +7,12 @@ import importlib.metadata
 import json
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import polars as pl
 
+from resources.batches import longest_first
 from resources.checkpoint_store import Checkpoint
 from resources.device import DeviceResource, prepare_device, torch_dtype
 from resources.errors import FinalError
@@ -195,7 +196,9 @@ class RewardScorer(DeviceResource):
         for done in range(0, missing.height, self.engine.shard_rows):
             waiting = [model.read(*row) for row in missing.slice(done, self.engine.shard_rows).rows()]
             rows: list[dict[str, Any]] = []
-            for batch in _batches(waiting, self.engine.batch_tokens):
+            lengths = [len(reading.token_ids) for reading in waiting]
+            for places in longest_first(lengths, self.engine.batch_tokens):
+                batch = [waiting[place] for place in places]
                 rows += _scored(model, batch)
                 progress.add(len(batch), sum(len(reading.token_ids) for reading in batch))
             shards.write(rows)
@@ -223,15 +226,6 @@ def readings(asked: pl.DataFrame, sides: Sequence[str]) -> pl.DataFrame:
     frame = asked.select("prompt", answers=pl.concat_list(sides))
     keys = [hashlib.sha256(json.dumps(row).encode()).hexdigest()[:32] for row in frame.iter_rows()]
     return frame.select(pl.Series("key", keys, dtype=pl.String), "prompt", "answers")
-
-
-def _batches(readings: Sequence[Reading], batch_tokens: int) -> Iterator[list[Reading]]:
-    """Batches of at most so many tokens, padding included; a reading that is longer stands alone."""
-    waiting = sorted(readings, key=lambda reading: len(reading.token_ids), reverse=True)
-    while waiting:
-        count = max(1, batch_tokens // len(waiting[0].token_ids))
-        yield waiting[:count]
-        waiting = waiting[count:]
 
 
 def _scored(model: ScoringModel, batch: Sequence[Reading]) -> list[dict[str, Any]]:

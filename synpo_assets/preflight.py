@@ -161,12 +161,7 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> Non
             f"--iterations {iterations} is not between 1 and max_iterations = {settings.max_iterations}: raise it in the "
             f"settings (for a home that exists, in {home / 'settings.yaml'})."
         )
-    seed, _ = seed_table(settings)
-    shown_seed_prompts(settings, seed)
-    verifiable_table(settings, seed)
-    next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
-    check_training(settings)
-    _check_judge(settings)
+    _check_data_and_training(settings)
     check_storage(settings.storage)
     check_disk(settings, home)
     fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
@@ -186,6 +181,17 @@ def check_training(settings: Settings) -> None:
     for training in settings.trainings:
         refuse_missing_packages(settings.training_processes, training)
         processes_to_start(settings.training_processes, training, settings.engine)
+
+
+def _check_data_and_training(settings: Settings) -> tuple[pl.DataFrame, list[BadRow], int]:
+    """Reads all data that the settings name; the seed, its rows that were dropped, and how many instructions there are."""
+    seed, dropped = seed_table(settings)
+    shown_seed_prompts(settings, seed)
+    instructions = verifiable_table(settings, seed).height
+    next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
+    check_training(settings)
+    _check_judge(settings)
+    return seed, dropped, instructions
 
 
 def _check_judge(settings: Settings) -> None:
@@ -279,12 +285,7 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
         FinalError: The settings do not fit this machine.
     """
     console = Console()
-    seed, dropped = seed_table(settings)
-    shown_seed_prompts(settings, seed)
-    instructions = verifiable_table(settings, seed).height
-    next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
-    check_training(settings)
-    _check_judge(settings)
+    seed, dropped, instructions = _check_data_and_training(settings)
     check_disk(settings, home)
     if measure:
         calibration: Calibration | None = calibrate(settings, seed, lambda line: console.print(line, markup=False))

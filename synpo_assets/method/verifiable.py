@@ -48,7 +48,7 @@ def followed(constraints: Sequence[Mapping[str, str]], answer: str) -> list[bool
     return [meets(constraint["rule"], constraint["value"], answer) for constraint in constraints]
 
 
-def followed_figures(answered: pl.DataFrame, random_seed: int) -> dict[str, float | None]:
+def followed_figures(answered: pl.DataFrame, random_seed: int) -> dict[str, Any]:
     """How many instructions M_t and M_0 follow, and the difference with its 95 % bootstrap interval over instructions.
 
     Args:
@@ -74,9 +74,9 @@ def followed_figures(answered: pl.DataFrame, random_seed: int) -> dict[str, floa
     gains = (whole["policy"] - whole["initial"]).round(9)
     low, high = bootstrap_mean(gains.to_numpy(), random_seed) if whole.height else (None, None)
     return {
-        **{f"verifiable_rate {side}": _mean(whole[side]) for side in sides},
-        **{f"constraint_rate {side}": _mean(answered[f"{side}_met"].explode()) for side in sides},
-        "verifiable_gain": _mean(gains),
+        **{f"verifiable_rate {side}": whole[side].mean() for side in sides},
+        **{f"constraint_rate {side}": answered[f"{side}_met"].explode().mean() for side in sides},
+        "verifiable_gain": gains.mean(),
         "verifiable_gain_low": low,
         "verifiable_gain_high": high,
     }
@@ -146,11 +146,6 @@ def overlapping(instructions: Sequence[str], trained_on: Sequence[str], ngram: i
     """
     known = Contamination(instructions, ngram)
     return [(instruction, prompt) for prompt in trained_on if (instruction := known.find(prompt)) is not None]
-
-
-def _mean(values: pl.Series) -> float | None:
-    mean = values.cast(pl.Float64).mean()
-    return None if mean is None else float(str(mean))
 
 
 def _problem(constraint: Any) -> str | None:

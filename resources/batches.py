@@ -1,0 +1,23 @@
+"""How rows of different length are put into batches."""
+
+from collections.abc import Iterator, Sequence
+
+
+def longest_first(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Places of rows in batches of at most so many tokens, padding included; a row that is longer stands alone.
+
+    Longest first keeps padding small, and what does not fit into memory shows at once.
+
+    Args:
+        lengths: Tokens of each row, at least one.
+        batch_tokens: Most tokens of a batch.
+
+    Examples:
+        >>> list(longest_first([2, 9, 3, 3], 6))
+        [[1], [2, 3], [0]]
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    while order:
+        count = max(1, batch_tokens // lengths[order[0]])
+        yield order[:count]
+        order = order[count:]
