@@ -24,6 +24,9 @@ from synpo_assets.partitions import ITERATIONS, iteration_of, partition_key, tab
 from synpo_assets.presentation import made_by, table_output
 from synpo_assets.schemas import Promotion
 
+# Which assets measure M_t, and record of which checkpoint.
+MEASURED_BY = ("evaluation", "instruction_following", "gold_comparison")
+
 
 @dg.asset(
     partitions_def=ITERATIONS,
@@ -59,19 +62,24 @@ def promotion(
 
 
 def refuse_other_evaluation(instance: DagsterInstance, judged: Checkpoint) -> None:
-    """Raises a sentence if the newest evaluation is not of this checkpoint.
+    """Raises a sentence if the newest evaluation, or another measurement of M_t, is not of this checkpoint.
 
     Raises:
-        FinalError: There is no evaluation, or it is of a checkpoint that was made before.
+        FinalError: There is no evaluation, or one of them is of a checkpoint that was made before.
     """
+    measured = {
+        asset_label(asset, judged.partition): metadata_of(instance, asset, judged.partition).get("checkpoint_sha")
+        for asset in MEASURED_BY
+    }
     label = asset_label("evaluation", judged.partition)
-    evaluated = metadata_of(instance, "evaluation", judged.partition).get("checkpoint_sha")
-    if evaluated is None:
+    if measured[label] is None:
         raise FinalError(f"{judged.label} was not evaluated, so the gate cannot judge it: materialize {label} first.")
-    if evaluated != judged.sha:
-        raise FinalError(
-            f"{label} is about {evaluated[:16]}, but {judged.label} is {judged.sha[:16]} by now: materialize {label} again."
-        )
+    for label, sha in measured.items():
+        # What was not measured at all is the gate's to judge.
+        if sha not in (None, judged.sha):
+            raise FinalError(
+                f"{label} is about {sha[:16]}, but {judged.label} is {judged.sha[:16]} by now: materialize {label} again."
+            )
 
 
 def gate_figures(instance: DagsterInstance, partition: str) -> dict[GateMetric, float | None]:

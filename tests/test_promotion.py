@@ -104,6 +104,18 @@ def test_an_evaluation_of_an_older_checkpoint_is_not_judged(instance, stores):
     assert enter(instance, stores, "0002") == made
 
 
+@pytest.mark.parametrize("asset", ["instruction_following", "gold_comparison"])
+def test_another_measurement_of_an_older_checkpoint_is_not_judged(instance, stores, asset):
+    """Even with a new evaluation: the gate would judge M_t by the figures of the model before it."""
+    make(instance, stores)
+    sha = stores["checkpoints"].current("model_checkpoint", "0001").sha
+    report(instance, {asset: {"checkpoint_sha": sha}})
+    assert judge(instance, stores)[1]["promoted"] is True
+    report(instance, {asset: {"checkpoint_sha": "f" * 64}})
+    with pytest.raises(FinalError, match=rf"{asset}\[0001\] is about ffff.*: materialize {asset}\[0001\] again"):
+        judge(instance, stores)
+
+
 def test_without_an_evaluation_there_is_nothing_to_judge(instance, stores):
     make(instance, stores)
     instance.wipe_assets([dg.AssetKey("evaluation")])
