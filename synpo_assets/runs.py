@@ -78,7 +78,10 @@ def warn_of_outdated(instance: DagsterInstance, graph: AssetGraph) -> None:
 
 
 def close_dead_runs(instance: DagsterInstance) -> None:
-    """Marks foreground runs that were killed as failed, and gives back the pool slots that they hold.
+    """Marks foreground runs that were killed as failed, and gives back the pool slots that ended runs still hold.
+
+    A run that was killed or terminated may have claimed a slot for a step that never reported its end. The daemon
+    frees such slots where it runs; without one, the next run would wait for them forever.
 
     To be called while holding the lock of the home: then no unfinished foreground run can be alive.
     """
@@ -88,7 +91,10 @@ def close_dead_runs(instance: DagsterInstance) -> None:
     for run in instance.get_runs(RunsFilter(statuses=unfinished)):
         if FOREGROUND_TAG in run.tags:
             instance.report_run_failed(run, "The process of this run was killed. Finished work is kept.")
-            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    for run_id in instance.event_log_storage.get_concurrency_run_ids():
+        holder = instance.get_run_by_id(run_id)
+        if holder is None or holder.is_finished:
+            instance.event_log_storage.free_concurrency_slots_for_run(run_id)
 
 
 def _run(instance: DagsterInstance, names: Sequence[str], partition: str | None) -> bool:

@@ -1,0 +1,50 @@
+"""Pool slots of runs that ended without giving them back."""
+
+import dagster as dg
+import pytest
+
+from synpo_assets.runs import FOREGROUND_TAG, close_dead_runs
+
+JOB = dg.Definitions([dg.AssetSpec("anything")]).resolve_implicit_global_asset_job_def()
+
+
+@pytest.fixture
+def instance(tmp_path):
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        instance.event_log_storage.set_concurrency_slots("gpu", 1)
+        yield instance
+
+
+def run_with_the_slot(instance, status, tags=None):
+    run = instance.create_run_for_job(JOB, status=status, tags=tags)
+    assert instance.event_log_storage.claim_concurrency_slot("gpu", run.run_id, "reward_model").is_claimed
+    return run
+
+
+def claims_after_closing(instance):
+    close_dead_runs(instance)
+    return instance.event_log_storage.get_concurrency_info("gpu").active_run_ids
+
+
+@pytest.mark.parametrize("tags", [{FOREGROUND_TAG: "true"}, {}], ids=["in the foreground", "from the UI"])
+def test_a_terminated_run_does_not_keep_the_next_one_waiting(instance, tags):
+    run_with_the_slot(instance, dg.DagsterRunStatus.CANCELED, tags)
+    assert claims_after_closing(instance) == set()
+
+
+def test_a_killed_foreground_run_is_closed_and_its_slot_is_free(instance):
+    killed = run_with_the_slot(instance, dg.DagsterRunStatus.STARTED, {FOREGROUND_TAG: "true"})
+    assert claims_after_closing(instance) == set()
+    assert instance.get_run_by_id(killed.run_id).status == dg.DagsterRunStatus.FAILURE
+
+
+def test_a_run_that_the_ui_started_and_that_lives_keeps_its_slot(instance):
+    living = run_with_the_slot(instance, dg.DagsterRunStatus.STARTED)
+    assert claims_after_closing(instance) == {living.run_id}
+    assert instance.get_run_by_id(living.run_id).status == dg.DagsterRunStatus.STARTED
+
+
+def test_the_slot_of_a_run_that_was_deleted_is_free(instance):
+    run = run_with_the_slot(instance, dg.DagsterRunStatus.STARTED)
+    instance.run_storage.delete_run(run.run_id)
+    assert claims_after_closing(instance) == set()
