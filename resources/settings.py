@@ -113,7 +113,7 @@ class SeedData(Section):
     on_bad_rows: Literal["refuse", "drop"] = Field(
         "refuse",
         description="Rows that are empty, duplicate or not text, and training rows that share prompt_generator."
-        "decontamination_ngram words in a row with a held-out prompt: refuse all, or drop and count.",
+        "decontamination_ngram words in a row with a held-out prompt or a verifiable instruction: refuse all, or drop and count.",
     )
     train_limit: int | None = Field(
         None, ge=2, description="Use a random subset of this many training pairs. None: all that the judge leaves."

@@ -32,10 +32,10 @@ NOTHING_SAID = "."
 
 @dg.asset(**table(VerifiableInstructions, "seed_data", verifiable_method), kinds={"polars"})
 def verifiable_instructions(
-    context: dg.AssetExecutionContext, seed_pairs: pl.DataFrame, settings: dg.ResourceParam[Settings]
+    context: dg.AssetExecutionContext, settings: dg.ResourceParam[Settings]
 ) -> dg.Output[pl.DataFrame]:
     """Instructions with constraints that a program can check; no training reads them."""
-    frame = verifiable_table(settings, seed_pairs)
+    frame = verifiable_table(settings)
     rules = frame.explode("constraints").unnest("constraints").group_by("rule").len().sort("len", descending=True)
     return table_output(context, frame, constraints=table_metadata(rules))
 

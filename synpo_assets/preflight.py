@@ -29,7 +29,7 @@ from synpo_assets.calibration import Calibration, calibrate, known_calibration
 from synpo_assets.estimate import Kind, Rate, expected_work, parameter_count, rates_on_cpu, seconds
 from synpo_assets.method.prompts import words_of
 from synpo_assets.method.seed import BadRow, overlapping_rows, seed_rows
-from synpo_assets.method.verifiable import instruction_rows, overlapping
+from synpo_assets.method.verifiable import instruction_rows
 from synpo_assets.schemas import VerifiableInstructions
 
 SHOWN_BAD_ROWS = 5
@@ -45,14 +45,17 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
         The table of the asset `seed_pairs`, and the rows that were dropped.
 
     Raises:
-        SettingsError: A file or column is missing, or there are bad rows and `seed_data.on_bad_rows` is `refuse`.
+        SettingsError: A file or column is missing, there are bad rows and `seed_data.on_bad_rows` is `refuse`, or the
+            verifiable instructions cannot be used.
     """
     seed = settings.seed_data
     columns = (seed.prompt_column, seed.answer_column)
     train = list(read_rows(seed.train, "seed_data.train", columns))
     held_out = list(read_rows(seed.held_out, "seed_data.held_out", columns))
     good, bad = seed_rows(train, held_out, *columns)
-    overlaps = overlapping_rows(good, settings.prompt_generator.decontamination_ngram)
+    asked_later = [row["prompt"] for row in good if row["split"] == "held_out"]
+    asked_later += verifiable_table(settings)["prompt"].to_list()
+    overlaps = overlapping_rows(good, asked_later, settings.prompt_generator.decontamination_ngram)
     bad, overlapping_lines = bad + overlaps, {row.line for row in overlaps}
     good = [row for row in good if row["split"] == "held_out" or row["line"] not in overlapping_lines]
     if bad and seed.on_bad_rows == "refuse":
@@ -73,19 +76,14 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
     return pl.DataFrame([*trained_on, *set_aside, *asked], schema=SEED_SCHEMA), bad
 
 
-def verifiable_table(settings: Settings, seed: pl.DataFrame) -> pl.DataFrame:
+def verifiable_table(settings: Settings) -> pl.DataFrame:
     """Reads and validates the verifiable instructions.
-
-    Args:
-        settings: The experiment.
-        seed: The table of the asset `seed_pairs`.
 
     Returns:
         The table of the asset `verifiable_instructions`, without rows if `seed_data.verifiable` is not stated.
 
     Raises:
-        SettingsError: The file or a column is missing, a row cannot be used, or an instruction overlaps with a prompt that a
-            training reads.
+        SettingsError: The file or a column is missing, or a row cannot be used.
     """
     source, rows = settings.seed_data.verifiable, list[dict[str, Any]]()
     if source is not None:
@@ -94,13 +92,6 @@ def verifiable_table(settings: Settings, seed: pl.DataFrame) -> pl.DataFrame:
             shown = "; ".join(bad[:SHOWN_BAD_ROWS])
             raise SettingsError(
                 f"{len(bad)} instructions of {source.path} (seed_data.verifiable) cannot be used: {shown}."
-            )
-        trained_on = seed.filter(pl.col("split") != "held_out")["prompt"].to_list()
-        ngram = settings.prompt_generator.decontamination_ngram
-        if overlaps := overlapping([row["prompt"] for row in rows], trained_on, ngram):
-            raise SettingsError(
-                f"{len(overlaps)} training prompts overlap with instructions of {source.path} (seed_data.verifiable), such as "
-                f"{overlaps[0][1]!r} with {overlaps[0][0]!r}: remove one of the two from its file."
             )
     return pl.DataFrame(rows, schema=VerifiableInstructions.empty().schema)
 
@@ -187,7 +178,7 @@ def _check_data_and_training(settings: Settings) -> tuple[pl.DataFrame, list[Bad
     """Reads all data that the settings name; the seed, its rows that were dropped, and how many instructions there are."""
     seed, dropped = seed_table(settings)
     shown_seed_prompts(settings, seed)
-    instructions = verifiable_table(settings, seed).height
+    instructions = verifiable_table(settings).height
     next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
     check_training(settings)
     _check_judge(settings)

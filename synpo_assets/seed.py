@@ -44,7 +44,7 @@ def initial_policy(
     return checkpoint_output(context, adopted, **{f"origin {key}": value for key, value in origin.items()})
 
 
-@dg.asset(**table(SeedPairs, "seed_data", seed_method), kinds={"polars"})
+@dg.asset(**table(SeedPairs, "seed_data", "prompt_generator.decontamination_ngram", seed_method), kinds={"polars"})
 def seed_pairs(context: dg.AssetExecutionContext, settings: dg.ResourceParam[Settings]) -> dg.Output[pl.DataFrame]:
     """The seed: prompts with gold answers, rows for the judge alone, and held-out ones that no training reads (3.1)."""
     frame, dropped = seed_table(settings)

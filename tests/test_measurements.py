@@ -8,7 +8,7 @@ import pytest
 from resources.likelihood import AnswerLikelihood
 from resources.settings import Engine, SettingsError, load_settings
 from synpo_assets.measurements import refuse_answers_of_another
-from synpo_assets.method.verifiable import RULES, followed_figures, meets, overlapping, rates_by_rule
+from synpo_assets.method.verifiable import RULES, followed_figures, meets, rates_by_rule
 from synpo_assets.preflight import seed_table, verifiable_table
 from tests.nano import write_settings
 from tests.test_pipeline import home, instance, metadata, table  # noqa: F401
@@ -98,31 +98,30 @@ def test_a_bad_instruction_is_refused_with_its_line(tmp_path, row, reason):
     good = {"prompt": "Say a word.", "constraints": [{"rule": "words_at_most", "value": 1}]}
     settings = with_instructions(tmp_path, good, row)
     with pytest.raises(SettingsError, match=r"seed_data\.verifiable") as refused:
-        verifiable_table(settings, seed_table(settings)[0])
+        verifiable_table(settings)
     assert "line 2" in str(refused.value)
     assert reason in str(refused.value)
 
 
-def test_instructions_that_a_training_reads_are_refused(tmp_path):
-    trained_on = seed_table(load_settings(write_settings(tmp_path / "x.yaml", {"preset": "laptop"})))[0]
-    prompt = max(trained_on.filter(split="train")["prompt"], key=lambda text: len(text.split()))
-    settings = with_instructions(tmp_path, {"prompt": prompt, "constraints": [{"rule": "is_json"}]})
-    with pytest.raises(SettingsError, match="overlap with instructions"):
-        verifiable_table(settings, seed_table(settings)[0])
-
-
-def test_an_overlap_names_both_prompts():
-    trained_on = ["please list three fruits that are red right now", "something else"]
-    assert overlapping(["List three fruits that are red"], trained_on, 5) == [
-        ("List three fruits that are red", "please list three fruits that are red right now")
-    ]
+def test_training_prompts_that_overlap_with_an_instruction_are_refused_or_dropped(tmp_path):
+    laptop = load_settings(write_settings(tmp_path / "x.yaml", {"preset": "laptop"}))
+    prompts = seed_table(laptop)[0].filter(split="train").sort(pl.col("prompt").str.len_chars())["prompt"]
+    constraints = [{"rule": "is_json"}]
+    instructions = [{"prompt": text, "constraints": constraints} for text in (prompts[0], f"In JSON: {prompts[-1]}")]
+    settings = with_instructions(tmp_path, *instructions)
+    with pytest.raises(SettingsError, match=r"2 seed rows cannot be used .* with the held-out prompt"):
+        seed_table(settings)
+    seed = settings.seed_data.model_copy(update={"on_bad_rows": "drop"})
+    kept, dropped = seed_table(settings.model_copy(update={"seed_data": seed}))
+    assert len(dropped) == 2
+    assert not {prompts[0], prompts[-1]} & set(kept["prompt"])
 
 
 def test_no_instructions_are_no_error(tmp_path):
     settings = load_settings(
         write_settings(tmp_path / "mine.yaml", {"preset": "laptop", "seed_data": {"verifiable": None}})
     )
-    assert verifiable_table(settings, seed_table(settings)[0]).is_empty()
+    assert verifiable_table(settings).is_empty()
 
 
 def test_the_likelihood_is_what_transformers_calls_the_loss(nano_checkpoint):

@@ -57,7 +57,7 @@ def test_the_shipped_instructions_are_valid_and_alike_to_no_prompt():
     settings = load_settings(preset_path("laptop"))
     whole = settings.seed_data.model_copy(update={"train_limit": None, "held_out_limit": None})
     frame, _ = seed_table(settings.model_copy(update={"seed_data": whole}))
-    instructions = verifiable_table(settings, frame)
+    instructions = verifiable_table(settings)
     assert instructions.height >= 60
     # Instructions of one form have some words in common.
     known = NearDuplicates(0.6)

@@ -75,26 +75,31 @@ def seed_rows(
     return good, bad
 
 
-def overlapping_rows(good: Sequence[Mapping[str, Any]], ngram: int) -> list[BadRow]:
-    """The training rows whose prompt shares a run of words with a held-out prompt.
+def overlapping_rows(good: Sequence[Mapping[str, Any]], asked_later: Sequence[str], ngram: int) -> list[BadRow]:
+    """The training rows whose prompt repeats a prompt that evaluations ask, or shares a run of words with one.
 
     Args:
         good: Rows of `seed_rows`.
-        ngram: Words in a run; held-out prompts with fewer words are compared as a whole, by `seed_rows`.
+        asked_later: The held-out prompts and the verifiable instructions.
+        ngram: Words in a run; prompts with fewer words are compared as a whole.
 
     Examples:
-        >>> rows = [{"split": "held_out", "line": 1, "prompt": "Name four red fruits, please."}]
-        >>> rows += [{"split": "train", "line": 7, "prompt": "Quick: name four red fruits!"}]
-        >>> overlapping_rows(rows, 4)[0].reason
+        >>> rows = [{"split": "train", "line": 7, "prompt": "Quick: name four red fruits!"}]
+        >>> overlapping_rows(rows, ["Name four red fruits, please."], 4)[0].reason
         "it shares 4 words in a row with the held-out prompt 'Name four red fruits, please.'"
     """
-    asked_later = [row["prompt"] for row in good if row["split"] == "held_out"]
-    held_out = Contamination([prompt for prompt in asked_later if len(words_of(prompt)) >= ngram], ngram)
-    return [
-        BadRow("train", row["line"], f"it shares {ngram} words in a row with the held-out prompt {found[:80]!r}")
-        for row in good
-        if row["split"] == "train" and (found := held_out.find(row["prompt"])) is not None
-    ]
+    whole = {" ".join(words_of(prompt)): prompt for prompt in asked_later}
+    long = Contamination([prompt for prompt in asked_later if len(words_of(prompt)) >= ngram], ngram)
+    bad: list[BadRow] = []
+    for row in good:
+        if row["split"] == "held_out":
+            continue
+        if (equal := whole.get(" ".join(words_of(row["prompt"])))) is not None:
+            bad.append(BadRow(row["split"], row["line"], f"it has the words of the held-out prompt {equal[:80]!r}"))
+        elif (found := long.find(row["prompt"])) is not None:
+            reason = f"it shares {ngram} words in a row with the held-out prompt {found[:80]!r}"
+            bad.append(BadRow(row["split"], row["line"], reason))
+    return bad
 
 
 def _text(value: Any, role: str) -> str | None:

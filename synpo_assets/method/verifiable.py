@@ -13,7 +13,6 @@ import polars as pl
 
 from synpo_assets.method.evaluation import bootstrap_mean
 from synpo_assets.method.ids import content_id
-from synpo_assets.method.prompts import Contamination
 
 # Answers to each instruction: with one, chance moves the share by several points.
 SAMPLES = 3
@@ -134,18 +133,6 @@ def instruction_rows(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> tuple[lis
             prompt_id = content_id("prompt", prompt.strip())
             good[prompt.strip()] = {"prompt_id": prompt_id, "prompt": prompt.strip(), "constraints": stated}
     return list(good.values()), bad
-
-
-def overlapping(instructions: Sequence[str], trained_on: Sequence[str], ngram: int) -> list[tuple[str, str]]:
-    """Instructions that share a run of words with a prompt that some training reads, with that prompt.
-
-    Args:
-        instructions: The prompts of the verifiable instructions.
-        trained_on: The prompts that trainings read.
-        ngram: Words in a run.
-    """
-    known = Contamination(instructions, ngram)
-    return [(instruction, prompt) for prompt in trained_on if (instruction := known.find(prompt)) is not None]
 
 
 def _problem(constraint: Any) -> str | None:
