@@ -277,12 +277,18 @@ def test_requests_are_taken_as_they_are_needed_and_closing_ends_the_work(faulty,
 
 
 def test_closing_ends_pauses_too(faulty, nano_checkpoint):
-    requests = Requests(*prompt_table((f"{number:032x}", [1]) for number in range(3)))
+    requests, said = Requests(*prompt_table((f"{number:032x}", [1]) for number in range(3))), []
     engine = Engine(threads=1, kind="server", server={"url": faulty.url, "concurrency": 2})
-    completing = open_engine(nano_checkpoint, engine, silent).generate(requests, PLAIN)
+    completing = open_engine(nano_checkpoint, engine, said.append).generate(requests, PLAIN)
     assert next(completing) == []
     faulty.faults = [(429, {"Retry-After": "100"}, "later")]
-    next(completing)
+    answered = 0
+    while answered < 2:
+        answered += len(next(completing))
+    # One thread has nothing left to ask; the other may not have come to its pause yet.
+    deadline = time.monotonic() + 10
+    while not any("the next in 100 s" in message for message in said) and time.monotonic() < deadline:
+        time.sleep(0.01)
     threads = [thread for thread in threading.enumerate() if thread.name.startswith("server-request-")]
     completing.close()
     assert threads
