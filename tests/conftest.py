@@ -24,6 +24,14 @@ os.environ["TRACKIO_DIR"] = str(WORK / "trackio")
 os.environ.pop("DAGSTER_HOME", None)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests that need the whole run go to one process, so that it is made once."""
+    for item in items:
+        if "nano_run" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("nano_run"))
+
+
 @pytest.fixture(scope="session")
 def nano_embedding_model() -> Path:
     """Beside the nano model, where its settings look for it."""

@@ -1,4 +1,4 @@
-"""The UI in a real browser, on a home with two finished nano iterations. `pytest -m slow`.
+"""The UI in a real browser, on a home with two finished nano iterations. `pytest -n 0 -m slow`.
 
 Screenshots are kept as test artefacts in the folder that SYNPO_SCREENSHOTS names, else in pytest's temporary folder.
 """

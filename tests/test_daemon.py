@@ -1,4 +1,4 @@
-"""The loop in the UI with its real daemon: backfills, staleness, cancellation, automation. `pytest -m slow`."""
+"""The loop in the UI with its real daemon: backfills, staleness, cancellation, automation. `pytest -n 0 -m slow`."""
 
 import itertools
 import os

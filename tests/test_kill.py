@@ -1,4 +1,4 @@
-"""A run that is killed with -9 leaves no process and no pool slot behind, and the next one goes on: `pytest -m slow`."""
+"""A run that is killed with -9 leaves no process and no pool slot behind, and the next one goes on: `pytest -n 0 -m slow`."""
 
 import os
 import signal

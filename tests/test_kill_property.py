@@ -1,4 +1,4 @@
-"""Whatever the moment at which generation is killed with -9, what was finished survives: `pytest -m slow`."""
+"""Whatever the moment at which generation is killed with -9, what was finished survives: `pytest -n 0 -m slow`."""
 
 import multiprocessing
 import random

@@ -1,4 +1,4 @@
-"""One iteration on the real SmolLM2-135M, as small as it gets: `pytest -m slow`."""
+"""One iteration on the real SmolLM2-135M, as small as it gets: `pytest -n 0 -m slow`."""
 
 import polars as pl
 import pytest
