@@ -19,20 +19,27 @@ CASES = [
     ("words_at_least", "3", "Three short words", "Two words"),
     ("sentences_at_most", "1", 'He said "Pi is 3.14."', "One. Two"),
     ("sentences_at_most", "2", "Is it? Yes!", "One. Two. Three."),
+    ("sentences_at_most", "1", "Dr. Smith paid 3.5 dollars, e.g. for tea.", "He said “Go.” Then he left."),
     ("lines_exactly", "2", "one\n\ntwo", "one"),
-    ("bullets_exactly", "2", "Here:\n- one\n* two", "- one\n- two\n- three"),
-    ("bullets_exactly", "2", "1. one\n2) two", "-one\n-two"),
+    ("dashes_exactly", "2", "Here:\n- one\n\u2013two", "- one\n- two\n- three"),
+    ("dashes_exactly", "2", "- **one**\n- two\n---", "1. one\n* two"),
     ("question_marks_exactly", "1", "Why?", "Why? How?"),
     ("contains", "salt", "Salt, of course.", "The salty sea"),
     ("avoids", "sand", "A sandy beach", "Sand."),
     ("avoids_text", ",", "No pause", "A pause, here"),
     ("starts_with", "yes", '"Yes, they can."', "Well, yes"),
+    ("starts_with", "Yes!", "Yes, they can.", "Yesterday I ate"),
     ("ends_with", "safe travels", "Go well. Safe travels!", "Safe travels, friend"),
+    ("ends_with", "The end!", "So it was. *The End.*", "It may bend. On the weekend"),
+    ("is_one_of", "yes|no", "No.", "Maybe"),
     ("all_lowercase", "", "all small.", "Not all"),
     ("all_uppercase", "", "LOUD 1!", "LOUD but not"),
     ("in_quotes", "", '"Good day."', 'He said "hi"'),
-    ("is_json", "", '```json\n{"a": 1}\n```', "{'a': 1}"),
-    ("is_json", "", "[1, 2]", "12"),
+    ("json_object_with", "a", '```json\n{"a": 1}\n```', "{'a': 1}"),
+    ("json_object_with", "a", '{"b": 2, "a": null}', '["a"]'),
+    ("json_list_of", "2", "[1, 2]", "[1, 2, 3]"),
+    ("json_list_of", "2", "[{}, {}]", '{"a": 1, "b": 2}'),
+    ("json_list_of", "1", "[[1]]", "[" * 100_000),
 ]
 
 
@@ -52,7 +59,7 @@ def test_every_rule_has_a_case():
 
 
 def test_the_difference_has_an_interval_and_rules_are_shown_apart():
-    constraints = [{"rule": "contains", "value": "a"}, {"rule": "is_json", "value": ""}]
+    constraints = [{"rule": "contains", "value": "a"}, {"rule": "json_list_of", "value": "3"}]
     answered = pl.DataFrame(
         {
             "prompt_id": [str(place) for place in range(20)],
@@ -66,7 +73,7 @@ def test_the_difference_has_an_interval_and_rules_are_shown_apart():
     assert (figures["constraint_rate policy"], figures["constraint_rate initial"]) == (0.875, 0.625)
     assert figures["verifiable_gain"] == 0.5
     assert 0.2 < figures["verifiable_gain_low"] < 0.5 < figures["verifiable_gain_high"] < 0.8
-    assert rates_by_rule(answered).rows() == [("contains", 20, 1.0, 0.25), ("is_json", 20, 0.75, 1.0)]
+    assert rates_by_rule(answered).rows() == [("contains", 20, 1.0, 0.25), ("json_list_of", 20, 0.75, 1.0)]
 
 
 def test_without_instructions_the_figures_are_missing():
@@ -82,6 +89,7 @@ BAD_INSTRUCTIONS = [
     ({"prompt": "Say hi.", "constraints": ["short"]}, "a constraint is no object with a `rule`"),
     ({"prompt": "Say hi.", "constraints": [{"rule": "shorter"}]}, "there is no rule `shorter`"),
     ({"prompt": "Say hi.", "constraints": [{"rule": "words_at_most"}]}, "needs a whole number as value, not None"),
+    ({"prompt": "Say hi.", "constraints": [{"rule": "words_at_most", "value": "²"}]}, "needs a whole number as value"),
     ({"prompt": "Say hi.", "constraints": [{"rule": "contains", "value": ""}]}, "needs a text as value"),
 ]
 
@@ -106,7 +114,7 @@ def test_a_bad_instruction_is_refused_with_its_line(tmp_path, row, reason):
 def test_training_prompts_that_overlap_with_an_instruction_are_refused_or_dropped(tmp_path):
     laptop = load_settings(write_settings(tmp_path / "x.yaml", {"preset": "laptop"}))
     prompts = seed_table(laptop)[0].filter(split="train").sort(pl.col("prompt").str.len_chars())["prompt"]
-    constraints = [{"rule": "is_json"}]
+    constraints = [{"rule": "json_list_of", "value": 3}]
     instructions = [{"prompt": text, "constraints": constraints} for text in (prompts[0], f"In JSON: {prompts[-1]}")]
     settings = with_instructions(tmp_path, *instructions)
     with pytest.raises(SettingsError, match=r"2 seed rows cannot be used .* with the held-out prompt"):

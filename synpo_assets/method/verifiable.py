@@ -16,8 +16,10 @@ from synpo_assets.method.ids import content_id
 
 # Answers to each instruction: with one, chance moves the share by several points.
 SAMPLES = 3
-BULLET = re.compile(r"\s*(?:[-*•]|\d+[.)])\s+\S")
-SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)")
+DASHED = re.compile(r"\s*[-\u2013\u2014]\s*[^\s\-\u2013\u2014]")
+# A full stop after these, or between their letters, ends no sentence.
+ABBREVIATION = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|e\.g|i\.e)\.", re.IGNORECASE)
+SENTENCE_END = re.compile(r"[.!?]+[\"'”\u2019)\]]*(?=\s|$)")
 
 
 def meets(rule: str, value: str, answer: str) -> bool:
@@ -29,7 +31,7 @@ def meets(rule: str, value: str, answer: str) -> bool:
         answer: The answer.
 
     Examples:
-        >>> meets("words_at_most", "3", "Only three words"), meets("bullets_exactly", "2", "- one")
+        >>> meets("words_at_most", "3", "Only three words"), meets("dashes_exactly", "2", "- one")
         (True, False)
         >>> meets("avoids", "sand", "A sandy beach"), meets("ends_with", "the end", "So it was. The End.")
         (True, True)
@@ -142,7 +144,7 @@ def _problem(constraint: Any) -> str | None:
     rule, value = constraint["rule"], constraint.get("value")
     if rule not in RULES:
         return f"there is no rule `{rule}`"
-    if rule in COUNTING and not str(value).isdigit():
+    if rule in COUNTING and not (str(value).isascii() and str(value).isdecimal()):
         return f"the rule `{rule}` needs a whole number as value, not {value!r}"
     if rule in COMPARING and not (isinstance(value, str | int) and str(value)):
         return f"the rule `{rule}` needs a text as value"
@@ -155,7 +157,8 @@ def _words(answer: str) -> list[str]:
 
 def _sentences(answer: str) -> int:
     """How many sentences there are; a last one without an end mark counts."""
-    return len([part for part in SENTENCE_END.split(answer) if any(letter.isalnum() for letter in part)])
+    parts = SENTENCE_END.split(ABBREVIATION.sub("abbreviation", answer))
+    return len([part for part in parts if any(letter.isalnum() for letter in part)])
 
 
 def _has_word(answer: str, text: str) -> bool:
@@ -166,17 +169,36 @@ def _lines(answer: str) -> list[str]:
     return [line for line in answer.splitlines() if line.strip()]
 
 
-def _is_json(answer: str) -> bool:
+def _json(answer: str) -> Any:
+    """The value of an answer that is JSON and nothing else, if only in a fence; None of any other."""
     fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", answer, re.DOTALL)
     try:
-        return isinstance(json.loads(fenced[1] if fenced else answer), dict | list)
-    except ValueError:
-        return False
+        return json.loads(fenced[1] if fenced else answer)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_list_of(answer: str, count: str) -> bool:
+    listed = _json(answer)
+    return isinstance(listed, list) and len(listed) == int(count)
+
+
+def _has_key(answer: str, key: str) -> bool:
+    stated = _json(answer)
+    return isinstance(stated, dict) and key in stated
 
 
 def _bare(text: str) -> str:
-    """In lowercase, without quotes at the start and punctuation at the end."""
-    return text.lower().lstrip("\"'*").rstrip(".!?\"'* ")
+    """In lowercase, without quotes and marks around it."""
+    return text.lower().strip(".!?\"'“”\u2018\u2019* \n")
+
+
+def _starts_with(answer: str, text: str) -> bool:
+    return re.match(rf"{re.escape(_bare(text))}(?!\w)", _bare(answer)) is not None
+
+
+def _ends_with(answer: str, text: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(_bare(text))}$", _bare(answer)) is not None
 
 
 COUNTING: dict[str, Callable[[str, str], bool]] = {
@@ -184,21 +206,23 @@ COUNTING: dict[str, Callable[[str, str], bool]] = {
     "words_at_least": lambda answer, value: len(_words(answer)) >= int(value),
     "sentences_at_most": lambda answer, value: _sentences(answer) <= int(value),
     "lines_exactly": lambda answer, value: len(_lines(answer)) == int(value),
-    "bullets_exactly": lambda answer, value: len([x for x in _lines(answer) if BULLET.match(x)]) == int(value),
+    "dashes_exactly": lambda answer, value: len([x for x in _lines(answer) if DASHED.match(x)]) == int(value),
+    "json_list_of": _is_list_of,
     "question_marks_exactly": lambda answer, value: answer.count("?") == int(value),
 }
 COMPARING: dict[str, Callable[[str, str], bool]] = {
     "contains": _has_word,
     "avoids": lambda answer, value: not _has_word(answer, value),
     "avoids_text": lambda answer, value: value not in answer,
-    "starts_with": lambda answer, value: _bare(answer).startswith(value.lower()),
-    "ends_with": lambda answer, value: _bare(answer).endswith(value.lower()),
+    "starts_with": _starts_with,
+    "ends_with": _ends_with,
+    "is_one_of": lambda answer, value: _bare(answer) in value.lower().split("|"),
+    "json_object_with": _has_key,
 }
 ALONE: dict[str, Callable[[str, str], bool]] = {
     "all_lowercase": lambda answer, _: answer == answer.lower(),
     "all_uppercase": lambda answer, _: answer == answer.upper() and any(letter.isalpha() for letter in answer),
     "in_quotes": lambda answer, _: len(answer) > 2 and answer[0] in '"“' and answer[-1] in '"”',
-    "is_json": lambda answer, _: _is_json(answer),
 }
 # By name: whether an answer meets it, given the value that it is compared with.
 RULES = COUNTING | COMPARING | ALONE
