@@ -19,6 +19,7 @@ from resources.model_source import fetch_embedding_model
 from resources.settings import Settings
 from resources.tables import table_metadata
 from synpo_assets.method import verifiable as verifiable_method
+from synpo_assets.method.evaluation import gain_figures
 from synpo_assets.method.templates import user_message
 from synpo_assets.method.verifiable import SAMPLES, followed, followed_figures, rates_by_rule
 from synpo_assets.partitions import GPU_POOL, ITERATIONS, iteration_of, table
@@ -122,6 +123,7 @@ def gold_comparison(
         frame,
         **{f"gold_log_likelihood {name}": frame[f"{name}_log_likelihood"].mean() for name in models},
         **{f"gold_similarity {name}": frame[f"{name}_similarity"].mean() for name in models},
+        **gold_gains(frame, settings.random_seed),
         embedding_model=origin["name"],
         texts_cut=embedded.texts_cut,
         tokens=tokens,
@@ -129,6 +131,17 @@ def gold_comparison(
         tokens_per_second=round(tokens / seconds, 1),
         **made_by(model_checkpoint),
     )
+
+
+def gold_gains(compared: pl.DataFrame, random_seed: int) -> dict[str, float | None]:
+    """How much more likely M_t finds gold than M_0 does, and how much closer its answers are, with intervals over prompts."""
+    return {
+        name: value
+        for measure in ("log_likelihood", "similarity")
+        for name, value in gain_figures(
+            f"gold_{measure}_gain", compared[f"policy_{measure}"] - compared[f"initial_{measure}"], random_seed
+        ).items()
+    }
 
 
 def refuse_answers_of_another(model_checkpoint: Checkpoint, evaluation: pl.DataFrame) -> None:

@@ -184,6 +184,10 @@ def test_both_models_are_measured_in_each_iteration(home, instance):  # noqa: F8
         )
         about = metadata(instance, "gold_comparison", f"{iteration:04d}")
         assert about["gold_log_likelihood policy"] == pytest.approx(gold["policy_log_likelihood"].mean())
+        gain = about["gold_log_likelihood policy"] - about["gold_log_likelihood initial"]
+        assert about["gold_log_likelihood_gain"] == pytest.approx(gain, abs=1e-8)
+        assert about["gold_log_likelihood_gain_low"] < about["gold_log_likelihood_gain"]
+        assert about["gold_similarity_gain"] < about["gold_similarity_gain_high"]
 
 
 def test_answers_of_another_checkpoint_are_refused(nano_checkpoint):

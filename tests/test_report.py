@@ -88,7 +88,9 @@ def recorded(iteration, kept=5):
             "instructions": 9, "verifiable_rate policy": 0.5, "verifiable_rate initial": 0.375, "verifiable_gain": 0.125,
             "verifiable_gain_low": -0.01, "verifiable_gain_high": 0.25, "constraint_rate policy": 0.6, "generated_tokens": 1,
         },
-        "gold_comparison": {"gold_log_likelihood policy": -2.5, "gold_log_likelihood initial": -3.0, "gold_similarity policy": 0.7},
+        "gold_comparison": {"gold_log_likelihood policy": -2.5, "gold_log_likelihood initial": -3.0, "gold_similarity policy": 0.7,
+                            "gold_log_likelihood_gain": 0.5, "gold_log_likelihood_gain_low": 0.25,
+                            "gold_log_likelihood_gain_high": 0.75},
     }  # fmt: skip
 
 
@@ -223,6 +225,8 @@ def test_every_figure_stands_in_its_place(instance, home):
         "instructions followed by M_t": ("50.0%", "50.0%"),
         "instructions followed by M_0": ("37.5%", "37.5%"),
         "instructions followed, M_t less M_0, 95 % interval": ("+12.5 points (-1.0 to +25.0)",) * 2,
+        "log-likelihood of gold, M_t less M_0, 95 % interval": ("+0.500 (+0.250 to +0.750)",) * 2,
+        "likeness to gold, M_t less M_0, 95 % interval": ("—", "—"),
         "constraints met by M_t": ("60.0%", "60.0%"),
         "constraints met by M_0": ("—", "—"),
         "log-likelihood of gold under M_t, per token": ("-2.500", "-2.500"),

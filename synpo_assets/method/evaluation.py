@@ -72,6 +72,26 @@ def bootstrap_mean(values: np.ndarray, random_seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def gain_figures(name: str, gains: pl.Series, random_seed: int) -> dict[str, float | None]:
+    """The mean of what M_t has more than M_0, with its 95 % bootstrap interval.
+
+    Args:
+        name: Of the figure; those of the interval end in `_low` and `_high`.
+        gains: One difference per prompt. Without any, the figures are None.
+        random_seed: Fixes the interval.
+
+    Examples:
+        >>> gain_figures("gain", pl.Series([0.5, 0.5]), random_seed=0)
+        {'gain': 0.5, 'gain_low': 0.5, 'gain_high': 0.5}
+    """
+    if gains.is_empty():
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
+    # Rounded, because values that differ in the last digit only are one value.
+    values = gains.round(9).to_numpy()
+    low, high = bootstrap_mean(values, random_seed)
+    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
+
+
 def length_controlled_win_rate(judged: pl.Series, lengths: pl.Series, other_lengths: pl.Series) -> float | None:
     """The win rate that answers of equal length would have, as AlpacaEval 2 estimates it (arXiv 2404.04475).
 

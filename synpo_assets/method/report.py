@@ -162,6 +162,18 @@ def gain_text(gain: float | None, low: float | None, high: float | None) -> str:
     return f"{100 * gain:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
+def difference_text(difference: float | None, low: float | None, high: float | None) -> str:
+    """A difference that is no share, with its interval.
+
+    Examples:
+        >>> difference_text(0.0494, 0.0228, 0.074)
+        '+0.049 (+0.023 to +0.074)'
+    """
+    if difference is None or low is None or high is None:
+        return MISSING
+    return f"{difference:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
 def report_notes(iterations: Sequence[FinishedIteration], unfinished: Sequence[str]) -> list[str]:
     """Sentences about M_t that were not promoted, and about what the report leaves out."""
     notes = [
@@ -296,10 +308,16 @@ def _column(
                 )
                 for side, model in MODELS.items()
             },
+            "log-likelihood of gold, M_t less M_0, 95 % interval": difference_text(
+                *(figure("gold_comparison", f"gold_log_likelihood_gain{end}") for end in ("", "_low", "_high"))
+            ),
             **{
                 f"likeness of {model}'s answers to gold": _number(figure("gold_comparison", f"gold_similarity {side}"))
                 for side, model in MODELS.items()
             },
+            "likeness to gold, M_t less M_0, 95 % interval": difference_text(
+                *(figure("gold_comparison", f"gold_similarity_gain{end}") for end in ("", "_low", "_high"))
+            ),
         },
         "Gate": {"M_t promoted to the next iteration": PROMOTED[iteration.promoted]},
         "Checkpoints": {

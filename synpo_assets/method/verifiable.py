@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from synpo_assets.method.evaluation import bootstrap_mean
+from synpo_assets.method.evaluation import gain_figures
 from synpo_assets.method.ids import content_id
 
 # Answers to each instruction: with one, chance moves the share by several points.
@@ -71,15 +71,10 @@ def followed_figures(answered: pl.DataFrame, random_seed: int) -> dict[str, Any]
     whole = answered.group_by("prompt_id", maintain_order=True).agg(
         pl.col(f"{side}_met").list.all().mean().alias(side) for side in sides
     )
-    # Rounded, because thirds that differ in the last digit are one value.
-    gains = (whole["policy"] - whole["initial"]).round(9)
-    low, high = bootstrap_mean(gains.to_numpy(), random_seed) if whole.height else (None, None)
     return {
         **{f"verifiable_rate {side}": whole[side].mean() for side in sides},
         **{f"constraint_rate {side}": answered[f"{side}_met"].explode().mean() for side in sides},
-        "verifiable_gain": gains.mean(),
-        "verifiable_gain_low": low,
-        "verifiable_gain_high": high,
+        **gain_figures("verifiable_gain", whole["policy"] - whole["initial"], random_seed),
     }
 
 
