@@ -55,6 +55,17 @@ def test_several_figures_are_judged_and_each_stands_with_its_limits(instance, st
     assert about["verdict"] == f"{REFUSED}{'; '.join(reasons)}."
 
 
+@pytest.mark.parametrize(("before", "after", "limit"), [(0.40, 0.35, "minimum"), (0.1, 0.4, "maximum")])
+def test_a_gain_that_is_equal_to_its_limit_passes(instance, stores, before, after, limit):
+    """In binary fractions 0.35 - 0.40 is less than -0.05, and 0.4 - 0.1 more than 0.3."""
+    make(instance, stores)
+    rates = {"verifiable_rate policy": after, "verifiable_rate initial": before}
+    report(instance, {"instruction_following": rates})
+    table, about = judge(instance, stores, **{limit: {"verifiable_rate_gain": round(after - before, 2)}})
+    assert table["reason"].to_list() == [None]
+    assert about["promoted"] is True
+
+
 def test_without_limits_everything_is_promoted_and_the_table_is_empty(instance, stores):
     make(instance, stores, figures=LOOPS)
     table, about = judge(instance, stores)
