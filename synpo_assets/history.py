@@ -37,7 +37,10 @@ def data_version_of(instance: DagsterInstance, asset: str, partition: str | None
 
 
 def input_version_of(instance: DagsterInstance, asset: str, partition: str | None, read: str) -> str | None:
-    """The content version of what the newest materialization read from another asset; None if that is not known."""
+    """What stands for the version that the newest materialization read of another asset; None if that is not known.
+
+    Dagster records a hash of the content version where that asset has iterations: compare these with each other alone.
+    """
     record = newest(instance, asset, partition)
     made = record and record.asset_materialization
     return (made.tags or {}).get(f"dagster/input_data_version/{read}") if made else None

@@ -108,7 +108,7 @@ def refuse_other_prompts(instance: DagsterInstance, judged: Checkpoint) -> None:
     """Raises a sentence if the prompts whose diversity was measured are not those that were answered.
 
     Raises:
-        FinalError: It names both versions.
+        FinalError: It names both assets.
     """
     measured, answered = (
         input_version_of(instance, asset, judged.partition, "synthetic_prompts")
@@ -119,8 +119,8 @@ def refuse_other_prompts(instance: DagsterInstance, judged: Checkpoint) -> None:
             asset_label(name, judged.partition) for name in ("prompt_diversity", "base_responses", "synthetic_prompts")
         )
         raise FinalError(
-            f"{diversity} is about version {measured} of {prompts}, but {answers} answers version {answered}: materialize the "
-            "older of the two again, and what follows from it."
+            f"{diversity} is about another version of {prompts} than {answers} answers: materialize the older of the two again, "
+            "and what follows from it."
         )
 
 
