@@ -666,6 +666,16 @@ GateMetric = Literal[
     "cut_share", "prompt_similarity", "prompt_similarity_to_seed", "mean_margin", "chosen_to_rejected_length", "pairs_kept",
 ]  # fmt: skip
 
+# What a figure can be at all; the others have no such bounds.
+SHARE = (0, 1, "a share between 0 and 1")
+GATE_BOUNDS: dict[GateMetric, tuple[float, float, str]] = {
+    "win_rate_over_initial": SHARE, "win_rate_over_initial_low": SHARE, "win_rate_over_previous": SHARE,
+    "win_rate_over_initial_by_scorer": SHARE, "mean_repetition": SHARE, "cut_share": SHARE,
+    "verifiable_rate_gain": (-1, 1, "a difference of two shares, between -1 and 1"),
+    "gold_similarity_gain": (-2, 2, "a difference of two cosine similarities, between -2 and 2"),
+    "prompt_similarity": (-1, 1, "a cosine similarity between -1 and 1"),
+}  # fmt: skip
+
 
 class Gate(Section):
     """What M_t must reach to be promoted to the policy of the next iteration. Paper: people watch its benchmarks.
@@ -673,17 +683,23 @@ class Gate(Section):
     One figure is not enough: in the paper's own runs one benchmark falls while another rises.
     """
 
-    minimum: dict[GateMetric, float] = Field(
+    minimum: dict[GateMetric, Annotated[float, Field(strict=True)]] = Field(
         {"win_rate_over_initial": 0.5},
         description="M_t is promoted only if each of these figures is at least this. `verifiable_rate_gain: -0.05`: of "
         "the instructions whose keeping can be verified, M_t keeps at most 5 points fewer than M_0. {}: no such limit.",
     )
-    maximum: dict[GateMetric, float] = Field(
+    maximum: dict[GateMetric, Annotated[float, Field(strict=True)]] = Field(
         default_factory=dict, description="M_t is promoted only if each of these figures is at most this."
     )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        for end, limits in (("minimum", self.minimum), ("maximum", self.maximum)):
+            for name, limit in limits.items():
+                least, most, what = GATE_BOUNDS.get(name, (limit, limit, ""))
+                if not least <= limit <= most:
+                    meant = f" Was {limit / 100:g} meant?" if most < abs(limit) <= 100 else ""
+                    raise ValueError(f"{end}.{name} ({limit:g}) is out of range: it is {what}.{meant}")
         for name, least in self.minimum.items():
             if least > (most := self.maximum.get(name, least)):
                 raise ValueError(
@@ -876,6 +892,18 @@ class Settings(Section):
             raise ValueError(
                 f"keyword_pool.max_sets ({self.keyword_pool.max_sets}) is less than the {self.keyword_sets_per_iteration} "
                 "keyword sets that one iteration may draw (prompts_per_iteration x max_overdraw)."
+            )
+        sampling = self.responses.sampling
+        if not self.trains_improver and (sampling.temperature == 0 or sampling.top_k == 1):
+            raise ValueError(
+                "preferences.chosen_from is `ranked_samples` and responses.sampling is greedy (temperature 0 or top_k 1), so all "
+                "samples of a prompt would be equal: raise responses.sampling.temperature (paper: 0.7) or top_k."
+            )
+        limited = self.gate.minimum.keys() | self.gate.maximum.keys()
+        if "verifiable_rate_gain" in limited and self.seed_data.verifiable is None:
+            raise ValueError(
+                "gate limits verifiable_rate_gain and seed_data.verifiable is not stated, so no M_t could be measured: name a "
+                "file of instructions there, or remove the limit."
             )
         if self.seed_data.train == self.seed_data.held_out:
             raise ValueError(

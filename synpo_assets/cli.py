@@ -62,7 +62,7 @@ def run(
                 err=True,
             )
             raise typer.Exit(1)
-        print_summary(instance, place, iterations)
+        _or_exit(lambda: print_summary(instance, place, iterations))
 
 
 @app.command()

@@ -36,6 +36,16 @@ def data_version_of(instance: DagsterInstance, asset: str, partition: str | None
     return data_version(newest(instance, asset, partition))
 
 
+def input_version_of(instance: DagsterInstance, asset: str, partition: str | None, read: str) -> str | None:
+    """What stands for the version that the newest materialization read of another asset; None if that is not known.
+
+    Dagster records a hash of the content version where that asset has iterations: compare these with each other alone.
+    """
+    record = newest(instance, asset, partition)
+    made = record and record.asset_materialization
+    return (made.tags or {}).get(f"dagster/input_data_version/{read}") if made else None
+
+
 def unfinished_attempt(instance: DagsterInstance, asset: str, partition: str | None) -> str | None:
     """The run that was last to start on an asset and has not made it (yet); None if the newest attempt succeeded."""
     planned = instance.get_latest_planned_materialization_info(dg.AssetKey(asset), partition)

@@ -124,8 +124,10 @@ def preference_pairs(
         settings.random_seed,
     )
     if kept.is_empty():
+        writer = "response_improver" if settings.trains_improver else "responses"
         raise FinalError(
-            f"None of {joined.height} pairs was kept: {dropped}. If `margin` dropped most, lower preferences.margin_threshold."
+            f"None of {joined.height} pairs was kept: {dropped}. If `margin` dropped most, lower preferences.margin_threshold; if "
+            f"`equal_sides` did, raise {writer}.sampling.temperature."
         )
     frame = as_preferences(kept).with_columns(
         iteration=pl.lit(iteration_of(context), pl.Int64),

@@ -53,16 +53,20 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
     train = list(read_rows(seed.train, "seed_data.train", columns))
     held_out = list(read_rows(seed.held_out, "seed_data.held_out", columns))
     good, bad = seed_rows(train, held_out, *columns)
-    asked_later = [row["prompt"] for row in good if row["split"] == "held_out"]
-    asked_later += verifiable_table(settings)["prompt"].to_list()
-    overlaps = overlapping_rows(good, asked_later, settings.prompt_generator.decontamination_ngram)
-    bad, overlapping_lines = bad + overlaps, {row.line for row in overlaps}
-    good = [row for row in good if row["split"] == "held_out" or row["line"] not in overlapping_lines]
+    ngram, files = settings.prompt_generator.decontamination_ngram, [seed.train.path, seed.held_out.path]
+    prompts = [row["prompt"] for row in good if row["split"] == "held_out"]
+    overlaps = overlapping_rows(good, prompts, ngram, "held-out prompt")
+    good, bad = _without(good, overlaps), bad + overlaps
+    instructions = verifiable_table(settings)["prompt"].to_list()
+    overlaps = overlapping_rows(good, instructions, ngram, "verifiable instruction")
+    good, bad = _without(good, overlaps), bad + overlaps
+    if overlaps and seed.verifiable is not None:
+        files.append(seed.verifiable.path)
     if bad and seed.on_bad_rows == "refuse":
         shown = "; ".join(f"{row.split} line {row.line}: {row.reason}" for row in bad[:SHOWN_BAD_ROWS])
         raise SettingsError(
             f"{len(bad)} seed rows cannot be used ({shown}{'; …' if len(bad) > SHOWN_BAD_ROWS else ''}). Correct "
-            f"{seed.train.path} and {seed.held_out.path}, or set seed_data.on_bad_rows to `drop`."
+            f"{', '.join(files[:-1])} and {files[-1]}, or set seed_data.on_bad_rows to `drop`."
         )
     usable = {split: [row for row in good if row["split"] == split] for split in ("train", "held_out")}
     if len(usable["held_out"]) < 2:
@@ -74,6 +78,12 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
     set_aside = [row | {"split": "judge"} for row in _sample(left, judge_count, f"{settings.random_seed}:judge")]
     asked = _sample(usable["held_out"], seed.held_out_limit, f"{settings.random_seed}:held_out")
     return pl.DataFrame([*trained_on, *set_aside, *asked], schema=SEED_SCHEMA), bad
+
+
+def _without(good: list[dict[str, Any]], overlaps: list[BadRow]) -> list[dict[str, Any]]:
+    """The rows, less the training rows that overlap."""
+    lines = {row.line for row in overlaps}
+    return [row for row in good if row["split"] == "held_out" or row["line"] not in lines]
 
 
 def verifiable_table(settings: Settings) -> pl.DataFrame:

@@ -16,7 +16,7 @@ from resources.checkpoint_store import Checkpoint, CheckpointStore
 from resources.errors import FinalError
 from resources.settings import GateMetric, Settings
 from resources.text import asset_label
-from synpo_assets.history import metadata_of
+from synpo_assets.history import data_version_of, input_version_of, metadata_of
 from synpo_assets.loop import report_policy
 from synpo_assets.method import gate as gate_method
 from synpo_assets.method.gate import judge, verdict
@@ -26,6 +26,8 @@ from synpo_assets.schemas import Promotion
 
 # Which assets measure M_t, and record of which checkpoint.
 MEASURED_BY = ("evaluation", "instruction_following", "gold_comparison")
+# Figures of prompt_diversity.
+OF_PROMPTS: frozenset[GateMetric] = frozenset({"prompt_similarity", "prompt_similarity_to_seed"})
 
 
 @dg.asset(
@@ -48,6 +50,9 @@ def promotion(
     """Each figure of M_t that the gate limits; if all pass, M_t is reported as the policy of the next iteration."""
     judged = checkpoints.current("model_checkpoint", context.partition_key)
     refuse_other_evaluation(context.instance, judged)
+    refuse_other_pairs(context.instance, judged)
+    if OF_PROMPTS & (settings.gate.minimum.keys() | settings.gate.maximum.keys()):
+        refuse_other_prompts(context.instance, judged)
     rows = judge(gate_figures(context.instance, context.partition_key), settings.gate.minimum, settings.gate.maximum)
     sentence = verdict(rows, judged.label, asset_label("policy", partition_key(iteration_of(context) + 1)))
     promoted = all(row["passed"] for row in rows)
@@ -80,6 +85,43 @@ def refuse_other_evaluation(instance: DagsterInstance, judged: Checkpoint) -> No
             raise FinalError(
                 f"{label} is about {sha[:16]}, but {judged.label} is {judged.sha[:16]} by now: materialize {label} again."
             )
+
+
+def refuse_other_pairs(instance: DagsterInstance, judged: Checkpoint) -> None:
+    """Raises a sentence if the pairs of the iteration were made again after M_t was trained on them.
+
+    Raises:
+        FinalError: It names both versions.
+    """
+    label = asset_label("preference_pairs", judged.partition)
+    learned = judged.manifest["trained_on"].get(label)
+    version = data_version_of(instance, "preference_pairs", judged.partition)
+    if version not in (None, learned):
+        evaluation = asset_label("evaluation", judged.partition)
+        raise FinalError(
+            f"{judged.label} was trained on version {learned} of {label}, which has version {version} by now: materialize "
+            f"{judged.label} and {evaluation} again."
+        )
+
+
+def refuse_other_prompts(instance: DagsterInstance, judged: Checkpoint) -> None:
+    """Raises a sentence if the prompts whose diversity was measured are not those that were answered.
+
+    Raises:
+        FinalError: It names both assets.
+    """
+    measured, answered = (
+        input_version_of(instance, asset, judged.partition, "synthetic_prompts")
+        for asset in ("prompt_diversity", "base_responses")
+    )
+    if None not in (measured, answered) and measured != answered:
+        diversity, answers, prompts = (
+            asset_label(name, judged.partition) for name in ("prompt_diversity", "base_responses", "synthetic_prompts")
+        )
+        raise FinalError(
+            f"{diversity} is about another version of {prompts} than {answers} answers: materialize the older of the two again, "
+            "and what follows from it."
+        )
 
 
 def gate_figures(instance: DagsterInstance, partition: str) -> dict[GateMetric, float | None]:

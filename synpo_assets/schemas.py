@@ -144,7 +144,9 @@ class PreferencePairs(Table):
     pair_id: str = _id("Content hash of the two responses.", unique=True)
     prompt_id: str = _id("The prompt.", unique=True)
     prompt: MESSAGES = pa.Field(description="The prompt as one user message.")  # type: ignore[valid-type]
-    chosen: MESSAGES = pa.Field(description="The refined response as one assistant message.")  # type: ignore[valid-type]
+    chosen: MESSAGES = pa.Field(  # type: ignore[valid-type]
+        description="The chosen answer as one assistant message: the refined response, or the best of the ranked samples."
+    )
     rejected: MESSAGES = pa.Field(description="The rejected answer as one assistant message.")  # type: ignore[valid-type]
     chosen_score: float = pa.Field(description="The scorer's value of the chosen answer.")
     rejected_score: float = pa.Field(description="The scorer's value of the rejected answer.")
@@ -157,8 +159,8 @@ class PreferencePairs(Table):
     rejected_finish_reason: str = pa.Field(
         isin=["stop", "length"], description="`length`: the rejected answer was cut."
     )
-    chosen_response_id: str = _id("The refined response.")
-    rejected_response_id: str = _id("The rejected response.")
+    chosen_response_id: str = _id("The refined response, or the best of the ranked samples.")
+    rejected_response_id: str = _id("The rejected answer.")
     chosen_checkpoint_sha: str = _id("sha of the model that wrote the chosen side.")
     rejected_checkpoint_sha: str = _id("sha of the model that wrote the rejected side.")
     iteration: int = pa.Field(ge=1, description="The iteration that made the pair.")

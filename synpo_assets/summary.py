@@ -1,6 +1,7 @@
 """The closing summary of a run on the terminal, read back from what the assets recorded."""
 
 from pathlib import Path
+from typing import Any
 
 from dagster import DagsterInstance
 from rich.console import Console
@@ -20,18 +21,25 @@ from synpo_assets.runs import asset_graph
 
 
 def print_summary(instance: DagsterInstance, home: Path, iterations: int) -> None:
-    """Prints what was made, one pair, held-out win rates, what was promoted, where all lies, and how to open the UI."""
+    """Prints what was made, one pair, held-out win rates, what was promoted, where all lies, and how to open the UI.
+
+    Raises:
+        resources.checkpoint_store.CheckpointError: Files of the newest M_t are missing.
+    """
+    from definitions import defs
+
     console = Console()
+    resources: Any = defs.resources
     root = active_settings().storage.root(home)
     console.print(_made(instance, iterations))
-    console.print(_sample_pair(ParquetTables(f"{root}/tables"), iterations))
+    console.print(_sample_pair(resources["tables"], iterations))
     console.print(_held_out(instance, iterations))
     for partition in (partition_key(number) for number in range(1, iterations + 1)):
         verdict = promotion_refusal(instance, partition) or metadata_of(instance, "promotion", partition)["verdict"]
         console.print(verdict, highlight=False, markup=False)
-    newest = metadata_of(instance, "model_checkpoint", partition_key(iterations))
     places = {
-        f"M_{iterations}": newest["path"],
+        # Not where it was made: the home may have been moved since.
+        f"M_{iterations}": resources["checkpoints"].current("model_checkpoint", partition_key(iterations)).weights,
         "preference pairs": f"{root}/tables/preference_pairs/{partition_key(iterations)}.parquet",
         "report": home / "reports" / "boosting_report.html",
         "everything": home if root == str(home) else f"{home} and {root}",

@@ -56,7 +56,7 @@ def test_bad_seed_rows_by_line(tmp_path, nano_model):
     settings["seed_data"]["train"] = {"path": "train.jsonl"}
     refused(
         tmp_path, settings, "3 seed rows cannot be used", "train line 6: the prompt is empty",
-        "train line 7: the prompt is missing or not text", "train line 8: the same prompt stands in line 1 of held_out",
+        "train line 7: the line is no JSON object", "train line 8: the same prompt stands in line 1 of held_out",
         "on_bad_rows",
     )  # fmt: skip
 

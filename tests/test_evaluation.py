@@ -247,7 +247,8 @@ def test_a_training_prompt_that_overlaps_with_a_held_out_one_is_refused(tmp_path
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"prompt": prompt, "answer": "no"}) for prompt in train))
     sources = {"train": {"path": "train.jsonl"}, "held_out": {"path": "held_out.jsonl"}}
     with pytest.raises(
-        SettingsError, match=r"1 seed rows .*train line 6: it shares 8 words in a row with the held-out"
+        SettingsError,
+        match=r"train line 6: it shares 8 words in a row with the held-out prompt .*/train\.jsonl and [^,]*/held_out\.jsonl, or",
     ):
         seed_table(laptop_with(tmp_path, **sources))
     frame, dropped = seed_table(laptop_with(tmp_path, **sources, on_bad_rows="drop"))

@@ -48,7 +48,7 @@ def initial_policy(context: dg.AssetExecutionContext, checkpoints: dg.ResourcePa
     return made
 
 
-def model_checkpoint_asset(text="M_1", fails=False, random_seed=None, passes_check=True):
+def model_checkpoint_asset(text="M_1", fails=False, random_seed=None, passes_check=True, trained_on=None):
     @dg.asset(name="model_checkpoint", partitions_def=ITERATIONS, io_manager_key="checkpoints")
     def made(context: dg.AssetExecutionContext, checkpoints: dg.ResourceParam[CheckpointStore]):
         if fails:
@@ -56,8 +56,9 @@ def model_checkpoint_asset(text="M_1", fails=False, random_seed=None, passes_che
         settings = active_settings().model_copy(update={} if random_seed is None else {"random_seed": random_seed})
         experiment = experiment_of(context.instance, checkpoints.current("initial_policy", None), settings)
         checkpoint, _ = checkpoints.create(
-            context, write_weights(text), parents={}, trained_on={}, settings={"experiment": experiment}, random_seed=0
-        )
+            context, write_weights(text), parents={}, trained_on=trained_on or {}, settings={"experiment": experiment},
+            random_seed=0,
+        )  # fmt: skip
         return checkpoint_output(context, checkpoint)
 
     @dg.asset_check(asset=made, name="finite_weights", blocking=True, partitions_def=ITERATIONS)

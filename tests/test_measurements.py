@@ -117,8 +117,13 @@ def test_training_prompts_that_overlap_with_an_instruction_are_refused_or_droppe
     constraints = [{"rule": "json_list_of", "value": 3}]
     instructions = [{"prompt": text, "constraints": constraints} for text in (prompts[0], f"In JSON: {prompts[-1]}")]
     settings = with_instructions(tmp_path, *instructions)
-    with pytest.raises(SettingsError, match=r"2 seed rows cannot be used .* with the held-out prompt"):
+    with pytest.raises(SettingsError, match=r"2 seed rows cannot be used") as refused:
         seed_table(settings)
+    said = str(refused.value)
+    assert f"it has the words of the verifiable instruction {prompts[0][:80]!r}" in said
+    assert "words in a row with the verifiable instruction 'In JSON: " in said
+    assert f"and {tmp_path / 'instructions.jsonl'}, or set seed_data.on_bad_rows" in said
+    assert "held-out prompt" not in said
     seed = settings.seed_data.model_copy(update={"on_bad_rows": "drop"})
     kept, dropped = seed_table(settings.model_copy(update={"seed_data": seed}))
     assert len(dropped) == 2

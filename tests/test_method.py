@@ -292,7 +292,7 @@ def test_bad_seed_rows_are_named_by_line():
     assert [(row.line, row.reason) for row in bad] == [
         (2, "the prompt is empty"), (3, "the answer is missing or not text"), (4, "the prompt is missing or not text"),
         (5, "the same prompt stands in line 1 of train"), (6, "the same prompt stands in line 1 of held_out"),
-        (7, "the prompt is missing or not text"),
+        (7, "the line is no JSON object, or an empty one"),
     ]  # fmt: skip
 
 

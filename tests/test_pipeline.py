@@ -1,7 +1,9 @@
 """Two whole iterations on the nano model through `synpo run`, then everything that can be asked about them."""
 
 import json
+import shutil
 import sqlite3
+from pathlib import Path
 
 import dagster as dg
 import polars as pl
@@ -58,6 +60,15 @@ def test_the_summary_shows_what_was_made(nano_run, home):
     for word in ("chosen", "rejected", "win rate", "M_2", "synpo ui --home"):
         assert word in printed
     assert "tokens/s" in nano_run.result.stderr
+
+
+def test_the_summary_of_a_copied_home_names_the_model_that_lies_there(home, tmp_path):
+    copy = tmp_path / "copied"
+    shutil.copytree(home, copy)
+    done = synpo("run", "--home", copy, "--iterations", 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("M_2  "))
+    assert Path(line.removeprefix("M_2").strip()).is_relative_to(copy / "checkpoints" / "model_checkpoint" / "0002")
 
 
 def test_a_failed_asset_is_named_and_the_next_run_does_only_the_rest(nano_run):

@@ -60,7 +60,7 @@ def test_an_empty_seed_is_refused(tmp_path):
 
 def test_a_bad_first_row_is_a_bad_row(tmp_path):
     (tmp_path / "train.jsonl").write_text('not json\n{"prompt": "a", "answer": "1"}\n{"prompt": "b", "answer": "2"}\n')
-    with pytest.raises(SettingsError, match="train line 1: the prompt is missing"):
+    with pytest.raises(SettingsError, match="train line 1: the line is no JSON object"):
         seed_table(settings_with(tmp_path, train={"path": "train.jsonl"}))
 
 

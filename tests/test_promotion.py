@@ -13,7 +13,7 @@ from resources.errors import FinalError
 from resources.settings import GateMetric, load_settings
 from resources.tables import ParquetTables
 from synpo_assets.evaluation import evaluation
-from synpo_assets.history import data_version_of, metadata_of
+from synpo_assets.history import data_version_of, input_version_of, metadata_of
 from synpo_assets.loop import promotion_refusal
 from synpo_assets.missing import asset_names, missing_assets, outdated_assets
 from synpo_assets.promotion import gate_figures, promotion
@@ -26,6 +26,8 @@ from tests.test_loop import instance as instance
 from tests.test_loop import stores as stores
 
 LOOPS = {"mean_repetition policy": 0.4}
+DATA_VERSION = "dagster/data_version"
+PROMPTS_READ = "dagster/input_data_version/synthetic_prompts"
 REFUSED = "model_checkpoint[0001] was not promoted to policy[0002]: "
 
 
@@ -53,6 +55,17 @@ def test_several_figures_are_judged_and_each_stands_with_its_limits(instance, st
     assert table["reason"].to_list() == [None, *reasons]
     assert about["promoted"] is False
     assert about["verdict"] == f"{REFUSED}{'; '.join(reasons)}."
+
+
+@pytest.mark.parametrize(("before", "after", "limit"), [(0.40, 0.35, "minimum"), (0.1, 0.4, "maximum")])
+def test_a_gain_that_is_equal_to_its_limit_passes(instance, stores, before, after, limit):
+    """In binary fractions 0.35 - 0.40 is less than -0.05, and 0.4 - 0.1 more than 0.3."""
+    make(instance, stores)
+    rates = {"verifiable_rate policy": after, "verifiable_rate initial": before}
+    report(instance, {"instruction_following": rates})
+    table, about = judge(instance, stores, **{limit: {"verifiable_rate_gain": round(after - before, 2)}})
+    assert table["reason"].to_list() == [None]
+    assert about["promoted"] is True
 
 
 def test_without_limits_everything_is_promoted_and_the_table_is_empty(instance, stores):
@@ -114,6 +127,67 @@ def test_another_measurement_of_an_older_checkpoint_is_not_judged(instance, stor
     report(instance, {asset: {"checkpoint_sha": "f" * 64}})
     with pytest.raises(FinalError, match=rf"{asset}\[0001\] is about ffff.*: materialize {asset}\[0001\] again"):
         judge(instance, stores)
+
+
+def test_pairs_that_the_checkpoint_was_not_trained_on_are_not_judged(instance, stores):
+    """Else M_t would be promoted for the pairs of a model that does not exist yet."""
+
+    def report_pairs(version, margin):
+        event = dg.AssetMaterialization(
+            "preference_pairs", partition="0001", metadata={"mean_margin": margin}, tags={DATA_VERSION: version}
+        )
+        instance.report_runless_asset_event(event)
+
+    report_pairs("old", 0.5)
+    make(instance, stores, trained_on={"preference_pairs[0001]": "old"})
+    limits = {"minimum": {"mean_margin": 1.0}}
+    assert judge(instance, stores, **limits)[1]["promoted"] is False
+    report_pairs("new", 2.0)
+    with pytest.raises(FinalError) as error:
+        judge(instance, stores, **limits)
+    assert str(error.value) == (
+        "model_checkpoint[0001] was trained on version old of preference_pairs[0001], which has version new by now: "
+        "materialize model_checkpoint[0001] and evaluation[0001] again."
+    )
+    make(instance, stores, text="M_1 again", trained_on={"preference_pairs[0001]": "new"})
+    assert judge(instance, stores, **limits)[1]["promoted"] is True
+
+
+def test_the_diversity_of_prompts_that_were_not_answered_is_not_judged_by(instance, stores):
+    make(instance, stores)
+
+    def report_made_from(asset, version):
+        event = dg.AssetMaterialization(
+            asset, partition="0001", metadata={"mean_similarity synthetic": 0.2}, tags={PROMPTS_READ: version}
+        )
+        instance.report_runless_asset_event(event)
+
+    for asset in ("base_responses", "prompt_diversity"):
+        report_made_from(asset, "old")
+    limits = {"maximum": {"prompt_similarity": 0.5}}
+    assert judge(instance, stores, **limits)[1]["promoted"] is True
+    report_made_from("prompt_diversity", "new")
+    with pytest.raises(
+        FinalError,
+        match=r"another version of synthetic_prompts\[0001\] than base_responses\[0001\] answers: materialize",
+    ):
+        judge(instance, stores, **limits)
+    assert judge(instance, stores)[1]["promoted"] is True, "no limit is about prompts"
+
+
+def test_versions_are_recorded_by_which_the_gate_knows_its_data(nano_run):
+    store = CheckpointStore(str(nano_run.home / "checkpoints"))
+    with dg.DagsterInstance.from_config(str(nano_run.home)) as persistent:
+        for partition in ("0001", "0002"):
+            learned = store.current("model_checkpoint", partition).manifest["trained_on"]
+            version = data_version_of(persistent, "preference_pairs", partition)
+            assert learned[f"preference_pairs[{partition}]"] == version
+            read = [
+                input_version_of(persistent, asset, partition, "synthetic_prompts")
+                for asset in ("prompt_diversity", "base_responses")
+            ]
+            assert None not in read
+            assert len(set(read)) == 1
 
 
 def test_without_an_evaluation_there_is_nothing_to_judge(instance, stores):

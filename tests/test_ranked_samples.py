@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resources.checkpoint_store import Checkpoint, CheckpointStore
+from resources.errors import FinalError
 from resources.language_model import LanguageModel
 from resources.scorer import Comparison, ScoringUsage
 from resources.settings import active_settings, load_settings
@@ -118,12 +119,12 @@ def iteration(tmp_path, nano_checkpoint):
               stand_in_checkpoint("policy", nano_checkpoint.weights, ITERATIONS)]  # fmt: skip
     assets = [base_responses, refined_responses, initial_responses, preference_pairs]
 
-    def iteration():
+    def iteration(**updates):
         scorer = PrefersLong()
         resources = {
             "tables": ParquetTables(str(tmp_path / "tables")),
             "checkpoints": CheckpointStore(str(tmp_path / "checkpoints")),
-            "settings": settings.model_copy(update=changed),
+            "settings": settings.model_copy(update=changed | updates),
             "language_model": LanguageModel(shards=str(tmp_path / "s"), engine=settings.engine, random_seed=42),
             "scorer": dg.ResourceDefinition.hardcoded_resource(scorer),
         }
@@ -158,6 +159,22 @@ def test_the_pairs_are_the_best_over_the_worst_of_the_policys_own_answers(iterat
     assert pairs.height == sum(len(longest) > len(shortest) for longest, shortest in both) > 0
     assert about["refined_responses"]["checkpoint"] == about["initial_responses"]["checkpoint"] == "policy"
     assert pairs["chosen_checkpoint_sha"].unique().to_list() == [about["base_responses"]["checkpoint_sha"]]
+
+
+def test_where_all_samples_are_equal_the_error_says_what_to_raise(iteration):
+    responses = active_settings().responses
+    greedy = responses.sampling.model_copy(update={"temperature": 0.0})
+    with pytest.raises(
+        FinalError, match=r"'equal_sides': 3.* if `equal_sides` did, raise responses\.sampling\.temperature"
+    ):
+        iteration(responses=responses.model_copy(update={"sampling": greedy}))
+
+
+def test_the_columns_of_the_pairs_are_described_for_both_origins():
+    """The card of a published dataset shows these, whatever made the chosen side."""
+    columns = PreferencePairs.to_schema().columns
+    for name in ("chosen", "chosen_response_id"):
+        assert "the refined response, or the best of the ranked samples" in columns[name].description.lower()
 
 
 def test_nothing_is_generated_twice(iteration):

@@ -188,7 +188,7 @@ def test_every_figure_stands_in_its_place(instance, home):
         "refined responses (chosen side)": ("12", "12"),
         "candidate pairs": ("10", "10"),
         "pairs kept": ("5", "5"),
-        "pairs trained on, with those before": ("5", "10"),
+        "pairs that M_t was trained on": ("5", "10"),
         "valid prompts per keyword set used": ("37.5%", "37.5%"),
         "pairs kept per candidate": ("50.0%", "50.0%"),
         "synthetic_prompts: near duplicate": ("1", "0"),
@@ -420,7 +420,7 @@ def test_it_reports_two_real_iterations(nano_run, tmp_path, monkeypatch):
     for record in records.values():
         assert "—" not in record.values(), record
     kept = [pl.read_parquet(home / "tables" / "preference_pairs" / f"{key}.parquet") for key in ("0001", "0002")]
-    trained_on = records["Rows", "pairs trained on, with those before"]
+    trained_on = records["Rows", "pairs that M_t was trained on"]
     assert [trained_on["0001"], trained_on["0002"]] == [str(kept[0].height), str(kept[0].height + kept[1].height)]
     assert [records["Checkpoints", "M_t"][key] for key in ("0001", "0002")] == shas
     assert records["Checkpoints", "policy that answered"]["0002"] == shas[0]

@@ -98,6 +98,18 @@ def changed(tmp_path, **changes):
         ({"automation": {"minimum": {}}}, "`automation.minimum` is not a setting; did you mean `gate.minimum`?"),
         ({"gate": {"minimum": {"win_rate": 0.5}}}, "`gate.minimum.win_rate"),
         ({"gate": {"minimum": {"cut_share": 0.5}, "maximum": {"cut_share": 0.4}}}, "minimum.cut_share (0.5) is more than"),
+        ({"gate": {"minimum": {"win_rate_over_initial": 50}}},
+         "`gate`: minimum.win_rate_over_initial (50) is out of range: it is a share between 0 and 1. Was 0.5 meant?"),
+        ({"gate": {"maximum": {"cut_share": -0.1}}}, "maximum.cut_share (-0.1) is out of range: it is a share between 0 and 1."),
+        ({"gate": {"minimum": {"verifiable_rate_gain": -5}}}, "a difference of two shares, between -1 and 1. Was -0.05 meant?"),
+        ({"gate": {"minimum": {"gold_similarity_gain": 3}}}, "a difference of two cosine similarities, between -2 and 2"),
+        ({"gate": {"maximum": {"prompt_similarity": 1.5}}}, "it is a cosine similarity between -1 and 1"),
+        ({"gate": {"minimum": {"win_rate_over_initial": True}}}, "`gate.minimum.win_rate_over_initial` is True"),
+        ({"gate": {"minimum": {"verifiable_rate_gain": -0.05}}, "seed_data": {"verifiable": None}},
+         "gate limits verifiable_rate_gain and seed_data.verifiable is not stated"),
+        ({"preferences": {"chosen_from": "ranked_samples"}, "responses": {"sampling": {"temperature": 0}}},
+         "all samples of a prompt would be equal: raise responses.sampling.temperature"),
+        ({"preferences": {"chosen_from": "ranked_samples"}, "responses": {"sampling": {"top_k": 1}}}, "or top_k 1"),
         ({"max_iterations": "many"}, "`max_iterations` is 'many'"),
         ({"preset": "labtop"}, "There is no preset `labtop`; did you mean `laptop`?"),
     ],
@@ -107,6 +119,12 @@ def test_wrong_settings_are_refused_in_a_sentence(tmp_path, changes, words):
         load_settings(changed(tmp_path, **changes))
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_limits_at_the_ends_of_their_range_and_greedy_answers_of_an_improver_are_possible(tmp_path):
+    limits = {"minimum": {"win_rate_over_initial": 0, "mean_margin": -7}, "maximum": {"cut_share": 1, "pairs_kept": 40}}
+    settings = load_settings(changed(tmp_path, gate=limits, responses={"sampling": {"temperature": 0}}))
+    assert (settings.gate.minimum, settings.gate.maximum) == (limits["minimum"], limits["maximum"])
 
 
 def test_the_judge_is_trained_like_the_scorer_unless_it_is_stated(tmp_path):

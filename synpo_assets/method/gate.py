@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 Name = TypeVar("Name", bound=str)
 
+COMPARED_DIGITS = 9
+
 
 def judge(
     figures: Mapping[Name, float | None], minimum: Mapping[Name, float], maximum: Mapping[Name, float]
@@ -25,6 +27,8 @@ def judge(
         [(True, None)]
         >>> [row["reason"] for row in judge({"win_rate": 0.61}, {"win_rate": 0.7, "gain": 0}, {"win_rate": 0.9})]
         ['win_rate is 0.61, less than 0.7', 'gain was not measured']
+        >>> judge({"gain": 0.35 - 0.40}, {"gain": -0.05}, {})[0]["passed"]
+        True
     """
     rows = []
     for metric in dict.fromkeys([*minimum, *maximum]):
@@ -61,8 +65,9 @@ def _reason(metric: str, value: float | None, minimum: float | None, maximum: fl
     # Every comparison with NaN is false, so it would pass.
     if value is None or math.isnan(value):
         return f"{metric} was not measured"
-    if minimum is not None and value < minimum:
+    # Rounded, because the difference of two shares may miss its limit in the last digit alone.
+    if minimum is not None and round(value - minimum, COMPARED_DIGITS) < 0:
         return f"{metric} is {value:g}, less than {minimum:g}"
-    if maximum is not None and value > maximum:
+    if maximum is not None and round(value - maximum, COMPARED_DIGITS) > 0:
         return f"{metric} is {value:g}, more than {maximum:g}"
     return None

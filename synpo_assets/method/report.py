@@ -252,7 +252,7 @@ def _column(
             "refined responses (chosen side)": _count(rows("refined_responses")),
             "candidate pairs": _count(funnel["candidate pairs"]),
             "pairs kept": _count(funnel["pairs kept"]),
-            "pairs trained on, with those before": _count(figure("model_checkpoint", "examples")),
+            "pairs that M_t was trained on": _count(figure("model_checkpoint", "examples")),
         },
         "Pass rates": {
             "valid prompts per keyword set used": _ratio(funnel["valid prompts"], funnel["prompts asked for"]),

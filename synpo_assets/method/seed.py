@@ -54,7 +54,8 @@ def seed_rows(
     for split, rows in (("held_out", held_out), ("train", train)):
         for line, row in rows:
             prompt, answer = _text(row.get(prompt_column), "user"), _text(row.get(answer_column), "assistant")
-            reason = _reason("prompt", prompt) or _reason("answer", answer)
+            reason = None if row else "the line is no JSON object, or an empty one"
+            reason = reason or _reason("prompt", prompt) or _reason("answer", answer)
             key = " ".join(prompt.lower().split()) if prompt else ""
             if reason is None and key in seen:
                 other_split, other_line = seen[key]
@@ -75,17 +76,20 @@ def seed_rows(
     return good, bad
 
 
-def overlapping_rows(good: Sequence[Mapping[str, Any]], asked_later: Sequence[str], ngram: int) -> list[BadRow]:
+def overlapping_rows(
+    good: Sequence[Mapping[str, Any]], asked_later: Sequence[str], ngram: int, what: str
+) -> list[BadRow]:
     """The training rows whose prompt repeats a prompt that evaluations ask, or shares a run of words with one.
 
     Args:
         good: Rows of `seed_rows`.
-        asked_later: The held-out prompts and the verifiable instructions.
+        asked_later: The held-out prompts, or the verifiable instructions.
         ngram: Words in a run; prompts with fewer words are compared as a whole.
+        what: What one of `asked_later` is, for the reason: `held-out prompt`.
 
     Examples:
         >>> rows = [{"split": "train", "line": 7, "prompt": "Quick: name four red fruits!"}]
-        >>> overlapping_rows(rows, ["Name four red fruits, please."], 4)[0].reason
+        >>> overlapping_rows(rows, ["Name four red fruits, please."], 4, "held-out prompt")[0].reason
         "it shares 4 words in a row with the held-out prompt 'Name four red fruits, please.'"
     """
     whole = {" ".join(words_of(prompt)): prompt for prompt in asked_later}
@@ -95,9 +99,9 @@ def overlapping_rows(good: Sequence[Mapping[str, Any]], asked_later: Sequence[st
         if row["split"] == "held_out":
             continue
         if (equal := whole.get(" ".join(words_of(row["prompt"])))) is not None:
-            bad.append(BadRow(row["split"], row["line"], f"it has the words of the held-out prompt {equal[:80]!r}"))
+            bad.append(BadRow(row["split"], row["line"], f"it has the words of the {what} {equal[:80]!r}"))
         elif (found := long.find(row["prompt"])) is not None:
-            reason = f"it shares {ngram} words in a row with the held-out prompt {found[:80]!r}"
+            reason = f"it shares {ngram} words in a row with the {what} {found[:80]!r}"
             bad.append(BadRow(row["split"], row["line"], reason))
     return bad
 
