@@ -16,6 +16,8 @@ from synpo_assets.method.export import CONVERSIONS, Format, axolotl_dataset, dat
 
 NAME = "preference_pairs"
 DATASET = "synpo_preference_pairs"
+# LLaMA-Factory's list of all data sets of a folder, where others may stand beside ours.
+INFO = "dataset_info.json"
 SUFFIXES = (".jsonl", ".parquet")
 
 
@@ -30,14 +32,17 @@ def print_export(
         form: The trainer whose documented form is written.
         iterations: `all`, or numbers such as `1,2`.
         output: A folder, or a .jsonl file (for TRL also a .parquet file).
-        overwrite: Whether existing files may be replaced.
+        overwrite: Whether existing files may be replaced; of a `dataset_info.json`, only what it says about these pairs.
 
     Raises:
         SettingsError: There are no such pairs, the output exists, or the form cannot be written to such an output.
     """
     file = output_file(form, output)
-    if not overwrite and (existing := [place for place in (file, *_beside(form, file)) if place.exists()]):
-        raise SettingsError(f"{existing[0]} exists: choose another --output, or replace it with --overwrite.")
+    is_described = form == "llama-factory" and DATASET in _data_sets(file)
+    places = [file, *(place for place in _beside(form, file) if place.name != INFO or is_described)]
+    if not overwrite and (existing := [place for place in places if place.exists()]):
+        of_what = f" and names {DATASET}" if existing[0].name == INFO else ""
+        raise SettingsError(f"{existing[0]} exists{of_what}: choose another --output, or replace it with --overwrite.")
     pairs = read_pairs(ParquetTables(f"{settings.storage.root(home)}/tables"), iterations)
     write_pairs(pairs, form, file)
     counts = ", ".join(f"{count} of iteration {number}" for number, count in _counts(pairs))
@@ -111,16 +116,32 @@ def _write_lines(rows: Iterable[dict[str, Any]], file: Path) -> None:
 
 def _beside(form: Format, file: Path) -> list[Path]:
     """The files that tell the trainer how to read the pairs."""
-    names = {"llama-factory": ["dataset_info.json"], "axolotl": ["axolotl.yaml"]}.get(form, [])
+    names = {"llama-factory": [INFO], "axolotl": ["axolotl.yaml"]}.get(form, [])
     return [file.with_name(name) for name in names]
 
 
 def _use(form: Format, file: Path) -> str:
     if form == "llama-factory":
-        return json.dumps(dataset_info(DATASET, file.name), indent=2) + "\n"
+        return json.dumps(_data_sets(file) | dataset_info(DATASET, file.name), indent=2) + "\n"
     return "# Add the model and the training settings.\n" + yaml.safe_dump(
         axolotl_dataset(str(file.absolute())), sort_keys=False
     )
+
+
+def _data_sets(file: Path) -> dict[str, Any]:
+    """What a `dataset_info.json` beside the pairs says already; nothing if there is none."""
+    place = file.with_name(INFO)
+    if not place.exists():
+        return {}
+    try:
+        described = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError:
+        described = None
+    if not isinstance(described, dict):
+        raise SettingsError(
+            f"{place} is no JSON object, so the pairs cannot be named in it: correct it or move it away."
+        )
+    return described
 
 
 def _counts(pairs: pl.DataFrame) -> list[tuple[int, int]]:
