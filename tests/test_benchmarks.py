@@ -14,8 +14,8 @@ from resources.errors import FinalError
 from resources.language_model import LanguageModel
 from resources.settings import Engine, Sampling, SettingsError, load_settings
 from resources.tables import ParquetTables
-from synpo_assets.benchmarks import answer_samplings, benchmark_answers, benchmark_scores
-from synpo_assets.method.benchmarks import conversation
+from synpo_assets.benchmarks import LEADERBOARD_SHOTS, answer_samplings, benchmark_answers, benchmark_scores
+from synpo_assets.method.benchmarks import LEADERBOARD, conversation, leaderboard_average
 from tests.nano import nano_settings, write_settings
 
 CHOICES = [
@@ -175,6 +175,29 @@ def test_local_tasks_run_offline_and_their_figures_are_right(
     (folder / "tasks" / "things.jsonl").write_text(json_lines(reversed(CHOICES)))
     with pytest.raises(FinalError, match="a model was loaded"):
         make(benchmark_scores, **options)
+
+
+def test_the_leaderboards_average_is_of_its_six_tasks_with_its_shots():
+    def rows(**shots):
+        return [
+            {
+                "task": task,
+                "shots": shown,
+                "metric": LEADERBOARD[task][0],
+                "filter": LEADERBOARD[task][1],
+                "value": value,
+            }
+            for value, (task, shown) in enumerate(shots.items())
+        ]
+
+    six = rows(**LEADERBOARD_SHOTS)
+    assert leaderboard_average(six, LEADERBOARD_SHOTS) == 2.5
+    without_mmlu = [row for row in six if row["task"] != "mmlu"]
+    assert leaderboard_average([*without_mmlu, *rows(arc_challenge=0)], LEADERBOARD_SHOTS) is None
+    assert leaderboard_average([*without_mmlu, *rows(arc_challenge=25)], LEADERBOARD_SHOTS) is None
+    assert leaderboard_average(rows(**dict.fromkeys(LEADERBOARD, 0)), LEADERBOARD_SHOTS) is None
+    assert leaderboard_average([*six, *rows(mmlu=5)], LEADERBOARD_SHOTS) is None, "mmlu would count twice"
+    assert leaderboard_average([*six, *rows(arc_challenge=0)], LEADERBOARD_SHOTS) == 2.5, "another measurement"
 
 
 def test_answers_have_the_forms_that_the_judges_read(make, folder, adapted_checkpoint):

@@ -73,17 +73,28 @@ def score_rows(task: str, shots: int, found: Mapping[str, Any]) -> list[Row]:
     return [row for row in rows if row["task"] == task] or rows
 
 
-def leaderboard_average(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """The mean over the six tasks of the Open LLM leaderboard; None unless all six are there.
+def leaderboard_average(rows: Iterable[Mapping[str, Any]], shots: Mapping[str, int]) -> float | None:
+    """The mean over the six tasks of the Open LLM leaderboard; None unless each is there once with its number of shots.
+
+    Args:
+        rows: What `score_rows` made of all tasks; those of other tasks, or with other shots, do not count.
+        shots: The examples that the leaderboard shows, by task.
 
     Examples:
-        >>> rows = [{"task": task, "metric": metric, "filter": chosen, "value": 0.5}
+        >>> rows = [{"task": task, "shots": 5, "metric": metric, "filter": chosen, "value": 0.5}
         ...         for task, (metric, chosen) in LEADERBOARD.items()]
-        >>> leaderboard_average(rows), leaderboard_average(rows[1:])
+        >>> shots = dict.fromkeys(LEADERBOARD, 5)
+        >>> leaderboard_average(rows, shots), leaderboard_average([*rows[1:], rows[1]], shots)
         (0.5, None)
     """
-    values = [row["value"] for row in rows if LEADERBOARD.get(row["task"]) == (row["metric"], row["filter"])]
-    return sum(values) / len(values) if len(values) == len(LEADERBOARD) else None
+    values = [
+        (row["task"], row["value"])
+        for row in rows
+        if LEADERBOARD.get(row["task"]) == (row["metric"], row["filter"]) and row["shots"] == shots[row["task"]]
+    ]
+    if sorted(task for task, _ in values) != sorted(LEADERBOARD):
+        return None
+    return sum(value for _, value in values) / len(values)
 
 
 def question_problem(benchmark: str, row: object) -> str | None:
