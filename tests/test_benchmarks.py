@@ -327,6 +327,12 @@ def test_a_task_without_its_data_is_refused(make, folder, no_model):
     ("alpaca_eval", '[{"instruction": "Why?"}, {"prompt": "Why?"}]', r"Row 2 of .* has no `instruction`"),
     ("arena_hard", '[{"question_id": "1f", "turns": []}]', r"\(benchmarks.arena_hard\) has no `uid`"),
     ("mt_bench", '[{"question_id": 1, "category": "math", "turns": "a"}]', r"\(benchmarks.mt_bench\) has `turns` that are not"),
+    ("mt_bench", '[{"question_id": 1, "category": ["x"], "turns": ["a"]}]', r"Row 1 of .* has a `category` that is not a text:"),
+    ("mt_bench", '[{"question_id": 1, "category": "math", "turns": ["a", " "]}]', r"Row 1 of .* has a blank text among its"),
+    ("mt_bench", '[{"question_id": [1], "category": "math", "turns": ["a"]}]', r"Row 1 of .* has a `question_id` that is not"),
+    ("mt_bench", json.dumps([*MT_BENCH, MT_BENCH[0]]), r"Row 3 of .* has the `question_id` 81 of an earlier row:"),
+    ("arena_hard", json.dumps(ARENA * 2), r"Row 2 of .* has the `uid` '1f' of an earlier row:"),
+    ("arena_hard", '[{"uid": "1f", "prompt": "\\n"}]', r"Row 1 of .* has a blank `prompt`:"),
 ])  # fmt: skip
 def test_a_wrong_question_file_is_refused(make, folder, no_model, setting, content, message):
     if content is not None:
