@@ -559,10 +559,19 @@ def test_the_shipped_template_shows_texts_as_they_are():
         assert text in shown
 
 
+SHOWN = "{{ prompt }} {{ answer_a }} {{ answer_b }}"
+
+
 @pytest.mark.parametrize(("text", "words"), [
     ("{{ prompt }} {{ answer_a }}", "uses answer_a, prompt: it must show answer_a, answer_b, prompt"),
     ("{{ prompt }} {{ answer_a }} {{ answer_b }} {{ gold }}", "uses answer_a, answer_b, gold, prompt"),
     ("{{ prompt", "cannot be used"), (None, "cannot be used"),
+    (f"{SHOWN}{{{{ prompt.x.y }}}}", "cannot be used: UndefinedError: "),
+    (f"{SHOWN}{{% include 'x' %}}", "cannot be used: TypeError: "),
+    (f"{SHOWN}{{{{ 1 / 0 }}}}", "cannot be used: ZeroDivisionError: division by zero"),
+    (f"{SHOWN}{{{{ prompt | shorten }}}}", "cannot be used: No filter named 'shorten'"),
+    (f"{{% if false %}}{SHOWN}{{% endif %}}", "names prompt, answer_a, answer_b but does not show"),
+    ("{{ prompt }} {{ answer_a }} {{ answer_b | wordcount }}", "names answer_b but does not show the text as it is."),
 ])  # fmt: skip
 def test_a_template_that_cannot_be_used_is_refused_before_the_run(tmp_path, text, words):
     if text is not None:
@@ -571,6 +580,15 @@ def test_a_template_that_cannot_be_used_is_refused_before_the_run(tmp_path, text
     stored = load_settings(write_settings(tmp_path / "mine.yaml", {"preset": "laptop", "judge": judge}))
     with pytest.raises(SettingsError, match=re.escape(words)):
         check_before_run(stored, tmp_path / "home")
+
+
+def test_a_template_may_lay_texts_out(tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text(
+        "{{ prompt | trim | upper }}{% for text in (answer_a, answer_b) %}{{ text | indent | tojson }}{% endfor %}"
+    )
+    template, _ = load_template(str(file))
+    assert template.render(prompt=" a ", answer_a="b", answer_b="c") == 'A"b""c"'
 
 
 def test_every_judge_says_whether_it_took_part_in_training(tmp_path):
