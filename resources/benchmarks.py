@@ -115,13 +115,15 @@ def open_tasks(options: Benchmarks) -> "TaskManager":
     return manager
 
 
-def read_questions(file: str, setting: str, problem: Callable[[object], str | None]) -> list[dict[str, Any]]:
+def read_questions(
+    file: str, setting: str, problem: Callable[[object, list[dict[str, Any]]], str | None]
+) -> list[dict[str, Any]]:
     """The rows of a question file, a JSON list (.json) or one object a line.
 
     Args:
         file: Its path.
         setting: The setting that named it, for messages.
-        problem: Says what is wrong with a row, or None.
+        problem: Says what is wrong with a row that follows other rows, or None.
 
     Raises:
         FinalError: It does not exist, is not JSON, is empty, or a row is not a question of this benchmark.
@@ -138,7 +140,7 @@ def read_questions(file: str, setting: str, problem: Callable[[object], str | No
     if not isinstance(rows, list) or not rows:
         raise FinalError(f"The file {path} ({setting}) holds no list of questions: name the benchmark's question file.")
     for number, row in enumerate(rows, start=1):
-        if wrong := problem(row):
+        if wrong := problem(row, rows[: number - 1]):
             raise FinalError(
                 f"Row {number} of {path} ({setting}) {wrong}: name the benchmark's own question file, unchanged."
             )

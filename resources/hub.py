@@ -18,9 +18,19 @@ def check_destination(publishing: Publishing, kind: RepositoryKind) -> None:
     """Makes sure, before anything is written, that there is somewhere to publish to.
 
     Raises:
-        FinalError: Neither a repository nor a directory is named, or there is no token for the hub.
+        FinalError: Neither a repository nor a directory is named, the directory cannot be made, or there is no token for the
+            hub.
     """
-    if publishing.dry_run or publishing.directory:
+    if publishing.dry_run:
+        return
+    if publishing.directory:
+        try:
+            Path(publishing.directory).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FinalError(
+                f"The directory {publishing.directory} (publishing.directory) cannot be made: {error.strerror or error}. "
+                "Choose another."
+            ) from None
         return
     setting = f"publishing.{kind}_repository"
     if getattr(publishing, f"{kind}_repository") is None:

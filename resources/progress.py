@@ -30,7 +30,8 @@ class Progress:
         self._count += count
         self._tokens += tokens
         now = time.monotonic()
-        if now - self._reported >= LOG_EVERY_SECONDS or self._count == self._total:
+        # A server that is down ends the work before anything is done.
+        if self._count and (now - self._reported >= LOG_EVERY_SECONDS or self._count == self._total):
             self._reported = now
             seconds = now - self._started
             left = seconds / self._count * (self._total - self._count)

@@ -4,7 +4,7 @@ import errno
 import io
 import json
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import polars as pl
@@ -45,13 +45,18 @@ class Shards:
         found = pl.concat([pl.Series("key", dtype=pl.String), *(shard["key"] for shard in self._shards(["key"]))])
         return keys.filter(keys.is_in(found.implode()))
 
-    def rows(self, keys: pl.Series) -> pl.DataFrame:
-        """The finished rows with these keys, each once, in any order."""
+    def rows(self, keys: pl.Series, usable: Callable[[pl.DataFrame], pl.DataFrame] = lambda rows: rows) -> pl.DataFrame:
+        """The finished rows with these keys, each once, in any order.
+
+        Args:
+            keys: The keys.
+            usable: Leaves rows out, before one row of several with the same key is chosen.
+        """
         found = pl.DataFrame(schema=self._columns)
         # Filtered only where need be, and appended in place: copies would take as much memory as the rows.
         for shard in self._shards(list(self._columns)):
             is_wanted = shard["key"].is_in(keys.implode())
-            found.extend(shard if is_wanted.all() else shard.filter(is_wanted))
+            found.extend(usable(shard if is_wanted.all() else shard.filter(is_wanted)))
         # Two runs that were at work side by side may both have finished a row.
         return found if found["key"].n_unique() == found.height else found.unique("key", keep="first")
 

@@ -23,7 +23,7 @@ from resources.device import peak_memory
 from resources.errors import FinalError
 from resources.files import json_sha256, replace_directory, temporary_directory_beside
 from resources.language_model import LanguageModel, Usage
-from resources.settings import Benchmarks, Sampling, Settings, home_directory
+from resources.settings import TASK_PRESETS, Benchmarks, Sampling, Settings, home_directory
 from resources.tables import table_metadata
 from synpo_assets.method import benchmarks as benchmarks_method
 from synpo_assets.method.benchmarks import (
@@ -54,6 +54,7 @@ PLACES = {
     "mt_bench": "mt_bench/model_answer/{}.jsonl",
 }
 SHOWN_QUESTIONS = 2
+LEADERBOARD_SHOTS = TASK_PRESETS["open_llm_leaderboard"]
 Answers = list[list[str]]
 
 
@@ -96,8 +97,8 @@ def benchmark_scores(
         context,
         frame,
         scores=table_metadata(frame.drop("checkpoint_sha", "initial_checkpoint_sha", "iteration")),
-        open_llm_leaderboard_average=leaderboard_average(policy),
-        open_llm_leaderboard_average_initial=leaderboard_average(initial),
+        open_llm_leaderboard_average=leaderboard_average(policy, LEADERBOARD_SHOTS),
+        open_llm_leaderboard_average_initial=leaderboard_average(initial, LEADERBOARD_SHOTS),
         limit=options.limit,
         seconds=round(time.monotonic() - started, 1),
         **made_by(model_checkpoint),

@@ -171,13 +171,14 @@ def compare(
     output: Annotated[
         Path | None, typer.Option(help="Write the figures of the iterations into this .csv file.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Put finished iterations of several homes beside each other: settings that differ, and figures."""
 
     def action() -> None:
         from synpo_assets.compare import print_comparison
 
-        print_comparison(homes, output)
+        print_comparison(homes, output, overwrite)
 
     _or_exit(action)
 

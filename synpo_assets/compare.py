@@ -63,14 +63,21 @@ def differing_settings(settings: Sequence[Settings]) -> dict[str, list[str]]:
     }
 
 
-def print_comparison(homes: Sequence[Path], output: Path | None) -> None:
+def print_comparison(homes: Sequence[Path], output: Path | None, overwrite: bool = False) -> None:
     """Prints what differs and what came of it, and writes the figures as CSV where asked for.
 
+    Args:
+        homes: Their directories, two or more.
+        output: The file to write.
+        overwrite: Whether it may be replaced.
+
     Raises:
-        SettingsError: As in `compared`; or the file is no .csv or cannot be written.
+        SettingsError: As in `compared`; or the file is no .csv, exists or cannot be written.
     """
     if output is not None and output.suffix != ".csv":
         raise SettingsError(f"{output} is no .csv file: name one that ends so.")
+    if output is not None and output.exists() and not overwrite:
+        raise SettingsError(f"{output} exists: choose another --output, or replace it with --overwrite.")
     differing, figures = compared(homes)
     console = Console(width=WIDTH)
     settings = Table("setting", "home", "value", title="Settings that differ", title_justify="left")

@@ -14,8 +14,8 @@ from resources.errors import FinalError
 from resources.language_model import LanguageModel
 from resources.settings import Engine, Sampling, SettingsError, load_settings
 from resources.tables import ParquetTables
-from synpo_assets.benchmarks import answer_samplings, benchmark_answers, benchmark_scores
-from synpo_assets.method.benchmarks import conversation
+from synpo_assets.benchmarks import LEADERBOARD_SHOTS, answer_samplings, benchmark_answers, benchmark_scores
+from synpo_assets.method.benchmarks import LEADERBOARD, conversation, leaderboard_average
 from tests.nano import nano_settings, write_settings
 
 CHOICES = [
@@ -177,6 +177,29 @@ def test_local_tasks_run_offline_and_their_figures_are_right(
         make(benchmark_scores, **options)
 
 
+def test_the_leaderboards_average_is_of_its_six_tasks_with_its_shots():
+    def rows(**shots):
+        return [
+            {
+                "task": task,
+                "shots": shown,
+                "metric": LEADERBOARD[task][0],
+                "filter": LEADERBOARD[task][1],
+                "value": value,
+            }
+            for value, (task, shown) in enumerate(shots.items())
+        ]
+
+    six = rows(**LEADERBOARD_SHOTS)
+    assert leaderboard_average(six, LEADERBOARD_SHOTS) == 2.5
+    without_mmlu = [row for row in six if row["task"] != "mmlu"]
+    assert leaderboard_average([*without_mmlu, *rows(arc_challenge=0)], LEADERBOARD_SHOTS) is None
+    assert leaderboard_average([*without_mmlu, *rows(arc_challenge=25)], LEADERBOARD_SHOTS) is None
+    assert leaderboard_average(rows(**dict.fromkeys(LEADERBOARD, 0)), LEADERBOARD_SHOTS) is None
+    assert leaderboard_average([*six, *rows(mmlu=5)], LEADERBOARD_SHOTS) is None, "mmlu would count twice"
+    assert leaderboard_average([*six, *rows(arc_challenge=0)], LEADERBOARD_SHOTS) == 2.5, "another measurement"
+
+
 def test_answers_have_the_forms_that_the_judges_read(make, folder, adapted_checkpoint):
     sampling = {"temperature": 0.7, "max_new_tokens": 12}
     options = {
@@ -304,6 +327,12 @@ def test_a_task_without_its_data_is_refused(make, folder, no_model):
     ("alpaca_eval", '[{"instruction": "Why?"}, {"prompt": "Why?"}]', r"Row 2 of .* has no `instruction`"),
     ("arena_hard", '[{"question_id": "1f", "turns": []}]', r"\(benchmarks.arena_hard\) has no `uid`"),
     ("mt_bench", '[{"question_id": 1, "category": "math", "turns": "a"}]', r"\(benchmarks.mt_bench\) has `turns` that are not"),
+    ("mt_bench", '[{"question_id": 1, "category": ["x"], "turns": ["a"]}]', r"Row 1 of .* has a `category` that is not a text:"),
+    ("mt_bench", '[{"question_id": 1, "category": "math", "turns": ["a", " "]}]', r"Row 1 of .* has a blank text among its"),
+    ("mt_bench", '[{"question_id": [1], "category": "math", "turns": ["a"]}]', r"Row 1 of .* has a `question_id` that is not"),
+    ("mt_bench", json.dumps([*MT_BENCH, MT_BENCH[0]]), r"Row 3 of .* has the `question_id` 81 of an earlier row:"),
+    ("arena_hard", json.dumps(ARENA * 2), r"Row 2 of .* has the `uid` '1f' of an earlier row:"),
+    ("arena_hard", '[{"uid": "1f", "prompt": "\\n"}]', r"Row 1 of .* has a blank `prompt`:"),
 ])  # fmt: skip
 def test_a_wrong_question_file_is_refused(make, folder, no_model, setting, content, message):
     if content is not None:

@@ -81,3 +81,14 @@ def test_a_file_that_is_no_csv_is_refused(homes, tmp_path):
     assert result.exit_code == 2
     assert "is no .csv file" in result.stderr
     assert not (tmp_path / "figures.txt").exists()
+
+
+def test_a_file_that_exists_is_replaced_only_when_asked(homes, tmp_path):
+    file = tmp_path / "figures.csv"
+    file.write_text("mine")
+    result = compare(*homes, "--output", file)
+    assert result.exit_code == 2
+    assert "figures.csv exists: choose another --output, or replace it with --overwrite" in result.stderr
+    assert file.read_text() == "mine"
+    assert compare(*homes, "--output", file, "--overwrite").exit_code == 0
+    assert pl.read_csv(file).height == 3

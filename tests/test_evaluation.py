@@ -416,6 +416,10 @@ def better(answer):
     return json.dumps({"better": answer})
 
 
+def silent(message):
+    pass
+
+
 def honest(a, b):
     return better("tie" if ("good" in a) == ("good" in b) else "A" if "good" in a else "B")
 
@@ -463,6 +467,31 @@ def test_nonsense_is_counted_and_no_win(serve, tmp_path, nonsense):
     assert any("6 of 6 replies of judge (on a server) are no verdict" in message for message in said)
 
 
+def test_nonsense_is_asked_for_again_by_the_next_run(serve, tmp_path):
+    mixed, said = serve(lambda a, b: "Hm." if a.startswith("poor") else honest(a, b)), []
+    assert verdicts(asked(mixed, tmp_path), said.append) == [NO_VERDICT, NO_VERDICT, "tie"]
+    assert any("The next run asks for them again." in message for message in said)
+    mended = serve(honest)
+    compared = asked(mended, tmp_path).compare(ROWS, silent)
+    assert outcomes(compared.margins).to_list() == ["win", "loss", "tie"]
+    assert (compared.usage.reused, len(mended.bodies)) == (4, 2), "what was good is kept"
+    assert verdicts(asked(SimpleNamespace(url="http://127.0.0.1:1/v1"), tmp_path)) == ["win", "loss", "tie"]
+
+
+def test_nonsense_that_an_earlier_version_kept_is_asked_for_again(serve, tmp_path):
+    judge = asked(serve(honest), tmp_path)
+    judge.compare(ROWS, silent)
+    (shard,) = judge.shards.folder.glob("*.parquet")
+    good = pl.read_parquet(shard.path)
+    # The name decides which of two rows is read first.
+    good.with_columns(reply=pl.lit("Hm.")).write_parquet(judge.shards.folder.path + "/0.parquet")
+    assert verdicts(asked(SimpleNamespace(url="http://127.0.0.1:1/v1"), tmp_path)) == ["win", "loss", "tie"]
+    shard.unlink()
+    mended = serve(honest)
+    assert verdicts(asked(mended, tmp_path)) == ["win", "loss", "tie"]
+    assert len(mended.bodies) == 6
+
+
 def test_one_order_without_a_verdict_is_none(serve, tmp_path):
     server = serve(lambda a, b: "Hm." if a.startswith("poor") else honest(a, b))
     assert verdicts(asked(server, tmp_path)) == [NO_VERDICT, NO_VERDICT, "tie"]
@@ -482,6 +511,13 @@ def test_a_server_that_hangs_ends_the_step_with_the_settings_to_change(serve, tm
     server.seconds = 1.0
     with pytest.raises(RuntimeError, match=r"in 2 tries.*judge\.server\.attempts and judge\.server\.timeout_seconds"):
         asked(server, tmp_path, timeout_seconds=0.2, attempts=2).compare(ROWS[:1], lambda message: None)
+
+
+def test_a_server_that_is_down_for_long_ends_the_step_with_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("resources.progress.LOG_EVERY_SECONDS", 0)
+    gone = SimpleNamespace(url="http://127.0.0.1:1/v1")
+    with pytest.raises(RuntimeError, match=r"judge\.server\.attempts"):
+        asked(gone, tmp_path, attempts=1).compare(ROWS[:1], silent)
 
 
 @pytest.mark.parametrize("status", [400, 401, 404])
@@ -524,10 +560,19 @@ def test_the_shipped_template_shows_texts_as_they_are():
         assert text in shown
 
 
+SHOWN = "{{ prompt }} {{ answer_a }} {{ answer_b }}"
+
+
 @pytest.mark.parametrize(("text", "words"), [
     ("{{ prompt }} {{ answer_a }}", "uses answer_a, prompt: it must show answer_a, answer_b, prompt"),
     ("{{ prompt }} {{ answer_a }} {{ answer_b }} {{ gold }}", "uses answer_a, answer_b, gold, prompt"),
     ("{{ prompt", "cannot be used"), (None, "cannot be used"),
+    (f"{SHOWN}{{{{ prompt.x.y }}}}", "cannot be used: UndefinedError: "),
+    (f"{SHOWN}{{% include 'x' %}}", "cannot be used: TypeError: "),
+    (f"{SHOWN}{{{{ 1 / 0 }}}}", "cannot be used: ZeroDivisionError: division by zero"),
+    (f"{SHOWN}{{{{ prompt | shorten }}}}", "cannot be used: No filter named 'shorten'"),
+    (f"{{% if false %}}{SHOWN}{{% endif %}}", "names prompt, answer_a, answer_b but does not show"),
+    ("{{ prompt }} {{ answer_a }} {{ answer_b | wordcount }}", "names answer_b but does not show the text as it is."),
 ])  # fmt: skip
 def test_a_template_that_cannot_be_used_is_refused_before_the_run(tmp_path, text, words):
     if text is not None:
@@ -536,6 +581,15 @@ def test_a_template_that_cannot_be_used_is_refused_before_the_run(tmp_path, text
     stored = load_settings(write_settings(tmp_path / "mine.yaml", {"preset": "laptop", "judge": judge}))
     with pytest.raises(SettingsError, match=re.escape(words)):
         check_before_run(stored, tmp_path / "home")
+
+
+def test_a_template_may_lay_texts_out(tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text(
+        "{{ prompt | trim | upper }}{% for text in (answer_a, answer_b) %}{{ text | indent | tojson }}{% endfor %}"
+    )
+    template, _ = load_template(str(file))
+    assert template.render(prompt=" a ", answer_a="b", answer_b="c") == 'A"b""c"'
 
 
 def test_every_judge_says_whether_it_took_part_in_training(tmp_path):

@@ -226,11 +226,44 @@ def test_what_exists_is_replaced_only_when_asked(home, tmp_path, form, name):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_dataset_info_of_the_users_own_is_not_replaced(home, tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "dataset_info.json").write_text('{"mine": {}}')
-    assert export(home, "llama-factory", tmp_path / "data").exit_code == 2
-    assert [file.name for file in (tmp_path / "data").iterdir()] == ["dataset_info.json"]
+@pytest.mark.parametrize("arguments", [(), ("--overwrite",)])
+def test_other_entries_of_a_dataset_info_are_kept(home, tmp_path, arguments):
+    info = tmp_path / "data" / "dataset_info.json"
+    info.parent.mkdir()
+    info.write_text('{"mine": {"file_name": "mïne.json"}}', encoding="utf-8")
+    assert len(written(home, "llama-factory", info.parent, *arguments)) == 5
+    described = json.loads(info.read_text())
+    assert list(described) == ["mine", "synpo_preference_pairs"]
+    assert described["mine"] == {"file_name": "mïne.json"}
+
+
+def test_our_entry_of_a_dataset_info_is_replaced_only_when_asked(home, tmp_path):
+    info = tmp_path / "data" / "dataset_info.json"
+    info.parent.mkdir()
+    before = '{"synpo_preference_pairs": {"file_name": "elsewhere.jsonl"}, "mine": {}}'
+    info.write_text(before)
+    refused = export(home, "llama-factory", info.parent)
+    assert refused.exit_code == 2
+    assert "dataset_info.json exists and names synpo_preference_pairs: choose another --output" in refused.stderr
+    assert info.read_text() == before
+    assert [file.name for file in info.parent.iterdir()] == ["dataset_info.json"]
+    written(home, "llama-factory", info.parent, "--overwrite")
+    described = json.loads(info.read_text())
+    assert described["synpo_preference_pairs"]["file_name"] == "preference_pairs.jsonl"
+    assert described["mine"] == {}
+
+
+@pytest.mark.parametrize("content", [b'{"mine"', b'["mine"]', b"\xff"])
+@pytest.mark.parametrize("arguments", [(), ("--overwrite",)])
+def test_a_dataset_info_that_is_no_json_object_is_refused(home, tmp_path, content, arguments):
+    info = tmp_path / "data" / "dataset_info.json"
+    info.parent.mkdir()
+    info.write_bytes(content)
+    refused = export(home, "llama-factory", info.parent, *arguments)
+    assert refused.exit_code == 2
+    assert "dataset_info.json is no JSON object" in refused.stderr
+    assert info.read_bytes() == content
+    assert [file.name for file in info.parent.iterdir()] == ["dataset_info.json"]
 
 
 @pytest.mark.parametrize(("form", "name", "arguments", "words"), [
@@ -238,13 +271,36 @@ def test_a_dataset_info_of_the_users_own_is_not_replaced(home, tmp_path):
     ("llama-factory", "x.jsonl", (), "give --output a folder"),
     ("trl", "x.jsonl", ("--iterations", "1,7"), "Iteration 7 has no preference pairs; iterations that have: 1, 2."),
     ("trl", "x.jsonl", ("--iterations", "first"), "neither `all` nor numbers"),
+    ("trl", "x.jsonl", ("--iterations", "²"), "neither `all` nor numbers"),
+    ("trl", "x.jsonl", ("--iterations", "1,\u0661"), "neither `all` nor numbers"),
+    ("trl", "x.csv", (), "give --output a folder (one with a dot in its name must exist), a .jsonl file, or for trl a .parquet"),
+    ("openai", "home/settings.yaml/x.jsonl", ("--overwrite",), "x.jsonl cannot be written: "),
+    ("axolotl", "home/settings.yaml/x", (), "x cannot be written: "),
+    ("trl", "home/settings.yaml/folder/x.parquet", (), "x.parquet cannot be written: Not a directory."),
+    ("trl", "/proc/x/y.jsonl", (), "--output /proc/x/y.jsonl cannot be written: "),
+    ("trl", f"{'x' * 300}.jsonl", (), "cannot be written: File name too long."),
 ])  # fmt: skip
 def test_what_cannot_be_written_is_refused_in_a_sentence(home, tmp_path, form, name, arguments, words):
     result = export(home, form, tmp_path / name, *arguments)
     assert result.exit_code == 2
     assert words in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / name).exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--overwrite",)])
+def test_a_folder_in_the_place_of_a_file_is_refused(home, tmp_path, arguments):
+    (tmp_path / "x.jsonl").mkdir()
+    result = export(home, "trl", tmp_path / "x.jsonl", *arguments)
+    assert result.exit_code == 2
+    assert "x.jsonl is a folder: give --output a file" in result.stderr
+    assert not list((tmp_path / "x.jsonl").iterdir())
+
+
+def test_a_folder_with_a_dot_in_its_name_may_be_there(home, tmp_path):
+    (tmp_path / "pairs-1.2").mkdir()
+    assert export(home, "trl", tmp_path / "pairs-1.2").exit_code == 0
+    assert [file.name for file in (tmp_path / "pairs-1.2").iterdir()] == ["preference_pairs.jsonl"]
 
 
 def test_a_home_without_pairs_is_refused(tmp_path, nano_model):

@@ -188,6 +188,13 @@ def test_a_folder_of_somebody_else_is_not_replaced(publish, tmp_path):
     assert names(theirs) == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("below", [(), ("below",), ("below", "it")])
+def test_a_directory_that_cannot_be_made_is_said_in_a_sentence(publish, tmp_path, below):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FinalError, match=r"\(publishing.directory\) cannot be made: .*\. Choose another\."):
+        publish(published_dataset, directory=str(tmp_path.joinpath("file", *below)), dry_run=False)
+
+
 def test_a_copy_that_fails_leaves_what_was_there(publish, tmp_path, monkeypatch):
     import shutil
 

@@ -99,6 +99,16 @@ def test_nonsense_is_counted_and_left_out(serve, tmp_path, nonsense):
     assert any("3 of 3 replies of judge (on a server) are no label and are left out" in line for line in said)
 
 
+def test_nonsense_is_asked_for_again_by_the_next_run(serve, tmp_path):
+    labeler(serve(lambda prompt: "Hm." if "guitar" in prompt else labels("music")), tmp_path).label_prompts(
+        ASKED, silent
+    )
+    mended = serve(lambda prompt: labels("music"))
+    named, usage = labeler(mended, tmp_path).label_prompts(ASKED, silent)
+    assert named == [json.loads(labels("music"))] * 3
+    assert len(mended.bodies) == usage.readings - usage.reused == sum("guitar" in prompt for prompt in ASKED) > 0
+
+
 def test_finished_labels_are_read_again_even_while_the_server_is_down(serve, tmp_path):
     server = serve()
     server.faults = [None, None, (400, {}, "enough")]
@@ -107,7 +117,7 @@ def test_finished_labels_are_read_again_even_while_the_server_is_down(serve, tmp
     named, usage = labeler(server, tmp_path).label_prompts(ASKED, silent)
     assert (usage.reused, usage.readings) == (2, 3)
     gone = SimpleNamespace(url="http://127.0.0.1:1/v1")
-    assert labeler(gone, tmp_path).label_prompts(ASKED, silent)[0] == named
+    assert labeler(gone, tmp_path).label_prompts(ASKED[:2], silent)[0] == named[:2]
 
 
 LABEL = st.fixed_dictionaries({"topic": st.sampled_from("abc"), "intention": st.sampled_from("xy")})

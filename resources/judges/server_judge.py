@@ -15,7 +15,8 @@ from resources.scorer import BOTH_ORDERS, Comparison, readings
 from resources.settings import JudgeServer, SettingsError
 
 SHIPPED_TEMPLATE = Path(__file__).parent / "comparison.jinja"
-TEMPLATE_NAMES = {"prompt", "answer_a", "answer_b"}
+# No filter that only lays out a text, such as `upper` or `trim`, changes these.
+SAMPLE = {"prompt": "10-46-52", "answer_a": "81-28-73", "answer_b": "65-90-37"}
 CONVENTION = "share_of_both_orders"
 # What a verdict says of the answer that was shown first.
 POINTS = {"A": 1.0, "tie": 0.5, "B": 0.0}
@@ -85,22 +86,31 @@ def load_template(path: str | None) -> tuple[jinja2.Template, str]:
     """The template of the request and its text; the shipped one for None.
 
     Raises:
-        SettingsError: The file is missing or is no template, or does not show the prompt and both answers.
+        SettingsError: The file is missing or is no template, cannot be rendered, or does not show the prompt and both answers.
     """
     file = Path(path) if path else SHIPPED_TEMPLATE
     # The texts are for a model, not for a browser.
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+    cannot_be_used = f"The template {file} (judge.server.template) cannot be used"
     try:
         text = file.read_text(encoding="utf-8")
         names = jinja2.meta.find_undeclared_variables(environment.parse(text))
+        template = environment.from_string(text)
     except (OSError, UnicodeDecodeError, jinja2.TemplateSyntaxError) as error:
-        raise SettingsError(f"The template {file} (judge.server.template) cannot be used: {error}") from None
-    if names != TEMPLATE_NAMES:
+        raise SettingsError(f"{cannot_be_used}: {error}") from None
+    if names != set(SAMPLE):
         raise SettingsError(
             f"The template {file} (judge.server.template) uses {', '.join(sorted(names)) or 'no variables'}: it must show "
-            f"{', '.join(sorted(TEMPLATE_NAMES))}, and has nothing else to show."
+            f"{', '.join(sorted(SAMPLE))}, and has nothing else to show."
         )
-    return environment.from_string(text), text
+    try:
+        shown = template.render(SAMPLE)
+    # A template may compute anything.
+    except Exception as error:
+        raise SettingsError(f"{cannot_be_used}: {type(error).__name__}: {error}") from None
+    if hidden := [name for name, sample in SAMPLE.items() if sample not in shown]:
+        raise SettingsError(f"{cannot_be_used}: it names {', '.join(hidden)} but does not show the text as it is.")
+    return template, text
 
 
 def _over_both_orders(points: pl.Series, exchanged: pl.Series) -> pl.Series:

@@ -1,7 +1,7 @@
 """Questions to a model behind OpenAI's chat API, each answered by JSON of one form, and the replies kept in shards.
 
 Structured output asks for a reply of that form. A server may ignore that, and a model may write nonsense: such a reply is
-none, and is counted as that.
+none, is counted as that, and is not kept, so that the next run asks again.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ class StructuredChat(Generic[Form]):
 
         Args:
             questions: Texts by key.
-            log: Receives progress sentences, and what a reply said that is not of the form.
+            log: Receives progress sentences, and what a reply said that is not of the form: the next call asks for it again.
 
         Raises:
             FinalError: The server refuses the key or a request, or does not have the model.
@@ -100,19 +100,20 @@ class StructuredChat(Generic[Form]):
         """
         started = time.monotonic()
         keys = pl.Series("key", list(questions), dtype=pl.String)
-        finished = self.shards.finished(keys)
-        if missing := keys.filter(~keys.is_in(finished.implode())).to_list():
-            self._finish({key: questions[key] for key in missing}, log)
-        given = self.shards.rows(keys)
+        # Homes made by earlier versions hold nonsense too.
+        given = self.shards.rows(keys, self._without_nonsense)
+        reused = given.height
+        if missing := keys.filter(~keys.is_in(given["key"].implode())).to_list():
+            given.extend(self._finish({key: questions[key] for key in missing}, log))
         replies = {key: self._read(reply) for key, reply in given.select("key", "reply").rows()}
         if nonsense := [reply for key, reply in given.select("key", "reply").rows() if replies[key] is None]:
             log(
                 f"{len(nonsense)} of {given.height} replies of {self.label} are no {self._what} and are left out, such as "
-                f"{nonsense[0][:SHOWN_CHARACTERS]!r}."
+                f"{nonsense[0][:SHOWN_CHARACTERS]!r}. The next run asks for them again."
             )
         usage = ScoringUsage(
             readings=len(keys),
-            reused=len(finished),
+            reused=reused,
             tokens=int(given["tokens"].sum()),
             prompts_cut=0,
             answers_cut=0,
@@ -120,8 +121,9 @@ class StructuredChat(Generic[Form]):
         )
         return Replies(replies, usage)
 
-    def _finish(self, questions: Mapping[str, str], log: Callable[[str], None]) -> None:
-        """Asks for what is missing, and writes a shard as soon as it is full."""
+    def _finish(self, questions: Mapping[str, str], log: Callable[[str], None]) -> pl.DataFrame:
+        """Asks for what is missing, and writes replies of the form as soon as a shard is full; every reply."""
+        given = pl.DataFrame(schema=REPLY_COLUMNS)
         progress, waiting = Progress(len(questions), f"{self._what}s", log), list(questions.items())
         with contextlib.closing(Connection(self._server, log, "judge.server")) as connection:
 
@@ -135,7 +137,11 @@ class StructuredChat(Generic[Form]):
                 for batch in side_by_side(ask, asked, self._server.concurrency):
                     rows += batch
                     progress.add(len(batch), sum(row["tokens"] for row in batch))
-                self.shards.write(rows)
+                replies = pl.DataFrame(rows, schema=REPLY_COLUMNS)
+                if kept := self._without_nonsense(replies).to_dicts():
+                    self.shards.write(kept)
+                given.extend(replies)
+        return given
 
     def _request(self, text: str) -> dict[str, Any]:
         schema = {"name": self._what, "strict": True, "schema": self._form.model_json_schema()}
@@ -146,6 +152,11 @@ class StructuredChat(Generic[Form]):
             "max_tokens": LONGEST_REPLY,
             "response_format": {"type": "json_schema", "json_schema": schema},
         }
+
+    def _without_nonsense(self, replies: pl.DataFrame) -> pl.DataFrame:
+        return replies.filter(
+            pl.Series([self._read(reply) is not None for reply in replies["reply"]], dtype=pl.Boolean)
+        )
 
     def _read(self, reply: str) -> Form | None:
         try:

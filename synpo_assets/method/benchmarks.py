@@ -27,6 +27,8 @@ QUESTION_FIELDS = {
     "arena_hard": ("uid", "prompt"),
     "mt_bench": ("question_id", "category", "turns"),
 }
+# The field that tells questions apart, and by which a judge looks up the answer.
+QUESTION_IDS = {"arena_hard": "uid", "mt_bench": "question_id"}
 # https://github.com/lm-sys/FastChat/blob/main/fastchat/llm_judge/common.py: the temperature of a category, 0.7 of any other.
 MT_BENCH_TEMPERATURES = {
     "extraction": 0.0,
@@ -73,38 +75,54 @@ def score_rows(task: str, shots: int, found: Mapping[str, Any]) -> list[Row]:
     return [row for row in rows if row["task"] == task] or rows
 
 
-def leaderboard_average(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """The mean over the six tasks of the Open LLM leaderboard; None unless all six are there.
+def leaderboard_average(rows: Iterable[Mapping[str, Any]], shots: Mapping[str, int]) -> float | None:
+    """The mean over the six tasks of the Open LLM leaderboard; None unless each is there once with its number of shots.
+
+    Args:
+        rows: What `score_rows` made of all tasks; those of other tasks, or with other shots, do not count.
+        shots: The examples that the leaderboard shows, by task.
 
     Examples:
-        >>> rows = [{"task": task, "metric": metric, "filter": chosen, "value": 0.5}
+        >>> rows = [{"task": task, "shots": 5, "metric": metric, "filter": chosen, "value": 0.5}
         ...         for task, (metric, chosen) in LEADERBOARD.items()]
-        >>> leaderboard_average(rows), leaderboard_average(rows[1:])
+        >>> shots = dict.fromkeys(LEADERBOARD, 5)
+        >>> leaderboard_average(rows, shots), leaderboard_average([*rows[1:], rows[1]], shots)
         (0.5, None)
     """
-    values = [row["value"] for row in rows if LEADERBOARD.get(row["task"]) == (row["metric"], row["filter"])]
-    return sum(values) / len(values) if len(values) == len(LEADERBOARD) else None
+    values = [
+        (row["task"], row["value"])
+        for row in rows
+        if LEADERBOARD.get(row["task"]) == (row["metric"], row["filter"]) and row["shots"] == shots[row["task"]]
+    ]
+    if sorted(task for task, _ in values) != sorted(LEADERBOARD):
+        return None
+    return sum(value for _, value in values) / len(values)
 
 
-def question_problem(benchmark: str, row: object) -> str | None:
+def question_problem(benchmark: str, row: object, earlier: Iterable[Mapping[str, Any]] = ()) -> str | None:
     """What is wrong with a row of a question file, to follow the words `row 3`; None if nothing is.
+
+    Args:
+        benchmark: The benchmark.
+        row: The row.
+        earlier: The rows before it, in which nothing is wrong.
 
     Examples:
         >>> question_problem("alpaca_eval", {"prompt": "Why?"})
         'has no `instruction`'
         >>> question_problem("mt_bench", {"question_id": 81, "category": "math", "turns": "Why?"})
         'has `turns` that are not a list of texts'
+        >>> question_problem("arena_hard", {"uid": "1f", "prompt": "Why?"}, [{"uid": "1f", "prompt": "How?"}])
+        "has the `uid` '1f' of an earlier row"
     """
     if not isinstance(row, dict):
         return "is not a JSON object"
     for field in QUESTION_FIELDS[benchmark]:
-        value = row.get(field)
-        if value in (None, "", []):
-            return f"has no `{field}`"
-        if field == "turns" and not (isinstance(value, list) and all(isinstance(turn, str) for turn in value)):
-            return "has `turns` that are not a list of texts"
-        if field in ("instruction", "prompt") and not isinstance(value, str):
-            return f"has a `{field}` that is not a text"
+        if problem := _field_problem(field, row.get(field)):
+            return problem
+    name = QUESTION_IDS.get(benchmark)
+    if name and any(row[name] == other[name] for other in earlier):
+        return f"has the `{name}` {row[name]!r} of an earlier row"
     return None
 
 
@@ -220,3 +238,17 @@ def mt_bench_row(question: Mapping[str, Any], answers: Sequence[str], model: str
         "choices": [{"index": 0, "turns": list(answers)}],
         "tstamp": seconds,
     }
+
+
+def _field_problem(field: str, value: object) -> str | None:
+    if value in (None, "", []):
+        return f"has no `{field}`"
+    if field == "turns":
+        if not (isinstance(value, list) and all(isinstance(turn, str) for turn in value)):
+            return "has `turns` that are not a list of texts"
+        return None if all(turn.strip() for turn in value) else "has a blank text among its `turns`"
+    if field in QUESTION_IDS.values() and type(value) is int:
+        return None
+    if not isinstance(value, str):
+        return f"has a `{field}` that is not a text"
+    return None if value.strip() else f"has a blank `{field}`"
