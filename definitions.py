@@ -6,18 +6,20 @@ from typing import Any
 
 import dagster as dg
 
-from resources.benchmarks import EvaluationHarness
-from resources.checkpoint_store import CheckpointStore
-from resources.embeddings import SentenceEmbedder
-from resources.language_model import LanguageModel
-from resources.likelihood import AnswerLikelihood
-from resources.processes import end_with_parent
-from resources.scorer import RewardScorer
-from resources.settings import active_settings, home_directory
-from resources.tables import ParquetTables
-from resources.trainer import Trainer
-from synpo_assets import automation, checks, stages
-from synpo_assets.terminal import terminal_logger
+from resources.common.processes import end_with_parent
+from resources.generation.language_model import LanguageModel
+from resources.models.embeddings import SentenceEmbedder
+from resources.models.evaluation_harness import EvaluationHarness
+from resources.models.likelihood import AnswerLikelihood
+from resources.scoring.scorer import RewardScorer
+from resources.settings.settings import active_settings, home_directory
+from resources.storage.checkpoint_store import CheckpointStore
+from resources.storage.tables import ParquetTables
+from resources.training.trainer import Trainer
+from synpo_assets import algorithm as stages
+from synpo_assets.cli import automation
+from synpo_assets.cli.terminal import terminal_logger
+from synpo_assets.graph import checks
 
 # Progress bars fill the logs of the UI; assets log count, rate and time left instead.
 os.environ["TQDM_DISABLE"] = "1"

@@ -45,7 +45,7 @@ def nano_model(nano_embedding_model: Path) -> Path:
 
 @pytest.fixture
 def nano_checkpoint(nano_model: Path):
-    from resources.checkpoint_store import Checkpoint
+    from resources.storage.checkpoint_store import Checkpoint
 
     return Checkpoint("initial_policy", None, "nano", str(nano_model), str(nano_model))
 
@@ -57,7 +57,7 @@ def adapted_checkpoint(nano_model: Path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from resources.checkpoint_store import CheckpointStore
+    from resources.storage.checkpoint_store import CheckpointStore
 
     store = CheckpointStore(str(WORK / "adapted"))
 

@@ -10,8 +10,8 @@ from typing import Any
 import polars as pl
 import yaml
 
-from resources.chat import answer_ids, load_tokenizer, prompt_ids
-from resources.settings import PRESETS
+from resources.models.chat import answer_ids, load_tokenizer, prompt_ids
+from resources.settings.settings import PRESETS
 from synpo_assets.method.templates import generator_instruction, generator_target, user_message
 
 SEED = PRESETS.parent / "seed"

@@ -6,17 +6,17 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.chat import load_tokenizer
-from resources.checkpoint_store import CheckpointStore
-from resources.settings import Engine, Settings, TrainingProcesses, load_settings
-from resources.tables import ParquetTables
-from resources.trainer import Trainer
-from synpo_assets.estimate import expected_work
-from synpo_assets.history import metadata_of
+from resources.models.chat import load_tokenizer
+from resources.settings.settings import Engine, Settings, TrainingProcesses, load_settings
+from resources.storage.checkpoint_store import CheckpointStore
+from resources.storage.tables import ParquetTables
+from resources.training.trainer import Trainer
+from synpo_assets.cli.estimate import expected_work
+from synpo_assets.graph.history import metadata_of
+from synpo_assets.graph.partitions import ITERATIONS
+from synpo_assets.graph.presentation import table_output
 from synpo_assets.method.keywords import Keywords, training_keywords
-from synpo_assets.partitions import ITERATIONS
-from synpo_assets.presentation import table_output
-from synpo_assets.training import model_checkpoint
+from synpo_assets.stages.optimization import model_checkpoint
 from tests.nano import nano_settings, seed_rows, write_settings
 from tests.test_loop import pairs
 from tests.test_training import SIMPO, mean_log_probability
@@ -35,7 +35,7 @@ def train_second(tmp_path, nano_model):
     """Makes M_2 of two pairs of iteration 1 and three of iteration 2; returns its metadata, its manifest and its rows."""
 
     def train_second(settings: Settings):
-        from resources.model_source import fetch_initial_policy
+        from resources.models.model_source import fetch_initial_policy
 
         store = CheckpointStore(str(tmp_path / "checkpoints"))
         trained_on = []

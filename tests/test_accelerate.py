@@ -15,10 +15,10 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from resources.checkpoint_store import Checkpoint
-from resources.settings import Engine, Lora, PreferenceTraining, Training, TrainingProcesses
-from resources.trainer import Trainer, TrainingError
+from resources.settings.settings import Engine, Lora, PreferenceTraining, Training, TrainingProcesses
+from resources.storage.checkpoint_store import Checkpoint
 from resources.training.processes import refuse_pieces
+from resources.training.trainer import Trainer, TrainingError
 from tests.nano import seed_rows
 
 ROWS = seed_rows()[:32]
@@ -303,7 +303,7 @@ def test_adapters_on_4_bit_weights_are_merged_into_the_start_weights(tmp_path, n
 TRAIN_IN_PROCESSES = """
 import sys
 from pathlib import Path
-from resources.checkpoint_store import Checkpoint
+from resources.storage.checkpoint_store import Checkpoint
 from tests import test_accelerate as tests
 
 states, directory, model, train, processes = sys.argv[1:]

@@ -6,14 +6,14 @@ import sys
 import dagster as dg
 import pytest
 
-from synpo_assets.history import metadata_of
+from synpo_assets.graph.history import metadata_of
 
 MEBIBYTES = 400
 GRABBED = f"grabbed = bytearray({MEBIBYTES} * 2**20); grabbed[::4096] = bytes(len(grabbed[::4096])); del grabbed"
 # A program inherits the record of the one that starts it, here of pytest; a forked process does not.
 START = """
 import os, subprocess, sys
-from resources.device import peak_memory
+from resources.models.device import peak_memory
 if os.fork():
     os.wait()
     sys.exit()

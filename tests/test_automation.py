@@ -3,11 +3,11 @@
 import dagster as dg
 import pytest
 
-from resources.settings import active_settings
-from synpo_assets.automation import next_iteration, reason_to_wait
-from synpo_assets.missing import asset_names
-from synpo_assets.partitions import ITERATIONS
-from synpo_assets.runs import asset_graph
+from resources.settings.settings import active_settings
+from synpo_assets.cli.automation import next_iteration, reason_to_wait
+from synpo_assets.cli.runs import asset_graph
+from synpo_assets.graph.missing import asset_names
+from synpo_assets.graph.partitions import ITERATIONS
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.benchmarks import EvaluationHarness
-from resources.checkpoint_store import Checkpoint, CheckpointStore
-from resources.errors import FinalError
-from resources.language_model import LanguageModel
-from resources.settings import Engine, Sampling, SettingsError, load_settings
-from resources.tables import ParquetTables
-from synpo_assets.benchmarks import LEADERBOARD_SHOTS, answer_samplings, benchmark_answers, benchmark_scores
+from resources.common.errors import FinalError
+from resources.generation.language_model import LanguageModel
+from resources.models.evaluation_harness import EvaluationHarness
+from resources.settings.settings import Engine, Sampling, SettingsError, load_settings
+from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
+from resources.storage.tables import ParquetTables
+from synpo_assets.evaluation.benchmarks import LEADERBOARD_SHOTS, answer_samplings, benchmark_answers, benchmark_scores
 from synpo_assets.method.benchmarks import LEADERBOARD, conversation, leaderboard_average
 from tests.nano import nano_settings, write_settings
 

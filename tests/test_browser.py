@@ -11,7 +11,7 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.tables import table_metadata
+from resources.storage.tables import table_metadata
 from tests.ui import running_ui, wait_for
 
 pytestmark = pytest.mark.slow

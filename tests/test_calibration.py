@@ -2,10 +2,10 @@
 
 import pytest
 
-from resources.settings import SettingsError, load_settings
-from synpo_assets.calibration import calibrate, known_calibration
-from synpo_assets.estimate import Rate, Work, seconds
-from synpo_assets.preflight import known_rates, print_check, seed_table
+from resources.settings.settings import SettingsError, load_settings
+from synpo_assets.cli.calibration import calibrate, known_calibration
+from synpo_assets.cli.estimate import Rate, Work, seconds
+from synpo_assets.cli.preflight import known_rates, print_check, seed_table
 from tests.nano import nano_settings, write_settings
 
 

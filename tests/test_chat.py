@@ -2,7 +2,7 @@
 
 import pytest
 
-from resources.chat import ChatTemplateError, answer_ids, end_of_turn_id, load_tokenizer, prompt_ids, prompt_text
+from resources.models.chat import ChatTemplateError, answer_ids, end_of_turn_id, load_tokenizer, prompt_ids, prompt_text
 from tests.nano import nano_tokenizer
 
 HELLO = [{"role": "user", "content": "hello"}]

@@ -4,12 +4,12 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.checkpoint_store import CheckpointStore
-from resources.settings import active_settings
-from resources.tables import ParquetTables
-from synpo_assets import checks
-from synpo_assets.checks import failed_checks
-from synpo_assets.partitions import ITERATIONS
+from resources.settings.settings import active_settings
+from resources.storage.checkpoint_store import CheckpointStore
+from resources.storage.tables import ParquetTables
+from synpo_assets.graph import checks
+from synpo_assets.graph.checks import failed_checks
+from synpo_assets.graph.partitions import ITERATIONS
 from tests.test_loop import pairs
 
 

@@ -13,16 +13,16 @@ import yaml
 from dagster._core.storage.dagster_run import DagsterRun
 from upath import UPath
 
-from resources.checkpoint_store import Checkpoint, CheckpointStore
-from resources.judges.choice import server_judge, topic_labeler
-from resources.language_model import LanguageModel
-from resources.scorer import RewardScorer
-from resources.settings import Sampling, SettingsError, load_settings
-from resources.tables import ParquetTables
-from synpo_assets import clean
-from synpo_assets.clean import leftovers, refuse_while_at_work, remove
+from resources.generation.language_model import LanguageModel
+from resources.judging.judge_choice import server_judge, topic_labeler
+from resources.scoring.scorer import RewardScorer
+from resources.settings.settings import Sampling, SettingsError, load_settings
+from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
+from resources.storage.tables import ParquetTables
+from synpo_assets.cli import clean
+from synpo_assets.cli.clean import leftovers, refuse_while_at_work, remove
+from synpo_assets.cli.runs import FOREGROUND_TAG, locked
 from synpo_assets.method.templates import user_message
-from synpo_assets.runs import FOREGROUND_TAG, locked
 from tests.conftest import synpo
 from tests.nano import write_settings
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from synpo_assets.cli import app
+from synpo_assets.cli.commands import app
 from tests.nano import SEED, nano_settings, write_settings
 
 
@@ -94,8 +94,8 @@ def test_a_model_that_is_not_on_the_hub(tmp_path, nano_model):
 
 
 def test_no_disk_space(tmp_path, nano_model, monkeypatch):
-    from resources.settings import SettingsError, load_settings
-    from synpo_assets import preflight
+    from resources.settings.settings import SettingsError, load_settings
+    from synpo_assets.cli import preflight
 
     settings = load_settings(write_settings(tmp_path / "mine.yaml", nano_settings(nano_model)))
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1000))
@@ -176,8 +176,8 @@ def test_a_home_that_is_a_file(tmp_path, nano_model):
 
 
 def test_two_runs_of_one_home_are_refused(tmp_path):
-    from resources.settings import SettingsError
-    from synpo_assets.runs import locked
+    from resources.settings.settings import SettingsError
+    from synpo_assets.cli.runs import locked
 
     with locked(tmp_path), pytest.raises(SettingsError, match="Another `synpo run` is at work"), locked(tmp_path):
         pass

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from resources.settings import load_settings
-from synpo_assets.cli import app
-from synpo_assets.compare import differing_settings
+from resources.settings.settings import load_settings
+from synpo_assets.cli.commands import app
+from synpo_assets.reports.compare import differing_settings
 from tests.nano import nano_settings, write_settings
 from tests.test_report import make_iteration
 

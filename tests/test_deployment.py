@@ -8,7 +8,7 @@ import dagster as dg
 import pytest
 import yaml
 
-from resources.settings import PRESETS, Engine, load_settings
+from resources.settings.settings import PRESETS, Engine, load_settings
 
 DEPLOYMENT = PRESETS.parent / "deployment"
 DOCUMENTS = list(yaml.safe_load_all((DEPLOYMENT / "kubernetes.yaml").read_text()))

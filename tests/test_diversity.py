@@ -12,23 +12,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resources.checkpoint_store import Checkpoint, CheckpointStore
-from resources.embeddings import SentenceEmbedder
-from resources.errors import FinalError
-from resources.files import file_sha256
-from resources.language_model import LanguageModel
-from resources.model_source import ModelSourceError, fetch_embedding_model
-from resources.scorer import RewardScorer
-from resources.settings import EmbeddingModel, Engine, Sampling, SettingsError, active_settings
-from resources.tables import ParquetTables
-from synpo_assets.diversity import prompt_diversity, self_instruct_prompts
+from resources.common.errors import FinalError
+from resources.generation.language_model import LanguageModel
+from resources.models.embeddings import SentenceEmbedder
+from resources.models.model_source import ModelSourceError, fetch_embedding_model
+from resources.scoring.scorer import RewardScorer
+from resources.settings.settings import EmbeddingModel, Engine, Sampling, SettingsError, active_settings
+from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
+from resources.storage.files import file_sha256
+from resources.storage.tables import ParquetTables
+from synpo_assets.cli.preflight import check_before_run, seed_table, shown_seed_prompts
+from synpo_assets.evaluation.diversity import prompt_diversity, self_instruct_prompts
+from synpo_assets.graph.partitions import ITERATIONS
+from synpo_assets.graph.schemas import PromptDiversity, SelfInstructPrompts, check
 from synpo_assets.method.diversity import cluster, coverage, density, equal_samples, mean_similarities, measure
 from synpo_assets.method.prompts import words_of
 from synpo_assets.method.self_instruct import NewTasks, draw_examples
 from synpo_assets.method.templates import self_instruct_instruction
-from synpo_assets.partitions import ITERATIONS
-from synpo_assets.preflight import check_before_run, seed_table, shown_seed_prompts
-from synpo_assets.schemas import PromptDiversity, SelfInstructPrompts, check
 from tests.nano import seed_rows
 
 PROMPTS = [row["prompt"] for row in seed_rows()[:24]]

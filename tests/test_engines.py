@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from resources.checkpoint_store import open_checkpoint
-from resources.engines.adapters import adapter_of
-from resources.engines.choice import engine_fingerprint, open_engine
-from resources.engines.completions import completion
-from resources.engines.interface import Requests
-from resources.engines.transformers_engine import TransformersEngine
-from resources.engines.vllm_engine import VllmEngine, device_groups
-from resources.engines.vllm_process import refuse_arguments
-from resources.errors import FinalError
-from resources.settings import Engine, Sampling, SettingsError, load_settings
+from resources.common.errors import FinalError
+from resources.generation.adapters import adapter_of
+from resources.generation.completions import completion
+from resources.generation.engine import Requests
+from resources.generation.engine_choice import engine_fingerprint, open_engine
+from resources.generation.transformers_engine import TransformersEngine
+from resources.generation.vllm_engine import VllmEngine, device_groups
+from resources.generation.vllm_process import refuse_arguments
+from resources.settings.settings import Engine, Sampling, SettingsError, load_settings
+from resources.storage.checkpoint_store import open_checkpoint
 from tests.nano import nano_settings, nano_tokenizer, prompt_table, write_settings
 from tests.test_generation import model
 

@@ -13,17 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resources.checkpoint_store import Checkpoint, CheckpointStore
-from resources.errors import FinalError
-from resources.judges.choice import judge_scorer, open_judges
-from resources.judges.server_judge import ServerJudge, load_template
-from resources.language_model import Usage
-from resources.scorer import Comparison, RewardScorer, ScoringUsage
-from resources.settings import JudgeServer, SettingsError, active_settings, load_settings, preset_path
-from resources.tables import ParquetTables
+from resources.common.errors import FinalError
+from resources.generation.language_model import Usage
+from resources.judging.judge_choice import judge_scorer, open_judges
+from resources.judging.server_judge import ServerJudge, load_template
+from resources.scoring.scorer import Comparison, RewardScorer, ScoringUsage
+from resources.settings.settings import JudgeServer, SettingsError, active_settings, load_settings, preset_path
+from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
+from resources.storage.tables import ParquetTables
 from resources.training.job import TrainingSummary
-from synpo_assets.evaluation import OPPONENTS, evaluation, judge_model
-from synpo_assets.improver import seed_responses
+from synpo_assets.cli.preflight import check_before_run, seed_table
+from synpo_assets.evaluation.win_rates import OPPONENTS, evaluation, judge_model
+from synpo_assets.graph.partitions import ITERATIONS
+from synpo_assets.graph.schemas import Evaluation, check
 from synpo_assets.method.evaluation import (
     NO_VERDICT,
     bootstrap_interval,
@@ -32,11 +34,9 @@ from synpo_assets.method.evaluation import (
     win_rate,
     win_rates,
 )
-from synpo_assets.partitions import ITERATIONS
-from synpo_assets.preferences import reward_model
-from synpo_assets.preflight import check_before_run, seed_table
-from synpo_assets.prompts import prompt_generator
-from synpo_assets.schemas import Evaluation, check
+from synpo_assets.stages.improver import seed_responses
+from synpo_assets.stages.preferences import reward_model
+from synpo_assets.stages.prompts import prompt_generator
 from tests.nano import write_settings
 from tests.test_server_engine import FaultyServer
 
@@ -346,7 +346,7 @@ MODELS = [stand_in("initial_policy", "M_0"), stand_in("policy", "M_1", ITERATION
 def materialize(assets, tmp_path, monkeypatch, judge=None):
     """Runs real assets of iteration 2 on models that stand in; returns what they showed to these, and the result."""
     seen = Recorder(tmp_path / "shards")
-    for module in ("synpo_assets.evaluation", "resources.judges.choice"):
+    for module in ("synpo_assets.evaluation.win_rates", "resources.judging.judge_choice"):
         monkeypatch.setattr(f"{module}.judge_scorer", lambda judge, scorer: scorer)
     shared = active_settings()
     resources = {
@@ -514,7 +514,7 @@ def test_a_server_that_hangs_ends_the_step_with_the_settings_to_change(serve, tm
 
 
 def test_a_server_that_is_down_for_long_ends_the_step_with_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr("resources.progress.LOG_EVERY_SECONDS", 0)
+    monkeypatch.setattr("resources.common.progress.LOG_EVERY_SECONDS", 0)
     gone = SimpleNamespace(url="http://127.0.0.1:1/v1")
     with pytest.raises(RuntimeError, match=r"judge\.server\.attempts"):
         asked(gone, tmp_path, attempts=1).compare(ROWS[:1], silent)

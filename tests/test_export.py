@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from typer.testing import CliRunner
 
-from resources.chat import load_tokenizer
-from resources.tables import ParquetTables
-from synpo_assets.cli import app
-from synpo_assets.method.export import CONVERSIONS, openai_row
-from synpo_assets.schemas import PreferencePairs
+from resources.models.chat import load_tokenizer
+from resources.storage.tables import ParquetTables
+from synpo_assets.cli.commands import app
+from synpo_assets.graph.schemas import PreferencePairs
+from synpo_assets.publishing.forms import CONVERSIONS, openai_row
 from tests.nano import nano_settings, write_settings
 
 TEXT = 'Ünïcode, "quotes",\nlines \u2028 and \u202e marks'
@@ -311,7 +311,7 @@ def test_a_home_without_pairs_is_refused(tmp_path, nano_model):
 
 
 def test_a_write_that_fails_leaves_nothing(home, tmp_path, monkeypatch):
-    from synpo_assets import export as module
+    from synpo_assets.publishing import export as module
 
     def fails(row):
         raise RuntimeError("disk full")

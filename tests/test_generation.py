@@ -13,11 +13,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-import resources.shards
-from resources.engines.transformers_engine import RowSampler
-from resources.errors import FinalError
-from resources.language_model import LanguageModel
-from resources.settings import Engine, Sampling
+import resources.storage.shards
+from resources.common.errors import FinalError
+from resources.generation.language_model import LanguageModel
+from resources.generation.transformers_engine import RowSampler
+from resources.settings.settings import Engine, Sampling
 
 PROMPTS = [(f"prompt-{n}", [{"role": "user", "content": f"Tell me about topic {n} " + "please " * (n % 5)}])
            for n in range(24)]  # fmt: skip
@@ -117,7 +117,7 @@ def test_a_full_disk_is_said_and_keeps_what_is_finished(tmp_path, nano_checkpoin
     def full(path, content):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(resources.shards, "write_atomically", full)
+    monkeypatch.setattr(resources.storage.shards, "write_atomically", full)
     with pytest.raises(FinalError, match=r"The disk with .* is full.*`synpo clean`"):
         model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
     monkeypatch.undo()
@@ -148,8 +148,8 @@ KILLED = """
 import sys, time
 sys.path.insert(0, {root!r})
 from tests.test_generation import PROMPTS, SAMPLING, model
-from resources.checkpoint_store import Checkpoint
-from resources.engines.transformers_engine import TransformersEngine
+from resources.storage.checkpoint_store import Checkpoint
+from resources.generation.transformers_engine import TransformersEngine
 
 complete = TransformersEngine._complete
 def slowly(self, *arguments):

@@ -8,9 +8,9 @@ import time
 import polars as pl
 import pytest
 
-from resources.checkpoint_store import Checkpoint
-from resources.engines.transformers_engine import TransformersEngine
-from resources.settings import Sampling
+from resources.generation.transformers_engine import TransformersEngine
+from resources.settings.settings import Sampling
+from resources.storage.checkpoint_store import Checkpoint
 from tests.test_generation import model, silent
 
 pytestmark = pytest.mark.slow

@@ -8,18 +8,18 @@ import dagster as dg
 import pytest
 from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationPlanned
 
-from resources.checkpoint_store import Checkpoint, CheckpointError, CheckpointStore
-from resources.settings import Gate, active_settings
-from resources.tables import ParquetTables
-from synpo_assets import loop
-from synpo_assets.history import data_version_of, metadata_of
-from synpo_assets.loop import experiment_of, policy, preference_history, report_history
-from synpo_assets.missing import asset_names
-from synpo_assets.partitions import ITERATIONS
-from synpo_assets.presentation import checkpoint_output, made_by, table_version
-from synpo_assets.promotion import promotion
-from synpo_assets.runs import asset_graph
-from synpo_assets.schemas import PreferencePairs
+from resources.settings.settings import Gate, active_settings
+from resources.storage.checkpoint_store import Checkpoint, CheckpointError, CheckpointStore
+from resources.storage.tables import ParquetTables
+from synpo_assets.cli.runs import asset_graph
+from synpo_assets.evaluation.promotion import promotion
+from synpo_assets.graph.history import data_version_of, metadata_of
+from synpo_assets.graph.missing import asset_names
+from synpo_assets.graph.partitions import ITERATIONS
+from synpo_assets.graph.presentation import checkpoint_output, made_by, table_version
+from synpo_assets.graph.schemas import PreferencePairs
+from synpo_assets.stages import loop
+from synpo_assets.stages.loop import experiment_of, policy, preference_history, report_history
 from tests.test_stores import write_weights
 
 
@@ -386,7 +386,7 @@ def test_history_refuses_a_gap(instance, stores):
 
 def test_a_prompt_may_come_back_in_a_later_iteration(instance, stores):
     """Ids of prompts are unique within an iteration, not over all of them."""
-    from synpo_assets.schemas import PreferenceHistory, check
+    from synpo_assets.graph.schemas import PreferenceHistory, check
 
     first, second = pairs(1, 2), pairs(2, 2)
     second = second.with_columns(prompt_id=first["prompt_id"])

@@ -5,11 +5,11 @@ import json
 import polars as pl
 import pytest
 
-from resources.likelihood import AnswerLikelihood
-from resources.settings import Engine, SettingsError, load_settings
-from synpo_assets.measurements import refuse_answers_of_another
+from resources.models.likelihood import AnswerLikelihood
+from resources.settings.settings import Engine, SettingsError, load_settings
+from synpo_assets.cli.preflight import seed_table, verifiable_table
+from synpo_assets.evaluation.gold_comparison import refuse_answers_of_another
 from synpo_assets.method.verifiable import RULES, followed_figures, meets, rates_by_rule
-from synpo_assets.preflight import seed_table, verifiable_table
 from tests.nano import write_settings
 from tests.test_pipeline import home, instance, metadata, table  # noqa: F401
 
@@ -141,7 +141,7 @@ def test_the_likelihood_is_what_transformers_calls_the_loss(nano_checkpoint):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from resources.chat import answer_ids, load_tokenizer, prompt_ids
+    from resources.models.chat import answer_ids, load_tokenizer, prompt_ids
 
     rows = [
         ("Why?", "Because it is so."),

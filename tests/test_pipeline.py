@@ -9,7 +9,7 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from synpo_assets import schemas
+from synpo_assets.graph import schemas
 from tests.conftest import synpo
 from tests.nano import nano_settings, write_settings
 
@@ -205,7 +205,7 @@ def test_checkpoints_show_their_training(instance):
 
 
 def test_content_versions_are_recorded(home, instance):
-    from synpo_assets.presentation import table_version
+    from synpo_assets.graph.presentation import table_version
 
     tags = metadata(instance, "preference_pairs", "0001")["tags"]
     assert tags["dagster/data_version"] == table_version(table(home, "preference_pairs", 1))

@@ -3,11 +3,11 @@
 import polars as pl
 import pytest
 
-from resources.model_source import fetch_initial_policy, fetch_reward_model
-from resources.settings import InitialPolicy, Scorer, SettingsError, load_settings, preset_path
+from resources.models.model_source import fetch_initial_policy, fetch_reward_model
+from resources.settings.settings import InitialPolicy, Scorer, SettingsError, load_settings, preset_path
 from resources.training.job import TrainingError
-from synpo_assets.estimate import Work, expected_work, parameter_count, rates_on_cpu, seconds
-from synpo_assets.preflight import check_before_run, check_disk, disk_needed, print_check, seed_table
+from synpo_assets.cli.estimate import Work, expected_work, parameter_count, rates_on_cpu, seconds
+from synpo_assets.cli.preflight import check_before_run, check_disk, disk_needed, print_check, seed_table
 from tests.nano import nano_settings, seed_rows, write_settings
 
 CHATS = [

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from resources import processes
+from resources.common import processes
 
 
 def deaf_step(ready, listens):

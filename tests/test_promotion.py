@@ -8,17 +8,17 @@ import dagster as dg
 import pytest
 import yaml
 
-from resources.checkpoint_store import CheckpointError, CheckpointStore
-from resources.errors import FinalError
-from resources.settings import GateMetric, load_settings
-from resources.tables import ParquetTables
-from synpo_assets.evaluation import evaluation
-from synpo_assets.history import data_version_of, input_version_of, metadata_of
-from synpo_assets.loop import promotion_refusal
-from synpo_assets.missing import asset_names, missing_assets, outdated_assets
-from synpo_assets.promotion import gate_figures, promotion
-from synpo_assets.runs import asset_graph
-from synpo_assets.schemas import Promotion, check
+from resources.common.errors import FinalError
+from resources.settings.settings import GateMetric, load_settings
+from resources.storage.checkpoint_store import CheckpointError, CheckpointStore
+from resources.storage.tables import ParquetTables
+from synpo_assets.cli.runs import asset_graph
+from synpo_assets.evaluation.promotion import gate_figures, promotion
+from synpo_assets.evaluation.win_rates import evaluation
+from synpo_assets.graph.history import data_version_of, input_version_of, metadata_of
+from synpo_assets.graph.missing import asset_names, missing_assets, outdated_assets
+from synpo_assets.graph.schemas import Promotion, check
+from synpo_assets.stages.loop import promotion_refusal
 from tests.conftest import synpo
 from tests.nano import write_settings
 from tests.test_loop import enter, evaluation_asset, gated, make, model_checkpoint_asset, run

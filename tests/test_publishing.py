@@ -7,15 +7,15 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.checkpoint_store import CheckpointStore
-from resources.errors import FinalError
-from resources.settings import Settings, SettingsError, load_settings
-from resources.tables import ParquetTables
-from synpo_assets.automation import next_iteration
-from synpo_assets.method.cards import TAGS
-from synpo_assets.missing import asset_names, missing_assets
-from synpo_assets.partitions import ALL_ASSETS_JOB
-from synpo_assets.publishing import published_dataset, published_model
+from resources.common.errors import FinalError
+from resources.settings.settings import Settings, SettingsError, load_settings
+from resources.storage.checkpoint_store import CheckpointStore
+from resources.storage.tables import ParquetTables
+from synpo_assets.cli.automation import next_iteration
+from synpo_assets.graph.missing import asset_names, missing_assets
+from synpo_assets.graph.partitions import ALL_ASSETS_JOB
+from synpo_assets.publishing.cards import TAGS
+from synpo_assets.publishing.published import published_dataset, published_model
 from tests.nano import nano_settings, write_settings
 from tests.test_report import make_iteration
 
@@ -112,8 +112,8 @@ def test_the_card_of_the_pairs_says_how_they_were_made(publish):
 
 
 def test_the_card_of_the_pairs_names_each_judge_of_the_held_out_figures(publish, home, instance):
-    from synpo_assets.method.report import judge_labels
-    from synpo_assets.report import read_iteration
+    from synpo_assets.reports.boosting_report import read_iteration
+    from synpo_assets.reports.rows import judge_labels
 
     iterations = [read_iteration(instance, ParquetTables(str(home / "tables")), key) for key in ("0001", "0002")]
     card = publish(published_dataset)["card"]
@@ -198,7 +198,7 @@ def test_a_directory_that_cannot_be_made_is_said_in_a_sentence(publish, tmp_path
 def test_a_copy_that_fails_leaves_what_was_there(publish, tmp_path, monkeypatch):
     import shutil
 
-    from resources import hub
+    from resources.storage import hub
 
     target = tmp_path / "target"
     publish(published_dataset, directory=str(target), dry_run=False)
@@ -333,7 +333,7 @@ def test_nothing_else_makes_what_is_opt_in(instance):
 
 def test_the_sensor_never_asks_for_it(nano_model, tmp_path):
     from definitions import defs
-    from resources.settings import active_settings
+    from resources.settings.settings import active_settings
 
     with dg.DagsterInstance.ephemeral() as empty:
         context = dg.build_sensor_context(

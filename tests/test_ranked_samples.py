@@ -11,22 +11,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resources.checkpoint_store import Checkpoint, CheckpointStore
-from resources.errors import FinalError
-from resources.language_model import LanguageModel
-from resources.scorer import Comparison, ScoringUsage
-from resources.settings import active_settings, load_settings
-from resources.tables import ParquetTables
-from synpo_assets.estimate import CHAT_TOKENS, TOKENS_PER_WORD, expected_work
-from synpo_assets.method.cards import dataset_card
+from resources.common.errors import FinalError
+from resources.generation.language_model import LanguageModel
+from resources.scoring.scorer import Comparison, ScoringUsage
+from resources.settings.settings import active_settings, load_settings
+from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
+from resources.storage.tables import ParquetTables
+from synpo_assets.cli.estimate import CHAT_TOKENS, TOKENS_PER_WORD, expected_work
+from synpo_assets.cli.preflight import disk_needed
+from synpo_assets.graph.partitions import ITERATIONS
+from synpo_assets.graph.schemas import PreferencePairs, RefinedResponses, Responses, check
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.ranking import beside_first, repeated_prompts, with_ranks
-from synpo_assets.partitions import ITERATIONS
-from synpo_assets.preferences import preference_pairs
-from synpo_assets.preflight import disk_needed
-from synpo_assets.ranked_samples import initial_responses, refined_responses
-from synpo_assets.responses import base_responses
-from synpo_assets.schemas import PreferencePairs, RefinedResponses, Responses, check
+from synpo_assets.publishing.cards import dataset_card
+from synpo_assets.stages.preferences import preference_pairs
+from synpo_assets.stages.ranked_samples import initial_responses, refined_responses
+from synpo_assets.stages.responses import base_responses
 from tests.conftest import synpo
 from tests.nano import nano_settings, seed_rows, write_settings
 from tests.test_structure import ROOT
@@ -192,8 +192,8 @@ def test_nothing_is_generated_twice(iteration):
 GRAPH = """
 import json
 from definitions import defs
-from synpo_assets.missing import asset_names
-from synpo_assets.runs import asset_graph
+from synpo_assets.graph.missing import asset_names
+from synpo_assets.cli.runs import asset_graph
 graph = asset_graph()
 nodes = {key.to_user_string(): graph.get(key) for key in graph.get_all_asset_keys()}
 print(json.dumps({
@@ -210,8 +210,8 @@ print(json.dumps({
 
 
 def test_the_graph_has_no_improver_and_every_asset_of_an_iteration_descends_from_the_policy(tmp_path, nano_model):
-    from synpo_assets.missing import asset_names
-    from synpo_assets.runs import asset_graph
+    from synpo_assets.cli.runs import asset_graph
+    from synpo_assets.graph.missing import asset_names
 
     ranked_settings(tmp_path, nano_model)
     result = subprocess.run(

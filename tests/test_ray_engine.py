@@ -18,13 +18,13 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.checkpoint_store import Checkpoint
-from resources.engines.choice import engine_fingerprint, open_engine
-from resources.engines.interface import Completion, Request, Requests
-from resources.engines.ray_engine import RayEngine, _room, connected, worker_settings
-from resources.engines.ray_worker import ArrivingRequests, Wants
-from resources.errors import FinalError
-from resources.settings import Engine, RayCluster
+from resources.common.errors import FinalError
+from resources.generation.engine import Completion, Request, Requests
+from resources.generation.engine_choice import engine_fingerprint, open_engine
+from resources.generation.ray_engine import RayEngine, _room, connected, worker_settings
+from resources.generation.ray_worker import ArrivingRequests, Wants
+from resources.settings.settings import Engine, RayCluster
+from resources.storage.checkpoint_store import Checkpoint
 from tests.nano import prompt_table
 from tests.test_generation import PROMPTS, SAMPLING, model, silent
 
@@ -224,8 +224,8 @@ def left_over(mark):
 
 INTERRUPTED = """
 import sys, time
-from resources.engines.ray_engine import RayEngine
-from resources.settings import Engine, RayCluster
+from resources.generation.ray_engine import RayEngine
+from resources.settings.settings import Engine, RayCluster
 from tests.test_ray_engine import SAMPLING, checkpoint, echo, requests
 
 settings = Engine(device="cpu", ray=RayCluster(workers=1))
@@ -316,7 +316,7 @@ def test_what_goes_wrong_on_a_node_is_told_here(cluster, open_engine, weights, k
 @needs_ray
 @pytest.mark.slow
 def test_workers_that_fit_nowhere_are_not_waited_for_forever(cluster, monkeypatch):
-    monkeypatch.setattr("resources.engines.ray_engine.START_SECONDS", 5)
+    monkeypatch.setattr("resources.generation.ray_engine.START_SECONDS", 5)
     settings = Engine(device="cpu", ray=RayCluster(address=cluster[0].address, cpus_per_worker=9))
     engine = RayEngine(checkpoint("/"), settings, settings.ray, echo, silent)
     with pytest.raises(dg.Failure, match="could start within 5 s: each needs 9 CPUs and 0 GPUs"):

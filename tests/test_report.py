@@ -10,13 +10,13 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.checkpoint_store import Checkpoint, CheckpointStore
-from resources.errors import FinalError
-from resources.tables import ParquetTables
-from synpo_assets.method.report import report_rows
-from synpo_assets.partitions import ITERATIONS, partition_key
-from synpo_assets.report import boosting_report, iterations_of, read_iteration
-from synpo_assets.schemas import PreferencePairs
+from resources.common.errors import FinalError
+from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
+from resources.storage.tables import ParquetTables
+from synpo_assets.graph.partitions import ITERATIONS, partition_key
+from synpo_assets.graph.schemas import PreferencePairs
+from synpo_assets.reports.boosting_report import boosting_report, iterations_of, read_iteration
+from synpo_assets.reports.rows import report_rows
 
 PLOTS = {"rewards", "margins", "funnel", "held_out"}
 NASTY = "<script>alert(1)</script>\x1b[31m\x00\n| a | b |\n|---|---|\n| <b>c</b> | \u202ed |"

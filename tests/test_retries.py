@@ -3,9 +3,9 @@
 import dagster as dg
 import pytest
 
-from resources.checkpoint_store import CheckpointError
-from resources.trainer import TrainingError
-from synpo_assets.partitions import GPU_POOL, RETRIES
+from resources.storage.checkpoint_store import CheckpointError
+from resources.training.trainer import TrainingError
+from synpo_assets.graph.partitions import GPU_POOL, RETRIES
 
 
 def attempts(error, failures):

@@ -3,7 +3,7 @@
 import dagster as dg
 import pytest
 
-from synpo_assets.runs import FOREGROUND_TAG, close_dead_runs
+from synpo_assets.cli.runs import FOREGROUND_TAG, close_dead_runs
 
 JOB = dg.Definitions([dg.AssetSpec("anything")]).resolve_implicit_global_asset_job_def()
 

@@ -13,19 +13,19 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.chat import load_tokenizer
-from resources.checkpoint_store import Checkpoint, CheckpointStore
-from resources.errors import FinalError
-from resources.model_source import ModelSourceError, fetch_reward_model
-from resources.scorer import RewardScorer
-from resources.scorers.pair_ranker import PairRanker
-from resources.settings import Engine, Scorer, Training, TrainingProcesses, active_settings
-from resources.tables import ParquetTables
-from resources.trainer import Trainer
+from resources.common.errors import FinalError
+from resources.models.chat import load_tokenizer
+from resources.models.model_source import ModelSourceError, fetch_reward_model
+from resources.scoring.pair_ranker import PairRanker
+from resources.scoring.scorer import RewardScorer
+from resources.settings.settings import Engine, Scorer, Training, TrainingProcesses, active_settings
+from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
+from resources.storage.tables import ParquetTables
+from resources.training.trainer import Trainer
+from synpo_assets.graph.partitions import ITERATIONS
+from synpo_assets.graph.schemas import PreferencePairs, check
 from synpo_assets.method.ids import content_id
-from synpo_assets.partitions import ITERATIONS
-from synpo_assets.preferences import preference_pairs
-from synpo_assets.schemas import PreferencePairs, check
+from synpo_assets.stages.preferences import preference_pairs
 from tests.nano import seed_rows
 
 ROWS = seed_rows()[:8]
@@ -60,7 +60,7 @@ def pairrm(tmp_path_factory):
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import DebertaV2Config, DebertaV2Tokenizer
 
-    from resources.scorers.pairrm import PairRM
+    from resources.scoring.pairrm import PairRM
 
     pieces = Tokenizer(models.Unigram())
     pieces.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
@@ -434,8 +434,8 @@ def test_scores_of_other_settings_never_mix(tmp_path, classifier):
 
 KILLED = """
 import sys, time
-from resources.checkpoint_store import Checkpoint
-from resources.scorers.reward_model import RewardModel
+from resources.storage.checkpoint_store import Checkpoint
+from resources.scoring.reward_model import RewardModel
 from tests.test_scorer import PAIRS, scorer
 score = RewardModel.score
 def slow(self, readings):

@@ -4,10 +4,10 @@ import collections
 
 import pytest
 
-from resources.settings import load_settings, preset_path
+from resources.settings.settings import load_settings, preset_path
+from synpo_assets.cli.preflight import seed_table, verifiable_table
 from synpo_assets.method.prompts import Contamination, NearDuplicates
 from synpo_assets.method.verifiable import RULES
-from synpo_assets.preflight import seed_table, verifiable_table
 from tests.nano import SEED, seed_rows
 
 

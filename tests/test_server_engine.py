@@ -20,13 +20,13 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.chat import load_tokenizer, prompt_ids
-from resources.checkpoint_store import Checkpoint, CheckpointStore
-from resources.engines.choice import engine_fingerprint, open_engine
-from resources.engines.interface import Requests
-from resources.errors import FinalError
-from resources.language_model import LanguageModel
-from resources.settings import Engine
+from resources.common.errors import FinalError
+from resources.generation.engine import Requests
+from resources.generation.engine_choice import engine_fingerprint, open_engine
+from resources.generation.language_model import LanguageModel
+from resources.models.chat import load_tokenizer, prompt_ids
+from resources.settings.settings import Engine
+from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from tests.nano import copy_that_adds_bos, prompt_table
 from tests.test_generation import PROMPTS, SAMPLING, model, silent
 
@@ -216,7 +216,7 @@ def test_an_answer_that_is_none_is_asked_for_again_and_never_kept(tmp_path, faul
 
 HANGING = """
 import time
-from resources.engines.server_connection import side_by_side
+from resources.generation.server_connection import side_by_side
 
 def ask(number):
     if number:
@@ -594,7 +594,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.test_server_engine import LONG, PROMPTS, one_at_a_time
-from resources.checkpoint_store import open_checkpoint
+from resources.storage.checkpoint_store import open_checkpoint
 
 one_at_a_time({shards!r}, {url!r}).answer(open_checkpoint(Path({directory!r})), PROMPTS, LONG, lambda message: None)
 """

@@ -2,7 +2,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from resources.settings import PRESETS, Settings, SettingsError, load_settings, preset_path
+from resources.settings.settings import PRESETS, Settings, SettingsError, load_settings, preset_path
 from tests.nano import write_settings
 
 

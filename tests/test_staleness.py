@@ -117,7 +117,7 @@ def test_a_setting_makes_exactly_the_assets_stale_that_it_decides(versions, sett
 def test_an_instruction_template_counts_as_code(tmp_path):
     from types import ModuleType
 
-    from synpo_assets.partitions import code_version
+    from synpo_assets.graph.partitions import code_version
 
     module = ModuleType("some_method")
     module.__file__ = str(tmp_path / "some_method.py")

@@ -16,14 +16,14 @@ import yaml
 from typer.testing import CliRunner
 from upath import UPath
 
-from resources.checkpoint_store import CheckpointError, CheckpointStore
-from resources.files import opened_atomically, write_atomically
-from resources.language_model import LanguageModel
-from resources.settings import Engine, Sampling, Settings, SettingsError, Storage, load_settings
-from resources.tables import ParquetTables
-from synpo_assets.cli import app
-from synpo_assets.home import PROJECT, STORAGE_COMMENT, prepare_home
-from synpo_assets.preflight import check_storage
+from resources.generation.language_model import LanguageModel
+from resources.settings.settings import Engine, Sampling, Settings, SettingsError, Storage, load_settings
+from resources.storage.checkpoint_store import CheckpointError, CheckpointStore
+from resources.storage.files import opened_atomically, write_atomically
+from resources.storage.tables import ParquetTables
+from synpo_assets.cli.commands import app
+from synpo_assets.cli.home import PROJECT, STORAGE_COMMENT, prepare_home
+from synpo_assets.cli.preflight import check_storage
 from tests.conftest import synpo
 from tests.nano import nano_settings, write_settings
 from tests.test_stores import SEED, create, table_asset, write_weights
@@ -271,9 +271,7 @@ def test_a_missing_driver_is_named(monkeypatch):
 
 def test_no_driver_is_imported_where_nothing_needs_it():
     drivers = ["boto3", "botocore", "dagster_postgres", "psycopg2", "s3fs"]
-    code = (
-        f"import sys, definitions, synpo_assets.preflight; print([name for name in {drivers} if name in sys.modules])"
-    )
+    code = f"import sys, definitions, synpo_assets.cli.preflight; print([name for name in {drivers} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True)
     assert result.stdout.strip() == "[]"
 

@@ -8,10 +8,10 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.checkpoint_store import CheckpointError, CheckpointStore
-from resources.files import temporary_directory_beside, write_atomically
-from resources.tables import ParquetTables, table_metadata
-from synpo_assets.schemas import KeywordPool, PreferencePairs, SeedPairs, check, column_schema, frame_type
+from resources.storage.checkpoint_store import CheckpointError, CheckpointStore
+from resources.storage.files import temporary_directory_beside, write_atomically
+from resources.storage.tables import ParquetTables, table_metadata
+from synpo_assets.graph.schemas import KeywordPool, PreferencePairs, SeedPairs, check, column_schema, frame_type
 
 SEED = pl.DataFrame({"prompt_id": ["prompt-1", "prompt-2"], "prompt": ["a", "b"], "answer": ["x", "y"],
                      "split": ["train", "held_out"], "line": [1, 1]})  # fmt: skip

@@ -11,11 +11,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resources.errors import FinalError
-from resources.judges.topic_labeler import LABELS, TopicLabeler
-from resources.settings import JudgeServer
+from resources.common.errors import FinalError
+from resources.judging.topic_labeler import LABELS, TopicLabeler
+from resources.settings.settings import JudgeServer
+from synpo_assets.graph.schemas import PromptDiversity, check
 from synpo_assets.method.diversity import label_counts, label_coverage
-from synpo_assets.schemas import PromptDiversity, check
 from tests.test_diversity import PROMPTS, diversity
 from tests.test_server_engine import FaultyServer
 

@@ -9,13 +9,13 @@ import pytest
 from dagster import AssetMaterialization, DagsterInstance
 from rich.console import Console
 
-from resources.checkpoint_store import Checkpoint, CheckpointStore
-from resources.tables import ParquetTables
+from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
+from resources.storage.tables import ParquetTables
+from synpo_assets.graph.presentation import table_version
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.pairs import as_preferences, join_sides, select_pairs
 from synpo_assets.method.responses import response_table
-from synpo_assets.presentation import table_version
-from synpo_assets.trace import TraceError, as_tree, trace
+from synpo_assets.reports.trace import TraceError, as_tree, trace
 from tests.conftest import synpo
 
 ASKED = {"keywords-aa11": "What is a tide?", "keywords-aa22": "Why is the sky blue?"}

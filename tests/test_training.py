@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from resources.chat import load_tokenizer, prompt_text
-from resources.checkpoint_store import Checkpoint
-from resources.settings import Engine, PreferenceTraining, Training, TrainingProcesses
-from resources.trainer import Trainer, TrainingError
+from resources.models.chat import load_tokenizer, prompt_text
+from resources.settings.settings import Engine, PreferenceTraining, Training, TrainingProcesses
+from resources.storage.checkpoint_store import Checkpoint
+from resources.training.trainer import Trainer, TrainingError
 from tests.nano import seed_rows
 
 ROWS = seed_rows()[:8]
@@ -215,7 +215,7 @@ def test_the_progress_line_has_count_rate_and_time_left(tmp_path, trainer, nano_
 
 def test_each_side_ends_as_it_was_written(nano_checkpoint):
     """The trainer gets exactly the ids that generation uses: one end of turn, and none on an answer that was cut."""
-    from resources.chat import prompt_ids
+    from resources.models.chat import prompt_ids
     from resources.training.rows import preference_row
     from resources.training.simpo import SimPOTrainer
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from resources.chat import load_tokenizer, prompt_ids
-from resources.checkpoint_store import Checkpoint
-from resources.errors import FinalError
-from resources.language_model import LanguageModel
-from resources.settings import Engine
+from resources.common.errors import FinalError
+from resources.generation.language_model import LanguageModel
+from resources.models.chat import load_tokenizer, prompt_ids
+from resources.settings.settings import Engine
+from resources.storage.checkpoint_store import Checkpoint
 from tests.nano import copy_that_adds_bos
 from tests.test_generation import PROMPTS, SAMPLING, model, silent
 
@@ -173,7 +173,7 @@ KILLED = """
 import sys
 sys.path.insert(0, {root!r})
 from tests.test_vllm import LONG, ONE_AT_A_TIME, PROMPTS, vllm_model
-from resources.checkpoint_store import Checkpoint
+from resources.storage.checkpoint_store import Checkpoint
 
 if __name__ == "__main__":
     checkpoint = Checkpoint("initial_policy", None, "nano", {nano!r}, {nano!r})

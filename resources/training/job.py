@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from resources.checkpoint_store import Checkpoint
-from resources.device import prepare_device, torch_dtype
-from resources.errors import FinalError
-from resources.files import json_sha256
-from resources.settings import Engine, PreferenceTraining, Training
+from resources.common.errors import FinalError
+from resources.models.device import prepare_device, torch_dtype
+from resources.settings.settings import Engine, PreferenceTraining, Training
+from resources.storage.checkpoint_store import Checkpoint
+from resources.storage.files import json_sha256
 
 DECIDING_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
 

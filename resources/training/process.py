@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from resources.processes import end_with_this_parent
+from resources.common.processes import end_with_this_parent
 from resources.training.job import TrainingError, TrainingJob
 from resources.training.processes import FAILURE, JOB, ROWS
 
@@ -19,7 +19,7 @@ def main(state: Path) -> None:
     from accelerate import PartialState
     from datasets import load_from_disk
 
-    from resources.files import write_atomically
+    from resources.storage.files import write_atomically
     from resources.training.run import train
 
     job = TrainingJob.model_validate_json((state / JOB).read_text())

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from resources.device import visible_gpus
-from resources.processes import GRACE_SECONDS, end_with_this_parent
-from resources.settings import Engine, Training, TrainingProcesses
+from resources.common.processes import GRACE_SECONDS, end_with_this_parent
+from resources.models.device import visible_gpus
+from resources.settings.settings import Engine, Training, TrainingProcesses
 from resources.training.job import TrainingError, TrainingJob
 
 if TYPE_CHECKING:

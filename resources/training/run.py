@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resources.chat import load_tokenizer
-from resources.device import prepare_device, torch_dtype
-from resources.settings import PreferenceTraining
+from resources.models.chat import load_tokenizer
+from resources.models.device import prepare_device, torch_dtype
+from resources.settings.settings import PreferenceTraining
 from resources.training.job import TrainingError, TrainingJob
 from resources.training.state import KEPT_STATES, marking_callback
 

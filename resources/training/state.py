@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resources.files import write_atomically
+from resources.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

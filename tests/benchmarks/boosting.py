@@ -15,12 +15,12 @@ import polars as pl
 
 def collect(home: Path, folder: Path) -> None:
     os.environ["SYNPO_HOME"] = str(home.absolute())
-    from resources.settings import active_settings
-    from resources.tables import ParquetTables
-    from synpo_assets.history import metadata_of
-    from synpo_assets.method.report import report_rows
-    from synpo_assets.plots import draw_plots
-    from synpo_assets.report import iterations_of, read_iteration
+    from resources.settings.settings import active_settings
+    from resources.storage.tables import ParquetTables
+    from synpo_assets.graph.history import metadata_of
+    from synpo_assets.reports.boosting_report import iterations_of, read_iteration
+    from synpo_assets.reports.plots import draw_plots
+    from synpo_assets.reports.rows import report_rows
 
     folder.mkdir(parents=True, exist_ok=True)
     tables = ParquetTables(f"{active_settings().storage.root(home.absolute())}/tables")

@@ -24,13 +24,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import resources.language_model
-from resources.chat import load_tokenizer, prompt_ids
-from resources.checkpoint_store import Checkpoint
-from resources.engines.choice import engine_fingerprint, open_engine
-from resources.engines.interface import Completion, Requests
-from resources.engines.vllm_engine import CPU_ARGUMENTS, CPU_ENVIRONMENT, ENVIRONMENT
-from resources.settings import Engine, Sampling
+import resources.generation.language_model
+from resources.generation.engine import Completion, Requests
+from resources.generation.engine_choice import engine_fingerprint, open_engine
+from resources.generation.vllm_engine import CPU_ARGUMENTS, CPU_ENVIRONMENT, ENVIRONMENT
+from resources.models.chat import load_tokenizer, prompt_ids
+from resources.settings.settings import Engine, Sampling
+from resources.storage.checkpoint_store import Checkpoint
 from tests.nano import make_nano_model, prompt_table, seed_rows
 
 BATCH_TOKENS = 16384
@@ -81,14 +81,14 @@ def stage(library: str, model: str, count: int, sampling: Sampling, threads: int
         opened.append(Stopwatch(*arguments))
         return opened[0]
 
-    resources.language_model.open_engine = open_stopwatch
+    resources.generation.language_model.open_engine = open_stopwatch
     engine = Engine(kind=library, threads=threads, batch_tokens=BATCH_TOKENS)
     # Imports torch and transformers, which is loading too.
     load_tokenizer(model)
     engine_fingerprint(engine, "initial_policy")
     checkpoint = Checkpoint("initial_policy", None, "nano", model, model)
     with tempfile.TemporaryDirectory() as shards:
-        language_model = resources.language_model.LanguageModel(shards=shards, engine=engine, random_seed=1)
+        language_model = resources.generation.language_model.LanguageModel(shards=shards, engine=engine, random_seed=1)
         started = time.monotonic()
         _, usage = language_model.answer(checkpoint, prompts(count), sampling, lambda message: None)
         ended = time.monotonic()

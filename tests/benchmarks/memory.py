@@ -19,10 +19,10 @@ from typing import Any
 
 import polars as pl
 
-import resources.language_model
-from resources.checkpoint_store import Checkpoint
-from resources.engines.interface import Completion, Requests
-from resources.settings import Engine, Sampling
+import resources.generation.language_model
+from resources.generation.engine import Completion, Requests
+from resources.settings.settings import Engine, Sampling
+from resources.storage.checkpoint_store import Checkpoint
 from synpo_assets.method.templates import user_message
 from tests.nano import make_nano_model, seed_rows
 
@@ -64,8 +64,8 @@ def measure(prompts: pl.DataFrame, model: str, shards: str) -> dict[str, float]:
     rows = prompts.height
     for module in PRELOADED:
         importlib.import_module(module)
-    resources.language_model.open_engine = MadeUpTokens
-    language_model = resources.language_model.LanguageModel(shards=shards, engine=Engine(), random_seed=1)
+    resources.generation.language_model.open_engine = MadeUpTokens
+    language_model = resources.generation.language_model.LanguageModel(shards=shards, engine=Engine(), random_seed=1)
     asked = ((prompt_id, user_message(prompt)) for prompt_id, prompt in prompts.iter_rows())
     checkpoint = Checkpoint("initial_policy", None, "nano", model, model)
     sampling = Sampling(temperature=0.7, max_new_tokens=TOKENS)

@@ -19,9 +19,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from resources.checkpoint_store import Checkpoint
-from resources.settings import Engine, PreferenceTraining, Training, TrainingProcesses
-from resources.trainer import Trainer
+from resources.settings.settings import Engine, PreferenceTraining, Training, TrainingProcesses
+from resources.storage.checkpoint_store import Checkpoint
+from resources.training.trainer import Trainer
 from synpo_assets.method.templates import user_message
 from tests.nano import make_nano_model, seed_rows
 

@@ -1,0 +1,75 @@
+"""Where a completion ends and what its text is: the same for every engine that gives token ids."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from resources.common.errors import FinalError
+from resources.generation.engine import Completion, Requests
+from resources.models.chat import end_of_turn_id
+from resources.settings.settings import Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def end_ids(tokenizer: "PreTrainedTokenizerBase", configured: int | list[int] | None) -> list[int]:
+    """All tokens that end a completion.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        configured: `eos_token_id` of the model's generation config.
+    """
+    named = configured if isinstance(configured, list) else [configured]
+    return sorted({*named, tokenizer.eos_token_id, end_of_turn_id(tokenizer)} - {None})
+
+
+def completion(
+    key: str,
+    input_tokens: int,
+    token_ids: list[int],
+    sampling: Sampling,
+    tokenizer: "PreTrainedTokenizerBase",
+    ends: Sequence[int],
+) -> Completion:
+    """Makes a completion of what a model wrote.
+
+    Args:
+        key: The key of the request.
+        input_tokens: Tokens of the prompt, as the model saw it.
+        token_ids: The tokens written; what follows the first end is padding.
+        sampling: Names the stop texts.
+        tokenizer: The model's tokenizer.
+        ends: The tokens of `end_ids`.
+    """
+    end = next((place for place, token in enumerate(token_ids) if token in ends), None)
+    kept = token_ids if end is None else token_ids[: end + 1]
+    text = tokenizer.decode(kept, skip_special_tokens=True)
+    stopped = end is not None
+    for stop in sampling.stop:
+        if stop in text:
+            text = text[: text.index(stop) + len(stop)]
+            stopped = True
+            # A row that hit a stop text has no end token, only padding up to the longest row of its batch.
+            while kept[-1] == tokenizer.pad_token_id:
+                kept = kept[:-1]
+    return Completion(
+        key=key,
+        text=text,
+        input_tokens=input_tokens,
+        output_tokens=len(kept),
+        finish_reason="stop" if stopped else "length",
+    )
+
+
+def longest_sequence(requests: Requests, sampling: Sampling, context_length: int) -> int:
+    """The most tokens that a prompt and its completion can have together.
+
+    Raises:
+        FinalError: This exceeds the model's context.
+    """
+    if requests.longest + sampling.max_new_tokens > context_length:
+        raise FinalError(
+            f"A prompt of {requests.longest} tokens and max_new_tokens = {sampling.max_new_tokens} exceed the model's "
+            f"context of {context_length} tokens: lower sampling.max_new_tokens or shorten the prompts."
+        )
+    return requests.longest + sampling.max_new_tokens

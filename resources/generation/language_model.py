@@ -1,0 +1,200 @@
+"""Answers prompts with a checkpoint; every finished shard of completions survives a crash and is found again."""
+
+import array
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from resources.common.progress import Progress
+from resources.generation.engine import Completion, Requests
+from resources.generation.engine_choice import engine_fingerprint, open_engine
+from resources.models.chat import Message, load_tokenizer, prompt_ids
+from resources.models.device import DeviceResource
+from resources.settings.settings import Sampling
+from resources.storage.checkpoint_store import Checkpoint
+from resources.storage.shards import Shards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RENDERED_AT_A_TIME = 1024
+COMPLETION_COLUMNS = {
+    "key": pl.String,
+    "text": pl.String,
+    "input_tokens": pl.Int64,
+    "output_tokens": pl.Int64,
+    "finish_reason": pl.String,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What one call cost.
+
+    Attributes:
+        rows: Completions returned.
+        reused: Of these, read from finished shards instead of generated.
+        input_tokens: Prompt tokens of all rows.
+        output_tokens: Tokens written in all rows.
+        generated_tokens: Tokens written in this call.
+        seconds: Wall time of this call, loading the model included.
+    """
+
+    rows: int
+    reused: int
+    input_tokens: int
+    output_tokens: int
+    generated_tokens: int
+    seconds: float
+
+    def __add__(self, other: "Usage") -> "Usage":
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Usage(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+    def metadata(self) -> dict[str, Any]:
+        """The figures as asset metadata."""
+        figures: dict[str, Any] = dataclasses.asdict(self) | {"seconds": round(self.seconds, 1)}
+        if self.generated_tokens:
+            figures["tokens_per_second"] = round(self.generated_tokens / self.seconds, 1)
+        return figures
+
+
+class LanguageModel(DeviceResource):
+    """Generates answers in shards.
+
+    A shard is a parquet file under `shards` (a directory, or a URL that fsspec knows), in a folder named by the
+    fingerprint of everything that can change a completion: weights, sampling settings, engine and number format. Inside
+    the folder a completion is identified by its rendered prompt and seed. A second call with the same fingerprint reads
+    what is there and generates the rest; another fingerprint has another folder, so results never mix.
+    """
+
+    shards: str
+    random_seed: int
+
+    def answer(
+        self,
+        checkpoint: Checkpoint,
+        prompts: Iterable[tuple[str, Sequence[Message]]],
+        sampling: Sampling,
+        log: Callable[[str], None],
+    ) -> tuple[pl.DataFrame, Usage]:
+        """Answers each prompt once.
+
+        Args:
+            checkpoint: The model that answers.
+            prompts: Pairs of an id and chat messages. The id takes part in the seed, so equal prompts under
+                different ids get different answers.
+            sampling: How to sample.
+            log: Receives progress sentences with count, rate and time left.
+
+        Returns:
+            One row per prompt in the given order, with columns id, text, input_tokens, output_tokens and
+            finish_reason; and what the call cost.
+
+        Raises:
+            FinalError: A setting does not fit the machine or the model; the memory or the disk does not suffice.
+        """
+        started = time.monotonic()
+        tokenizer = load_tokenizer(checkpoint.weights, self.engine.trust_remote_code)
+        asked, token_ids = self._rendered(tokenizer, prompts)
+        shards = self.shards_of(checkpoint, sampling)
+        finished = shards.finished(asked["key"])
+        if len(finished):
+            log(f"{len(finished)} of {asked.height} completions were finished earlier and are reused.")
+        is_missing = pl.col("key").is_first_distinct() & ~pl.col("key").is_in(finished.implode())
+        requests = Requests(asked.filter(is_missing), token_ids)
+        asked = asked.select("id", "key")
+        if len(requests):
+            self._finish(checkpoint, requests, sampling, shards, log)
+        # The answers take their place: with many prompts, each of the two takes much of the memory.
+        del requests, token_ids
+        rows = shards.rows(asked["key"])
+        generated = rows["output_tokens"].filter(~rows["key"].is_in(finished.implode()))
+        answered = asked.join(rows, on="key", how="inner", maintain_order="left").drop("key")
+        if answered.height < asked.height:
+            raise RuntimeError(f"The engine answered only {answered.height} of {asked.height} prompts: run it again.")
+        return answered, Usage(
+            rows=answered.height,
+            reused=int(asked["key"].is_in(finished.implode()).sum()),
+            input_tokens=int(answered["input_tokens"].sum()),
+            output_tokens=int(answered["output_tokens"].sum()),
+            generated_tokens=int(generated.sum()),
+            seconds=time.monotonic() - started,
+        )
+
+    def _finish(
+        self,
+        checkpoint: Checkpoint,
+        requests: Requests,
+        sampling: Sampling,
+        shards: Shards,
+        log: Callable[[str], None],
+    ) -> None:
+        """Generates what is missing, and writes a shard as soon as it is full."""
+        engine = open_engine(checkpoint, self.engine, log)
+        with contextlib.closing(engine.generate(requests, sampling)) as batches:
+            for shard in _in_shards(_with_progress(batches, len(requests), log), self.engine.shard_rows):
+                shards.write([dataclasses.asdict(completion) for completion in shard])
+
+    def shards_of(self, checkpoint: Checkpoint, sampling: Sampling) -> Shards:
+        """The finished completions of a checkpoint under these settings.
+
+        Raises:
+            FinalError: The engine is not installed, or there is no GPU where one is asked for.
+        """
+        fingerprint = {
+            "checkpoint": checkpoint.sha,
+            "sampling": sampling.model_dump(),
+            **engine_fingerprint(self.engine, checkpoint.label),
+        }
+        return Shards(self.shards, fingerprint, checkpoint.label, COMPLETION_COLUMNS)
+
+    def _rendered(
+        self, tokenizer: "PreTrainedTokenizerBase", prompts: Iterable[tuple[str, Sequence[Message]]]
+    ) -> tuple[pl.DataFrame, "array.array[int]"]:
+        """The key that identifies the completion of each prompt, and where its tokens lie among those of all."""
+        schema: dict[str, Any] = {"id": pl.String, "key": pl.String, "start": pl.Int64, "length": pl.Int64}
+        blocks, token_ids = [pl.DataFrame(schema=schema)], array.array("i")
+        waiting = iter(prompts)
+        while block := list(itertools.islice(waiting, RENDERED_AT_A_TIME)):
+            rows = []
+            for row_id, messages in block:
+                tokens = prompt_ids(tokenizer, messages)
+                rows.append((row_id, self._key(row_id, tokens), len(token_ids), len(tokens)))
+                token_ids.extend(tokens)
+            blocks.append(pl.DataFrame(rows, schema=schema, orient="row"))
+        return pl.concat(blocks, rechunk=True), token_ids
+
+    def _key(self, row_id: str, token_ids: list[int]) -> str:
+        return hashlib.sha256(json.dumps([self.random_seed, row_id, token_ids]).encode()).hexdigest()[:32]
+
+
+def _in_shards(batches: Iterator[list[Completion]], size: int) -> Iterator[list[Completion]]:
+    waiting: list[Completion] = []
+    for batch in batches:
+        waiting += batch
+        while len(waiting) >= size:
+            yield waiting[:size]
+            waiting = waiting[size:]
+    if waiting:
+        yield waiting
+
+
+def _with_progress(
+    batches: Iterator[list[Completion]], total: int, log: Callable[[str], None]
+) -> Iterator[list[Completion]]:
+    progress = Progress(total, "completions", log)
+    for batch in batches:
+        if not batch:
+            # The model is loaded only now; the rate is of generation.
+            progress.restart()
+            continue
+        progress.add(len(batch), sum(completion.output_tokens for completion in batch))
+        yield batch

@@ -1,0 +1,161 @@
+"""Generation by asking a server that runs already: vLLM's, or another with OpenAI's completions API."""
+
+import contextlib
+import shlex
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resources.common.errors import FinalError
+from resources.generation.adapters import adapter_of
+from resources.generation.completions import completion, end_ids, longest_sequence
+from resources.generation.engine import Completion, Request, Requests
+from resources.generation.server_connection import Connection, ServedModel, TextCompletion, side_by_side
+from resources.models.chat import load_tokenizer
+from resources.settings.settings import Engine, Sampling, Server
+from resources.storage.checkpoint_store import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SERVE = "python -m vllm.entrypoints.openai.api_server --model {weights} --served-model-name {name}"
+
+
+class ServerEngine:
+    """Asks a running server for completions, several at a time.
+
+    Prompts go as token ids, so the chat template is applied once, here. vLLM returns token ids, of which completions are
+    made as for every other engine. Other servers get OpenAI's own fields only: they end a completion where they think
+    right, and stop texts are cut off here, after they were written past.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, engine: Engine, server: Server, log: Callable[[str], None]) -> None:
+        self._checkpoint, self._engine, self._server, self._log = checkpoint, engine, server, log
+
+    def generate(self, requests: Requests, sampling: Sampling) -> Generator[list[Completion], None, None]:
+        """Completes requests side by side and yields completions as they finish.
+
+        Args:
+            requests: Prompts as token ids.
+            sampling: How to sample.
+
+        Raises:
+            FinalError: The server does not have the model, refuses the key or a request, or a setting does not fit it.
+            RuntimeError: It stays down, overloaded or failing for all of `engine.server.attempts`.
+        """
+        weights = self._checkpoint.weights
+        tokenizer = load_tokenizer(weights, self._engine.trust_remote_code)
+        ends = end_ids(tokenizer, _configured_ends(weights, self._engine.trust_remote_code))
+        with contextlib.closing(Connection(self._server, self._log)) as connection:
+            name, model = self._model_on(connection)
+            is_vllm = model.owned_by == "vllm"
+            self._log(f"The server calls {self._checkpoint.label} {name}; it is {'' if is_vllm else 'not '}vLLM.")
+            if model.max_model_len:
+                longest_sequence(requests, sampling, model.max_model_len)
+            if sampling.top_k and not is_vllm:
+                raise FinalError(
+                    f"The server at {self._server.url} is not vLLM's, and OpenAI's API has no top_k: set sampling.top_k to 0 and "
+                    "use top_p."
+                )
+            yield []
+
+            def complete(request: Request) -> Completion:
+                body = _openai_fields(name, request, sampling) | (_vllm_fields(sampling, ends) if is_vllm else {})
+                answer = connection.post("/completions", body, TextCompletion)
+                return _as_completion(request, answer, sampling, tokenizer, ends)
+
+            yield from side_by_side(complete, requests, self._server.concurrency)
+
+    def _model_on(self, connection: Connection) -> tuple[str, ServedModel]:
+        """The name under which the server has the checkpoint, and the entry that tells its length and owner.
+
+        Raises:
+            FinalError: The server does not have it.
+        """
+        served = {model.id: model for model in connection.models()}
+        label, sha = self._checkpoint.label, self._checkpoint.sha
+        name = self._server.models.get(label, sha[:16])
+        if name in served:
+            # vLLM states the length with the model that an adapter belongs to.
+            return name, served.get(served[name].parent or name, served[name])
+        serve = SERVE.format(weights=shlex.quote(self._checkpoint.weights), name=shlex.quote(name))
+        adapter = (
+            adapter_of(self._checkpoint) if self._server.load_adapters and label not in self._server.models else None
+        )
+        if adapter is None:
+            raise self._missing(label, name, served, serve)
+        start = self._checkpoint.manifest["parents"]["start"]
+        base = self._server.models.get(start["asset"], start["sha"][:16])
+        if base not in served:
+            serve = SERVE.format(weights=shlex.quote(adapter.base_weights), name=shlex.quote(base))
+            rank = max(8, 1 << (adapter.rank - 1).bit_length())
+            serve = f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True {serve} --enable-lora --max-lora-rank {rank}"
+            raise self._missing(f"{start['asset']}, which the adapter of {label} belongs to,", base, served, serve)
+        if adapter.name not in served:
+            connection.load(adapter)
+            self._log(f"The server loaded the adapter of {label}.")
+        return adapter.name, served[base]
+
+    def _missing(self, what: str, name: str, served: Mapping[str, ServedModel], serve: str) -> FinalError:
+        return FinalError(
+            f"The server at {self._server.url} does not serve {what} under the name {name}; it has: "
+            f"{', '.join(served) or 'nothing'}. Serve it, for instance with `{serve}`, or state the name that it has there "
+            "under engine.server.models."
+        )
+
+
+def _openai_fields(name: str, request: Request, sampling: Sampling) -> dict[str, Any]:
+    return {
+        "model": name,
+        "prompt": request.token_ids,
+        "seed": request.seed,
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+    }
+
+
+def _vllm_fields(sampling: Sampling, ends: list[int]) -> dict[str, Any]:
+    return {
+        "top_k": sampling.top_k,
+        "stop": sampling.stop,
+        "include_stop_str_in_output": True,
+        "stop_token_ids": ends,
+        "return_token_ids": True,
+        # vLLM's server takes what is not stated from the model's generation config; our settings state all there is.
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
+
+
+def _as_completion(
+    request: Request,
+    answer: TextCompletion,
+    sampling: Sampling,
+    tokenizer: "PreTrainedTokenizerBase",
+    ends: list[int],
+) -> Completion:
+    choice, tokens = answer.choices[0], answer.usage
+    if choice.token_ids:
+        return completion(request.key, tokens.prompt_tokens, choice.token_ids, sampling, tokenizer, ends)
+    text, stopped = choice.text, choice.finish_reason != "length"
+    for stop in sampling.stop:
+        if stop in text:
+            text, stopped = text[: text.index(stop) + len(stop)], True
+    return Completion(
+        key=request.key,
+        text=text,
+        input_tokens=tokens.prompt_tokens,
+        output_tokens=tokens.completion_tokens,
+        finish_reason="stop" if stopped else "length",
+    )
+
+
+def _configured_ends(weights: str, trust_remote_code: bool) -> int | list[int] | None:
+    """`eos_token_id` of the model's generation config, which is its config where it has none of its own."""
+    from transformers import AutoConfig, GenerationConfig
+
+    if (Path(weights) / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(weights).eos_token_id
+    config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)
+    return GenerationConfig.from_model_config(config).eos_token_id

@@ -1,0 +1,126 @@
+"""Generation with Hugging Face transformers: one batch at a time, runs anywhere."""
+
+import itertools
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING
+
+from resources.common.errors import FinalError
+from resources.generation.completions import completion, end_ids, longest_sequence
+from resources.generation.engine import Completion, Request, Requests
+from resources.models.chat import load_tokenizer
+from resources.models.device import prepare_device, torch_dtype
+from resources.settings.settings import Engine, Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TransformersEngine:
+    """A loaded model that completes requests."""
+
+    def __init__(self, weights: str, engine: Engine) -> None:
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        device = prepare_device(engine)
+        self._batch_tokens = engine.batch_tokens
+        self._tokenizer = load_tokenizer(weights, engine.trust_remote_code)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            weights,
+            dtype=torch_dtype(engine),
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            trust_remote_code=engine.trust_remote_code,
+        ).to(device)
+        self._model.eval()
+        self._end_ids = end_ids(self._tokenizer, self._model.generation_config.eos_token_id)
+        # A model may bring a repetition penalty and other habits; the settings state all there is.
+        self._model.generation_config = GenerationConfig()
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens, prompt and completion together, that the model can attend to."""
+        return self._model.config.max_position_embeddings
+
+    def generate(self, requests: Requests, sampling: Sampling) -> Generator[list[Completion], None, None]:
+        """Completes requests, longest prompts first, which keeps padding small, and yields each batch when it is done.
+
+        Args:
+            requests: Prompts as token ids.
+            sampling: How to sample.
+
+        Raises:
+            FinalError: A prompt and `max_new_tokens` together exceed the model's context, or the memory does not suffice.
+        """
+        import torch
+
+        longest_sequence(requests, sampling, self.context_length)
+        waiting = iter(requests)
+        for first in waiting:
+            rows = max(1, self._batch_tokens // (len(first.token_ids) + sampling.max_new_tokens))
+            batch = [first, *itertools.islice(waiting, rows - 1)]
+            try:
+                completions = self._complete(batch, sampling)
+            except torch.OutOfMemoryError as error:
+                raise FinalError(
+                    f"The GPU's memory does not suffice for a batch of {len(batch)} sequences: {' '.join(str(error).split())} "
+                    "Lower engine.batch_tokens or sampling.max_new_tokens. Finished shards are kept: run it again."
+                ) from None
+            yield completions
+
+    def _complete(self, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        import torch
+
+        padded = self._tokenizer.pad(
+            {"input_ids": [request.token_ids for request in batch]}, padding_side="left", return_tensors="pt"
+        ).to(self._model.device)
+        with torch.inference_mode():
+            output = self._model.generate(
+                **padded,
+                # Sampling is done by the processor below, which gives every row its own random stream.
+                do_sample=False,
+                temperature=None,
+                top_k=None,
+                top_p=None,
+                logits_processor=[RowSampler(sampling, [request.seed for request in batch])],
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=self._end_ids,
+                pad_token_id=self._tokenizer.pad_token_id,
+                stop_strings=sampling.stop or None,
+                tokenizer=self._tokenizer,
+            )
+        written = output[:, padded["input_ids"].shape[1] :].tolist()
+        return [
+            completion(request.key, len(request.token_ids), ids, sampling, self._tokenizer, self._end_ids)
+            for request, ids in zip(batch, written, strict=True)
+        ]
+
+
+class RowSampler:
+    """Samples each row from its own seed, so that a completion does not depend on the batch it was in.
+
+    Adding Gumbel noise to log-probabilities and taking the largest is the same as sampling from them
+    (https://arxiv.org/abs/1411.0030, section 2); greedy decoding then takes the largest.
+    """
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
+        import torch
+
+        self._sampling = sampling
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
+        """Returns scores of shape (rows, vocabulary) whose largest entry in each row is the sampled token."""
+        import torch
+
+        if self._sampling.temperature == 0:
+            return scores
+        width = self._sampling.top_k or scores.shape[-1]
+        values, tokens = torch.topk(scores.float() / self._sampling.temperature, min(width, scores.shape[-1]))
+        if self._sampling.top_p < 1:
+            probabilities = values.softmax(-1)
+            before = probabilities.cumsum(-1) - probabilities
+            values = values.masked_fill(before >= self._sampling.top_p, float("-inf"))
+        uniform = torch.stack([torch.rand(values.shape[-1], generator=generator) for generator in self._generators])
+        noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+        chosen = tokens.gather(-1, (values + noise.to(values.device)).argmax(-1, keepdim=True))
+        return torch.full_like(scores, float("-inf")).scatter_(-1, chosen, 0.0)

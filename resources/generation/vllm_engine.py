@@ -1,0 +1,172 @@
+"""Generation with vLLM: on GPUs, split over them or one copy of the model on each; slowly on a CPU too."""
+
+import itertools
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Generator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import get_args
+
+from resources.common.errors import FinalError
+from resources.generation.adapters import adapter_of
+from resources.generation.completions import longest_sequence
+from resources.generation.engine import Completion, Requests
+from resources.generation.vllm_process import answer_in_this_process
+from resources.models.device import prepare_device, torch_dtype, visible_gpus
+from resources.settings.settings import Engine, Sampling
+from resources.storage.checkpoint_store import Checkpoint
+
+# vLLM's core shares the process that it is called from: a core of its own would outlive a killed step and hold the GPU.
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+# Without these, vLLM takes half of the memory for its cache and leaves all but one thread pinned to one core.
+CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+# torch.compile takes minutes to start there, and one process needs no collectives. A prompt that is read in two steps sets
+# the random stream of its request back (GPUModelRunner._bookkeeping_sync), which PyTorch can do on GPUs only.
+CPU_ARGUMENTS = {"enforce_eager": True, "distributed_executor_backend": "uni", "enable_chunked_prefill": False}
+
+
+class VllmEngine:
+    """Answers with one or more copies of a model, each in a process of its own for the length of one call.
+
+    When the call ends, so do the processes: that is the one sure way to get all GPU memory back for what follows in
+    the same step.
+
+    Args:
+        checkpoint: The model.
+        engine: How models run here.
+        log: Receives a sentence about what vLLM is started with.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, engine: Engine, log: Callable[[str], None]) -> None:
+        from transformers import AutoConfig
+
+        self._adapter = adapter_of(checkpoint) if engine.adapters == "request" else None
+        weights = self._adapter.base_weights if self._adapter else checkpoint.weights
+        config = AutoConfig.from_pretrained(weights, trust_remote_code=engine.trust_remote_code).get_text_config()
+        self._context_length = config.max_position_embeddings
+        self._engine, self._log = engine, log
+        self._devices = device_groups(engine, visible_gpus(engine), config.num_attention_heads)
+        self._arguments = {
+            "model": weights,
+            "dtype": str(torch_dtype(engine)).removeprefix("torch."),
+            "load_format": "safetensors",
+            "trust_remote_code": engine.trust_remote_code,
+            "tensor_parallel_size": max(1, len(self._devices[0])),
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+        }
+        if self._adapter:
+            self._arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting_rank(self._adapter.rank)}
+        on_cpu = prepare_device(engine) == "cpu"
+        defaults = ENVIRONMENT | CPU_ENVIRONMENT if on_cpu else ENVIRONMENT
+        self._environment = {name: os.environ.get(name, value) for name, value in defaults.items()}
+        if on_cpu:
+            self._arguments |= CPU_ARGUMENTS
+            self._environment["OMP_NUM_THREADS"] = str(engine.threads or os.cpu_count() or 1)
+
+    def generate(self, requests: Requests, sampling: Sampling) -> Generator[list[Completion], None, None]:
+        """Completes requests on all copies side by side and yields completions as they finish.
+
+        Args:
+            requests: Prompts as token ids.
+            sampling: How to sample.
+
+        Raises:
+            FinalError: A prompt and `max_new_tokens` together exceed the model's context, an engine argument is unknown,
+                or the memory does not suffice.
+            RuntimeError: vLLM failed for another reason.
+        """
+        # No more of the context than this call can use: the cache then holds more sequences at a time.
+        longest = longest_sequence(requests, sampling, self._context_length)
+        step_tokens = max(self._engine.batch_tokens, longest)
+        arguments = self._arguments | {"max_model_len": longest, "max_num_batched_tokens": step_tokens}
+        groups = self._devices[: len(requests)]
+        started_with = arguments | self._engine.vllm_arguments | self._environment
+        self._log(f"vLLM starts, copies of the model: {len(groups)}, with {started_with}.")
+        spawn = multiprocessing.get_context("spawn")
+        processes, running = [], []
+        try:
+            for devices in groups:
+                environment = self._environment | ({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {})
+                mine, theirs = spawn.Pipe()
+                work = (theirs, environment, arguments, self._engine.vllm_arguments, self._adapter, sampling)
+                processes.append(spawn.Process(target=answer_in_this_process, args=work))
+                processes[-1].start()
+                theirs.close()
+                running.append(mine)
+            yield from _fed(running, requests)
+        finally:
+            for process in processes:
+                process.terminate()
+                process.join()
+
+
+def _fed(running: list[Connection], requests: Requests) -> Generator[list[Completion], None, None]:
+    """Hands requests to the copies as they ask for more, and yields what they finish."""
+    waiting, left, copies = iter(requests), len(requests), len(running)
+    while running:
+        ready = wait(running)
+        for connection in [connection for connection in running if connection in ready]:
+            message = _received(connection)
+            if message is None:
+                running.remove(connection)
+            elif isinstance(message, int):
+                # Towards the end the shares grow small, so that all copies end at about the same time.
+                share = list(itertools.islice(waiting, min(message, math.ceil(left / copies))))
+                left -= len(share)
+                connection.send(share)
+            else:
+                yield message
+
+
+def fitting_rank(rank: int) -> int:
+    """The smallest rank that vLLM's LoRA kernels are made for and that holds an adapter of the given rank."""
+    from vllm.config.lora import MaxLoRARanks
+
+    return min(known for known in get_args(MaxLoRARanks) if known >= rank)
+
+
+def device_groups(engine: Engine, devices: Sequence[str], heads: int) -> list[list[str]]:
+    """Divides the visible devices among copies of the model.
+
+    Args:
+        engine: States `tensor_parallel_size` and `data_parallel_size`, or leaves them open.
+        devices: The visible GPUs, as CUDA_VISIBLE_DEVICES names them; none on a CPU.
+        heads: Attention heads of the model.
+
+    Returns:
+        The devices of each copy.
+
+    Raises:
+        FinalError: The sizes do not fit the model or the devices.
+    """
+    split, copies = engine.tensor_parallel_size, engine.data_parallel_size
+    if split is None:
+        split = max(1, len(devices) // copies) if copies else 1
+    if heads % split:
+        raise FinalError(
+            f"The model has {heads} attention heads, which engine.tensor_parallel_size = {split} does not divide: choose a "
+            "size that does."
+        )
+    copies = copies or max(1, len(devices) // split)
+    if split * copies > len(devices) and (devices or split > 1):
+        raise FinalError(
+            f"engine.tensor_parallel_size = {split} times engine.data_parallel_size = {copies} needs {split * copies} GPUs and "
+            f"{len(devices)} are visible: lower one of them, or leave both out to use all there are."
+        )
+    return [list(devices[place * split : (place + 1) * split]) for place in range(copies)]
+
+
+def _received(connection: Connection) -> list[Completion] | int | None:
+    """What a copy finished, or for how many more requests it has room; None after its last completion."""
+    try:
+        message = connection.recv()
+    except EOFError:
+        raise RuntimeError(
+            "A vLLM process ended in the middle of its work; was it killed, for want of memory? Finished shards are kept: "
+            "run it again."
+        ) from None
+    if isinstance(message, Exception):
+        raise message
+    return message

@@ -1,0 +1,60 @@
+"""Which judges the settings mean."""
+
+from resources.judging.judge import Judge
+from resources.judging.reward_judge import RewardJudge
+from resources.judging.server_judge import ServerJudge
+from resources.judging.topic_labeler import TopicLabeler
+from resources.scoring.scorer import RewardScorer
+from resources.settings.settings import Judge as JudgeSettings
+from resources.storage.checkpoint_store import Checkpoint
+
+INDEPENDENT = "independent judge"
+TOOK_PART = "scorer (took part in training)"
+
+
+def open_judges(
+    judge: JudgeSettings, scorer: RewardScorer, judge_model: Checkpoint, reward_model: Checkpoint
+) -> list[Judge]:
+    """The independent judge, the scorer that filtered the training pairs, and the server's model if one is stated.
+
+    Args:
+        judge: The section of the settings.
+        scorer: How the scorer of the training pairs is asked; the others keep their shards beside its own.
+        judge_model: The independent judge.
+        reward_model: The scorer of the training pairs.
+
+    Raises:
+        SettingsError: The server's template cannot be used.
+    """
+    judges: list[Judge] = [
+        RewardJudge("judge", INDEPENDENT, judge_scorer(judge, scorer), judge_model),
+        RewardJudge("scorer", TOOK_PART, scorer, reward_model),
+    ]
+    return [*judges, server_judge(judge, scorer)] if judge.server else judges
+
+
+def judge_scorer(judge: JudgeSettings, scorer: RewardScorer) -> RewardScorer:
+    """How the independent judge is asked: it is always a reward model, whatever the scorer is."""
+    return RewardScorer(
+        shards=scorer.shards,
+        engine=scorer.engine,
+        kind="trained",
+        pair_convention=scorer.pair_convention,
+        max_length=judge.max_length,
+    )
+
+
+def server_judge(judge: JudgeSettings, scorer: RewardScorer) -> ServerJudge:
+    """The model of `judge.server`, which must be stated.
+
+    Raises:
+        SettingsError: Its template cannot be used.
+    """
+    assert judge.server is not None
+    return ServerJudge(judge.server, scorer.shards, scorer.engine.shard_rows)
+
+
+def topic_labeler(judge: JudgeSettings, scorer: RewardScorer) -> TopicLabeler:
+    """The model of `judge.server`, which must be stated, asked for topics."""
+    assert judge.server is not None
+    return TopicLabeler(judge.server, scorer.shards, scorer.engine.shard_rows)

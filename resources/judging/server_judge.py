@@ -1,0 +1,121 @@
+"""A model behind OpenAI's chat API as judge: it is shown both answers, in both orders."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import jinja2
+import jinja2.meta
+import polars as pl
+from pydantic import BaseModel, ConfigDict
+
+from resources.judging.structured_chat import StructuredChat
+from resources.scoring.scorer import BOTH_ORDERS, Comparison, readings
+from resources.settings.settings import JudgeServer, SettingsError
+
+SHIPPED_TEMPLATE = Path(__file__).parent / "comparison.jinja"
+# No filter that only lays out a text, such as `upper` or `trim`, changes these.
+SAMPLE = {"prompt": "10-46-52", "answer_a": "81-28-73", "answer_b": "65-90-37"}
+CONVENTION = "share_of_both_orders"
+# What a verdict says of the answer that was shown first.
+POINTS = {"A": 1.0, "tie": 0.5, "B": 0.0}
+
+
+class Verdict(BaseModel):
+    """The reply that is asked for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    better: Literal["A", "B", "tie"]
+
+
+class ServerJudge:
+    """Asks a server which of two answers is better, once in each order.
+
+    The first answer gets 1 if it wins in both orders, 0 if it loses in both, and 0.5 if there is a tie or the orders
+    disagree, because the model then went by the place. Where one of the two replies is no verdict, the row has none, and
+    counts for neither side.
+
+    Verdicts are kept in shards under a fingerprint of model and template.
+    """
+
+    name = "server"
+
+    def __init__(self, server: JudgeServer, shards: str, shard_rows: int) -> None:
+        """Reads the template; connects only when a verdict is missing.
+
+        Args:
+            server: Address, model and template.
+            shards: Where finished verdicts are kept.
+            shard_rows: Verdicts per file.
+
+        Raises:
+            SettingsError: The template cannot be used.
+        """
+        self._template, text = load_template(server.template)
+        fingerprint = {"template": hashlib.sha256(text.encode()).hexdigest()[:16]}
+        self._chat = StructuredChat(server, Verdict, "verdict", fingerprint, shards, shard_rows)
+        self.label, self.shards = self._chat.label, self._chat.shards
+
+    def compare(self, rows: Sequence[tuple[str, str, str]], log: Callable[[str], None]) -> Comparison:
+        """Asks about each row in both orders.
+
+        Args:
+            rows: A prompt and two answers each.
+            log: Receives progress sentences, and what a reply without a verdict said.
+
+        Raises:
+            FinalError: The server refuses the key or a request, or does not have the model.
+            RuntimeError: It stays down, overloaded or failing for all of `judge.server.attempts`.
+        """
+        asked = pl.DataFrame(list(rows), schema=dict.fromkeys(("prompt", "first", "second"), pl.String), orient="row")
+        needed = [readings(asked, sides) for sides in BOTH_ORDERS]
+        questions = {
+            key: self._template.render(prompt=prompt, answer_a=answer_a, answer_b=answer_b)
+            for key, prompt, (answer_a, answer_b) in pl.concat(needed).iter_rows()
+        }
+        replies = self._chat.ask(questions, log)
+        points = {key: None if verdict is None else POINTS[verdict.better] for key, verdict in replies.by_key.items()}
+        first, exchanged = (pl.Series([points[key] for key in frame["key"]], dtype=pl.Float64) for frame in needed)
+        agreed = _over_both_orders(first, 1 - exchanged)
+        return Comparison(agreed, 1 - agreed, CONVENTION, replies.usage)
+
+
+def load_template(path: str | None) -> tuple[jinja2.Template, str]:
+    """The template of the request and its text; the shipped one for None.
+
+    Raises:
+        SettingsError: The file is missing or is no template, cannot be rendered, or does not show the prompt and both answers.
+    """
+    file = Path(path) if path else SHIPPED_TEMPLATE
+    # The texts are for a model, not for a browser.
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+    cannot_be_used = f"The template {file} (judge.server.template) cannot be used"
+    try:
+        text = file.read_text(encoding="utf-8")
+        names = jinja2.meta.find_undeclared_variables(environment.parse(text))
+        template = environment.from_string(text)
+    except (OSError, UnicodeDecodeError, jinja2.TemplateSyntaxError) as error:
+        raise SettingsError(f"{cannot_be_used}: {error}") from None
+    if names != set(SAMPLE):
+        raise SettingsError(
+            f"The template {file} (judge.server.template) uses {', '.join(sorted(names)) or 'no variables'}: it must show "
+            f"{', '.join(sorted(SAMPLE))}, and has nothing else to show."
+        )
+    try:
+        shown = template.render(SAMPLE)
+    # A template may compute anything.
+    except Exception as error:
+        raise SettingsError(f"{cannot_be_used}: {type(error).__name__}: {error}") from None
+    if hidden := [name for name, sample in SAMPLE.items() if sample not in shown]:
+        raise SettingsError(f"{cannot_be_used}: it names {', '.join(hidden)} but does not show the text as it is.")
+    return template, text
+
+
+def _over_both_orders(points: pl.Series, exchanged: pl.Series) -> pl.Series:
+    """The first answer's points: those of both orders if they agree, a tie if they do not, none if one is missing."""
+    orders = pl.DataFrame({"one": points, "other": exchanged})
+    agreed = pl.when(pl.col("one") == pl.col("other")).then("one").otherwise(0.5)
+    is_missing = pl.col("one").is_null() | pl.col("other").is_null()
+    return orders.select(points=pl.when(~is_missing).then(agreed))["points"]

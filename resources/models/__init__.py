@@ -1,0 +1,1 @@
+"""Models as files and on devices: where they come from, chat rendering, embeddings, likelihood."""

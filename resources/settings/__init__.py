@@ -1,0 +1,1 @@
+"""The settings of an experiment, one file per section."""

@@ -1,0 +1,105 @@
+"""Publishing a folder: to the Hugging Face hub, or to a directory in its place."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from resources.common.errors import FinalError
+from resources.settings.settings import Publishing
+from resources.storage.files import replace_directory, temporary_directory_beside
+
+RepositoryKind = Literal["dataset", "model"]
+# The tag that every card of ours has: a folder without such a card is somebody else's.
+TAG = "synpo"
+
+
+def check_destination(publishing: Publishing, kind: RepositoryKind) -> None:
+    """Makes sure, before anything is written, that there is somewhere to publish to.
+
+    Raises:
+        FinalError: Neither a repository nor a directory is named, the directory cannot be made, or there is no token for the
+            hub.
+    """
+    if publishing.dry_run:
+        return
+    if publishing.directory:
+        try:
+            Path(publishing.directory).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FinalError(
+                f"The directory {publishing.directory} (publishing.directory) cannot be made: {error.strerror or error}. "
+                "Choose another."
+            ) from None
+        return
+    setting = f"publishing.{kind}_repository"
+    if getattr(publishing, f"{kind}_repository") is None:
+        raise FinalError(
+            f"There is nowhere to publish to: set {setting} or publishing.directory, or keep publishing.dry_run."
+        )
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise FinalError(
+            f"There is no token for the hub, which {setting} needs: set HF_TOKEN, or log in with `hf auth login`."
+        )
+
+
+def publish(
+    publishing: Publishing,
+    folder: Path,
+    name: str,
+    repository: str | None,
+    kind: RepositoryKind,
+    replaced: Sequence[str],
+) -> str:
+    """Publishes a folder as the settings say.
+
+    Args:
+        publishing: The settings.
+        folder: A finished folder.
+        name: Its place below `publishing.directory`.
+        repository: Its hub id.
+        kind: What the hub shall take it for.
+        replaced: Patterns of the hub's files that are removed where the folder has none of that name, so that nothing of
+            an earlier upload is left among them.
+
+    Returns:
+        Where it was published: a path, the address of a commit, or `nowhere (dry run)`.
+
+    Raises:
+        FinalError: The hub refuses, or in the directory lies something that was not published from here.
+    """
+    if publishing.dry_run:
+        return "nowhere (dry run)"
+    if publishing.directory:
+        return str(_copy(folder, Path(publishing.directory) / name))
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    assert repository is not None  # `check_destination` has seen to it.
+    hub = HfApi(library_name="synpo")
+    try:
+        hub.create_repo(repository, repo_type=kind, private=publishing.private, exist_ok=True)
+        commit = hub.upload_folder(
+            repo_id=repository,
+            repo_type=kind,
+            folder_path=folder,
+            commit_message="Published by SynPO",
+            delete_patterns=list(replaced),
+        )
+    except HfHubHTTPError as error:
+        if error.response.status_code >= 500:
+            raise
+        raise FinalError(f"The hub does not take {repository}: {' '.join(str(error).split())}") from None
+    return commit.commit_url
+
+
+def _copy(folder: Path, place: Path) -> Path:
+    card = place / "README.md"
+    if place.exists() and not (card.exists() and f"\n- {TAG}\n" in card.read_text(encoding="utf-8")):
+        raise FinalError(f"{place} was not published from here: move it away, or choose another publishing.directory.")
+    with temporary_directory_beside(place) as temporary:
+        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        replace_directory(temporary, place)
+    return place

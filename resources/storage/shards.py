@@ -1,0 +1,93 @@
+"""Finished rows of long work, in files that survive a crash and are found again by what made them."""
+
+import errno
+import io
+import json
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import polars as pl
+from upath import UPath
+
+from resources.common.errors import FinalError
+from resources.storage.files import json_sha256, write_atomically
+
+FINGERPRINT_FILE = "fingerprint.json"
+
+
+def fingerprint_name(fingerprint: Mapping[str, Any]) -> str:
+    """The name of the folder that holds the rows of a fingerprint."""
+    return json_sha256(dict(fingerprint))[:16]
+
+
+class Shards:
+    """Rows with the same fingerprint: everything that can change a row, other than its key.
+
+    Another fingerprint has another folder, so rows of different settings never mix.
+    """
+
+    def __init__(self, root: str, fingerprint: Mapping[str, Any], label: str, columns: Mapping[str, Any]) -> None:
+        """Opens the folder of a fingerprint, and makes it with the first write.
+
+        Args:
+            root: A local directory, or a URL that fsspec knows.
+            fingerprint: What the rows depend on; JSON-serialisable.
+            label: What made the rows, in words: written beside the fingerprint for people.
+            columns: Name and type of each column; `key` identifies a row.
+        """
+        self.folder = UPath(root) / fingerprint_name(fingerprint)
+        self._columns = dict(columns)
+        self._description = {**fingerprint, "made_for": label}
+
+    def finished(self, keys: pl.Series) -> pl.Series:
+        """Which of these keys have a finished row."""
+        found = pl.concat([pl.Series("key", dtype=pl.String), *(shard["key"] for shard in self._shards(["key"]))])
+        return keys.filter(keys.is_in(found.implode()))
+
+    def rows(self, keys: pl.Series, usable: Callable[[pl.DataFrame], pl.DataFrame] = lambda rows: rows) -> pl.DataFrame:
+        """The finished rows with these keys, each once, in any order.
+
+        Args:
+            keys: The keys.
+            usable: Leaves rows out, before one row of several with the same key is chosen.
+        """
+        found = pl.DataFrame(schema=self._columns)
+        # Filtered only where need be, and appended in place: copies would take as much memory as the rows.
+        for shard in self._shards(list(self._columns)):
+            is_wanted = shard["key"].is_in(keys.implode())
+            found.extend(usable(shard if is_wanted.all() else shard.filter(is_wanted)))
+        # Two runs that were at work side by side may both have finished a row.
+        return found if found["key"].n_unique() == found.height else found.unique("key", keep="first")
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Writes one shard, as a whole or not at all.
+
+        Raises:
+            FinalError: The disk is full.
+        """
+        content = io.BytesIO()
+        pl.DataFrame(rows, schema=self._columns).write_parquet(content)
+        try:
+            if not (self.folder / FINGERPRINT_FILE).exists():
+                write_atomically(self.folder / FINGERPRINT_FILE, json.dumps(self._description, indent=2).encode())
+            write_atomically(self.folder / f"{uuid.uuid4().hex}.parquet", content.getvalue())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise FinalError(
+                f"The disk with {self.folder} is full. Finished shards are kept: free some space (`synpo clean` lists what is "
+                "not needed any more) and run it again."
+            ) from None
+
+    def _shards(self, columns: list[str]) -> Iterator[pl.DataFrame]:
+        for path in sorted(self.folder.glob("*.parquet")):
+            with path.open("rb") as file:
+                try:
+                    shard = pl.read_parquet(file, columns=columns)
+                except pl.exceptions.PolarsError as error:
+                    raise FinalError(
+                        f"The shard {path} cannot be read, so it was damaged after it was written: "
+                        f"{' '.join(str(error).split())} Remove it and run it again: its rows are then made anew."
+                    ) from None
+            yield shard

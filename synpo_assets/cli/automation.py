@@ -1,0 +1,87 @@
+"""Jobs, and going on by itself: a sensor that starts the next iteration until the target is reached or the gate says stop.
+
+Paper: four iterations, "until performance no longer improves". Here: off until it is switched on in the UI; whether the
+newest M_t was promoted decides (promotion.py), and the reason to stop is shown with each tick of the sensor.
+"""
+
+import dagster as dg
+from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+
+from resources.settings.settings import Settings
+from synpo_assets.graph.missing import AssetGraph, missing_assets
+from synpo_assets.graph.partitions import ALL_ASSETS_JOB, ITERATIONS, OPT_IN_TAG, partition_key
+from synpo_assets.stages.loop import promotion_refusal
+
+OPT_IN = dg.AssetSelection.tag(OPT_IN_TAG, "true")
+JOBS = [
+    dg.define_asset_job(
+        "made_once",
+        selection=dg.AssetSelection.assets("policy").upstream(include_self=False),
+        description="What all iterations share: M_0, the seed, the keyword pool, the prompt generator, the baseline, the scorer, "
+        "the judge.",
+        # dagster.yaml lets one run with this tag at a time.
+        tags={"synpo/made_once": "true"},
+    ),
+    dg.define_asset_job(
+        "iteration",
+        selection=dg.AssetSelection.assets("policy").downstream() - OPT_IN,
+        description="One whole iteration, and the report; several partitions run one after the other.",
+    ),
+    dg.define_asset_job(
+        ALL_ASSETS_JOB,
+        selection=dg.AssetSelection.all() - OPT_IN,
+        description="Any of the assets: what `synpo run` and the sensor launch.",
+    ),
+]
+UNFINISHED = [
+    DagsterRunStatus.QUEUED, DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING, DagsterRunStatus.STARTED,
+    DagsterRunStatus.CANCELING,
+]  # fmt: skip
+
+
+@dg.sensor(
+    job_name=ALL_ASSETS_JOB,
+    minimum_interval_seconds=30,
+    description="Starts the next iteration until automation.target_iterations, or until M_t is not promoted.",
+)
+def next_iteration(
+    context: dg.SensorEvaluationContext, settings: dg.ResourceParam[Settings]
+) -> dg.RunRequest | dg.SkipReason:
+    """Asks for the first iteration that is not finished, or says why it does not."""
+    assert context.repository_def is not None  # Dagster sets it wherever a sensor runs.
+    graph = context.repository_def.asset_graph
+    iteration = first_unfinished(context.instance, graph, settings)
+    if (reason := reason_to_wait(context.instance, settings, iteration)) is not None:
+        return dg.SkipReason(reason)
+    key = partition_key(iteration)
+    names = missing_assets(context.instance, graph, None) + missing_assets(context.instance, graph, key)
+    return dg.RunRequest(
+        partition_key=key, asset_selection=[dg.AssetKey(name) for name in names], tags={"synpo/automation": "true"}
+    )
+
+
+def first_unfinished(instance: DagsterInstance, graph: AssetGraph, settings: Settings) -> int:
+    """The first iteration in which something is missing; max_iterations + 1 if there is none."""
+    iterations = range(1, settings.max_iterations + 1)
+    unfinished = (number for number in iterations if missing_assets(instance, graph, partition_key(number)))
+    return next(unfinished, settings.max_iterations + 1)
+
+
+def reason_to_wait(instance: DagsterInstance, settings: Settings, iteration: int) -> str | None:
+    """Why an iteration is not to be started now, as a sentence; None if it is."""
+    target = min(settings.automation.target_iterations or settings.max_iterations, settings.max_iterations)
+    if iteration > target:
+        return f"Stopped: iteration {target} is finished, which is the target (automation.target_iterations)."
+    if live := instance.get_runs(RunsFilter(statuses=UNFINISHED), limit=1):
+        return f"Run {live[0].run_id} is at work."
+    newest = instance.get_runs(
+        RunsFilter(tags=dict(ITERATIONS.get_tags_for_partition_key(partition_key(iteration)))), limit=1
+    )
+    if newest and not newest[0].is_success:
+        return (
+            f"Stopped: the newest run of iteration {iteration} ({newest[0].run_id}) ended as {newest[0].status.value}. "
+            "Mend the cause and run it again; this sensor goes on after it."
+        )
+    if iteration > 1 and (refusal := promotion_refusal(instance, partition_key(iteration - 1))):
+        return f"Stopped after iteration {iteration - 1}: {refusal}"
+    return None

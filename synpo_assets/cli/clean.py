@@ -1,0 +1,269 @@
+"""What lies in a home that no run with its settings would read any more, and its removal."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from rich.console import Console
+from upath import UPath
+
+from resources.generation.language_model import LanguageModel
+from resources.judging.judge_choice import judge_scorer, server_judge, topic_labeler
+from resources.scoring.scorer import RewardScorer
+from resources.settings.settings import Settings, SettingsError
+from resources.storage.checkpoint_store import Checkpoint
+from resources.storage.files import is_abandoned
+from resources.storage.shards import FINGERPRINT_FILE
+from synpo_assets.cli.runs import FOREGROUND_TAG, locked
+from synpo_assets.evaluation.benchmarks import answer_samplings
+from synpo_assets.graph.history import newest
+from synpo_assets.stages.prompts import prompt_sampling
+
+AT_WORK = [DagsterRunStatus.QUEUED, DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
+# Where things are written under a temporary name first; Dagster's own folders are left alone.
+WRITTEN_FOLDERS = (
+    "tables",
+    "shards",
+    "checkpoints",
+    "cache/checkpoints",
+    "training",
+    "reports",
+    "published",
+    "benchmarks",
+)
+TRAINING_KEPT = timedelta(days=1)
+SHARDS, TRAININGS, HALVES, CHECKPOINTS = (
+    "Shards of other settings", "Unfinished trainings", "Half-written by processes that are gone", "Superseded checkpoints",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Leftover:
+    """Something that no run with the current settings would read.
+
+    Attributes:
+        group: The heading that it is listed under.
+        place: The file or folder.
+        made_for: What it was made for, in words.
+        rows: How many finished rows it holds; None where there are none to count.
+        size: Its bytes.
+        changed: When it was last written to; None for an empty folder.
+    """
+
+    group: str
+    place: UPath
+    made_for: str
+    rows: int | None
+    size: int
+    changed: datetime | None
+
+
+def print_clean(settings: Settings, home: Path, delete: bool, with_checkpoints: bool) -> None:
+    """Lists the leftovers of a home, and removes them if asked to.
+
+    Args:
+        settings: The settings of the home.
+        home: The home; it is locked meanwhile, as by `synpo run`.
+        delete: Whether to remove what is listed.
+        with_checkpoints: Whether this includes superseded checkpoints.
+
+    Raises:
+        SettingsError: A run is at work in the home.
+        FinalError: The engine of the settings is not installed here, so that it is unknown which shards are its own.
+    """
+    from definitions import defs
+
+    resources: Mapping[str, Any] = defs.resources or {}
+    console = Console()
+    with locked(home), DagsterInstance.get() as instance:
+        refuse_while_at_work(instance, home)
+        found = leftovers(instance, settings, home, resources["language_model"], resources["scorer"])
+        removed = [leftover for leftover in found if delete and (with_checkpoints or leftover.group != CHECKPOINTS)]
+        for group in dict.fromkeys(leftover.group for leftover in found):
+            console.print(f"[bold]{group}[/]")
+            for leftover in (item for item in found if item.group == group):
+                console.print(_line(leftover), soft_wrap=True, highlight=False, markup=False)
+        remove(removed)
+    console.print(_closing(found, removed, delete), soft_wrap=True, highlight=False)
+
+
+def refuse_while_at_work(instance: DagsterInstance, home: Path) -> None:
+    """Makes sure that no run is at work in a home whose lock this process holds.
+
+    Raises:
+        SettingsError: A run that was launched in the UI, by the daemon or by `dg launch` has not ended.
+    """
+    # A `synpo run` would hold the lock: what the history shows as its unfinished run was killed.
+    runs = [run for run in instance.get_runs(RunsFilter(statuses=AT_WORK)) if FOREGROUND_TAG not in run.tags]
+    if runs:
+        raise SettingsError(
+            f"Run {runs[0].run_id} is at work in {home} ({runs[0].status.value}): wait until it ends. If its process is dead, "
+            "terminate it in `synpo ui`."
+        )
+
+
+def leftovers(
+    instance: DagsterInstance, settings: Settings, home: Path, language_model: LanguageModel, scorer: RewardScorer
+) -> list[Leftover]:
+    """Everything in a home that no run with these settings would read, by group.
+
+    Args:
+        instance: The history of the home.
+        settings: Its settings.
+        home: Its directory.
+        language_model: The resource that runs generate with.
+        scorer: The resource that runs score with.
+    """
+    root = UPath(settings.storage.root(home))
+    manifests = _current_manifests(root / "checkpoints")
+    current = [_checkpoint(root / "checkpoints" / name, manifest) for name, manifest in manifests.items()]
+    # A sampling that no asset uses with some checkpoint does no harm here: its folder does not exist.
+    samplings = [prompt_sampling(settings), settings.self_instruct_sampling, settings.responses.sampling]
+    samplings += answer_samplings(settings.benchmarks)
+    if settings.trains_improver:
+        samplings.append(settings.response_improver.sampling)
+    in_use = {language_model.shards_of(made, sampling).folder.name for made in current for sampling in samplings}
+    scorers = {"reward_model": scorer, "judge_model": judge_scorer(settings.judge, scorer)}
+    in_use |= {scorers[made.asset].shards_of(made).folder.name for made in current if made.asset in scorers}
+    if settings.judge.server:
+        in_use.add(server_judge(settings.judge, scorer).shards.folder.name)
+        in_use.add(topic_labeler(settings.judge, scorer).shards.folder.name)
+    starts = [manifest["parents"].get("start", {}).get("directory") for manifest in manifests.values()]
+    places = dict.fromkeys([UPath(home), root])
+    return [
+        *(_shards(folder) for folder in _folders(root / "shards") if folder.name not in in_use),
+        *(_training(folder) for folder in _folders(UPath(home) / "training") if _is_obsolete(instance, folder)),
+        *(half for place in places for half in _half_written(place)),
+        *_superseded(root / "checkpoints", {*manifests, *starts}),
+        *_superseded(UPath(home) / "cache" / "checkpoints", {*manifests, *starts}),
+    ]
+
+
+def remove(found: Iterable[Leftover]) -> None:
+    """Removes leftovers from the disk or the object store."""
+    for leftover in found:
+        leftover.place.fs.rm(leftover.place.path, recursive=True)
+
+
+def _current_manifests(store: UPath) -> dict[str, dict[str, Any]]:
+    """The manifests of all checkpoints that a pointer names, by their place below the store."""
+    names = {json.loads(pointer.read_text())["directory"] for pointer in store.glob("*/*.json")}
+    files = {name: store / name / "manifest.json" for name in sorted(names)}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+
+def _checkpoint(directory: UPath, manifest: Mapping[str, Any]) -> Checkpoint:
+    """A checkpoint whose weights need not be on this machine: what was made with it is found by its sha."""
+    weights = str(directory / manifest["weights"])
+    return Checkpoint(manifest["asset"], manifest["partition"], manifest["sha"], weights, str(directory))
+
+
+def _shards(folder: UPath) -> Leftover:
+    description = _json(folder / FINGERPRINT_FILE)
+    made_for, sha = description.pop("made_for", "unknown"), str(description.pop("checkpoint", ""))
+    rows = sum(_height(file) for file in folder.glob("*.parquet"))
+    return _leftover(SHARDS, folder, f"{made_for} {sha[:16]}, {', '.join(_told(description))}", rows)
+
+
+def _training(folder: UPath) -> Leftover:
+    return _leftover(TRAININGS, folder, ", ".join(_told(_json(folder / "description.json"))))
+
+
+def _is_obsolete(instance: DagsterInstance, folder: UPath) -> bool:
+    """Whether no run will go on from a training: its asset was made since, or it was given up long ago."""
+    description = _json(folder / "description.json")
+    if "created" not in description:
+        return True
+    created = datetime.fromisoformat(description["created"])
+    asset, _, partition = str(description.get("asset") or "").removesuffix("]").partition("[")
+    record = newest(instance, asset, partition or None) if asset else None
+    # A long training may have been begun days ago and have saved its newest state a minute ago.
+    given_up = datetime.now(UTC) - (_training(folder).changed or created) > TRAINING_KEPT
+    return given_up or (record is not None and record.timestamp > created.timestamp())
+
+
+def _half_written(root: UPath) -> Iterator[Leftover]:
+    for folder in WRITTEN_FOLDERS:
+        for place in (root / folder).rglob(".*.tmp"):
+            inside_another = any(part.startswith(".") for part in place.relative_to(root).parts[:-1])
+            if not inside_another and (place.is_file() or is_abandoned(place)):
+                yield _leftover(HALVES, place, "written under a temporary name")
+
+
+def _superseded(store: UPath, in_use: set[str | None]) -> Iterator[Leftover]:
+    for directory in sorted(store.glob("*/*/*"), key=str):
+        name = directory.relative_to(store).as_posix()
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if directory.is_dir() and not hidden and name not in in_use:
+            manifest = _json(directory / "manifest.json")
+            made_for = f"made by run {manifest['run_id']}" if manifest else "no manifest: it was never finished"
+            yield _leftover(CHECKPOINTS, directory, made_for)
+
+
+def _folders(place: UPath) -> list[UPath]:
+    return sorted((folder for folder in place.iterdir() if folder.is_dir()), key=str) if place.exists() else []
+
+
+def _leftover(group: str, place: UPath, made_for: str, rows: int | None = None) -> Leftover:
+    files = place.fs.find(place.path)
+    # What a link leads to is not freed with it.
+    size = sum(info["size"] for info in map(place.fs.info, files) if not info.get("islink"))
+    return Leftover(group, place, made_for, rows, size, max(map(place.fs.modified, files), default=None))
+
+
+def _height(file: UPath) -> int:
+    """The rows of a shard; none if it was damaged on the disk."""
+    with file.open("rb") as opened:
+        try:
+            return pl.scan_parquet(opened).select(pl.len()).collect().item()
+        except pl.exceptions.PolarsError:
+            return 0
+
+
+def _json(file: UPath) -> dict[str, Any]:
+    """What a small file says; nothing if it was never written."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _told(values: Mapping[str, Any]) -> Iterator[str]:
+    """`temperature 0.7` and so on, without what is empty."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _told(value)
+        elif value not in (None, [], ""):
+            yield f"{name} {value}"
+
+
+def _line(leftover: Leftover) -> str:
+    age = (
+        ""
+        if leftover.changed is None
+        else f", {(datetime.now(UTC) - leftover.changed) / timedelta(days=1):.1f} days old"
+    )
+    rows = "" if leftover.rows is None else f"{leftover.rows} rows, "
+    return f"  {leftover.place}: {rows}{_megabytes([leftover])}{age}\n    {leftover.made_for}"
+
+
+def _closing(found: list[Leftover], removed: list[Leftover], delete: bool) -> str:
+    if not found:
+        return "Everything here is in use: nothing to clean."
+    kept = [leftover for leftover in found if leftover not in removed]
+    checkpoints = [leftover for leftover in kept if leftover.group == CHECKPOINTS]
+    others = [leftover for leftover in kept if leftover.group != CHECKPOINTS]
+    sentences = [f"Removed {_megabytes(removed)}."] if delete else [f"In all {_megabytes(found)}; nothing was removed."]
+    if others:
+        sentences.append(f"`synpo clean --delete` removes {_megabytes(others)} of it.")
+    if checkpoints:
+        sentences.append(
+            f"The checkpoints ({_megabytes(checkpoints)}) go with --checkpoints in addition: earlier data names them."
+        )
+    return " ".join(sentences)
+
+
+def _megabytes(leftovers: Iterable[Leftover]) -> str:
+    return f"{sum(leftover.size for leftover in leftovers) / 1e6:,.1f} MB"

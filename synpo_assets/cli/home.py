@@ -1,0 +1,78 @@
+"""The home directory of one experiment: its settings, Dagster's history, tables, shards and checkpoints."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from resources.settings.settings import Settings, SettingsError, load_settings, preset_path
+from resources.storage.files import write_atomically
+
+SHOWN_DIFFERENCES = 5
+PROJECT = Path(__file__).parents[2]
+STORAGE_COMMENT = "# Written by synpo from storage.dagster_database in settings.yaml: change it there."
+
+
+def chosen_settings(home: Path, preset: str | None, file: Path | None) -> Settings:
+    """The settings of a home: those stored in it, or the ones asked for if it is new.
+
+    Args:
+        home: The home directory; it may not exist yet.
+        preset: Name of a preset, or None.
+        file: A settings file, or None.
+
+    Raises:
+        SettingsError: Both are given; something is wrong with them; or the home was made with other settings.
+    """
+    if preset and file:
+        raise SettingsError("Give --preset or --settings, not both: a settings file can name its preset inside.")
+    stored = home / "settings.yaml"
+    if not (preset or file):
+        return load_settings(stored if stored.exists() else preset_path("laptop"))
+    asked = load_settings(file if file else preset_path(str(preset)))
+    if stored.exists() and (differences := list(_differences(load_settings(stored).model_dump(), asked.model_dump()))):
+        shown = ", ".join(differences[:SHOWN_DIFFERENCES]) + (", …" if len(differences) > SHOWN_DIFFERENCES else "")
+        raise SettingsError(
+            f"The home {home} was made with other settings ({shown}). Edit {stored} to change them there, or name "
+            "another directory with --home to start another experiment."
+        )
+    return asked
+
+
+def prepare_home(home: Path, settings: Settings) -> None:
+    """Makes the home usable: settings and Dagster's configuration in it, and in this process's environment."""
+    if not (home / "settings.yaml").exists():
+        text = "# All settings of this experiment. Edit them here; relative paths are relative to this file.\n"
+        text += yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True, width=120)
+        write_atomically(home / "settings.yaml", text.encode())
+    file = home / "dagster.yaml"
+    written = file.read_text() if file.exists() else ""
+    wanted = _with_storage(written or (PROJECT / "dagster.yaml").read_text(), settings.storage.dagster_database)
+    if wanted != written:
+        write_atomically(file, wanted.encode())
+    os.environ["SYNPO_HOME"] = os.environ["DAGSTER_HOME"] = str(home)
+
+
+def _with_storage(configuration: str, database: str | None) -> str:
+    """Dagster's configuration with the block `storage` for a database; everything else stays as it was written."""
+    block = r"^storage:.*(?:\n[ \t].*)*\n?"
+    kept = re.sub(rf"\n*^{re.escape(STORAGE_COMMENT)}\n{block}", "\n", configuration, flags=re.MULTILINE)
+    if database is None:
+        return kept
+    kept = re.sub(block, "", kept, flags=re.MULTILINE).rstrip("\n")
+    # SQLAlchemy takes plain postgresql:// for psycopg 3, but dagster-postgres comes with psycopg 2.
+    url = database.replace("postgresql://", "postgresql+psycopg2://", 1)
+    return f"{kept}\n\n{STORAGE_COMMENT}\n{yaml.safe_dump({'storage': {'postgres': {'postgres_url': url}}})}"
+
+
+def _differences(stored: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in stored.keys() | asked.keys():
+        old, new = stored.get(key), asked.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            # The address of a database may hold a password.
+            yield f"{prefix}{key}" if key == "dagster_database" else f"{prefix}{key}: {old} there, {new} asked for"

@@ -1,0 +1,170 @@
+"""Materializing what is missing, in order, in the foreground."""
+
+import fcntl
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import dagster as dg
+from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+
+from resources.common.text import asset_label
+from resources.settings.settings import SettingsError, home_directory
+from resources.storage.files import remove_abandoned
+from synpo_assets.graph.missing import AssetGraph, missing_assets, outdated_assets
+from synpo_assets.graph.partitions import ALL_ASSETS_JOB, ITERATIONS, partition_key
+
+FOREGROUND_TAG = "synpo/foreground"
+CANCELLATION_POLL_SECONDS = 2.0
+
+
+def asset_job() -> dg.JobDefinition:
+    """The job of all assets, in a form that each process of a run can load."""
+    from definitions import defs
+
+    return defs.resolve_job_def(ALL_ASSETS_JOB)
+
+
+def asset_graph() -> AssetGraph:
+    """The assets and their dependencies."""
+    return asset_job().asset_layer.asset_graph
+
+
+@contextmanager
+def locked(home: Path) -> Iterator[None]:
+    """Holds the home for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        SettingsError: Another `synpo run` works on this home.
+    """
+    with (home / "run.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(f"Another `synpo run` is at work in {home}: wait until it ends, or stop it.") from None
+        yield
+
+
+def run_missing(instance: DagsterInstance, iterations: int) -> bool:
+    """Materializes the assets made once, then iterations 1 to N, wherever something is missing.
+
+    Args:
+        instance: The persistent Dagster instance.
+        iterations: N.
+
+    Returns:
+        Whether all of it is materialized now. It stops at the first iteration that fails.
+    """
+    close_dead_runs(instance)
+    for checkpoints in ("checkpoints", "cache/checkpoints"):
+        remove_abandoned(home_directory(), f"{checkpoints}/*/.*.tmp")
+    graph = asset_graph()
+    warn_of_outdated(instance, graph)
+    partitions = [None, *(partition_key(number) for number in range(1, iterations + 1))]
+    return all(_run(instance, missing_assets(instance, graph, partition), partition) for partition in partitions)
+
+
+def warn_of_outdated(instance: DagsterInstance, graph: AssetGraph) -> None:
+    """Names the assets that were made with other settings or code: they are kept, and renewing them is a choice."""
+    if outdated := outdated_assets(instance, graph):
+        logging.getLogger("synpo").warning(
+            "Made with other settings or code, and kept: %s. Materialize them again in `synpo ui` to renew them.",
+            ", ".join(outdated),
+        )
+
+
+def close_dead_runs(instance: DagsterInstance) -> None:
+    """Marks foreground runs that were killed as failed, and gives back the pool slots that ended runs still hold.
+
+    A run that was killed or terminated may have claimed a slot for a step that never reported its end. The daemon
+    frees such slots where it runs; without one, the next run would wait for them forever.
+
+    To be called while holding the lock of the home: then no unfinished foreground run can be alive.
+    """
+    unfinished = [
+        DagsterRunStatus.STARTED, DagsterRunStatus.STARTING, DagsterRunStatus.NOT_STARTED, DagsterRunStatus.CANCELING,
+    ]  # fmt: skip
+    for run in instance.get_runs(RunsFilter(statuses=unfinished)):
+        if FOREGROUND_TAG in run.tags:
+            instance.report_run_failed(run, "The process of this run was killed. Finished work is kept.")
+    for run_id in instance.event_log_storage.get_concurrency_run_ids():
+        holder = instance.get_run_by_id(run_id)
+        if holder is None or holder.is_finished:
+            instance.event_log_storage.free_concurrency_slots_for_run(run_id)
+
+
+def _run(instance: DagsterInstance, names: Sequence[str], partition: str | None) -> bool:
+    if not names:
+        return True
+    tags = {FOREGROUND_TAG: "true"}
+    if partition is not None:
+        tags |= ITERATIONS.get_tags_for_partition_key(partition)
+    with (
+        _ended_from_the_ui(instance),
+        dg.execute_job(
+            dg.reconstructable(asset_job),
+            instance=instance,
+            asset_selection=[dg.AssetKey(name) for name in names],
+            tags=tags,
+            run_config={"loggers": {"console": {}}},
+        ) as result,
+    ):
+        for event in result.all_events:
+            if event.is_step_failure:
+                logging.getLogger("synpo").error(failure_sentence(event))
+            elif event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
+                evaluation = event.asset_check_evaluation_data
+                if not evaluation.passed:
+                    logging.getLogger("synpo").warning(check_sentence(evaluation))
+        return result.success
+
+
+@contextmanager
+def _ended_from_the_ui(instance: DagsterInstance) -> Iterator[None]:
+    """Interrupts this process when its run is terminated in the UI, as Dagster does for runs that it started itself."""
+    done = threading.Event()
+    terminated = RunsFilter(statuses=[DagsterRunStatus.CANCELING], tags={FOREGROUND_TAG: "true"})
+
+    def watch() -> None:
+        while not done.wait(CANCELLATION_POLL_SECONDS):
+            if instance.get_runs(terminated, limit=1):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def failure_sentence(event: dg.DagsterEvent) -> str:
+    """Which asset failed, the error that ended it, and where in the code.
+
+    The process of a failed step may end before its last words reach the terminal, so they are read from its event.
+    """
+    error = event.step_failure_data.error
+    while error is not None and error.cause is not None:
+        error = error.cause
+    # The message starts with the full path of the exception's class, of which the name is enough.
+    reason = f"{error.cls_name}: {error.message.partition(': ')[2].strip()}" if error else "No reason was recorded."
+    place = error.stack[-1].strip().splitlines()[0] if error and error.stack else ""
+    return f"{event.step_key} failed. {reason}\n  {place}"
+
+
+def check_sentence(evaluation: dg.AssetCheckEvaluation) -> str:
+    """Which check of which asset and iteration did not pass, and its figures."""
+    where = asset_label(evaluation.asset_key.to_user_string(), evaluation.partition)
+    figures = ", ".join(f"{name} {_rounded(entry.value)}" for name, entry in evaluation.metadata.items())
+    outcome = "failed, and what follows it is not made" if evaluation.blocking else "did not pass"
+    return f"The check {evaluation.check_name} of {where} {outcome}: {figures}."
+
+
+def _rounded(value: object) -> object:
+    return round(value, 3) if isinstance(value, float) else value

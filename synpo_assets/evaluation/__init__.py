@@ -1,0 +1,1 @@
+"""What is measured of M_t, and whether it is promoted."""

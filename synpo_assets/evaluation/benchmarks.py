@@ -1,0 +1,260 @@
+"""Benchmarks: lm-eval's tasks, and answers in the forms that AlpacaEval 2, Arena-Hard and MT-Bench are judged in.
+
+Paper (section 3): all of these in each iteration, with GPT-4 Turbo as the judge. Here: opt-in. No job, no sensor and no
+`synpo run` makes these assets. The tasks and their shots are the paper's, but the names of its six further tasks are inferred. As
+on the leaderboard, no chat template is applied to them. M_0 stands beside M_t everywhere; its part is done once for all
+iterations. Nothing is judged here: the answers go to the official judges, which ask models behind an API. The paper says how it
+decodes for AlpacaEval 2 only; the other two are decoded as their own code does. Question files are named in the settings and
+never fetched.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from resources.common.errors import FinalError
+from resources.generation.language_model import LanguageModel, Usage
+from resources.models.device import peak_memory
+from resources.models.evaluation_harness import EvaluationHarness, open_tasks, read_questions
+from resources.settings.settings import TASK_PRESETS, Benchmarks, Sampling, Settings, home_directory
+from resources.storage.checkpoint_store import Checkpoint
+from resources.storage.files import json_sha256, replace_directory, temporary_directory_beside
+from resources.storage.tables import table_metadata
+from synpo_assets.graph.partitions import (
+    GPU_POOL,
+    GROUP,
+    ITERATIONS,
+    OPT_IN_TAG,
+    RETRIES,
+    code_version,
+    iteration_of,
+    table,
+)
+from synpo_assets.graph.presentation import made_by, made_from, table_output
+from synpo_assets.graph.schemas import BenchmarkScores
+from synpo_assets.method import benchmarks as benchmarks_method
+from synpo_assets.method.benchmarks import (
+    MT_BENCH_TEMPERATURES,
+    QUESTION_FIELDS,
+    answer_row,
+    conversation,
+    leaderboard_average,
+    mt_bench_temperature,
+    question_problem,
+    score_rows,
+    turns_of,
+)
+
+OPT_IN: dict[str, Any] = {
+    "partitions_def": ITERATIONS,
+    "tags": {OPT_IN_TAG: "true"},
+    "pool": GPU_POOL,
+    "kinds": {"huggingface"},
+}
+# Where the judge of each benchmark looks for the answers of a model, and under which name.
+PLACES = {
+    "alpaca_eval": "alpaca_eval/{}.json",
+    "arena_hard": "arena_hard/model_answer/{}.jsonl",
+    "mt_bench": "mt_bench/model_answer/{}.jsonl",
+}
+SHOWN_QUESTIONS = 2
+LEADERBOARD_SHOTS = TASK_PRESETS["open_llm_leaderboard"]
+Answers = list[list[str]]
+
+
+@dg.asset(
+    **table(
+        BenchmarkScores,
+        "benchmarks.tasks",
+        "benchmarks.task_folder",
+        "benchmarks.limit",
+        "engine.dtype",
+        benchmarks_method,
+    ),
+    **OPT_IN,
+)
+def benchmark_scores(
+    context: dg.AssetExecutionContext,
+    model_checkpoint: Checkpoint,
+    initial_policy: Checkpoint,
+    harness: EvaluationHarness,
+    settings: dg.ResourceParam[Settings],
+) -> dg.Output[pl.DataFrame]:
+    """M_t beside M_0 on the tasks of `benchmarks.tasks`, as lm-eval measures them."""
+    options = settings.benchmarks
+    if not options.tasks:
+        reason = _left_out(context, "name lm-eval's tasks in benchmarks.tasks")
+        return table_output(context, BenchmarkScores.empty(), left_out=reason)
+    manager, started = open_tasks(options), time.monotonic()
+    found = (
+        harness.evaluate(model, manager, options, context.log.info) for model in (model_checkpoint, initial_policy)
+    )
+    policy, initial = (
+        [row for task, figures in tasks for row in score_rows(task.name, task.shots, figures)] for tasks in found
+    )
+    frame = _beside(policy, initial).with_columns(
+        checkpoint_sha=pl.lit(model_checkpoint.sha),
+        initial_checkpoint_sha=pl.lit(initial_policy.sha),
+        iteration=pl.lit(iteration_of(context), pl.Int64),
+    )
+    return table_output(
+        context,
+        frame,
+        scores=table_metadata(frame.drop("checkpoint_sha", "initial_checkpoint_sha", "iteration")),
+        open_llm_leaderboard_average=leaderboard_average(policy, LEADERBOARD_SHOTS),
+        open_llm_leaderboard_average_initial=leaderboard_average(initial, LEADERBOARD_SHOTS),
+        limit=options.limit,
+        seconds=round(time.monotonic() - started, 1),
+        **made_by(model_checkpoint),
+    )
+
+
+@dg.asset(
+    group_name=GROUP,
+    retry_policy=RETRIES,
+    code_version=code_version(
+        *(f"benchmarks.{name}" for name in QUESTION_FIELDS),
+        "benchmarks.alpaca_eval_sampling",
+        "benchmarks.arena_hard_sampling",
+        "benchmarks.mt_bench_max_new_tokens",
+        "engine.dtype",
+        "engine.kind",
+        benchmarks_method,
+    ),
+    **OPT_IN,
+)
+def benchmark_answers(
+    context: dg.AssetExecutionContext,
+    model_checkpoint: Checkpoint,
+    initial_policy: Checkpoint,
+    language_model: LanguageModel,
+    settings: dg.ResourceParam[Settings],
+) -> dg.MaterializeResult:
+    """M_t's and M_0's answers to AlpacaEval 2, Arena-Hard and MT-Bench, as files for the official judges."""
+    options = settings.benchmarks
+    files = _question_files(options)
+    if not files:
+        named = " or ".join(f"benchmarks.{name}" for name in QUESTION_FIELDS)
+        reason = _left_out(context, f"name a question file in {named}")
+        return dg.MaterializeResult(data_version=dg.DataVersion("none"), metadata={"left_out": reason})
+    questions = {
+        name: read_questions(file, f"benchmarks.{name}", functools.partial(question_problem, name))
+        for name, file in files.items()
+    }
+    models = {f"synpo-iteration-{iteration_of(context)}": model_checkpoint, "synpo-initial": initial_policy}
+    models = {f"{name}-{model.sha[:8]}": model for name, model in models.items()}
+    answers: dict[tuple[str, str], Answers] = {}
+    usages: list[Usage] = []
+    for model_name, model in models.items():
+        for benchmark, rows in questions.items():
+            answer = functools.partial(language_model.answer, model, log=context.log.info)
+            written, used = _answers(answer, benchmark, rows, options)
+            answers[benchmark, model_name] = written
+            usages += used
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(json_sha256([*answers.values()])[:16]),
+        metadata={
+            **_write(context, questions, answers),
+            **sum(usages[1:], usages[0]).metadata(),
+            **peak_memory(),
+            **made_by(model_checkpoint),
+            "made_from": made_from(context),
+        },
+    )
+
+
+def answer_samplings(options: Benchmarks) -> list[Sampling]:
+    """Every way in which questions of the settings may be answered."""
+    rows = [{"category": category} for category in (*MT_BENCH_TEMPERATURES, "any other")]
+    return [_sampling(benchmark, row, options) for benchmark in _question_files(options) for row in rows]
+
+
+def _left_out(context: dg.AssetExecutionContext, remedy: str) -> str:
+    """Why nothing is done where the settings name nothing: a sentence, and an error if it was asked for by name."""
+    reason = f"There is nothing to do for {context.asset_key.to_user_string()}: {remedy}."
+    # A backfill of everything includes it, and must not fail in a home without benchmarks.
+    if dg.AssetKey("model_checkpoint") not in (context.run.asset_selection or ()):
+        raise FinalError(reason)
+    context.log.info(reason)
+    return reason
+
+
+def _beside(policy: list[dict[str, Any]], initial: list[dict[str, Any]]) -> pl.DataFrame:
+    """The figures of M_t, each with that of M_0 in the same row."""
+    ours, theirs = (
+        pl.DataFrame(rows, schema_overrides={"value": pl.Float64, "stderr": pl.Float64}) for rows in (policy, initial)
+    )
+    keys = ["task", "shots", "metric", "filter"]
+    return ours.join(theirs.drop("questions"), on=keys, suffix="_initial", maintain_order="left")
+
+
+def _question_files(options: Benchmarks) -> dict[str, str]:
+    files = {"alpaca_eval": options.alpaca_eval, "arena_hard": options.arena_hard, "mt_bench": options.mt_bench}
+    return {benchmark: file for benchmark, file in files.items() if file}
+
+
+def _sampling(benchmark: str, row: Mapping[str, Any], options: Benchmarks) -> Sampling:
+    if benchmark == "mt_bench":
+        temperature = mt_bench_temperature(row["category"])
+        return Sampling(temperature=temperature, max_new_tokens=options.mt_bench_max_new_tokens)
+    return options.alpaca_eval_sampling if benchmark == "alpaca_eval" else options.arena_hard_sampling
+
+
+def _answers(
+    answer: Callable[..., tuple[pl.DataFrame, Usage]], benchmark: str, rows: list[dict[str, Any]], options: Benchmarks
+) -> tuple[Answers, list[Usage]]:
+    """The answers to all turns of each question, and what they cost; a later turn sees the answers to those before it."""
+    turns = [turns_of(benchmark, row) for row in rows]
+    samplings = [_sampling(benchmark, row, options) for row in rows]
+    answers: Answers = [[] for _ in rows]
+    usages = []
+    for turn in range(max(map(len, turns))):
+        # Within a benchmark, samplings differ in nothing but the temperature.
+        for temperature, sampling in {each.temperature: each for each in samplings}.items():
+            asked = [
+                place
+                for place, each in enumerate(samplings)
+                if each.temperature == temperature and len(turns[place]) > turn
+            ]
+            chats = [(benchmark, conversation(turns[place], answers[place])) for place in asked]
+            frame, usage = answer(chats, sampling)
+            usages.append(usage)
+            for place, text in zip(asked, frame["text"], strict=True):
+                answers[place].append(text.strip())
+    return answers, usages
+
+
+def _write(
+    context: dg.AssetExecutionContext,
+    questions: Mapping[str, list[dict[str, Any]]],
+    answers: Mapping[tuple[str, str], Answers],
+) -> dict[str, Any]:
+    """Writes the files of an iteration into the home, in place of earlier ones, whole or not at all; what was written."""
+    place, now = home_directory() / "benchmarks" / context.partition_key, time.time()
+    files, sample = [], []
+    with temporary_directory_beside(place) as temporary:
+        for (benchmark, model), given in answers.items():
+            file = temporary / PLACES[benchmark].format(model)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            rows = [
+                answer_row(benchmark, question, turns, model, now)
+                for question, turns in zip(questions[benchmark], given, strict=True)
+            ]
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.write_text(
+                json.dumps(rows, indent=2, ensure_ascii=False) if file.suffix == ".json" else lines, "utf-8"
+            )
+            files.append({"file": str(file.relative_to(temporary)), "answers": len(rows), "bytes": file.stat().st_size})
+            sample += [
+                {"benchmark": benchmark, "model": model, "turns": turns_of(benchmark, question), "answers": turns}
+                for question, turns in zip(questions[benchmark][:SHOWN_QUESTIONS], given, strict=False)
+            ]
+        replace_directory(temporary, place)
+    context.log.info(f"{place}: {', '.join(str(entry['file']) for entry in files)}")
+    tables = {"files": table_metadata(pl.DataFrame(files)), "sample": table_metadata(pl.DataFrame(sample))}
+    return {"path": dg.MetadataValue.path(place), "answers": sum(entry["answers"] for entry in files), **tables}

@@ -1,0 +1,1 @@
+"""Pairs and models for others: cards, export forms, the hub."""

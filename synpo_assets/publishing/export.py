@@ -1,0 +1,168 @@
+"""Writing the preference pairs of a home in the form that another trainer reads."""
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import yaml
+from rich.console import Console
+
+from resources.settings.settings import Settings, SettingsError
+from resources.storage.files import opened_atomically, write_atomically
+from resources.storage.tables import ParquetTables
+from synpo_assets.publishing.forms import CONVERSIONS, Format, axolotl_dataset, dataset_info
+
+NAME = "preference_pairs"
+DATASET = "synpo_preference_pairs"
+# LLaMA-Factory's list of all data sets of a folder, where others may stand beside ours.
+INFO = "dataset_info.json"
+SUFFIXES = (".jsonl", ".parquet")
+
+
+def print_export(
+    settings: Settings, home: Path, form: Format, iterations: str, output: Path, overwrite: bool = False
+) -> None:
+    """Writes the pairs and prints what was written, where, and how to use it.
+
+    Args:
+        settings: The settings of the home.
+        home: The home.
+        form: The trainer whose documented form is written.
+        iterations: `all`, or numbers such as `1,2`.
+        output: A folder, or a .jsonl file (for TRL also a .parquet file).
+        overwrite: Whether existing files may be replaced; of a `dataset_info.json`, only what it says about these pairs.
+
+    Raises:
+        SettingsError: There are no such pairs, the output exists or cannot be written, or the form cannot be written to
+            such an output.
+    """
+    with _writing(output):
+        file = output_file(form, output)
+        is_described = form == "llama-factory" and DATASET in _data_sets(file)
+        places = [file, *(place for place in _beside(form, file) if place.name != INFO or is_described)]
+        existing = [place for place in places if place.exists()]
+    if existing and not overwrite:
+        of_what = f" and names {DATASET}" if existing[0].name == INFO else ""
+        raise SettingsError(f"{existing[0]} exists{of_what}: choose another --output, or replace it with --overwrite.")
+    pairs = read_pairs(ParquetTables(f"{settings.storage.root(home)}/tables"), iterations)
+    with _writing(output):
+        write_pairs(pairs, form, file)
+    counts = ", ".join(f"{count} of iteration {number}" for number, count in _counts(pairs))
+    console = Console()
+    console.print(
+        f"{pairs.height} pairs ({counts}) in the form of {form}: {file}", soft_wrap=True, highlight=False, markup=False
+    )
+    for place in _beside(form, file):
+        console.print(f"{'how to use it':<18}{place}", soft_wrap=True, highlight=False, markup=False)
+
+
+def output_file(form: Format, output: Path) -> Path:
+    """The file that the pairs go into: `output` itself, or one in it if it is a folder.
+
+    Raises:
+        SettingsError: The trainer does not read such a file, or needs a folder.
+    """
+    if output.suffix not in SUFFIXES:
+        if output.is_file() or (output.suffix and not output.exists()):
+            raise SettingsError(
+                f"{output} is neither a folder nor a file of a kind that is written: give --output a folder (one with a dot "
+                "in its name must exist), a .jsonl file, or for trl a .parquet file."
+            )
+        return output / f"{NAME}.jsonl"
+    if output.is_dir():
+        raise SettingsError(
+            f"{output} is a folder: give --output a file, or a folder that does not end in {output.suffix}."
+        )
+    if output.suffix == ".parquet" and form != "trl":
+        raise SettingsError(f"The form of {form} is written as .jsonl: give --output a .jsonl file or a folder.")
+    if form in ("llama-factory", "axolotl"):
+        raise SettingsError(f"The form of {form} needs a file beside the pairs: give --output a folder.")
+    return output
+
+
+def read_pairs(tables: ParquetTables, iterations: str) -> pl.DataFrame:
+    """The pairs of some iterations, in order.
+
+    Args:
+        tables: The tables of the home.
+        iterations: `all`, or numbers such as `1,2`.
+
+    Raises:
+        SettingsError: `iterations` is neither, or an iteration has no pairs.
+    """
+    stored = tables.scan(NAME)
+    pairs = None if stored is None else stored.sort("iteration", maintain_order=True).collect()
+    if pairs is None or pairs.is_empty():
+        raise SettingsError("This home holds no preference pairs yet: make an iteration with `synpo run` first.")
+    if iterations == "all":
+        return pairs
+    numbers = [part.strip() for part in iterations.split(",")]
+    if not all(number.isascii() and number.isdecimal() for number in numbers):
+        raise SettingsError(f"--iterations {iterations} is neither `all` nor numbers such as 1,2.")
+    asked = {int(number) for number in numbers}
+    if missing := sorted(asked - set(pairs["iteration"])):
+        made = ", ".join(str(number) for number, _ in _counts(pairs))
+        raise SettingsError(f"Iteration {missing[0]} has no preference pairs; iterations that have: {made}.")
+    return pairs.filter(pl.col("iteration").is_in(asked))
+
+
+def write_pairs(pairs: pl.DataFrame, form: Format, file: Path) -> None:
+    """Writes pairs in the form of a trainer, each file as a whole or not at all; what uses the pairs comes last."""
+    if file.suffix == ".parquet":
+        with opened_atomically(file) as opened:
+            pairs.write_parquet(opened)
+    else:
+        _write_lines(map(CONVERSIONS[form], pairs.iter_rows(named=True)), file)
+    for place in _beside(form, file):
+        write_atomically(place, _use(form, file).encode())
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SettingsError(f"--output {output} cannot be written: {error.strerror or error}.") from None
+
+
+def _write_lines(rows: Iterable[dict[str, Any]], file: Path) -> None:
+    with opened_atomically(file) as opened:
+        for row in rows:
+            opened.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def _beside(form: Format, file: Path) -> list[Path]:
+    """The files that tell the trainer how to read the pairs."""
+    names = {"llama-factory": [INFO], "axolotl": ["axolotl.yaml"]}.get(form, [])
+    return [file.with_name(name) for name in names]
+
+
+def _use(form: Format, file: Path) -> str:
+    if form == "llama-factory":
+        return json.dumps(_data_sets(file) | dataset_info(DATASET, file.name), indent=2) + "\n"
+    return "# Add the model and the training settings.\n" + yaml.safe_dump(
+        axolotl_dataset(str(file.absolute())), sort_keys=False
+    )
+
+
+def _data_sets(file: Path) -> dict[str, Any]:
+    """What a `dataset_info.json` beside the pairs says already; nothing if there is none."""
+    place = file.with_name(INFO)
+    if not place.exists():
+        return {}
+    try:
+        described = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError:
+        described = None
+    if not isinstance(described, dict):
+        raise SettingsError(
+            f"{place} is no JSON object, so the pairs cannot be named in it: correct it or move it away."
+        )
+    return described
+
+
+def _counts(pairs: pl.DataFrame) -> list[tuple[int, int]]:
+    return list(pairs.group_by("iteration").len().sort("iteration").iter_rows())

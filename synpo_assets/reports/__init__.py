@@ -1,0 +1,1 @@
+"""What is read back of finished iterations: report, plots, comparison, lineage of a row."""

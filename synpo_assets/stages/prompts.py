@@ -1,0 +1,161 @@
+"""Writing new prompts: the prompt generator G, this iteration's keyword sets, the synthetic prompts.
+
+Paper (section 2.1): G is trained once, from M_0, to turn two keywords of a seed prompt and one noise keyword into the
+prompt and its answer; at generation three keywords of one paragraph go in, and only the question is used.
+Here: the prompt is masked in the SFT loss (not stated). Keyword sets are drawn without repetition across iterations,
+until enough prompts are valid or the cap `max_overdraw` is hit. We also drop near-duplicates, other languages and
+prompts that overlap with held-out ones, which the paper does not do.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from resources.common.errors import FinalError
+from resources.generation.language_model import LanguageModel, Usage
+from resources.settings.settings import Sampling, Settings
+from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
+from resources.storage.tables import table_metadata
+from resources.training.trainer import Trainer
+from synpo_assets.graph.partitions import GPU_POOL, ITERATIONS, checkpoint, iteration_of, table
+from synpo_assets.graph.presentation import checkpoint_output, made_by, table_output, table_version, training_metadata
+from synpo_assets.graph.schemas import KeywordSets, SyntheticPrompts
+from synpo_assets.method import keywords as keyword_method
+from synpo_assets.method import prompts as prompt_method
+from synpo_assets.method import templates
+from synpo_assets.method.ids import content_id
+from synpo_assets.method.keywords import Keywords, drawn_rows, training_keywords
+from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter, draw_until_enough
+
+
+@dg.asset(
+    **checkpoint(
+        "prompt_generator.training", "prompt_generator.keywords_from_seed_prompt", "prompt_generator.noise_keywords",
+        "keyword_pool.keywords_per_set", "keyword_pool.language", "keyword_pool.drop_personal_names", "engine.dtype",
+        keyword_method, templates,
+    ),
+    pool=GPU_POOL,
+    kinds={"huggingface"},
+)  # fmt: skip
+def prompt_generator(
+    context: dg.AssetExecutionContext,
+    initial_policy: Checkpoint,
+    seed_pairs: pl.DataFrame,
+    trainer: Trainer,
+    checkpoints: dg.ResourceParam[CheckpointStore],
+    settings: dg.ResourceParam[Settings],
+) -> dg.Output[Checkpoint]:
+    """G, fine-tuned from M_0 to write a prompt and its answer from three keywords (paper, section 2.1)."""
+    generator, seed = settings.prompt_generator, seed_pairs.filter(split="train")
+    extractor = Keywords(settings.keyword_pool.language, settings.keyword_pool.drop_personal_names)
+    counts = (settings.keywords_from_seed_prompt, generator.noise_keywords)
+    drawn = training_keywords(seed["prompt"].to_list(), extractor, *counts, settings.random_seed)
+    examples = [
+        (templates.generator_instruction(keywords), templates.generator_target(prompt, answer))
+        for keywords, prompt, answer in zip(drawn, seed["prompt"], seed["answer"], strict=True)
+        if keywords is not None
+    ]
+    made, summary = checkpoints.create(
+        context,
+        lambda directory: trainer.supervised(initial_policy, examples, generator.training, directory, context.log.info),
+        parents={"start": initial_policy},
+        trained_on={"seed_pairs": table_version(seed_pairs)},
+        settings=generator.training.model_dump(),
+        random_seed=settings.random_seed,
+    )
+    return checkpoint_output(context, made, without_keywords=drawn.count(None), **training_metadata(summary))
+
+
+@dg.asset(
+    partitions_def=ITERATIONS,
+    deps=["policy"],
+    **table(KeywordSets, "prompt_generator.prompts_per_iteration", "prompt_generator.max_overdraw", keyword_method),
+    kinds={"polars"},
+)
+def keyword_sets(
+    context: dg.AssetExecutionContext, keyword_pool: pl.LazyFrame, settings: dg.ResourceParam[Settings]
+) -> dg.Output[pl.DataFrame]:
+    """This iteration's draw from the keyword pool, in random order (algorithm 1, line 1)."""
+    pool_size = keyword_pool.select(pl.len()).collect().item()
+    wanted = settings.keyword_sets_per_iteration
+    rows = drawn_rows(pool_size, iteration_of(context), wanted, settings.random_seed)
+    order = pl.DataFrame({"row": rows}, schema={"row": pl.UInt32}).lazy()
+    drawn = order.join(keyword_pool.with_row_index("row"), on="row", how="inner", maintain_order="left").drop("row")
+    frame = drawn.with_columns(iteration=pl.lit(iteration_of(context), pl.Int64)).collect()
+    if iteration_of(context) * wanted > pool_size:
+        context.log.warning(f"The pool has {pool_size} keyword sets: some are drawn again. Enlarge the corpus.")
+    return table_output(context, frame, pool_size=pool_size)
+
+
+@dg.asset(
+    partitions_def=ITERATIONS,
+    **table(SyntheticPrompts, "prompt_generator", "engine.dtype", "engine.kind", prompt_method, templates),
+    pool=GPU_POOL,
+    kinds={"huggingface"},
+)
+def synthetic_prompts(
+    context: dg.AssetExecutionContext,
+    keyword_sets: pl.DataFrame,
+    prompt_generator: Checkpoint,
+    seed_pairs: pl.DataFrame,
+    verifiable_instructions: pl.DataFrame,
+    preference_history: pl.DataFrame,
+    language_model: LanguageModel,
+    settings: dg.ResourceParam[Settings],
+) -> dg.Output[pl.DataFrame]:
+    """New prompts that G writes from the keyword sets; only valid ones stay (paper, section 2.1)."""
+    options = settings.prompt_generator
+    asked_later = [*seed_pairs.filter(split="held_out")["prompt"], *verifiable_instructions["prompt"]]
+    prompts = _prompt_filter(settings, seed_pairs, preference_history, asked_later)
+    usages: list[Usage] = []
+
+    def write(drawn: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        # With the iteration in its id, a keyword set that is drawn again later gives another prompt.
+        asked = [
+            (f"{row['keyword_set_id']} {context.partition_key}", templates.generator_instruction(row["keywords"]))
+            for row in drawn
+        ]
+        written, usage = language_model.answer(prompt_generator, asked, prompt_sampling(settings), context.log.info)
+        usages.append(usage)
+        return written.to_dicts()
+
+    kept, used = draw_until_enough(keyword_sets.to_dicts(), options.prompts_per_iteration, write, prompts.keep)
+    if not kept:
+        raise FinalError(
+            f"None of {used} completions of the prompt generator held a valid prompt: {dict(prompts.dropped)}. "
+            "If most are unparsable, train longer (prompt_generator.training); else loosen the filter that dropped them."
+        )
+    frame = pl.DataFrame(kept).with_columns(
+        prompt_id=pl.Series([content_id("prompt", row["prompt"]) for row in kept]),
+        checkpoint_sha=pl.lit(prompt_generator.sha),
+    )
+    return table_output(
+        context,
+        frame.select(*SyntheticPrompts.to_schema().columns),
+        wanted=options.prompts_per_iteration,
+        keyword_sets_used=used,
+        dropped=dg.MetadataValue.json(dict(prompts.dropped)),
+        contaminated=table_metadata(pl.DataFrame(prompts.matches, schema=["prompt", "held_out_prompt"], orient="row")),
+        **sum(usages[1:], usages[0]).metadata(),
+        **made_by(prompt_generator),
+    )
+
+
+def prompt_sampling(settings: Settings) -> Sampling:
+    """How G samples: only the question is used, so writing stops where it ends."""
+    return settings.prompt_generator.sampling.model_copy(update={"stop": [templates.QUESTION_END]})
+
+
+def _prompt_filter(
+    settings: Settings, seed_pairs: pl.DataFrame, history: pl.DataFrame, asked_later: Sequence[str]
+) -> PromptFilter:
+    """A filter that knows the seed and the pairs so far, which are not written again, and the prompts of evaluations."""
+    options = settings.prompt_generator
+    known = NearDuplicates(options.near_duplicate_similarity)
+    earlier = [messages[0]["content"] for messages in history["prompt"].to_list()]
+    for prompt in [*seed_pairs.filter(split="train")["prompt"], *earlier]:
+        known.add(prompt)
+    contamination = Contamination(asked_later, options.decontamination_ngram)
+    return PromptFilter(options.min_words, options.max_words, options.language, known, contamination)
