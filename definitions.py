@@ -12,7 +12,7 @@ from resources.models.embeddings import SentenceEmbedder
 from resources.models.evaluation_harness import EvaluationHarness
 from resources.models.likelihood import AnswerLikelihood
 from resources.scoring.scorer import RewardScorer
-from resources.settings.settings import active_settings, home_directory
+from resources.settings.files import active_settings, home_directory
 from resources.storage.checkpoint_store import CheckpointStore
 from resources.storage.tables import ParquetTables
 from resources.training.trainer import Trainer

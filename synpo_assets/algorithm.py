@@ -1,6 +1,6 @@
 """The stages of the method in order, and what follows them: the modules whose assets make up the graph."""
 
-from resources.settings.settings import active_settings
+from resources.settings.files import active_settings
 from synpo_assets.evaluation import benchmarks, diversity, promotion
 from synpo_assets.evaluation import gold_comparison as measurements
 from synpo_assets.evaluation import win_rates as evaluation

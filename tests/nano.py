@@ -11,7 +11,7 @@ import polars as pl
 import yaml
 
 from resources.models.chat import answer_ids, load_tokenizer, prompt_ids
-from resources.settings.settings import PRESETS
+from resources.settings.files import PRESETS
 from synpo_assets.method.templates import generator_instruction, generator_target, user_message
 
 SEED = PRESETS.parent / "seed"

@@ -7,7 +7,10 @@ import polars as pl
 import pytest
 
 from resources.models.chat import load_tokenizer
-from resources.settings.settings import Engine, Settings, TrainingProcesses, load_settings
+from resources.settings.files import load_settings
+from resources.settings.machine import Engine
+from resources.settings.settings import Settings
+from resources.settings.training import TrainingProcesses
 from resources.storage.checkpoint_store import CheckpointStore
 from resources.storage.tables import ParquetTables
 from resources.training.trainer import Trainer

@@ -15,7 +15,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from resources.settings.settings import Engine, Lora, PreferenceTraining, Training, TrainingProcesses
+from resources.settings.machine import Engine
+from resources.settings.training import Lora, PreferenceTraining, Training, TrainingProcesses
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.processes import refuse_pieces
 from resources.training.trainer import Trainer, TrainingError

@@ -3,7 +3,7 @@
 import dagster as dg
 import pytest
 
-from resources.settings.settings import active_settings
+from resources.settings.files import active_settings
 from synpo_assets.cli.automation import next_iteration, reason_to_wait
 from synpo_assets.cli.runs import asset_graph
 from synpo_assets.graph.missing import asset_names

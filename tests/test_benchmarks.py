@@ -11,7 +11,10 @@ import pytest
 from resources.common.errors import FinalError
 from resources.generation.language_model import LanguageModel
 from resources.models.evaluation_harness import EvaluationHarness
-from resources.settings.settings import Engine, Sampling, SettingsError, load_settings
+from resources.settings.files import load_settings
+from resources.settings.machine import Engine
+from resources.settings.method import Sampling
+from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.storage.tables import ParquetTables
 from synpo_assets.evaluation.benchmarks import LEADERBOARD_SHOTS, answer_samplings, benchmark_answers, benchmark_scores

@@ -2,7 +2,8 @@
 
 import pytest
 
-from resources.settings.settings import SettingsError, load_settings
+from resources.settings.files import load_settings
+from resources.settings.sections import SettingsError
 from synpo_assets.cli.calibration import calibrate, known_calibration
 from synpo_assets.cli.estimate import Rate, Work, seconds
 from synpo_assets.cli.preflight import known_rates, print_check, seed_table

@@ -4,7 +4,7 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.settings.settings import active_settings
+from resources.settings.files import active_settings
 from resources.storage.checkpoint_store import CheckpointStore
 from resources.storage.tables import ParquetTables
 from synpo_assets.graph import checks

@@ -16,7 +16,9 @@ from upath import UPath
 from resources.generation.language_model import LanguageModel
 from resources.judging.judge_choice import server_judge, topic_labeler
 from resources.scoring.scorer import RewardScorer
-from resources.settings.settings import Sampling, SettingsError, load_settings
+from resources.settings.files import load_settings
+from resources.settings.method import Sampling
+from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.storage.tables import ParquetTables
 from synpo_assets.cli import clean

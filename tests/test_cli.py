@@ -94,7 +94,8 @@ def test_a_model_that_is_not_on_the_hub(tmp_path, nano_model):
 
 
 def test_no_disk_space(tmp_path, nano_model, monkeypatch):
-    from resources.settings.settings import SettingsError, load_settings
+    from resources.settings.files import load_settings
+    from resources.settings.sections import SettingsError
     from synpo_assets.cli import preflight
 
     settings = load_settings(write_settings(tmp_path / "mine.yaml", nano_settings(nano_model)))
@@ -176,7 +177,7 @@ def test_a_home_that_is_a_file(tmp_path, nano_model):
 
 
 def test_two_runs_of_one_home_are_refused(tmp_path):
-    from resources.settings.settings import SettingsError
+    from resources.settings.sections import SettingsError
     from synpo_assets.cli.runs import locked
 
     with locked(tmp_path), pytest.raises(SettingsError, match="Another `synpo run` is at work"), locked(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from resources.settings.settings import load_settings
+from resources.settings.files import load_settings
 from synpo_assets.cli.commands import app
 from synpo_assets.reports.compare import differing_settings
 from tests.nano import nano_settings, write_settings

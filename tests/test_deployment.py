@@ -8,7 +8,8 @@ import dagster as dg
 import pytest
 import yaml
 
-from resources.settings.settings import PRESETS, Engine, load_settings
+from resources.settings.files import PRESETS, load_settings
+from resources.settings.machine import Engine
 
 DEPLOYMENT = PRESETS.parent / "deployment"
 DOCUMENTS = list(yaml.safe_load_all((DEPLOYMENT / "kubernetes.yaml").read_text()))

@@ -17,7 +17,11 @@ from resources.generation.language_model import LanguageModel
 from resources.models.embeddings import SentenceEmbedder
 from resources.models.model_source import ModelSourceError, fetch_embedding_model
 from resources.scoring.scorer import RewardScorer
-from resources.settings.settings import EmbeddingModel, Engine, Sampling, SettingsError, active_settings
+from resources.settings.data import EmbeddingModel
+from resources.settings.files import active_settings
+from resources.settings.machine import Engine
+from resources.settings.method import Sampling
+from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.storage.files import file_sha256
 from resources.storage.tables import ParquetTables

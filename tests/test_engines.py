@@ -14,7 +14,10 @@ from resources.generation.engine_choice import engine_fingerprint, open_engine
 from resources.generation.transformers_engine import TransformersEngine
 from resources.generation.vllm_engine import VllmEngine, device_groups
 from resources.generation.vllm_process import refuse_arguments
-from resources.settings.settings import Engine, Sampling, SettingsError, load_settings
+from resources.settings.files import load_settings
+from resources.settings.machine import Engine
+from resources.settings.method import Sampling
+from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import open_checkpoint
 from tests.nano import nano_settings, nano_tokenizer, prompt_table, write_settings
 from tests.test_generation import model

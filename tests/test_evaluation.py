@@ -18,7 +18,9 @@ from resources.generation.language_model import Usage
 from resources.judging.judge_choice import judge_scorer, open_judges
 from resources.judging.server_judge import ServerJudge, load_template
 from resources.scoring.scorer import Comparison, RewardScorer, ScoringUsage
-from resources.settings.settings import JudgeServer, SettingsError, active_settings, load_settings, preset_path
+from resources.settings.evaluation import JudgeServer
+from resources.settings.files import active_settings, load_settings, preset_path
+from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.storage.tables import ParquetTables
 from resources.training.job import TrainingSummary

@@ -17,7 +17,8 @@ import resources.storage.shards
 from resources.common.errors import FinalError
 from resources.generation.language_model import LanguageModel
 from resources.generation.transformers_engine import RowSampler
-from resources.settings.settings import Engine, Sampling
+from resources.settings.machine import Engine
+from resources.settings.method import Sampling
 
 PROMPTS = [(f"prompt-{n}", [{"role": "user", "content": f"Tell me about topic {n} " + "please " * (n % 5)}])
            for n in range(24)]  # fmt: skip

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from resources.generation.transformers_engine import TransformersEngine
-from resources.settings.settings import Sampling
+from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
 from tests.test_generation import model, silent
 

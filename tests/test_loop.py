@@ -8,7 +8,8 @@ import dagster as dg
 import pytest
 from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationPlanned
 
-from resources.settings.settings import Gate, active_settings
+from resources.settings.evaluation import Gate
+from resources.settings.files import active_settings
 from resources.storage.checkpoint_store import Checkpoint, CheckpointError, CheckpointStore
 from resources.storage.tables import ParquetTables
 from synpo_assets.cli.runs import asset_graph

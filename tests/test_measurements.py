@@ -6,7 +6,9 @@ import polars as pl
 import pytest
 
 from resources.models.likelihood import AnswerLikelihood
-from resources.settings.settings import Engine, SettingsError, load_settings
+from resources.settings.files import load_settings
+from resources.settings.machine import Engine
+from resources.settings.sections import SettingsError
 from synpo_assets.cli.preflight import seed_table, verifiable_table
 from synpo_assets.evaluation.gold_comparison import refuse_answers_of_another
 from synpo_assets.method.verifiable import RULES, followed_figures, meets, rates_by_rule

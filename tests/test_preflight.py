@@ -4,7 +4,10 @@ import polars as pl
 import pytest
 
 from resources.models.model_source import fetch_initial_policy, fetch_reward_model
-from resources.settings.settings import InitialPolicy, Scorer, SettingsError, load_settings, preset_path
+from resources.settings.data import InitialPolicy
+from resources.settings.files import load_settings, preset_path
+from resources.settings.method import Scorer
+from resources.settings.sections import SettingsError
 from resources.training.job import TrainingError
 from synpo_assets.cli.estimate import Work, expected_work, parameter_count, rates_on_cpu, seconds
 from synpo_assets.cli.preflight import check_before_run, check_disk, disk_needed, print_check, seed_table

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from resources.common.errors import FinalError
-from resources.settings.settings import GateMetric, load_settings
+from resources.settings.evaluation import GateMetric
+from resources.settings.files import load_settings
 from resources.storage.checkpoint_store import CheckpointError, CheckpointStore
 from resources.storage.tables import ParquetTables
 from synpo_assets.cli.runs import asset_graph

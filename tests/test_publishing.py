@@ -8,7 +8,9 @@ import polars as pl
 import pytest
 
 from resources.common.errors import FinalError
-from resources.settings.settings import Settings, SettingsError, load_settings
+from resources.settings.files import load_settings
+from resources.settings.sections import SettingsError
+from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import CheckpointStore
 from resources.storage.tables import ParquetTables
 from synpo_assets.cli.automation import next_iteration
@@ -333,7 +335,7 @@ def test_nothing_else_makes_what_is_opt_in(instance):
 
 def test_the_sensor_never_asks_for_it(nano_model, tmp_path):
     from definitions import defs
-    from resources.settings.settings import active_settings
+    from resources.settings.files import active_settings
 
     with dg.DagsterInstance.ephemeral() as empty:
         context = dg.build_sensor_context(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from resources.common.errors import FinalError
 from resources.generation.language_model import LanguageModel
 from resources.scoring.scorer import Comparison, ScoringUsage
-from resources.settings.settings import active_settings, load_settings
+from resources.settings.files import active_settings, load_settings
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.storage.tables import ParquetTables
 from synpo_assets.cli.estimate import CHAT_TOKENS, TOKENS_PER_WORD, expected_work

@@ -23,7 +23,7 @@ from resources.generation.engine import Completion, Request, Requests
 from resources.generation.engine_choice import engine_fingerprint, open_engine
 from resources.generation.ray_engine import RayEngine, _room, connected, worker_settings
 from resources.generation.ray_worker import ArrivingRequests, Wants
-from resources.settings.settings import Engine, RayCluster
+from resources.settings.machine import Engine, RayCluster
 from resources.storage.checkpoint_store import Checkpoint
 from tests.nano import prompt_table
 from tests.test_generation import PROMPTS, SAMPLING, model, silent
@@ -225,7 +225,7 @@ def left_over(mark):
 INTERRUPTED = """
 import sys, time
 from resources.generation.ray_engine import RayEngine
-from resources.settings.settings import Engine, RayCluster
+from resources.settings.machine import Engine, RayCluster
 from tests.test_ray_engine import SAMPLING, checkpoint, echo, requests
 
 settings = Engine(device="cpu", ray=RayCluster(workers=1))

@@ -18,7 +18,10 @@ from resources.models.chat import load_tokenizer
 from resources.models.model_source import ModelSourceError, fetch_reward_model
 from resources.scoring.pair_ranker import PairRanker
 from resources.scoring.scorer import RewardScorer
-from resources.settings.settings import Engine, Scorer, Training, TrainingProcesses, active_settings
+from resources.settings.files import active_settings
+from resources.settings.machine import Engine
+from resources.settings.method import Scorer
+from resources.settings.training import Training, TrainingProcesses
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.storage.tables import ParquetTables
 from resources.training.trainer import Trainer

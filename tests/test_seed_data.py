@@ -4,7 +4,7 @@ import collections
 
 import pytest
 
-from resources.settings.settings import load_settings, preset_path
+from resources.settings.files import load_settings, preset_path
 from synpo_assets.cli.preflight import seed_table, verifiable_table
 from synpo_assets.method.prompts import Contamination, NearDuplicates
 from synpo_assets.method.verifiable import RULES

@@ -25,7 +25,7 @@ from resources.generation.engine import Requests
 from resources.generation.engine_choice import engine_fingerprint, open_engine
 from resources.generation.language_model import LanguageModel
 from resources.models.chat import load_tokenizer, prompt_ids
-from resources.settings.settings import Engine
+from resources.settings.machine import Engine
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from tests.nano import copy_that_adds_bos, prompt_table
 from tests.test_generation import PROMPTS, SAMPLING, model, silent

@@ -2,7 +2,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from resources.settings.settings import PRESETS, Settings, SettingsError, load_settings, preset_path
+from resources.settings.files import PRESETS, load_settings, preset_path
+from resources.settings.sections import SettingsError
+from resources.settings.settings import Settings
 from tests.nano import write_settings
 
 

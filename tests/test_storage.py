@@ -17,7 +17,11 @@ from typer.testing import CliRunner
 from upath import UPath
 
 from resources.generation.language_model import LanguageModel
-from resources.settings.settings import Engine, Sampling, Settings, SettingsError, Storage, load_settings
+from resources.settings.files import load_settings
+from resources.settings.machine import Engine, Storage
+from resources.settings.method import Sampling
+from resources.settings.sections import SettingsError
+from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import CheckpointError, CheckpointStore
 from resources.storage.files import opened_atomically, write_atomically
 from resources.storage.tables import ParquetTables

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from resources.common.errors import FinalError
 from resources.judging.topic_labeler import LABELS, TopicLabeler
-from resources.settings.settings import JudgeServer
+from resources.settings.evaluation import JudgeServer
 from synpo_assets.graph.schemas import PromptDiversity, check
 from synpo_assets.method.diversity import label_counts, label_coverage
 from tests.test_diversity import PROMPTS, diversity

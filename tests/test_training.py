@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from resources.models.chat import load_tokenizer, prompt_text
-from resources.settings.settings import Engine, PreferenceTraining, Training, TrainingProcesses
+from resources.settings.machine import Engine
+from resources.settings.training import PreferenceTraining, Training, TrainingProcesses
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.trainer import Trainer, TrainingError
 from tests.nano import seed_rows

@@ -15,7 +15,7 @@ import pytest
 from resources.common.errors import FinalError
 from resources.generation.language_model import LanguageModel
 from resources.models.chat import load_tokenizer, prompt_ids
-from resources.settings.settings import Engine
+from resources.settings.machine import Engine
 from resources.storage.checkpoint_store import Checkpoint
 from tests.nano import copy_that_adds_bos
 from tests.test_generation import PROMPTS, SAMPLING, model, silent

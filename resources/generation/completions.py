@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from resources.common.errors import FinalError
 from resources.generation.engine import Completion, Requests
 from resources.models.chat import end_of_turn_id
-from resources.settings.settings import Sampling
+from resources.settings.method import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

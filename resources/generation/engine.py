@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 import polars as pl
 
-from resources.settings.settings import Sampling
+from resources.settings.method import Sampling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from resources.generation.server_engine import ServerEngine
 from resources.generation.transformers_engine import TransformersEngine
 from resources.generation.vllm_engine import VllmEngine
 from resources.models.device import prepare_device, torch_dtype
-from resources.settings.settings import Engine
+from resources.settings.machine import Engine
 from resources.storage.checkpoint_store import Checkpoint
 
 # Both packages are imported as `vllm`; each has an extra of this project that installs it.

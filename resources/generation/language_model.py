@@ -17,7 +17,7 @@ from resources.generation.engine import Completion, Requests
 from resources.generation.engine_choice import engine_fingerprint, open_engine
 from resources.models.chat import Message, load_tokenizer, prompt_ids
 from resources.models.device import DeviceResource
-from resources.settings.settings import Sampling
+from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.shards import Shards
 

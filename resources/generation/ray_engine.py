@@ -21,7 +21,8 @@ from resources.common.errors import FinalError
 from resources.generation.engine import Completion, GenerationEngine, Request, Requests
 from resources.generation.ray_worker import News, RayWorker, Wants
 from resources.models.device import prepare_device
-from resources.settings.settings import Engine, RayCluster, Sampling
+from resources.settings.machine import Engine, RayCluster
+from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
 
 # Requests that a worker is given at a time, at most: what it holds beside those that its engine works on.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from resources.common.errors import FinalError
 from resources.generation.engine import Completion, GenerationEngine, Request, Requests
-from resources.settings.settings import Sampling
+from resources.settings.method import Sampling
 
 
 class Wants(enum.Enum):

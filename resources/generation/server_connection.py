@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from resources.common.errors import FinalError
 from resources.generation.adapters import Adapter
-from resources.settings.settings import ServerAccess
+from resources.settings.machine import ServerAccess
 
 if TYPE_CHECKING:
     import openai

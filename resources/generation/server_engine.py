@@ -12,7 +12,8 @@ from resources.generation.completions import completion, end_ids, longest_sequen
 from resources.generation.engine import Completion, Request, Requests
 from resources.generation.server_connection import Connection, ServedModel, TextCompletion, side_by_side
 from resources.models.chat import load_tokenizer
-from resources.settings.settings import Engine, Sampling, Server
+from resources.settings.machine import Engine, Server
+from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from resources.generation.completions import completion, end_ids, longest_sequen
 from resources.generation.engine import Completion, Request, Requests
 from resources.models.chat import load_tokenizer
 from resources.models.device import prepare_device, torch_dtype
-from resources.settings.settings import Engine, Sampling
+from resources.settings.machine import Engine
+from resources.settings.method import Sampling
 
 if TYPE_CHECKING:
     import torch

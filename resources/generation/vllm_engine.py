@@ -14,7 +14,8 @@ from resources.generation.completions import longest_sequence
 from resources.generation.engine import Completion, Requests
 from resources.generation.vllm_process import answer_in_this_process
 from resources.models.device import prepare_device, torch_dtype, visible_gpus
-from resources.settings.settings import Engine, Sampling
+from resources.settings.machine import Engine
+from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
 
 # vLLM's core shares the process that it is called from: a core of its own would outlive a killed step and hold the GPU.

@@ -16,7 +16,7 @@ from resources.generation.adapters import Adapter
 from resources.generation.completions import completion, end_ids
 from resources.generation.engine import Completion
 from resources.models.chat import load_tokenizer
-from resources.settings.settings import Sampling
+from resources.settings.method import Sampling
 
 # How vLLM and CUDA say that there is too little of it; they speak of memory in other errors too.
 OUT_OF_MEMORY = ("out of memory", "free memory", "available memory", "not enough gpu memory", "kv cache is needed")

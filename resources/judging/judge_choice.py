@@ -5,7 +5,7 @@ from resources.judging.reward_judge import RewardJudge
 from resources.judging.server_judge import ServerJudge
 from resources.judging.topic_labeler import TopicLabeler
 from resources.scoring.scorer import RewardScorer
-from resources.settings.settings import Judge as JudgeSettings
+from resources.settings.evaluation import Judge as JudgeSettings
 from resources.storage.checkpoint_store import Checkpoint
 
 INDEPENDENT = "independent judge"

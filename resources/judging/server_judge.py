@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 from resources.judging.structured_chat import StructuredChat
 from resources.scoring.scorer import BOTH_ORDERS, Comparison, readings
-from resources.settings.settings import JudgeServer, SettingsError
+from resources.settings.evaluation import JudgeServer
+from resources.settings.sections import SettingsError
 
 SHIPPED_TEMPLATE = Path(__file__).parent / "comparison.jinja"
 # No filter that only lays out a text, such as `upper` or `trim`, changes these.

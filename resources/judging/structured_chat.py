@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from resources.common.progress import Progress
 from resources.generation.server_connection import Connection, TokenCounts, side_by_side
 from resources.scoring.scorer import ScoringUsage
-from resources.settings.settings import JudgeServer
+from resources.settings.evaluation import JudgeServer
 from resources.storage.shards import Shards
 
 # The forms take a few dozen; a model that is not held to its schema may go on for ever.

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 
 from resources.judging.structured_chat import StructuredChat
 from resources.scoring.scorer import ScoringUsage
-from resources.settings.settings import JudgeServer
+from resources.settings.evaluation import JudgeServer
 
 LABELS = Path(__file__).parent / "labels.yaml"
 TEMPLATE = LABELS.with_suffix(".jinja")

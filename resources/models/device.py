@@ -12,7 +12,7 @@ import dagster as dg
 
 from resources.common.errors import FinalError
 from resources.common.processes import end_soon_after_interrupt, end_with_run
-from resources.settings.settings import Engine
+from resources.settings.machine import Engine
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ import polars as pl
 
 from resources.common.errors import FinalError
 from resources.models.device import DeviceResource, prepare_device, torch_dtype
-from resources.settings.settings import Benchmarks, BenchmarkTask
+from resources.settings.evaluation import Benchmarks, BenchmarkTask
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import file_sha256, json_sha256
 from resources.storage.shards import Shards

@@ -9,7 +9,9 @@ from pathlib import Path
 import platformdirs
 
 from resources.models.chat import load_tokenizer
-from resources.settings.settings import EmbeddingModel, InitialPolicy, ModelSource, Scorer, SettingsError
+from resources.settings.data import EmbeddingModel, InitialPolicy, ModelSource
+from resources.settings.method import Scorer
+from resources.settings.sections import SettingsError
 from resources.storage.files import file_sha256, temporary_directory_beside
 
 

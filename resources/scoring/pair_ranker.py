@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from resources.common.errors import FinalError
 from resources.models.device import prepare_device, torch_dtype
 from resources.scoring.scoring_model import Reading
-from resources.settings.settings import Engine
+from resources.settings.machine import Engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

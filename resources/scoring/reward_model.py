@@ -6,7 +6,7 @@ from resources.common.errors import FinalError
 from resources.models.chat import answer_ids, load_tokenizer, prompt_ids
 from resources.models.device import prepare_device, torch_dtype
 from resources.scoring.scoring_model import Reading
-from resources.settings.settings import Engine
+from resources.settings.machine import Engine
 
 
 class RewardModel:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from resources.common.errors import FinalError
-from resources.settings.settings import Publishing
+from resources.settings.publishing import Publishing
 from resources.storage.files import replace_directory, temporary_directory_beside
 
 RepositoryKind = Literal["dataset", "model"]

@@ -8,7 +8,8 @@ from typing import Any
 
 import polars as pl
 
-from resources.settings.settings import DataSource, SettingsError
+from resources.settings.data import DataSource
+from resources.settings.sections import SettingsError
 
 ROWS_THAT_SHOW_THE_COLUMNS = 100
 

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from resources.common.errors import FinalError
 from resources.models.device import prepare_device, torch_dtype
-from resources.settings.settings import Engine, PreferenceTraining, Training
+from resources.settings.machine import Engine
+from resources.settings.training import PreferenceTraining, Training
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import json_sha256
 

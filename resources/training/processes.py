@@ -15,7 +15,8 @@ import yaml
 
 from resources.common.processes import GRACE_SECONDS, end_with_this_parent
 from resources.models.device import visible_gpus
-from resources.settings.settings import Engine, Training, TrainingProcesses
+from resources.settings.machine import Engine
+from resources.settings.training import Training, TrainingProcesses
 from resources.training.job import TrainingError, TrainingJob
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from resources.models.chat import Message, answer_ids, prompt_ids, prompt_text
-from resources.settings.settings import PreferenceTraining, Training
+from resources.settings.training import PreferenceTraining, Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from resources.models.chat import load_tokenizer
 from resources.models.device import prepare_device, torch_dtype
-from resources.settings.settings import PreferenceTraining
+from resources.settings.training import PreferenceTraining
 from resources.training.job import TrainingError, TrainingJob
 from resources.training.state import KEPT_STATES, marking_callback
 

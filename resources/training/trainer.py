@@ -16,7 +16,7 @@ from pydantic import PrivateAttr
 from resources.common.text import asset_label
 from resources.models.chat import Message, load_tokenizer
 from resources.models.device import DeviceResource
-from resources.settings.settings import PreferenceTraining, Training, TrainingProcesses
+from resources.settings.training import PreferenceTraining, Training, TrainingProcesses
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import write_atomically
 from resources.training.job import Kind, TrainingError, TrainingJob, TrainingSummary, fingerprint

@@ -15,7 +15,8 @@ from resources.generation.language_model import LanguageModel
 from resources.models.device import device_name, prepare_device, torch_dtype
 from resources.models.model_source import fetch_initial_policy
 from resources.scoring.scorer import RewardScorer
-from resources.settings.settings import Settings, SettingsError
+from resources.settings.sections import SettingsError
+from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import json_sha256, temporary_directory_beside, write_atomically
 from resources.training.trainer import Trainer

@@ -15,7 +15,8 @@ from upath import UPath
 from resources.generation.language_model import LanguageModel
 from resources.judging.judge_choice import judge_scorer, server_judge, topic_labeler
 from resources.scoring.scorer import RewardScorer
-from resources.settings.settings import Settings, SettingsError
+from resources.settings.sections import SettingsError
+from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import is_abandoned
 from resources.storage.shards import FINGERPRINT_FILE

@@ -11,7 +11,9 @@ import typer
 
 from resources.common.errors import FinalError
 from resources.models.model_source import ModelSourceError
-from resources.settings.settings import Settings, SettingsError, home_directory
+from resources.settings.files import home_directory
+from resources.settings.sections import SettingsError
+from resources.settings.settings import Settings
 from synpo_assets.cli.home import PROJECT, chosen_settings, prepare_home
 from synpo_assets.publishing.forms import Format
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
-from resources.settings.settings import Settings, SettingsError, load_settings, preset_path
+from resources.settings.files import load_settings, preset_path
+from resources.settings.sections import SettingsError
+from resources.settings.settings import Settings
 from resources.storage.files import write_atomically
 
 SHOWN_DIFFERENCES = 5

@@ -21,7 +21,10 @@ from resources.models.model_source import (
     fetch_initial_policy,
     fetch_reward_model,
 )
-from resources.settings.settings import SeedData, Settings, SettingsError, Storage
+from resources.settings.data import SeedData
+from resources.settings.machine import Storage
+from resources.settings.sections import SettingsError
+from resources.settings.settings import Settings
 from resources.storage.seed_source import read_rows
 from resources.training.processes import processes_to_start, refuse_missing_packages
 from resources.training.state import KEPT_STATES

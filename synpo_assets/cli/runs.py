@@ -13,7 +13,8 @@ import dagster as dg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from resources.common.text import asset_label
-from resources.settings.settings import SettingsError, home_directory
+from resources.settings.files import home_directory
+from resources.settings.sections import SettingsError
 from resources.storage.files import remove_abandoned
 from synpo_assets.graph.missing import AssetGraph, missing_assets, outdated_assets
 from synpo_assets.graph.partitions import ALL_ASSETS_JOB, ITERATIONS, partition_key

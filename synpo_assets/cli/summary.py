@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from resources.common.text import asset_label, visible
-from resources.settings.settings import active_settings
+from resources.settings.files import active_settings
 from resources.storage.tables import ParquetTables
 from synpo_assets.cli.runs import asset_graph
 from synpo_assets.graph.history import metadata_of, seconds_of

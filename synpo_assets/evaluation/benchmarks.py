@@ -21,7 +21,10 @@ from resources.common.errors import FinalError
 from resources.generation.language_model import LanguageModel, Usage
 from resources.models.device import peak_memory
 from resources.models.evaluation_harness import EvaluationHarness, open_tasks, read_questions
-from resources.settings.settings import TASK_PRESETS, Benchmarks, Sampling, Settings, home_directory
+from resources.settings.evaluation import TASK_PRESETS, Benchmarks
+from resources.settings.files import home_directory
+from resources.settings.method import Sampling
+from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import json_sha256, replace_directory, temporary_directory_beside
 from resources.storage.tables import table_metadata

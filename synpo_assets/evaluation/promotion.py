@@ -14,7 +14,8 @@ from dagster import DagsterInstance
 
 from resources.common.errors import FinalError
 from resources.common.text import asset_label
-from resources.settings.settings import GateMetric, Settings
+from resources.settings.evaluation import GateMetric
+from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from synpo_assets.graph.history import data_version_of, input_version_of, metadata_of
 from synpo_assets.graph.partitions import ITERATIONS, iteration_of, partition_key, table

@@ -18,7 +18,8 @@ from dagster._core.storage.asset_check_execution_record import AssetCheckExecuti
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus as CheckStatus
 
 from resources.models.weights import tensors_not_finite
-from resources.settings.settings import Settings, active_settings
+from resources.settings.files import active_settings
+from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import CheckpointStore
 from resources.storage.tables import ParquetTables
 from synpo_assets.graph.history import metadata_of

@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from resources.settings.settings import active_settings
+from resources.settings.files import active_settings
 from resources.storage.files import json_sha256
 from synpo_assets.graph.schemas import Table, column_schema, frame_type
 

@@ -10,7 +10,8 @@ import polars as pl
 import yaml
 from rich.console import Console
 
-from resources.settings.settings import Settings, SettingsError
+from resources.settings.sections import SettingsError
+from resources.settings.settings import Settings
 from resources.storage.files import opened_atomically, write_atomically
 from resources.storage.tables import ParquetTables
 from synpo_assets.publishing.forms import CONVERSIONS, Format, axolotl_dataset, dataset_info

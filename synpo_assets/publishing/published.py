@@ -15,7 +15,8 @@ import polars as pl
 
 from resources.common.errors import FinalError
 from resources.common.text import visible
-from resources.settings.settings import Settings, home_directory
+from resources.settings.files import home_directory
+from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.storage.files import replace_directory, temporary_directory_beside
 from resources.storage.hub import check_destination, publish

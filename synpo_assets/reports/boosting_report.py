@@ -11,7 +11,7 @@ from dagster import DagsterInstance
 
 from resources.common.errors import FinalError
 from resources.common.text import visible
-from resources.settings.settings import home_directory
+from resources.settings.files import home_directory
 from resources.storage.files import json_sha256, write_atomically
 from resources.storage.tables import ParquetTables
 from synpo_assets.graph.history import metadata_of, seconds_of

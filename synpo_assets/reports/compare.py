@@ -14,7 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from resources.common.text import visible
-from resources.settings.settings import Settings, SettingsError, load_settings
+from resources.settings.files import load_settings
+from resources.settings.sections import SettingsError
+from resources.settings.settings import Settings
 from resources.storage.tables import ParquetTables
 from synpo_assets.reports.boosting_report import iterations_of, read_iteration
 from synpo_assets.reports.rows import GENERATED_BY, MISSING, TRAINED_BY, FinishedIteration

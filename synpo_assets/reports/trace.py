@@ -15,7 +15,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from resources.common.text import asset_label, visible
-from resources.settings.settings import SettingsError
+from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import CheckpointStore
 from resources.storage.tables import ParquetTables
 from synpo_assets.graph.history import metadata_of, newest

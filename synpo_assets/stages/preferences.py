@@ -17,7 +17,8 @@ from resources.common.errors import FinalError
 from resources.generation.language_model import LanguageModel, Usage
 from resources.models.model_source import fetch_reward_model
 from resources.scoring.scorer import RewardScorer
-from resources.settings.settings import Sampling, Settings
+from resources.settings.method import Sampling
+from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.training.trainer import Trainer
 from synpo_assets.graph.history import metadata_of

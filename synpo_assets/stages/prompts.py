@@ -15,7 +15,8 @@ import polars as pl
 
 from resources.common.errors import FinalError
 from resources.generation.language_model import LanguageModel, Usage
-from resources.settings.settings import Sampling, Settings
+from resources.settings.method import Sampling
+from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.storage.tables import table_metadata
 from resources.training.trainer import Trainer

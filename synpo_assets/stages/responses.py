@@ -9,7 +9,8 @@ import dagster as dg
 import polars as pl
 
 from resources.generation.language_model import LanguageModel, Usage
-from resources.settings.settings import Sampling, Settings
+from resources.settings.method import Sampling
+from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
 from synpo_assets.graph.partitions import GPU_POOL, ITERATIONS, iteration_of, table
 from synpo_assets.graph.presentation import made_by, table_output

@@ -15,7 +15,7 @@ import polars as pl
 
 def collect(home: Path, folder: Path) -> None:
     os.environ["SYNPO_HOME"] = str(home.absolute())
-    from resources.settings.settings import active_settings
+    from resources.settings.files import active_settings
     from resources.storage.tables import ParquetTables
     from synpo_assets.graph.history import metadata_of
     from synpo_assets.reports.boosting_report import iterations_of, read_iteration

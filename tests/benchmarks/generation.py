@@ -29,7 +29,8 @@ from resources.generation.engine import Completion, Requests
 from resources.generation.engine_choice import engine_fingerprint, open_engine
 from resources.generation.vllm_engine import CPU_ARGUMENTS, CPU_ENVIRONMENT, ENVIRONMENT
 from resources.models.chat import load_tokenizer, prompt_ids
-from resources.settings.settings import Engine, Sampling
+from resources.settings.machine import Engine
+from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
 from tests.nano import make_nano_model, prompt_table, seed_rows
 

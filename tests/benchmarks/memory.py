@@ -21,7 +21,8 @@ import polars as pl
 
 import resources.generation.language_model
 from resources.generation.engine import Completion, Requests
-from resources.settings.settings import Engine, Sampling
+from resources.settings.machine import Engine
+from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
 from synpo_assets.method.templates import user_message
 from tests.nano import make_nano_model, seed_rows

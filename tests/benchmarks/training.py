@@ -19,7 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from resources.settings.settings import Engine, PreferenceTraining, Training, TrainingProcesses
+from resources.settings.machine import Engine
+from resources.settings.training import PreferenceTraining, Training, TrainingProcesses
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.trainer import Trainer
 from synpo_assets.method.templates import user_message

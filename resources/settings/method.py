@@ -1,0 +1,181 @@
+"""The method itself: prompts, answers, the improver, the scorer, pairs and the optimisation on them."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from resources.settings.sections import Section
+from resources.settings.training import PreferenceTraining, Training
+
+
+class Sampling(Section):
+    """How completions are sampled. Paper: T = 0.7 everywhere; top-p, top-k and length are not given."""
+
+    temperature: float = Field(0.7, ge=0, description="Softmax temperature; 0 is greedy. Paper: 0.7.")
+    top_k: int = Field(
+        0, ge=0, description="Sample among the k likeliest tokens; 0 is all. Cheaper than top_p on a CPU."
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample within this probability mass; 1 is all.")
+    max_new_tokens: int = Field(ge=1, description="Longest completion, in tokens. Not given in the paper.")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description="Texts that end a completion; they stay in the text.",
+    )
+
+
+class PromptGenerator(Section):
+    """The prompt generator G: learns (keywords -> prompt and answer), writes the synthetic prompts."""
+
+    keywords_from_seed_prompt: int | None = Field(
+        None,
+        ge=1,
+        description="Keywords taken from the seed prompt itself. None: keyword_pool.keywords_per_set less noise_keywords. "
+        "Paper: 2.",
+    )
+    noise_keywords: int = Field(
+        1, ge=0, description="Keywords taken from another seed prompt. Paper: 1; 0 switches noise off."
+    )
+    prompts_per_iteration: int = Field(ge=1, description="Valid prompts wanted per iteration. Paper: 36,000 to 72,000.")
+    max_overdraw: float = Field(
+        2.0, ge=1, description="Keyword sets drawn at most, per prompt wanted. Not in the paper, which draws as needed."
+    )
+    min_words: int = Field(3, ge=1, description="Shorter prompts are dropped. Not in the paper.")
+    max_words: int = Field(200, ge=1, description="Longer prompts are dropped. Not in the paper.")
+    language: str | None = Field(
+        "en",
+        pattern="^[a-z]{2}$",
+        description="Prompts in other languages are dropped; None keeps all. Not in the paper.",
+    )
+    near_duplicate_similarity: float = Field(
+        0.7,
+        gt=0,
+        le=1,
+        description="Prompts this similar (Jaccard of word pairs) to an earlier one are dropped. Not in the paper.",
+    )
+    decontamination_ngram: int = Field(
+        8,
+        ge=2,
+        description="Prompts that share this many consecutive words with a prompt of an evaluation are dropped. Not in the paper.",
+    )
+    training: Training = Field(
+        description="SFT from M_0. Paper: lr 1e-6, batch 32, warm-up 0.1, 3 epochs, length 8000."
+    )
+    sampling: Sampling = Field(description="Decoding of the prompts. Paper: T = 0.7.")
+
+
+class Responses(Section):
+    """Answers of M_{t-1} and M_0."""
+
+    sampling: Sampling = Field(description="Decoding of the answers. Paper: T = 0.7.")
+
+
+class ResponseImprover(Section):
+    """The response improver R_t: learns (prompt, own answer -> gold answer), rewrites the answers.
+
+    Read only where preferences.chosen_from is `improver`.
+    """
+
+    margin_threshold: float = Field(
+        description="Train only where score(gold) - score(own answer) exceeds this. Paper: the threshold of the pair filter."
+    )
+    training: Training = Field(
+        description="SFT from M_0, anew in every iteration. Paper: as the generator, length 6000."
+    )
+    sampling: Sampling = Field(description="Decoding of the rewrites. Paper: T = 0.7.")
+
+
+class Scorer(Section):
+    """The scorer F that filters pairs: a reward model."""
+
+    kind: Literal["trained", "pretrained", "pair_ranker"] = Field(
+        "trained",
+        description="`trained`: a Bradley-Terry model trained here on gold over M_0's answers. `pretrained`: a reward model by "
+        "id, such as ArmoRM. `pair_ranker`: PairRM, which reads two answers at a time.",
+    )
+    name: str | None = Field(
+        None,
+        description="Id or directory of the published model: a sequence classifier with one output for `pretrained`, "
+        "`llm-blender/PairRM-hf` or one of its shape for `pair_ranker`.",
+    )
+    revision: str | None = Field(None, description="Revision of the hub model named here.")
+    pair_convention: Literal["mean_of_both_orders", "sum_of_both_orders", "one_order"] = Field(
+        "mean_of_both_orders",
+        description="Pair ranker only: what a margin is. It reads (a, b) and (b, a) and gives a logit for each; their mean is "
+        "in the units of one reading, their sum about twice that, and `one_order` reads the pair once. The paper does not say "
+        "which one its threshold of 0.20 is in. Stored with the pairs.",
+    )
+    max_length: int = Field(
+        2048,
+        ge=8,
+        description="Longest prompt and answer in tokens, for a pair ranker prompt and both answers (PairRM was trained with "
+        "2048); the end of longer ones is unseen.",
+    )
+    training: Training | None = Field(
+        None, description="Trained only: the training of the reward model. Not in the paper."
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.kind == "trained" and self.training is None:
+            raise ValueError("scorer.training is missing: it is needed when scorer.kind is `trained`.")
+        if self.kind != "trained" and not self.name:
+            raise ValueError(f"scorer.name is missing: it is needed when scorer.kind is `{self.kind}`.")
+        return self
+
+
+class Preferences(Section):
+    """Where the two sides of a pair come from, and which pairs are kept (section 2.3 of the paper)."""
+
+    chosen_from: Literal["improver", "ranked_samples"] = Field(
+        "improver",
+        description="What makes the two sides of a pair. `improver` (paper): R_t's rewrite is chosen, and rejected_from says whose "
+        "answer is rejected. `ranked_samples`: M_{t-1} answers each prompt several times, the scorer ranks these samples, the "
+        "best is chosen and the worst rejected; no improver is trained.",
+    )
+    ranked_samples: int = Field(
+        5,
+        ge=2,
+        description="Answers of M_{t-1} to each prompt, where chosen_from is `ranked_samples`. They are ranked by their margin "
+        "over the first of them, so that a pair ranker, which reads two answers at a time, needs no reading of every pair.",
+    )
+    rejected_from: Literal["initial", "previous"] = Field(
+        "initial",
+        description="Whose answer is rejected: M_0's (paper) or M_{t-1}'s. Has no meaning with ranked samples, both sides of which "
+        "are M_{t-1}'s: `previous` is refused there.",
+    )
+    margin_threshold: float = Field(
+        description="Kept if score(chosen) - score(rejected) exceeds this. Paper: 0.20 (PairRM), 0.02 (ArmoRM)."
+    )
+    max_repetition: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Drop pairs whose chosen side repeats more than this share. Paper: 50 %, metric undefined.",
+    )
+    repetition_ngram: int = Field(
+        3,
+        ge=1,
+        description="Repetition is the share of word n-grams of this size that occurred before in the same text.",
+    )
+    pairs_per_iteration: int = Field(ge=1, description="Pairs kept per iteration, a random sample. Paper: 10,000.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.chosen_from == "ranked_samples" and self.rejected_from == "previous":
+            raise ValueError(
+                "rejected_from is `previous` and chosen_from is `ranked_samples`: with ranked samples the rejected answer is the "
+                "worst of M_{t-1}'s own. Remove rejected_from, or set chosen_from to `improver`."
+            )
+        return self
+
+
+class Policy(Section):
+    """The preference optimisation that makes M_t."""
+
+    policy_init: Literal["initial", "previous"] = Field(
+        "initial", description="Start M_t from M_0 (paper, Algorithm 1) or from M_{t-1} (as the printed loss suggests)."
+    )
+    accumulate: bool = Field(
+        True, description="Train M_t on the pairs of iterations 1 to t (paper). False: on those of iteration t alone."
+    )
+    training: PreferenceTraining = Field(description="SimPO or DPO on these pairs.")
