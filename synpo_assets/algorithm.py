@@ -1,17 +1,59 @@
-"""The stages of the method in order, and what follows them: the modules whose assets make up the graph."""
+"""Algorithm 1 of the paper, line by line, each with the module that does it. The first file to read.
 
-from resources.settings.files import active_settings
-from synpo_assets.evaluation import benchmarks, diversity, promotion
-from synpo_assets.evaluation import gold_comparison as measurements
-from synpo_assets.evaluation import win_rates as evaluation
-from synpo_assets.publishing import published as publishing
-from synpo_assets.reports import boosting_report as report
-from synpo_assets.stages import improver, loop, preferences, prompts, ranked_samples, responses, seed
-from synpo_assets.stages import optimization as training
+Input: M_0 (an SFT model), seed pairs (x*, y*), a corpus for the keyword pool K, a scorer F. D = {}.
 
-# Both define refined_responses and initial_responses, so that what follows need not know which of them is at work.
-SIDES = improver if active_settings().trains_improver else ranked_samples
-STAGES = (
-    seed, prompts, diversity, preferences, loop, responses, SIDES, training, evaluation, measurements, promotion, report,
-    publishing, benchmarks,
-)  # fmt: skip
+    line  the paper                                                    here
+       0  train the prompt generator G from M_0; build K               seed.py, prompts.py
+       1  draw keywords from K; write prompts x_i with G               prompts.py
+       2  answer the seed with M_{t-1}; train the improver R_t         improver.py
+       3  answer x_i with M_{t-1}; rewrite the answers with R_t        responses.py, improver.py
+       4  answer x_i with M_0; keep the pairs that F calls valid       improver.py, preferences.py
+          D <- D + kept                                                loop.py (preference_history)
+       5  train M_t on D from M_0, with SimPO                          optimization.py
+          M_t enters iteration t + 1                                   loop.py (policy)
+
+What is measured of M_t, and whether it enters the next iteration, is in evaluation/.
+"""
+
+from resources.settings.settings import Settings
+from synpo_assets.evaluation import (
+    benchmarks,
+    diversity,
+    gold_comparison,
+    instruction_following,
+    promotion,
+    win_rates,
+)
+from synpo_assets.graph.stage import Stage, stages_in
+from synpo_assets.publishing import published
+from synpo_assets.reports import boosting_report
+from synpo_assets.stages import (
+    improver,
+    loop,
+    optimization,
+    preferences,
+    prompts,
+    ranked_samples,
+    responses,
+    scorers,
+    seed,
+)
+
+ALGORITHM = (seed, scorers, prompts, loop, responses, preferences, optimization)
+# Both make the two sides of a pair, so that what follows need not know which of them is in use.
+SIDES = {"improver": improver, "ranked_samples": ranked_samples}
+MEASURES = (
+    win_rates,
+    instruction_following,
+    gold_comparison,
+    diversity,
+    promotion,
+    benchmarks,
+    boosting_report,
+    published,
+)
+
+
+def stages_of(settings: Settings) -> list[Stage]:
+    """The stages of an experiment, and what measures, reports and publishes what they made."""
+    return stages_in([SIDES[settings.preferences.chosen_from], *ALGORITHM, *MEASURES])

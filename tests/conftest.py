@@ -1,10 +1,13 @@
 """A home and a nano model for all tests; SYNPO_HOME is set before anything reads the settings."""
 
+import contextlib
 import dataclasses
+import logging
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("nano_run"))
 
 
+@contextlib.contextmanager
+def heard_by(listener: Callable[[str], object]) -> Iterator[None]:
+    """Hands what the resources say to a function, line by line; what that raises ends the work."""
+    logger, handler = logging.getLogger("synpo"), logging.Handler()
+    handler.emit = lambda record: listener(record.getMessage())  # type: ignore[assignment,method-assign,return-value]
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What the resources say during the test, line by line."""
+    lines: list[str] = []
+    with heard_by(lines.append):
+        yield lines
+
+
 @pytest.fixture(scope="session")
 def nano_embedding_model() -> Path:
     """Beside the nano model, where its settings look for it."""
@@ -41,6 +65,21 @@ def nano_embedding_model() -> Path:
 @pytest.fixture(scope="session")
 def nano_model(nano_embedding_model: Path) -> Path:
     return make_nano_model(MODEL)
+
+
+@pytest.fixture(scope="session")
+def classifier(nano_model: Path) -> Path:
+    """A reward model with random weights that tell answers apart."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from resources.models.chat import load_tokenizer
+
+    torch.manual_seed(0)
+    directory = WORK / "classifier"
+    AutoModelForSequenceClassification.from_pretrained(nano_model, num_labels=1).save_pretrained(directory)
+    load_tokenizer(str(nano_model)).save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture

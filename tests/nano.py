@@ -149,8 +149,8 @@ def nano_settings(model: Path) -> dict[str, Any]:
         "response_improver": {"margin_threshold": -100, "training": training, "sampling": sampling},
         "scorer": {"training": training},
         "preferences": {"margin_threshold": -100, "max_repetition": 1.0, "pairs_per_iteration": 8},
-        "policy": {
-            "training": training | {"max_prompt_length": 300, "max_completion_length": 60, "beta": 2.0},
+        "preference_optimization": {
+            "training": training | {"max_prompt_length": 300, "max_completion_length": 60}, "loss": {"beta": 2.0},
         },
         # Its win rates are noise.
         "gate": {"minimum": {}},

@@ -1,5 +1,6 @@
 """Training goes on after it was stopped, and is divided among processes; what cannot work is refused before it starts."""
 
+import dataclasses
 import json
 import os
 import random
@@ -9,32 +10,32 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import dagster as dg
 import pytest
 
+from resources.common.errors import FinalError
 from resources.settings.machine import Engine
-from resources.settings.training import Lora, PreferenceTraining, Training, TrainingProcesses
+from resources.settings.training import Lora, PreferenceTraining, SimPO, Training, TrainingProcesses
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.processes import refuse_pieces
 from resources.training.trainer import Trainer, TrainingError
+from synpo_assets.graph.services import Services
+from tests.conftest import heard_by
 from tests.nano import seed_rows
+from tests.stand_ins import services_in
 
 ROWS = seed_rows()[:32]
 EXAMPLES = [([{"role": "user", "content": row["prompt"]}], row["answer"]) for row in ROWS]
 LORA = Lora(rank=4, alpha=8, dropout=0.1)
 SFT = Training(learning_rate=1e-3, batch_size=4, micro_batch_size=2, max_length=400)
-SIMPO = PreferenceTraining(
-    **SFT.model_copy(update={"lora": LORA}).model_dump(),
-    beta=2.5, gamma=1.25, max_prompt_length=200, max_completion_length=150,
-)  # fmt: skip
+PAIRED = PreferenceTraining(
+    **SFT.model_copy(update={"lora": LORA}).model_dump(), max_prompt_length=200, max_completion_length=150
+)
+SIMPO = SimPO(beta=2.5, gamma=1.25)
 STEPS = len(ROWS) // SFT.batch_size
-
-
-def silent(_message):
-    pass
 
 
 def pairs():
@@ -56,20 +57,20 @@ def trainer(states, **processes):
     )
 
 
-def sft(trainer, start, directory, log=silent, **changes):
+def sft(trainer, start, directory, **changes):
     directory.mkdir(parents=True)
-    return trainer.supervised(start, EXAMPLES, SFT.model_copy(update=changes), directory, log)
+    return trainer.train("supervised", start, EXAMPLES, SFT.model_copy(update=changes), directory)
 
 
-def simpo(trainer, start, directory, log=silent, **changes):
+def simpo(trainer, start, directory, **changes):
     directory.mkdir(parents=True)
-    return trainer.preference(start, pairs(), SIMPO.model_copy(update=changes), directory, log)
+    return trainer.train("preference", start, pairs(), PAIRED.model_copy(update=changes), directory, SIMPO)
 
 
-def reward(trainer, start, directory, log=silent, **changes):
+def reward(trainer, start, directory, **changes):
     directory.mkdir(parents=True)
     rows = [(row["prompt"], row["answer"], "zz qq zz qq") for row in ROWS]
-    return trainer.reward(start, rows, SFT.model_copy(update={"lora": LORA} | changes), directory, log)
+    return trainer.train("reward", start, rows, SFT.model_copy(update={"lora": LORA} | changes), directory)
 
 
 def weights(directory):
@@ -90,38 +91,40 @@ class Stopped(Exception):
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Makes a `log` that stops the training after a step."""
+    """Stops the training after a step, which is a `Stopped`."""
     import resources.training.run
 
     monkeypatch.setattr(resources.training.run, "LOG_EVERY_SECONDS", -1)
 
-    def make(step):
-        def log(message):
-            if message.startswith(f"Step {step} "):
+    @contextmanager
+    def stopped(step):
+        def stop(line):
+            if line.startswith(f"Step {step} "):
                 raise Stopped
 
-        return log
+        with pytest.raises(Stopped), heard_by(stop):
+            yield
 
-    return make
+    return stopped
 
 
 @pytest.mark.parametrize("train", [sft, simpo, reward])
 def test_a_stopped_training_goes_on_and_ends_with_the_weights_of_an_undisturbed_one(
-    tmp_path, nano_checkpoint, stop_after, train
+    tmp_path, nano_checkpoint, stop_after, said, train
 ):
     undisturbed = train(trainer(tmp_path / "others"), nano_checkpoint, tmp_path / "undisturbed")
     saving = trainer(tmp_path / "states", save_every_steps=3)
-    with pytest.raises(Stopped):
-        train(saving, nano_checkpoint, tmp_path / "stopped", stop_after(5))
+    with stop_after(5):
+        train(saving, nano_checkpoint, tmp_path / "stopped")
     (state,) = (tmp_path / "states").iterdir()
     description = json.loads((state / "description.json").read_text())
     assert description.keys() == {"asset", "kind", "start", "created"}
     assert description["start"] == "initial_policy"
     # A kill in the middle of saving leaves a folder with any of the trainer's files in it.
     shutil.copytree(state / "checkpoint-3", state / "checkpoint-6", ignore=shutil.ignore_patterns("complete.json"))
-    messages = []
-    resumed = train(saving, nano_checkpoint, tmp_path / "resumed", messages.append)
-    assert "Training goes on after step 3, from the state that an earlier run saved." in messages
+    said.clear()
+    resumed = train(saving, nano_checkpoint, tmp_path / "resumed")
+    assert "Training goes on after step 3, from the state that an earlier run saved." in said
     assert weights(tmp_path / "resumed") == weights(tmp_path / "undisturbed")
     assert [entry["step"] for entry in resumed.history] == list(range(1, STEPS + 1))
     assert [entry["loss"] for entry in resumed.history] == [entry["loss"] for entry in undisturbed.history]
@@ -129,35 +132,34 @@ def test_a_stopped_training_goes_on_and_ends_with_the_weights_of_an_undisturbed_
     assert [json.loads(line)["step"] for line in logged] == list(range(1, STEPS + 1))
 
 
-def test_a_training_whose_result_was_lost_is_not_done_again(tmp_path, nano_checkpoint):
+def test_a_training_whose_result_was_lost_is_not_done_again(tmp_path, nano_checkpoint, said):
     saving = trainer(tmp_path / "states", save_every_steps=3)
     sft(saving, nano_checkpoint, tmp_path / "lost")
-    messages = []
-    again = sft(saving, nano_checkpoint, tmp_path / "again", messages.append)
-    assert messages == [f"Training goes on after step {STEPS}, from the state that an earlier run saved."]
+    said.clear()
+    again = sft(saving, nano_checkpoint, tmp_path / "again")
+    assert said == [f"Training goes on after step {STEPS}, from the state that an earlier run saved."]
     assert weights(tmp_path / "again") == weights(tmp_path / "lost")
     assert again.steps == STEPS
 
 
 def test_two_states_are_kept_and_short_trainings_save_none(tmp_path, nano_checkpoint, stop_after):
-    with pytest.raises(Stopped):
-        sft(trainer(tmp_path / "states", save_every_steps=2), nano_checkpoint, tmp_path / "a", stop_after(7))
+    with stop_after(7):
+        sft(trainer(tmp_path / "states", save_every_steps=2), nano_checkpoint, tmp_path / "a")
     assert sorted(state.name for state in tmp_path.glob("states/*/checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     sft(trainer(tmp_path / "short", save_every_steps=STEPS + 1), nano_checkpoint, tmp_path / "b")
     assert list(tmp_path.glob("short/*/checkpoint-*")) == []
 
 
-def test_a_state_is_never_used_for_another_training(tmp_path, nano_checkpoint, stop_after):
+def test_a_state_is_never_used_for_another_training(tmp_path, nano_checkpoint, stop_after, said):
     saving = trainer(tmp_path / "states", save_every_steps=3)
-    with pytest.raises(Stopped):
-        sft(saving, nano_checkpoint, tmp_path / "stopped", stop_after(5))
+    with stop_after(5):
+        sft(saving, nano_checkpoint, tmp_path / "stopped")
     other_start = Checkpoint("policy", "0002", "other", nano_checkpoint.weights, nano_checkpoint.directory)
     other_seed = saving.model_copy(update={"random_seed": 2})
-    messages = []
-    sft(saving, nano_checkpoint, tmp_path / "a", messages.append, learning_rate=2e-3)
-    sft(saving, other_start, tmp_path / "b", messages.append)
-    sft(other_seed, nano_checkpoint, tmp_path / "c", messages.append)
-    assert not [message for message in messages if "goes on" in message]
+    sft(saving, nano_checkpoint, tmp_path / "a", learning_rate=2e-3)
+    sft(saving, other_start, tmp_path / "b")
+    sft(other_seed, nano_checkpoint, tmp_path / "c")
+    assert not [message for message in said if "goes on" in message]
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -166,8 +168,8 @@ def test_states_are_removed_when_the_result_is_in_its_place(tmp_path, nano_check
     seen = {}
 
     @dg.asset(partitions_def=dg.StaticPartitionsDefinition(["0001"]))
-    def some_model(trainer: Trainer) -> None:
-        sft(trainer, nano_checkpoint, tmp_path / "built")
+    def some_model(services: dg.ResourceParam[Services]) -> None:
+        sft(services.trainer, nano_checkpoint, tmp_path / "built")
         (description,) = (tmp_path / "states").glob("*/description.json")
         seen.update(json.loads(description.read_text()))
         if fails:
@@ -175,7 +177,8 @@ def test_states_are_removed_when_the_result_is_in_its_place(tmp_path, nano_check
             raise RuntimeError("The disk is full.")
         (tmp_path / "built").rename(tmp_path / "final")
 
-    resources = {"trainer": trainer(tmp_path / "states", save_every_steps=3)}
+    services = dataclasses.replace(services_in(tmp_path), trainer=trainer(tmp_path / "states", save_every_steps=3))
+    resources = {"services": services.resource()}
     result = dg.materialize([some_model], resources=resources, partition_key="0001", raise_on_error=False)
     assert result.success != fails
     assert seen["asset"] == "some_model[0001]"
@@ -263,14 +266,13 @@ def test_progress_reaches_the_tracker_under_the_name_of_the_run(tmp_path, nano_c
 
 def test_too_little_gpu_memory_is_explained(tmp_path, nano_checkpoint, monkeypatch):
     import torch
-
-    from resources.training.simpo import SimPOTrainer
+    from trl.experimental.cpo import CPOTrainer
 
     def full(*_arguments, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(SimPOTrainer, "compute_loss", full)
-    with pytest.raises(TrainingError, match=r"micro_batch_size = 2.*lower.*load_in_4bit.*FSDP"):
+    monkeypatch.setattr(CPOTrainer, "compute_loss", full)
+    with pytest.raises(FinalError, match=r"micro_batch_size = 2.*Lower.*load_in_4bit.*FSDP"):
         simpo(trainer(tmp_path), nano_checkpoint, tmp_path / "out")
 
 
@@ -310,7 +312,7 @@ from tests import test_accelerate as tests
 states, directory, model, train, processes = sys.argv[1:]
 start = Checkpoint("initial_policy", None, "nano", model, model)
 trainer = tests.trainer(states, processes=int(processes), save_every_steps=2)
-getattr(tests, train)(trainer, start, Path(directory), print, epochs=tests.EPOCHS)
+getattr(tests, train)(trainer, start, Path(directory), epochs=tests.EPOCHS)
 """
 EPOCHS = 6.0
 
@@ -343,20 +345,13 @@ def wait_for(condition, seconds):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [sft, simpo, reward])
-def test_two_processes_learn_what_one_learns(tmp_path, nano_checkpoint, train):
+def test_two_processes_learn_what_one_learns(tmp_path, nano_checkpoint, said, train):
     alone = train(trainer(tmp_path / "a", processes=1), nano_checkpoint, tmp_path / "1", lora=None)
     config = tmp_path / "accelerate.yaml"
     config.write_text("distributed_type: MULTI_GPU\nnum_processes: 2\n")
-    messages = []
-    together = train(
-        trainer(tmp_path / "b", accelerate_config=str(config)),
-        nano_checkpoint,
-        tmp_path / "2",
-        messages.append,
-        lora=None,
-    )
-    assert "Training starts in processes of its own: 2." in messages
-    assert messages[-1].startswith(f"Step {STEPS} of {STEPS}, loss ")
+    together = train(trainer(tmp_path / "b", accelerate_config=str(config)), nano_checkpoint, tmp_path / "2", lora=None)
+    assert "Training starts in processes of its own: 2." in said
+    assert said[-1].startswith(f"Step {STEPS} of {STEPS}, loss ")
     for one, other in zip(alone.history, together.history, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)
@@ -368,7 +363,9 @@ def test_two_processes_learn_what_one_learns(tmp_path, nano_checkpoint, train):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("train", "processes", "kills"), [("simpo", 1, 3), ("sft", 2, 1)])
-def test_a_training_killed_at_any_moment_ends_whole_and_goes_on(tmp_path, nano_checkpoint, train, processes, kills):
+def test_a_training_killed_at_any_moment_ends_whole_and_goes_on(
+    tmp_path, nano_checkpoint, said, train, processes, kills
+):
     options = {"processes": processes, "save_every_steps": 2}
     undisturbed = globals()[train](
         trainer(tmp_path / "others", **options), nano_checkpoint, tmp_path / "undisturbed", epochs=EPOCHS
@@ -382,11 +379,11 @@ def test_a_training_killed_at_any_moment_ends_whole_and_goes_on(tmp_path, nano_c
         killed.send_signal(signal.SIGKILL)
         killed.wait()
         wait_for(lambda: not processes_of(tmp_path), 15)
-    messages = []
+    said.clear()
     resumed = globals()[train](
-        trainer(tmp_path / "states", **options), nano_checkpoint, tmp_path / "resumed", messages.append, epochs=EPOCHS
+        trainer(tmp_path / "states", **options), nano_checkpoint, tmp_path / "resumed", epochs=EPOCHS
     )
-    assert "Training goes on after step" in messages[0]
+    assert "Training goes on after step" in said[0]
     assert weights(tmp_path / "resumed") == weights(tmp_path / "undisturbed")
     # TRL counts tokens from the start of the process.
     assert [entry | {"num_tokens": 0} for entry in resumed.history] == [
@@ -417,8 +414,8 @@ def test_a_cancelled_step_ends_its_training_processes(tmp_path, nano_checkpoint)
             raise KeyboardInterrupt
 
     started = trainer(tmp_path / "states", processes=2)
-    with pytest.raises(KeyboardInterrupt):
-        sft(started, nano_checkpoint, tmp_path / "out", cancel, epochs=400.0)
+    with pytest.raises(KeyboardInterrupt), heard_by(cancel):
+        sft(started, nano_checkpoint, tmp_path / "out", epochs=400.0)
     wait_for(lambda: not processes_of(tmp_path), 10)
 
 

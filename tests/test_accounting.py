@@ -3,10 +3,12 @@
 import subprocess
 import sys
 
-import dagster as dg
 import pytest
 
-from synpo_assets.graph.history import metadata_of
+from resources.settings.files import load_settings
+from synpo_assets.graph.metrics import recorded
+from synpo_assets.graph.stage import OPT_IN_TAG
+from tests.stand_ins import services_in
 
 MEBIBYTES = 400
 GRABBED = f"grabbed = bytearray({MEBIBYTES} * 2**20); grabbed[::4096] = bytes(len(grabbed[::4096])); del grabbed"
@@ -54,22 +56,32 @@ def test_memory_is_counted_without_loading_pytorch():
     assert (figures, loaded) == ("peak_memory_gb", "False")
 
 
-@pytest.mark.parametrize("asset", [
-    "prompt_generator", "self_instruct_prompts", "reward_model", "judge_model", "prompt_diversity",
-    "seed_responses", "response_improver", "synthetic_prompts", "base_responses",
-    "initial_responses", "refined_responses", "preference_pairs", "model_checkpoint", "evaluation",
-    "instruction_following", "gold_comparison",
-])  # fmt: skip
-def test_every_asset_that_uses_a_model_shows_tokens_time_and_memory(nano_run, asset):
-    once = ("prompt_generator", "self_instruct_prompts", "reward_model", "judge_model")
-    with dg.DagsterInstance.from_config(str(nano_run.home)) as instance:
-        partition = None if asset in once else "0002"
-        about = metadata_of(instance, asset, partition)
-    assert 0.1 < about["peak_memory_gb"] < 10
-    assert "peak_gpu_memory_gb" not in about
-    assert any(about.get(name) for name in ("output_tokens", "tokens", "scored_tokens"))
-    assert about.get("seconds") or about.get("scoring_seconds")
-    assert ("input_tokens" in about) == ("output_tokens" in about)
+def test_every_asset_that_uses_a_model_records_tokens_time_and_memory(nano_run):
+    services = services_in(nano_run.home, load_settings(nano_run.home / "settings.yaml"))
+    nodes = [services.graph.get(key) for key in services.graph.materializable_asset_keys]
+    using = [node for node in nodes if node.pools and OPT_IN_TAG not in node.tags]
+    assert len(using) > 10
+    for node in using:
+        name = node.key.to_user_string()
+        metrics = recorded(services.metrics, "0002" if node.is_partitioned else None)
+
+        def value(metric, metrics=metrics, name=name):
+            return metrics.value(metric, asset=name)
+
+        assert 0.1 < value("peak_memory_gb") < 10, name
+        assert value("peak_gpu_memory_gb") is None
+        work = {kind for kind in ("generates", "trains", "scores", "embeds") if f"synpo/{kind}" in node.tags}
+        tokens = {
+            "generates": "output_tokens",
+            "trains": "trained_tokens",
+            "scores": "scored_tokens",
+            "embeds": "embedded_tokens",
+        }
+        for kind in work:
+            assert value(tokens[kind]) > 0, (name, kind)
+        seconds = ("generation_seconds", "training_seconds", "scoring_seconds", "embedding_seconds")
+        assert any(value(each) for each in seconds), name
+        assert (value("input_tokens") is None) == (value("output_tokens") is None)
 
 
 def test_the_summary_of_a_run_shows_memory_within_80_columns(nano_run):

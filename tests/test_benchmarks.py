@@ -1,5 +1,6 @@
 """Benchmarks: that lm-eval runs offline and counts rightly, what the answer files hold, and what is refused before a model."""
 
+import dataclasses
 import json
 import socket
 from pathlib import Path
@@ -10,16 +11,16 @@ import pytest
 
 from resources.common.errors import FinalError
 from resources.generation.language_model import LanguageModel
-from resources.models.evaluation_harness import EvaluationHarness
 from resources.settings.files import load_settings
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
-from resources.storage.tables import ParquetTables
 from synpo_assets.evaluation.benchmarks import LEADERBOARD_SHOTS, answer_samplings, benchmark_answers, benchmark_scores
+from synpo_assets.graph.metrics import recorded
 from synpo_assets.method.benchmarks import LEADERBOARD, conversation, leaderboard_average
 from tests.nano import nano_settings, write_settings
+from tests.stand_ins import ITERATIONS, run, services_in, shown
 
 CHOICES = [
     {"question": "Which of them is blue?", "choices": ["the sky", "a lemon", "grass"], "answer": 0},
@@ -82,28 +83,22 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def make(folder, adapted_checkpoint, nano_model, monkeypatch):
+def make(folder, adapted_checkpoint, nano_model):
     """Materializes one of the two assets of iteration 1 with settings of the section `benchmarks`."""
-    monkeypatch.setenv("SYNPO_HOME", str(folder))
     store = CheckpointStore(str(Path(adapted_checkpoint.directory).parents[2]))
 
-    def made(asset, **options):
+    def made(stage, **options):
         settings = load_settings(
             write_settings(folder / "mine.yaml", nano_settings(nano_model) | {"benchmarks": options})
         )
-        resources = {
-            "settings": settings,
-            "checkpoints": store,
-            "tables": ParquetTables(str(folder / "tables")),
-            "harness": EvaluationHarness(scores=str(folder / "benchmarks" / "scores"), engine=settings.engine),
-            "language_model": language_model(folder),
-        }
-        models = [dg.AssetSpec("initial_policy"), dg.AssetSpec("model_checkpoint", partitions_def=asset.partitions_def)]
+        services = dataclasses.replace(
+            services_in(folder, settings), checkpoints=store, language_model=language_model(folder)
+        )
+        models = [dg.AssetSpec("initial_policy"), dg.AssetSpec("model_checkpoint", partitions_def=ITERATIONS)]
         sources = [model.with_io_manager_key("checkpoints") for model in models]
         with dg.DagsterInstance.ephemeral() as instance:
-            result = dg.materialize([asset, *sources], resources=resources, partition_key="0001", instance=instance)
-            (event,) = result.asset_materializations_for_node(asset.key.to_user_string())
-        return {name: entry.value for name, entry in event.metadata.items()}
+            run([stage, *sources], instance, services, "0001")
+            return shown(instance, stage.name, "0001"), recorded(services.metrics, "0001")
 
     return made
 
@@ -159,7 +154,7 @@ def test_local_tasks_run_offline_and_their_figures_are_right(
 ):
     pytest.importorskip("lm_eval")
     options = {"tasks": TASKS, "task_folder": "tasks", "batch_size": 2, "limit": 3}
-    about = make(benchmark_scores, **options)
+    about, measured = make(benchmark_scores, **options)
     frame = pl.read_parquet(folder / "tables" / "benchmark_scores" / "0001.parquet")
     assert frame.select("task", "shots", "metric", "filter", "questions").rows() == [
         ("things", 0, "acc", "none", 3), ("sums", 1, "exact_match", "none", 2),
@@ -169,12 +164,14 @@ def test_local_tasks_run_offline_and_their_figures_are_right(
     assert frame["stderr"].is_not_null().all()
     assert set(frame["checkpoint_sha"]) == {adapted_checkpoint.sha}
     assert about["checkpoint"] == "model_checkpoint[0001]"
-    assert about["open_llm_leaderboard_average"] is None
+    averages = [(each.of, each.value) for each in measured.every("leaderboard_average")]
+    assert averages == [("candidate", None), ("initial", None)]
 
     request.getfixturevalue("no_model")
-    again = make(benchmark_scores, **options)
+    again, _ = make(benchmark_scores, **options)
     assert again["scores"].records == about["scores"].records, "what was found is kept"
-    assert make(benchmark_scores, **options | {"tasks": TASKS[1:]})["scores"].records == about["scores"].records[1:]
+    fewer, _ = make(benchmark_scores, **options | {"tasks": TASKS[1:]})
+    assert fewer["scores"].records == about["scores"].records[1:]
     (folder / "tasks" / "things.jsonl").write_text(json_lines(reversed(CHOICES)))
     with pytest.raises(FinalError, match="a model was loaded"):
         make(benchmark_scores, **options)
@@ -212,13 +209,14 @@ def test_answers_have_the_forms_that_the_judges_read(make, folder, adapted_check
     stale = folder / "benchmarks" / "0001" / "mt_bench" / "model_answer" / "an-earlier-model.jsonl"
     stale.parent.mkdir(parents=True)
     stale.write_text("{}")
-    about = make(benchmark_answers, **options)
+    about, measured = make(benchmark_answers, **options)
     name = f"synpo-iteration-1-{adapted_checkpoint.sha[:8]}"
     home = folder / "benchmarks" / "0001"
     listed = sorted(record.data["file"] for record in about["files"].records)
     assert listed == sorted(file.relative_to(home).as_posix() for file in home.rglob("*.json*"))
     assert len(listed) == 6, "M_0's stand beside those of M_t"
-    assert about["rows"] == 2 * (1 + 1 + 2 * 2)
+    assert measured.find("reused_completions").n == 2 * (1 + 1 + 2 * 2)
+    assert measured.value("answers_written") == sum(record.data["answers"] for record in about["files"].records)
 
     (alpaca,) = json.loads((home / "alpaca_eval" / f"{name}.json").read_text())
     assert set(alpaca) == {"instruction", "output", "generator", "dataset"}
@@ -237,11 +235,12 @@ def test_answers_have_the_forms_that_the_judges_read(make, folder, adapted_check
     # The second answer is the one to a chat that holds the first; category `math` is answered greedily.
     asked = conversation(MT_BENCH[1]["turns"], answers[1][:1])
     greedy = Sampling(temperature=0.0, max_new_tokens=10)
-    frame, usage = language_model(folder).answer(adapted_checkpoint, [("mt_bench", asked)], greedy, print)
+    frame, usage = language_model(folder).answer(adapted_checkpoint, [("mt_bench", asked)], greedy)
     assert frame["text"][0].strip() == answers[1][1]
     assert usage.generated_tokens == 0
 
-    assert make(benchmark_answers, **options)["generated_tokens"] == 0, "the shards were not found again"
+    _, again = make(benchmark_answers, **options)
+    assert again.value("generated_tokens") == 0, "the shards were not found again"
     settings = load_settings(folder / "mine.yaml").benchmarks
     in_use = {
         language_model(folder).shards_of(adapted_checkpoint, each).folder.name for each in answer_samplings(settings)
@@ -251,12 +250,10 @@ def test_answers_have_the_forms_that_the_judges_read(make, folder, adapted_check
     assert in_use >= made_for, "`synpo clean` would remove them"
 
 
-@pytest.mark.parametrize("asset", [benchmark_scores, benchmark_answers])
-def test_with_nothing_named_it_says_what_to_name(make, asset, no_model):
-    with pytest.raises(
-        FinalError, match=f"nothing to do for {asset.key.to_user_string()}: name .* in benchmarks."
-    ) as error:
-        make(asset)
+@pytest.mark.parametrize("stage", [benchmark_scores, benchmark_answers])
+def test_with_nothing_named_it_says_what_to_name(make, stage, no_model):
+    with pytest.raises(FinalError, match=f"nothing to do for {stage.name}: name .* in benchmarks.") as error:
+        make(stage)
     assert "\n" not in error.value.description
 
 
@@ -267,19 +264,16 @@ def test_a_backfill_of_everything_leaves_out_what_is_not_configured(folder, nano
     def initial_policy() -> Checkpoint:
         return Checkpoint("initial_policy", None, "sha", "", "")
 
-    @dg.asset(partitions_def=benchmark_scores.partitions_def)
+    @dg.asset(partitions_def=ITERATIONS)
     def model_checkpoint() -> Checkpoint:
         return Checkpoint("model_checkpoint", "0001", "sha", "", "")
 
     settings = load_settings(write_settings(folder / "mine.yaml", nano_settings(nano_model)))
-    resources = {
-        "settings": settings,
-        "tables": ParquetTables(str(folder / "tables")),
-        "harness": EvaluationHarness(scores=str(folder), engine=settings.engine),
-        "language_model": language_model(folder),
-    }
+    services = services_in(folder, settings)
+    resources = {"services": services, "tables": services.tables}
     names = ("model_checkpoint", "benchmark_scores", "benchmark_answers")
-    assets = [initial_policy, model_checkpoint, benchmark_scores, benchmark_answers]
+    stages = [stage.asset(settings, {}, []) for stage in (benchmark_scores, benchmark_answers)]
+    assets = [initial_policy, model_checkpoint, *stages]
     job = dg.Definitions(assets=assets, resources=resources).resolve_implicit_global_asset_job_def()
     with dg.DagsterInstance.ephemeral() as instance:
         dg.materialize([initial_policy], instance=instance)

@@ -6,12 +6,15 @@ Screenshots are kept as test artefacts in the folder that SYNPO_SCREENSHOTS name
 import os
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import dagster as dg
 import polars as pl
 import pytest
 
 from resources.storage.tables import table_metadata
+from synpo_assets.graph.stage import Group, stages_in
+from synpo_assets.stages import improver, responses
 from tests.ui import running_ui, wait_for
 
 pytestmark = pytest.mark.slow
@@ -62,10 +65,18 @@ def row(page, label):
     return page.locator("tr", has=page.get_by_text(label, exact=True)).locator("td").nth(1)
 
 
-def test_the_lineage_graph_shows_every_asset(page, ui, screenshot):
+def test_lineage_opens_on_the_phases_from_left_to_right_and_each_opens_into_its_stages(page, ui, screenshot):
     page.get_by_role("link", name="Lineage").click()
-    for asset in ui.assets():
-        page.locator(f"text={asset}").first.wait_for()
+    # The list beside the graph names the groups first.
+    boxes = {group: page.get_by_text(group, exact=True).last for group in get_args(Group)}
+    for box in boxes.values():
+        box.wait_for()
+    wait_for(lambda: all(box.bounding_box()["x"] > 540 for box in boxes.values()), 30)
+    places = [box.bounding_box()["x"] for box in boxes.values()]
+    assert places == sorted(places)
+    boxes["responses"].click()
+    for stage in stages_in([improver, responses]):
+        page.get_by_text(stage.name, exact=True).last.wait_for()
 
 
 def test_a_partition_shows_sample_rows_links_and_statistics(page, ui, screenshot):

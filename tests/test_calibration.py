@@ -1,12 +1,18 @@
 """Measuring how fast this machine is, on the nano model, and what `synpo check` makes of it."""
 
+import contextlib
+import io
+import logging
+
 import pytest
 
 from resources.settings.files import load_settings
 from resources.settings.sections import SettingsError
 from synpo_assets.cli.calibration import calibrate, known_calibration
-from synpo_assets.cli.estimate import Rate, Work, seconds
-from synpo_assets.cli.preflight import known_rates, print_check, seed_table
+from synpo_assets.cli.estimate import Rate, seconds
+from synpo_assets.cli.preflight import known_rates, print_check
+from synpo_assets.graph.cost import Work
+from synpo_assets.stages.seed import seed_table
 from tests.nano import nano_settings, write_settings
 
 
@@ -30,9 +36,20 @@ def load(nano_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def measured(cache, load):
+def printed():
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def measured(cache, load, printed):
     settings = load()
-    return calibrate(settings, seed_table(settings)[0], lambda line: None)
+    with contextlib.redirect_stdout(printed):
+        return calibrate(settings, seed_table(settings)[0])
+
+
+def test_progress_is_shown_once_and_only_while_it_measures(measured, printed):
+    assert printed.getvalue().count("Step 3 of 3, loss") == 1
+    assert logging.getLogger("synpo").handlers == []
 
 
 def test_every_kind_of_work_is_measured_and_found_again(cache, load, measured):
@@ -48,7 +65,7 @@ def test_models_that_were_made_to_measure_are_removed(cache, measured):
 
 @pytest.mark.parametrize(("section", "changed"), [
     ("engine", {"batch_tokens": 64}), ("engine", {"dtype": "bfloat16"}), ("responses", {"sampling": {"max_new_tokens": 9}}),
-    ("policy", {"training": nano_settings("x")["policy"]["training"] | {"lora": None}}),
+    ("preference_optimization", {"training": nano_settings("x")["preference_optimization"]["training"] | {"lora": None}}),
     ("initial_policy", {"name": "/another/model"}),
 ])  # fmt: skip
 def test_rates_are_not_taken_for_those_of_other_settings(load, measured, section, changed):
@@ -73,7 +90,7 @@ def test_the_check_says_what_its_estimate_is_based_on(load, measured, tmp_path, 
 def test_a_server_is_measured_only_where_its_name_for_the_model_is_stated(load):
     settings = load(engine={"kind": "server", "server": {"url": "http://127.0.0.1:9/v1"}})
     with pytest.raises(SettingsError, match=r"engine\.server\.models\.initial_policy"):
-        calibrate(settings, seed_table(settings)[0], print)
+        calibrate(settings, seed_table(settings)[0])
 
 
 def test_nothing_is_known_of_a_gpu_or_a_model_that_is_not_here_before_it_is_measured(nano_model, measured):
@@ -83,4 +100,4 @@ def test_nothing_is_known_of_a_gpu_or_a_model_that_is_not_here_before_it_is_meas
 
 
 def test_time_is_that_of_the_start_and_of_the_tokens():
-    assert seconds(Work("base_responses", "generate", 100), {"generate": Rate(20.0, start_seconds=3)}) == 8
+    assert seconds(Work("generate", 100), {"generate": Rate(20.0, start_seconds=3)}) == 8

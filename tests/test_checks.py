@@ -1,51 +1,49 @@
 """Asset checks on tables with known faults: what they say, per iteration, and what they hold up."""
 
+import dataclasses
+
 import dagster as dg
 import polars as pl
 import pytest
 
 from resources.settings.files import active_settings
-from resources.storage.checkpoint_store import CheckpointStore
-from resources.storage.tables import ParquetTables
-from synpo_assets.graph import checks
-from synpo_assets.graph.checks import failed_checks
-from synpo_assets.graph.partitions import ITERATIONS
+from synpo_assets.algorithm import stages_of
+from synpo_assets.graph import history
+from synpo_assets.graph.checks import checks_of
+from synpo_assets.graph.metrics import Metric
+from tests.stand_ins import ITERATIONS, measured, run, services_in
+from tests.stand_ins import instance as instance
 from tests.test_loop import pairs
 
 
 @pytest.fixture
-def instance():
-    with dg.DagsterInstance.ephemeral() as ephemeral:
-        yield ephemeral
+def services(tmp_path):
+    return services_in(tmp_path)
 
 
-def evaluate(instance, tmp_path, asset, value, partition="0001", metadata=None, io_manager="tables", **settings):
+def evaluate(instance, services, asset, value, partition="0001", io_manager="tables", **limits):
     """Materializes a stand-in asset and its real checks; returns each check's evaluation by name."""
-    resources = {
-        "tables": ParquetTables(str(tmp_path / "tables")),
-        "checkpoints": CheckpointStore(str(tmp_path / "checkpoints")),
-        "settings": active_settings().model_copy(
-            update={"checks": active_settings().checks.model_copy(update=settings)}
-        ),
-    }
+    settings = active_settings()
+    settings = settings.model_copy(update={"checks": settings.checks.model_copy(update=limits)})
 
     @dg.asset(name=asset, partitions_def=ITERATIONS, io_manager_key=io_manager)
     def made(context: dg.AssetExecutionContext):
-        return dg.Output(value(context) if callable(value) else value, metadata=metadata or {})
+        return value(context) if callable(value) else value
 
     @dg.asset(partitions_def=ITERATIONS, deps=[made])
     def after() -> None: ...
 
-    # Each name in the module is one definition or a list of them.
-    definitions = [*checks.finite_weights_checks, *(value for value in vars(checks).values()
-                   if isinstance(value, dg.AssetChecksDefinition))]  # fmt: skip
+    definitions = checks_of(stages_of(settings), settings)
     own = [check for check in definitions if next(iter(check.check_keys)).asset_key == made.key]
-    result = dg.materialize(
-        [made, after, *own], instance=instance, resources=resources, partition_key=partition, raise_on_error=False
-    )
+    services = dataclasses.replace(services, settings=settings)
+    result = run([made, after, *own], instance, services, partition, raise_on_error=False)
     found = {evaluation.check_name: evaluation for evaluation in result.get_asset_check_evaluations()}
     assert {evaluation.partition for evaluation in found.values()} == {partition}
     return found, bool(result.asset_materializations_for_node("after"))
+
+
+def failed_checks(instance, services, asset, partition):
+    return history.failed_checks(instance, services.graph, asset, partition)
 
 
 def figures(evaluation):
@@ -67,30 +65,30 @@ def good_pairs(count=8):
     return with_texts(pairs(1, count), GOOD * (count // 2), GOOD[::-1] * (count // 2))
 
 
-def test_good_pairs_pass_all_checks(instance, tmp_path):
-    found, went_on = evaluate(instance, tmp_path, "preference_pairs", good_pairs())
+def test_good_pairs_pass_all_checks(instance, services):
+    found, went_on = evaluate(instance, services, "preference_pairs", good_pairs())
     assert {name: evaluation.passed for name, evaluation in found.items()} == dict.fromkeys(
         ["enough_pairs", "no_empty_side", "score_margin", "length_ratio", "repetition"], True
     )
     assert went_on
-    assert failed_checks(instance, "preference_pairs", "0001") == []
+    assert failed_checks(instance, services, "preference_pairs", "0001") == []
 
 
-def test_too_few_pairs_block_what_follows_in_their_iteration_only(instance, tmp_path):
-    found, went_on = evaluate(instance, tmp_path, "preference_pairs", good_pairs(2), min_pairs_share=0.5)
+def test_too_few_pairs_block_what_follows_in_their_iteration_only(instance, services):
+    found, went_on = evaluate(instance, services, "preference_pairs", good_pairs(2), min_pairs_share=0.5)
     assert not found["enough_pairs"].passed
     assert figures(found["enough_pairs"]) == {"pairs": 2, "least_allowed": 4.0}
     assert not went_on
-    assert failed_checks(instance, "preference_pairs", "0001") == ["enough_pairs"]
-    assert failed_checks(instance, "preference_pairs", "0002") == []
-    _, went_on = evaluate(instance, tmp_path, "preference_pairs", good_pairs(2), min_pairs_share=0.25)
+    assert failed_checks(instance, services, "preference_pairs", "0001") == ["enough_pairs"]
+    assert failed_checks(instance, services, "preference_pairs", "0002") == []
+    _, went_on = evaluate(instance, services, "preference_pairs", good_pairs(2), min_pairs_share=0.25)
     assert went_on
-    assert failed_checks(instance, "preference_pairs", "0001") == []
+    assert failed_checks(instance, services, "preference_pairs", "0001") == []
 
 
-def test_an_empty_chosen_side_blocks(instance, tmp_path):
+def test_an_empty_chosen_side_blocks(instance, services):
     frame = with_texts(pairs(1, 4), [*GOOD, " \n", "x"], [*GOOD, "a", "b"])
-    found, went_on = evaluate(instance, tmp_path, "preference_pairs", frame)
+    found, went_on = evaluate(instance, services, "preference_pairs", frame)
     assert figures(found["no_empty_side"]) == {"empty_answers": 1}
     assert not went_on
 
@@ -100,25 +98,26 @@ def test_an_empty_chosen_side_blocks(instance, tmp_path):
     ("repetition", ["tick tock " * 20, "no no no no no no no no"], {"max_length_ratio": 100.0}),
     ("score_margin", GOOD, {"min_mean_margin": 0.6}),
 ])  # fmt: skip
-def test_questionable_pairs_warn_and_do_not_block(instance, tmp_path, check, chosen, limits):
+def test_questionable_pairs_warn_and_do_not_block(instance, services, check, chosen, limits):
     found, went_on = evaluate(
-        instance, tmp_path, "preference_pairs", with_texts(pairs(1, 2), chosen, GOOD), min_pairs_share=0.0, **limits
+        instance, services, "preference_pairs", with_texts(pairs(1, 2), chosen, GOOD), min_pairs_share=0.0, **limits
     )
     assert not found[check].passed
     assert found[check].severity == dg.AssetCheckSeverity.WARN
     assert went_on
 
 
-def test_prompts_that_grow_alike_or_repeat_earlier_ones_warn(instance, tmp_path):
-    about = {"dropped": {"near_duplicate": 5}, "keyword_sets_used": 10}
+def test_prompts_that_grow_alike_or_repeat_earlier_ones_warn(instance, services):
+    repeated = [Metric("dropped", 5, of="near_duplicate"), Metric("keyword_sets_used", 10)]
+    measured(services, "synthetic_prompts", *repeated)
     varied = pl.DataFrame({"prompt": ["How do rivers bend?", "Name three salads.", "Why is ice slippery?"]})
-    found, _ = evaluate(instance, tmp_path, "synthetic_prompts", varied, metadata=about)
+    found, _ = evaluate(instance, services, "synthetic_prompts", varied)
     assert figures(found["few_near_duplicates"])["near_duplicate_rate"] == 0.5
     assert not found["few_near_duplicates"].passed
     assert found["varied_prompts"].passed
     alike = pl.DataFrame({"prompt": ["How do rivers bend?", "How do rivers bend here?", "How do rivers bend there?"]})
-    about = {"dropped": {}, "keyword_sets_used": 3}
-    found, _ = evaluate(instance, tmp_path, "synthetic_prompts", alike, "0002", about)
+    measured(services, "synthetic_prompts", Metric("keyword_sets_used", 3), partition="0002")
+    found, _ = evaluate(instance, services, "synthetic_prompts", alike, "0002")
     assert not found["varied_prompts"].passed
     assert found["few_near_duplicates"].passed
 
@@ -141,18 +140,18 @@ def checkpoint_with(value):
 
 
 @pytest.mark.parametrize(("value", "passes"), [(1.0, True), (float("nan"), False), (float("inf"), False)])
-def test_weights_that_are_not_finite_block(tmp_path, instance, value, passes):
-    found, went_on = evaluate(instance, tmp_path, "model_checkpoint", checkpoint_with(value), io_manager="checkpoints")
+def test_weights_that_are_not_finite_block(services, instance, value, passes):
+    found, went_on = evaluate(instance, services, "model_checkpoint", checkpoint_with(value), io_manager="checkpoints")
     assert found["finite_weights"].passed == went_on == passes
     assert figures(found["finite_weights"])["tensors_not_finite"] == (0 if passes else 1)
 
 
-def test_a_policy_that_loses_or_loops_warns(instance, tmp_path):
+def test_a_policy_that_loses_or_loops_warns(instance, services):
     frame = pl.DataFrame({
         "judge_over_initial": ["loss", "loss"], "scorer_over_initial": ["win", "win"],
-        "policy_response": ["and and and and and and"] * 2, "initial_response": GOOD,
+        "candidate_response": ["and and and and and and"] * 2, "initial_response": GOOD,
     })  # fmt: skip
-    found, went_on = evaluate(instance, tmp_path, "evaluation", frame)
+    found, went_on = evaluate(instance, services, "evaluation", frame)
     assert [found[name].passed for name in ("win_rate", "answers_without_loops")] == [False, False]
     assert figures(found["win_rate"]) == {"win_rate": 0.0, "by_the_scorer": 1.0, "least_allowed": 0.5}
     assert figures(found["answers_without_loops"])["of_the_initial_policy"] == 0.0

@@ -13,9 +13,7 @@ import yaml
 from dagster._core.storage.dagster_run import DagsterRun
 from upath import UPath
 
-from resources.generation.language_model import LanguageModel
 from resources.judging.judge_choice import server_judge, topic_labeler
-from resources.scoring.scorer import RewardScorer
 from resources.settings.files import load_settings
 from resources.settings.method import Sampling
 from resources.settings.sections import SettingsError
@@ -27,6 +25,7 @@ from synpo_assets.cli.runs import FOREGROUND_TAG, locked
 from synpo_assets.method.templates import user_message
 from tests.conftest import synpo
 from tests.nano import write_settings
+from tests.stand_ins import services_in
 
 
 @pytest.fixture
@@ -41,18 +40,13 @@ def change(home, section, name, value):
     write_settings(home / "settings.yaml", stored)
 
 
-def resources(settings, root):
-    scoring = settings.scorer.model_dump(include={"kind", "pair_convention", "max_length"})
-    return (
-        LanguageModel(shards=f"{root}/shards", engine=settings.engine, random_seed=settings.random_seed),
-        RewardScorer(shards=f"{root}/shards", engine=settings.engine, **scoring),
-    )
+def services_of(home):
+    return services_in(home, load_settings(home / "settings.yaml"))
 
 
 def found_in(home):
-    settings = load_settings(home / "settings.yaml")
     with dg.DagsterInstance.from_config(str(home)) as instance:
-        return leftovers(instance, settings, home, *resources(settings, home))
+        return leftovers(instance, services_of(home))
 
 
 def places(home, group):
@@ -111,7 +105,7 @@ def test_what_a_server_said_is_in_use_until_another_model_judges(home, opened):
     server = {"url": "http://127.0.0.1:1/v1", "model": "one"}
     change(home, "judge", "server", server)
     settings = load_settings(home / "settings.yaml")
-    shards = opened(settings.judge, resources(settings, home)[1]).shards
+    shards = opened(settings.judge, services_of(home).scorer).shards
     shards.write([{"key": "k", "reply": "A", "tokens": 3}])
     assert places(home, clean.SHARDS) == set()
     change(home, "judge", "server", server | {"model": "another"})
@@ -134,8 +128,7 @@ def test_what_is_in_use_is_found_again_after_a_removal(home):
     prompts = ParquetTables(f"{home}/tables").read("synthetic_prompts", "0002")
     asked = [(row_id, user_message(text)) for row_id, text in prompts.select("prompt_id", "prompt").rows()]
     policy = CheckpointStore(f"{home}/checkpoints").current("policy", "0002")
-    model, _ = resources(settings, home)
-    _, usage = model.answer(policy, asked, settings.responses.sampling, lambda message: None)
+    _, usage = services_of(home).language_model.answer(policy, asked, settings.responses.sampling)
     assert usage.reused == usage.rows == prompts.height
 
 
@@ -213,7 +206,7 @@ def test_an_unfinished_training_is_kept_while_a_run_may_go_on_from_it(home):
 def test_it_is_refused_while_a_run_is_at_work(tmp_path):
     settings = load_settings(write_settings(tmp_path / "settings.yaml", {"preset": "laptop"}))
     with locked(tmp_path), pytest.raises(SettingsError, match="Another `synpo run` is at work"):
-        clean.print_clean(settings, tmp_path, delete=True, with_checkpoints=True)
+        clean.print_clean(services_in(tmp_path, settings), delete=True, with_checkpoints=True)
     with dg.DagsterInstance.ephemeral() as instance:
         killed = DagsterRun(job_name="synpo", status=dg.DagsterRunStatus.STARTED, tags={FOREGROUND_TAG: "true"})
         instance.add_run(killed)
@@ -226,7 +219,7 @@ def test_it_is_refused_while_a_run_is_at_work(tmp_path):
 def test_a_home_that_was_never_made_is_refused(tmp_path):
     result = synpo("clean", "--home", tmp_path / "nowhere")
     assert result.returncode == 2
-    assert "is no home of an experiment" in result.stderr
+    assert "is not the home of an experiment" in result.stderr
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -234,7 +227,7 @@ def test_in_an_object_store(tmp_path):
     place = f"memory://{uuid.uuid4().hex}"
     changed = {"preset": "laptop", "engine": {"threads": 1}, "storage": {"artifacts": place}}
     settings, root = load_settings(write_settings(tmp_path / "settings.yaml", changed)), UPath(place)
-    model, scorer = resources(settings, place)
+    services = services_in(tmp_path, settings)
     name = "initial_policy/once/0123456789abcdef"
     for directory in (name, "initial_policy/once/fedcba9876543210"):
         manifest = {
@@ -249,14 +242,14 @@ def test_in_an_object_store(tmp_path):
         ("superseded", settings.responses.sampling),
         ("in use", Sampling(max_new_tokens=1)),
     ):
-        shards[sha, sampling.max_new_tokens] = model.shards_of(
+        shards[sha, sampling.max_new_tokens] = services.language_model.shards_of(
             Checkpoint("initial_policy", None, sha, "", ""), sampling
         )
         shards[sha, sampling.max_new_tokens].write([row, row | {"key": "l"}])
     half = root / "tables" / "seed_pairs" / f".x.parquet.{uuid.uuid4().hex}.tmp"
     half.write_bytes(b"half")
     with dg.DagsterInstance.ephemeral() as instance:
-        found = leftovers(instance, settings, tmp_path, model, scorer)
+        found = leftovers(instance, services)
     kept = shards["in use", settings.responses.sampling.max_new_tokens].folder
     assert {leftover.place.path for leftover in found} == {
         half.path,

@@ -184,3 +184,23 @@ def test_two_runs_of_one_home_are_refused(tmp_path):
         pass
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    "command", [["run"], ["trace", "pair-1"], ["clean"], ["export", "--format", "trl", "--output", "x"]]
+)
+@pytest.mark.parametrize("sign", ["settings", "tables"])
+def test_a_home_made_by_an_earlier_version_is_refused_and_left_as_it_is(tmp_path, nano_model, command, sign):
+    settings = nano_settings(nano_model)
+    if sign == "settings":
+        settings["policy"] = settings.pop("preference_optimization")
+    else:
+        (tmp_path / "tables").mkdir()
+        (tmp_path / "tables" / "seed_pairs.parquet").write_text("")
+    write_settings(tmp_path / "settings.yaml", settings)
+    before = sorted(tmp_path.rglob("*"))
+    result = synpo(*command, "--home", tmp_path)
+    assert result.exit_code == 2, result.output
+    assert f"The home {tmp_path} was made by an earlier version of SynPO" in result.stderr
+    assert "name another directory with --home" in result.stderr
+    assert sorted(tmp_path.rglob("*")) == before

@@ -10,6 +10,7 @@ from resources.settings.files import load_settings
 from synpo_assets.cli.commands import app
 from synpo_assets.reports.compare import differing_settings
 from tests.nano import nano_settings, write_settings
+from tests.stand_ins import services_in
 from tests.test_report import make_iteration
 
 
@@ -25,7 +26,7 @@ def make_home(place, model, iterations, **changes):
     (place / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
     with dg.DagsterInstance.from_config(str(place)) as instance:
         for iteration in range(1, iterations + 1):
-            make_iteration(instance, place, iteration)
+            make_iteration(instance, services_in(place, settings), iteration)
     return place
 
 
@@ -65,7 +66,7 @@ def test_a_password_is_not_shown(homes):
 
 
 @pytest.mark.parametrize(("second", "words"), [
-    ("nowhere", "is no home of an experiment"), ("empty", "has no finished iteration"), ("same", "each once"),
+    ("nowhere", "is not the home of an experiment"), ("empty", "has no finished iteration"), ("same", "each once"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_said_in_a_sentence(homes, tmp_path, second, words):
     if second == "empty":

@@ -18,12 +18,6 @@ from tests.ui import processes_of, running_ui, wait_for
 
 pytestmark = pytest.mark.slow
 ITERATIONS = ["0001", "0002", "0003"]
-ON_GPU = {
-    "prompt_generator", "self_instruct_prompts", "reward_model", "judge_model", "synthetic_prompts", "prompt_diversity",
-    "base_responses", "initial_responses", "seed_responses",
-    "response_improver", "refined_responses", "preference_pairs", "model_checkpoint", "evaluation",
-    "benchmark_scores", "benchmark_answers",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +78,13 @@ def test_the_backfill_again_makes_everything_in_order_with_one_run_per_iteration
 
 def test_steps_on_the_gpu_never_overlap(ui):
     """Over all runs so far, whichever iteration and backfill they belong to."""
+    from definitions import defs
+
+    on_gpu = {asset.key.to_user_string() for asset in defs.assets if asset.op.pool == "gpu"}
     spans = sorted(
         (step["startTime"], step["endTime"], step["stepKey"])
         for run in ui.runs() for step in run["stepStats"]
-        if step["stepKey"] in ON_GPU and step["startTime"] and step["endTime"]
+        if step["stepKey"] in on_gpu and step["startTime"] and step["endTime"]
     )  # fmt: skip
     assert len(spans) > 20
     for earlier, later in itertools.pairwise(spans):
@@ -97,7 +94,7 @@ def test_steps_on_the_gpu_never_overlap(ui):
 def test_one_iteration_again_with_other_settings_makes_later_ones_stale_and_reuses_shards(ui):
     assert set(ui.stale("model_checkpoint", ITERATIONS).values()) == {"FRESH"}
     before = ui.metadata("model_checkpoint", "0002")["sha"]
-    change_settings(ui, policy={"training": {**nano_settings(Path())["policy"]["training"], "beta": 6.0}})
+    change_settings(ui, preference_optimization={"loss": {"beta": 6.0}})
     assert set(ui.stale("model_checkpoint", ITERATIONS).values()) == {"STALE"}
     assert set(ui.stale("base_responses", ITERATIONS).values()) == {"FRESH"}
     partitioned = [name for name, is_partitioned in ui.assets().items() if is_partitioned]
@@ -141,7 +138,11 @@ def working_processes(home):
 
 def test_a_cancelled_run_ends_all_its_processes_within_30_seconds_and_leaves_nothing_half_made(ui):
     change_settings(
-        ui, policy={"training": {**nano_settings(Path())["policy"]["training"], "beta": 6.0, "epochs": 2000}}
+        ui,
+        preference_optimization={
+            "training": nano_settings(Path())["preference_optimization"]["training"] | {"epochs": 2000},
+            "loss": {"beta": 6.0},
+        },
     )
     before, checkpoint = working_processes(ui.home), ui.metadata("model_checkpoint", "0001")
     run = ui.launch("0001", ["model_checkpoint"])
@@ -154,7 +155,7 @@ def test_a_cancelled_run_ends_all_its_processes_within_30_seconds_and_leaves_not
     wait_for(lambda: working_processes(ui.home) <= before, max(1.0, 30 - (time.monotonic() - started)))
     assert list(training.glob(".*tmp")) == []
     assert ui.metadata("model_checkpoint", "0001") == checkpoint
-    change_settings(ui, policy={"training": {**nano_settings(Path())["policy"]["training"], "beta": 6.0}})
+    change_settings(ui, preference_optimization={"loss": {"beta": 6.0}})
     again = ui.launch("0001", ["model_checkpoint"])
     assert ui.wait_for_run(again) == "SUCCESS", "the slot of the pool was not given back"
 

@@ -13,10 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resources.common.errors import FinalError
-from resources.generation.language_model import LanguageModel
 from resources.models.embeddings import SentenceEmbedder
 from resources.models.model_source import ModelSourceError, fetch_embedding_model
-from resources.scoring.scorer import RewardScorer
 from resources.settings.data import EmbeddingModel
 from resources.settings.files import active_settings
 from resources.settings.machine import Engine
@@ -24,16 +22,19 @@ from resources.settings.method import Sampling
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.storage.files import file_sha256
-from resources.storage.tables import ParquetTables
-from synpo_assets.cli.preflight import check_before_run, seed_table, shown_seed_prompts
-from synpo_assets.evaluation.diversity import prompt_diversity, self_instruct_prompts
-from synpo_assets.graph.partitions import ITERATIONS
+from synpo_assets.cli.preflight import check_before_run
+from synpo_assets.evaluation.diversity import prompt_diversity, self_instruct_prompts, shown_seed_prompts
+from synpo_assets.graph import metrics
+from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.schemas import PromptDiversity, SelfInstructPrompts, check
 from synpo_assets.method.diversity import cluster, coverage, density, equal_samples, mean_similarities, measure
 from synpo_assets.method.prompts import words_of
 from synpo_assets.method.self_instruct import NewTasks, draw_examples
 from synpo_assets.method.templates import self_instruct_instruction
+from synpo_assets.stages.seed import seed_table
 from tests.nano import seed_rows
+from tests.stand_ins import ITERATIONS, run, services_in, shown
+from tests.stand_ins import instance as instance
 
 PROMPTS = [row["prompt"] for row in seed_rows()[:24]]
 SEED = pl.DataFrame(
@@ -49,10 +50,6 @@ def embeddings(draw, least=2):
     dimensions = draw(st.integers(2, 4))
     vectors = st.lists(NUMBERS, min_size=dimensions, max_size=dimensions).filter(any)
     return np.array(draw(st.lists(vectors, min_size=least, max_size=12)))
-
-
-def silent(line):
-    pass
 
 
 # The measure.
@@ -200,7 +197,7 @@ def test_a_seed_of_long_prompts_only_is_refused_before_a_run(tmp_path):
 
 
 def embed(weights, texts, **engine):
-    return SentenceEmbedder(engine=Engine(threads=1, device="cpu", **engine)).embed(weights, texts, silent)
+    return SentenceEmbedder(engine=Engine(threads=1, device="cpu", **engine)).embed(weights, texts)
 
 
 def test_an_embedding_is_the_mean_over_the_tokens_of_the_last_layer(nano_embedding_model):
@@ -215,7 +212,9 @@ def test_an_embedding_is_the_mean_over_the_tokens_of_the_last_layer(nano_embeddi
             mean = model(**tokenizer(prompt, return_tensors="pt")).last_hidden_state[0].mean(dim=0)
         assert found.vectors[place].tolist() == pytest.approx((mean / mean.norm()).tolist(), abs=1e-5)
     assert found.tokens == sum(len(ids) for ids in tokenizer(PROMPTS).input_ids)
-    assert (found.texts_cut, found.metadata()["texts"]) == (0, len(PROMPTS))
+    assert found.texts_cut == 0
+    measured = {metric.metric: metric.value for metric in metrics.embedding(found)}
+    assert (measured["embedded_texts"], measured["embedded_tokens"]) == (len(PROMPTS), found.tokens)
 
 
 def test_batches_and_order_change_nothing(nano_embedding_model):
@@ -347,38 +346,29 @@ def stand_in(name, frame, partitioned=False):
     return made
 
 
-def materialize(tmp_path, assets, settings, partition=None, **resources):
-    stores = {
-        "tables": ParquetTables(str(tmp_path / "tables")),
-        "checkpoints": CheckpointStore(str(tmp_path / "checkpoints")),
-        "settings": settings,
-    }
-    with dg.DagsterInstance.ephemeral() as instance:
-        result = dg.materialize(assets, instance=instance, resources=stores | resources, partition_key=partition)
-        name = assets[-1].key.to_user_string()
-        (event,) = result.asset_materializations_for_node(name)
-    return result.output_for_node(name), {key: entry.value for key, entry in event.metadata.items()}
+def on_one_thread(home, settings):
+    """The services of an experiment, without a GPU."""
+    return services_in(home, settings.model_copy(update={"engine": Engine(threads=1, device="cpu")}))
 
 
-def diversity(tmp_path, synthetic, baseline, judge=None, **options):
+def diversity(instance, home, synthetic, baseline, judge=None, **options):
+    """The table of prompt_diversity in iteration 1, what was measured, and what the UI shows."""
     assets = [
         stand_in("synthetic_prompts", pl.DataFrame({"prompt": synthetic}), partitioned=True),
         stand_in("seed_pairs", SEED),
         stand_in("self_instruct_prompts", pl.DataFrame({"prompt": baseline}, schema={"prompt": pl.String})),
         prompt_diversity,
     ]
-    engine, settings = Engine(threads=1, device="cpu"), settings_with(**options)
-    scorer = RewardScorer(
-        shards=str(tmp_path / "shards"), engine=engine, kind="trained", pair_convention="one_order", max_length=99
-    )
+    settings = settings_with(**options)
     settings = settings.model_copy(update={"judge": settings.judge.model_copy(update={"server": judge})})
-    embedder = SentenceEmbedder(engine=engine)
-    return materialize(tmp_path, assets, settings, "0001", embedder=embedder, scorer=scorer)
+    services = on_one_thread(home, settings)
+    frame = run(assets, instance, services, "0001").output_for_node("prompt_diversity")
+    return frame, recorded(services.metrics, "0001"), shown(instance, "prompt_diversity", "0001")
 
 
-def test_the_table_compares_samples_of_equal_size(tmp_path, nano_embedding_model):
+def test_the_table_compares_samples_of_equal_size(instance, tmp_path, nano_embedding_model):
     copies = ["What is a tide?"] * 3 + ["What is a tide ?"] * 3
-    frame, about = diversity(tmp_path, copies, PROMPTS[:8], sample_size=5, clusters=3)
+    frame, measured, about = diversity(instance, tmp_path, copies, PROMPTS[:8], sample_size=5, clusters=3)
     assert check(PromptDiversity, frame) is None
     rows = {row["source"]: row for row in frame.to_dicts()}
     assert {name: (row["available"], row["prompts"]) for name, row in rows.items()} == {
@@ -386,51 +376,66 @@ def test_the_table_compares_samples_of_equal_size(tmp_path, nano_embedding_model
     }  # fmt: skip
     assert rows["synthetic"]["mean"] > rows["seed"]["mean"]
     assert rows["synthetic"]["clusters_touched"] <= 2
-    assert about["mean_similarity synthetic"] == pytest.approx(rows["synthetic"]["mean"], abs=1e-4)
-    assert about["prompts_compared"] == 5
+    for source, row in rows.items():
+        assert measured.value("mean_similarity", source) == pytest.approx(row["mean"], abs=1e-4)
+        assert measured.value("effective_clusters", source) == pytest.approx(row["effective_clusters"], abs=1e-4)
+    assert measured.value("prompts_compared") == 5
     assert about["embedding_model name"] == rows["seed"]["embedding_model"] == str(nano_embedding_model)
     assert about["similarities"].startswith("![Density of the prompts' mean cosine similarities")
     assert sum(record.data["synthetic"] for record in about["topics"].records) == 5
-    shown = {record.data["prompt"] for record in about["extremes"].records if record.data["source"] == "seed"}
-    assert shown < set(PROMPTS[:20]), "a held-out prompt was compared"
+    seen = {record.data["prompt"] for record in about["extremes"].records if record.data["source"] == "seed"}
+    assert seen < set(PROMPTS[:20]), "a held-out prompt was compared"
 
 
-def test_without_a_baseline_the_others_are_compared(tmp_path, nano_embedding_model):
-    frame, about = diversity(tmp_path, PROMPTS[:6], [])
+def test_without_a_baseline_the_others_are_compared(instance, tmp_path, nano_embedding_model):
+    frame, measured, about = diversity(instance, tmp_path, PROMPTS[:6], [])
     assert frame["source"].to_list() == ["synthetic", "seed"]
     assert frame["prompts"].unique().to_list() == [6]
-    assert "mean_similarity self_instruct" not in about
+    assert [metric.of for metric in measured.every("mean_similarity")] == ["synthetic", "seed"]
     assert "labelled_by" not in about
+    assert not measured.every("topics")
 
 
-def baseline(tmp_path, nano_checkpoint, **options):
+def baseline(instance, home, nano_checkpoint, **options):
+    """The table of self_instruct_prompts, and what was measured."""
+
     @dg.asset(io_manager_key="checkpoints")
     def initial_policy(context: dg.AssetExecutionContext, checkpoints: dg.ResourceParam[CheckpointStore]) -> Checkpoint:
         return checkpoints.adopt(context, Path(nano_checkpoint.weights), {"source": "directory"})
 
-    model = LanguageModel(shards=str(tmp_path / "shards"), engine=Engine(threads=1, device="cpu"), random_seed=42)
-    assets = [initial_policy, stand_in("seed_pairs", SEED), self_instruct_prompts]
-    return materialize(tmp_path, assets, settings_with(**options), language_model=model)
+    services = on_one_thread(home, settings_with(**options))
+    result = run([initial_policy, stand_in("seed_pairs", SEED), self_instruct_prompts], instance, services)
+    return result.output_for_node("self_instruct_prompts"), recorded(services.metrics, None)
 
 
-def test_m0_writes_as_many_different_prompts_as_an_iteration_has(tmp_path, nano_checkpoint):
-    frame, about = baseline(tmp_path, nano_checkpoint, self_instruct_shots=2)
+def dropped(measured):
+    return sum(metric.value for metric in measured.every("dropped"))
+
+
+def test_m0_writes_as_many_different_prompts_as_an_iteration_has(instance, tmp_path, nano_checkpoint):
+    frame, measured = baseline(instance, tmp_path, nano_checkpoint, self_instruct_shots=2)
     assert check(SelfInstructPrompts, frame) is None
-    assert frame.height == about["wanted"] == active_settings().prompt_generator.prompts_per_iteration
-    assert about["asked_for"] == frame.height + sum(about["dropped"].values())
+    wanted = active_settings().prompt_generator.prompts_per_iteration
+    assert frame.height == measured.value("prompts_wanted") == wanted
+    assert measured.value("sources_used") == frame.height + dropped(measured)
     assert not set(frame["prompt"]) & set(PROMPTS)
     assert frame["example_ids"].list.len().unique().to_list() == [2]
     assert set(frame["example_ids"].explode()) <= set(SEED.filter(split="train")["prompt_id"])
-    assert frame["checkpoint_sha"].unique().to_list() == [about["checkpoint_sha"]]
-    again, repeated = baseline(tmp_path, nano_checkpoint, self_instruct_shots=2)
+    assert frame["checkpoint_sha"].unique().to_list() == [shown(instance, "self_instruct_prompts")["checkpoint_sha"]]
+    again, repeated = baseline(instance, tmp_path, nano_checkpoint, self_instruct_shots=2)
     assert again.equals(frame)
-    assert repeated["generated_tokens"] == 0
+    assert repeated.value("generated_tokens") == 0
 
 
-def test_a_model_that_writes_the_same_again_and_again_gives_few_prompts_and_no_error(tmp_path, nano_checkpoint):
+def test_a_model_that_writes_the_same_again_and_again_gives_few_prompts_and_no_error(
+    instance, tmp_path, nano_checkpoint
+):
     greedy = Sampling(temperature=0, max_new_tokens=4)
     settings = active_settings().prompt_generator
-    frame, about = baseline(tmp_path, nano_checkpoint, self_instruct_sampling=greedy, self_instruct_shots=99)
-    assert about["asked_for"] <= settings.prompts_per_iteration * settings.max_overdraw
-    assert frame.height == about["asked_for"] - sum(about["dropped"].values())
+    frame, measured = baseline(
+        instance, tmp_path, nano_checkpoint, self_instruct_sampling=greedy, self_instruct_shots=99
+    )
+    used = measured.value("sources_used")
+    assert used <= settings.prompts_per_iteration * settings.max_overdraw
+    assert frame.height == used - dropped(measured)
     assert frame.height == frame["prompt"].n_unique()

@@ -58,7 +58,7 @@ def test_sizes_that_do_not_fit_are_refused(sizes, devices, sentence):
 
 def test_a_size_that_does_not_divide_the_heads_is_refused_before_the_model_is_loaded(nano_checkpoint):
     with pytest.raises(FinalError, match="2 attention heads"):
-        VllmEngine(nano_checkpoint, Engine(tensor_parallel_size=3), print)
+        VllmEngine(nano_checkpoint, Engine(tensor_parallel_size=3))
 
 
 @pytest.mark.parametrize(("name", "sentence"), [
@@ -78,9 +78,8 @@ def test_settings_that_only_vllm_reads_are_refused_beside_transformers(tmp_path,
         load_settings(write_settings(tmp_path / "settings.yaml", settings))
 
 
-def test_without_a_gpu_transformers_is_chosen_and_said(nano_checkpoint):
-    said = []
-    open_engine(nano_checkpoint, Engine(device="cpu", threads=1), said.append)
+def test_without_a_gpu_transformers_is_chosen_and_said(nano_checkpoint, said):
+    open_engine(nano_checkpoint, Engine(device="cpu", threads=1))
     assert said == [f"transformers {importlib.metadata.version('transformers')} generates on cpu (engine.kind: auto)."]
 
 
@@ -104,7 +103,7 @@ def test_requests_come_longest_first_with_a_seed_from_their_key():
 
 
 def test_a_prompt_beyond_the_context_is_refused_alike_by_vllm(nano_checkpoint):
-    engine = VllmEngine(nano_checkpoint, Engine(device="cpu", threads=1), print)
+    engine = VllmEngine(nano_checkpoint, Engine(device="cpu", threads=1))
     with pytest.raises(
         FinalError, match=r"1020 tokens and max_new_tokens = 16 exceed the model's context of 1024 tokens"
     ):
@@ -178,7 +177,7 @@ def test_the_stop_text_does_not_change_counts_with_the_batch(tmp_path, nano_chec
 
     asked = [(str(n), generator_instruction(["pan", "oil", "heat"])) for n in range(8)]
     sampling = Sampling(temperature=0.8, top_k=40, max_new_tokens=30, stop=["<question>"])
-    together, _ = model(tmp_path / "a").answer(nano_checkpoint, asked, sampling, print)
-    alone, _ = model(tmp_path / "b", batch_tokens=64).answer(nano_checkpoint, asked, sampling, print)
+    together, _ = model(tmp_path / "a").answer(nano_checkpoint, asked, sampling)
+    alone, _ = model(tmp_path / "b", batch_tokens=64).answer(nano_checkpoint, asked, sampling)
     assert together["output_tokens"].to_list() == alone["output_tokens"].to_list()
     assert together["output_tokens"].n_unique() > 1

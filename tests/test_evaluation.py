@@ -1,6 +1,7 @@
 """Win rates, who judges them, and what each judge may have read: pure functions, stand-in stages, a small HTTP server."""
 
 import copy
+import dataclasses
 import json
 import re
 import threading
@@ -15,18 +16,18 @@ from hypothesis import strategies as st
 
 from resources.common.errors import FinalError
 from resources.generation.language_model import Usage
-from resources.judging.judge_choice import judge_scorer, open_judges
+from resources.judging.judge_choice import INDEPENDENT, TOOK_PART, judge_scorer, open_judges
 from resources.judging.server_judge import ServerJudge, load_template
 from resources.scoring.scorer import Comparison, RewardScorer, ScoringUsage
 from resources.settings.evaluation import JudgeServer
 from resources.settings.files import active_settings, load_settings, preset_path
+from resources.settings.method import PairRankerScorer
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
-from resources.storage.tables import ParquetTables
 from resources.training.job import TrainingSummary
-from synpo_assets.cli.preflight import check_before_run, seed_table
-from synpo_assets.evaluation.win_rates import OPPONENTS, evaluation, judge_model
-from synpo_assets.graph.partitions import ITERATIONS
+from synpo_assets.cli.preflight import check_before_run
+from synpo_assets.evaluation.win_rates import OPPONENTS, evaluation
+from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.schemas import Evaluation, check
 from synpo_assets.method.evaluation import (
     NO_VERDICT,
@@ -37,9 +38,12 @@ from synpo_assets.method.evaluation import (
     win_rates,
 )
 from synpo_assets.stages.improver import seed_responses
-from synpo_assets.stages.preferences import reward_model
 from synpo_assets.stages.prompts import prompt_generator
+from synpo_assets.stages.scorers import judge_model, reward_model
+from synpo_assets.stages.seed import seed_table
 from tests.nano import write_settings
+from tests.stand_ins import ITERATIONS, run, services_in, shown
+from tests.stand_ins import instance as instance
 from tests.test_server_engine import FaultyServer
 
 OUTCOME = st.sampled_from(["win", "tie", "loss"])
@@ -265,8 +269,6 @@ CHECKPOINT = Checkpoint("initial_policy", None, "0123456789abcdef", "", "")
 class Recorder:
     """Stands in for all models and trainers, and keeps what each asset showed to it."""
 
-    pair_convention = "one_order"
-
     def __init__(self, shards):
         self.shards, self.engine, self.random_seed = str(shards), active_settings().engine, 42
         self.answered, self.trained, self.compared, self.seeds = {}, {}, {}, {}
@@ -276,7 +278,7 @@ class Recorder:
         splits = {split for split in ("train", "judge", "held_out") if any(f"{split} seed" in text for text in texts)}
         kind[asset] = kind.get(asset, set()) | splits
 
-    def answer(self, checkpoint, prompts, sampling, log):
+    def answer(self, checkpoint, prompts, sampling):
         asked = list(prompts)
         self.note(self.answered, [messages[0]["content"] for _, messages in asked])
         with open(f"{checkpoint.weights}/model.safetensors") as file:
@@ -285,13 +287,8 @@ class Recorder:
         frame = pl.DataFrame({"id": [row_id for row_id, _ in asked], "text": text, "finish_reason": "stop"})
         return frame.with_columns(**tokens), Usage(len(asked), 0, 3, 4, 4, 1.0)
 
-    def reward(self, start, pairs, training, directory, log):
-        return self.train([prompt for prompt, _, _ in pairs], directory)
-
-    def supervised(self, start, examples, training, directory, log):
-        return self.train([answer for _, answer in examples], directory)
-
-    def train(self, texts, directory):
+    def train(self, kind, start, examples, training, directory, loss=None):
+        texts = [example[0 if kind == "reward" else 1] for example in examples]
         self.note(self.trained, texts)
         self.seeds[dg.AssetExecutionContext.get().asset_key.to_user_string()] = self.random_seed
         weights(f"trained {self.random_seed}")(directory)
@@ -302,7 +299,7 @@ class Recorder:
         copied.random_seed = update["random_seed"]
         return copied
 
-    def compare(self, model, rows, log):
+    def compare(self, model, rows):
         rows = list(rows)
         self.note(self.compared, [prompt for prompt, _, _ in rows])
         scores = pl.Series([1.0] * len(rows))
@@ -345,24 +342,19 @@ MODELS = [stand_in("initial_policy", "M_0"), stand_in("policy", "M_1", ITERATION
           stand_in("model_checkpoint", "M_2", ITERATIONS), seed_pairs]  # fmt: skip
 
 
-def materialize(assets, tmp_path, monkeypatch, judge=None):
-    """Runs real assets of iteration 2 on models that stand in; returns what they showed to these, and the result."""
-    seen = Recorder(tmp_path / "shards")
-    for module in ("synpo_assets.evaluation.win_rates", "resources.judging.judge_choice"):
+def materialize(assets, instance, home, monkeypatch, judge=None):
+    """Runs real assets of iteration 2 on models that stand in; returns what they showed to these, services and result."""
+    seen, shared = Recorder(home / "shards"), active_settings()
+    for module in ("synpo_assets.stages.scorers", "resources.judging.judge_choice"):
         monkeypatch.setattr(f"{module}.judge_scorer", lambda judge, scorer: scorer)
-    shared = active_settings()
-    resources = {
-        "tables": ParquetTables(str(tmp_path / "tables")),
-        "checkpoints": CheckpointStore(str(tmp_path / "checkpoints")),
-        "settings": shared.model_copy(update={"judge": judge or shared.judge}),
-        **{name: dg.ResourceDefinition.hardcoded_resource(seen) for name in ("language_model", "scorer", "trainer")},
-    }
-    return seen, dg.materialize([*MODELS, *assets], resources=resources, partition_key="0002")
+    services = services_in(home, shared.model_copy(update={"judge": judge or shared.judge}))
+    services = dataclasses.replace(services, language_model=seen, scorer=seen, trainer=seen)
+    return seen, services, run([*MODELS, *assets], instance, services, "0002")
 
 
-def test_no_stage_reads_rows_of_another_split(tmp_path, monkeypatch):
+def test_no_stage_reads_rows_of_another_split(instance, tmp_path, monkeypatch):
     stages = [prompt_generator, reward_model, judge_model, seed_responses, evaluation]
-    seen, _ = materialize(stages, tmp_path, monkeypatch)
+    seen, _, _ = materialize(stages, instance, tmp_path, monkeypatch)
     assert seen.trained == {"prompt_generator": {"train"}, "reward_model": {"train"}, "judge_model": {"judge"}}
     assert seen.answered == {
         "reward_model": {"train", "held_out"}, "judge_model": {"judge", "held_out"}, "seed_responses": {"train"},
@@ -418,16 +410,12 @@ def better(answer):
     return json.dumps({"better": answer})
 
 
-def silent(message):
-    pass
-
-
 def honest(a, b):
     return better("tie" if ("good" in a) == ("good" in b) else "A" if "good" in a else "B")
 
 
-def verdicts(judge, log=lambda message: None):
-    compared = judge.compare(ROWS, log)
+def verdicts(judge):
+    compared = judge.compare(ROWS)
     assert compared.margins.to_list() == [
         None if first is None else 2 * first - 1 for first in compared.first_scores.to_list()
     ]
@@ -437,7 +425,7 @@ def verdicts(judge, log=lambda message: None):
 def test_a_server_is_asked_in_both_orders_with_a_schema(serve, tmp_path):
     server = serve(honest)
     judge = asked(server, tmp_path)
-    compared = judge.compare(ROWS, lambda message: None)
+    compared = judge.compare(ROWS)
     assert outcomes(compared.margins).to_list() == ["win", "loss", "tie"]
     assert (compared.usage.readings, compared.usage.tokens, compared.usage.reused) == (6, 600, 0)
     assert len(server.bodies) == 6
@@ -463,18 +451,17 @@ def test_where_the_orders_disagree_there_is_a_tie(serve, tmp_path, judge):
 @pytest.mark.parametrize("nonsense", [
     "Answer A is better.", "", None, "A", '{"better": "C"}', '{"better": "A", "worse": "B"}', "[1", '{"better": "A"} or so',
 ])  # fmt: skip
-def test_nonsense_is_counted_and_no_win(serve, tmp_path, nonsense):
-    said = []
-    assert verdicts(asked(serve(lambda a, b: nonsense), tmp_path), said.append) == [NO_VERDICT] * 3
+def test_nonsense_is_counted_and_no_win(serve, tmp_path, said, nonsense):
+    assert verdicts(asked(serve(lambda a, b: nonsense), tmp_path)) == [NO_VERDICT] * 3
     assert any("6 of 6 replies of judge (on a server) are no verdict" in message for message in said)
 
 
-def test_nonsense_is_asked_for_again_by_the_next_run(serve, tmp_path):
-    mixed, said = serve(lambda a, b: "Hm." if a.startswith("poor") else honest(a, b)), []
-    assert verdicts(asked(mixed, tmp_path), said.append) == [NO_VERDICT, NO_VERDICT, "tie"]
+def test_nonsense_is_asked_for_again_by_the_next_run(serve, tmp_path, said):
+    mixed = serve(lambda a, b: "Hm." if a.startswith("poor") else honest(a, b))
+    assert verdicts(asked(mixed, tmp_path)) == [NO_VERDICT, NO_VERDICT, "tie"]
     assert any("The next run asks for them again." in message for message in said)
     mended = serve(honest)
-    compared = asked(mended, tmp_path).compare(ROWS, silent)
+    compared = asked(mended, tmp_path).compare(ROWS)
     assert outcomes(compared.margins).to_list() == ["win", "loss", "tie"]
     assert (compared.usage.reused, len(mended.bodies)) == (4, 2), "what was good is kept"
     assert verdicts(asked(SimpleNamespace(url="http://127.0.0.1:1/v1"), tmp_path)) == ["win", "loss", "tie"]
@@ -482,7 +469,7 @@ def test_nonsense_is_asked_for_again_by_the_next_run(serve, tmp_path):
 
 def test_nonsense_that_an_earlier_version_kept_is_asked_for_again(serve, tmp_path):
     judge = asked(serve(honest), tmp_path)
-    judge.compare(ROWS, silent)
+    judge.compare(ROWS)
     (shard,) = judge.shards.folder.glob("*.parquet")
     good = pl.read_parquet(shard.path)
     # The name decides which of two rows is read first.
@@ -512,14 +499,14 @@ def test_a_server_that_hangs_ends_the_step_with_the_settings_to_change(serve, tm
     server = serve(honest)
     server.seconds = 1.0
     with pytest.raises(RuntimeError, match=r"in 2 tries.*judge\.server\.attempts and judge\.server\.timeout_seconds"):
-        asked(server, tmp_path, timeout_seconds=0.2, attempts=2).compare(ROWS[:1], lambda message: None)
+        asked(server, tmp_path, timeout_seconds=0.2, attempts=2).compare(ROWS[:1])
 
 
 def test_a_server_that_is_down_for_long_ends_the_step_with_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("resources.common.progress.LOG_EVERY_SECONDS", 0)
     gone = SimpleNamespace(url="http://127.0.0.1:1/v1")
     with pytest.raises(RuntimeError, match=r"judge\.server\.attempts"):
-        asked(gone, tmp_path, attempts=1).compare(ROWS[:1], silent)
+        asked(gone, tmp_path, attempts=1).compare(ROWS[:1])
 
 
 @pytest.mark.parametrize("status", [400, 401, 404])
@@ -527,15 +514,15 @@ def test_what_would_be_refused_again_ends_the_step_at_once(serve, tmp_path, stat
     server = serve(honest)
     server.faults = [(status, {}, "I will not do that")]
     with pytest.raises(FinalError, match=f"It says: {status}, I will not do that"):
-        asked(server, tmp_path, concurrency=1).compare(ROWS[:1], lambda message: None)
+        asked(server, tmp_path, concurrency=1).compare(ROWS[:1])
 
 
 def test_finished_verdicts_are_read_again_even_while_the_server_is_down(serve, tmp_path):
     server = serve(honest)
     server.faults = [None] * 4 + [(400, {}, "enough")]
     with pytest.raises(FinalError):
-        asked(server, tmp_path, shard_rows=2, concurrency=1).compare(ROWS, lambda message: None)
-    compared = asked(server, tmp_path, shard_rows=2, concurrency=1).compare(ROWS, lambda message: None)
+        asked(server, tmp_path, shard_rows=2, concurrency=1).compare(ROWS)
+    compared = asked(server, tmp_path, shard_rows=2, concurrency=1).compare(ROWS)
     assert (compared.usage.reused, compared.usage.readings) == (4, 6)
     gone = SimpleNamespace(url="http://127.0.0.1:1/v1")
     assert verdicts(asked(gone, tmp_path)) == ["win", "loss", "tie"]
@@ -596,43 +583,55 @@ def test_a_template_may_lay_texts_out(tmp_path):
 
 def test_every_judge_says_whether_it_took_part_in_training(tmp_path):
     scorer = RewardScorer(
-        shards=str(tmp_path), engine=active_settings().engine, kind="pair_ranker", pair_convention="one_order",
-        max_length=99,
+        shards=str(tmp_path), engine=active_settings().engine,
+        scorer=PairRankerScorer(name="some/ranker", pair_convention="one_order", max_length=99),
     )  # fmt: skip
     judge = load_settings(preset_path("paper_mistral")).judge
     independent, took_part = open_judges(judge, scorer, CHECKPOINT, CHECKPOINT)
     assert (independent.name, independent.label) == ("judge", "independent judge")
     assert (took_part.name, took_part.label) == ("scorer", "scorer (took part in training)")
-    assert independent.scorer.convention == "reward_difference", "whatever the scorer is, the judge is a reward model"
+    assert independent.scorer.scorer.convention == "reward_difference", (
+        "whatever the scorer is, the judge is a reward model"
+    )
     assert took_part.scorer is scorer
-    assert judge_scorer(judge, scorer).max_length == judge.max_length == 2048
+    assert judge_scorer(judge, scorer).scorer.max_length == judge.max_length == 2048
     server = judge.model_copy(update={"server": JudgeServer(url="http://127.0.0.1:1/v1", model="m")})
     assert open_judges(server, scorer, CHECKPOINT, CHECKPOINT)[2].label == "m (on a server)"
 
 
-def test_the_evaluation_of_an_iteration_with_a_server_as_third_judge(serve, tmp_path, monkeypatch):
+def test_the_evaluation_of_an_iteration_with_a_server_as_third_judge(serve, instance, tmp_path, monkeypatch):
     """The real asset; models stand in, whose answers tell which of them wrote."""
     server = serve(lambda a, b: better("A" if "M_2" in a else "B"))
     judge = active_settings().judge.model_copy(update={"server": JudgeServer(url=server.url, model="m")})
     scorers = [stand_in("reward_model", "F"), stand_in("judge_model", "J")]
-    _, result = materialize([*scorers, evaluation], tmp_path, monkeypatch, judge)
+    _, services, result = materialize([*scorers, evaluation], instance, tmp_path, monkeypatch, judge)
     frame = result.output_for_node("evaluation")
     assert check(Evaluation, frame) is None
     assert frame["prompt_id"].to_list() == SEED.filter(split="held_out")["prompt_id"].to_list()
-    assert frame.select(f"{side}_response" for side in ("policy", "previous", "initial")).unique().rows() == [
+    assert frame.select(f"{side}_response" for side in ("candidate", "previous", "initial")).unique().rows() == [
         ("by M_2", "by M_1", "by M_0")
     ]
     assert frame["server_over_initial"].to_list() == ["win"] * 3
-    (event,) = result.asset_materializations_for_node("evaluation")
-    about = {name: entry.value for name, entry in event.metadata.items()}
-    assert (about["win_rate_over_initial"], about["win_rate_over_previous_by_server"]) == (1.0, 1.0)
+    metrics, about = recorded(services.metrics, "0002"), shown(instance, "evaluation", "0002")
+    by_server = "m (on a server)"
+    assert metrics.value("win_rate", "candidate", over="initial", by=INDEPENDENT) == 1.0
+    assert metrics.value("win_rate", "candidate", over="previous", by=by_server) == 1.0
+    assert metrics.value("wins", "candidate", over="previous", by=by_server) == 3
+    assert [(rate.by, rate.over) for rate in metrics.every("win_rate")] == [
+        (label, opponent) for label in (INDEPENDENT, TOOK_PART, by_server) for opponent in OPPONENTS
+    ]
     rates = {(row.data["label"], row.data["opponent"]): row.data for row in about["win_rates"].records}
     assert len(rates) == 3 * len(OPPONENTS)
-    assert about["win_rate_over_initial_low"] == rates["independent judge", "initial"]["low"]
-    measured = [row.data for row in about["measured_without_a_judge"].records]
-    assert [(row["model"], row["mean_characters"], row["cut_share"]) for row in measured] == [
-        (model, len("by M_2"), 0.0) for model in ("policy", "previous", "initial")
+    over_initial = metrics.find("win_rate", "candidate", over="initial", by=INDEPENDENT)
+    assert (over_initial.low, over_initial.high, over_initial.n) == (
+        *(rates[INDEPENDENT, "initial"][end] for end in ("low", "high")), 3,
+    )  # fmt: skip
+    assert {rate.checkpoint_sha for rate in metrics.every("win_rate")} == set(frame["candidate_checkpoint_sha"])
+    models = ("candidate", "previous", "initial")
+    assert [(each.of, each.value) for each in metrics.every("mean_characters")] == [
+        (model, len("by M_2")) for model in models
     ]
-    assert about["cut_share policy"] == about["mean_repetition policy"] == 0.0
-    assert rates["m (on a server)", "previous"]["wins"] == 3
-    assert about["judges"] == "independent judge; scorer (took part in training); m (on a server)"
+    assert [(each.of, each.value) for each in metrics.every("cut_share")] == [(model, 0.0) for model in models]
+    assert metrics.value("mean_repetition", "candidate") == 0.0
+    assert rates[by_server, "previous"]["wins"] == 3
+    assert about["judges"] == f"independent judge; scorer (took part in training); {by_server}"

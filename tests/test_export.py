@@ -38,7 +38,7 @@ def pairs(iteration, count):
 @pytest.fixture
 def home(tmp_path, nano_model):
     home = tmp_path / "home"
-    home.mkdir()
+    (home / "metrics").mkdir(parents=True)
     write_settings(home / "settings.yaml", nano_settings(nano_model))
     tables = ParquetTables(str(home / "tables"))
     for iteration, count in ((1, 3), (2, 2)):

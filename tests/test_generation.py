@@ -29,12 +29,8 @@ def model(shards, **engine):
     return LanguageModel(shards=str(shards), engine=Engine(threads=1, **engine), random_seed=1)
 
 
-def silent(_message):
-    pass
-
-
 def test_rows_come_back_in_order_with_counts(tmp_path, nano_checkpoint):
-    frame, usage = model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    frame, usage = model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING)
     assert frame["id"].to_list() == [row_id for row_id, _ in PROMPTS]
     assert usage.rows == len(PROMPTS)
     assert usage.reused == 0
@@ -48,22 +44,22 @@ def test_rows_come_back_in_order_with_counts(tmp_path, nano_checkpoint):
 
 
 def test_a_completion_does_not_depend_on_its_batch(tmp_path, nano_checkpoint):
-    together, _ = model(tmp_path / "a").answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
-    one_by_one, _ = model(tmp_path / "b", batch_tokens=64).answer(nano_checkpoint, PROMPTS[:6], SAMPLING, silent)
+    together, _ = model(tmp_path / "a").answer(nano_checkpoint, PROMPTS, SAMPLING)
+    one_by_one, _ = model(tmp_path / "b", batch_tokens=64).answer(nano_checkpoint, PROMPTS[:6], SAMPLING)
     assert one_by_one["text"].to_list() == together["text"].to_list()[:6]
 
 
 def test_seed_and_id_decide_the_completion(tmp_path, nano_checkpoint):
     same_prompt = [("a", PROMPTS[0][1]), ("b", PROMPTS[0][1])]
-    frame, _ = model(tmp_path / "1").answer(nano_checkpoint, same_prompt, SAMPLING, silent)
+    frame, _ = model(tmp_path / "1").answer(nano_checkpoint, same_prompt, SAMPLING)
     assert frame["text"].n_unique() == 2
     other = LanguageModel(shards=str(tmp_path / "2"), engine=Engine(threads=1), random_seed=2)
-    assert other.answer(nano_checkpoint, same_prompt, SAMPLING, silent)[0]["text"][0] != frame["text"][0]
+    assert other.answer(nano_checkpoint, same_prompt, SAMPLING)[0]["text"][0] != frame["text"][0]
 
 
 def test_greedy_is_the_same_for_all_seeds(tmp_path, nano_checkpoint):
     greedy = SAMPLING.model_copy(update={"temperature": 0.0})
-    frame, _ = model(tmp_path).answer(nano_checkpoint, [("a", PROMPTS[0][1]), ("b", PROMPTS[0][1])], greedy, silent)
+    frame, _ = model(tmp_path).answer(nano_checkpoint, [("a", PROMPTS[0][1]), ("b", PROMPTS[0][1])], greedy)
     assert frame["text"].n_unique() == 1
 
 
@@ -74,55 +70,55 @@ def test_habits_that_a_model_brings_do_not_count(tmp_path, nano_model, nano_chec
     habits |= {"repetition_penalty": 5.0, "do_sample": True, "top_k": 1, "num_beams": 2}
     (directory / "generation_config.json").write_text(json.dumps(habits))
     checkpoint = dataclasses.replace(nano_checkpoint, weights=str(directory))
-    with_habits, _ = model(tmp_path / "a").answer(checkpoint, PROMPTS, SAMPLING, silent)
-    assert with_habits.equals(model(tmp_path / "b").answer(nano_checkpoint, PROMPTS, SAMPLING, silent)[0])
+    with_habits, _ = model(tmp_path / "a").answer(checkpoint, PROMPTS, SAMPLING)
+    assert with_habits.equals(model(tmp_path / "b").answer(nano_checkpoint, PROMPTS, SAMPLING)[0])
 
 
 def test_finished_work_is_found_again_and_only_the_rest_is_done(tmp_path, nano_checkpoint):
-    first, _ = model(tmp_path).answer(nano_checkpoint, PROMPTS[:10], SAMPLING, silent)
-    whole, usage = model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    first, _ = model(tmp_path).answer(nano_checkpoint, PROMPTS[:10], SAMPLING)
+    whole, usage = model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING)
     assert usage.reused == 10
     assert usage.generated_tokens == whole["output_tokens"][10:].sum()
     assert whole.head(10).equals(first)
 
 
 def test_other_settings_never_mix(tmp_path, nano_checkpoint):
-    model(tmp_path).answer(nano_checkpoint, PROMPTS[:3], SAMPLING, silent)
+    model(tmp_path).answer(nano_checkpoint, PROMPTS[:3], SAMPLING)
     warmer = SAMPLING.model_copy(update={"temperature": 1.2})
-    assert model(tmp_path).answer(nano_checkpoint, PROMPTS[:3], warmer, silent)[1].reused == 0
+    assert model(tmp_path).answer(nano_checkpoint, PROMPTS[:3], warmer)[1].reused == 0
     assert len(list(tmp_path.glob("*/fingerprint.json"))) == 2
 
 
 def test_a_shard_that_was_damaged_is_named_and_made_anew_when_it_is_gone(tmp_path, nano_checkpoint):
-    whole, _ = model(tmp_path, shard_rows=4).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    whole, _ = model(tmp_path, shard_rows=4).answer(nano_checkpoint, PROMPTS, SAMPLING)
     damaged = min(tmp_path.glob("*/*.parquet"))
     damaged.write_bytes(damaged.read_bytes()[:100])
     with pytest.raises(FinalError, match=rf"The shard .*{damaged.name} cannot be read.* Remove it and run it again"):
-        model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+        model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING)
     damaged.unlink()
-    again, usage = model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    again, usage = model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING)
     assert again.equals(whole)
     assert usage.reused == len(PROMPTS) - 4
 
 
 def test_equal_rows_are_generated_once_and_are_not_reused_ones(tmp_path, nano_checkpoint):
-    model(tmp_path).answer(nano_checkpoint, PROMPTS[:1], SAMPLING, silent)
-    twice, usage = model(tmp_path).answer(nano_checkpoint, [*PROMPTS[:2], *PROMPTS[:2]], SAMPLING, silent)
+    model(tmp_path).answer(nano_checkpoint, PROMPTS[:1], SAMPLING)
+    twice, usage = model(tmp_path).answer(nano_checkpoint, [*PROMPTS[:2], *PROMPTS[:2]], SAMPLING)
     assert twice[:2].equals(twice[2:])
     assert (usage.rows, usage.reused, usage.generated_tokens) == (4, 2, twice["output_tokens"][1])
 
 
 def test_a_full_disk_is_said_and_keeps_what_is_finished(tmp_path, nano_checkpoint, monkeypatch):
-    first, _ = model(tmp_path).answer(nano_checkpoint, PROMPTS[:5], SAMPLING, silent)
+    first, _ = model(tmp_path).answer(nano_checkpoint, PROMPTS[:5], SAMPLING)
 
     def full(path, content):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(resources.storage.shards, "write_atomically", full)
     with pytest.raises(FinalError, match=r"The disk with .* is full.*`synpo clean`"):
-        model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+        model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING)
     monkeypatch.undo()
-    whole, usage = model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    whole, usage = model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING)
     assert usage.reused == 5
     assert whole.head(5).equals(first)
 
@@ -132,7 +128,7 @@ def test_writing_stops_at_a_stop_text(tmp_path, nano_checkpoint):
 
     asked = [(str(n), generator_instruction(["pan", "oil", "heat"])) for n in range(12)]
     sampling = SAMPLING.model_copy(update={"stop": ["<question>"], "max_new_tokens": 30})
-    frame, _ = model(tmp_path).answer(nano_checkpoint, asked, sampling, silent)
+    frame, _ = model(tmp_path).answer(nano_checkpoint, asked, sampling)
     stopped = frame.filter(pl.col("text").str.contains("<question>"))
     assert stopped.height > 0
     assert stopped["text"].str.ends_with("<question>").all()
@@ -142,7 +138,7 @@ def test_writing_stops_at_a_stop_text(tmp_path, nano_checkpoint):
 def test_a_prompt_beyond_the_context_is_refused_with_the_setting(tmp_path, nano_checkpoint):
     too_long = [("long", [{"role": "user", "content": "word " * 3000}])]
     with pytest.raises(FinalError, match=r"exceed the model's context of 1024 tokens: lower sampling\.max_new_tokens"):
-        model(tmp_path).answer(nano_checkpoint, too_long, SAMPLING, silent)
+        model(tmp_path).answer(nano_checkpoint, too_long, SAMPLING)
 
 
 KILLED = """
@@ -158,12 +154,12 @@ def slowly(self, *arguments):
     return complete(self, *arguments)
 TransformersEngine._complete = slowly
 checkpoint = Checkpoint("initial_policy", None, "nano", {nano!r}, {nano!r})
-model({shards!r}, shard_rows=3, batch_tokens=64).answer(checkpoint, PROMPTS, SAMPLING, lambda message: None)
+model({shards!r}, shard_rows=3, batch_tokens=64).answer(checkpoint, PROMPTS, SAMPLING)
 """
 
 
 def test_kill_minus_9_loses_at_most_one_shard(tmp_path, nano_model, nano_checkpoint):
-    undisturbed, _ = model(tmp_path / "undisturbed").answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    undisturbed, _ = model(tmp_path / "undisturbed").answer(nano_checkpoint, PROMPTS, SAMPLING)
     shards = tmp_path / "killed"
     code = KILLED.format(root=str(Path(__file__).parents[1]), nano=str(nano_model), shards=str(shards))
     with subprocess.Popen([sys.executable, "-c", code]) as process:
@@ -173,13 +169,13 @@ def test_kill_minus_9_loses_at_most_one_shard(tmp_path, nano_model, nano_checkpo
         process.send_signal(signal.SIGKILL)
     saved = sum(pl.read_parquet(file).height for file in shards.glob("*/*.parquet"))
     assert 6 <= saved < len(PROMPTS)
-    resumed, usage = model(shards, shard_rows=3).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    resumed, usage = model(shards, shard_rows=3).answer(nano_checkpoint, PROMPTS, SAMPLING)
     assert usage.reused == saved
     assert resumed.equals(undisturbed)
 
 
 def test_the_fingerprint_says_what_the_shards_are_of(tmp_path, nano_checkpoint):
-    model(tmp_path).answer(nano_checkpoint, PROMPTS[:2], SAMPLING, silent)
+    model(tmp_path).answer(nano_checkpoint, PROMPTS[:2], SAMPLING)
     (description,) = tmp_path.glob("*/fingerprint.json")
     what = json.loads(description.read_text())
     assert what["checkpoint"] == nano_checkpoint.sha

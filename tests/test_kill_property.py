@@ -11,7 +11,7 @@ import pytest
 from resources.generation.transformers_engine import TransformersEngine
 from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
-from tests.test_generation import model, silent
+from tests.test_generation import model
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def answer_all(nano, shards, shard_rows, completed):
 def answered(nano, shards, shard_rows=64, batch_tokens=BATCH_TOKENS):
     checkpoint = Checkpoint("initial_policy", None, "nano", nano, nano)
     language_model = model(shards, shard_rows=shard_rows, batch_tokens=batch_tokens)
-    return language_model.answer(checkpoint, PROMPTS, SAMPLING, silent)
+    return language_model.answer(checkpoint, PROMPTS, SAMPLING)
 
 
 @pytest.fixture(scope="module")

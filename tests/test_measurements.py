@@ -9,11 +9,13 @@ from resources.models.likelihood import AnswerLikelihood
 from resources.settings.files import load_settings
 from resources.settings.machine import Engine
 from resources.settings.sections import SettingsError
-from synpo_assets.cli.preflight import seed_table, verifiable_table
 from synpo_assets.evaluation.gold_comparison import refuse_answers_of_another
-from synpo_assets.method.verifiable import RULES, followed_figures, meets, rates_by_rule
+from synpo_assets.evaluation.instruction_following import following_metrics
+from synpo_assets.graph.metrics import Metric, recorded
+from synpo_assets.method.verifiable import RULES, meets, rates_by_rule
+from synpo_assets.stages.seed import seed_table, verifiable_table
 from tests.nano import write_settings
-from tests.test_pipeline import home, instance, metadata, table  # noqa: F401
+from tests.stand_ins import services_in
 
 # For each rule an answer that meets it and one that does not; several where the border matters.
 CASES = [
@@ -66,23 +68,28 @@ def test_the_difference_has_an_interval_and_rules_are_shown_apart():
         {
             "prompt_id": [str(place) for place in range(20)],
             "constraints": [constraints] * 20,
-            "policy_met": [[True, True]] * 15 + [[True, False]] * 5,
+            "candidate_met": [[True, True]] * 15 + [[True, False]] * 5,
             "initial_met": [[True, True]] * 5 + [[False, True]] * 15,
         }
     )
-    figures = followed_figures(answered, random_seed=0)
-    assert (figures["verifiable_rate policy"], figures["verifiable_rate initial"]) == (0.75, 0.25)
-    assert (figures["constraint_rate policy"], figures["constraint_rate initial"]) == (0.875, 0.625)
-    assert figures["verifiable_gain"] == 0.5
-    assert 0.2 < figures["verifiable_gain_low"] < 0.5 < figures["verifiable_gain_high"] < 0.8
+    *rates, gain = following_metrics(answered, "sha", random_seed=0)
+    assert [(rate.metric, rate.of, rate.value) for rate in rates] == [
+        ("verifiable_rate", "candidate", 0.75), ("verifiable_rate", "initial", 0.25),
+        ("constraint_rate", "candidate", 0.875), ("constraint_rate", "initial", 0.625),
+    ]  # fmt: skip
+    assert gain == Metric(
+        "verifiable_gain", 0.5, "candidate", "initial", low=gain.low, high=gain.high, n=20, checkpoint_sha="sha"
+    )
+    assert 0.2 < gain.low < 0.5 < gain.high < 0.8
     assert rates_by_rule(answered).rows() == [("contains", 20, 1.0, 0.25), ("json_list_of", 20, 0.75, 1.0)]
 
 
-def test_without_instructions_the_figures_are_missing():
+def test_without_instructions_the_metrics_are_missing():
     empty = pl.DataFrame(
-        schema={"prompt_id": pl.String} | {f"{side}_met": pl.List(pl.Boolean) for side in ("policy", "initial")}
+        schema={"prompt_id": pl.String} | {f"{side}_met": pl.List(pl.Boolean) for side in ("candidate", "initial")}
     )
-    assert set(followed_figures(empty, random_seed=0).values()) == {None}
+    found = following_metrics(empty, "sha", random_seed=0)
+    assert {(metric.value, metric.low, metric.high) for metric in found} == {(None, None, None)}
 
 
 BAD_INSTRUCTIONS = [
@@ -151,8 +158,8 @@ def test_the_likelihood_is_what_transformers_calls_the_loss(nano_checkpoint):
         ("Why?", "No reason at all, really."),
     ]
     # Small batches too: each row is padded differently.
-    alone = AnswerLikelihood(engine=Engine(threads=1, batch_tokens=64)).measure(nano_checkpoint, rows, print)
-    found = AnswerLikelihood(engine=Engine(threads=1)).measure(nano_checkpoint, rows, print)
+    alone = AnswerLikelihood(engine=Engine(threads=1, batch_tokens=64)).measure(nano_checkpoint, rows)
+    found = AnswerLikelihood(engine=Engine(threads=1)).measure(nano_checkpoint, rows)
     assert found.per_token == pytest.approx(alone.per_token, abs=1e-5)
     model = AutoModelForCausalLM.from_pretrained(nano_checkpoint.weights)
     tokenizer = load_tokenizer(nano_checkpoint.weights)
@@ -165,39 +172,42 @@ def test_the_likelihood_is_what_transformers_calls_the_loss(nano_checkpoint):
         assert mean == pytest.approx(-float(loss), abs=1e-4)
 
 
-def test_both_models_are_measured_in_each_iteration(home, instance):  # noqa: F811
-    assert table(home, "verifiable_instructions").height >= 60
-    for iteration in (1, 2):
-        following, gold = table(home, "instruction_following", iteration), table(home, "gold_comparison", iteration)
-        evaluated = table(home, "evaluation", iteration)
+def test_both_models_are_measured_in_each_iteration(nano_run):
+    services = services_in(nano_run.home, load_settings(nano_run.home / "settings.yaml"))
+    tables = services.tables
+    assert tables.scan("verifiable_instructions").collect().height >= 60
+    for key in ("0001", "0002"):
+        following, gold = tables.read("instruction_following", key), tables.read("gold_comparison", key)
+        evaluated, metrics = tables.read("evaluation", key), recorded(services.metrics, key)
         assert (
-            following["policy_checkpoint_sha"].unique().to_list()
-            == evaluated["policy_checkpoint_sha"].unique().to_list()
+            following["candidate_checkpoint_sha"].unique().to_list()
+            == evaluated["candidate_checkpoint_sha"].unique().to_list()
         )
         for row in following.to_dicts():
-            for side in ("policy", "initial"):
+            for side in ("candidate", "initial"):
                 expected = [meets(each["rule"], each["value"], row[f"{side}_response"]) for each in row["constraints"]]
                 assert row[f"{side}_met"] == expected
-        about = metadata(instance, "instruction_following", f"{iteration:04d}")
-        assert about["instructions"] * about["samples_each"] == following.height
-        rate = (following["policy_met"].list.all()).mean()
-        assert about["verifiable_rate policy"] == pytest.approx(rate)
-        assert about["verifiable_gain_low"] <= about["verifiable_gain"] <= about["verifiable_gain_high"]
+        assert metrics.value("instructions") * metrics.value("samples_each") == following.height
+        rate = (following["candidate_met"].list.all()).mean()
+        assert metrics.value("verifiable_rate", "candidate") == pytest.approx(rate)
+        gain = metrics.find("verifiable_gain", "candidate", over="initial")
+        assert gain.low <= gain.value <= gain.high
         assert gold["prompt_id"].to_list() == evaluated["prompt_id"].to_list()
-        assert gold["policy_similarity"].is_between(-1.001, 1.001).all()
+        assert gold["candidate_similarity"].is_between(-1.001, 1.001).all()
         assert (
             gold["initial_log_likelihood"].to_list()
-            == table(home, "gold_comparison", 1)["initial_log_likelihood"].to_list()
+            == tables.read("gold_comparison", "0001")["initial_log_likelihood"].to_list()
         )
-        about = metadata(instance, "gold_comparison", f"{iteration:04d}")
-        assert about["gold_log_likelihood policy"] == pytest.approx(gold["policy_log_likelihood"].mean())
-        gain = about["gold_log_likelihood policy"] - about["gold_log_likelihood initial"]
-        assert about["gold_log_likelihood_gain"] == pytest.approx(gain, abs=1e-8)
-        assert about["gold_log_likelihood_gain_low"] < about["gold_log_likelihood_gain"]
-        assert about["gold_similarity_gain"] < about["gold_similarity_gain_high"]
+        after, before = (metrics.value("gold_log_likelihood", side) for side in ("candidate", "initial"))
+        assert after == pytest.approx(gold["candidate_log_likelihood"].mean())
+        gain = metrics.find("gold_log_likelihood_gain", "candidate", over="initial")
+        assert gain.value == pytest.approx(after - before, abs=1e-8)
+        assert gain.low < gain.value
+        gain = metrics.find("gold_similarity_gain", "candidate", over="initial")
+        assert gain.value < gain.high
 
 
 def test_answers_of_another_checkpoint_are_refused(nano_checkpoint):
-    evaluation = pl.DataFrame({"policy_checkpoint_sha": ["f" * 64]})
+    evaluation = pl.DataFrame({"candidate_checkpoint_sha": ["f" * 64]})
     with pytest.raises(Exception, match="materialize `evaluation` of this iteration again"):
         refuse_answers_of_another(nano_checkpoint, evaluation)

@@ -3,32 +3,23 @@
 import json
 import shutil
 import sqlite3
+from collections import Counter
 from pathlib import Path
 
 import dagster as dg
 import polars as pl
 import pytest
 
+from resources.settings.files import active_settings
+from synpo_assets.algorithm import stages_of
 from synpo_assets.graph import schemas
 from tests.conftest import synpo
 from tests.nano import nano_settings, write_settings
 
-TABLES = {
-    "seed_pairs": schemas.SeedPairs, "keyword_pool": schemas.KeywordPool, "keyword_sets": schemas.KeywordSets,
-    "self_instruct_prompts": schemas.SelfInstructPrompts, "prompt_diversity": schemas.PromptDiversity,
-    "synthetic_prompts": schemas.SyntheticPrompts, "base_responses": schemas.Responses,
-    "initial_responses": schemas.Responses, "seed_responses": schemas.SeedResponses,
-    "refined_responses": schemas.RefinedResponses, "preference_pairs": schemas.PreferencePairs,
-    "preference_history": schemas.PreferenceHistory, "evaluation": schemas.Evaluation,
-    "verifiable_instructions": schemas.VerifiableInstructions,
-    "instruction_following": schemas.InstructionFollowing, "gold_comparison": schemas.GoldComparison,
-    "promotion": schemas.Promotion,
-}  # fmt: skip
-ONCE = {
-    "seed_pairs", "keyword_pool", "initial_policy", "prompt_generator", "reward_model", "self_instruct_prompts", "judge_model",
-    "verifiable_instructions",
-}  # fmt: skip
-CHECKPOINTS = {"policy", "response_improver", "model_checkpoint"}
+STAGES = [stage for stage in stages_of(active_settings()) if not stage.opt_in and stage.name != "boosting_report"]
+TABLES = {stage.name: stage.schema for stage in STAGES if stage.schema}
+ONCE = {stage.name for stage in STAGES if stage.once}
+CHECKPOINTS = {stage.name for stage in STAGES if stage.checkpoint and not stage.once}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +50,15 @@ def test_the_summary_shows_what_was_made(nano_run, home):
         assert asset in printed
     for word in ("chosen", "rejected", "win rate", "M_2", "synpo ui --home"):
         assert word in printed
-    assert "tokens/s" in nano_run.result.stderr
+
+
+def test_progress_is_in_the_event_log_under_its_asset_and_once_on_the_terminal(nano_run, home, instance):
+    terminal = (nano_run.failed.stderr + nano_run.result.stderr).splitlines()
+    shown = Counter(tuple(line.split(maxsplit=2)[1:]) for line in terminal if line.endswith(" s left."))
+    logs = (instance.all_logs(run.run_id) for run in instance.get_runs())
+    said = ((entry.step_key, entry.user_message) for log in logs for entry in log)
+    assert shown == Counter((step, line) for step, line in said if line.endswith(" s left."))
+    assert {"base_responses", "model_checkpoint", "evaluation"} <= {asset for asset, _ in shown}
 
 
 def test_the_summary_of_a_copied_home_names_the_model_that_lies_there(home, tmp_path):
@@ -96,7 +95,7 @@ def test_every_table_obeys_its_schema(home, name):
 @pytest.mark.parametrize("iteration", [1, 2])
 def test_every_row_of_a_pair_can_be_followed_back(home, instance, iteration):
     pairs, prompts = table(home, "preference_pairs", iteration), table(home, "synthetic_prompts", iteration)
-    refined, initial = table(home, "refined_responses", iteration), table(home, "initial_responses", iteration)
+    refined, initial = table(home, "refined_responses", iteration), table(home, "rejected_responses", iteration)
     base, sets = table(home, "base_responses", iteration), table(home, "keyword_sets", iteration)
     chain = (
         pairs.join(refined, left_on="chosen_response_id", right_on="response_id", suffix="_refined", validate="1:1")
@@ -127,7 +126,8 @@ def test_the_policy_learns_from_all_pairs_so_far_and_starts_from_m0(home, instan
     assert table(home, "preference_history", 1).is_empty()
     assert table(home, "preference_history", 2).equals(first)
     about = metadata(instance, "model_checkpoint", "0002")
-    assert about["pairs_by_iteration"] == {"1": first.height, "2": second.height}
+    by_iteration = [about[f"pairs_of_iteration of {key}"] for key in ("0001", "0002")]
+    assert by_iteration == [first.height, second.height]
     assert about["examples"] == first.height + second.height
     manifest = json.loads((home / "checkpoints/model_checkpoint/0002.json").read_text())["directory"]
     manifest = json.loads((home / "checkpoints" / manifest / "manifest.json").read_text())
@@ -137,9 +137,9 @@ def test_the_policy_learns_from_all_pairs_so_far_and_starts_from_m0(home, instan
 
 def test_nothing_is_generated_twice(instance):
     assert metadata(instance, "seed_responses", "0001")["generated_tokens"] == 0
-    assert metadata(instance, "initial_responses", "0001")["generated_tokens"] == 0
+    assert metadata(instance, "rejected_responses", "0001")["generated_tokens"] == 0
     assert metadata(instance, "seed_responses", "0002")["generated_tokens"] > 0
-    assert metadata(instance, "initial_responses", "0002")["generated_tokens"] > 0
+    assert metadata(instance, "rejected_responses", "0002")["generated_tokens"] > 0
 
 
 def test_iterations_draw_different_keyword_sets(home):
@@ -163,7 +163,7 @@ def test_the_evaluation_compares_with_m0_and_the_policy_before_by_both_judges(ho
     for iteration in (1, 2):
         about, frame = metadata(instance, "evaluation", f"{iteration:04d}"), table(home, "evaluation", iteration)
         shas.append(metadata(instance, "model_checkpoint", f"{iteration:04d}")["sha"])
-        wanted = {"policy": shas[iteration], "previous": shas[iteration - 1], "initial": shas[0]}
+        wanted = {"candidate": shas[iteration], "previous": shas[iteration - 1], "initial": shas[0]}
         assert {name: frame[f"{name}_checkpoint_sha"].unique().to_list() for name in wanted} == {
             name: [sha] for name, sha in wanted.items()
         }
@@ -173,9 +173,13 @@ def test_the_evaluation_compares_with_m0_and_the_policy_before_by_both_judges(ho
             judged = frame[f"{judge}_over_{over}"]
             assert rate["wins"] == (judged == "win").sum()
             assert rate["low"] <= rate["win_rate"] <= rate["high"]
-        assert about["win_rate_over_initial"] == pytest.approx(rates["judge", "initial"]["win_rate"], abs=1e-4)
-        by_scorer = (frame["policy_score"] > frame["initial_score"]).mean()
-        assert about["win_rate_over_initial_by_scorer"] == pytest.approx(by_scorer, abs=0.5 / frame.height + 1e-9)
+        assert about["win_rate of candidate over initial by independent judge"] == pytest.approx(
+            rates["judge", "initial"]["win_rate"], abs=1e-4
+        )
+        by_scorer = (frame["candidate_score"] > frame["initial_score"]).mean()
+        assert about["win_rate of candidate over initial by scorer (took part in training)"] == pytest.approx(
+            by_scorer, abs=0.5 / frame.height + 1e-9
+        )
         assert "scorer (took part in training)" in about["judges"]
     first = table(home, "evaluation", 1)
     assert first["previous_response"].equals(first["initial_response"])
@@ -189,19 +193,30 @@ def test_the_judge_is_trained_on_its_own_rows_with_another_seed(home, instance):
     assert json.loads((home / "checkpoints" / name / "manifest.json").read_text())["random_seed"] == 43
 
 
-@pytest.mark.parametrize("asset", ["base_responses", "refined_responses", "synthetic_prompts", "initial_responses"])
+@pytest.mark.parametrize("asset", ["base_responses", "refined_responses", "synthetic_prompts", "rejected_responses"])
 def test_generated_tables_show_tokens_speed_and_checkpoint(instance, asset):
     about = metadata(instance, asset, "0002")
-    for name in ("rows", "input_tokens", "output_tokens", "tokens_per_second", "seconds", "checkpoint", "checkpoint_sha",
-                 "sample", "dagster/row_count"):  # fmt: skip
+    for name in (
+        "rows", "input_tokens", "output_tokens", "generated_tokens_per_second", "generation_seconds", "checkpoint",
+        "checkpoint_sha", "sample", "dagster/row_count",
+    ):  # fmt: skip
         assert name in about, name
 
 
 def test_checkpoints_show_their_training(instance):
     about = metadata(instance, "model_checkpoint", "0002")
-    for name in ("sha", "path", "examples", "tokens", "steps", "seconds", "final_loss", "training_log"):
+    for name in (
+        "sha",
+        "path",
+        "examples",
+        "trained_tokens",
+        "training_steps",
+        "training_seconds",
+        "final_loss",
+        "training_log",
+    ):
         assert name in about, name
-    assert 0 < len(about["training_log"].records) <= about["steps"]
+    assert 0 < len(about["training_log"].records) <= about["training_steps"]
 
 
 def test_content_versions_are_recorded(home, instance):

@@ -3,14 +3,17 @@
 import polars as pl
 import pytest
 
-from resources.models.model_source import fetch_initial_policy, fetch_reward_model
+from resources.models.model_source import fetch_initial_policy
+from resources.scoring.published import fetch_reward_model
 from resources.settings.data import InitialPolicy
 from resources.settings.files import load_settings, preset_path
-from resources.settings.method import Scorer
+from resources.settings.method import PretrainedScorer
 from resources.settings.sections import SettingsError
 from resources.training.job import TrainingError
-from synpo_assets.cli.estimate import Work, expected_work, parameter_count, rates_on_cpu, seconds
-from synpo_assets.cli.preflight import check_before_run, check_disk, disk_needed, print_check, seed_table
+from synpo_assets.cli.estimate import expected_work, parameter_count, rates_on_cpu, seconds, sizes_of
+from synpo_assets.cli.preflight import check_before_run, check_disk, disk_needed, print_check
+from synpo_assets.graph.cost import Work
+from synpo_assets.stages.seed import seed_table
 from tests.nano import nano_settings, seed_rows, write_settings
 
 CHATS = [
@@ -76,7 +79,7 @@ def test_limits_take_a_repeatable_random_subset(tmp_path):
 
 
 def test_a_published_reward_model_takes_the_scorers_place(tmp_path, nano_model):
-    directory, origin = fetch_reward_model(Scorer(kind="pretrained", name=str(nano_model)), trust_remote_code=False)
+    directory, origin = fetch_reward_model(PretrainedScorer(name=str(nano_model)), trust_remote_code=False)
     assert directory == nano_model
     assert origin["source"] == "directory"
 
@@ -109,6 +112,15 @@ def test_training_processes_are_checked_before_anything_is_generated(tmp_path):
             check(settings, tmp_path / "home")
 
 
+def test_a_name_that_the_server_has_for_no_checkpoint_is_refused_before_anything_is_generated(tmp_path):
+    server = {"url": "http://127.0.0.1:1/v1", "models": {"model_checkpoint[0001]": "m1", "inital_policy": "m0"}}
+    changes = {"preset": "laptop", "engine": {"kind": "server", "server": server}}
+    settings = load_settings(write_settings(tmp_path / "server.yaml", changes))
+    for check in (print_check, check_before_run):
+        with pytest.raises(SettingsError, match=r"'inital_policy' is not a checkpoint.*did you mean `initial_policy`"):
+            check(settings, tmp_path / "home")
+
+
 def test_a_home_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(SettingsError, match=f"{tmp_path} cannot be written to: choose another directory"):
@@ -118,7 +130,7 @@ def test_a_home_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
 def test_full_training_needs_room_for_saved_states_too(nano_model, tmp_path):
     def needed(name, lora):
         settings = nano_settings(nano_model)
-        settings["policy"]["training"]["lora"] = lora
+        settings["preference_optimization"]["training"]["lora"] = lora
         return disk_needed(load_settings(write_settings(tmp_path / name, settings)))
 
     adapters = needed("adapters.yaml", {"rank": 4})
@@ -128,36 +140,38 @@ def test_full_training_needs_room_for_saved_states_too(nano_model, tmp_path):
 def test_more_prompts_cost_more_and_the_papers_size_is_the_papers(tmp_path):
     laptop = load_settings(preset_path("laptop"))
     seed, _ = seed_table(laptop)
-    work = expected_work(laptop, seed, 0)
+    work = expected_work(sizes_of(laptop, seed, 0))
     more = load_settings(
         write_settings(tmp_path / "more.yaml", {"preset": "laptop", "prompt_generator": {"prompts_per_iteration": 80}})
     )
     rates = rates_on_cpu(10**8)
-    assert sum(seconds(item, rates) for item in expected_work(more, seed, 0)) > sum(
-        seconds(item, rates) for item in work
+    assert sum(seconds(item, rates) for _, item in expected_work(sizes_of(more, seed, 0))) > sum(
+        seconds(item, rates) for _, item in work
     )
     # The paper's own iteration takes about 218,000 completions; ours is counted in tokens of at most 2,048 each.
     paper = load_settings(preset_path("paper_llama3"))
     fake = pl.DataFrame({"prompt": ["word " * 50], "answer": ["word " * 200], "split": ["train"]})
     fake = pl.concat([fake] * 18_000 + [fake.with_columns(split=pl.lit(split)) for split in ("judge", "held_out")])
     # D grows by 10,000 pairs with each iteration, and M_t is trained on all of it.
-    (policy,) = [item for item in expected_work(paper, fake, 0) if item.asset == "model_checkpoint"]
+    (policy,) = [item for stage, item in expected_work(sizes_of(paper, fake, 0)) if stage.name == "model_checkpoint"]
     assert [policy.in_iteration(t) / policy.in_iteration(1) for t in (1, 2, 4)] == [1, 2, 4]
-    answers = [item for item in expected_work(paper, fake, 0) if item.kind == "generate" and not item.once]
-    completions = sum(item.tokens for item in answers if item.asset != "synthetic_prompts") / 2048
+    answers = [(stage, item) for stage, item in expected_work(sizes_of(paper, fake, 0)) if item.kind == "generate"]
+    answers = [item for stage, item in answers if not stage.once and stage.name != "synthetic_prompts"]
+    completions = sum(item.tokens for item in answers) / 2048
     assert 100_000 < completions < 218_000
 
 
 def test_training_and_scoring_of_the_judge_are_counted():
     laptop = load_settings(preset_path("laptop"))
     seed, _ = seed_table(laptop)
-    of_judge = [item for item in expected_work(laptop, seed, 0) if item.asset == "judge_model"]
+    work = expected_work(sizes_of(laptop, seed, 0))
+    of_judge = [item for stage, item in work if stage.name == "judge_model"]
     assert [item.kind for item in of_judge] == ["train", "generate", "score"]
-    assert all(item.once and item.tokens > 0 for item in of_judge)
-    (train,) = (item for item in expected_work(laptop, seed, 0) if (item.asset, item.kind) == ("reward_model", "train"))
+    assert all(item.tokens > 0 for item in of_judge)
+    (train,) = (item for stage, item in work if (stage.name, item.kind) == ("reward_model", "train"))
     assert of_judge[0].tokens == train.tokens, "as many rows, and the same training"
 
 
 def test_a_larger_model_takes_longer_in_proportion():
-    work = Work("base_responses", "generate", 1000)
+    work = Work("generate", 1000)
     assert seconds(work, rates_on_cpu(10**9)) == pytest.approx(10 * seconds(work, rates_on_cpu(10**8)))

@@ -1,5 +1,6 @@
 """The gate on real Dagster instances: what is promoted, what is not and why, and what the next iteration says to it."""
 
+import dataclasses
 import logging
 import shutil
 from typing import get_args
@@ -9,41 +10,48 @@ import pytest
 import yaml
 
 from resources.common.errors import FinalError
+from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
 from resources.settings.evaluation import GateMetric
 from resources.settings.files import load_settings
 from resources.storage.checkpoint_store import CheckpointError, CheckpointStore
-from resources.storage.tables import ParquetTables
-from synpo_assets.cli.runs import asset_graph
-from synpo_assets.evaluation.promotion import gate_figures, promotion
-from synpo_assets.evaluation.win_rates import evaluation
-from synpo_assets.graph.history import data_version_of, input_version_of, metadata_of
+from synpo_assets.algorithm import stages_of
+from synpo_assets.evaluation.promotion import gate_metrics, promotion
+from synpo_assets.graph.history import data_version_of, input_version_of
+from synpo_assets.graph.metrics import Metric, recorded
 from synpo_assets.graph.missing import asset_names, missing_assets, outdated_assets
 from synpo_assets.graph.schemas import Promotion, check
 from synpo_assets.stages.loop import promotion_refusal
 from tests.conftest import synpo
 from tests.nano import write_settings
-from tests.test_loop import enter, evaluation_asset, gated, make, model_checkpoint_asset, run
-from tests.test_loop import instance as instance
-from tests.test_loop import stores as stores
+from tests.stand_ins import instance as instance
+from tests.stand_ins import measured, run, services_in, shown, win_rates
+from tests.test_loop import enter, evaluation_asset, make, model_checkpoint_asset, with_gate
+from tests.test_loop import services as services
 
-LOOPS = {"mean_repetition policy": 0.4}
+LOOPS = [Metric("mean_repetition", 0.4, of="candidate")]
 DATA_VERSION = "dagster/data_version"
 PROMPTS_READ = "dagster/input_data_version/synthetic_prompts"
 REFUSED = "model_checkpoint[0001] was not promoted to policy[0002]: "
 
 
-def judge(instance, stores, **limits):
+def judge(instance, services, **limits):
     """Materializes promotion[0001] under these limits and returns its table and its metadata."""
-    result = run([promotion], instance, stores | {"settings": gated(**limits)}, "0001")
+    result = run([promotion], instance, with_gate(services, **limits), "0001")
     assert result.success
-    return result.output_for_node("promotion"), metadata_of(instance, "promotion", "0001")
+    return result.output_for_node("promotion"), shown(instance, "promotion", "0001")
 
 
-def test_several_figures_are_judged_and_each_stands_with_its_limits(instance, stores):
-    make(instance, stores, figures=LOOPS)
-    report(instance, {"instruction_following": {"verifiable_rate policy": 0.25, "verifiable_rate initial": 0.5}})
+def gain(services, metric, value):
+    """What a measurement of the current M_t says of its gain over M_0."""
+    sha = services.checkpoints.current("model_checkpoint", "0001").sha
+    return Metric(metric, value, of="candidate", over="initial", checkpoint_sha=sha)
+
+
+def test_several_metrics_are_judged_and_each_is_shown_with_its_limits(instance, services):
+    make(instance, services, metrics=LOOPS)
+    measured(services, "instruction_following", gain(services, "verifiable_gain", -0.25))
     table, about = judge(
-        instance, stores, minimum={"win_rate_over_initial": 0.55, "verifiable_rate_gain": -0.05},
+        instance, services, minimum={"win_rate_over_initial": 0.55, "verifiable_rate_gain": -0.05},
         maximum={"mean_repetition": 0.2, "win_rate_over_initial": 0.9},
     )  # fmt: skip
     assert check(Promotion, table) is None
@@ -54,126 +62,122 @@ def test_several_figures_are_judged_and_each_stands_with_its_limits(instance, st
     ]
     reasons = ["verifiable_rate_gain is -0.25, less than -0.05", "mean_repetition is 0.4, more than 0.2"]
     assert table["reason"].to_list() == [None, *reasons]
-    assert about["promoted"] is False
+    assert about["promoted of candidate"] == 0
     assert about["verdict"] == f"{REFUSED}{'; '.join(reasons)}."
 
 
 @pytest.mark.parametrize(("before", "after", "limit"), [(0.40, 0.35, "minimum"), (0.1, 0.4, "maximum")])
-def test_a_gain_that_is_equal_to_its_limit_passes(instance, stores, before, after, limit):
+def test_a_gain_that_is_equal_to_its_limit_passes(instance, services, before, after, limit):
     """In binary fractions 0.35 - 0.40 is less than -0.05, and 0.4 - 0.1 more than 0.3."""
-    make(instance, stores)
-    rates = {"verifiable_rate policy": after, "verifiable_rate initial": before}
-    report(instance, {"instruction_following": rates})
-    table, about = judge(instance, stores, **{limit: {"verifiable_rate_gain": round(after - before, 2)}})
+    make(instance, services)
+    measured(services, "instruction_following", gain(services, "verifiable_gain", after - before))
+    table, about = judge(instance, services, **{limit: {"verifiable_rate_gain": round(after - before, 2)}})
     assert table["reason"].to_list() == [None]
-    assert about["promoted"] is True
+    assert about["promoted of candidate"] == 1
 
 
-def test_without_limits_everything_is_promoted_and_the_table_is_empty(instance, stores):
-    make(instance, stores, figures=LOOPS)
-    table, about = judge(instance, stores)
+def test_without_limits_everything_is_promoted_and_the_table_is_empty(instance, services):
+    make(instance, services, metrics=LOOPS)
+    table, about = judge(instance, services)
     assert check(Promotion, table) is None
     assert table.is_empty()
     assert about["verdict"] == "model_checkpoint[0001] was promoted to policy[0002]: the gate has no limits."
 
 
-def test_what_is_not_promoted_is_not_reported_and_the_next_iteration_says_why(instance, stores):
-    stores["settings"] = gated(maximum={"mean_repetition": 0.2})
-    result = make(instance, stores, figures=LOOPS)
+def test_what_is_not_promoted_is_not_reported_and_the_next_iteration_says_why(instance, services):
+    result = make(instance, with_gate(services, maximum={"mean_repetition": 0.2}), metrics=LOOPS)
     assert result.success, "the verdict is data, not a failure"
     warned = [entry.user_message for entry in instance.all_logs(result.run_id) if entry.level == logging.WARNING]
     assert warned == [f"{REFUSED}mean_repetition is 0.4, more than 0.2."]
     assert instance.get_materialized_partitions(dg.AssetKey("policy")) == set()
     with pytest.raises(CheckpointError) as error:
-        enter(instance, stores, "0002")
+        enter(instance, services, "0002")
     said = str(error.value)
     assert f"{REFUSED}mean_repetition is 0.4, more than 0.2. Mend the cause" in said
     assert "correct the limits in the section `gate` of the settings and materialize promotion[0001] again" in said
-    judge(instance, stores, maximum={"mean_repetition": 0.5})
-    made = enter(instance, stores, "0002")
+    judge(instance, services, maximum={"mean_repetition": 0.5})
+    made = enter(instance, services, "0002")
     assert data_version_of(instance, "policy", "0002") == made.sha[:16]
 
 
 @pytest.mark.parametrize("value", [None, float("nan")])
-def test_a_figure_that_is_missing_does_not_pass(instance, stores, value):
-    make(instance, stores, figures={} if value is None else {"mean_repetition policy": value})
-    table, about = judge(instance, stores, maximum={"mean_repetition": 0.5, "prompt_similarity_to_seed": 2.0})
+def test_a_metric_that_is_missing_does_not_pass(instance, services, value):
+    make(instance, services, metrics=[Metric("mean_repetition", value, of="candidate")])
+    table, about = judge(instance, services, maximum={"mean_repetition": 0.5, "prompt_similarity_to_seed": 2.0})
     assert check(Promotion, table) is None
     assert about["verdict"] == (
         f"{REFUSED}mean_repetition was not measured; prompt_similarity_to_seed was not measured."
     )
 
 
-def test_an_evaluation_of_an_older_checkpoint_is_not_judged(instance, stores):
-    make(instance, stores)
-    judged = metadata_of(instance, "promotion", "0001")
-    run(model_checkpoint_asset("M_1 again"), instance, stores, "0001")
-    made = stores["checkpoints"].current("model_checkpoint", "0001")
+def test_an_evaluation_of_an_older_checkpoint_is_not_judged(instance, services):
+    make(instance, services)
+    judged = shown(instance, "promotion", "0001")
+    run(model_checkpoint_asset("M_1 again"), instance, services, "0001")
+    made = services.checkpoints.current("model_checkpoint", "0001")
     with pytest.raises(FinalError) as error:
-        judge(instance, stores)
+        judge(instance, services)
     assert f"evaluation[0001] is about {judged['checkpoint_sha'][:16]}" in str(error.value)
     assert f"model_checkpoint[0001] is {made.sha[:16]} by now: materialize evaluation[0001] again" in str(error.value)
-    run([evaluation_asset()], instance, stores, "0001")
-    assert judge(instance, stores)[1]["checkpoint_sha"] == made.sha
-    assert enter(instance, stores, "0002") == made
+    run([evaluation_asset()], instance, services, "0001")
+    assert judge(instance, services)[1]["checkpoint_sha"] == made.sha
+    assert enter(instance, services, "0002") == made
 
 
 @pytest.mark.parametrize("asset", ["instruction_following", "gold_comparison"])
-def test_another_measurement_of_an_older_checkpoint_is_not_judged(instance, stores, asset):
+def test_another_measurement_of_an_older_checkpoint_is_not_judged(instance, services, asset):
     """Even with a new evaluation: the gate would judge M_t by the figures of the model before it."""
-    make(instance, stores)
-    sha = stores["checkpoints"].current("model_checkpoint", "0001").sha
-    report(instance, {asset: {"checkpoint_sha": sha}})
-    assert judge(instance, stores)[1]["promoted"] is True
-    report(instance, {asset: {"checkpoint_sha": "f" * 64}})
+    make(instance, services)
+    own = gain(services, "verifiable_gain", 0.1)
+    measured(services, asset, own)
+    assert judge(instance, services)[1]["promoted of candidate"] == 1
+    measured(services, asset, dataclasses.replace(own, checkpoint_sha="f" * 64))
     with pytest.raises(FinalError, match=rf"{asset}\[0001\] is about ffff.*: materialize {asset}\[0001\] again"):
-        judge(instance, stores)
+        judge(instance, services)
 
 
-def test_pairs_that_the_checkpoint_was_not_trained_on_are_not_judged(instance, stores):
+def test_pairs_that_the_checkpoint_was_not_trained_on_are_not_judged(instance, services):
     """Else M_t would be promoted for the pairs of a model that does not exist yet."""
 
     def report_pairs(version, margin):
-        event = dg.AssetMaterialization(
-            "preference_pairs", partition="0001", metadata={"mean_margin": margin}, tags={DATA_VERSION: version}
-        )
+        event = dg.AssetMaterialization("preference_pairs", partition="0001", tags={DATA_VERSION: version})
         instance.report_runless_asset_event(event)
+        measured(services, "preference_pairs", Metric("mean_margin", margin))
 
     report_pairs("old", 0.5)
-    make(instance, stores, trained_on={"preference_pairs[0001]": "old"})
+    make(instance, services, trained_on={"preference_pairs[0001]": "old"})
     limits = {"minimum": {"mean_margin": 1.0}}
-    assert judge(instance, stores, **limits)[1]["promoted"] is False
+    assert judge(instance, services, **limits)[1]["promoted of candidate"] == 0
     report_pairs("new", 2.0)
     with pytest.raises(FinalError) as error:
-        judge(instance, stores, **limits)
+        judge(instance, services, **limits)
     assert str(error.value) == (
         "model_checkpoint[0001] was trained on version old of preference_pairs[0001], which has version new by now: "
         "materialize model_checkpoint[0001] and evaluation[0001] again."
     )
-    make(instance, stores, text="M_1 again", trained_on={"preference_pairs[0001]": "new"})
-    assert judge(instance, stores, **limits)[1]["promoted"] is True
+    make(instance, services, text="M_1 again", trained_on={"preference_pairs[0001]": "new"})
+    assert judge(instance, services, **limits)[1]["promoted of candidate"] == 1
 
 
-def test_the_diversity_of_prompts_that_were_not_answered_is_not_judged_by(instance, stores):
-    make(instance, stores)
+def test_the_diversity_of_prompts_that_were_not_answered_is_not_judged_by(instance, services):
+    make(instance, services)
 
     def report_made_from(asset, version):
-        event = dg.AssetMaterialization(
-            asset, partition="0001", metadata={"mean_similarity synthetic": 0.2}, tags={PROMPTS_READ: version}
-        )
+        event = dg.AssetMaterialization(asset, partition="0001", tags={PROMPTS_READ: version})
         instance.report_runless_asset_event(event)
+        measured(services, asset, Metric("mean_similarity", 0.2, of="synthetic"))
 
     for asset in ("base_responses", "prompt_diversity"):
         report_made_from(asset, "old")
     limits = {"maximum": {"prompt_similarity": 0.5}}
-    assert judge(instance, stores, **limits)[1]["promoted"] is True
+    assert judge(instance, services, **limits)[1]["promoted of candidate"] == 1
     report_made_from("prompt_diversity", "new")
     with pytest.raises(
         FinalError,
         match=r"another version of synthetic_prompts\[0001\] than base_responses\[0001\] answers: materialize",
     ):
-        judge(instance, stores, **limits)
-    assert judge(instance, stores)[1]["promoted"] is True, "no limit is about prompts"
+        judge(instance, services, **limits)
+    assert judge(instance, services)[1]["promoted of candidate"] == 1, "no limit is about prompts"
 
 
 def test_versions_are_recorded_by_which_the_gate_knows_its_data(nano_run):
@@ -191,95 +195,92 @@ def test_versions_are_recorded_by_which_the_gate_knows_its_data(nano_run):
             assert len(set(read)) == 1
 
 
-def test_without_an_evaluation_there_is_nothing_to_judge(instance, stores):
-    make(instance, stores)
-    instance.wipe_assets([dg.AssetKey("evaluation")])
+def test_without_an_evaluation_there_is_nothing_to_judge(instance, services):
+    make(instance, services)
+    shutil.rmtree(services.home / "metrics" / "evaluation")
     with pytest.raises(FinalError, match=r"materialize evaluation\[0001\] first"):
-        judge(instance, stores)
+        judge(instance, services)
 
 
-def test_a_checkpoint_made_again_needs_a_new_promotion_unless_it_is_the_same(instance, stores):
-    make(instance, stores)
-    run(model_checkpoint_asset(), instance, stores, "0001")
-    assert enter(instance, stores, "0002").label == "model_checkpoint[0001]"
-    run(model_checkpoint_asset("M_1 again"), instance, stores, "0001")
+def test_a_checkpoint_made_again_needs_a_new_promotion_unless_it_is_the_same(instance, services):
+    make(instance, services)
+    run(model_checkpoint_asset(), instance, services, "0001")
+    assert enter(instance, services, "0002").label == "model_checkpoint[0001]"
+    run(model_checkpoint_asset("M_1 again"), instance, services, "0001")
     with pytest.raises(CheckpointError, match=r"by now: materialize evaluation\[0001\] and promotion\[0001\] again"):
-        enter(instance, stores, "0002")
+        enter(instance, services, "0002")
 
 
-def test_without_a_promotion_the_next_iteration_refuses(instance, stores):
-    make(instance, stores)
-    instance.wipe_assets([promotion.key])
+def test_without_a_promotion_the_next_iteration_refuses(instance, services):
+    make(instance, services)
+    instance.wipe_assets([dg.AssetKey("promotion")])
     with pytest.raises(CheckpointError, match=r"promotion\[0001\] was never materialized: run that iteration first"):
-        enter(instance, stores, "0002")
+        enter(instance, services, "0002")
     instance.report_runless_asset_event(dg.AssetMaterialization("promotion", partition="0001"))
+    shutil.rmtree(services.home / "metrics" / "promotion")
     with pytest.raises(CheckpointError, match=r"promotion\[0001\] holds no verdict on model_checkpoint\[0001\]"):
-        enter(instance, stores, "0002")
+        enter(instance, services, "0002")
 
 
-def test_an_evaluation_of_a_checkpoint_that_does_not_exist_is_refused(nano_run, instance, stores, tmp_path):
-    from definitions import defs
-
+def test_an_evaluation_of_a_checkpoint_that_does_not_exist_is_refused(nano_run, instance, tmp_path):
     for folder in ("checkpoints", "tables"):
-        shutil.copytree(nano_run.home / folder, tmp_path / folder, dirs_exist_ok=True)
+        shutil.copytree(nano_run.home / folder, tmp_path / folder)
     (tmp_path / "checkpoints" / "model_checkpoint" / "0002.json").unlink()
-    unused = dict.fromkeys(
-        ("language_model", "scorer", "trainer", "embedder", "likelihood", "harness"),
-        dg.ResourceDefinition.none_resource(),
-    )
+    services = services_in(tmp_path, load_settings(nano_run.home / "settings.yaml"))
     with pytest.raises(
         CheckpointError, match=r"model_checkpoint\[0002\] has no checkpoint in .*: materialize model_checkpoint"
     ):
-        run(list(defs.assets), instance, stores | unused, "0002", selection=[evaluation])
+        run(stages_of(services.settings), instance, services, "0002", selection=["evaluation"])
 
 
-FIGURES = {
-    "evaluation": {
-        "win_rate_over_initial": 0.6, "win_rate_over_initial_low": 0.5, "win_rate_over_previous": 0.4,
-        "win_rate_over_initial_by_scorer": 0.9, "held_out_reward policy": 1.5, "held_out_reward initial": 1.0,
-        "mean_repetition policy": 0.3, "cut_share policy": 0.7,
-    },
-    "instruction_following": {"verifiable_rate policy": 0.25, "verifiable_rate initial": 0.5},
-    "gold_comparison": {
-        "gold_log_likelihood policy": -2.5, "gold_log_likelihood initial": -3.0, "gold_similarity policy": 0.75,
-        "gold_similarity initial": 0.5,
-    },
-    "preference_pairs": {"mean_margin": 2.5, "chosen_to_rejected_length": 1.25, "dagster/row_count": 8},
-    "prompt_diversity": {"mean_similarity synthetic": 0.25, "mean_similarity seed": 0.125},
+def candidate(metric, value, **more):
+    return Metric(metric, value, of="candidate", **more)
+
+
+MEASURED = {
+    "evaluation": [
+        win_rates(0.6, INDEPENDENT, low=0.5), win_rates(0.4, INDEPENDENT, over="previous"), win_rates(0.9, TOOK_PART),
+        candidate("held_out_reward", 1.5), Metric("held_out_reward", 1.0, of="initial"), candidate("mean_repetition", 0.3),
+        candidate("cut_share", 0.7), Metric("cut_share", 0.2, of="initial"),
+    ],
+    "instruction_following": [candidate("verifiable_gain", -0.25, over="initial")],
+    "gold_comparison": [
+        candidate("gold_log_likelihood_gain", 0.5, over="initial"), candidate("gold_similarity_gain", 0.25, over="initial"),
+    ],
+    "preference_pairs": [Metric("mean_margin", 2.5), Metric("chosen_to_rejected_length", 1.25), Metric("rows", 8)],
+    "prompt_diversity": [
+        Metric("mean_similarity", 0.25, of="synthetic"), Metric("mean_similarity", 0.125, of="seed"), Metric("rows", 3),
+    ],
 }  # fmt: skip
 
 
-def report(instance, metadata):
-    for asset, about in metadata.items():
-        instance.report_runless_asset_event(dg.AssetMaterialization(asset, partition="0001", metadata=about))
-
-
-def test_every_figure_that_may_be_limited_is_read_from_where_it_is_recorded(instance):
-    report(instance, FIGURES)
-    figures = gate_figures(instance, "0001")
-    assert figures == {
+def test_every_metric_that_may_be_limited_is_read_from_where_it_is_recorded(services):
+    for asset, metrics in MEASURED.items():
+        measured(services, asset, *metrics)
+    read = gate_metrics(recorded(services.metrics, "0001"))
+    assert read == {
         "win_rate_over_initial": 0.6, "win_rate_over_initial_low": 0.5, "win_rate_over_previous": 0.4,
         "win_rate_over_initial_by_scorer": 0.9, "held_out_reward_gain": 0.5, "verifiable_rate_gain": -0.25,
         "gold_log_likelihood_gain": 0.5, "gold_similarity_gain": 0.25,
         "mean_repetition": 0.3, "cut_share": 0.7, "prompt_similarity": 0.25, "prompt_similarity_to_seed": 2.0,
         "mean_margin": 2.5, "chosen_to_rejected_length": 1.25, "pairs_kept": 8,
     }  # fmt: skip
-    assert set(figures) == set(get_args(GateMetric))
-    assert set(gate_figures(instance, "0002").values()) == {None}
+    assert set(read) == set(get_args(GateMetric))
+    assert set(gate_metrics(recorded(services.metrics, "0002")).values()) == {None}
 
 
-def test_a_refused_checkpoint_is_judged_again_once_the_limits_were_changed(instance):
+def test_a_refused_checkpoint_is_judged_again_once_the_limits_were_changed(instance, services):
     """Else the same command again would refuse for ever, whatever the limits are by now."""
-    graph = asset_graph()
-    report(instance, {name: {} for name in asset_names(graph, partitioned=True)})
+    for name in asset_names(services.graph, partitioned=True):
+        instance.report_runless_asset_event(dg.AssetMaterialization(name, partition="0001"))
 
     def judged(promoted, version):
         tags = {"dagster/code_version": version}
-        event = dg.AssetMaterialization("promotion", partition="0001", metadata={"promoted": promoted}, tags=tags)
-        instance.report_runless_asset_event(event)
-        return "promotion" in missing_assets(instance, graph, "0001"), outdated_assets(instance, graph)
+        instance.report_runless_asset_event(dg.AssetMaterialization("promotion", partition="0001", tags=tags))
+        measured(services, "promotion", candidate("promoted", float(promoted)))
+        return "promotion" in missing_assets(instance, services, "0001"), outdated_assets(instance, services)
 
-    assert judged(False, graph.get(promotion.key).code_version) == (False, [])
+    assert judged(False, services.graph.get(dg.AssetKey("promotion")).code_version) == (False, [])
     assert judged(False, "other limits") == (True, [])
     assert judged(True, "other limits") == (False, ["promotion[0001]"])
 
@@ -294,24 +295,21 @@ def test_the_summary_of_a_run_says_what_was_promoted(nano_run):
 
 @pytest.mark.slow
 def test_a_run_stops_after_an_iteration_that_was_not_promoted(nano_run, tmp_path):
-    """The real M_2: refused for one figure of two, by `synpo run` too; with other limits it enters iteration 3."""
+    """The real M_2: refused for one metric of two, by `synpo run` too; with other limits it enters iteration 3."""
     home = tmp_path / "home"
     shutil.copytree(nano_run.home, home)
     file = home / "settings.yaml"
     limits = {"minimum": {"win_rate_over_initial_low": 0.0, "pairs_kept": 1000}}
     write_settings(file, yaml.safe_load(file.read_text()) | {"gate": limits})
-    resources = {
-        "checkpoints": CheckpointStore(str(home / "checkpoints")),
-        "tables": ParquetTables(str(home / "tables")),
-    }
+    services = services_in(home, load_settings(file))
     with dg.DagsterInstance.from_config(str(home)) as persistent:
-        run([promotion], persistent, resources | {"settings": load_settings(file)}, "0002")
-        refusal = promotion_refusal(persistent, "0002")
+        run([promotion], persistent, services, "0002")
+        refusal = promotion_refusal(services, "0002")
         assert refusal.startswith("model_checkpoint[0002] was not promoted to policy[0003]: pairs_kept is ")
         stopped = synpo("run", "--home", home, "--iterations", 3)
         assert stopped.returncode == 1
         assert refusal in " ".join(stopped.stderr.split()), stopped.stderr[-3000:]
         assert not (home / "tables" / "keyword_sets" / "0003.parquet").exists()
-        run([promotion], persistent, resources | {"settings": gated(minimum={"pairs_kept": 1})}, "0002")
-        assert promotion_refusal(persistent, "0002") is None
-        assert data_version_of(persistent, "policy", "0003") == metadata_of(persistent, "policy", "0003")["sha"][:16]
+        run([promotion], persistent, with_gate(services, minimum={"pairs_kept": 1}), "0002")
+        assert promotion_refusal(services, "0002") is None
+        assert data_version_of(persistent, "policy", "0003") == shown(persistent, "policy", "0003")["sha"][:16]

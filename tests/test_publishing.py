@@ -10,16 +10,14 @@ import pytest
 from resources.common.errors import FinalError
 from resources.settings.files import load_settings
 from resources.settings.sections import SettingsError
-from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import CheckpointStore
-from resources.storage.tables import ParquetTables
-from synpo_assets.cli.automation import next_iteration
+from synpo_assets.cli.automation import ALL_ASSETS_JOB, next_iteration
 from synpo_assets.graph.missing import asset_names, missing_assets
-from synpo_assets.graph.partitions import ALL_ASSETS_JOB
 from synpo_assets.publishing.cards import TAGS
 from synpo_assets.publishing.published import published_dataset, published_model
 from tests.nano import nano_settings, write_settings
-from tests.test_report import make_iteration
+from tests.stand_ins import run, services_in, shown
+from tests.test_report import WRITER, make_iteration
 
 PUBLISHED = {"published_dataset", "published_model"}
 OPT_IN = PUBLISHED | {"benchmark_scores", "benchmark_answers"}
@@ -35,44 +33,38 @@ def instance():
 def home(tmp_path_factory, instance, nano_model):
     """Two stand-in iterations, and M_0."""
     home = tmp_path_factory.mktemp("home")
-    store = CheckpointStore(str(home / "checkpoints"))
+    services = services_in(home)
 
     @dg.asset(io_manager_key="checkpoints")
     def initial_policy(context: dg.AssetExecutionContext):
-        return store.adopt(context, nano_model, {"source": "directory", "name": str(nano_model)})
+        return services.checkpoints.adopt(context, nano_model, {"source": "directory", "name": str(nano_model)})
 
-    dg.materialize([initial_policy], instance=instance, resources={"checkpoints": store})
+    run([initial_policy], instance, services)
     for iteration in (1, 2):
-        make_iteration(instance, home, iteration)
+        make_iteration(instance, services, iteration)
+        for asset in ("synthetic_prompts", "base_responses"):
+            services.tables.write(asset, f"000{iteration}", pl.DataFrame({"checkpoint_sha": [WRITER]}))
     return home
 
 
 @pytest.fixture
-def publish(home, instance, tmp_path, monkeypatch, nano_model):
+def publish(home, instance, tmp_path, nano_model):
     """Materializes one of the two assets with settings of the section `publishing`."""
-    monkeypatch.setenv("SYNPO_HOME", str(home))
 
-    def made(asset, partition=None, **options):
+    def made(stage, partition=None, **options):
         settings = load_settings(
             write_settings(tmp_path / "mine.yaml", nano_settings(nano_model) | {"publishing": options})
         )
-        return materialize(asset, instance, home, settings, partition)
+        return materialize(stage, instance, services_in(home, settings), partition)
 
     return made
 
 
-def materialize(asset, instance, home, settings: Settings, partition=None):
-    resources = {
-        "tables": ParquetTables(str(home / "tables")),
-        "checkpoints": CheckpointStore(str(home / "checkpoints")),
-        "settings": settings,
-    }
-    source = dg.AssetSpec("model_checkpoint", partitions_def=published_model.partitions_def).with_io_manager_key(
-        "checkpoints"
-    )
-    result = dg.materialize([asset, source], instance=instance, resources=resources, partition_key=partition)
-    (made,) = result.asset_materializations_for_node(asset.key.to_user_string())
-    return {name: entry.value for name, entry in made.metadata.items()}
+def materialize(stage, instance, services, partition=None):
+    asset = stage.asset(services.settings, {}, [])
+    source = dg.AssetSpec("model_checkpoint", partitions_def=asset.partitions_def).with_io_manager_key("checkpoints")
+    assert run([asset, source], instance, services, partition).success
+    return shown(instance, stage.name, partition)
 
 
 def names(folder: Path):
@@ -91,7 +83,7 @@ def test_a_dry_run_is_the_default_and_writes_a_folder_that_datasets_loads(publis
     assert listed == {name: (folder / name).stat().st_size for name in names(folder)}
     assert about["card"] == (folder / "README.md").read_text()
     loaded = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
-    assert loaded.num_rows == about["pairs"] == 10
+    assert loaded.num_rows == about["rows"] == 10
     stored = pl.concat([pl.read_parquet(home / "tables" / "preference_pairs" / f"000{n}.parquet") for n in (1, 2)])
     assert pl.DataFrame(loaded.to_list(), schema=stored.schema).sort("pair_id").equals(stored.sort("pair_id"))
 
@@ -117,7 +109,7 @@ def test_the_card_of_the_pairs_names_each_judge_of_the_held_out_figures(publish,
     from synpo_assets.reports.boosting_report import read_iteration
     from synpo_assets.reports.rows import judge_labels
 
-    iterations = [read_iteration(instance, ParquetTables(str(home / "tables")), key) for key in ("0001", "0002")]
+    iterations = [read_iteration(instance, services_in(home), key) for key in ("0001", "0002")]
     card = publish(published_dataset)["card"]
     assert judge_labels(iterations)
     for label in judge_labels(iterations):
@@ -125,18 +117,17 @@ def test_the_card_of_the_pairs_names_each_judge_of_the_held_out_figures(publish,
 
 
 def test_only_finished_iterations_are_published(publish, home, instance):
-    make_iteration(instance, home, 3, without=("evaluation",))
+    make_iteration(instance, services_in(home), 3, without=("evaluation",))
     assert publish(published_dataset)["iterations"] == "0001, 0002"
 
 
-def test_without_a_finished_iteration_there_is_nothing_to_publish(tmp_path, monkeypatch, nano_model):
-    monkeypatch.setenv("SYNPO_HOME", str(tmp_path))
+def test_without_a_finished_iteration_there_is_nothing_to_publish(tmp_path, nano_model):
     settings = load_settings(write_settings(tmp_path / "mine.yaml", nano_settings(nano_model)))
     with (
         dg.DagsterInstance.ephemeral() as empty,
         pytest.raises(FinalError, match="No iteration is finished, so there are no pairs to publish"),
     ):
-        materialize(published_dataset, empty, tmp_path, settings)
+        materialize(published_dataset, empty, services_in(tmp_path, settings))
     assert not (tmp_path / "published").exists()
 
 
@@ -315,8 +306,8 @@ def test_a_wrong_hub_id_is_refused_in_a_sentence(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
-def test_nothing_else_makes_what_is_opt_in(instance):
-    from definitions import defs
+def test_nothing_else_makes_what_is_opt_in():
+    from definitions import defs, services
 
     repository = defs.get_repository_def()
     graph = repository.asset_graph
@@ -328,18 +319,18 @@ def test_nothing_else_makes_what_is_opt_in(instance):
     selected = {key.to_user_string() for key in repository.get_job(ALL_ASSETS_JOB).asset_layer.selected_asset_keys}
     assert selected == every - OPT_IN
     for partitioned in (True, False):
-        assert not set(asset_names(graph, partitioned)) & OPT_IN
+        assert not set(asset_names(services.graph, partitioned)) & OPT_IN
     with dg.DagsterInstance.ephemeral() as empty:
-        assert not set(missing_assets(empty, graph, "0001") + missing_assets(empty, graph, None)) & OPT_IN
+        missing = missing_assets(empty, services, "0001") + missing_assets(empty, services, None)
+        assert not set(missing) & OPT_IN
 
 
 def test_the_sensor_never_asks_for_it(nano_model, tmp_path):
-    from definitions import defs
-    from resources.settings.files import active_settings
+    from definitions import defs, services
 
     with dg.DagsterInstance.ephemeral() as empty:
         context = dg.build_sensor_context(
-            instance=empty, resources={"settings": active_settings()}, repository_def=defs.get_repository_def()
+            instance=empty, resources={"services": services}, repository_def=defs.get_repository_def()
         )
         request = next_iteration(context)
     assert not {key.to_user_string() for key in request.asset_selection} & OPT_IN
@@ -358,22 +349,21 @@ def test_nothing_of_an_iteration_waits_for_it():
     assert model.partition_mappings == {}
 
 
-def test_a_real_home_is_published_and_loads(nano_run, tmp_path, monkeypatch):
+def test_a_real_home_is_published_and_loads(nano_run, tmp_path):
     """Both assets over two real iterations: the weights load, and no path of this machine is in any text."""
     import datasets
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     home = nano_run.home
-    monkeypatch.setenv("SYNPO_HOME", str(home))
     stored = load_settings(home / "settings.yaml")
     options = stored.publishing.model_copy(update={"directory": str(tmp_path / "target"), "dry_run": False})
     settings = stored.model_copy(update={"publishing": options})
     with dg.DagsterInstance.from_config(str(home)) as instance:
-        pairs = materialize(published_dataset, instance, home, settings)
-        model = materialize(published_model, instance, home, settings, "0002")
+        pairs = materialize(published_dataset, instance, services_in(home, settings))
+        model = materialize(published_model, instance, services_in(home, settings), "0002")
     loaded = datasets.load_dataset(pairs["published_to"], split="train", cache_dir=str(tmp_path / "cache"))
-    assert loaded.num_rows == pairs["pairs"]
+    assert loaded.num_rows == pairs["rows"]
     assert set(loaded["iteration"]) == {1, 2}
     for word in ("response_improver[0001]", "response_improver[0002]", "model_checkpoint[0001]", "initial_policy"):
         assert word in pairs["card"], word

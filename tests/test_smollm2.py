@@ -35,5 +35,5 @@ def test_one_iteration_on_a_real_language_model(tmp_path):
         assert pair["chosen"][0]["content"] != pair["rejected"][0]["content"]
     evaluation = pl.read_parquet(home / "tables/evaluation/0001.parquet")
     assert evaluation.height == 4
-    assert (evaluation["policy_response"] != evaluation["initial_response"]).any(), "training changed nothing"
+    assert (evaluation["candidate_response"] != evaluation["initial_response"]).any(), "training changed nothing"
     assert (home / "checkpoints/model_checkpoint/0001.json").exists()

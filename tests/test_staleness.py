@@ -1,27 +1,31 @@
-"""Which settings make which assets stale: no more, no less. Each case loads the code location with one setting changed."""
+"""Which settings make which assets stale: no more, no less. Each case builds the graph with one setting changed."""
 
 import json
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
+from definitions import build
+from resources.settings.files import load_settings
 from tests.conftest import HOME
-from tests.test_structure import ROOT
+from tests.nano import nano_settings, write_settings
 
 GENERATED = {
-    "synthetic_prompts", "self_instruct_prompts", "base_responses", "initial_responses", "seed_responses",
+    "synthetic_prompts", "self_instruct_prompts", "base_responses", "rejected_responses", "seed_responses",
     "refined_responses",
 }  # fmt: skip
 TRAINED = {"prompt_generator", "reward_model", "judge_model", "response_improver", "model_checkpoint"}
+NANO = nano_settings(Path())["scorer"]["training"]
+SCORER_TRAINING = NANO | {"lora": NANO["lora"] | {"last_layers": 8}}
 CASES = {
-    "policy.training.beta": (7.5, {"model_checkpoint"}),
-    "policy.policy_init": ("previous", {"model_checkpoint"}),
-    "policy.training.loss": ("dpo", {"model_checkpoint"}),
-    "policy.accumulate": (False, {"model_checkpoint"}),
+    "preference_optimization.loss.beta": (7.5, {"model_checkpoint"}),
+    "preference_optimization.policy_init": ("previous", {"model_checkpoint"}),
+    "preference_optimization.loss": ({"kind": "dpo", "beta": 0.1}, {"model_checkpoint"}),
+    "preference_optimization.accumulate": (False, {"model_checkpoint"}),
     "preferences.margin_threshold": (0.5, {"preference_pairs"}),
-    "preferences.rejected_from": ("previous", {"preference_pairs", "initial_responses"}),
-    "preferences.chosen_from": ("ranked_samples", {"preference_pairs", "initial_responses", "refined_responses"}),
+    "preferences.rejected_from": ("previous", {"preference_pairs", "rejected_responses"}),
+    "preferences.chosen_from": ("ranked_samples", {"preference_pairs", "rejected_responses", "chosen_responses"}),
     "prompt_generator.min_words": (3, {"synthetic_prompts"}),
     "prompt_generator.prompts_per_iteration": (9, {"synthetic_prompts", "keyword_sets", "self_instruct_prompts"}),
     "prompt_generator.sampling.temperature": (0.9, {"synthetic_prompts", "self_instruct_prompts"}),
@@ -35,7 +39,7 @@ CASES = {
     "response_improver.sampling.temperature": (0.9, {"refined_responses"}),
     "response_improver.margin_threshold": (0.3, {"response_improver"}),
     "responses.sampling.temperature": (
-        0.9, {"reward_model", "judge_model", "seed_responses", "base_responses", "initial_responses", "evaluation",
+        0.9, {"reward_model", "judge_model", "seed_responses", "base_responses", "rejected_responses", "evaluation",
               "instruction_following"}
     ),
     "engine.dtype": (
@@ -48,8 +52,10 @@ CASES = {
         "transformers",
         GENERATED | {"reward_model", "judge_model", "evaluation", "instruction_following", "benchmark_answers"},
     ),
-    "scorer.pair_convention": (
-        "one_order", {"reward_model", "seed_responses", "preference_pairs", "evaluation"}
+    # What a margin is, with a judge that is trained as before.
+    "scorer, judge": (
+        [{"kind": "pair_ranker", "name": "some/ranker", "max_length": 256}, {"training": SCORER_TRAINING, "max_length": 256}],
+        {"reward_model", "seed_responses", "preference_pairs", "evaluation"},
     ),
     # The file leaves the judge out, so it is trained like the scorer.
     "scorer.training.epochs": (2, {"reward_model", "judge_model"}),
@@ -69,63 +75,33 @@ CASES = {
     "storage.artifacts": ("memory://x", set()),
     "max_iterations": (5, set()),
 }  # fmt: skip
-# One process for all cases: it imports Dagster once and the project anew for each.
-LOAD = """
-import json, os, sys
-from pathlib import Path
-import yaml
-def versions():
-    for name in [name for name in sys.modules if name.split(".")[0] in ("definitions", "synpo_assets", "resources")]:
-        del sys.modules[name]
-    import definitions
-    return {asset.key.to_user_string(): asset.code_versions_by_key[asset.key] for asset in definitions.defs.assets}
-home = Path(os.environ["SYNPO_HOME"])
-found = {"": versions()}
-base = (home / "settings.yaml").read_text()
-for setting, value in json.loads(sys.stdin.read()).items():
+
+
+def changed(base, setting, value):
     # Through JSON, so that sections which the file shares by an alias become separate.
-    settings = place = json.loads(json.dumps(yaml.safe_load(base)))
+    settings = place = json.loads(json.dumps(base))
+    if ", " in setting:
+        return settings | dict(zip(setting.split(", "), value, strict=True))
     *sections, last = setting.split(".")
     for section in sections:
         place = place.setdefault(section, {})
     place[last] = value
-    (home / "settings.yaml").write_text(yaml.safe_dump(settings))
-    found[setting] = versions()
-print(json.dumps(found))
-"""
+    return settings
 
 
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory):
-    home = tmp_path_factory.mktemp("stale")
-    (home / "settings.yaml").write_text((HOME / "settings.yaml").read_text())
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", LOAD],
-        input=json.dumps({setting: value for setting, (value, _) in CASES.items()}),
-        capture_output=True, text=True, cwd=ROOT, env={"SYNPO_HOME": str(home), "PATH": ""}, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout)
+    home, base = tmp_path_factory.mktemp("stale"), yaml.safe_load((HOME / "settings.yaml").read_text())
+
+    def loaded(settings):
+        _, services = build(load_settings(write_settings(home / "settings.yaml", settings)), home)
+        graph = services.graph
+        return {key.to_user_string(): graph.get(key).code_version for key in graph.materializable_asset_keys}
+
+    return {"": loaded(base)} | {name: loaded(changed(base, name, value)) for name, (value, _) in CASES.items()}
 
 
 @pytest.mark.parametrize("setting", CASES)
 def test_a_setting_makes_exactly_the_assets_stale_that_it_decides(versions, setting):
-    stale = {asset for asset, version in versions[setting].items() if version != versions[""][asset]}
+    stale = {asset for asset, version in versions[setting].items() if version != versions[""].get(asset)}
     assert stale == CASES[setting][1]
-
-
-def test_an_instruction_template_counts_as_code(tmp_path):
-    from types import ModuleType
-
-    from synpo_assets.graph.partitions import code_version
-
-    module = ModuleType("some_method")
-    module.__file__ = str(tmp_path / "some_method.py")
-    (tmp_path / "some_method.py").write_text("x = 1")
-    (tmp_path / "some_method").mkdir()
-    template = tmp_path / "some_method" / "instruction.jinja"
-    template.write_text("Improve this.")
-    before = code_version(module)
-    assert code_version(module) == before
-    template.write_text("Improve that.")
-    assert code_version(module) != before

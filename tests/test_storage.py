@@ -236,9 +236,9 @@ def test_finished_shards_are_found_in_the_bucket(bucket, nano_checkpoint):
     asked = [(str(number), [{"role": "user", "content": f"Question {number}?"}]) for number in range(5)]
     model = LanguageModel(shards=str(bucket / "shards"), engine=Engine(threads=1, shard_rows=2), random_seed=1)
     sampling = Sampling(max_new_tokens=4)
-    first, usage = model.answer(nano_checkpoint, asked[:3], sampling, lambda message: None)
+    first, usage = model.answer(nano_checkpoint, asked[:3], sampling)
     assert usage.reused == 0
-    everything, usage = model.answer(nano_checkpoint, asked, sampling, lambda message: None)
+    everything, usage = model.answer(nano_checkpoint, asked, sampling)
     assert usage.reused == 3
     assert everything.head(3).equals(first)
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
+READMES = ["README.md", "synpo_assets/README.md", "resources/README.md", "tests/results/README.md"]
 HEAVY = [
     "torch",
     "transformers",
@@ -40,16 +41,45 @@ def imported(path):
             yield node.module or ""
 
 
-@pytest.mark.parametrize(("folder", "forbidden"), [
-    ("resources", ("synpo_assets",)),
-    ("synpo_assets/method", ("dagster", "resources", "torch", "transformers")),
-    ("synpo_assets", ("torch", "transformers", "trl", "peft", "vllm", "resources.generation")),
-])  # fmt: skip
-def test_layers_do_not_reach_over_each_other(folder, forbidden):
-    for path in (ROOT / folder).rglob("*.py"):
-        reached = [name for name in imported(path) if name.split(".")[0] in forbidden or (name.startswith("resources.generation")
-                   and "resources.generation" in forbidden)]  # fmt: skip
-        assert reached == [], path
+# What each folder may import of the others; `resources` in this order, each only from those before it.
+RESOURCES = ("common", "settings", "storage", "models", "generation", "scoring", "training", "judging")
+PIPELINE = {
+    "method": {"method"},
+    "graph": {"graph", "method"},
+    "stages": {"stages", "graph", "method"},
+    "evaluation": {"evaluation", "stages", "graph", "method"},
+    "reports": {"reports", "stages", "graph", "method"},
+    "publishing": {"publishing", "reports", "stages", "graph", "method"},
+}
+HEAVIEST = {"torch", "transformers", "trl", "peft", "vllm"}
+
+
+@pytest.mark.parametrize("folder", RESOURCES)
+def test_resources_know_no_asset_and_only_what_is_below_them(folder):
+    below = {f"resources.{name}" for name in RESOURCES[: RESOURCES.index(folder) + 1]}
+    for path in (ROOT / "resources" / folder).rglob("*.py"):
+        ours = {name for name in imported(path) if name.split(".")[0] in ("resources", "synpo_assets", "definitions")}
+        assert {name for name in ours if ".".join(name.split(".")[:2]) not in below} == set(), path
+
+
+@pytest.mark.parametrize("folder", PIPELINE)
+def test_the_pipeline_imports_downwards_and_no_engine(folder):
+    allowed = {f"synpo_assets.{name}" for name in PIPELINE[folder]}
+    for path in (ROOT / "synpo_assets" / folder).rglob("*.py"):
+        names = set(imported(path))
+        own = {".".join(name.split(".")[:2]) for name in names if name.startswith("synpo_assets")}
+        assert own <= allowed, path
+        assert HEAVIEST.isdisjoint(name.split(".")[0] for name in names), path
+        engines = {name for name in names if name.startswith("resources.generation")}
+        assert engines <= {"resources.generation.language_model"}, path
+        assert "definitions" not in names, path
+        if folder == "method":
+            assert not {"dagster", "resources"} & {name.split(".")[0] for name in names}, path
+
+
+def test_no_file_is_longer_than_350_lines():
+    files = [*(ROOT / "synpo_assets").rglob("*.py"), *(ROOT / "resources").rglob("*.py")]
+    assert [file for file in files if len(file.read_text().splitlines()) > 350] == []
 
 
 def test_definitions_stay_short():
@@ -69,7 +99,7 @@ def test_the_root_holds_only_what_was_agreed():
 
 def readme_command(name):
     found = re.findall(rf"<!-- {name} -->\n```bash\n(.+?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(found) == 1, f"{name} must stand alone in one code block"
+    assert len(found) == 1, f"{name} must mark one code block"
     return found[0]
 
 
@@ -79,14 +109,40 @@ def test_the_readme_commands_can_be_extracted_and_ci_runs_the_test_command():
     assert "quickstart:test" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_every_setting_named_in_the_readme_exists():
+@pytest.mark.parametrize("readme", READMES)
+def test_every_setting_named_in_a_readme_exists(readme):
+    from resources.settings.reference import sections
     from resources.settings.settings import Settings
 
-    sections = {name: field.annotation.model_fields for name, field in Settings.model_fields.items()
-                if hasattr(field.annotation, "model_fields")}  # fmt: skip
-    for section, field in re.findall(r"`(\w+)\.(\w+)(?:\.\w+)*`", (ROOT / "README.md").read_text()):
-        if section in sections:
-            assert field in sections[section], f"{section}.{field}"
+    known = {f"{name}.{field}" for name, section in sections(Settings) for field in section.model_fields}
+    named = re.findall(r"`(\w+(?:\.\w+)+)(?:`|: )", (ROOT / readme).read_text())
+    assert [name for name in named if name.split(".")[0] in Settings.model_fields and name not in known] == []
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_settings_shown_in_a_readme_load(readme, tmp_path):
+    from resources.settings.files import load_settings
+
+    for block in re.findall(r"```yaml\n(.+?)```", (ROOT / readme).read_text(), re.DOTALL):
+        (tmp_path / "shown.yaml").write_text(block if "preset:" in block else f"preset: laptop\n{block}")
+        load_settings(tmp_path / "shown.yaml")
+
+
+@pytest.mark.parametrize(
+    "readme", [*READMES, "resources/deployment/README.md", "tests/results/four_iterations/README.md"]
+)
+def test_what_a_readme_links_to_exists(readme):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / readme).read_text())
+    assert [link for link in links if not (ROOT / readme).parent.joinpath(link).exists()] == []
+
+
+def test_the_table_of_the_algorithm_names_the_files_that_define_its_assets():
+    rows = re.findall(r"^\|[^|]+\| (`.+`) \| (\[.+\.py\)) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) > 9
+    for assets, files in rows:
+        code = "".join((ROOT / file).read_text() for file in re.findall(r"\((.+?)\)", files))
+        for asset in re.findall(r"\w+", assets):
+            assert re.search(rf"^(def {asset}\(|{asset} = )", code, re.MULTILINE), f"{asset} is not defined in {files}"
 
 
 def test_one_iteration_at_a_time_is_configured():

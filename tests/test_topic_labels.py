@@ -16,6 +16,7 @@ from resources.judging.topic_labeler import LABELS, TopicLabeler
 from resources.settings.evaluation import JudgeServer
 from synpo_assets.graph.schemas import PromptDiversity, check
 from synpo_assets.method.diversity import label_counts, label_coverage
+from tests.stand_ins import instance as instance
 from tests.test_diversity import PROMPTS, diversity
 from tests.test_server_engine import FaultyServer
 
@@ -63,10 +64,6 @@ def labeler(server, folder, shard_rows=256, **options):
     return TopicLabeler(JudgeServer(url=server.url, model="judge", **options), str(folder), shard_rows)
 
 
-def silent(line):
-    pass
-
-
 def test_the_lists_have_as_many_entries_as_the_papers_and_none_twice():
     assert {kind: len(set(entries)) for kind, entries in LISTS.items()} == {"topics": 30, "intentions": 40}
     assert [len(entries) for entries in LISTS.values()] == [30, 40]
@@ -74,7 +71,7 @@ def test_the_lists_have_as_many_entries_as_the_papers_and_none_twice():
 
 def test_each_different_prompt_is_asked_once_with_a_schema_of_both_lists(serve, tmp_path):
     server = serve()
-    named, usage = labeler(server, tmp_path).label_prompts([*ASKED[:2], ASKED[0]], silent)
+    named, usage = labeler(server, tmp_path).label_prompts([*ASKED[:2], ASKED[0]])
     assert [label["topic"] for label in named] == ["music", "law and regulation", "music"]
     assert (usage.readings, usage.reused, usage.tokens) == (2, 0, 200)
     assert len(server.bodies) == 2
@@ -92,19 +89,16 @@ def test_each_different_prompt_is_asked_once_with_a_schema_of_both_lists(serve, 
     "It is about music.", "", None, labels("jazz"), labels("music", "hum along"), '{"topic": "music"}', "[1",
     '{"topic": "music", "intention": "get advice", "sure": true}',
 ])  # fmt: skip
-def test_nonsense_is_counted_and_left_out(serve, tmp_path, nonsense):
-    said = []
-    named, _ = labeler(serve(lambda prompt: nonsense), tmp_path).label_prompts(ASKED, said.append)
+def test_nonsense_is_counted_and_left_out(serve, tmp_path, said, nonsense):
+    named, _ = labeler(serve(lambda prompt: nonsense), tmp_path).label_prompts(ASKED)
     assert named == [None] * 3
     assert any("3 of 3 replies of judge (on a server) are no label and are left out" in line for line in said)
 
 
 def test_nonsense_is_asked_for_again_by_the_next_run(serve, tmp_path):
-    labeler(serve(lambda prompt: "Hm." if "guitar" in prompt else labels("music")), tmp_path).label_prompts(
-        ASKED, silent
-    )
+    labeler(serve(lambda prompt: "Hm." if "guitar" in prompt else labels("music")), tmp_path).label_prompts(ASKED)
     mended = serve(lambda prompt: labels("music"))
-    named, usage = labeler(mended, tmp_path).label_prompts(ASKED, silent)
+    named, usage = labeler(mended, tmp_path).label_prompts(ASKED)
     assert named == [json.loads(labels("music"))] * 3
     assert len(mended.bodies) == usage.readings - usage.reused == sum("guitar" in prompt for prompt in ASKED) > 0
 
@@ -113,11 +107,11 @@ def test_finished_labels_are_read_again_even_while_the_server_is_down(serve, tmp
     server = serve()
     server.faults = [None, None, (400, {}, "enough")]
     with pytest.raises(FinalError, match="enough"):
-        labeler(server, tmp_path, shard_rows=1, concurrency=1).label_prompts(ASKED, silent)
-    named, usage = labeler(server, tmp_path).label_prompts(ASKED, silent)
+        labeler(server, tmp_path, shard_rows=1, concurrency=1).label_prompts(ASKED)
+    named, usage = labeler(server, tmp_path).label_prompts(ASKED)
     assert (usage.reused, usage.readings) == (2, 3)
     gone = SimpleNamespace(url="http://127.0.0.1:1/v1")
-    assert labeler(gone, tmp_path).label_prompts(ASKED[:2], silent)[0] == named[:2]
+    assert labeler(gone, tmp_path).label_prompts(ASKED[:2])[0] == named[:2]
 
 
 LABEL = st.fixed_dictionaries({"topic": st.sampled_from("abc"), "intention": st.sampled_from("xy")})
@@ -138,17 +132,17 @@ def test_coverage_and_counts_agree(labelled):
             assert 0 <= row[f"{kind}_entropy"] <= most + 1e-9
 
 
-def test_the_asset_shows_what_each_source_covers(serve, tmp_path, nano_embedding_model):
+def test_the_asset_shows_what_each_source_covers(serve, instance, tmp_path, nano_embedding_model):
     judge = JudgeServer(url=serve().url, model="judge")
-    frame, about = diversity(tmp_path, [ASKED[0], *ASKED], PROMPTS[:8], judge=judge, sample_size=4)
+    frame, measured, about = diversity(instance, tmp_path, [ASKED[0], *ASKED], PROMPTS[:8], judge=judge, sample_size=4)
     assert check(PromptDiversity, frame) is None
-    figures = [about[f"{name} synthetic"] for name in ("topics", "intentions", "not_labelled", "intention_entropy")]
-    assert figures == [2, 1, 1, 0.0]
-    assert about["topic_entropy synthetic"] == pytest.approx(0.6365, abs=1e-4)
+    names = ("topics", "intentions", "not_labelled", "intention_entropy")
+    assert [measured.value(name, "synthetic") for name in names] == [2, 1, 1, 0.0]
+    assert measured.value("topic_entropy", "synthetic") == pytest.approx(0.6365, abs=1e-4)
     assert about["labelled_by"] == "judge (on a server)"
     assert {row.data["source"]: row.data["labelled"] for row in about["label_coverage"].records} == {
         "synthetic": 3, "seed": 4, "self_instruct": 4,
     }  # fmt: skip
     counts = {row.data["label"]: row.data["synthetic"] for row in about["label_counts"].records}
     assert counts == {"law and regulation": 1, "music": 2, "get advice": 3}
-    assert about["scored_readings"] == 3 + 8
+    assert measured.value("readings") == 3 + 8

@@ -6,10 +6,10 @@ import json
 
 import polars as pl
 import pytest
-from dagster import AssetMaterialization, DagsterInstance
+from dagster import DagsterInstance
 from rich.console import Console
 
-from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
+from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import ParquetTables
 from synpo_assets.graph.presentation import table_version
 from synpo_assets.method.ids import content_id
@@ -17,6 +17,7 @@ from synpo_assets.method.pairs import as_preferences, join_sides, select_pairs
 from synpo_assets.method.responses import response_table
 from synpo_assets.reports.trace import TraceError, as_tree, trace
 from tests.conftest import synpo
+from tests.stand_ins import services_in
 
 ASKED = {"keywords-aa11": "What is a tide?", "keywords-aa22": "Why is the sky blue?"}
 DROPPED = "Why is the sky blue?"
@@ -27,8 +28,8 @@ class Home:
 
     def __init__(self, path):
         self.path = path
-        self.tables = ParquetTables(str(path / "tables"))
-        self.checkpoints = CheckpointStore(str(path / "checkpoints"))
+        self.services = services_in(path)
+        self.tables, self.checkpoints = self.services.tables, self.services.checkpoints
         self.instance = DagsterInstance.ephemeral()
 
     def once(self, asset, rows):
@@ -47,18 +48,18 @@ class Home:
               "checkpoint_sha": "generator", "input_tokens": 5, "output_tokens": 6} for name, prompt in ASKED.items()]
         )  # fmt: skip
         answers = {name: self.answers(prompts, texts, sha, number) for name, texts, sha in (
-            ("initial_responses", ["It is water.", "Air."], "start"),
+            ("rejected_responses", ["It is water.", "Air."], "start"),
             ("base_responses", ["It is water.", "Air."], "start" if number == 1 else "first"),
             ("refined_responses", [chosen, "Air."], f"improver{number}"),
         )}  # fmt: skip
         base = answers["base_responses"]
         refined = answers["refined_responses"].with_columns(base_response_id=base["response_id"])
-        scored = join_sides(refined, answers["initial_responses"]).with_columns(chosen_score=1.5, rejected_score=0.25)
+        scored = join_sides(refined, answers["rejected_responses"]).with_columns(chosen_score=1.5, rejected_score=0.25)
         pairs = as_preferences(select_pairs(scored, 0.0, 1.0, 3, 10, 42)[0]).with_columns(
             iteration=pl.lit(number), scorer_sha=pl.lit("scorer")
         )
         written = {"keyword_sets": pl.DataFrame(sets), "synthetic_prompts": prompts, "base_responses": base,
-                   "initial_responses": answers["initial_responses"], "refined_responses": refined,
+                   "rejected_responses": answers["rejected_responses"], "refined_responses": refined,
                    "preference_pairs": pairs}  # fmt: skip
         for asset, frame in written.items():
             self.tables.write(asset, key, frame)
@@ -82,7 +83,7 @@ class Home:
         self.checkpoints.point_to(asset, manifest["partition"], made)
 
     def trace(self, identifier):
-        return trace(self.tables, self.checkpoints, self.instance, identifier)
+        return trace(self.services, self.instance, identifier)
 
     def shown(self, identifier):
         console = Console(width=200, record=True, file=io.StringIO())
@@ -113,13 +114,15 @@ def test_every_id_of_a_chain_leads_to_the_same_pair(home):
     row = tables["preference_pairs"].row(0, named=True)
     (pair,) = home.trace(row["pair_id"])
     assert (pair.id, pair.table) == (row["pair_id"], "preference_pairs[0001]")
-    assert pair.facts == {"iteration": 1, "chosen_score": 1.5, "rejected_score": 0.25, "margin": 1.25}
+    assert pair.facts.items() >= {"iteration": 1, "chosen_score": 1.5, "rejected_score": 0.25, "margin": 1.25}.items()
     assert below(pair, "chosen").facts["response"] == "The moon pulls the sea."
     assert below(pair, "chosen", "base").facts["response"] == "It is water."
-    assert below(pair, "rejected").facts == {"output_tokens": 4, "finish_reason": "stop", "response": "It is water."}
-    assert below(pair, "prompt").facts == {"prompt": "What is a tide?"}
+    told = {"output_tokens": 4, "finish_reason": "stop", "response": "It is water."}
+    assert below(pair, "rejected").facts.items() >= told.items()
+    assert "prompt" not in below(pair, "rejected").facts
+    assert below(pair, "prompt").facts["prompt"] == "What is a tide?"
     keywords = {"keywords": ["aa11", "moon", "sea"], "paragraph": "About keywords-aa11."}
-    assert below(pair, "prompt", "keyword set").facts == keywords
+    assert below(pair, "prompt", "keyword set").facts.items() >= keywords.items()
     base_id = tables["base_responses"]["response_id"][0]
     for other in ("keywords-aa11", row["prompt_id"], row["chosen_response_id"], base_id):
         assert home.trace(other) == [pair]
@@ -147,7 +150,7 @@ def test_an_unknown_id_says_what_was_searched(home):
         TraceError, match=r"No id begins with 'pair-xyz': searched preference_pairs; ids look like `pair-"
     ):
         home.trace("pair-xyz")
-    with pytest.raises(TraceError, match=r"searched keyword_pool, keyword_sets, .*preference_pairs"):
+    with pytest.raises(TraceError, match=r"searched base_responses, keyword_pool, .*synthetic_prompts"):
         home.trace("xyz")
     with pytest.raises(TraceError, match="'cat-12' is no id: ids begin with keywords, prompt, response, pair"):
         home.trace("cat-12")
@@ -162,7 +165,7 @@ def test_a_pair_that_was_dropped(home):
     home.iteration(1)
     (pair,) = home.trace(content_id("prompt", DROPPED))
     assert notes([pair]) == [(None, "dropped by a filter, or not sampled")]
-    assert [node.kind for node in pair.made_from] == ["refined", "initial", "prompt"]
+    assert [node.kind for node in pair.made_from] == ["refined", "rejected", "prompt"]
     assert below(pair, "refined", "base").facts["response"] == "Air."
     assert "pair (none): dropped by a filter, or not sampled" in home.shown("keywords-aa22")
 
@@ -194,7 +197,7 @@ def test_a_prompt_that_returns_has_a_pair_in_each_iteration(home):
     ]  # fmt: skip
     for tables, pair in zip((first, second), both, strict=True):
         assert home.trace(tables["preference_pairs"]["pair_id"][0]) == [pair]
-    assert home.trace(first["initial_responses"]["response_id"][0]) == both
+    assert home.trace(first["rejected_responses"]["response_id"][0]) == both
 
 
 def test_rows_that_are_gone_are_named_and_rows_of_a_new_table_do_not_join_an_old_pair(home):
@@ -225,14 +228,12 @@ def test_checkpoints_are_named_by_the_sha_that_rows_record(home):
     assert (unknown.id, unknown.facts) == ("unknown checkpoint", {"sha": "generator"})
 
 
-def test_a_checkpoint_that_was_replaced_is_named_by_the_history(home):
+def test_a_checkpoint_that_was_replaced_is_named_by_its_own_manifest(home):
     home.iteration(2)
+    home.checkpoint("model_checkpoint", 1, "first")
     home.checkpoint("model_checkpoint", 1, "second")
-    home.instance.report_runless_asset_event(AssetMaterialization(
-        "base_responses", partition="0002", metadata={"checkpoint": "model_checkpoint[0001]", "checkpoint_sha": "first"}
-    ))  # fmt: skip
     model = below(home.trace("keywords-aa11")[0], "chosen", "base", "written by")
-    assert (model.id, model.facts, model.run_id) == ("model_checkpoint[0001]", {"sha": "first"}, None)
+    assert (model.id, model.facts, model.run_id) == ("model_checkpoint[0001]", {"sha": "first"}, "run of first")
     assert "model_checkpoint[0001]: not a current checkpoint any more, sha first" in home.shown("keywords-aa11")
 
 
@@ -269,7 +270,8 @@ def test_a_seed_prompt_and_what_policies_answered(home):
     assert pair.facts == {"split": "train", "line": 7, "prompt": "Seed?", "answer": "Gold."}
     assert notes(pair.trained) == [("prompt_generator", None)]
     told = {"iteration": 1, "answer_score": 2.0, "response_score": 0.5, "response": "Mine."}
-    assert (first.facts, second.facts["response"]) == (told, "Mine, later.")
+    assert first.facts.items() >= told.items()
+    assert second.facts["response"] == "Mine, later."
     assert notes(first.trained + second.trained) == [
         ("response_improver[0001]", None),
         ("response_improver[0002]", None),
@@ -289,12 +291,15 @@ def test_text_is_shown_and_never_obeyed(home):
     assert shown.count("long") < 100
     assert "…" in shown
     whole = json.loads(json.dumps([dataclasses.asdict(node) for node in home.trace("keywords-aa11")]))
-    assert whole[0]["made_from"][1]["facts"]["response"].count("long") == 200
+    assert (
+        next(made for made in whole[0]["made_from"] if made["kind"] == "chosen")["facts"]["response"].count("long")
+        == 200
+    )
 
 
 def test_every_pair_of_a_real_home_traces(nano_run):
-    tables = ParquetTables(str(nano_run.home / "tables"))
-    checkpoints = CheckpointStore(str(nano_run.home / "checkpoints"))
+    services = services_in(nano_run.home)
+    tables = services.tables
     both = [("model_checkpoint[0001]", None), ("model_checkpoint[0002]", None)]
     with DagsterInstance.from_config(str(nano_run.home)) as instance:
         for key, policy, trained in (
@@ -302,7 +307,7 @@ def test_every_pair_of_a_real_home_traces(nano_run):
             ("0002", "model_checkpoint[0001]", both[1:]),
         ):
             for pair_id in tables.read("preference_pairs", key)["pair_id"]:
-                (pair,) = trace(tables, checkpoints, instance, pair_id)
+                (pair,) = trace(services, instance, pair_id)
                 assert notes(pair.trained) == trained
                 makers = {("scored by",): "reward_model", ("chosen", "written by"): f"response_improver[{key}]",
                           ("chosen", "base", "written by"): policy, ("rejected", "written by"): "initial_policy",
@@ -322,7 +327,7 @@ def test_the_command_line(nano_run, tmp_path):
     assert [pair["id"] for pair in json.loads(as_json.stdout)] == [pair_id]
     for refused, words in (
         (synpo("trace", "pair-nothing", "--home", nano_run.home), "No id begins with 'pair-nothing'"),
-        (synpo("trace", pair_id, "--home", tmp_path / "nowhere"), "is no home of an experiment"),
+        (synpo("trace", pair_id, "--home", tmp_path / "nowhere"), "is not the home of an experiment"),
     ):
         assert refused.returncode == 2
         assert words in refused.stderr

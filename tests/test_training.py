@@ -8,7 +8,7 @@ import pytest
 
 from resources.models.chat import load_tokenizer, prompt_text
 from resources.settings.machine import Engine
-from resources.settings.training import PreferenceTraining, Training, TrainingProcesses
+from resources.settings.training import PreferenceTraining, SimPO, Training, TrainingProcesses
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.trainer import Trainer, TrainingError
 from tests.nano import seed_rows
@@ -17,9 +17,8 @@ ROWS = seed_rows()[:8]
 LORA = {"rank": 4, "alpha": 8}
 SFT = Training(learning_rate=1e-3, batch_size=4, micro_batch_size=4, max_length=400, lora=LORA, scheduler="constant",
                warmup_ratio=0)  # fmt: skip
-SIMPO = PreferenceTraining(
-    **SFT.model_dump(), beta=2.5, gamma=1.25, max_prompt_length=200, max_completion_length=150,
-)  # fmt: skip
+PAIRED = PreferenceTraining(**SFT.model_dump(), max_prompt_length=200, max_completion_length=150)
+SIMPO = SimPO(beta=2.5, gamma=1.25)
 EXAMPLES = [([{"role": "user", "content": row["prompt"]}], row["answer"]) for row in ROWS]
 
 
@@ -52,10 +51,6 @@ def trainer(tmp_path):
     )
 
 
-def silent(_message):
-    pass
-
-
 def mean_log_probability(model, tokenizer, messages, answer):
     """Average log-probability of an answer and its end-of-turn token, computed from the logits by hand."""
     import torch
@@ -80,7 +75,7 @@ def test_the_simpo_loss_is_the_papers_formula(tmp_path, trainer, nano_checkpoint
             for side in ("chosen", "rejected")
         )
         losses.append(math.log1p(math.exp(-(SIMPO.beta * (chosen - rejected) - SIMPO.gamma))))
-    summary = trainer.preference(nano_checkpoint, pairs()[:4], SIMPO, tmp_path, silent)
+    summary = trainer.train("preference", nano_checkpoint, pairs()[:4], PAIRED, tmp_path, SIMPO)
     assert summary.history[0]["loss"] == pytest.approx(sum(losses) / 4, abs=1e-3)
 
 
@@ -103,9 +98,9 @@ def test_the_cpu_loss_of_supervised_training_is_trls(tmp_path, trainer, nano_che
 
     import resources.training.cpu_sft
 
-    ours = trainer.supervised(nano_checkpoint, EXAMPLES, SFT, tmp_path / "ours", silent)
+    ours = trainer.train("supervised", nano_checkpoint, EXAMPLES, SFT, tmp_path / "ours")
     monkeypatch.setattr(resources.training.cpu_sft, "CpuSFTTrainer", SFTTrainer)
-    theirs = trainer.supervised(nano_checkpoint, EXAMPLES, SFT, tmp_path / "theirs", silent)
+    theirs = trainer.train("supervised", nano_checkpoint, EXAMPLES, SFT, tmp_path / "theirs")
     assert ours.steps == theirs.steps == 2
     for mine, trl in zip(ours.history, theirs.history, strict=True):
         assert mine["loss"] == pytest.approx(trl["loss"], abs=1e-4)
@@ -122,7 +117,7 @@ def test_only_the_answer_is_learned(tmp_path, trainer, nano_checkpoint):
         tokens = len(tokenizer(answer).input_ids) + 1
         total -= mean_log_probability(model, tokenizer, messages, answer) * tokens
         count += tokens
-    summary = trainer.supervised(nano_checkpoint, EXAMPLES[:4], SFT, tmp_path, silent)
+    summary = trainer.train("supervised", nano_checkpoint, EXAMPLES[:4], SFT, tmp_path)
     assert summary.history[0]["loss"] == pytest.approx(total / count, abs=1e-3)
 
 
@@ -133,7 +128,7 @@ def test_training_changes_the_weights_that_generate(tmp_path, trainer, nano_chec
     training = SFT.model_copy(
         update={"learning_rate": 0.1, "lora": lora and Training.model_validate(SFT.model_dump()).lora}
     )
-    trainer.supervised(nano_checkpoint, EXAMPLES, training, tmp_path, silent)
+    trainer.train("supervised", nano_checkpoint, EXAMPLES, training, tmp_path)
     before = load_file(Path(nano_checkpoint.weights) / "model.safetensors")
     after = load_file(tmp_path / "merged" / "model.safetensors")
     assert before.keys() == after.keys()
@@ -147,7 +142,7 @@ def test_last_layers_only(tmp_path, trainer, nano_checkpoint):
     from safetensors.torch import load_file
 
     lora = SFT.lora.model_copy(update={"last_layers": 1})
-    trainer.supervised(nano_checkpoint, EXAMPLES, SFT.model_copy(update={"lora": lora}), tmp_path, silent)
+    trainer.train("supervised", nano_checkpoint, EXAMPLES, SFT.model_copy(update={"lora": lora}), tmp_path)
     adapted = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert adapted
     assert all(".layers.1." in name for name in adapted)
@@ -158,8 +153,8 @@ def test_the_merged_copy_equals_base_plus_adapter(tmp_path, trainer, nano_checkp
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    training = SIMPO.model_copy(update={"learning_rate": 0.05})
-    trainer.preference(nano_checkpoint, pairs(), training, tmp_path, silent)
+    training = PAIRED.model_copy(update={"learning_rate": 0.05})
+    trainer.train("preference", nano_checkpoint, pairs(), training, tmp_path, SIMPO)
     base = AutoModelForCausalLM.from_pretrained(nano_checkpoint.weights)
     adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -172,14 +167,14 @@ def test_long_sides_are_cut_before_the_trainer_and_empty_ones_left_out(tmp_path,
     rows[0]["rejected"] = assistant("  ")
     rows[1]["chosen"] = assistant("word " * 2000)
     rows[2]["prompt"] = user("word " * 2000)
-    summary = trainer.preference(nano_checkpoint, rows, SIMPO, tmp_path, silent)
+    summary = trainer.train("preference", nano_checkpoint, rows, PAIRED, tmp_path, SIMPO)
     assert (summary.examples, summary.dropped, summary.truncated) == (2, 1, 2)
     assert all(math.isfinite(entry["loss"]) for entry in summary.history)
 
 
 def test_nothing_to_train_on_is_said(tmp_path, trainer, nano_checkpoint):
     with pytest.raises(TrainingError, match=r"None of the 1 examples can be trained on.*training\.max_length"):
-        trainer.supervised(nano_checkpoint, [(user("x " * 900), "y")], SFT, tmp_path, silent)
+        trainer.train("supervised", nano_checkpoint, [(user("x " * 900), "y")], SFT, tmp_path)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, trainer, nano_checkpoint, nano_model):
@@ -194,7 +189,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, trainer, nano_check
     save_file(weights | {name: weights[name] * float("nan")}, broken / "model.safetensors", metadata={"format": "pt"})
     start = Checkpoint("initial_policy", None, "broken", str(broken), str(broken))
     with pytest.raises(TrainingError, match=r"The training loss became nan at step 1.*training\.learning_rate"):
-        trainer.preference(start, pairs(), SIMPO, tmp_path / "out", silent)
+        trainer.train("preference", start, pairs(), PAIRED, tmp_path / "out", SIMPO)
     assert not (tmp_path / "out" / "merged").exists()
 
 
@@ -206,27 +201,25 @@ def test_subsets_are_random_and_repeatable(trainer):
     assert subset != list(range(10))
 
 
-def test_the_progress_line_has_count_rate_and_time_left(tmp_path, trainer, nano_checkpoint):
-    lines = []
-    trainer.supervised(nano_checkpoint, EXAMPLES, SFT, tmp_path, lines.append)
-    assert lines[-1].startswith("Step 2 of 2, loss ")
-    assert lines[-1].endswith("s/step, 0 s left.")
+def test_the_progress_line_has_count_rate_and_time_left(tmp_path, trainer, nano_checkpoint, said):
+    trainer.train("supervised", nano_checkpoint, EXAMPLES, SFT, tmp_path)
+    assert said[-1].startswith("Step 2 of 2, loss ")
+    assert said[-1].endswith("s/step, 0 s left.")
     assert json.loads((tmp_path / "trainer_log.jsonl").read_text().splitlines()[0])["step"] == 1
 
 
 def test_each_side_ends_as_it_was_written(nano_checkpoint):
     """The trainer gets exactly the ids that generation uses: one end of turn, and none on an answer that was cut."""
     from resources.models.chat import prompt_ids
-    from resources.training.rows import preference_row
-    from resources.training.simpo import SimPOTrainer
+    from resources.training.rows import ExactTokenIds, preference_row
 
     tokenizer = load_tokenizer(nano_checkpoint.weights)
     # A tokenizer whose EOS is not the end-of-turn token and whose BOS nobody writes: both would be added by TRL.
     tokenizer.eos_token = tokenizer.bos_token = "<|endoftext|>"
     (pair,) = pairs(ROWS[:1], rejected_finish_reason="length")
-    row, cut = preference_row(tokenizer, pair, SIMPO)
+    row, cut = preference_row(tokenizer, pair, PAIRED)
     assert cut == 0
-    laid_out = SimPOTrainer.tokenize_row(None, row)
+    laid_out = ExactTokenIds().tokenize_row(row)
     prompt = prompt_ids(tokenizer, pair["prompt"])
     chosen = tokenizer(ROWS[0]["answer"] + "<|im_end|>").input_ids
     assert laid_out["chosen_input_ids"] == prompt + chosen
@@ -236,7 +229,7 @@ def test_each_side_ends_as_it_was_written(nano_checkpoint):
 
 
 def test_a_run_of_one_step_learns_something(tmp_path, trainer, nano_checkpoint):
-    training = SIMPO.model_copy(update={"batch_size": 8, "warmup_ratio": 0.1, "scheduler": "cosine"})
-    summary = trainer.preference(nano_checkpoint, pairs(), training, tmp_path, silent)
+    training = PAIRED.model_copy(update={"batch_size": 8, "warmup_ratio": 0.1, "scheduler": "cosine"})
+    summary = trainer.train("preference", nano_checkpoint, pairs(), training, tmp_path, SIMPO)
     assert summary.steps == 1
     assert summary.history[0]["learning_rate"] > 0

@@ -17,8 +17,9 @@ from resources.generation.language_model import LanguageModel
 from resources.models.chat import load_tokenizer, prompt_ids
 from resources.settings.machine import Engine
 from resources.storage.checkpoint_store import Checkpoint
+from tests.conftest import heard_by
 from tests.nano import copy_that_adds_bos
-from tests.test_generation import PROMPTS, SAMPLING, model, silent
+from tests.test_generation import PROMPTS, SAMPLING, model
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,7 +36,8 @@ def answered(tmp_path_factory, nano_model):
     """One call on all prompts: its shards, rows, costs and log."""
     shards, said = tmp_path_factory.mktemp("answered"), []
     checkpoint = Checkpoint("initial_policy", None, "nano", str(nano_model), str(nano_model))
-    frame, usage = vllm_model(shards, shard_rows=5).answer(checkpoint, PROMPTS, SAMPLING, said.append)
+    with heard_by(said.append):
+        frame, usage = vllm_model(shards, shard_rows=5).answer(checkpoint, PROMPTS, SAMPLING)
     return shards, frame, usage, said
 
 
@@ -64,11 +66,11 @@ def test_log_and_fingerprint_say_what_generated(answered):
 def test_seed_and_id_decide_and_the_batch_does_not(answered, tmp_path, nano_checkpoint):
     _, frame, _, _ = answered
     again = PROMPTS[3:9][::-1]
-    twice, _ = vllm_model(tmp_path / "same").answer(nano_checkpoint, again, SAMPLING, silent)
+    twice, _ = vllm_model(tmp_path / "same").answer(nano_checkpoint, again, SAMPLING)
     assert twice["text"].to_list() == frame["text"].to_list()[3:9][::-1]
     other = LanguageModel(shards=str(tmp_path / "other"), engine=Engine(threads=1, kind="vllm"), random_seed=2)
     same_prompt = [("a", PROMPTS[0][1]), ("b", PROMPTS[0][1]), PROMPTS[0]]
-    differently = other.answer(nano_checkpoint, same_prompt, SAMPLING, silent)[0]["text"].to_list()
+    differently = other.answer(nano_checkpoint, same_prompt, SAMPLING)[0]["text"].to_list()
     assert len({*differently, frame["text"][0]}) == 4
 
 
@@ -77,26 +79,25 @@ def test_finished_shards_are_read_and_only_the_rest_is_generated(answered, tmp_p
     shutil.copytree(shards, tmp_path / "half")
     for shard in sorted((tmp_path / "half").glob("*/*.parquet"))[:2]:
         shard.unlink()
-    whole, usage = vllm_model(tmp_path / "half", shard_rows=5).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    whole, usage = vllm_model(tmp_path / "half", shard_rows=5).answer(nano_checkpoint, PROMPTS, SAMPLING)
     assert 14 <= usage.reused < len(PROMPTS)
     assert whole.equals(frame)
 
 
 def test_greedy_text_is_the_transformers_engines(tmp_path, nano_checkpoint):
     greedy = SAMPLING.model_copy(update={"temperature": 0.0})
-    vllm, _ = vllm_model(tmp_path).answer(nano_checkpoint, PROMPTS, greedy, silent)
-    transformers, _ = model(tmp_path, kind="transformers").answer(nano_checkpoint, PROMPTS, greedy, silent)
+    vllm, _ = vllm_model(tmp_path).answer(nano_checkpoint, PROMPTS, greedy)
+    transformers, _ = model(tmp_path, kind="transformers").answer(nano_checkpoint, PROMPTS, greedy)
     assert vllm.equals(transformers)
 
 
 def test_an_adapter_beside_the_model_writes_what_the_merged_weights_write(
-    tmp_path, adapted_checkpoint, nano_checkpoint
+    tmp_path, adapted_checkpoint, nano_checkpoint, said
 ):
     greedy = SAMPLING.model_copy(update={"temperature": 0.0})
-    said = []
-    applied, _ = vllm_model(tmp_path, adapters="request").answer(adapted_checkpoint, PROMPTS, greedy, said.append)
-    merged, _ = model(tmp_path, kind="transformers").answer(adapted_checkpoint, PROMPTS, greedy, silent)
-    initial, _ = model(tmp_path, kind="transformers").answer(nano_checkpoint, PROMPTS, greedy, silent)
+    applied, _ = vllm_model(tmp_path, adapters="request").answer(adapted_checkpoint, PROMPTS, greedy)
+    merged, _ = model(tmp_path, kind="transformers").answer(adapted_checkpoint, PROMPTS, greedy)
+    initial, _ = model(tmp_path, kind="transformers").answer(nano_checkpoint, PROMPTS, greedy)
     assert "'enable_lora': True" in said[1]
     assert applied.equals(merged)
     assert not merged["text"].equals(initial["text"])
@@ -108,12 +109,12 @@ def test_writing_stops_at_a_stop_text_as_with_transformers(tmp_path, nano_checkp
 
     asked = [(str(n), generator_instruction([f"pan {n}", "oil", "heat"])) for n in range(12)]
     sampling = SAMPLING.model_copy(update={"stop": ["<question>"], "max_new_tokens": 30, "temperature": 0.0})
-    vllm, _ = vllm_model(tmp_path).answer(nano_checkpoint, asked, sampling, silent)
+    vllm, _ = vllm_model(tmp_path).answer(nano_checkpoint, asked, sampling)
     stopped = vllm.filter(pl.col("text").str.contains("<question>"))
     assert stopped.height > 0
     assert stopped["text"].str.ends_with("<question>").all()
     assert (stopped["finish_reason"] == "stop").all()
-    transformers, _ = model(tmp_path, kind="transformers").answer(nano_checkpoint, asked, sampling, silent)
+    transformers, _ = model(tmp_path, kind="transformers").answer(nano_checkpoint, asked, sampling)
     assert vllm.equals(transformers)
 
 
@@ -124,21 +125,20 @@ def test_bos_is_not_doubled(tmp_path, nano_model):
     rendered = [prompt_ids(tokenizer, messages) for _, messages in PROMPTS]
     assert all(ids.count(tokenizer.bos_token_id) == 1 for ids in rendered)
     checkpoint = Checkpoint("initial_policy", None, "bos", directory, directory)
-    frame, _ = vllm_model(tmp_path / "shards").answer(checkpoint, PROMPTS, SAMPLING, silent)
+    frame, _ = vllm_model(tmp_path / "shards").answer(checkpoint, PROMPTS, SAMPLING)
     assert frame["input_tokens"].to_list() == [len(ids) for ids in rendered]
 
 
-def test_copies_share_the_work_and_change_nothing(answered, tmp_path, nano_checkpoint):
+def test_copies_share_the_work_and_change_nothing(answered, tmp_path, nano_checkpoint, said):
     _, frame, _, _ = answered
-    said = []
-    both, _ = vllm_model(tmp_path, data_parallel_size=2).answer(nano_checkpoint, PROMPTS, SAMPLING, said.append)
+    both, _ = vllm_model(tmp_path, data_parallel_size=2).answer(nano_checkpoint, PROMPTS, SAMPLING)
     assert "copies of the model: 2" in said[1]
     assert both.equals(frame)
 
 
 def test_more_prompts_than_one_step_reads_change_nothing(answered, tmp_path, nano_checkpoint):
     _, frame, _, _ = answered
-    narrow, _ = vllm_model(tmp_path, batch_tokens=100).answer(nano_checkpoint, PROMPTS, SAMPLING, silent)
+    narrow, _ = vllm_model(tmp_path, batch_tokens=100).answer(nano_checkpoint, PROMPTS, SAMPLING)
     assert narrow.equals(frame)
 
 
@@ -147,13 +147,13 @@ def test_an_unknown_argument_is_refused_with_the_nearest(tmp_path, nano_checkpoi
     with pytest.raises(
         FinalError, match=r"vllm_arguments\.max_num_seq is no argument of vLLM; did you mean `max_num_seqs`\?"
     ):
-        wrong.answer(nano_checkpoint, PROMPTS[:1], SAMPLING, silent)
+        wrong.answer(nano_checkpoint, PROMPTS[:1], SAMPLING)
 
 
 def test_too_little_memory_is_said_with_the_settings_to_change(tmp_path, nano_checkpoint, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100000")
     with pytest.raises(FinalError, match=r"memory does not suffice.* Lower engine\.batch_tokens"):
-        vllm_model(tmp_path).answer(nano_checkpoint, PROMPTS[:1], SAMPLING, silent)
+        vllm_model(tmp_path).answer(nano_checkpoint, PROMPTS[:1], SAMPLING)
 
 
 @pytest.mark.parametrize(("argument", "said"), [
@@ -162,9 +162,7 @@ def test_too_little_memory_is_said_with_the_settings_to_change(tmp_path, nano_ch
 ])  # fmt: skip
 def test_a_bad_value_is_not_taken_for_want_of_memory_and_is_final(tmp_path, nano_checkpoint, argument, said):
     with pytest.raises(FinalError, match=said):
-        vllm_model(tmp_path, batch_tokens=128, vllm_arguments=argument).answer(
-            nano_checkpoint, PROMPTS[:1], SAMPLING, silent
-        )
+        vllm_model(tmp_path, batch_tokens=128, vllm_arguments=argument).answer(nano_checkpoint, PROMPTS[:1], SAMPLING)
 
 
 ONE_AT_A_TIME = {"shard_rows": 1, "vllm_arguments": {"max_num_seqs": 1}}
@@ -177,7 +175,7 @@ from resources.storage.checkpoint_store import Checkpoint
 
 if __name__ == "__main__":
     checkpoint = Checkpoint("initial_policy", None, "nano", {nano!r}, {nano!r})
-    vllm_model({shards!r}, **ONE_AT_A_TIME).answer(checkpoint, PROMPTS, LONG, lambda message: None)
+    vllm_model({shards!r}, **ONE_AT_A_TIME).answer(checkpoint, PROMPTS, LONG)
 """
 
 
@@ -196,6 +194,6 @@ def test_kill_minus_9_ends_vllm_too_and_finished_shards_are_kept(tmp_path, nano_
     assert psutil.wait_procs(children, timeout=5)[1] == []
     saved = sum(pl.read_parquet(file).height for file in shards.glob("*/*.parquet"))
     assert 3 <= saved < len(PROMPTS)
-    resumed, usage = vllm_model(shards, **ONE_AT_A_TIME).answer(nano_checkpoint, PROMPTS, LONG, silent)
+    resumed, usage = vllm_model(shards, **ONE_AT_A_TIME).answer(nano_checkpoint, PROMPTS, LONG)
     assert usage.reused == saved
     assert resumed["id"].to_list() == [row_id for row_id, _ in PROMPTS]

@@ -1,7 +1,7 @@
 """Log lines of long work, with count, rate and time left."""
 
+import logging
 import time
-from collections.abc import Callable
 
 LOG_EVERY_SECONDS = 10
 
@@ -9,15 +9,9 @@ LOG_EVERY_SECONDS = 10
 class Progress:
     """Says how far a piece of work is, at most every ten seconds and at its end."""
 
-    def __init__(self, total: int, what: str, log: Callable[[str], None]) -> None:
-        """Starts the clock.
-
-        Args:
-            total: How many there are to do.
-            what: What they are, in the plural.
-            log: Receives the sentences.
-        """
-        self._total, self._what, self._log = total, what, log
+    def __init__(self, total: int, what: str, logger: logging.Logger) -> None:
+        """Starts the clock of `total` pieces of work; `what` names them in the plural."""
+        self._total, self._what, self._logger = total, what, logger
         self.restart()
 
     def restart(self) -> None:
@@ -35,6 +29,6 @@ class Progress:
             self._reported = now
             seconds = now - self._started
             left = seconds / self._count * (self._total - self._count)
-            self._log(
+            self._logger.info(
                 f"{self._count} of {self._total} {self._what}, {self._tokens / seconds:.0f} tokens/s, {left:.0f} s left."
             )

@@ -10,30 +10,17 @@ from resources.storage.checkpoint_store import Checkpoint, open_checkpoint
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """An adapter and the model it belongs to.
+    """An adapter and the model it belongs to."""
 
-    Attributes:
-        name: A name that no other adapter ever has: engines keep what they once loaded under a name
-            (https://github.com/vllm-project/vllm/issues/20149).
-        number: A number with the same property, from 1 to 2**31.
-        rank: Rank of its matrices.
-        directory: Directory of the adapter.
-        base_weights: Directory of the model that it was trained on.
-    """
-
-    name: str
-    number: int
+    name: str  # No other adapter ever has it: engines keep what they loaded (https://github.com/vllm-project/vllm/issues/20149).
+    number: int  # Never that of another either; from 1 to 2**31.
     rank: int
     directory: str
     base_weights: str
 
 
 def adapter_of(checkpoint: Checkpoint) -> Adapter | None:
-    """The adapter of a checkpoint; None if it was not trained as one.
-
-    Raises:
-        FinalError: The model that it was trained on is not where it was, or is another one by now.
-    """
+    """The adapter of a checkpoint, if the model that it was trained on still lies there; None if it was not trained as one."""
     directory = Path(checkpoint.directory) / "adapter"
     if not directory.exists():
         return None

@@ -13,12 +13,7 @@ if TYPE_CHECKING:
 
 
 def end_ids(tokenizer: "PreTrainedTokenizerBase", configured: int | list[int] | None) -> list[int]:
-    """All tokens that end a completion.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        configured: `eos_token_id` of the model's generation config.
-    """
+    """All tokens that end a completion; `configured` is `eos_token_id` of the model's generation config."""
     named = configured if isinstance(configured, list) else [configured]
     return sorted({*named, tokenizer.eos_token_id, end_of_turn_id(tokenizer)} - {None})
 
@@ -31,16 +26,7 @@ def completion(
     tokenizer: "PreTrainedTokenizerBase",
     ends: Sequence[int],
 ) -> Completion:
-    """Makes a completion of what a model wrote.
-
-    Args:
-        key: The key of the request.
-        input_tokens: Tokens of the prompt, as the model saw it.
-        token_ids: The tokens written; what follows the first end is padding.
-        sampling: Names the stop texts.
-        tokenizer: The model's tokenizer.
-        ends: The tokens of `end_ids`.
-    """
+    """Makes a completion of the tokens that a model wrote, where what follows the first of `ends` is padding."""
     end = next((place for place, token in enumerate(token_ids) if token in ends), None)
     kept = token_ids if end is None else token_ids[: end + 1]
     text = tokenizer.decode(kept, skip_special_tokens=True)
@@ -62,11 +48,7 @@ def completion(
 
 
 def longest_sequence(requests: Requests, sampling: Sampling, context_length: int) -> int:
-    """The most tokens that a prompt and its completion can have together.
-
-    Raises:
-        FinalError: This exceeds the model's context.
-    """
+    """The most tokens that a prompt and its completion can have together, which must not exceed the model's context."""
     if requests.longest + sampling.max_new_tokens > context_length:
         raise FinalError(
             f"A prompt of {requests.longest} tokens and max_new_tokens = {sampling.max_new_tokens} exceed the model's "

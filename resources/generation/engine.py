@@ -12,13 +12,7 @@ from resources.settings.method import Sampling
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt to complete.
-
-    Attributes:
-        key: Identifies the request; carried over to its completion.
-        token_ids: The rendered prompt.
-        seed: Seed of this request's own random stream.
-    """
+    """A prompt to complete."""
 
     key: str
     token_ids: list[int]
@@ -29,19 +23,14 @@ class Requests:
     """Prompts to complete, longest first, so that running out of memory shows at once and not after hours.
 
     Their token ids lie in one array and become `Request` objects while they are iterated over: a hundred thousand
-    prompts take little memory, and all of it is given back when they are done.
-
-    Attributes:
-        longest: Tokens of the longest prompt.
+    prompts take little memory, and all of it is given back when they are done. `longest` is the longest one's number of tokens.
     """
 
     def __init__(self, table: pl.DataFrame, token_ids: "array.array[int]") -> None:
         """Takes prompts without copying them.
 
-        Args:
-            table: Has the columns key (32 hex digits, which also give the seed), start and length: where the prompt
-                lies in the token ids.
-            token_ids: The tokens of all prompts, one after the other.
+        The table has the columns key (32 hex digits, which also give the seed), start and length: where the prompt lies in
+        the token ids.
         """
         self._table = table.select("key", "start", "length").sort("length", descending=True, maintain_order=True)
         self._token_ids = token_ids
@@ -57,21 +46,13 @@ class Requests:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What the model wrote.
-
-    Attributes:
-        key: The key of the request.
-        text: The text, without special tokens.
-        input_tokens: Tokens of the prompt.
-        output_tokens: Tokens written, the end-of-turn token included.
-        finish_reason: `stop` if the model ended by itself or hit a stop text, `length` if it was cut.
-    """
+    """What the model wrote."""
 
     key: str
     text: str
     input_tokens: int
-    output_tokens: int
-    finish_reason: Literal["stop", "length"]
+    output_tokens: int  # The end-of-turn token included.
+    finish_reason: Literal["stop", "length"]  # `stop` if the model ended by itself or hit a stop text.
 
 
 class GenerationEngine(Protocol):
@@ -82,4 +63,3 @@ class GenerationEngine(Protocol):
 
         An engine that loads its model here yields an empty list when that is done. Closing the generator ends the work.
         """
-        ...

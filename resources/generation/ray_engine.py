@@ -25,6 +25,8 @@ from resources.settings.machine import Engine, RayCluster
 from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
 
+logger = logging.getLogger("synpo.generation")
+
 # Requests that a worker is given at a time, at most: what it holds beside those that its engine works on.
 SHARE = 256
 # Nodes of a cluster that grows on demand take minutes to come up.
@@ -35,13 +37,7 @@ OBJECT_STORE_BYTES = 2**27
 
 
 def worker_settings(engine: Engine, cluster: RayCluster, kind: str) -> Engine:
-    """The settings of each worker's engine.
-
-    Args:
-        engine: The settings of the whole.
-        cluster: Its section `ray`.
-        kind: The engine that was chosen, `transformers` or `vllm`: a worker has no choice.
-    """
+    """The settings of each worker's engine; `kind` is the one that was chosen, because a worker has no choice."""
     # Ray sets CPUs aside by number only; unasked, each copy would take all of its node.
     threads = engine.threads or math.ceil(cluster.cpus_per_worker)
     return engine.model_copy(update={"ray": None, "kind": kind, "threads": threads, "data_parallel_size": 1})
@@ -50,24 +46,11 @@ def worker_settings(engine: Engine, cluster: RayCluster, kind: str) -> Engine:
 class RayEngine:
     """Answers with workers of a Ray cluster; one that is lost leaves its unfinished requests to the others.
 
-    Args:
-        checkpoint: The model.
-        engine: The settings.
-        cluster: Their section `ray`.
-        open_engine: Opens a worker's engine; called there, with a function that takes a sentence for the log.
-        log: Receives sentences about the workers.
-
-    Raises:
-        FinalError: Ray is not installed, or the settings do not fit each other or, where Ray is started here, the machine.
+    Each worker calls `open_engine`.
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        engine: Engine,
-        cluster: RayCluster,
-        open_engine: Callable[[Callable[[str], None]], GenerationEngine],
-        log: Callable[[str], None],
+        self, checkpoint: Checkpoint, engine: Engine, cluster: RayCluster, open_engine: Callable[[], GenerationEngine]
     ) -> None:
         if importlib.util.find_spec("ray") is None:
             raise FinalError("engine.ray needs the package ray, which is not installed: pip install 'synpo[ray]'.")
@@ -75,21 +58,11 @@ class RayEngine:
             raise FinalError("engine.data_parallel_size is not read with engine.ray: state engine.ray.workers instead.")
         if cluster.address is None:
             prepare_device(engine)
-        self._checkpoint, self._cluster, self._open_engine, self._log = checkpoint, cluster, open_engine, log
+        self._checkpoint, self._cluster, self._open_engine = checkpoint, cluster, open_engine
         self._gpus = (engine.tensor_parallel_size or 1) if engine.device == "cuda" else 0
 
     def generate(self, requests: Requests, sampling: Sampling) -> Generator[list[Completion], None, None]:
-        """Completes requests on all workers side by side and yields completions as they come back.
-
-        Args:
-            requests: Prompts as token ids.
-            sampling: How to sample.
-
-        Raises:
-            FinalError: A node lacks the weights, or an engine refuses its settings.
-            Failure: The cluster cannot be reached, no worker could start, or one after the other was lost.
-            RuntimeError: An engine failed for another reason.
-        """
+        """Completes requests on all workers side by side and yields completions as they come back."""
         with connected(self._cluster):
             import ray
 
@@ -98,7 +71,8 @@ class RayEngine:
             resources = ray.cluster_resources()
             workers = self._cluster.workers or _room(resources, cpus, self._gpus)
             needs = f"{cpus:g} CPUs and {self._gpus} GPUs"
-            self._log(f"Ray workers: {workers}, each with {needs}; the cluster has {_in_words(resources)}.")
+            has = f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
+            logger.info(f"Ray workers: {workers}, each with {needs}; the cluster has {has}.")
             # Spread: otherwise Ray fills one node before it takes the next.
             actor = ray.remote(num_cpus=cpus, num_gpus=self._gpus, scheduling_strategy="SPREAD")(RayWorker)
 
@@ -106,7 +80,7 @@ class RayEngine:
                 weights = self._checkpoint.weights
                 return actor.remote(name, self._open_engine, weights, sampling, len(requests), requests.longest)
 
-            call = _Call(requests, start, self._log)
+            call = _Call(requests, start)
             try:
                 yield from call.completions(workers, f"each needs {needs}")
             finally:
@@ -119,9 +93,6 @@ def connected(cluster: RayCluster) -> Iterator[None]:
 
     On Linux, Ray has the kernel end what it starts here when this process ends, even if this process is killed with -9;
     only two idle helpers may then last for another minute.
-
-    Raises:
-        Failure: The cluster cannot be reached or refuses this process.
     """
     import ray
 
@@ -182,10 +153,6 @@ def _room(resources: dict[str, float], cpus: float, gpus: int) -> int:
     return max(1, min(by_cpus, int(resources.get("GPU", 0) / gpus)) if gpus else by_cpus)
 
 
-def _in_words(resources: dict[str, float]) -> str:
-    return f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
-
-
 def _in_one_line(error: Exception) -> str:
     """What Ray says, without its colours, line breaks and marks below lines of code."""
     return " ".join(re.sub(r"\x1b\[\d+m|\^+", "", str(error)).split())
@@ -203,10 +170,10 @@ class _Worker:
 class _Call:
     """One call of `RayEngine.generate`: who has which requests."""
 
-    def __init__(self, requests: Requests, start: Callable[[str], Any], log: Callable[[str], None]) -> None:
+    def __init__(self, requests: Requests, start: Callable[[str], Any]) -> None:
         self._waiting: Iterator[Request] = iter(requests)
         self._number_waiting = self._unfinished = len(requests)
-        self._start, self._log = start, log
+        self._start = start
         self._said: set[str] = set()
         self._workers: list[_Worker] = []
         self._idle: list[_Worker] = []
@@ -214,17 +181,7 @@ class _Call:
         self._started = self._lost_in_a_row = 0
 
     def completions(self, workers: int, needs: str) -> Iterator[list[Completion]]:
-        """Yields an empty list when the first copy of the model is loaded, then completions as they come back.
-
-        Args:
-            workers: Number of workers to start.
-            needs: What each needs of a node, in words.
-
-        Raises:
-            FinalError: A node lacks the weights, or an engine refuses its settings.
-            Failure: No worker could start, or one after the other was lost.
-            RuntimeError: An engine failed for another reason.
-        """
+        """Yields an empty list when the first copy of the model is loaded, then completions as they come back."""
         from ray.exceptions import RayError
 
         for _ in range(workers):
@@ -284,9 +241,10 @@ class _Call:
         for item in news:
             if isinstance(item, Exception):
                 raise item
-            if isinstance(item, str) and item not in self._said:
-                self._said.add(item)
-                self._log(item)
+            # All workers say the same of the engine.
+            if isinstance(item, logging.LogRecord) and item.getMessage() not in self._said:
+                self._said.add(item.getMessage())
+                logging.getLogger(item.name).handle(item)
         if news[-1] is Wants.CALL:
             self._idle.append(worker)
         else:
@@ -313,7 +271,7 @@ class _Call:
                 f"{self._lost_in_a_row} workers on the Ray cluster were lost one after the other, and none finished a prompt in "
                 f"between; the last: {reason} Finished shards are kept: run it again when the cluster is well."
             )
-        self._log(f"A worker was lost; the {len(worker.outstanding)} prompts it had go to others. Ray says: {reason}")
+        logger.info(f"A worker was lost; the {len(worker.outstanding)} prompts it had go to others. Ray says: {reason}")
         self._waiting = itertools.chain(_longest_first(worker.outstanding.values()), self._waiting)
         self._number_waiting += len(worker.outstanding)
         self._add()

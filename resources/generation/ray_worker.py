@@ -1,6 +1,8 @@
 """One worker on a Ray cluster: a copy of the model that asks for requests as it has room for them."""
 
 import enum
+import logging
+import logging.handlers
 import queue
 import socket
 import threading
@@ -12,6 +14,8 @@ from resources.common.errors import FinalError
 from resources.generation.engine import Completion, GenerationEngine, Request, Requests
 from resources.settings.method import Sampling
 
+logger = logging.getLogger("synpo.generation")
+
 
 class Wants(enum.Enum):
     """What a worker without requests asks for."""
@@ -20,26 +24,20 @@ class Wants(enum.Enum):
     CALL = "requests for another call of the engine"
 
 
-# A sentence for the log, finished completions, a wish, or what ended the work.
-News = str | list[Completion] | Wants | Exception
+# A line of the worker's log, finished completions, a wish, or what ended the work.
+News = logging.LogRecord | list[Completion] | Wants | Exception
 
 
 class RayWorker:
     """An engine in a process of Ray. The engine works in a thread of its own, so that it never waits for the network.
 
-    Args:
-        name: Names the worker in its sentences.
-        open_engine: Opens the engine on this node; its argument receives the engine's sentences.
-        weights: Directory of the model.
-        sampling: How to sample.
-        total: Requests of all workers together.
-        longest: Tokens of the longest of them.
+    `total` and `longest` are of the requests of all workers together.
     """
 
     def __init__(
         self,
         name: str,
-        open_engine: Callable[[Callable[[str], None]], GenerationEngine],
+        open_engine: Callable[[], GenerationEngine],
         weights: str,
         sampling: Sampling,
         total: int,
@@ -48,14 +46,13 @@ class RayWorker:
         self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
         self._shares: queue.SimpleQueue[list[Request]] = queue.SimpleQueue()
         self._requests = ArrivingRequests(self._ask, total, longest)
+        everything = logging.getLogger("synpo")
+        everything.setLevel(logging.INFO)
+        everything.addHandler(logging.handlers.QueueHandler(self._news))
         threading.Thread(target=self._work, args=(name, open_engine, weights, sampling), daemon=True).start()
 
     def exchange(self, share: list[Request] | None) -> list[News]:
-        """Takes the requests that the worker asked for, and waits for its next news.
-
-        Args:
-            share: Requests; None if it did not ask.
-        """
+        """Takes the requests that the worker asked for, None if it did not ask, and waits for its next news."""
         if share is not None:
             self._shares.put(share)
         news = [self._news.get()]
@@ -63,24 +60,18 @@ class RayWorker:
             news.append(self._news.get())
         return news
 
-    def _work(
-        self,
-        name: str,
-        open_engine: Callable[[Callable[[str], None]], GenerationEngine],
-        weights: str,
-        sampling: Sampling,
-    ) -> None:
+    def _work(self, name: str, open_engine: Callable[[], GenerationEngine], weights: str, sampling: Sampling) -> None:
         import ray
 
         node = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
-        self._news.put(f"{name} runs on node {node}.")
+        logger.info(f"{name} runs on node {node}.")
         try:
             if not Path(weights).is_dir():
                 raise FinalError(
                     f"The weights {weights} do not exist on node {node} of the Ray cluster: every node needs the files of the "
                     "home at the same path, so put the home on a file system that all nodes share."
                 )
-            engine = open_engine(self._news.put)
+            engine = open_engine()
             while True:
                 for completions in engine.generate(self._requests, sampling):
                     if completions:

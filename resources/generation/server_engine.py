@@ -1,8 +1,8 @@
 """Generation by asking a server that runs already: vLLM's, or another with OpenAI's completions API."""
 
-import contextlib
+import logging
 import shlex
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +10,18 @@ from resources.common.errors import FinalError
 from resources.generation.adapters import adapter_of
 from resources.generation.completions import completion, end_ids, longest_sequence
 from resources.generation.engine import Completion, Request, Requests
-from resources.generation.server_connection import Connection, ServedModel, TextCompletion, side_by_side
 from resources.models.chat import load_tokenizer
 from resources.settings.machine import Engine, Server
 from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
 
 if TYPE_CHECKING:
+    from openai import types
     from transformers import PreTrainedTokenizerBase
+
+    from resources.generation.server_connection import Client
+
+logger = logging.getLogger("synpo.generation")
 
 SERVE = "python -m vllm.entrypoints.openai.api_server --model {weights} --served-model-name {name}"
 
@@ -30,29 +34,23 @@ class ServerEngine:
     right, and stop texts are cut off here, after they were written past.
     """
 
-    def __init__(self, checkpoint: Checkpoint, engine: Engine, server: Server, log: Callable[[str], None]) -> None:
-        self._checkpoint, self._engine, self._server, self._log = checkpoint, engine, server, log
+    def __init__(self, checkpoint: Checkpoint, engine: Engine, server: Server) -> None:
+        self._checkpoint, self._engine, self._server = checkpoint, engine, server
 
     def generate(self, requests: Requests, sampling: Sampling) -> Generator[list[Completion], None, None]:
-        """Completes requests side by side and yields completions as they finish.
+        """Completes requests side by side and yields completions as they finish."""
+        from resources.generation.server_connection import Client, side_by_side
 
-        Args:
-            requests: Prompts as token ids.
-            sampling: How to sample.
-
-        Raises:
-            FinalError: The server does not have the model, refuses the key or a request, or a setting does not fit it.
-            RuntimeError: It stays down, overloaded or failing for all of `engine.server.attempts`.
-        """
         weights = self._checkpoint.weights
         tokenizer = load_tokenizer(weights, self._engine.trust_remote_code)
         ends = end_ids(tokenizer, _configured_ends(weights, self._engine.trust_remote_code))
-        with contextlib.closing(Connection(self._server, self._log)) as connection:
-            name, model = self._model_on(connection)
-            is_vllm = model.owned_by == "vllm"
-            self._log(f"The server calls {self._checkpoint.label} {name}; it is {'' if is_vllm else 'not '}vLLM.")
-            if model.max_model_len:
-                longest_sequence(requests, sampling, model.max_model_len)
+        with Client(self._server) as client:
+            name, model = self._model_on(client)
+            # The owner and the length are what servers other than vLLM's may leave out.
+            is_vllm = getattr(model, "owned_by", None) == "vllm"
+            logger.info(f"The server calls {self._checkpoint.label} {name}; it is {'' if is_vllm else 'not '}vLLM.")
+            if context_length := getattr(model, "max_model_len", None):
+                longest_sequence(requests, sampling, context_length)
             if sampling.top_k and not is_vllm:
                 raise FinalError(
                     f"The server at {self._server.url} is not vLLM's, and OpenAI's API has no top_k: set sampling.top_k to 0 and "
@@ -61,24 +59,28 @@ class ServerEngine:
             yield []
 
             def complete(request: Request) -> Completion:
-                body = _openai_fields(name, request, sampling) | (_vllm_fields(sampling, ends) if is_vllm else {})
-                answer = connection.post("/completions", body, TextCompletion)
+                with client.errors_explained():
+                    answer = client.completions.create(
+                        model=name,
+                        prompt=request.token_ids,
+                        seed=request.seed,
+                        max_tokens=sampling.max_new_tokens,
+                        temperature=sampling.temperature,
+                        top_p=sampling.top_p,
+                        extra_body=_vllm_fields(sampling, ends) if is_vllm else None,
+                    )
                 return _as_completion(request, answer, sampling, tokenizer, ends)
 
             yield from side_by_side(complete, requests, self._server.concurrency)
 
-    def _model_on(self, connection: Connection) -> tuple[str, ServedModel]:
-        """The name under which the server has the checkpoint, and the entry that tells its length and owner.
-
-        Raises:
-            FinalError: The server does not have it.
-        """
-        served = {model.id: model for model in connection.models()}
+    def _model_on(self, client: "Client") -> tuple[str, "types.Model"]:
+        """The name under which the server has the checkpoint, and the entry that tells its length and owner."""
+        served = client.served()
         label, sha = self._checkpoint.label, self._checkpoint.sha
         name = self._server.models.get(label, sha[:16])
         if name in served:
             # vLLM states the length with the model that an adapter belongs to.
-            return name, served.get(served[name].parent or name, served[name])
+            return name, served.get(getattr(served[name], "parent", None) or name, served[name])
         serve = SERVE.format(weights=shlex.quote(self._checkpoint.weights), name=shlex.quote(name))
         adapter = (
             adapter_of(self._checkpoint) if self._server.load_adapters and label not in self._server.models else None
@@ -93,27 +95,16 @@ class ServerEngine:
             serve = f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True {serve} --enable-lora --max-lora-rank {rank}"
             raise self._missing(f"{start['asset']}, which the adapter of {label} belongs to,", base, served, serve)
         if adapter.name not in served:
-            connection.load(adapter)
-            self._log(f"The server loaded the adapter of {label}.")
+            client.load(adapter)
+            logger.info(f"The server loaded the adapter of {label}.")
         return adapter.name, served[base]
 
-    def _missing(self, what: str, name: str, served: Mapping[str, ServedModel], serve: str) -> FinalError:
+    def _missing(self, what: str, name: str, served: Iterable[str], serve: str) -> FinalError:
         return FinalError(
             f"The server at {self._server.url} does not serve {what} under the name {name}; it has: "
             f"{', '.join(served) or 'nothing'}. Serve it, for instance with `{serve}`, or state the name that it has there "
             "under engine.server.models."
         )
-
-
-def _openai_fields(name: str, request: Request, sampling: Sampling) -> dict[str, Any]:
-    return {
-        "model": name,
-        "prompt": request.token_ids,
-        "seed": request.seed,
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-    }
 
 
 def _vllm_fields(sampling: Sampling, ends: list[int]) -> dict[str, Any]:
@@ -131,15 +122,16 @@ def _vllm_fields(sampling: Sampling, ends: list[int]) -> dict[str, Any]:
 
 def _as_completion(
     request: Request,
-    answer: TextCompletion,
+    answer: "types.Completion",
     sampling: Sampling,
     tokenizer: "PreTrainedTokenizerBase",
     ends: list[int],
 ) -> Completion:
     choice, tokens = answer.choices[0], answer.usage
-    if choice.token_ids:
-        return completion(request.key, tokens.prompt_tokens, choice.token_ids, sampling, tokenizer, ends)
-    text, stopped = choice.text, choice.finish_reason != "length"
+    assert tokens is not None
+    if token_ids := getattr(choice, "token_ids", None):
+        return completion(request.key, tokens.prompt_tokens, token_ids, sampling, tokenizer, ends)
+    text, stopped = choice.text, getattr(choice, "finish_reason", None) != "length"
     for stop in sampling.stop:
         if stop in text:
             text, stopped = text[: text.index(stop) + len(stop)], True

@@ -4,11 +4,10 @@ import itertools
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
-from resources.common.errors import FinalError
 from resources.generation.completions import completion, end_ids, longest_sequence
 from resources.generation.engine import Completion, Request, Requests
 from resources.models.chat import load_tokenizer
-from resources.models.device import prepare_device, torch_dtype
+from resources.models.device import memory_explained, prepare_device, torch_dtype
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
 
@@ -43,29 +42,17 @@ class TransformersEngine:
         return self._model.config.max_position_embeddings
 
     def generate(self, requests: Requests, sampling: Sampling) -> Generator[list[Completion], None, None]:
-        """Completes requests, longest prompts first, which keeps padding small, and yields each batch when it is done.
-
-        Args:
-            requests: Prompts as token ids.
-            sampling: How to sample.
-
-        Raises:
-            FinalError: A prompt and `max_new_tokens` together exceed the model's context, or the memory does not suffice.
-        """
-        import torch
-
+        """Completes requests, longest prompts first, which keeps padding small, and yields each batch when it is done."""
         longest_sequence(requests, sampling, self.context_length)
         waiting = iter(requests)
         for first in waiting:
             rows = max(1, self._batch_tokens // (len(first.token_ids) + sampling.max_new_tokens))
             batch = [first, *itertools.islice(waiting, rows - 1)]
-            try:
+            with memory_explained(
+                f"a batch of {len(batch)} sequences",
+                "Lower engine.batch_tokens or sampling.max_new_tokens. Finished shards are kept: run it again.",
+            ):
                 completions = self._complete(batch, sampling)
-            except torch.OutOfMemoryError as error:
-                raise FinalError(
-                    f"The GPU's memory does not suffice for a batch of {len(batch)} sequences: {' '.join(str(error).split())} "
-                    "Lower engine.batch_tokens or sampling.max_new_tokens. Finished shards are kept: run it again."
-                ) from None
             yield completions
 
     def _complete(self, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:

@@ -1,10 +1,11 @@
 """Generation with vLLM: on GPUs, split over them or one copy of the model on each; slowly on a CPU too."""
 
 import itertools
+import logging
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import get_args
 
@@ -17,6 +18,8 @@ from resources.models.device import prepare_device, torch_dtype, visible_gpus
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
+
+logger = logging.getLogger("synpo.generation")
 
 # vLLM's core shares the process that it is called from: a core of its own would outlive a killed step and hold the GPU.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
@@ -32,21 +35,16 @@ class VllmEngine:
 
     When the call ends, so do the processes: that is the one sure way to get all GPU memory back for what follows in
     the same step.
-
-    Args:
-        checkpoint: The model.
-        engine: How models run here.
-        log: Receives a sentence about what vLLM is started with.
     """
 
-    def __init__(self, checkpoint: Checkpoint, engine: Engine, log: Callable[[str], None]) -> None:
+    def __init__(self, checkpoint: Checkpoint, engine: Engine) -> None:
         from transformers import AutoConfig
 
         self._adapter = adapter_of(checkpoint) if engine.adapters == "request" else None
         weights = self._adapter.base_weights if self._adapter else checkpoint.weights
         config = AutoConfig.from_pretrained(weights, trust_remote_code=engine.trust_remote_code).get_text_config()
         self._context_length = config.max_position_embeddings
-        self._engine, self._log = engine, log
+        self._engine = engine
         self._devices = device_groups(engine, visible_gpus(engine), config.num_attention_heads)
         self._arguments = {
             "model": weights,
@@ -67,24 +65,14 @@ class VllmEngine:
             self._environment["OMP_NUM_THREADS"] = str(engine.threads or os.cpu_count() or 1)
 
     def generate(self, requests: Requests, sampling: Sampling) -> Generator[list[Completion], None, None]:
-        """Completes requests on all copies side by side and yields completions as they finish.
-
-        Args:
-            requests: Prompts as token ids.
-            sampling: How to sample.
-
-        Raises:
-            FinalError: A prompt and `max_new_tokens` together exceed the model's context, an engine argument is unknown,
-                or the memory does not suffice.
-            RuntimeError: vLLM failed for another reason.
-        """
+        """Completes requests on all copies side by side and yields completions as they finish."""
         # No more of the context than this call can use: the cache then holds more sequences at a time.
         longest = longest_sequence(requests, sampling, self._context_length)
         step_tokens = max(self._engine.batch_tokens, longest)
         arguments = self._arguments | {"max_model_len": longest, "max_num_batched_tokens": step_tokens}
         groups = self._devices[: len(requests)]
         started_with = arguments | self._engine.vllm_arguments | self._environment
-        self._log(f"vLLM starts, copies of the model: {len(groups)}, with {started_with}.")
+        logger.info(f"vLLM starts, copies of the model: {len(groups)}, with {started_with}.")
         spawn = multiprocessing.get_context("spawn")
         processes, running = [], []
         try:
@@ -129,19 +117,7 @@ def fitting_rank(rank: int) -> int:
 
 
 def device_groups(engine: Engine, devices: Sequence[str], heads: int) -> list[list[str]]:
-    """Divides the visible devices among copies of the model.
-
-    Args:
-        engine: States `tensor_parallel_size` and `data_parallel_size`, or leaves them open.
-        devices: The visible GPUs, as CUDA_VISIBLE_DEVICES names them; none on a CPU.
-        heads: Attention heads of the model.
-
-    Returns:
-        The devices of each copy.
-
-    Raises:
-        FinalError: The sizes do not fit the model or the devices.
-    """
+    """Divides the visible GPUs, as CUDA_VISIBLE_DEVICES names them, among copies of the model; a CPU has none."""
     split, copies = engine.tensor_parallel_size, engine.data_parallel_size
     if split is None:
         split = max(1, len(devices) // copies) if copies else 1

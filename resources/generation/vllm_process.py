@@ -33,15 +33,7 @@ def answer_in_this_process(
     """Loads the model, answers, and sends completions as they finish, then None; or an error, if there is one.
 
     The first list is empty: it tells that the model is loaded. A number asks for so many more requests, of which the
-    parent sends a list; an empty one is the last.
-
-    Args:
-        parent: Where requests come from and completions go.
-        environment: Variables to set before vLLM is loaded.
-        arguments: What our settings say about vLLM's engine.
-        given: The user's further arguments, `engine.vllm_arguments`.
-        adapter: The adapter to apply; None: the model as it is.
-        sampling: How to sample.
+    parent sends a list; an empty one is the last. `arguments` are ours and `given` the user's, `engine.vllm_arguments`.
     """
     end_with_this_parent()
     # An interrupt of the terminal reaches this process too; its parent then ends it.
@@ -124,16 +116,7 @@ def _completions(
 
 
 def refuse_arguments(given: dict[str, Any], own: dict[str, Any], known: Sequence[str]) -> None:
-    """Checks `engine.vllm_arguments`.
-
-    Args:
-        given: The arguments to check.
-        own: What the engine sets itself.
-        known: All that vLLM knows.
-
-    Raises:
-        FinalError: One is unknown, or set by the engine itself.
-    """
+    """Refuses arguments of `engine.vllm_arguments` that are unknown to vLLM, or that are the engine's own to set."""
     for name in given:
         if name in own or name.startswith("data_parallel"):
             raise FinalError(

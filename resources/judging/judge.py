@@ -1,9 +1,11 @@
-"""What every judge takes and gives."""
+"""What every judge takes and gives, and a model with scores as judge."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
-from resources.scoring.scorer import Comparison
+from resources.scoring.scorer import Comparison, RewardScorer
+from resources.storage.checkpoint_store import Checkpoint
 
 
 class Judge(Protocol):
@@ -11,19 +13,25 @@ class Judge(Protocol):
 
     @property
     def name(self) -> str:
-        """A word that columns and figures are named by: `judge`, `scorer` or `server`."""
-        ...
+        """A word that columns and metrics are named by: `judge`, `scorer` or `server`."""
 
     @property
     def label(self) -> str:
         """The judge as people name it, which says whether it took part in training."""
-        ...
 
-    def compare(self, rows: Sequence[tuple[str, str, str]], log: Callable[[str], None]) -> Comparison:
-        """Scores two answers to each prompt; where it gives no verdict, both scores are missing.
+    def compare(self, rows: Sequence[tuple[str, str, str]]) -> Comparison:
+        """Scores two answers to a prompt in each row; where there is no verdict, both scores are missing."""
 
-        Args:
-            rows: A prompt and two answers each.
-            log: Receives progress sentences.
-        """
-        ...
+
+@dataclasses.dataclass(frozen=True)
+class RewardJudge:
+    """Prefers the answer that a reward model or pair ranker scores higher."""
+
+    name: str
+    label: str
+    scorer: RewardScorer
+    model: Checkpoint
+
+    def compare(self, rows: Sequence[tuple[str, str, str]]) -> Comparison:
+        """Scores two answers to each prompt."""
+        return self.scorer.compare(self.model, rows)

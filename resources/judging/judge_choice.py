@@ -1,11 +1,11 @@
 """Which judges the settings mean."""
 
-from resources.judging.judge import Judge
-from resources.judging.reward_judge import RewardJudge
+from resources.judging.judge import Judge, RewardJudge
 from resources.judging.server_judge import ServerJudge
 from resources.judging.topic_labeler import TopicLabeler
 from resources.scoring.scorer import RewardScorer
 from resources.settings.evaluation import Judge as JudgeSettings
+from resources.settings.method import TrainedScorer
 from resources.storage.checkpoint_store import Checkpoint
 
 INDEPENDENT = "independent judge"
@@ -15,17 +15,7 @@ TOOK_PART = "scorer (took part in training)"
 def open_judges(
     judge: JudgeSettings, scorer: RewardScorer, judge_model: Checkpoint, reward_model: Checkpoint
 ) -> list[Judge]:
-    """The independent judge, the scorer that filtered the training pairs, and the server's model if one is stated.
-
-    Args:
-        judge: The section of the settings.
-        scorer: How the scorer of the training pairs is asked; the others keep their shards beside its own.
-        judge_model: The independent judge.
-        reward_model: The scorer of the training pairs.
-
-    Raises:
-        SettingsError: The server's template cannot be used.
-    """
+    """The independent judge, the scorer that filtered the training pairs, and the server's model if one is stated."""
     judges: list[Judge] = [
         RewardJudge("judge", INDEPENDENT, judge_scorer(judge, scorer), judge_model),
         RewardJudge("scorer", TOOK_PART, scorer, reward_model),
@@ -38,18 +28,12 @@ def judge_scorer(judge: JudgeSettings, scorer: RewardScorer) -> RewardScorer:
     return RewardScorer(
         shards=scorer.shards,
         engine=scorer.engine,
-        kind="trained",
-        pair_convention=scorer.pair_convention,
-        max_length=judge.max_length,
+        scorer=TrainedScorer(training=judge.training, max_length=judge.max_length),
     )
 
 
 def server_judge(judge: JudgeSettings, scorer: RewardScorer) -> ServerJudge:
-    """The model of `judge.server`, which must be stated.
-
-    Raises:
-        SettingsError: Its template cannot be used.
-    """
+    """The model of `judge.server`, which must be stated."""
     assert judge.server is not None
     return ServerJudge(judge.server, scorer.shards, scorer.engine.shard_rows)
 

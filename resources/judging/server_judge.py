@@ -1,7 +1,7 @@
 """A model behind OpenAI's chat API as judge: it is shown both answers, in both orders."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,8 @@ import polars as pl
 from pydantic import BaseModel, ConfigDict
 
 from resources.judging.structured_chat import StructuredChat
-from resources.scoring.scorer import BOTH_ORDERS, Comparison, readings
+from resources.scoring.scorer import Comparison, readings
+from resources.scoring.scoring_model import BOTH_ORDERS
 from resources.settings.evaluation import JudgeServer
 from resources.settings.sections import SettingsError
 
@@ -44,39 +45,21 @@ class ServerJudge:
     name = "server"
 
     def __init__(self, server: JudgeServer, shards: str, shard_rows: int) -> None:
-        """Reads the template; connects only when a verdict is missing.
-
-        Args:
-            server: Address, model and template.
-            shards: Where finished verdicts are kept.
-            shard_rows: Verdicts per file.
-
-        Raises:
-            SettingsError: The template cannot be used.
-        """
+        """Reads the template; connects only when a verdict is missing."""
         self._template, text = load_template(server.template)
         fingerprint = {"template": hashlib.sha256(text.encode()).hexdigest()[:16]}
         self._chat = StructuredChat(server, Verdict, "verdict", fingerprint, shards, shard_rows)
         self.label, self.shards = self._chat.label, self._chat.shards
 
-    def compare(self, rows: Sequence[tuple[str, str, str]], log: Callable[[str], None]) -> Comparison:
-        """Asks about each row in both orders.
-
-        Args:
-            rows: A prompt and two answers each.
-            log: Receives progress sentences, and what a reply without a verdict said.
-
-        Raises:
-            FinalError: The server refuses the key or a request, or does not have the model.
-            RuntimeError: It stays down, overloaded or failing for all of `judge.server.attempts`.
-        """
+    def compare(self, rows: Sequence[tuple[str, str, str]]) -> Comparison:
+        """Asks about each row in both orders."""
         asked = pl.DataFrame(list(rows), schema=dict.fromkeys(("prompt", "first", "second"), pl.String), orient="row")
         needed = [readings(asked, sides) for sides in BOTH_ORDERS]
         questions = {
             key: self._template.render(prompt=prompt, answer_a=answer_a, answer_b=answer_b)
             for key, prompt, (answer_a, answer_b) in pl.concat(needed).iter_rows()
         }
-        replies = self._chat.ask(questions, log)
+        replies = self._chat.ask(questions)
         points = {key: None if verdict is None else POINTS[verdict.better] for key, verdict in replies.by_key.items()}
         first, exchanged = (pl.Series([points[key] for key in frame["key"]], dtype=pl.Float64) for frame in needed)
         agreed = _over_both_orders(first, 1 - exchanged)
@@ -84,11 +67,7 @@ class ServerJudge:
 
 
 def load_template(path: str | None) -> tuple[jinja2.Template, str]:
-    """The template of the request and its text; the shipped one for None.
-
-    Raises:
-        SettingsError: The file is missing or is no template, cannot be rendered, or does not show the prompt and both answers.
-    """
+    """The template of the request and its text; the shipped one for None."""
     file = Path(path) if path else SHIPPED_TEMPLATE
     # The texts are for a model, not for a browser.
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)

@@ -4,20 +4,24 @@ Structured output asks for a reply of that form. A server may ignore that, and a
 none, is counted as that, and is not kept, so that the next run asks again.
 """
 
-import contextlib
 import dataclasses
+import logging
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import polars as pl
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from resources.common.progress import Progress
-from resources.generation.server_connection import Connection, TokenCounts, side_by_side
 from resources.scoring.scorer import ScoringUsage
 from resources.settings.evaluation import JudgeServer
 from resources.storage.shards import Shards
+
+if TYPE_CHECKING:
+    from resources.generation.server_connection import Client
+
+logger = logging.getLogger("synpo.judging")
 
 # The forms take a few dozen; a model that is not held to its schema may go on for ever.
 LONGEST_REPLY = 256
@@ -27,33 +31,9 @@ REPLY_COLUMNS = {"key": pl.String, "reply": pl.String, "tokens": pl.Int64}
 Form = TypeVar("Form", bound=BaseModel)
 
 
-class ChatMessage(BaseModel):
-    """What the model wrote; nothing if it refused."""
-
-    content: str | None = None
-
-
-class ChatChoice(BaseModel):
-    """One reply."""
-
-    message: ChatMessage
-
-
-class ChatCompletion(BaseModel):
-    """The server's answer to one request."""
-
-    choices: list[ChatChoice] = Field(min_length=1)
-    usage: TokenCounts | None = None
-
-
 @dataclasses.dataclass(frozen=True)
 class Replies(Generic[Form]):
-    """What came of a call.
-
-    Attributes:
-        by_key: The reply to each question; None where it is not of the form.
-        usage: What the call cost.
-    """
+    """The reply to each question by its key, None where it is not of the form; and what the call cost."""
 
     by_key: dict[str, Form | None]
     usage: ScoringUsage
@@ -73,13 +53,7 @@ class StructuredChat(Generic[Form]):
     ) -> None:
         """Connects only when a reply is missing.
 
-        Args:
-            server: Address and model.
-            form: What a reply must be.
-            what: What a reply is, in a word: `verdict`.
-            fingerprint: What replies depend on besides the model and the key of their question.
-            shards: Where finished replies are kept.
-            shard_rows: Replies per file.
+        A reply is a `what`, such as a verdict. It depends on the model, the fingerprint, and the key of its question.
         """
         self.label = f"{server.model} (on a server)"
         self._server, self._form, self._what, self._shard_rows = server, form, what, shard_rows
@@ -87,27 +61,18 @@ class StructuredChat(Generic[Form]):
             shards, {"judge": server.model, **fingerprint}, f"{what}s by {server.model}", REPLY_COLUMNS
         )
 
-    def ask(self, questions: Mapping[str, str], log: Callable[[str], None]) -> Replies[Form]:
-        """Asks each question that has no finished reply.
-
-        Args:
-            questions: Texts by key.
-            log: Receives progress sentences, and what a reply said that is not of the form: the next call asks for it again.
-
-        Raises:
-            FinalError: The server refuses the key or a request, or does not have the model.
-            RuntimeError: It stays down, overloaded or failing for all of `judge.server.attempts`.
-        """
+    def ask(self, questions: Mapping[str, str]) -> Replies[Form]:
+        """Asks each question, a text by its key, that has no finished reply."""
         started = time.monotonic()
         keys = pl.Series("key", list(questions), dtype=pl.String)
         # Homes made by earlier versions hold nonsense too.
         given = self.shards.rows(keys, self._without_nonsense)
         reused = given.height
         if missing := keys.filter(~keys.is_in(given["key"].implode())).to_list():
-            given.extend(self._finish({key: questions[key] for key in missing}, log))
+            given.extend(self._finish({key: questions[key] for key in missing}))
         replies = {key: self._read(reply) for key, reply in given.select("key", "reply").rows()}
         if nonsense := [reply for key, reply in given.select("key", "reply").rows() if replies[key] is None]:
-            log(
+            logger.info(
                 f"{len(nonsense)} of {given.height} replies of {self.label} are no {self._what} and are left out, such as "
                 f"{nonsense[0][:SHOWN_CHARACTERS]!r}. The next run asks for them again."
             )
@@ -121,15 +86,16 @@ class StructuredChat(Generic[Form]):
         )
         return Replies(replies, usage)
 
-    def _finish(self, questions: Mapping[str, str], log: Callable[[str], None]) -> pl.DataFrame:
+    def _finish(self, questions: Mapping[str, str]) -> pl.DataFrame:
         """Asks for what is missing, and writes replies of the form as soon as a shard is full; every reply."""
+        from resources.generation.server_connection import Client, side_by_side
+
         given = pl.DataFrame(schema=REPLY_COLUMNS)
-        progress, waiting = Progress(len(questions), f"{self._what}s", log), list(questions.items())
-        with contextlib.closing(Connection(self._server, log, "judge.server")) as connection:
+        progress, waiting = Progress(len(questions), f"{self._what}s", logger), list(questions.items())
+        with Client(self._server, "judge.server") as client:
 
             def ask(question: tuple[str, str]) -> dict[str, Any]:
-                key, text = question
-                return {"key": key, **_reply(connection.post("/chat/completions", self._request(text), ChatCompletion))}
+                return {"key": question[0], **self._reply(client, question[1])}
 
             for done in range(0, len(waiting), self._shard_rows):
                 rows: list[dict[str, Any]] = []
@@ -143,15 +109,22 @@ class StructuredChat(Generic[Form]):
                 given.extend(replies)
         return given
 
-    def _request(self, text: str) -> dict[str, Any]:
-        schema = {"name": self._what, "strict": True, "schema": self._form.model_json_schema()}
-        return {
-            "model": self._server.model,
-            "messages": [{"role": "user", "content": text}],
-            "temperature": 0,
-            "max_tokens": LONGEST_REPLY,
-            "response_format": {"type": "json_schema", "json_schema": schema},
-        }
+    def _reply(self, client: "Client", text: str) -> dict[str, Any]:
+        """What the model wrote, and the tokens of question and reply."""
+        with client.errors_explained():
+            answer = client.chat.completions.create(
+                model=self._server.model,
+                messages=[{"role": "user", "content": text}],
+                temperature=0,
+                max_tokens=LONGEST_REPLY,
+                response_format={
+                    "type": "json_schema",
+                    "json_schema": {"name": self._what, "strict": True, "schema": self._form.model_json_schema()},
+                },
+            )
+        content = (answer.choices[0].message.content or "").strip()
+        tokens = answer.usage.prompt_tokens + answer.usage.completion_tokens if answer.usage else 0
+        return {"reply": content[:KEPT_CHARACTERS], "tokens": tokens}
 
     def _without_nonsense(self, replies: pl.DataFrame) -> pl.DataFrame:
         return replies.filter(
@@ -163,10 +136,3 @@ class StructuredChat(Generic[Form]):
             return self._form.model_validate_json(reply)
         except ValidationError:
             return None
-
-
-def _reply(answer: ChatCompletion) -> dict[str, Any]:
-    """What was written, and the tokens of question and reply."""
-    content = (answer.choices[0].message.content or "").strip()
-    tokens = answer.usage.prompt_tokens + answer.usage.completion_tokens if answer.usage else 0
-    return {"reply": content[:KEPT_CHARACTERS], "tokens": tokens}

@@ -1,7 +1,7 @@
 """A model behind OpenAI's chat API that names what a prompt is about and what it asks for, from fixed lists."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +24,7 @@ class TopicLabeler:
     """
 
     def __init__(self, server: JudgeServer, shards: str, shard_rows: int) -> None:
-        """Reads template and lists; connects only when a label is missing.
-
-        Args:
-            server: Address and model.
-            shards: Where finished labels are kept.
-            shard_rows: Labels per file.
-        """
+        """Reads template and lists; connects only when a label is missing."""
         text, lists = TEMPLATE.read_text(encoding="utf-8"), LABELS.read_text(encoding="utf-8")
         self._lists: dict[str, list[str]] = yaml.safe_load(lists)
         # The texts are for a model, not for a browser.
@@ -40,27 +34,16 @@ class TopicLabeler:
         self._chat = StructuredChat(server, _form(**self._lists), "label", fingerprint, shards, shard_rows)
         self.label, self.shards = self._chat.label, self._chat.shards
 
-    def label_prompts(
-        self, prompts: Sequence[str], log: Callable[[str], None]
-    ) -> tuple[list[dict[str, str] | None], ScoringUsage]:
+    def label_prompts(self, prompts: Sequence[str]) -> tuple[list[dict[str, str] | None], ScoringUsage]:
         """Asks about each different prompt once.
 
-        Args:
-            prompts: The prompts.
-            log: Receives progress sentences, and what a reply without labels said.
-
-        Returns:
-            `topic` and `intention` of each prompt, None where the reply named none of the lists; and what it cost.
-
-        Raises:
-            FinalError: The server refuses the key or a request, or does not have the model.
-            RuntimeError: It stays down, overloaded or failing for all of `judge.server.attempts`.
+        The labels are `topic` and `intention` of each prompt, None where the reply named none of the lists.
         """
         keys = [hashlib.sha256(prompt.encode()).hexdigest()[:32] for prompt in prompts]
         questions = {
             key: self._template.render(prompt=prompt, **self._lists) for key, prompt in zip(keys, prompts, strict=True)
         }
-        replies = self._chat.ask(questions, log)
+        replies = self._chat.ask(questions)
         labels = {key: None if reply is None else reply.model_dump() for key, reply in replies.by_key.items()}
         return [labels[key] for key in keys], replies.usage
 

@@ -6,11 +6,7 @@ from collections.abc import Iterator, Sequence
 def longest_first(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Places of rows in batches of at most so many tokens, padding included; a row that is longer stands alone.
 
-    Longest first keeps padding small, and what does not fit into memory shows at once.
-
-    Args:
-        lengths: Tokens of each row, at least one.
-        batch_tokens: Most tokens of a batch.
+    Longest first keeps padding small, and what does not fit into memory shows at once. No row may have length 0.
 
     Examples:
         >>> list(longest_first([2, 9, 3, 3], 6))

@@ -16,11 +16,7 @@ class ChatTemplateError(FinalError):
 
 
 def load_tokenizer(directory: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """Loads the tokenizer of a model directory and checks that it can render chats.
-
-    Raises:
-        ChatTemplateError: There is no chat template in the directory.
-    """
+    """Loads the tokenizer of a model directory and checks that it can render chats."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -54,15 +50,9 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]
 def answer_ids(
     tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], answer: str, finished: bool = True
 ) -> list[int]:
-    """Token ids of an assistant's answer as they follow `prompt_ids`.
+    """Token ids of an assistant's answer as they follow `prompt_ids`; one that was cut has no end-of-turn token.
 
     Prompt and answer are tokenized together, because some tokenizers begin a text on its own differently.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        messages: The conversation that is answered.
-        answer: The text of the answer.
-        finished: Close it with the end-of-turn token; False for an answer that was cut.
     """
     prompt = prompt_text(tokenizer, messages)
     asked = tokenizer(prompt, add_special_tokens=False).input_ids

@@ -1,17 +1,18 @@
 """Which processor and number format the models use."""
 
+import contextlib
 import os
 import platform
 import resource
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import dagster as dg
+from pydantic import BaseModel, ConfigDict
 
 from resources.common.errors import FinalError
-from resources.common.processes import end_soon_after_interrupt, end_with_run
 from resources.settings.machine import Engine
 
 if TYPE_CHECKING:
@@ -20,23 +21,16 @@ if TYPE_CHECKING:
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
-class DeviceResource(dg.ConfigurableResource):
-    """A resource that computes with models; its step gives the device back soon after it is cancelled or its run killed."""
+class DeviceResource(BaseModel):
+    """What computes with models, on the device that the settings choose."""
+
+    model_config = ConfigDict(frozen=True)
 
     engine: Engine
 
-    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Called by Dagster at the start of each step that uses the resource."""
-        end_with_run()
-        end_soon_after_interrupt()
-
 
 def prepare_device(engine: Engine) -> str:
-    """Chooses `cuda` or `cpu` and sets the number of CPU threads.
-
-    Raises:
-        FinalError: A GPU was asked for and there is none.
-    """
+    """Chooses `cuda` or `cpu`, refuses a GPU that is not there, and sets the number of CPU threads."""
     import torch
     import transformers
 
@@ -48,6 +42,19 @@ def prepare_device(engine: Engine) -> str:
     if engine.device == "cuda" and not torch.cuda.is_available():
         raise FinalError("engine.device is `cuda` but torch sees no GPU: set it to `auto` or `cpu`.")
     return "cuda" if engine.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def memory_explained(purpose: str, cure: str) -> Iterator[None]:
+    """Turns the GPU's running out of memory into a sentence that says for what, and what to change."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise FinalError(
+            f"The GPU's memory does not suffice for {purpose}: {' '.join(str(error).split())} {cure}"
+        ) from None
 
 
 def torch_dtype(engine: Engine) -> "torch.dtype":
@@ -62,11 +69,7 @@ def torch_dtype(engine: Engine) -> "torch.dtype":
 
 
 def visible_gpus(engine: Engine) -> list[str]:
-    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them; none where models run on a CPU.
-
-    Raises:
-        FinalError: A GPU was asked for and there is none.
-    """
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them; none where models run on a CPU."""
     import torch
 
     if prepare_device(engine) == "cpu":
@@ -98,11 +101,7 @@ def peak_memory() -> dict[str, float]:
 
 
 def device_name(engine: Engine) -> str:
-    """The processor that models run on, as its maker names it, and how many there are of it.
-
-    Raises:
-        FinalError: A GPU was asked for and there is none.
-    """
+    """The processor that models run on, as its maker names it, and how many there are of it."""
     import torch
 
     if prepare_device(engine) == "cuda":

@@ -2,63 +2,39 @@
 
 import dataclasses
 import json
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from resources.common.errors import FinalError
 from resources.common.progress import Progress
 from resources.models.batches import longest_first
-from resources.models.device import DeviceResource, prepare_device
+from resources.models.device import DeviceResource, memory_explained, prepare_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger("synpo.models")
+
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """The embeddings of texts, and what they cost.
+    """The embeddings of texts, and what they cost."""
 
-    Attributes:
-        vectors: One row of length 1 per text, float32, of shape (texts, dimensions).
-        tokens: Tokens of all texts.
-        texts_cut: Texts whose end the model does not read.
-        seconds: Wall time, loading the model included.
-    """
-
-    vectors: np.ndarray
+    vectors: np.ndarray  # float32 of shape (texts, dimensions), each row of length 1.
     tokens: int
-    texts_cut: int
+    texts_cut: int  # Whose end the model does not read.
     seconds: float
-
-    def metadata(self) -> dict[str, Any]:
-        """The figures as asset metadata."""
-        return {
-            "texts": len(self.vectors),
-            "texts_cut": self.texts_cut,
-            "tokens": self.tokens,
-            "tokens_per_second": round(self.tokens / self.seconds, 1),
-            "seconds": round(self.seconds, 1),
-        }
 
 
 class SentenceEmbedder(DeviceResource):
     """Embeds texts as sentence-transformers does with all-MiniLM-L6-v2: the mean over all tokens, scaled to length 1."""
 
-    def embed(self, weights: Path, texts: Sequence[str], log: Callable[[str], None]) -> Embedded:
-        """Embeds texts.
-
-        Args:
-            weights: Directory of an encoder with safetensors weights and tokenizer.
-            texts: What to embed; none may be empty.
-            log: Receives progress sentences with count, rate and time left.
-
-        Raises:
-            FinalError: The GPU's memory does not suffice.
-        """
+    def embed(self, weights: Path, texts: Sequence[str]) -> Embedded:
+        """Embeds texts, none of which may be empty."""
         import torch
         from transformers import AutoModel, AutoTokenizer
 
@@ -67,25 +43,17 @@ class SentenceEmbedder(DeviceResource):
         trusted = self.engine.trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=trusted)
         # In bfloat16 the cosine of two texts would have two digits.
-        model = (
-            AutoModel.from_pretrained(weights, dtype=torch.float32, use_safetensors=True, trust_remote_code=trusted)
-            .to(device)
-            .eval()
-        )
+        model = AutoModel.from_pretrained(weights, dtype=torch.float32, use_safetensors=True, trust_remote_code=trusted)
+        model = model.to(device).eval()
         longest = min(tokenizer.model_max_length, model.config.max_position_embeddings, _stated_length(weights))
         cut = sum(len(token_ids) > longest for token_ids in tokenizer(list(texts)).input_ids)
         token_ids = tokenizer(list(texts), truncation=True, max_length=longest).input_ids
         vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
-        progress = Progress(len(texts), "embeddings", log)
+        progress = Progress(len(texts), "embeddings", logger)
         for places in longest_first([len(each) for each in token_ids], self.engine.batch_tokens):
             batch = [token_ids[place] for place in places]
-            try:
+            with memory_explained(f"a batch of {len(batch)} texts to embed", "Lower engine.batch_tokens."):
                 vectors[places] = _mean_vectors(model, tokenizer, batch)
-            except torch.OutOfMemoryError as error:
-                raise FinalError(
-                    f"The GPU's memory does not suffice for a batch of {len(batch)} texts to embed: "
-                    f"{' '.join(str(error).split())} Lower engine.batch_tokens."
-                ) from None
             progress.add(len(batch), sum(map(len, batch)))
         return Embedded(vectors, sum(map(len, token_ids)), cut, time.monotonic() - started)
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
+logger = logging.getLogger("synpo.models")
+
 SCORE_COLUMNS = {"key": pl.String, "found": pl.String}
 
 
@@ -35,30 +38,22 @@ class EvaluationHarness(DeviceResource):
     scores: str
 
     def evaluate(
-        self, checkpoint: Checkpoint, manager: "TaskManager", options: Benchmarks, log: Callable[[str], None]
+        self, checkpoint: Checkpoint, manager: "TaskManager", options: Benchmarks
     ) -> list[tuple[BenchmarkTask, dict[str, Any]]]:
-        """Runs the tasks of the settings, or reads what was found earlier.
-
-        Args:
-            checkpoint: The model.
-            manager: What `open_tasks` returned.
-            options: The section `benchmarks` of the settings.
-            log: Receives a sentence about each task.
-
-        Returns:
-            Each task with lm-eval's `results` and `n-samples`.
-        """
+        """Runs the tasks of the settings, or reads what was found earlier: lm-eval's `results` and `n-samples` of each."""
         finished = self._finished(checkpoint, options)
         keys = pl.Series([_key(task) for task in options.tasks])
         missing = [task for task in options.tasks if _key(task) not in set(finished.finished(keys))]
         if len(missing) < len(options.tasks):
-            log(f"{checkpoint.label}: {len(options.tasks) - len(missing)} of {len(options.tasks)} tasks are reused.")
+            logger.info(
+                f"{checkpoint.label}: {len(options.tasks) - len(missing)} of {len(options.tasks)} tasks are reused."
+            )
         model = self._load(checkpoint, options) if missing else None
         for task in missing:
             started = time.monotonic()
             found = _run(model, manager, task, options)
             finished.write([{"key": _key(task), "found": json.dumps(found, default=float)}])
-            log(f"{checkpoint.label}: {_key(task)} took {time.monotonic() - started:.0f} s.")
+            logger.info(f"{checkpoint.label}: {_key(task)} took {time.monotonic() - started:.0f} s.")
         known = dict(finished.rows(keys).select("key", "found").iter_rows())
         return [(task, json.loads(known[_key(task)])) for task in options.tasks]
 
@@ -87,12 +82,7 @@ class EvaluationHarness(DeviceResource):
 
 
 def open_tasks(options: Benchmarks) -> "TaskManager":
-    """Finds the tasks of the settings, and their data, before any model is loaded.
-
-    Raises:
-        FinalError: lm-eval is not installed, the folder holds no task file, a task is unknown, or its file is wrong.
-        RuntimeError: The data of a task cannot be had now.
-    """
+    """Finds the tasks of the settings, and their data, before any model is loaded."""
     if importlib.util.find_spec("lm_eval") is None:
         raise FinalError("benchmarks.tasks needs lm-eval: install the extra `benchmarks`, or remove the setting.")
     folder = options.task_folder
@@ -120,13 +110,7 @@ def read_questions(
 ) -> list[dict[str, Any]]:
     """The rows of a question file, a JSON list (.json) or one object a line.
 
-    Args:
-        file: Its path.
-        setting: The setting that named it, for messages.
-        problem: Says what is wrong with a row that follows other rows, or None.
-
-    Raises:
-        FinalError: It does not exist, is not JSON, is empty, or a row is not a question of this benchmark.
+    `problem` says what is wrong with a row that follows other rows, or None.
     """
     path = Path(file)
     if not path.is_file():

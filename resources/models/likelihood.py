@@ -1,19 +1,21 @@
 """How likely a model finds given answers: their log-probability, without writing anything."""
 
 import dataclasses
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from resources.common.errors import FinalError
 from resources.common.progress import Progress
 from resources.models.batches import longest_first
 from resources.models.chat import answer_ids, load_tokenizer, prompt_ids
-from resources.models.device import DeviceResource, prepare_device, torch_dtype
+from resources.models.device import DeviceResource, memory_explained, prepare_device, torch_dtype
 from resources.storage.checkpoint_store import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger("synpo.models")
 
 # A batch's logits are as many numbers as it has tokens times the vocabulary: about 1 GB for one of 128,000.
 MOST_TOKENS = 2048
@@ -21,15 +23,9 @@ MOST_TOKENS = 2048
 
 @dataclasses.dataclass(frozen=True)
 class Likelihoods:
-    """The log-probabilities of answers, and what they cost.
+    """The log-probabilities of answers, and what they cost."""
 
-    Attributes:
-        per_token: Per row the mean log-probability of the answer's tokens, the end of turn included, in nats.
-        tokens: Tokens read, prompts included.
-        seconds: Wall time, loading the model included.
-    """
-
-    per_token: list[float]
+    per_token: list[float]  # Per row the mean over the answer's tokens, the end of turn included, in nats.
     tokens: int
     seconds: float
 
@@ -37,20 +33,8 @@ class Likelihoods:
 class AnswerLikelihood(DeviceResource):
     """Computes log-probabilities of answers with transformers, since a forward pass is all that it takes."""
 
-    def measure(
-        self, checkpoint: Checkpoint, rows: Sequence[tuple[str, str]], log: Callable[[str], None]
-    ) -> Likelihoods:
-        """The mean log-probability per token of each answer, given its prompt as one user turn.
-
-        Args:
-            checkpoint: The model.
-            rows: Prompt and answer of each.
-            log: Receives progress sentences with count, rate and time left.
-
-        Raises:
-            FinalError: The GPU's memory does not suffice.
-        """
-        import torch
+    def measure(self, checkpoint: Checkpoint, rows: Sequence[tuple[str, str]]) -> Likelihoods:
+        """The mean log-probability per token of each answer, given its prompt as one user turn."""
         from transformers import AutoModelForCausalLM
 
         started = time.monotonic()
@@ -66,15 +50,10 @@ class AnswerLikelihood(DeviceResource):
             for messages, (_, answer) in zip(asked, rows, strict=True)
         ]
         lengths = [len(prompt) + len(answer) for prompt, answer in sides]
-        found, progress = [0.0] * len(rows), Progress(len(rows), "likelihoods", log)
+        found, progress = [0.0] * len(rows), Progress(len(rows), "likelihoods", logger)
         for places in longest_first(lengths, min(self.engine.batch_tokens, MOST_TOKENS)):
-            try:
+            with memory_explained(f"a batch of {len(places)} answers to read", "Lower engine.batch_tokens."):
                 means = _mean_log_probabilities(model, tokenizer, [sides[place] for place in places])
-            except torch.OutOfMemoryError as error:
-                raise FinalError(
-                    f"The GPU's memory does not suffice for a batch of {len(places)} answers to read: "
-                    f"{' '.join(str(error).split())} Lower engine.batch_tokens."
-                ) from None
             for place, mean in zip(places, means, strict=True):
                 found[place] = mean
             progress.add(len(places), sum(lengths[place] for place in places))

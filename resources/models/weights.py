@@ -4,12 +4,9 @@ from pathlib import Path
 
 
 def tensors_not_finite(weights: Path) -> list[str]:
-    """Names of the tensors of a model that hold NaN or infinite numbers.
+    """Names of the tensors of a model that hold NaN or infinite numbers; one tensor at a time is read.
 
     A loss is logged before the step that it leads to, so the last step can ruin the weights unseen.
-
-    Args:
-        weights: Directory with .safetensors files; one tensor at a time is read.
     """
     import torch
     from safetensors import safe_open

@@ -1,24 +1,21 @@
 """PairRM as a scorer: it reads a prompt with two answers, and the place of an answer has an influence."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from resources.common.errors import FinalError
 from resources.models.device import prepare_device, torch_dtype
-from resources.scoring.scoring_model import Reading
+from resources.models.model_source import loading_explained
+from resources.scoring.scoring_model import BOTH_ORDERS, Convention, Reading
 from resources.settings.machine import Engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Which token opens what, and under which name the model's config has its id.
-MARKS = {
-    "source_prefix_id": "<|source|>",
-    "cand1_prefix_id": "<|candidate1|>",
-    "cand2_prefix_id": "<|candidate2|>",
-}
+MARKS = {"source_prefix_id": "<|source|>", "cand1_prefix_id": "<|candidate1|>", "cand2_prefix_id": "<|candidate2|>"}
 # The published model reads 2048 tokens: at most 1224 of the prompt, and each answer gets half of what is left, which is
 # 412 or more (https://github.com/yuchenlin/LLM-Blender#load-pairrm-with-hugging-face-from_pretrained).
 PROMPT_SHARE = 1224 / 2048
@@ -26,19 +23,23 @@ SHORTEST_LENGTH = 32
 
 
 class PairRanker:
-    """A loaded PairRM that gives each of two answers a number; only the difference of the two has a meaning."""
+    """A loaded PairRM that gives each of two answers a number; only the difference of the two has a meaning.
+
+    The difference is the logit of the first answer being better: 1 is a probability of 73 %. With `one_order` equal answers
+    need not tie, as a pair ranker may prefer a place. With the mean of both orders they do, and exchanging the answers
+    exchanges the scores. Their sum is what llm-blender's `compare` gives and what the scores of its `rank` differ by
+    (https://github.com/yuchenlin/LLM-Blender/blob/main/llm_blender/gpt_eval/utils.py, `max_logits`).
+    """
+
+    answers_per_reading: ClassVar[int] = 2
+    conventions: ClassVar[Mapping[str, Convention]] = {
+        "mean_of_both_orders": Convention(BOTH_ORDERS),
+        "sum_of_both_orders": Convention(BOTH_ORDERS, is_sum=True),
+        "one_order": Convention(BOTH_ORDERS[:1]),
+    }
 
     def __init__(self, weights: str, engine: Engine, max_length: int) -> None:
-        """Loads the model.
-
-        Args:
-            weights: Directory with safetensors weights, config and tokenizer of PairRM.
-            engine: Device and number format; code that ships with a model is never run.
-            max_length: Longest prompt and both answers together, in tokens.
-
-        Raises:
-            FinalError: It is no PairRM, or `max_length` leaves no room for answers.
-        """
+        """Loads the model, which reads a prompt and both answers in `max_length` tokens; code that ships with it is never run."""
         from resources.scoring.pairrm import PairRM
 
         device = prepare_device(engine)
@@ -63,6 +64,12 @@ class PairRanker:
                     "llm-blender/PairRM-hf, or a model of exactly its shape, in scorer.name."
                 )
         self._model = model.to(device).eval()
+
+    @staticmethod
+    def check(directory: Path, trust_remote_code: bool) -> None:
+        """Loads the tokenizer; code that ships with the model is never needed."""
+        with loading_explained(directory):
+            load_pair_tokenizer(directory)
 
     def read(self, key: str, prompt: str, answers: Sequence[str]) -> Reading:
         """Lays out a prompt and two answers as PairRM was trained: each opened by its mark, and cut at its end."""
@@ -101,11 +108,7 @@ class PairRanker:
 
 
 def load_pair_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """Loads the tokenizer of a pair ranker and checks that its marks are those of the model.
-
-    Raises:
-        FinalError: The directory holds no PairRM.
-    """
+    """Loads the tokenizer of a pair ranker and checks that its marks are those of the model."""
     from transformers import AutoTokenizer
 
     config = json.loads((directory / "config.json").read_text())

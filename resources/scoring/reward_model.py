@@ -1,28 +1,26 @@
 """A reward model: a sequence classifier with one output, which reads one answer at a time."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
 
 from resources.common.errors import FinalError
 from resources.models.chat import answer_ids, load_tokenizer, prompt_ids
 from resources.models.device import prepare_device, torch_dtype
-from resources.scoring.scoring_model import Reading
+from resources.models.model_source import ModelSourceError, check_tokenizer
+from resources.scoring.scoring_model import Convention, Reading
 from resources.settings.machine import Engine
 
 
 class RewardModel:
-    """A loaded sequence classifier that gives a (prompt, answer) one number."""
+    """A loaded sequence classifier that gives a (prompt, answer) one number, in units of its own; equal answers tie."""
+
+    answers_per_reading: ClassVar[int] = 1
+    conventions: ClassVar[Mapping[str, Convention]] = {"reward_difference": Convention((("first",), ("second",)))}
 
     def __init__(self, weights: str, engine: Engine, max_length: int) -> None:
-        """Loads the model.
-
-        Args:
-            weights: Directory with safetensors weights, config, tokenizer and chat template.
-            engine: Device, number format, and whether code that ships with the model may run.
-            max_length: Longest prompt and answer together, in tokens.
-
-        Raises:
-            FinalError: It is no classifier.
-        """
+        """Loads the model, which reads a prompt and an answer in `max_length` tokens."""
         from transformers import AutoModelForSequenceClassification
 
         device = prepare_device(engine)
@@ -47,6 +45,29 @@ class RewardModel:
             model.config.pad_token_id = self._tokenizer.pad_token_id
         self._model = model.to(device).eval()
 
+    @staticmethod
+    def check(directory: Path, trust_remote_code: bool) -> None:
+        """Loads the tokenizer, and imports the code that ships with the model if there is any."""
+        check_tokenizer(directory, trust_remote_code)
+        import transformers
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        config = json.loads((directory / "config.json").read_text())
+        if any(hasattr(transformers, name) for name in config.get("architectures") or []):
+            return
+        reference = (config.get("auto_map") or {}).get("AutoModelForSequenceClassification")
+        if reference is None:
+            raise ModelSourceError(f"The model in {directory} is no sequence classifier: check scorer.name.")
+        try:
+            get_class_from_dynamic_module(reference, str(directory))
+        # It is somebody else's code: it may fail in any way.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelSourceError(
+                f"The code that ships with the model in {directory} does not run with transformers {transformers.__version__}: "
+                f"{reason} Name a directory with a corrected copy of the model in scorer.name."
+            ) from None
+
     def read(self, key: str, prompt: str, answers: Sequence[str]) -> Reading:
         """Renders a prompt and its one answer with the chat template; the end of what is too long is cut off."""
         (answer,) = answers
@@ -62,11 +83,7 @@ class RewardModel:
         )
 
     def score(self, readings: Sequence[Reading]) -> list[list[float]]:
-        """Scores one batch.
-
-        Raises:
-            FinalError: The model gives more than one number per answer.
-        """
+        """Scores one batch."""
         import torch
 
         padded = self._tokenizer.pad(

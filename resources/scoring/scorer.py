@@ -5,32 +5,27 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import operator
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import polars as pl
 
-from resources.common.errors import FinalError
 from resources.common.progress import Progress
 from resources.models.batches import longest_first
-from resources.models.device import DeviceResource, prepare_device, torch_dtype
+from resources.models.device import DeviceResource, memory_explained, prepare_device, torch_dtype
 from resources.scoring.pair_ranker import PairRanker
 from resources.scoring.reward_model import RewardModel
-from resources.scoring.scoring_model import Reading, ScoringModel
+from resources.scoring.scoring_model import Convention, Reading, ScoringModel
+from resources.settings.method import Scorer
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.shards import Shards
 
-REWARD_DIFFERENCE = "reward_difference"
-BOTH_ORDERS = (("first", "second"), ("second", "first"))
-# Which answers of a row are read together, for each convention.
-READ_TOGETHER: dict[str, tuple[tuple[str, ...], ...]] = {
-    REWARD_DIFFERENCE: (("first",), ("second",)),
-    "mean_of_both_orders": BOTH_ORDERS,
-    "sum_of_both_orders": BOTH_ORDERS,
-    "one_order": (("first", "second"),),
-}
+logger = logging.getLogger("synpo.scoring")
+
+SCORERS: dict[str, type[ScoringModel]] = {"trained": RewardModel, "pretrained": RewardModel, "pair_ranker": PairRanker}
 SCORE_COLUMNS = {
     "key": pl.String,
     "scores": pl.List(pl.Float64),
@@ -42,52 +37,27 @@ SCORE_COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class ScoringUsage:
-    """What one call cost.
+    """What one call cost."""
 
-    Attributes:
-        readings: Different inputs of the model that the call needed: answers for a reward model, ordered pairs for a
-            pair ranker.
-        reused: Of these, found in finished shards.
-        tokens: Tokens of all readings.
-        prompts_cut: Rows whose prompt is too long, so that its end is unseen.
-        answers_cut: Answers, two a row, whose end is unseen.
-        seconds: Wall time of the call, loading the model included.
-    """
-
-    readings: int
-    reused: int
+    readings: int  # Different inputs of the model: answers, or ordered pairs for a pair ranker.
+    reused: int  # Of these readings, found in finished shards.
     tokens: int
-    prompts_cut: int
-    answers_cut: int
+    prompts_cut: int  # Rows whose prompt is too long, so that its end is unseen.
+    answers_cut: int  # Answers, two a row, whose end is unseen.
     seconds: float
 
     def __add__(self, other: "ScoringUsage") -> "ScoringUsage":
         mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
         return ScoringUsage(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
-    def metadata(self) -> dict[str, Any]:
-        """The figures as asset metadata."""
-        figures = {f"scored_{name}": value for name, value in dataclasses.asdict(self).items() if name != "seconds"}
-        figures |= {"scoring_seconds": round(self.seconds, 1)}
-        if not self.reused:
-            figures["scored_tokens_per_second"] = round(self.tokens / self.seconds, 1)
-        return figures
-
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The scores of two answers to each prompt.
-
-    Attributes:
-        first_scores: A number per row, for the first answer; higher is better.
-        second_scores: The same for the second answer.
-        convention: What the difference of the two means; see `RewardScorer`.
-        usage: What the call cost.
-    """
+    """The scores of two answers to each prompt, a number per row; higher is better."""
 
     first_scores: pl.Series
     second_scores: pl.Series
-    convention: str
+    convention: str  # What the difference of the two means; see `RewardScorer`.
     usage: ScoringUsage
 
     @property
@@ -95,24 +65,12 @@ class Comparison:
         """How much better the first answer is: its score minus the other's, in the units of the convention."""
         return self.first_scores - self.second_scores
 
-    def metadata(self) -> dict[str, Any]:
-        """Convention and cost as asset metadata."""
-        return self.usage.metadata() | {"score_convention": self.convention}
-
 
 class RewardScorer(DeviceResource):
     """Compares answers with a reward model or a pair ranker.
 
     In every convention the margin of a row is its first score minus its second; 0 is a tie. The units differ, so a
-    threshold belongs to a convention:
-
-    - `reward_difference` (reward models): each answer is scored by itself, in the model's own units. Equal answers tie.
-    - `one_order` (pair rankers): one reading of prompt, first and second answer. The difference is the logit of the
-      first being better: 1 is a probability of 73 %. Equal answers need not tie, as a pair ranker may prefer a place.
-    - `mean_of_both_orders`: the mean over this reading and the one with the answers exchanged, in the same units.
-      Exchanging the answers exchanges the scores, and equal answers tie.
-    - `sum_of_both_orders`: twice the mean. This is what llm-blender's `compare` gives and what the scores of its `rank`
-      differ by (https://github.com/yuchenlin/LLM-Blender/blob/main/llm_blender/gpt_eval/utils.py, `max_logits`).
+    threshold belongs to a convention; the model's class says what they mean.
 
     Each different reading is scored once, however many rows contain it. Scores are kept as LanguageModel keeps
     completions: in shards under `shards`, in a folder named by everything that can change a score, where a reading is
@@ -120,46 +78,29 @@ class RewardScorer(DeviceResource):
     """
 
     shards: str
-    kind: Literal["trained", "pretrained", "pair_ranker"]
-    pair_convention: Literal["mean_of_both_orders", "sum_of_both_orders", "one_order"]
-    max_length: int
+    scorer: Scorer
 
-    @property
-    def convention(self) -> str:
-        """How scores become a margin."""
-        return self.pair_convention if self.kind == "pair_ranker" else REWARD_DIFFERENCE
-
-    def compare(
-        self, reward_model: Checkpoint, rows: Iterable[tuple[str, str, str]], log: Callable[[str], None]
-    ) -> Comparison:
-        """Scores two answers to each prompt.
-
-        Args:
-            reward_model: A sequence classifier with one output, or a pair ranker, as `kind` says.
-            rows: A prompt and two answers each.
-            log: Receives progress sentences with count, rate and time left.
-
-        Raises:
-            FinalError: The model is of another kind, or the memory or the disk does not suffice.
-        """
+    def compare(self, reward_model: Checkpoint, rows: Iterable[tuple[str, str, str]]) -> Comparison:
+        """Scores two answers to each prompt."""
         started = time.monotonic()
         asked = pl.DataFrame(list(rows), schema=dict.fromkeys(("prompt", "first", "second"), pl.String), orient="row")
-        needed = [readings(asked, sides) for sides in READ_TOGETHER[self.convention]]
+        convention = SCORERS[self.scorer.kind].conventions[self.scorer.convention]
+        needed = [readings(asked, sides) for sides in convention.readings]
         distinct = pl.concat(needed).unique("key", keep="first", maintain_order=True)
         shards = self.shards_of(reward_model)
         finished = shards.finished(distinct["key"])
         missing = distinct.filter(~pl.col("key").is_in(finished.implode()))
         if len(finished):
-            log(f"{len(finished)} of {distinct.height} scores were finished earlier and are reused.")
+            logger.info(f"{len(finished)} of {distinct.height} scores were finished earlier and are reused.")
         if missing.height:
             # Longest first keeps padding small, and what does not fit into memory shows at once.
             length = (
                 pl.col("prompt").str.len_bytes() + pl.col("answers").list.eval(pl.element().str.len_bytes()).list.sum()
             )
-            self._finish(reward_model, missing.sort(length, descending=True), shards, log)
+            self._finish(reward_model, missing.sort(length, descending=True), shards)
         scored = shards.rows(distinct["key"])
         found = [frame.select("key").join(scored, on="key", how="left", maintain_order="left") for frame in needed]
-        first, second = self._of_side("first", found), self._of_side("second", found)
+        first, second = (_of_side(side, found, convention) for side in ("first", "second"))
         usage = ScoringUsage(
             readings=distinct.height,
             reused=len(finished),
@@ -168,31 +109,24 @@ class RewardScorer(DeviceResource):
             answers_cut=int(first["cut"].sum()) + int(second["cut"].sum()),
             seconds=time.monotonic() - started,
         )
-        return Comparison(first["score"], second["score"], self.convention, usage)
+        return Comparison(first["score"], second["score"], self.scorer.convention, usage)
 
     def shards_of(self, reward_model: Checkpoint) -> Shards:
-        """The finished scores of a model under these settings.
-
-        Raises:
-            FinalError: A GPU was asked for and there is none.
-        """
+        """The finished scores of a model under these settings."""
         fingerprint = {
-            "scorer": self.kind,
+            "scorer": self.scorer.kind,
             "checkpoint": reward_model.sha,
-            "max_length": self.max_length,
+            "max_length": self.scorer.max_length,
             "library": f"transformers {importlib.metadata.version('transformers')}",
             "device": prepare_device(self.engine),
             "dtype": str(torch_dtype(self.engine)),
         }
         return Shards(self.shards, fingerprint, f"scores by {reward_model.label}", SCORE_COLUMNS)
 
-    def _finish(
-        self, reward_model: Checkpoint, missing: pl.DataFrame, shards: Shards, log: Callable[[str], None]
-    ) -> None:
+    def _finish(self, reward_model: Checkpoint, missing: pl.DataFrame, shards: Shards) -> None:
         """Scores what is missing, and writes a shard as soon as it is full."""
-        open_model = PairRanker if self.kind == "pair_ranker" else RewardModel
-        model: ScoringModel = open_model(reward_model.weights, self.engine, self.max_length)
-        progress = Progress(missing.height, "scores", log)
+        model = SCORERS[self.scorer.kind](reward_model.weights, self.engine, self.scorer.max_length)
+        progress = Progress(missing.height, "scores", logger)
         for done in range(0, missing.height, self.engine.shard_rows):
             waiting = [model.read(*row) for row in missing.slice(done, self.engine.shard_rows).rows()]
             rows: list[dict[str, Any]] = []
@@ -203,22 +137,18 @@ class RewardScorer(DeviceResource):
                 progress.add(len(batch), sum(len(reading.token_ids) for reading in batch))
             shards.write(rows)
 
-    def _of_side(self, side: str, found: Sequence[pl.DataFrame]) -> pl.DataFrame:
-        """One answer's scores, taken together over the readings that contain it."""
-        places = [
-            (frame, sides.index(side))
-            for frame, sides in zip(found, READ_TOGETHER[self.convention], strict=True)
-            if side in sides
-        ]
-        parts = [
-            frame.select(
-                "prompt_cut", score=pl.col("scores").list.get(place), cut=pl.col("answers_cut").list.get(place)
-            )
-            for frame, place in places
-        ]
-        total = functools.reduce(operator.add, (part["score"] for part in parts))
-        count = 1 if self.convention == "sum_of_both_orders" else len(parts)
-        return parts[0].with_columns(score=total / count)
+
+def _of_side(side: str, found: Sequence[pl.DataFrame], convention: Convention) -> pl.DataFrame:
+    """One answer's scores, taken together over the readings that contain it."""
+    places = [
+        (frame, sides.index(side)) for frame, sides in zip(found, convention.readings, strict=True) if side in sides
+    ]
+    parts = [
+        frame.select("prompt_cut", score=pl.col("scores").list.get(place), cut=pl.col("answers_cut").list.get(place))
+        for frame, place in places
+    ]
+    total = functools.reduce(operator.add, (part["score"] for part in parts))
+    return parts[0].with_columns(score=total / (1 if convention.is_sum else len(parts)))
 
 
 def readings(asked: pl.DataFrame, sides: Sequence[str]) -> pl.DataFrame:
@@ -230,15 +160,11 @@ def readings(asked: pl.DataFrame, sides: Sequence[str]) -> pl.DataFrame:
 
 def _scored(model: ScoringModel, batch: Sequence[Reading]) -> list[dict[str, Any]]:
     """The rows of a shard for one batch."""
-    import torch
-
-    try:
+    with memory_explained(
+        f"a batch of {len(batch)} texts to score",
+        "Lower engine.batch_tokens or scorer.max_length. Finished shards are kept: run it again.",
+    ):
         scores = model.score(batch)
-    except torch.OutOfMemoryError as error:
-        raise FinalError(
-            f"The GPU's memory does not suffice for a batch of {len(batch)} texts to score: {' '.join(str(error).split())} "
-            "Lower engine.batch_tokens or scorer.max_length. Finished shards are kept: run it again."
-        ) from None
     return [
         {
             "key": reading.key,

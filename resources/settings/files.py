@@ -2,28 +2,28 @@
 
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from upath import UPath
 
 from resources.settings.data import SEED_DATA_SUFFIXES
-from resources.settings.sections import SettingsError, merge, nearest, section_of
+from resources.settings.sections import SettingsError, merge, nearest, section_of, sections_in
 from resources.settings.settings import Settings
 
 PRESETS = Path(__file__).parents[1] / "presets"
+# Settings that name a file or folder, relative to the settings file.
+FILES = (
+    ("judge.server", "template"), ("training_processes", "accelerate_config"), ("publishing", "directory"),
+    ("benchmarks", "task_folder"), ("benchmarks", "alpaca_eval"), ("benchmarks", "arena_hard"), ("benchmarks", "mt_bench"),
+)  # fmt: skip
 
 
 def load_settings(path: Path) -> Settings:
-    """Reads a settings file, on top of the preset that it names.
-
-    Args:
-        path: A YAML file. Relative data paths inside are relative to its folder.
-
-    Raises:
-        SettingsError: The file is missing, is not YAML, or holds an unknown, missing or impossible setting.
-    """
+    """Reads a YAML file of settings, on top of the preset that it names; relative paths inside are relative to its folder."""
     try:
         return Settings.model_validate(_read(path))
     except ValidationError as error:
@@ -31,11 +31,7 @@ def load_settings(path: Path) -> Settings:
 
 
 def preset_path(name: str) -> Path:
-    """The file of a preset.
-
-    Raises:
-        SettingsError: There is no preset of that name.
-    """
+    """The file of a preset."""
     names = sorted(file.stem for file in PRESETS.glob("*.yaml"))
     if name not in names:
         raise SettingsError(f"There is no preset `{name}`{nearest(name, names)} Presets: {', '.join(names)}.")
@@ -44,9 +40,28 @@ def preset_path(name: str) -> Path:
 
 @functools.cache
 def active_settings() -> Settings:
-    """The settings of this process: `settings.yaml` in the home (SYNPO_HOME), else the laptop preset."""
-    stored = home_directory() / "settings.yaml"
-    return load_settings(stored if stored.exists() else preset_path("laptop"))
+    """The settings of this process: those of the home (SYNPO_HOME)."""
+    return home_settings(home_directory())
+
+
+def home_settings(home: Path) -> Settings:
+    """The settings stored in a home; those of the laptop preset if there are none.
+
+    Raises:
+        SettingsError: An earlier version made the home, or its settings are wrong.
+    """
+    stored = home / "settings.yaml"
+    if not stored.exists():
+        return load_settings(preset_path("laptop"))
+    values = _yaml(stored)
+    root = UPath(section_of(values, "storage").get("artifacts") or home)
+    # Assets have recorded metrics for as long as the tables have had the columns of today.
+    if "policy" in values or ((root / "tables" / "seed_pairs.parquet").exists() and not (root / "metrics").exists()):
+        raise SettingsError(
+            f"The home {home} was made by an earlier version of SynPO, whose settings, tables and columns have other names. "
+            "Go on with it in that version, or name another directory with --home to start anew; nothing in it was changed."
+        )
+    return load_settings(stored)
 
 
 def home_directory() -> Path:
@@ -55,6 +70,23 @@ def home_directory() -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    values = _yaml(path)
+    _make_paths_absolute(values, path.parent)
+    preset = values.get("preset")
+    if preset in (None, "none") or preset_path(str(preset)) == path:
+        return values
+    if path.name == "settings.yaml" and set(Settings.model_fields) <= set(values):
+        return values
+    base = _read(preset_path(preset))
+    merged = merge(base, values, [Settings])
+    training = section_of(base, "scorer").get("training")
+    if training and "training" not in section_of(merged, "scorer"):
+        # Another kind of scorer takes nothing from the preset's, but the judge is still trained as that would be.
+        merged["judge"] = {"training": training} | section_of(merged, "judge")
+    return merged
+
+
+def _yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SettingsError(f"The settings file {path} does not exist.")
     try:
@@ -63,76 +95,74 @@ def _read(path: Path) -> dict[str, Any]:
         raise SettingsError(f"The settings file {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"The settings file {path} must hold `key: value` lines at its top level.")
-    _make_paths_absolute(values, path.parent)
-    preset = values.get("preset")
-    if preset in (None, "none") or preset_path(str(preset)) == path:
-        return values
-    if path.name == "settings.yaml" and set(Settings.model_fields) <= set(values):
-        return values
-    return merge(_read(preset_path(preset)), values)
+    return values
 
 
 def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
-    sources = [section_of(section_of(values, "seed_data"), key) for key in ("train", "held_out", "verifiable")]
-    sources.append(section_of(section_of(values, "keyword_pool"), "corpus"))
-    for source in sources:
-        if str(source.get("path", "")).endswith(SEED_DATA_SUFFIXES):
-            source["path"] = str((folder / source["path"]).resolve())
-    model, scorer = section_of(values, "initial_policy"), section_of(values, "scorer")
-    embedding = section_of(section_of(values, "diversity"), "embedding_model")
-    processes, judge = section_of(values, "training_processes"), section_of(section_of(values, "judge"), "server")
-    if judge.get("template"):
-        judge["template"] = str((folder / str(judge["template"])).resolve())
-    if processes.get("accelerate_config"):
-        processes["accelerate_config"] = str((folder / str(processes["accelerate_config"])).resolve())
-    publishing = section_of(values, "publishing")
-    if publishing.get("directory"):
-        publishing["directory"] = str((folder / str(publishing["directory"])).resolve())
-    benchmarks = section_of(values, "benchmarks")
-    for name in ("task_folder", "alpaca_eval", "arena_hard", "mt_bench"):
-        if benchmarks.get(name):
-            benchmarks[name] = str((folder / str(benchmarks[name])).resolve())
-    for place in (model, embedding):
-        if place.get("source") == "directory" and "name" in place:
-            place["name"] = str((folder / str(place["name"])).resolve())
-    if scorer.get("name") and (folder / str(scorer["name"])).is_dir():
-        scorer["name"] = str((folder / str(scorer["name"])).resolve())
+    def at(place: str) -> dict[str, Any]:
+        return functools.reduce(section_of, place.split("."), values)
+
+    sources = map(at, ("seed_data.train", "seed_data.held_out", "seed_data.verifiable", "keyword_pool.corpus"))
+    models = map(at, ("initial_policy", "diversity.embedding_model"))
+    scorer = at("scorer")
+    named = [(source, "path") for source in sources if str(source.get("path", "")).endswith(SEED_DATA_SUFFIXES)]
+    named += [(model, "name") for model in models if model.get("source") == "directory" and "name" in model]
+    named += [(scorer, "name")] if scorer.get("name") and (folder / str(scorer["name"])).is_dir() else []
+    named += [(at(place), name) for place, name in FILES if at(place).get(name)]
+    for section, name in named:
+        section[name] = str((folder / str(section[name])).resolve())
 
 
 def _sentence(path: Path, error: ValidationError) -> str:
     sentences = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        where, _ = _place(problem["loc"])
+        context = problem.get("ctx", {})
         if problem["type"] == "extra_forbidden":
-            name, fields = str(problem["loc"][-1]), _fields_at(problem["loc"][:-1])
-            sentences.append(f"`{where}` is not a setting{nearest(name, [*fields, *_places_of(name)])}")
+            *outer, name = problem["loc"]
+            _, sections = _place(outer)
+            known = [field for section in sections for field in section.model_fields]
+            if outer and "kind" in known and sections[0].model_fields["kind"].default == outer[-1]:
+                sentences.append(f"`{where}` is not a setting of `kind: {outer[-1]}`{nearest(str(name), known)}")
+            else:
+                sentences.append(f"`{where}` is not a setting{nearest(str(name), [*known, *_places_of(str(name))])}")
         elif problem["type"] == "missing":
             sentences.append(f"`{where}` is missing.")
+        elif problem["type"] == "union_tag_not_found":
+            sentences.append(f"`{where}.kind` is missing.")
+        elif problem["type"] == "union_tag_invalid":
+            sentences.append(
+                f"`{where}.kind` is {context['tag']!r}: input should be one of {context['expected_tags']}."
+            )
         elif problem["type"] == "value_error":
             place = f"`{where}`: " if where else ""
-            sentences.append(place + str(problem["ctx"]["error"]))
+            sentences.append(place + str(context["error"]))
         else:
             sentences.append(f"`{where}` is {problem['input']!r}: {problem['msg'].lower()}.")
     return f"Settings file {path}: " + " ".join(sentences)
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    section: type[BaseModel] = Settings
+def _place(location: Sequence[int | str]) -> tuple[str, list[type[BaseModel]]]:
+    """The dotted name of a place that pydantic names, and the sections that can stand there."""
+    names: list[str] = []
+    sections, is_variant = sections_in(Settings), False
     for part in location:
-        if isinstance(part, int):
-            # The place in a list, whose elements are sections.
+        if is_variant:
+            # Of a union, pydantic names the variant too, which is no place in the file.
+            sections = [section for section in sections if section.model_fields["kind"].default == part]
+            is_variant = False
             continue
-        annotation = section.model_fields[str(part)].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
-    return list(section.model_fields)
+        names.append(str(part))
+        fields = [section.model_fields[str(part)] for section in sections if part in section.model_fields]
+        if fields:
+            sections, is_variant = sections_in(fields[0].annotation), fields[0].discriminator is not None
+    return ".".join(names), sections
 
 
 def _places_of(name: str) -> list[str]:
     """The settings of this name by dotted name, for a key that stands in the wrong section."""
-    sections = {
-        section: field.annotation
-        for section, field in Settings.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    }
-    return [f"{section}.{name}" for section, kind in sections.items() if name in kind.model_fields]
+    return [
+        f"{place}.{name}"
+        for place, field in Settings.model_fields.items()
+        if any(name in section.model_fields for section in sections_in(field.annotation))
+    ]

@@ -3,19 +3,14 @@
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import dagster as dg
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from upath.registry import available_implementations
 
-from resources.settings.sections import Section, nearest
-
-GENERATING_ASSETS = ("initial_policy", "prompt_generator", "response_improver", "model_checkpoint")
+from resources.settings.sections import Section
 
 
-class ServerAccess(dg.Config):
+class ServerAccess(Section):
     """How a running server with OpenAI's API is reached."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     url: str = Field(
         pattern="^https?://",
@@ -44,20 +39,9 @@ class Server(ServerAccess):
         "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, that sees the same files.",
     )
 
-    @field_validator("models")
-    @classmethod
-    def _known_assets(cls, models: dict[str, str]) -> dict[str, str]:
-        for label in models:
-            asset = label.partition("[")[0]
-            if asset not in GENERATING_ASSETS:
-                raise ValueError(f"{label!r} is no checkpoint that generates{nearest(asset, list(GENERATING_ASSETS))}")
-        return models
 
-
-class RayCluster(dg.Config):
+class RayCluster(Section):
     """A Ray cluster whose nodes share the generation; they need this project installed and the files of the home."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     address: str | None = Field(
         None,
@@ -70,10 +54,8 @@ class RayCluster(dg.Config):
     cpus_per_worker: float = Field(1, gt=0, description="Logical CPUs that Ray sets aside for each copy.")
 
 
-class Engine(dg.Config):
-    """How models run on this machine. A Dagster config, so that the UI shows it with the resources that use it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class Engine(Section):
+    """How models run on this machine."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes a GPU where there is one.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from resources.settings.sections import Section
-from resources.settings.training import PreferenceTraining, Training
+from resources.settings.training import Loss, PreferenceTraining, Training
 
 
 class Sampling(Section):
@@ -18,22 +18,18 @@ class Sampling(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="Sample within this probability mass; 1 is all.")
     max_new_tokens: int = Field(ge=1, description="Longest completion, in tokens. Not given in the paper.")
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
-        default_factory=list,
-        description="Texts that end a completion; they stay in the text.",
+        default_factory=list, description="Texts that end a completion; they stay in the text."
     )
 
 
 class PromptGenerator(Section):
     """The prompt generator G: learns (keywords -> prompt and answer), writes the synthetic prompts."""
 
-    keywords_from_seed_prompt: int | None = Field(
-        None,
-        ge=1,
-        description="Keywords taken from the seed prompt itself. None: keyword_pool.keywords_per_set less noise_keywords. "
-        "Paper: 2.",
-    )
     noise_keywords: int = Field(
-        1, ge=0, description="Keywords taken from another seed prompt. Paper: 1; 0 switches noise off."
+        1,
+        ge=0,
+        description="Keywords taken from another seed prompt; the others of the keyword_pool.keywords_per_set come from "
+        "the seed prompt itself. Paper: 1 of 3; 0 switches noise off.",
     )
     prompts_per_iteration: int = Field(ge=1, description="Valid prompts wanted per iteration. Paper: 36,000 to 72,000.")
     max_overdraw: float = Field(
@@ -84,43 +80,64 @@ class ResponseImprover(Section):
     sampling: Sampling = Field(description="Decoding of the rewrites. Paper: T = 0.7.")
 
 
-class Scorer(Section):
-    """The scorer F that filters pairs: a reward model."""
+class ScoringSection(Section):
+    """What all scorers have in common."""
 
-    kind: Literal["trained", "pretrained", "pair_ranker"] = Field(
-        "trained",
-        description="`trained`: a Bradley-Terry model trained here on gold over M_0's answers. `pretrained`: a reward model by "
-        "id, such as ArmoRM. `pair_ranker`: PairRM, which reads two answers at a time.",
-    )
-    name: str | None = Field(
-        None,
-        description="Id or directory of the published model: a sequence classifier with one output for `pretrained`, "
-        "`llm-blender/PairRM-hf` or one of its shape for `pair_ranker`.",
-    )
-    revision: str | None = Field(None, description="Revision of the hub model named here.")
-    pair_convention: Literal["mean_of_both_orders", "sum_of_both_orders", "one_order"] = Field(
-        "mean_of_both_orders",
-        description="Pair ranker only: what a margin is. It reads (a, b) and (b, a) and gives a logit for each; their mean is "
-        "in the units of one reading, their sum about twice that, and `one_order` reads the pair once. The paper does not say "
-        "which one its threshold of 0.20 is in. Stored with the pairs.",
-    )
+    kind: str
     max_length: int = Field(
         2048,
         ge=8,
         description="Longest prompt and answer in tokens, for a pair ranker prompt and both answers (PairRM was trained with "
         "2048); the end of longer ones is unseen.",
     )
-    training: Training | None = Field(
-        None, description="Trained only: the training of the reward model. Not in the paper."
+
+    @property
+    def convention(self) -> str:
+        """What a margin is, by a name that is stored with the pairs; a reward model's is a difference of two rewards."""
+        return "reward_difference"
+
+
+class PublishedScorer(ScoringSection):
+    """A published model as scorer."""
+
+    name: str = Field(
+        description="Id or directory of the published model: a sequence classifier with one output for `pretrained`, "
+        "`llm-blender/PairRM-hf` or one of its shape for `pair_ranker`."
+    )
+    revision: str | None = Field(None, description="Revision of the hub model named here. None: main.")
+
+
+class TrainedScorer(ScoringSection):
+    """A Bradley-Terry reward model, trained here on gold over M_0's answers."""
+
+    kind: Literal["trained"] = "trained"
+    training: Training = Field(description="The training of the reward model. Not in the paper.")
+
+
+class PretrainedScorer(PublishedScorer):
+    """A published reward model, such as ArmoRM."""
+
+    kind: Literal["pretrained"] = "pretrained"
+
+
+class PairRankerScorer(PublishedScorer):
+    """PairRM, which reads two answers at a time."""
+
+    kind: Literal["pair_ranker"] = "pair_ranker"
+    pair_convention: Literal["mean_of_both_orders", "sum_of_both_orders", "one_order"] = Field(
+        "mean_of_both_orders",
+        description="What a margin is. A pair ranker reads (a, b) and (b, a) and gives a logit for each; their mean is in the "
+        "units of one reading, their sum about twice that, and `one_order` reads the pair once. The paper does not say which "
+        "one its threshold of 0.20 is in. Stored with the pairs.",
     )
 
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if self.kind == "trained" and self.training is None:
-            raise ValueError("scorer.training is missing: it is needed when scorer.kind is `trained`.")
-        if self.kind != "trained" and not self.name:
-            raise ValueError(f"scorer.name is missing: it is needed when scorer.kind is `{self.kind}`.")
-        return self
+    @property
+    def convention(self) -> str:
+        """The one that is stated."""
+        return self.pair_convention
+
+
+Scorer = Annotated[TrainedScorer | PretrainedScorer | PairRankerScorer, Field(discriminator="kind")]
 
 
 class Preferences(Section):
@@ -169,8 +186,8 @@ class Preferences(Section):
         return self
 
 
-class Policy(Section):
-    """The preference optimisation that makes M_t."""
+class PreferenceOptimization(Section):
+    """How M_t is made of the pairs."""
 
     policy_init: Literal["initial", "previous"] = Field(
         "initial", description="Start M_t from M_0 (paper, Algorithm 1) or from M_{t-1} (as the printed loss suggests)."
@@ -178,4 +195,5 @@ class Policy(Section):
     accumulate: bool = Field(
         True, description="Train M_t on the pairs of iterations 1 to t (paper). False: on those of iteration t alone."
     )
-    training: PreferenceTraining = Field(description="SimPO or DPO on these pairs.")
+    loss: Loss = Field(description="`kind` is simpo (paper), dpo, orpo or cpo_simpo; each has fields of its own.")
+    training: PreferenceTraining = Field(description="The training on these pairs.")

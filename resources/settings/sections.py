@@ -1,7 +1,8 @@
 """What all sections of the settings have in common, and how two of them are merged."""
 
 import difflib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -22,16 +23,28 @@ def section_of(values: dict[str, Any], name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Sections as written, the changes before the base."""
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field can hold: itself, or the options of a union or list."""
+    options = (annotation, *get_args(annotation))
+    return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any], sections: Sequence[type[BaseModel]]) -> dict[str, Any]:
+    """Puts changes over a base, section by section; of another variant of a section, nothing in the base applies."""
     merged = dict(base)
     for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
+        known = merged.get(key)
+        fields = [section.model_fields[key] for section in sections if key in section.model_fields]
+        if isinstance(value, dict) and isinstance(known, dict):
+            tags = [field.discriminator for field in fields if isinstance(field.discriminator, str)]
+            if all(value.get(tag, known.get(tag)) == known.get(tag) for tag in tags):
+                inner = [section for field in fields for section in sections_in(field.annotation)]
+                value = merge(known, value, inner)
+        merged[key] = value
     return merged
 
 
-def nearest(name: str, names: list[str]) -> str:
+def nearest(name: str, names: Sequence[str]) -> str:
     """The end of a sentence that says what was probably meant."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean `{close[0]}`?" if close else "."

@@ -12,13 +12,15 @@ from resources.settings.data import InitialPolicy, KeywordPool, SeedData
 from resources.settings.evaluation import Benchmarks, Checks, Diversity, Gate, Judge
 from resources.settings.machine import Engine, Storage
 from resources.settings.method import (
-    Policy,
+    PreferenceOptimization,
     Preferences,
     PromptGenerator,
     ResponseImprover,
     Responses,
     Sampling,
     Scorer,
+    ScoringSection,
+    TrainedScorer,
 )
 from resources.settings.publishing import Automation, Publishing
 from resources.settings.sections import Section, merge, section_of
@@ -38,9 +40,9 @@ class Settings(Section):
     diversity: Diversity = Field(default_factory=Diversity)
     responses: Responses
     response_improver: ResponseImprover
-    scorer: Scorer
+    scorer: Scorer = Field(description="`kind` is trained, pretrained or pair_ranker; each has fields of its own.")
     preferences: Preferences
-    policy: Policy
+    preference_optimization: PreferenceOptimization
     judge: Judge
     engine: Engine = Field(default_factory=lambda: Engine.model_validate({}))
     training_processes: TrainingProcesses = Field(default_factory=lambda: TrainingProcesses.model_validate({}))
@@ -53,14 +55,24 @@ class Settings(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "policy" in values:
+            raise ValueError(
+                "`policy` is now `preference_optimization`: rename the section. beta and gamma stand under "
+                "`preference_optimization.loss`, with `kind: simpo`, all else as before."
+            )
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
     def _judge_like_the_scorer(cls, values: Any) -> Any:
         """What the section `judge` leaves out is as in the section `scorer`."""
         if not isinstance(values, dict) or not isinstance(values.get("judge", {}), dict):
             return values
         scorer = section_of(values, "scorer")
         shared = {name: scorer[name] for name in ("training", "max_length") if scorer.get(name) is not None}
-        defaults = {"max_length": Scorer.model_fields["max_length"].default}
-        return values | {"judge": merge(defaults | shared, section_of(values, "judge"))}
+        defaults = {"max_length": ScoringSection.model_fields["max_length"].default}
+        return values | {"judge": merge(defaults | shared, section_of(values, "judge"), [Judge])}
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -74,12 +86,6 @@ class Settings(Section):
             raise ValueError(
                 f"prompt_generator.noise_keywords ({self.prompt_generator.noise_keywords}) leaves no keyword of the seed "
                 f"prompt itself: it must be less than keyword_pool.keywords_per_set ({self.keyword_pool.keywords_per_set})."
-            )
-        trained = self.keywords_from_seed_prompt + self.prompt_generator.noise_keywords
-        if trained != self.keyword_pool.keywords_per_set:
-            raise ValueError(
-                f"The prompt generator is trained on {trained} keywords (keywords_from_seed_prompt + noise_keywords) but "
-                f"keyword_pool.keywords_per_set is {self.keyword_pool.keywords_per_set}: make them equal, or leave the first out."
             )
         if self.prompt_generator.min_words > self.prompt_generator.max_words:
             raise ValueError("prompt_generator.min_words is larger than max_words: no prompt could pass.")
@@ -109,10 +115,10 @@ class Settings(Section):
     @property
     def trainings(self) -> list[Training]:
         """All training runs that the settings ask for."""
-        trainings = [self.prompt_generator.training, self.policy.training, self.judge.training]
+        trainings = [self.prompt_generator.training, self.preference_optimization.training, self.judge.training]
         if self.trains_improver:
             trainings.append(self.response_improver.training)
-        return trainings + ([self.scorer.training] if self.scorer.kind == "trained" and self.scorer.training else [])
+        return trainings + ([self.scorer.training] if isinstance(self.scorer, TrainedScorer) else [])
 
     @property
     def trains_improver(self) -> bool:
@@ -121,9 +127,8 @@ class Settings(Section):
 
     @property
     def keywords_from_seed_prompt(self) -> int:
-        """Keywords of the seed prompt itself that the generator is trained on, beside the noise."""
-        stated = self.prompt_generator.keywords_from_seed_prompt
-        return stated or self.keyword_pool.keywords_per_set - self.prompt_generator.noise_keywords
+        """Keywords of the seed prompt itself that the generator is trained on, besides the noise."""
+        return self.keyword_pool.keywords_per_set - self.prompt_generator.noise_keywords
 
     @property
     def keyword_sets_per_iteration(self) -> int:

@@ -1,9 +1,8 @@
 """How models are trained."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-import dagster as dg
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from resources.settings.sections import Section
 
@@ -45,22 +44,8 @@ class Training(Section):
 
 
 class PreferenceTraining(Training):
-    """SimPO (section 2.3 of the paper) or DPO. Batch, epochs, learning rate and lengths are not given there."""
+    """The training of M_t on preference pairs. The paper gives no batch, epochs, learning rate and lengths for it."""
 
-    loss: Literal["simpo", "dpo"] = Field(
-        "simpo",
-        description="The loss: SimPO (paper), or DPO, whose reference model is the checkpoint that the training starts from.",
-    )
-    beta: float = Field(
-        gt=0,
-        description="Scale of the length-normalised log-probabilities. Paper: searched in {2..12}. With DPO: of the summed "
-        "log-ratios to the reference model, and far smaller, such as 0.1.",
-    )
-    gamma: float = Field(
-        1.6,
-        ge=0,
-        description="Target reward margin, gamma itself and not gamma/beta. Paper: 1.6. Has no meaning with DPO.",
-    )
     max_prompt_length: int = Field(ge=4, description="Prompts are cut to this many tokens, from the left.")
     max_completion_length: int = Field(
         ge=4, description="Each side is cut to this many tokens before the trainer sees it."
@@ -76,10 +61,46 @@ class PreferenceTraining(Training):
         return self
 
 
-class TrainingProcesses(dg.Config):
-    """How training runs: its processes, what it saves on the way, and who is told of its progress."""
+class SimPO(Section):
+    """The loss of the paper (section 2.3): rewards are mean log-probabilities, and no reference model is needed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    kind: Literal["simpo"] = "simpo"
+    beta: float = Field(
+        gt=0, description="Scale of the length-normalised log-probabilities. Paper: searched in {2..12}."
+    )
+    gamma: float = Field(1.6, ge=0, description="Target reward margin, gamma itself and not gamma/beta. Paper: 1.6.")
+
+
+class DPO(Section):
+    """Rewards are log-ratios to a reference model: the checkpoint that the training starts from (arXiv 2305.18290)."""
+
+    kind: Literal["dpo"] = "dpo"
+    beta: float = Field(
+        0.1, gt=0, description="Scale of the summed log-ratios, far smaller than that of SimPO. Not in the paper."
+    )
+
+
+class ORPO(Section):
+    """The likelihood of prompt and chosen answer, and the odds of chosen over rejected (arXiv 2403.07691)."""
+
+    kind: Literal["orpo"] = "orpo"
+    beta: float = Field(0.1, gt=0, description="Weight of the odds, lambda in ORPO's paper. Not in SynPO's.")
+
+
+class CPOSimPO(Section):
+    """SimPO, and the likelihood of the chosen answer as CPO adds it (arXiv 2401.08417)."""
+
+    kind: Literal["cpo_simpo"] = "cpo_simpo"
+    beta: float = Field(gt=0, description="As in SimPO. Not in the paper.")
+    gamma: float = Field(ge=0, description="As in SimPO. Not in the paper.")
+    alpha: float = Field(gt=0, description="Weight of the likelihood, such as 0.05 to 1. Not in the paper.")
+
+
+Loss = Annotated[SimPO | DPO | ORPO | CPOSimPO, Field(discriminator="kind")]
+
+
+class TrainingProcesses(Section):
+    """How training runs: its processes, what it saves on the way, and who is told of its progress."""
 
     processes: int | None = Field(
         None, ge=1, description="Processes that train side by side. None: one for each visible GPU, 1 on a CPU."

@@ -16,6 +16,7 @@ from resources.common.errors import FinalError
 from resources.common.text import asset_label
 from resources.storage.files import AnyPath, file_sha256, json_sha256, temporary_directory_beside, write_atomically
 
+TRAINING_LOG = "trainer_log.jsonl"
 REQUIRED_KEYS = {"asset", "partition", "sha", "weights", "files"}
 RECORDED_LIBRARIES = ("dagster", "torch", "transformers", "trl", "peft", "polars")
 
@@ -26,20 +27,12 @@ class CheckpointError(FinalError):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A finished checkpoint.
-
-    Attributes:
-        asset: The asset that made it, for example `model_checkpoint`.
-        partition: Its iteration (`0001`), or None for assets made once.
-        sha: sha256 over the names and contents of all weight files.
-        weights: Local directory with safetensors weights, config and tokenizer: what generates.
-        directory: Local directory with `manifest.json`.
-    """
+    """A finished checkpoint."""
 
     asset: str
-    partition: str | None
-    sha: str
-    weights: str
+    partition: str | None  # Its iteration (`0001`); None for assets made once.
+    sha: str  # Of the names and contents of all weight files.
+    weights: str  # Local directory with safetensors weights, config and tokenizer: what generates.
     directory: str
 
     @property
@@ -64,12 +57,7 @@ class CheckpointStore(dg.IOManager):
     """
 
     def __init__(self, root: str, cache: str | None = None) -> None:
-        """Makes a store.
-
-        Args:
-            root: A local directory, or a URL that fsspec knows.
-            cache: For a URL only: the local directory that holds the checkpoints in use.
-        """
+        """Takes a local directory, or a URL that fsspec knows and a local cache of the checkpoints in use."""
         self._root = UPath(root)
         self._local = Path(cache or root)
         self._is_remote = cache is not None
@@ -84,20 +72,13 @@ class CheckpointStore(dg.IOManager):
         settings: Mapping[str, Any],
         random_seed: int,
     ) -> tuple[Checkpoint, Any]:
-        """Builds a checkpoint in a temporary directory and moves it to its final place.
+        """Builds a checkpoint in a temporary directory and moves it to its final place, and hands on what `build` returned.
 
         Content that is there already is kept; if it was damaged since, it is replaced.
 
         Args:
-            context: The running asset: names the checkpoint, its iteration and its run.
             build: Fills the given empty directory; the weights that generate go into its folder `merged`.
-            parents: The checkpoints it started from or depends on, by role.
             trained_on: Content version of each table that it was trained on, by asset.
-            settings: The settings it was trained with.
-            random_seed: The seed of the training run.
-
-        Returns:
-            The checkpoint, and what `build` returned.
         """
         asset = context.asset_key.to_user_string()
         partition = None if context.assets_def.partitions_def is None else context.partition_key
@@ -127,13 +108,7 @@ class CheckpointStore(dg.IOManager):
             return self._keep(temporary, manifest), result
 
     def adopt(self, context: dg.AssetExecutionContext, weights: Path, origin: Mapping[str, Any]) -> Checkpoint:
-        """Registers a model that lies elsewhere (cache, hub snapshot, user directory) by links to its files.
-
-        Args:
-            context: The running asset.
-            weights: Directory with the model; it is only read.
-            origin: Where the model came from, for the manifest.
-        """
+        """Registers a model that lies elsewhere (cache, hub snapshot, user directory) by links to its files."""
         asset = context.asset_key.to_user_string()
         manifest = _weights_manifest(weights)
         manifest |= {"asset": asset, "partition": None, "run_id": context.run.run_id, "weights": "merged"}
@@ -145,11 +120,7 @@ class CheckpointStore(dg.IOManager):
             return self._keep(temporary, manifest)
 
     def current(self, asset: str, partition: str | None) -> Checkpoint:
-        """The newest finished checkpoint of an asset and iteration, its files checked for presence and size.
-
-        Raises:
-            CheckpointError: There is none, or files of it are missing.
-        """
+        """The newest finished checkpoint of an asset and iteration, its files checked for presence and size."""
         label = asset_label(asset, partition)
         pointer = self._pointer(asset, partition)
         if not pointer.exists():
@@ -163,18 +134,21 @@ class CheckpointStore(dg.IOManager):
 
     def manifest(self, asset: str, partition: str | None) -> dict[str, Any] | None:
         """The manifest of the current checkpoint, for which no weights are fetched; None if there is no such checkpoint."""
-        pointer = self._pointer(asset, partition)
-        if not pointer.exists():
-            return None
-        file = self._root / json.loads(pointer.read_text())["directory"] / "manifest.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        file = self._file_of_current(asset, partition, "manifest.json")
+        return json.loads(file.read_text()) if file else None
+
+    def manifest_of_sha(self, sha: str) -> dict[str, Any] | None:
+        """The manifest of the checkpoint with these weights, current or superseded; None if it is gone."""
+        files = sorted(self._root.glob(f"*/*/{sha[:16]}/manifest.json"), key=str)
+        return json.loads(files[0].read_text()) if files else None
+
+    def training_log(self, asset: str, partition: str | None) -> list[dict[str, Any]]:
+        """What the trainer of the current checkpoint logged, one entry per step; empty if it is gone or was not trained."""
+        file = self._file_of_current(asset, partition, TRAINING_LOG)
+        return [json.loads(line) for line in file.read_text().splitlines()] if file else []
 
     def verify(self, checkpoint: Checkpoint) -> None:
-        """Reads every weight file again, in an object store too, and compares it with the manifest.
-
-        Raises:
-            CheckpointError: The content of the directory is not what was written.
-        """
+        """Reads every weight file again, in an object store too, and compares it with the manifest."""
         stored = self._root / self._name(checkpoint)
         if not _is_intact(stored, checkpoint.sha):
             raise _altered(stored, checkpoint.label)
@@ -198,6 +172,13 @@ class CheckpointStore(dg.IOManager):
 
     def _pointer(self, asset: str, partition: str | None) -> UPath:
         return self._root / asset / f"{partition or 'once'}.json"
+
+    def _file_of_current(self, asset: str, partition: str | None, name: str) -> UPath | None:
+        pointer = self._pointer(asset, partition)
+        if not pointer.exists():
+            return None
+        file = self._root / json.loads(pointer.read_text())["directory"] / name
+        return file if file.exists() else None
 
     def _name(self, checkpoint: Checkpoint) -> str:
         """The place of a checkpoint below the root, which is its place in the cache as well."""
@@ -265,11 +246,7 @@ def _manifest(directory: AnyPath) -> dict[str, Any]:
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """The finished checkpoint in a local directory.
-
-    Raises:
-        CheckpointError: There is none, or its manifest is damaged.
-    """
+    """The finished checkpoint in a local directory."""
     manifest = _manifest(directory)
     return Checkpoint(
         asset=manifest["asset"],

@@ -17,12 +17,7 @@ BLOCK_BYTES = 8 * 2**20
 
 
 def write_atomically(path: AnyPath, content: bytes) -> None:
-    """Writes a file as a whole or not at all.
-
-    Args:
-        path: Where the file shall be; its folder is made if need be.
-        content: All of its bytes.
-    """
+    """Writes a file as a whole or not at all."""
     with opened_atomically(path) as file:
         file.write(content)
 
@@ -80,12 +75,7 @@ def replace_directory(finished: Path, place: Path) -> None:
 
 
 def remove_abandoned(folder: Path, pattern: str) -> None:
-    """Removes the temporary directories of processes that are dead.
-
-    Args:
-        folder: Where to look.
-        pattern: Which names; the last but one part of a name is the process id.
-    """
+    """Removes the temporary directories of processes that are dead."""
     for leftover in folder.glob(pattern):
         if is_abandoned(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -94,7 +84,14 @@ def remove_abandoned(folder: Path, pattern: str) -> None:
 def is_abandoned(directory: AnyPath) -> bool:
     """Whether a temporary directory belongs to a process that is dead: the last but one part of its name is the id."""
     process_id = directory.name.split(".")[-2]
-    return process_id.isdigit() and not _is_alive(int(process_id))
+    if process_id.isdigit():
+        try:
+            os.kill(int(process_id), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+    return False
 
 
 def file_sha256(path: AnyPath) -> str:
@@ -109,13 +106,3 @@ def file_sha256(path: AnyPath) -> str:
 def json_sha256(value: Any) -> str:
     """The sha256 of a JSON-serialisable value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _is_alive(process_id: int) -> bool:
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -15,12 +15,7 @@ TAG = "synpo"
 
 
 def check_destination(publishing: Publishing, kind: RepositoryKind) -> None:
-    """Makes sure, before anything is written, that there is somewhere to publish to.
-
-    Raises:
-        FinalError: Neither a repository nor a directory is named, the directory cannot be made, or there is no token for the
-            hub.
-    """
+    """Makes sure, before anything is written, that there is somewhere to publish to."""
     if publishing.dry_run:
         return
     if publishing.directory:
@@ -53,22 +48,12 @@ def publish(
     kind: RepositoryKind,
     replaced: Sequence[str],
 ) -> str:
-    """Publishes a folder as the settings say.
+    """Publishes a finished folder as the settings say, under `name` where that is in a directory.
 
-    Args:
-        publishing: The settings.
-        folder: A finished folder.
-        name: Its place below `publishing.directory`.
-        repository: Its hub id.
-        kind: What the hub shall take it for.
-        replaced: Patterns of the hub's files that are removed where the folder has none of that name, so that nothing of
-            an earlier upload is left among them.
+    Files of an earlier upload that match `replaced` are removed from the hub where the folder has none of that name.
 
     Returns:
         Where it was published: a path, the address of a commit, or `nowhere (dry run)`.
-
-    Raises:
-        FinalError: The hub refuses, or in the directory lies something that was not published from here.
     """
     if publishing.dry_run:
         return "nowhere (dry run)"

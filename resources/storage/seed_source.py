@@ -18,15 +18,7 @@ def read_rows(source: DataSource, setting: str, columns: tuple[str, ...]) -> Ite
     """Streams the rows of a file or dataset, with their line or row number, counted from 1.
 
     Blank lines of a JSONL file are skipped; a line that is not a JSON object comes back as an empty row, so that it is
-    reported by its line.
-
-    Args:
-        source: Where the rows are.
-        setting: The setting that named the source, for messages.
-        columns: Columns that must be there in one of the first rows at least.
-
-    Raises:
-        SettingsError: The source does not exist, cannot be had, is empty or lacks a column.
+    reported by its line. Each column must be there in one of the first rows at least.
     """
     rows = _rows(source, setting)
     try:

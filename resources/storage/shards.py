@@ -16,11 +16,6 @@ from resources.storage.files import json_sha256, write_atomically
 FINGERPRINT_FILE = "fingerprint.json"
 
 
-def fingerprint_name(fingerprint: Mapping[str, Any]) -> str:
-    """The name of the folder that holds the rows of a fingerprint."""
-    return json_sha256(dict(fingerprint))[:16]
-
-
 class Shards:
     """Rows with the same fingerprint: everything that can change a row, other than its key.
 
@@ -28,15 +23,8 @@ class Shards:
     """
 
     def __init__(self, root: str, fingerprint: Mapping[str, Any], label: str, columns: Mapping[str, Any]) -> None:
-        """Opens the folder of a fingerprint, and makes it with the first write.
-
-        Args:
-            root: A local directory, or a URL that fsspec knows.
-            fingerprint: What the rows depend on; JSON-serialisable.
-            label: What made the rows, in words: written beside the fingerprint for people.
-            columns: Name and type of each column; `key` identifies a row.
-        """
-        self.folder = UPath(root) / fingerprint_name(fingerprint)
+        """Opens the folder of a fingerprint, made with the first write; the label tells people what made the rows."""
+        self.folder = UPath(root) / json_sha256(dict(fingerprint))[:16]
         self._columns = dict(columns)
         self._description = {**fingerprint, "made_for": label}
 
@@ -48,9 +36,7 @@ class Shards:
     def rows(self, keys: pl.Series, usable: Callable[[pl.DataFrame], pl.DataFrame] = lambda rows: rows) -> pl.DataFrame:
         """The finished rows with these keys, each once, in any order.
 
-        Args:
-            keys: The keys.
-            usable: Leaves rows out, before one row of several with the same key is chosen.
+        `usable` leaves rows out, before one row of several with the same key is chosen.
         """
         found = pl.DataFrame(schema=self._columns)
         # Filtered only where need be, and appended in place: copies would take as much memory as the rows.
@@ -61,11 +47,7 @@ class Shards:
         return found if found["key"].n_unique() == found.height else found.unique("key", keep="first")
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Writes one shard, as a whole or not at all.
-
-        Raises:
-            FinalError: The disk is full.
-        """
+        """Writes one shard, as a whole or not at all."""
         content = io.BytesIO()
         pl.DataFrame(rows, schema=self._columns).write_parquet(content)
         try:

@@ -26,11 +26,7 @@ class ParquetTables(dg.UPathIOManager):
         super().__init__(UPath(root))
 
     def read(self, asset: str, partition: str) -> pl.DataFrame:
-        """Reads the table of an asset and iteration that is not a declared input.
-
-        Raises:
-            FileNotFoundError: It was never written, or was deleted.
-        """
+        """Reads the table of an asset and iteration that is not a declared input."""
         return _read(self._base_path / asset / f"{partition}.parquet", f"{asset}[{partition}]")
 
     def scan(self, asset: str) -> pl.LazyFrame | None:
@@ -43,6 +39,16 @@ class ParquetTables(dg.UPathIOManager):
         opened: list[IO[bytes]] = [file.open("rb") for file in files]
         return pl.scan_parquet(opened)
 
+    def of_partition(self, partition: str) -> list[pl.DataFrame]:
+        """The tables of all assets that have one of this iteration, by asset."""
+        files = sorted(self._base_path.glob(f"*/{partition}.parquet"), key=str)
+        return [_read(file, file.parent.name) for file in files]
+
+    def partitions(self) -> list[str]:
+        """The iterations of which any asset has a table."""
+        names = {file.stem for file in self._base_path.glob("*/*.parquet")}
+        return sorted(name for name in names if name.isdecimal())
+
     def write(self, asset: str, partition: str, frame: pl.DataFrame) -> None:
         """Writes the table of an asset and iteration other than the running one."""
         _write(frame, self._base_path / asset / f"{partition}.parquet")
@@ -52,11 +58,7 @@ class ParquetTables(dg.UPathIOManager):
         _write(obj, path)
 
     def load_from_path(self, context: dg.InputContext, path: UPath) -> pl.DataFrame | pl.LazyFrame:
-        """Reads one table, lazily where the asset asks for a LazyFrame.
-
-        Raises:
-            FileNotFoundError: It was never written, or was deleted.
-        """
+        """Reads one table, lazily where the asset asks for a LazyFrame."""
         if context.dagster_type.typing_type is pl.LazyFrame:
             # Opened here because polars' own clients of object stores find their credentials in other ways.
             return pl.scan_parquet(path.open("rb"))

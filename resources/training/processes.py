@@ -2,11 +2,11 @@
 
 import importlib.util
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,24 +22,16 @@ from resources.training.job import TrainingError, TrainingJob
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger("synpo.training")
+
 JOB, ROWS, OUTPUT, FAILURE = "job.json", "rows", "output.log", "failure.json"
 SHOWN_LINES = 15
 
 
 def processes_to_start(options: TrainingProcesses, training: Training, engine: Engine) -> tuple[int, bool]:
-    """Decides how a training run is divided, before a model is loaded.
+    """The number of processes that train, and whether accelerate starts them, decided before a model is loaded.
 
-    Args:
-        options: What the settings say about processes.
-        training: The settings of the run.
-        engine: States the device.
-
-    Returns:
-        The number of processes, and whether accelerate starts them; if not, the step's own process trains alone, which
-        spares the seconds that a start takes.
-
-    Raises:
-        TrainingError: The settings contradict each other or what this machine has.
+    If it does not, the step's own process trains alone, which spares the seconds that a start takes.
     """
     gpus = len(visible_gpus(engine))
     stated = options.processes
@@ -63,11 +55,7 @@ def processes_to_start(options: TrainingProcesses, training: Training, engine: E
 
 
 def refuse_missing_packages(options: TrainingProcesses, training: Training) -> None:
-    """Checks that what the settings ask for is installed.
-
-    Raises:
-        TrainingError: A package is missing.
-    """
+    """Checks that what the settings ask for is installed."""
     wanted: dict[str, tuple[str, str]] = {}
     if options.report_to != "none":
         wanted[options.report_to] = (f"training_processes.report_to is `{options.report_to}`", options.report_to)
@@ -80,21 +68,8 @@ def refuse_missing_packages(options: TrainingProcesses, training: Training) -> N
             )
 
 
-def run_in_processes(
-    job: TrainingJob, dataset: "Dataset", accelerate_config: str | None, log: Callable[[str], None]
-) -> None:
-    """Trains in processes that accelerate starts, and ends them all if this call ends early.
-
-    Args:
-        job: What to train.
-        dataset: The rows.
-        accelerate_config: Path of the file that chooses DDP, FSDP or DeepSpeed; None for DDP.
-        log: Receives what the processes print.
-
-    Raises:
-        TrainingError: A process ended with a reason that the user can mend.
-        RuntimeError: A process failed for another reason.
-    """
+def run_in_processes(job: TrainingJob, dataset: "Dataset", accelerate_config: str | None) -> None:
+    """Trains in processes that accelerate starts, DDP without its file, and ends them all if this call ends early."""
     (job.state / JOB).write_text(job.model_dump_json())
     dataset.save_to_disk(str(job.state / ROWS))
     failure, output = job.state / FAILURE, job.state / OUTPUT
@@ -114,8 +89,10 @@ def run_in_processes(
         "--module", "resources.training.process", str(job.state),
     ]
     # fmt: on
-    log(f"Training starts in processes of its own: {job.processes}.")
-    environment = os.environ | _one_gpu(job)
+    logger.info(f"Training starts in processes of its own: {job.processes}.")
+    gpus = visible_gpus(job.engine)
+    # All GPUs but one are hidden from a process that trains alone.
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus and job.processes == 1 else {})
     with (
         output.open("w") as errors,
         subprocess.Popen(
@@ -124,7 +101,7 @@ def run_in_processes(
     ):
         try:
             for line in launcher.stdout or ():
-                log(line.rstrip())
+                logger.info(line.rstrip())
             launcher.wait()
         finally:
             _end(launcher)
@@ -166,18 +143,8 @@ def _data_parallel(processes: int) -> dict[str, Any]:
     }
 
 
-def _one_gpu(job: TrainingJob) -> dict[str, str]:
-    """Hides all GPUs but one from a process that trains alone."""
-    gpus = visible_gpus(job.engine)
-    return {"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus and job.processes == 1 else {}
-
-
 def _checked_accelerate_config(path: str, gpus: int) -> dict[str, Any]:
-    """The content of `training_processes.accelerate_config`.
-
-    Raises:
-        TrainingError: The file is missing, is none of accelerate's, or asks for what cannot be had here.
-    """
+    """The content of `training_processes.accelerate_config`."""
     from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
     named = f"training_processes.accelerate_config ({path})"
@@ -217,11 +184,7 @@ def _checked_accelerate_config(path: str, gpus: int) -> dict[str, Any]:
 
 
 def refuse_pieces(named: str, file: Path) -> None:
-    """Checks that DeepSpeed's own file, which accelerate's may name, has the weights gathered when they are saved.
-
-    Raises:
-        TrainingError: It has not, or cannot be read.
-    """
+    """Checks that DeepSpeed's own file, which accelerate's may name, has the weights gathered when they are saved."""
     try:
         zero = json.loads(file.read_text()).get("zero_optimization", {})
     except (OSError, ValueError, AttributeError) as error:

@@ -1,43 +1,34 @@
 """The rows that the trainers read: exact token ids, as generation uses them, cut to the longest length allowed."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from resources.models.chat import Message, answer_ids, prompt_ids, prompt_text
 from resources.settings.training import PreferenceTraining, Training
+from resources.training.job import Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+IGNORED = -100
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingRows:
-    """What one training run reads.
-
-    Attributes:
-        rows: One per example or pair that can be used.
-        examples: Examples that there were before.
-        truncated: Examples (or sides of pairs) that were cut.
-        tokens: Tokens of one pass over the rows.
-    """
+    """What one training run reads."""
 
     rows: list[dict[str, Any]]
-    examples: int
-    truncated: int
-    tokens: int
+    examples: int  # That there were before.
+    truncated: int  # Examples, or sides of pairs.
+    tokens: int  # Of one pass over the rows.
 
 
 def supervised_rows(
     tokenizer: "PreTrainedTokenizerBase", examples: Sequence[tuple[Sequence[Message], str]], training: Training
 ) -> TrainingRows:
-    """Rows of SFT: token ids of prompt and answer, the prompt masked.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        examples: Chat messages, and the answer to learn.
-        training: States the longest length.
-    """
+    """Rows of SFT, of chat messages and the answer to learn: token ids of both, the prompt masked."""
     rows, truncated = [], 0
     for messages, answer in examples:
         prompt, completion = prompt_ids(tokenizer, messages), answer_ids(tokenizer, messages, answer)
@@ -52,12 +43,9 @@ def supervised_rows(
 def preference_rows(
     tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[dict[str, Any]], training: PreferenceTraining
 ) -> TrainingRows:
-    """Rows of SimPO and DPO: text and token ids of prompt, chosen and rejected.
+    """Rows of preference optimisation: text and token ids of prompt, chosen and rejected.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        pairs: Rows with prompt, chosen and rejected as chat messages, and the finish reasons of both answers.
-        training: States the longest lengths.
+    Each pair has these as chat messages, and the finish reasons of both answers.
     """
     rows, truncated = [], 0
     for pair in pairs:
@@ -91,13 +79,7 @@ def preference_row(
 def reward_rows(
     tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[str, str, str]], training: Training
 ) -> TrainingRows:
-    """Rows of the reward model: token ids of the prompt with the better and with the worse answer.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        pairs: Prompt, better answer, worse answer.
-        training: States the longest length.
-    """
+    """Rows of the reward model, of prompt, better and worse answer: token ids of the prompt with each answer."""
     rows, truncated = [], 0
     for prompt, better, worse in pairs:
         messages = [{"role": "user", "content": prompt}]
@@ -108,3 +90,29 @@ def reward_rows(
             cut = [side[: training.max_length] for side in sides]
             rows.append({"chosen_ids": cut[0], "rejected_ids": cut[1]})
     return TrainingRows(rows, len(pairs), truncated, sum(len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows))
+
+
+ROWS_OF: Mapping[Kind, Callable[..., TrainingRows]] = {
+    "supervised": supervised_rows,
+    "preference": preference_rows,
+    "reward": reward_rows,
+}
+
+
+class ExactTokenIds:
+    """Mixed into those of TRL's trainers that tokenize rows themselves: they take the ids that generation uses.
+
+    TRL 1.16 would close every answer with the EOS token, also those that were cut and those that already end their turn with
+    another token, and it may put a BOS before prompts that generation renders without one.
+    """
+
+    def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, list[int]]:
+        """Lays out prompt and answers as the trainer's collator expects them, the prompt masked in the labels."""
+        prompt = feature["prompt_ids"]
+        row = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+        for side in ("chosen", "rejected"):
+            answer = feature[f"{side}_ids"]
+            row[f"{side}_input_ids"] = prompt + answer
+            row[f"{side}_attention_mask"] = [1] * (len(prompt) + len(answer))
+            row[f"{side}_labels"] = [IGNORED] * len(prompt) + answer
+        return row

@@ -1,44 +1,36 @@
 """One training run with TRL and PEFT, as each of its processes runs it."""
 
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.models.chat import load_tokenizer
-from resources.models.device import prepare_device, torch_dtype
-from resources.settings.training import PreferenceTraining
+from resources.models.device import memory_explained, prepare_device, torch_dtype
+from resources.storage.checkpoint_store import TRAINING_LOG
 from resources.training.job import TrainingError, TrainingJob
+from resources.training.losses import loss_module
 from resources.training.state import KEPT_STATES, marking_callback
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, TrainerCallback
 
+logger = logging.getLogger("synpo.training")
+
 LOG_EVERY_SECONDS = 10
-HISTORY = "trainer_log.jsonl"
 
 
-def train(job: TrainingJob, dataset: "Dataset", log: Callable[[str], None]) -> None:
-    """Trains, and saves the history and the adapter, or without adapters the weights, into the job's directory.
-
-    Args:
-        job: What to train.
-        dataset: The rows.
-        log: Receives progress sentences, in the main process only.
-
-    Raises:
-        TrainingError: The loss is not a number any more, or the GPU's memory does not suffice.
-    """
-    import torch
+def train(job: TrainingJob, dataset: "Dataset") -> None:
+    """Trains, and saves the history and the adapter, or without adapters the weights, into the job's directory."""
     from transformers import PrinterCallback
 
     device = prepare_device(job.engine)
     trainer_class, config_class, options = _trainer(job, device)
-    training, steps = job.training, _steps(job, len(dataset))
+    training = job.training
+    steps = math.ceil(math.ceil(len(dataset) / training.batch_size) * training.epochs)
     # Before the model: with DeepSpeed or FSDP, these arguments decide how it is loaded.
     config = config_class(
         output_dir=str(job.state),
@@ -67,7 +59,11 @@ def train(job: TrainingJob, dataset: "Dataset", log: Callable[[str], None]) -> N
         disable_tqdm=True,
         **options,
     )
-    try:
+    with memory_explained(
+        f"training (micro_batch_size = {training.micro_batch_size}, max_length = {training.max_length})",
+        "Lower training.micro_batch_size or training.max_length, train adapters (training.lora, with load_in_4bit if need be), "
+        "or split the model over several GPUs with FSDP or DeepSpeed through training_processes.accelerate_config.",
+    ):
         model = load_model(job, quantized=True)
         trainer = trainer_class(
             model=model,
@@ -75,36 +71,19 @@ def train(job: TrainingJob, dataset: "Dataset", log: Callable[[str], None]) -> N
             processing_class=load_tokenizer(job.start, job.engine.trust_remote_code),
             train_dataset=dataset,
             peft_config=_lora(job, model),
-            callbacks=[_progress_callback(log), marking_callback(job.seconds_before)],
+            callbacks=[_progress_callback(), marking_callback(job.seconds_before)],
         )
         trainer.remove_callback(PrinterCallback)
         if training.lora is not None and training.lora.load_in_4bit:
             _adapters_in_float32(trainer.model)
         trainer.train(resume_from_checkpoint=job.resume_from and str(job.resume_from))
         _save(trainer, job)
-    except torch.OutOfMemoryError:
-        raise TrainingError(
-            f"The GPU's memory does not suffice for training (micro_batch_size = {training.micro_batch_size}, max_length = "
-            f"{training.max_length}): lower training.micro_batch_size or training.max_length, train adapters "
-            "(training.lora, with load_in_4bit if need be), or split the model over several GPUs with FSDP or DeepSpeed "
-            "through training_processes.accelerate_config."
-        ) from None
 
 
 def load_model(job: TrainingJob, *, quantized: bool) -> "PreTrainedModel":
-    """Loads the weights that a job starts from.
-
-    Args:
-        job: Names them, and says what becomes of them.
-        quantized: Whether they may be held in 4 bits, if the job's settings say so.
-    """
+    """Loads the weights that a job starts from; only if `quantized` may they be held in 4 bits, as its settings say."""
     import torch
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        BitsAndBytesConfig,
-        set_seed,
-    )
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, set_seed
 
     # The new output layer of a reward model is drawn at random.
     set_seed(job.random_seed)
@@ -127,20 +106,12 @@ def load_model(job: TrainingJob, *, quantized: bool) -> "PreTrainedModel":
 
 
 def merge_adapter(job: TrainingJob) -> None:
-    """Adds the trained adapter to the weights it was trained on, as they were before any quantization.
-
-    Args:
-        job: A job that is done; `adapter` in its directory becomes `merged`.
-    """
+    """Adds the trained adapter to the weights it was trained on, as they were before any quantization."""
     from peft import PeftModel
 
     adapted = PeftModel.from_pretrained(load_model(job, quantized=False), job.directory / "adapter")
     adapted.merge_and_unload().save_pretrained(job.directory / "merged")
     load_tokenizer(job.start, job.engine.trust_remote_code).save_pretrained(job.directory / "merged")
-
-
-def _steps(job: TrainingJob, rows: int) -> int:
-    return math.ceil(math.ceil(rows / job.training.batch_size) * job.training.epochs)
 
 
 def _trainer(job: TrainingJob, device: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -149,26 +120,8 @@ def _trainer(job: TrainingJob, device: str) -> tuple[Any, Any, dict[str, Any]]:
         from trl import RewardConfig, RewardTrainer
 
         return RewardTrainer, RewardConfig, {"max_length": None}
-    if isinstance(job.training, PreferenceTraining) and job.training.loss == "dpo":
-        from trl import DPOConfig
-
-        from resources.training.dpo import DPOTrainer
-
-        return DPOTrainer, DPOConfig, {"max_length": job.training.max_length, "beta": job.training.beta}
-    if isinstance(job.training, PreferenceTraining):
-        from trl.experimental.cpo import CPOConfig
-
-        from resources.training.simpo import SimPOTrainer
-
-        return SimPOTrainer, CPOConfig, {
-            "max_length": job.training.max_length,
-            "loss_type": "simpo",
-            "remove_unused_columns": False,
-            # Anything above zero adds a likelihood term that SimPO does not have.
-            "cpo_alpha": 0.0,
-            "beta": job.training.beta,
-            "simpo_gamma": job.training.gamma,
-        }  # fmt: skip
+    if job.loss is not None:
+        return loss_module(job.loss.kind).trainer(job.loss, job.training)
     from trl import SFTConfig, SFTTrainer
 
     from resources.training.cpu_sft import CpuSFTTrainer
@@ -215,15 +168,10 @@ def _save(trainer: Any, job: TrainingJob) -> None:
         # A pickle with paths of this run, which would make equal weights differ.
         (folder / "training_args.bin").unlink()
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        (job.directory / HISTORY).write_text("".join(json.dumps(entry) + "\n" for entry in history))
+        (job.directory / TRAINING_LOG).write_text("".join(json.dumps(entry) + "\n" for entry in history))
 
 
-def read_history(directory: Path) -> list[dict[str, float]]:
-    """What the trainer logged, one entry per step, from the directory of a job that is done."""
-    return [json.loads(line) for line in (directory / HISTORY).read_text().splitlines()]
-
-
-def _progress_callback(log: Callable[[str], None]) -> "TrainerCallback":
+def _progress_callback() -> "TrainerCallback":
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
@@ -243,7 +191,7 @@ def _progress_callback(log: Callable[[str], None]) -> "TrainerCallback":
             if not math.isfinite(float(loss)):
                 raise TrainingError(
                     f"The training loss became {loss} at step {state.global_step}: the run has diverged and nothing was "
-                    "saved. Lower training.learning_rate (or beta, for SimPO)."
+                    "saved. Lower training.learning_rate (or loss.beta, for SimPO)."
                 )
             now = time.monotonic()
             due = now - self.reported > LOG_EVERY_SECONDS or state.global_step == state.max_steps
@@ -251,7 +199,7 @@ def _progress_callback(log: Callable[[str], None]) -> "TrainerCallback":
                 self.reported = now
                 pace = (now - self.started) / (state.global_step - self.first_step)
                 left = pace * (state.max_steps - state.global_step)
-                log(
+                logger.info(
                     f"Step {state.global_step} of {state.max_steps}, loss {float(loss):.3f}, {pace:.1f} s/step, {left:.0f} s left."
                 )
 

@@ -17,14 +17,7 @@ MARKER = "complete.json"
 
 
 def newest_state(directory: Path) -> tuple[Path | None, float]:
-    """Finds the newest complete state, and removes those that were only half written.
-
-    Args:
-        directory: Where the trainer saves its states.
-
-    Returns:
-        The state (None if there is none), and the seconds of training that led to it.
-    """
+    """The newest complete state, and the seconds of training that led to it; those that were only half written are removed."""
     complete = []
     for state in directory.glob("checkpoint-*"):
         if (state / MARKER).exists():
@@ -42,9 +35,6 @@ def marking_callback(seconds_before: float) -> "TrainerCallback":
 
     The order in which the trainer writes its files differs between one process, DDP, FSDP and DeepSpeed, so the presence
     of one of them tells nothing.
-
-    Args:
-        seconds_before: Seconds of training that led to the state this run started from.
     """
     from transformers import TrainerCallback
 

@@ -1,11 +1,13 @@
-"""Training with TRL and PEFT: supervised fine-tuning, SimPO, and the reward model."""
+"""Training with TRL and PEFT: supervised fine-tuning, preference optimisation, and the reward model."""
 
+import importlib.metadata
 import json
+import logging
 import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -14,18 +16,21 @@ import dagster as dg
 from pydantic import PrivateAttr
 
 from resources.common.text import asset_label
-from resources.models.chat import Message, load_tokenizer
-from resources.models.device import DeviceResource
-from resources.settings.training import PreferenceTraining, Training, TrainingProcesses
-from resources.storage.checkpoint_store import Checkpoint
-from resources.storage.files import write_atomically
-from resources.training.job import Kind, TrainingError, TrainingJob, TrainingSummary, fingerprint
+from resources.models.chat import load_tokenizer
+from resources.models.device import DeviceResource, prepare_device, torch_dtype
+from resources.settings.training import Loss, Training, TrainingProcesses
+from resources.storage.checkpoint_store import TRAINING_LOG, Checkpoint
+from resources.storage.files import json_sha256, write_atomically
+from resources.training.job import Kind, TrainingError, TrainingJob, TrainingSummary
 from resources.training.processes import processes_to_start, refuse_missing_packages, run_in_processes
-from resources.training.rows import TrainingRows, preference_rows, reward_rows, supervised_rows
-from resources.training.run import HISTORY, merge_adapter, read_history, train
+from resources.training.rows import ROWS_OF, TrainingRows
+from resources.training.run import merge_adapter, train
 from resources.training.state import newest_state
 
+logger = logging.getLogger("synpo.training")
+
 DESCRIPTION = "description.json"
+DECIDING_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
 class Trainer(DeviceResource):
@@ -40,8 +45,8 @@ class Trainer(DeviceResource):
     states: str
     _finished: list[tuple[Path, IO[str]]] = PrivateAttr(default_factory=list)
 
-    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
-        """Called by Dagster at the end of each step: removes the states of trainings whose result was kept."""
+    def forget_finished(self) -> None:
+        """Called at the end of each step: removes the states of trainings whose result was kept."""
         for state, history in self._finished:
             # A result that was thrown away has no name any more; one that was kept has, wherever it was moved to.
             with history:
@@ -50,107 +55,48 @@ class Trainer(DeviceResource):
                 shutil.rmtree(state, ignore_errors=True)
         self._finished.clear()
 
-    def supervised(
-        self,
-        start: Checkpoint,
-        examples: Sequence[tuple[Sequence[Message], str]],
-        training: Training,
-        directory: Path,
-        log: Callable[[str], None],
-    ) -> TrainingSummary:
-        """Fine-tunes on completions; the prompt is masked.
-
-        Args:
-            start: The checkpoint to start from.
-            examples: Chat messages, and the answer to learn.
-            training: Its settings.
-            directory: Empty directory for the results.
-            log: Receives progress sentences.
-        """
-        tokenizer = load_tokenizer(start.weights, self.engine.trust_remote_code)
-        rows = supervised_rows(tokenizer, self._subset(examples, training.max_examples), training)
-        return self._train("supervised", start, rows, training, directory, log)
-
-    def preference(
-        self,
-        start: Checkpoint,
-        pairs: Sequence[dict[str, Any]],
-        training: PreferenceTraining,
-        directory: Path,
-        log: Callable[[str], None],
-    ) -> TrainingSummary:
-        """Optimises preferences with SimPO, which needs no reference model, or with DPO against the start.
-
-        Args:
-            start: The checkpoint to start from.
-            pairs: Rows with prompt, chosen and rejected as chat messages, and chosen_finish_reason and
-                rejected_finish_reason: an answer that was cut is not closed with the end-of-turn token.
-            training: Its settings.
-            directory: Empty directory for the results.
-            log: Receives progress sentences.
-        """
-        tokenizer = load_tokenizer(start.weights, self.engine.trust_remote_code)
-        rows = preference_rows(tokenizer, self._subset(pairs, training.max_examples), training)
-        return self._train("preference", start, rows, training, directory, log)
-
-    def reward(
-        self,
-        start: Checkpoint,
-        pairs: Sequence[tuple[str, str, str]],
-        training: Training,
-        directory: Path,
-        log: Callable[[str], None],
-    ) -> TrainingSummary:
-        """Trains a Bradley-Terry reward model: a classifier with one output.
-
-        Args:
-            start: The checkpoint whose layers it starts from.
-            pairs: Prompt, better answer, worse answer.
-            training: Its settings.
-            directory: Empty directory for the results.
-            log: Receives progress sentences.
-        """
-        tokenizer = load_tokenizer(start.weights, self.engine.trust_remote_code)
-        rows = reward_rows(tokenizer, self._subset(pairs, training.max_examples), training)
-        return self._train("reward", start, rows, training, directory, log)
-
-    def _subset(self, examples: Sequence[Any], limit: int | None) -> Sequence[Any]:
-        """A random subset in the original order; all of them without a limit."""
-        if limit is None or limit >= len(examples):
-            return examples
-        chosen = sorted(random.Random(f"{self.random_seed}:subset").sample(range(len(examples)), limit))
-        return [examples[place] for place in chosen]
-
-    def _train(
+    def train(
         self,
         kind: Kind,
         start: Checkpoint,
-        prepared: TrainingRows,
+        examples: Sequence[Any],
         training: Training,
         directory: Path,
-        log: Callable[[str], None],
+        loss: Loss | None = None,
     ) -> TrainingSummary:
+        """Trains, and leaves the results in an empty directory.
+
+        Args:
+            kind: `supervised` fine-tunes on completions, the prompt masked. `preference` optimises preferences with a loss.
+                `reward` trains a Bradley-Terry reward model, a classifier with one output on the layers of the start.
+            examples: For `supervised`, chat messages and the answer to learn. For `preference`, rows with prompt, chosen and
+                rejected as chat messages, and the finish reasons of both answers: one that was cut is not closed with the
+                end-of-turn token. For `reward`, prompt, better answer and worse answer.
+        """
         from datasets import Dataset
 
         started = time.monotonic()
+        tokenizer = load_tokenizer(start.weights, self.engine.trust_remote_code)
+        prepared = ROWS_OF[kind](tokenizer, self._subset(examples, training.max_examples), training)
         if not prepared.rows:
             raise TrainingError(
                 f"None of the {prepared.examples} examples can be trained on: either all answers are empty, or none fits into "
                 f"training.max_length = {training.max_length} tokens with its prompt: then raise it."
             )
-        job = self._job(kind, start, prepared, training, directory)
+        job = self._job(kind, start, prepared, training, loss, directory)
         if job.resume_from is not None:
             step = job.resume_from.name.rpartition("-")[2]
-            log(f"Training goes on after step {step}, from the state that an earlier run saved.")
+            logger.info(f"Training goes on after step {step}, from the state that an earlier run saved.")
         dataset = Dataset.from_list(prepared.rows)
         if job.launched:
-            run_in_processes(job, dataset, self.processes.accelerate_config, log)
+            run_in_processes(job, dataset, self.processes.accelerate_config)
         else:
-            train(job, dataset, log)
+            train(job, dataset)
         if training.lora is not None:
             merge_adapter(job)
-        self._finished.append((job.state, (directory / HISTORY).open()))
-        history = read_history(directory)
+        log = directory / TRAINING_LOG
+        self._finished.append((job.state, log.open()))
+        history = [json.loads(line) for line in log.read_text().splitlines()]
         return TrainingSummary(
             examples=len(prepared.rows),
             dropped=prepared.examples - len(prepared.rows),
@@ -161,16 +107,40 @@ class Trainer(DeviceResource):
             history=history,
         )
 
+    def _subset(self, examples: Sequence[Any], limit: int | None) -> Sequence[Any]:
+        """A random subset in the original order; all of them without a limit."""
+        if limit is None or limit >= len(examples):
+            return examples
+        chosen = sorted(random.Random(f"{self.random_seed}:subset").sample(range(len(examples)), limit))
+        return [examples[place] for place in chosen]
+
     def _job(
-        self, kind: Kind, start: Checkpoint, prepared: TrainingRows, training: Training, directory: Path
+        self,
+        kind: Kind,
+        start: Checkpoint,
+        prepared: TrainingRows,
+        training: Training,
+        loss: Loss | None,
+        directory: Path,
     ) -> TrainingJob:
         """Decides how to train, and opens the directory of the states."""
         refuse_missing_packages(self.processes, training)
         processes, launched = processes_to_start(self.processes, training, self.engine)
-        state = Path(self.states) / fingerprint(
-            kind, start, prepared.rows, training, self.engine, self.random_seed, processes,
-            self.processes.accelerate_config,
-        )  # fmt: skip
+        accelerate_config = self.processes.accelerate_config
+        deciding = {
+            "kind": kind,
+            "start": start.sha,
+            "rows": [json_sha256(row) for row in prepared.rows],
+            "training": training.model_dump(),
+            "loss": loss and loss.model_dump(),
+            "device": prepare_device(self.engine),
+            "dtype": str(torch_dtype(self.engine)),
+            "random_seed": self.random_seed,
+            "processes": processes,
+            "accelerate_config": accelerate_config and Path(accelerate_config).read_text(),
+            "libraries": {name: importlib.metadata.version(name) for name in DECIDING_LIBRARIES},
+        }
+        state = Path(self.states) / json_sha256(deciding)[:16]
         asset = _asset_in_progress()
         description = {"asset": asset, "kind": kind, "start": start.label}
         description["created"] = datetime.now(UTC).isoformat(timespec="seconds")
@@ -182,6 +152,7 @@ class Trainer(DeviceResource):
             name=asset or f"{kind} from {start.label}",
             start=start.weights,
             training=training,
+            loss=loss,
             engine=self.engine.model_copy(update={"threads": threads}),
             random_seed=self.random_seed,
             processes=processes,

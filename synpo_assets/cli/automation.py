@@ -7,16 +7,19 @@ newest M_t was promoted decides (promotion.py), and the reason to stop is shown 
 import dagster as dg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
-from resources.settings.settings import Settings
-from synpo_assets.graph.missing import AssetGraph, missing_assets
-from synpo_assets.graph.partitions import ALL_ASSETS_JOB, ITERATIONS, OPT_IN_TAG, partition_key
-from synpo_assets.stages.loop import promotion_refusal
+from synpo_assets.graph.missing import missing_assets
+from synpo_assets.graph.partitions import partition_key
+from synpo_assets.graph.services import Services
+from synpo_assets.graph.stage import FIRST, OPT_IN_TAG
+from synpo_assets.stages.loop import PARTITION_TAG, promotion_refusal
+
+ALL_ASSETS_JOB = "synpo"
 
 OPT_IN = dg.AssetSelection.tag(OPT_IN_TAG, "true")
 JOBS = [
     dg.define_asset_job(
         "made_once",
-        selection=dg.AssetSelection.assets("policy").upstream(include_self=False),
+        selection=dg.AssetSelection.assets(FIRST).upstream(include_self=False),
         description="What all iterations share: M_0, the seed, the keyword pool, the prompt generator, the baseline, the scorer, "
         "the judge.",
         # dagster.yaml lets one run with this tag at a time.
@@ -24,7 +27,7 @@ JOBS = [
     ),
     dg.define_asset_job(
         "iteration",
-        selection=dg.AssetSelection.assets("policy").downstream() - OPT_IN,
+        selection=dg.AssetSelection.assets(FIRST).downstream() - OPT_IN,
         description="One whole iteration, and the report; several partitions run one after the other.",
     ),
     dg.define_asset_job(
@@ -45,43 +48,40 @@ UNFINISHED = [
     description="Starts the next iteration until automation.target_iterations, or until M_t is not promoted.",
 )
 def next_iteration(
-    context: dg.SensorEvaluationContext, settings: dg.ResourceParam[Settings]
+    context: dg.SensorEvaluationContext, services: dg.ResourceParam[Services]
 ) -> dg.RunRequest | dg.SkipReason:
     """Asks for the first iteration that is not finished, or says why it does not."""
-    assert context.repository_def is not None  # Dagster sets it wherever a sensor runs.
-    graph = context.repository_def.asset_graph
-    iteration = first_unfinished(context.instance, graph, settings)
-    if (reason := reason_to_wait(context.instance, settings, iteration)) is not None:
+    iteration = first_unfinished(context.instance, services)
+    if (reason := reason_to_wait(context.instance, services, iteration)) is not None:
         return dg.SkipReason(reason)
     key = partition_key(iteration)
-    names = missing_assets(context.instance, graph, None) + missing_assets(context.instance, graph, key)
+    names = missing_assets(context.instance, services, None) + missing_assets(context.instance, services, key)
     return dg.RunRequest(
         partition_key=key, asset_selection=[dg.AssetKey(name) for name in names], tags={"synpo/automation": "true"}
     )
 
 
-def first_unfinished(instance: DagsterInstance, graph: AssetGraph, settings: Settings) -> int:
+def first_unfinished(instance: DagsterInstance, services: Services) -> int:
     """The first iteration in which something is missing; max_iterations + 1 if there is none."""
-    iterations = range(1, settings.max_iterations + 1)
-    unfinished = (number for number in iterations if missing_assets(instance, graph, partition_key(number)))
-    return next(unfinished, settings.max_iterations + 1)
+    iterations = range(1, services.settings.max_iterations + 1)
+    unfinished = (number for number in iterations if missing_assets(instance, services, partition_key(number)))
+    return next(unfinished, services.settings.max_iterations + 1)
 
 
-def reason_to_wait(instance: DagsterInstance, settings: Settings, iteration: int) -> str | None:
+def reason_to_wait(instance: DagsterInstance, services: Services, iteration: int) -> str | None:
     """Why an iteration is not to be started now, as a sentence; None if it is."""
+    settings = services.settings
     target = min(settings.automation.target_iterations or settings.max_iterations, settings.max_iterations)
     if iteration > target:
         return f"Stopped: iteration {target} is finished, which is the target (automation.target_iterations)."
     if live := instance.get_runs(RunsFilter(statuses=UNFINISHED), limit=1):
         return f"Run {live[0].run_id} is at work."
-    newest = instance.get_runs(
-        RunsFilter(tags=dict(ITERATIONS.get_tags_for_partition_key(partition_key(iteration)))), limit=1
-    )
+    newest = instance.get_runs(RunsFilter(tags={PARTITION_TAG: partition_key(iteration)}), limit=1)
     if newest and not newest[0].is_success:
         return (
             f"Stopped: the newest run of iteration {iteration} ({newest[0].run_id}) ended as {newest[0].status.value}. "
             "Mend the cause and run it again; this sensor goes on after it."
         )
-    if iteration > 1 and (refusal := promotion_refusal(instance, partition_key(iteration - 1))):
+    if iteration > 1 and (refusal := promotion_refusal(services, partition_key(iteration - 1))):
         return f"Stopped after iteration {iteration - 1}: {refusal}"
     return None

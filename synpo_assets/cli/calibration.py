@@ -1,8 +1,11 @@
 """How fast this machine is with the model, engine and training of the settings, measured in a minute or two."""
 
+import contextlib
 import itertools
+import logging
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from resources.generation.language_model import LanguageModel
 from resources.models.device import device_name, prepare_device, torch_dtype
 from resources.models.model_source import fetch_initial_policy
 from resources.scoring.scorer import RewardScorer
+from resources.settings.method import TrainedScorer
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
@@ -30,13 +34,7 @@ SHORTEST_SECONDS = 1e-3
 
 
 class Calibration(BaseModel):
-    """What was measured.
-
-    Attributes:
-        made_for: The model, processor and settings that the rates belong to.
-        measured: The day.
-        rates: How fast each kind of work goes.
-    """
+    """What was measured, and the model, processor and settings that the rates belong to."""
 
     made_for: dict[str, Any]
     measured: date
@@ -44,30 +42,16 @@ class Calibration(BaseModel):
 
 
 def known_calibration(settings: Settings) -> Calibration | None:
-    """The rates that were measured on this machine for such settings; None if there are none.
-
-    Raises:
-        FinalError: The engine is not installed, or there is no GPU where one is asked for.
-    """
+    """The rates that were measured on this machine for such settings; None if there are none."""
     file = _file(_deciding(settings))
     return Calibration.model_validate_json(file.read_bytes()) if file.exists() else None
 
 
-def calibrate(settings: Settings, seed: pl.DataFrame, log: Callable[[str], None]) -> Calibration:
+def calibrate(settings: Settings, seed: pl.DataFrame) -> Calibration:
     """Measures how fast M_0 answers seed prompts, trains and scores here, and keeps the result in the user's cache.
 
-    Everything is measured twice, with little and with more work: the difference is the rate, and what is left is what a
-    stage takes to start, mostly the loading and saving of the model.
-
-    Args:
-        settings: The experiment. M_0 is downloaded if need be.
-        seed: The table of the asset `seed_pairs`.
-        log: Receives progress sentences.
-
-    Raises:
-        SettingsError: It is not known how the server calls M_0.
-        resources.models.model_source.ModelSourceError: M_0 cannot be had.
-        FinalError: A setting does not fit the machine or the model, or the memory does not suffice.
+    Everything is measured twice, with little and with more work: the difference is the rate, and what is left is what a stage
+    takes to start, mostly the loading and saving of the model. M_0 is downloaded if need be.
     """
     server = settings.engine.server
     if server is not None and "initial_policy" not in server.models:
@@ -81,27 +65,39 @@ def calibrate(settings: Settings, seed: pl.DataFrame, log: Callable[[str], None]
     initial = Checkpoint("initial_policy", None, "calibration", str(weights), str(weights))
     deciding = _deciding(settings)
     # Beside the result, because a trained model may be too large for the disk of temporary files.
-    with temporary_directory_beside(_file(deciding)) as temporary:
-        generate, pairs = _generation(settings, seed, initial, temporary, log)
-        train, reward_model = _training(settings, pairs, initial, temporary, log)
-        score = _scoring(settings, pairs, reward_model, temporary, log)
+    with _progress_on_stdout(), temporary_directory_beside(_file(deciding)) as temporary:
+        generate, pairs = _generation(settings, seed, initial, temporary)
+        train, reward_model = _training(settings, pairs, initial, temporary)
+        score = _scoring(settings, pairs, reward_model, temporary)
     rates: dict[Kind, Rate] = {"generate": generate, "train": train, "score": score}
-    found = Calibration(made_for=deciding, measured=date.today(), rates=rates)
-    write_atomically(_file(deciding), found.model_dump_json(indent=2).encode())
-    return found
+    calibration = Calibration(made_for=deciding, measured=date.today(), rates=rates)
+    write_atomically(_file(deciding), calibration.model_dump_json(indent=2).encode())
+    return calibration
+
+
+@contextlib.contextmanager
+def _progress_on_stdout() -> Iterator[None]:
+    """Shows what the resources say; in a run, Dagster does."""
+    logger, handler = logging.getLogger("synpo"), logging.StreamHandler(sys.stdout)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _generation(
-    settings: Settings, seed: pl.DataFrame, initial: Checkpoint, temporary: Path, log: Callable[[str], None]
+    settings: Settings, seed: pl.DataFrame, initial: Checkpoint, temporary: Path
 ) -> tuple[Rate, list[dict[str, Any]]]:
     """The rate of writing, and pairs of the gold answers over those just written."""
     model = LanguageModel(shards=str(temporary / "shards"), engine=settings.engine, random_seed=settings.random_seed)
     rows = itertools.cycle(seed.filter(split="train").select("prompt", "answer").rows())
     chosen = list(itertools.islice(rows, ANSWERS[prepare_device(settings.engine)]))
-    asked = [(str(number), user_message(prompt)) for number, (prompt, _) in enumerate(chosen)]
+    requests = [(str(number), user_message(prompt)) for number, (prompt, _) in enumerate(chosen)]
     sampling = settings.responses.sampling
-    start = model.answer(initial, asked[:1], sampling.model_copy(update={"max_new_tokens": 1}), log)[1].seconds
-    written, usage = model.answer(initial, asked, sampling, log)
+    start = model.answer(initial, requests[:1], sampling.model_copy(update={"max_new_tokens": 1}))[1].seconds
+    written, usage = model.answer(initial, requests, sampling)
     pairs = [
         {
             "prompt": user_message(prompt),
@@ -116,10 +112,11 @@ def _generation(
 
 
 def _training(
-    settings: Settings, pairs: list[dict[str, Any]], initial: Checkpoint, temporary: Path, log: Callable[[str], None]
+    settings: Settings, pairs: list[dict[str, Any]], initial: Checkpoint, temporary: Path
 ) -> tuple[Rate, Checkpoint]:
-    """The rate of SimPO with the policy's settings, and a reward model after one step."""
-    training = settings.policy.training.model_copy(update={"epochs": 1, "max_examples": None})
+    """The rate of the preference optimisation, and a reward model after one step."""
+    optimization = settings.preference_optimization
+    training = optimization.training.model_copy(update={"epochs": 1, "max_examples": None})
     processes = settings.training_processes.model_copy(update={"report_to": "none"})
     trainer = Trainer(
         engine=settings.engine, random_seed=settings.random_seed, processes=processes, states=str(temporary / "states")
@@ -130,35 +127,24 @@ def _training(
     rows = list(itertools.islice(itertools.cycle(pairs), STEPS * training.batch_size))
     first = rows[: training.batch_size]
     # It comes first, so that the import of libraries, which a run does beforehand, is not part of what is measured.
-    compared = [
-        (row["prompt"][0]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in first
-    ]
-    trainer.reward(initial, compared, training, places["reward_model"], log)
-    one = trainer.preference(initial, first, training, places["one_step"], log)
-    more = trainer.preference(initial, rows, training, places["more_steps"], log)
-    made = places["reward_model"]
-    reward_model = Checkpoint("reward_model", None, "calibration", str(made / "merged"), str(made))
+    trainer.train("reward", initial, _texts(first), training, places["reward_model"])
+    one = trainer.train("preference", initial, first, training, places["one_step"], optimization.loss)
+    more = trainer.train("preference", initial, rows, training, places["more_steps"], optimization.loss)
+    place = places["reward_model"]
+    reward_model = Checkpoint("reward_model", None, "calibration", str(place / "merged"), str(place))
     return _rate(one.tokens, one.seconds, more.tokens, more.seconds), reward_model
 
 
-def _scoring(
-    settings: Settings,
-    pairs: list[dict[str, Any]],
-    reward_model: Checkpoint,
-    temporary: Path,
-    log: Callable[[str], None],
-) -> Rate:
-    scorer = RewardScorer(
-        shards=str(temporary / "shards"),
-        engine=settings.engine,
-        kind="trained",
-        pair_convention=settings.scorer.pair_convention,
-        max_length=settings.scorer.max_length,
-    )
-    rows = [(row["prompt"][0]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in pairs]
-    start = scorer.compare(reward_model, rows[:1], log).usage
-    usage = scorer.compare(reward_model, rows[1:], log).usage
+def _scoring(settings: Settings, pairs: list[dict[str, Any]], reward_model: Checkpoint, temporary: Path) -> Rate:
+    scored = TrainedScorer(training=settings.preference_optimization.training, max_length=settings.scorer.max_length)
+    scorer = RewardScorer(shards=str(temporary / "shards"), engine=settings.engine, scorer=scored)
+    start = scorer.compare(reward_model, _texts(pairs[:1])).usage
+    usage = scorer.compare(reward_model, _texts(pairs[1:])).usage
     return _rate(start.tokens, start.seconds, usage.tokens, usage.seconds)
+
+
+def _texts(pairs: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    return [(row["prompt"][0]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in pairs]
 
 
 def _rate(tokens: int, seconds: float, more_tokens: int, more_seconds: float) -> Rate:
@@ -171,7 +157,7 @@ def _deciding(settings: Settings) -> dict[str, Any]:
     """Everything that decides how fast this machine is with the settings."""
     nothing = Checkpoint("initial_policy", None, "", "", "")
     model = LanguageModel(shards="", engine=settings.engine, random_seed=settings.random_seed)
-    lora = settings.policy.training.lora
+    lora = settings.preference_optimization.training.lora
     return {
         "model": settings.initial_policy.model_dump(exclude_none=True),
         "engine": settings.engine.model_dump(exclude={"shard_rows", "trust_remote_code"}, exclude_none=True),

@@ -1,6 +1,7 @@
 """What lies in a home that no run with its settings would read any more, and its removal."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -12,31 +13,21 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from rich.console import Console
 from upath import UPath
 
-from resources.generation.language_model import LanguageModel
 from resources.judging.judge_choice import judge_scorer, server_judge, topic_labeler
-from resources.scoring.scorer import RewardScorer
 from resources.settings.sections import SettingsError
-from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import is_abandoned
-from resources.storage.shards import FINGERPRINT_FILE
+from resources.storage.shards import FINGERPRINT_FILE, Shards
+from synpo_assets.algorithm import stages_of
 from synpo_assets.cli.runs import FOREGROUND_TAG, locked
-from synpo_assets.evaluation.benchmarks import answer_samplings
 from synpo_assets.graph.history import newest
-from synpo_assets.stages.prompts import prompt_sampling
+from synpo_assets.graph.services import Services
 
 AT_WORK = [DagsterRunStatus.QUEUED, DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
 # Where things are written under a temporary name first; Dagster's own folders are left alone.
 WRITTEN_FOLDERS = (
-    "tables",
-    "shards",
-    "checkpoints",
-    "cache/checkpoints",
-    "training",
-    "reports",
-    "published",
-    "benchmarks",
-)
+    "tables", "metrics", "shards", "checkpoints", "cache/checkpoints", "training", "reports", "published", "benchmarks",
+)  # fmt: skip
 TRAINING_KEPT = timedelta(days=1)
 SHARDS, TRAININGS, HALVES, CHECKPOINTS = (
     "Shards of other settings", "Unfinished trainings", "Half-written by processes that are gone", "Superseded checkpoints",
@@ -45,15 +36,9 @@ SHARDS, TRAININGS, HALVES, CHECKPOINTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Leftover:
-    """Something that no run with the current settings would read.
+    """Something that no run with the current settings would read, listed under the heading `group`.
 
-    Attributes:
-        group: The heading that it is listed under.
-        place: The file or folder.
-        made_for: What it was made for, in words.
-        rows: How many finished rows it holds; None where there are none to count.
-        size: Its bytes.
-        changed: When it was last written to; None for an empty folder.
+    `made_for` is in words. `rows` is None where there are no finished rows to count, `changed` that of an empty folder.
     """
 
     group: str
@@ -64,41 +49,23 @@ class Leftover:
     changed: datetime | None
 
 
-def print_clean(settings: Settings, home: Path, delete: bool, with_checkpoints: bool) -> None:
-    """Lists the leftovers of a home, and removes them if asked to.
-
-    Args:
-        settings: The settings of the home.
-        home: The home; it is locked meanwhile, as by `synpo run`.
-        delete: Whether to remove what is listed.
-        with_checkpoints: Whether this includes superseded checkpoints.
-
-    Raises:
-        SettingsError: A run is at work in the home.
-        FinalError: The engine of the settings is not installed here, so that it is unknown which shards are its own.
-    """
-    from definitions import defs
-
-    resources: Mapping[str, Any] = defs.resources or {}
-    console = Console()
-    with locked(home), DagsterInstance.get() as instance:
-        refuse_while_at_work(instance, home)
-        found = leftovers(instance, settings, home, resources["language_model"], resources["scorer"])
-        removed = [leftover for leftover in found if delete and (with_checkpoints or leftover.group != CHECKPOINTS)]
-        for group in dict.fromkeys(leftover.group for leftover in found):
+def print_clean(services: Services, delete: bool, with_checkpoints: bool) -> None:
+    """Lists the leftovers of a home, which is locked meanwhile as by `synpo run`, and removes them if asked to."""
+    console = Console(soft_wrap=True, highlight=False)
+    with locked(services.home), DagsterInstance.get() as instance:
+        refuse_while_at_work(instance, services.home)
+        listed = leftovers(instance, services)
+        removed = [leftover for leftover in listed if delete and (with_checkpoints or leftover.group != CHECKPOINTS)]
+        for group, members in itertools.groupby(listed, lambda leftover: leftover.group):
             console.print(f"[bold]{group}[/]")
-            for leftover in (item for item in found if item.group == group):
-                console.print(_line(leftover), soft_wrap=True, highlight=False, markup=False)
+            for leftover in members:
+                console.print(_line(leftover), markup=False)
         remove(removed)
-    console.print(_closing(found, removed, delete), soft_wrap=True, highlight=False)
+    console.print(_closing(listed, removed, delete))
 
 
 def refuse_while_at_work(instance: DagsterInstance, home: Path) -> None:
-    """Makes sure that no run is at work in a home whose lock this process holds.
-
-    Raises:
-        SettingsError: A run that was launched in the UI, by the daemon or by `dg launch` has not ended.
-    """
+    """Refuses if a run from the UI, the daemon or `dg launch` is at work in a home whose lock this process holds."""
     # A `synpo run` would hold the lock: what the history shows as its unfinished run was killed.
     runs = [run for run in instance.get_runs(RunsFilter(statuses=AT_WORK)) if FOREGROUND_TAG not in run.tags]
     if runs:
@@ -108,32 +75,12 @@ def refuse_while_at_work(instance: DagsterInstance, home: Path) -> None:
         )
 
 
-def leftovers(
-    instance: DagsterInstance, settings: Settings, home: Path, language_model: LanguageModel, scorer: RewardScorer
-) -> list[Leftover]:
-    """Everything in a home that no run with these settings would read, by group.
-
-    Args:
-        instance: The history of the home.
-        settings: Its settings.
-        home: Its directory.
-        language_model: The resource that runs generate with.
-        scorer: The resource that runs score with.
-    """
-    root = UPath(settings.storage.root(home))
+def leftovers(instance: DagsterInstance, services: Services) -> list[Leftover]:
+    """Everything in a home that no run with these settings would read, by group."""
+    home, root = services.home, UPath(services.settings.storage.root(services.home))
     manifests = _current_manifests(root / "checkpoints")
     current = [_checkpoint(root / "checkpoints" / name, manifest) for name, manifest in manifests.items()]
-    # A sampling that no asset uses with some checkpoint does no harm here: its folder does not exist.
-    samplings = [prompt_sampling(settings), settings.self_instruct_sampling, settings.responses.sampling]
-    samplings += answer_samplings(settings.benchmarks)
-    if settings.trains_improver:
-        samplings.append(settings.response_improver.sampling)
-    in_use = {language_model.shards_of(made, sampling).folder.name for made in current for sampling in samplings}
-    scorers = {"reward_model": scorer, "judge_model": judge_scorer(settings.judge, scorer)}
-    in_use |= {scorers[made.asset].shards_of(made).folder.name for made in current if made.asset in scorers}
-    if settings.judge.server:
-        in_use.add(server_judge(settings.judge, scorer).shards.folder.name)
-        in_use.add(topic_labeler(settings.judge, scorer).shards.folder.name)
+    in_use = {shards.folder.name for shards in _shards_in_use(services, current)}
     starts = [manifest["parents"].get("start", {}).get("directory") for manifest in manifests.values()]
     places = dict.fromkeys([UPath(home), root])
     return [
@@ -145,9 +92,25 @@ def leftovers(
     ]
 
 
-def remove(found: Iterable[Leftover]) -> None:
+def _shards_in_use(services: Services, checkpoints: Iterable[Checkpoint]) -> Iterator[Shards]:
+    """All shards that a stage may read: its samplings with each checkpoint, and the scores of scorer and judges."""
+    settings, scorer = services.settings, services.scorer
+    stages = stages_of(settings)
+    scorers = {"reward_model": scorer, "judge_model": judge_scorer(settings.judge, scorer)}
+    samplings = [sampling for stage in stages if stage.samplings for sampling in stage.samplings(settings)]
+    for checkpoint in checkpoints:
+        # A sampling that no stage uses with some checkpoint does no harm here: its folder does not exist.
+        yield from (services.language_model.shards_of(checkpoint, sampling) for sampling in samplings)
+        if checkpoint.asset in scorers:
+            yield scorers[checkpoint.asset].shards_of(checkpoint)
+    if settings.judge.server is not None:
+        yield server_judge(settings.judge, scorer).shards
+        yield topic_labeler(settings.judge, scorer).shards
+
+
+def remove(removed: Iterable[Leftover]) -> None:
     """Removes leftovers from the disk or the object store."""
-    for leftover in found:
+    for leftover in removed:
         leftover.place.fs.rm(leftover.place.path, recursive=True)
 
 
@@ -168,11 +131,11 @@ def _shards(folder: UPath) -> Leftover:
     description = _json(folder / FINGERPRINT_FILE)
     made_for, sha = description.pop("made_for", "unknown"), str(description.pop("checkpoint", ""))
     rows = sum(_height(file) for file in folder.glob("*.parquet"))
-    return _leftover(SHARDS, folder, f"{made_for} {sha[:16]}, {', '.join(_told(description))}", rows)
+    return _leftover(SHARDS, folder, f"{made_for} {sha[:16]}, {', '.join(_stated(description))}", rows)
 
 
 def _training(folder: UPath) -> Leftover:
-    return _leftover(TRAININGS, folder, ", ".join(_told(_json(folder / "description.json"))))
+    return _leftover(TRAININGS, folder, ", ".join(_stated(_json(folder / "description.json"))))
 
 
 def _is_obsolete(instance: DagsterInstance, folder: UPath) -> bool:
@@ -231,32 +194,31 @@ def _json(file: UPath) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def _told(values: Mapping[str, Any]) -> Iterator[str]:
+def _stated(values: Mapping[str, Any]) -> Iterator[str]:
     """`temperature 0.7` and so on, without what is empty."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _told(value)
+            yield from _stated(value)
         elif value not in (None, [], ""):
             yield f"{name} {value}"
 
 
 def _line(leftover: Leftover) -> str:
-    age = (
-        ""
-        if leftover.changed is None
-        else f", {(datetime.now(UTC) - leftover.changed) / timedelta(days=1):.1f} days old"
-    )
+    age = ""
+    if leftover.changed is not None:
+        age = f", {(datetime.now(UTC) - leftover.changed) / timedelta(days=1):.1f} days old"
     rows = "" if leftover.rows is None else f"{leftover.rows} rows, "
     return f"  {leftover.place}: {rows}{_megabytes([leftover])}{age}\n    {leftover.made_for}"
 
 
-def _closing(found: list[Leftover], removed: list[Leftover], delete: bool) -> str:
-    if not found:
+def _closing(listed: list[Leftover], removed: list[Leftover], delete: bool) -> str:
+    if not listed:
         return "Everything here is in use: nothing to clean."
-    kept = [leftover for leftover in found if leftover not in removed]
+    kept = [leftover for leftover in listed if leftover not in removed]
     checkpoints = [leftover for leftover in kept if leftover.group == CHECKPOINTS]
     others = [leftover for leftover in kept if leftover.group != CHECKPOINTS]
-    sentences = [f"Removed {_megabytes(removed)}."] if delete else [f"In all {_megabytes(found)}; nothing was removed."]
+    done = f"Removed {_megabytes(removed)}." if delete else f"In all {_megabytes(listed)}; nothing was removed."
+    sentences = [done]
     if others:
         sentences.append(f"`synpo clean --delete` removes {_megabytes(others)} of it.")
     if checkpoints:

@@ -2,10 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,10 +15,24 @@ from resources.settings.settings import Settings
 from synpo_assets.cli.home import PROJECT, chosen_settings, prepare_home
 from synpo_assets.publishing.forms import Format
 
-EXPECTED_ERRORS = (SettingsError, ModelSourceError, FinalError)
-Result = TypeVar("Result")
+if TYPE_CHECKING:
+    from synpo_assets.graph.services import Services
+
+
+class Commands(typer.core.TyperGroup):
+    """The commands; an error that the user can mend is printed as its sentence, with exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs a command."""
+        try:
+            return super().invoke(ctx)
+        except (SettingsError, ModelSourceError, FinalError) as error:
+            typer.echo(f"synpo: {error}", err=True)
+            raise typer.Exit(2) from None
+
 
 app = typer.Typer(
+    cls=Commands,
     help="SynPO: a language model boosts itself with synthetic preference data.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -43,28 +55,26 @@ def run(
     iterations: Annotated[int, typer.Option(help="Make sure that iterations 1 to N exist.")] = 1,
 ) -> None:
     """Materialize whatever of iterations 1 to N is missing, in order, in the foreground."""
-    settings, place = _prepare(preset, settings_file, home)
+    settings, place = _chosen(home, preset, settings_file)
     from synpo_assets.cli.preflight import check_before_run
 
-    _or_exit(lambda: check_before_run(settings, place, iterations))
+    check_before_run(settings, place, iterations)
     prepare_home(place, settings)
     from dagster import DagsterInstance
 
     from synpo_assets.cli.runs import locked, run_missing
     from synpo_assets.cli.summary import print_summary
 
-    with ExitStack() as stack:
-        _or_exit(lambda: stack.enter_context(locked(place)))
-        instance = stack.enter_context(DagsterInstance.get())
-        complete = run_missing(instance, iterations)
-        if not complete:
+    services = _services(settings, place)
+    with locked(place), DagsterInstance.get() as instance:
+        if not run_missing(instance, services, iterations):
             typer.echo(
                 "synpo: the run failed for the reason above; `synpo ui` shows the whole trace. Correct the cause and run the "
                 f"same command again: finished work in {place} is kept.",
                 err=True,
             )
             raise typer.Exit(1)
-        _or_exit(lambda: print_summary(instance, place, iterations))
+        print_summary(instance, services, iterations)
 
 
 @app.command()
@@ -82,10 +92,9 @@ def check(
     ] = False,
 ) -> None:
     """Validate settings, seed data and hardware, and estimate tokens, time and disk; loads a model only to calibrate."""
-    settings, place = _prepare(preset, settings_file, home)
     from synpo_assets.cli.preflight import print_check
 
-    _or_exit(lambda: print_check(settings, place, calibrate))
+    print_check(*_chosen(home, preset, settings_file), calibrate)
 
 
 @app.command()
@@ -99,14 +108,9 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
 ) -> None:
     """Write the preference pairs in the form that another trainer reads."""
-    settings, place = _prepare(None, None, home)
-    _or_exit(lambda: _require_home(place))
-    from synpo_assets.cli.preflight import check_storage
-
-    _or_exit(lambda: check_storage(settings.storage))
     from synpo_assets.publishing.export import print_export
 
-    _or_exit(lambda: print_export(settings, place, form, iterations, output, overwrite))
+    print_export(*_existing(home), form, iterations, output, overwrite)
 
 
 @app.command()
@@ -135,15 +139,10 @@ def clean(
     An unfinished training is listed when its asset was made since, or when it
     is older than a day; until then the next run goes on from it.
     """
-    settings, place = _prepare(None, None, home)
-    _or_exit(lambda: _require_home(place))
-    from synpo_assets.cli.preflight import check_storage
-
-    _or_exit(lambda: check_storage(settings.storage))
-    prepare_home(place, settings)
+    services = opened(home)
     from synpo_assets.cli.clean import print_clean
 
-    _or_exit(lambda: print_clean(settings, place, delete, checkpoints))
+    print_clean(services, delete, checkpoints)
 
 
 @app.command()
@@ -156,15 +155,10 @@ def trace(
 
     The beginning of an id is enough.
     """
-    settings, place = _prepare(None, None, home)
-    _or_exit(lambda: _require_home(place))
-    from synpo_assets.cli.preflight import check_storage
-
-    _or_exit(lambda: check_storage(settings.storage))
-    prepare_home(place, settings)
+    services = opened(home)
     from synpo_assets.reports.trace import print_trace
 
-    _or_exit(lambda: print_trace(identifier, as_json))
+    print_trace(services, identifier, as_json)
 
 
 @app.command()
@@ -176,13 +170,9 @@ def compare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Put finished iterations of several homes beside each other: settings that differ, and figures."""
+    from synpo_assets.reports.compare import print_comparison
 
-    def action() -> None:
-        from synpo_assets.reports.compare import print_comparison
-
-        print_comparison(homes, output, overwrite)
-
-    _or_exit(action)
+    print_comparison(homes, _services, output, overwrite)
 
 
 @app.command()
@@ -192,33 +182,46 @@ def ui(
     host: Annotated[str, typer.Option(help="Address that the web server listens on.")] = "127.0.0.1",
 ) -> None:
     """Open the Dagster UI, with its daemon, on the same home."""
-    settings, place = _prepare(None, None, home)
+    settings, place = _chosen(home)
     from synpo_assets.cli.preflight import check_storage
 
-    _or_exit(lambda: check_storage(settings.storage))
+    check_storage(settings.storage)
     prepare_home(place, settings)
     command = [str(Path(sys.executable).with_name("dg")), "dev", "--host", host, "--port", str(port)]
     os.chdir(PROJECT)
     os.execv(command[0], command)
 
 
-def _prepare(preset: str | None, settings_file: Path | None, home: Path | None) -> tuple[Settings, Path]:
+def opened(home: Path | None) -> "Services":
+    """The services of a home that exists, with Dagster set to its history."""
+    settings, place = _existing(home)
+    prepare_home(place, settings)
+    return _services(settings, place)
+
+
+def _chosen(home: Path | None, preset: str | None = None, settings_file: Path | None = None) -> tuple[Settings, Path]:
     place = home.absolute() if home else home_directory()
-    return _or_exit(lambda: chosen_settings(place, preset, settings_file)), place
+    return chosen_settings(place, preset, settings_file), place
 
 
-def _require_home(place: Path) -> None:
+def _existing(home: Path | None) -> tuple[Settings, Path]:
+    """The settings and place of a home that exists, once its storage has answered."""
+    settings, place = _chosen(home)
     if not (place / "settings.yaml").exists():
         raise SettingsError(
-            f"{place} is no home of an experiment: it holds no settings.yaml. Name the right one with --home, or make "
+            f"{place} is not the home of an experiment: it holds no settings.yaml. Name the right one with --home, or make "
             "this one with `synpo run`."
         )
+    from synpo_assets.cli.preflight import check_storage
+
+    check_storage(settings.storage)
+    return settings, place
 
 
-def _or_exit(action: Callable[[], Result]) -> Result:
-    """Runs an action; an error that the user can mend is printed as its sentence, with exit code 2."""
-    try:
-        return action()
-    except EXPECTED_ERRORS as error:
-        typer.echo(f"synpo: {error}", err=True)
-        raise typer.Exit(2) from None
+def _services(settings: Settings, home: Path) -> "Services":
+    """The services of an experiment, with the graph that its settings make."""
+    # The code location reads the settings of one home when it loads: it shall be one that is asked for.
+    os.environ.setdefault("SYNPO_HOME", str(home.absolute()))
+    from definitions import build
+
+    return build(settings, home)[1]

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from resources.settings.files import load_settings, preset_path
+from resources.settings.files import home_settings, load_settings, preset_path
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from resources.storage.files import write_atomically
@@ -31,11 +31,11 @@ def chosen_settings(home: Path, preset: str | None, file: Path | None) -> Settin
     """
     if preset and file:
         raise SettingsError("Give --preset or --settings, not both: a settings file can name its preset inside.")
-    stored = home / "settings.yaml"
+    stored, kept = home / "settings.yaml", home_settings(home)
     if not (preset or file):
-        return load_settings(stored if stored.exists() else preset_path("laptop"))
+        return kept
     asked = load_settings(file if file else preset_path(str(preset)))
-    if stored.exists() and (differences := list(_differences(load_settings(stored).model_dump(), asked.model_dump()))):
+    if stored.exists() and (differences := list(_differences(kept.model_dump(), asked.model_dump()))):
         shown = ", ".join(differences[:SHOWN_DIFFERENCES]) + (", …" if len(differences) > SHOWN_DIFFERENCES else "")
         raise SettingsError(
             f"The home {home} was made with other settings ({shown}). Edit {stored} to change them there, or name "

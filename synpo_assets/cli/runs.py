@@ -13,11 +13,13 @@ import dagster as dg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from resources.common.text import asset_label
-from resources.settings.files import home_directory
 from resources.settings.sections import SettingsError
 from resources.storage.files import remove_abandoned
-from synpo_assets.graph.missing import AssetGraph, missing_assets, outdated_assets
-from synpo_assets.graph.partitions import ALL_ASSETS_JOB, ITERATIONS, partition_key
+from synpo_assets.cli.automation import ALL_ASSETS_JOB
+from synpo_assets.graph.missing import missing_assets, outdated_assets
+from synpo_assets.graph.partitions import partition_key
+from synpo_assets.graph.services import Services
+from synpo_assets.stages.loop import PARTITION_TAG
 
 FOREGROUND_TAG = "synpo/foreground"
 CANCELLATION_POLL_SECONDS = 2.0
@@ -30,18 +32,9 @@ def asset_job() -> dg.JobDefinition:
     return defs.resolve_job_def(ALL_ASSETS_JOB)
 
 
-def asset_graph() -> AssetGraph:
-    """The assets and their dependencies."""
-    return asset_job().asset_layer.asset_graph
-
-
 @contextmanager
 def locked(home: Path) -> Iterator[None]:
-    """Holds the home for this process; the lock goes with the process, however it ends.
-
-    Raises:
-        SettingsError: Another `synpo run` works on this home.
-    """
+    """Holds the home for this process; the lock goes with the process, however it ends."""
     with (home / "run.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,30 +43,25 @@ def locked(home: Path) -> Iterator[None]:
         yield
 
 
-def run_missing(instance: DagsterInstance, iterations: int) -> bool:
+def run_missing(instance: DagsterInstance, services: Services, iterations: int) -> bool:
     """Materializes the assets made once, then iterations 1 to N, wherever something is missing.
 
-    Args:
-        instance: The persistent Dagster instance.
-        iterations: N.
-
-    Returns:
-        Whether all of it is materialized now. It stops at the first iteration that fails.
+    Returns whether all of it is materialized now. It stops at the first iteration that fails.
     """
     close_dead_runs(instance)
     for checkpoints in ("checkpoints", "cache/checkpoints"):
-        remove_abandoned(home_directory(), f"{checkpoints}/*/.*.tmp")
-    graph = asset_graph()
-    warn_of_outdated(instance, graph)
+        remove_abandoned(services.home, f"{checkpoints}/*/.*.tmp")
+    warn_of_outdated(instance, services)
     partitions = [None, *(partition_key(number) for number in range(1, iterations + 1))]
-    return all(_run(instance, missing_assets(instance, graph, partition), partition) for partition in partitions)
+    return all(_run(instance, missing_assets(instance, services, partition), partition) for partition in partitions)
 
 
-def warn_of_outdated(instance: DagsterInstance, graph: AssetGraph) -> None:
+def warn_of_outdated(instance: DagsterInstance, services: Services) -> None:
     """Names the assets that were made with other settings or code: they are kept, and renewing them is a choice."""
-    if outdated := outdated_assets(instance, graph):
+    if outdated := outdated_assets(instance, services):
         logging.getLogger("synpo").warning(
-            "Made with other settings or code, and kept: %s. Materialize them again in `synpo ui` to renew them.",
+            "Made by other code or with other settings, and kept: %s. Materialize them again in `synpo ui` to renew them; what "
+            "follows from them is then marked as stale there.",
             ", ".join(outdated),
         )
 
@@ -103,7 +91,7 @@ def _run(instance: DagsterInstance, names: Sequence[str], partition: str | None)
         return True
     tags = {FOREGROUND_TAG: "true"}
     if partition is not None:
-        tags |= ITERATIONS.get_tags_for_partition_key(partition)
+        tags |= {PARTITION_TAG: partition}
     with (
         _ended_from_the_ui(instance),
         dg.execute_job(

@@ -1,8 +1,5 @@
 """The closing summary of a run on the terminal, read back from what the assets recorded."""
 
-from pathlib import Path
-from typing import Any
-
 from dagster import DagsterInstance
 from rich.console import Console
 from rich.panel import Panel
@@ -10,36 +7,29 @@ from rich.table import Table
 from rich.text import Text
 
 from resources.common.text import asset_label, visible
-from resources.settings.files import active_settings
 from resources.storage.tables import ParquetTables
-from synpo_assets.cli.runs import asset_graph
-from synpo_assets.graph.history import metadata_of, seconds_of
+from synpo_assets.graph.history import seconds_of
+from synpo_assets.graph.metrics import MetricName, Metrics, recorded
 from synpo_assets.graph.missing import asset_names
 from synpo_assets.graph.partitions import partition_key
-from synpo_assets.reports.rows import gain_text, rate_text
-from synpo_assets.stages.loop import promotion_refusal
+from synpo_assets.graph.services import Services
+from synpo_assets.reports.rows import OPPONENTS, gain_text, number_text, rate_text, share_text
+from synpo_assets.stages.loop import promotion_refusal, promotion_verdict
 
 
-def print_summary(instance: DagsterInstance, home: Path, iterations: int) -> None:
-    """Prints what was made, one pair, held-out win rates, what was promoted, where all lies, and how to open the UI.
-
-    Raises:
-        resources.storage.checkpoint_store.CheckpointError: Files of the newest M_t are missing.
-    """
-    from definitions import defs
-
-    console = Console()
-    resources: Any = defs.resources
-    root = active_settings().storage.root(home)
-    console.print(_made(instance, iterations))
-    console.print(_sample_pair(resources["tables"], iterations))
-    console.print(_held_out(instance, iterations))
+def print_summary(instance: DagsterInstance, services: Services, iterations: int) -> None:
+    """Prints what was made, one pair, held-out win rates, what was promoted, where all is kept, and how to open the UI."""
+    console, home = Console(), services.home
+    root = services.settings.storage.root(home)
+    console.print(_made(instance, services, iterations))
+    console.print(_sample_pair(services.tables, iterations))
+    console.print(_held_out(services, iterations))
     for partition in (partition_key(number) for number in range(1, iterations + 1)):
-        verdict = promotion_refusal(instance, partition) or metadata_of(instance, "promotion", partition)["verdict"]
-        console.print(verdict, highlight=False, markup=False)
+        sentence = promotion_refusal(services, partition) or promotion_verdict(services, partition)
+        console.print(sentence, highlight=False, markup=False)
     places = {
         # Not where it was made: the home may have been moved since.
-        f"M_{iterations}": resources["checkpoints"].current("model_checkpoint", partition_key(iterations)).weights,
+        f"M_{iterations}": services.checkpoints.current("model_checkpoint", partition_key(iterations)).weights,
         "preference pairs": f"{root}/tables/preference_pairs/{partition_key(iterations)}.parquet",
         "report": home / "reports" / "boosting_report.html",
         "everything": home if root == str(home) else f"{home} and {root}",
@@ -49,20 +39,27 @@ def print_summary(instance: DagsterInstance, home: Path, iterations: int) -> Non
         console.print(f"{name:<18}{place}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _made(instance: DagsterInstance, iterations: int) -> Table:
+def _made(instance: DagsterInstance, services: Services, iterations: int) -> Table:
     table = Table("asset", title="What was made", title_justify="left")
     for column in ("rows", "tokens", "seconds", "peak GB"):
         table.add_column(column, justify="right")
     for partition in (None, *(partition_key(number) for number in range(1, iterations + 1))):
-        for name in asset_names(asset_graph(), partitioned=partition is not None):
-            about = metadata_of(instance, name, partition)
-            rows = about.get("dagster/row_count", about.get("examples", ""))
-            tokens = about.get("generated_tokens", about.get("tokens", ""))
+        measured = recorded(services.metrics, partition)
+        for name in asset_names(services.graph, partitioned=partition is not None):
+            rows = _first(measured, name, "rows", "examples")
+            tokens = _first(measured, name, "trained_tokens", "generated_tokens", "embedded_tokens")
             seconds = f"{seconds_of(instance, name, partition):.0f}"
-            memory = f"{about['peak_memory_gb']:.2f}" if "peak_memory_gb" in about else ""
-            table.add_row(asset_label(name, partition), str(rows), str(tokens), seconds, memory)
+            memory = measured.value("peak_memory_gb", asset=name)
+            gigabytes = "" if memory is None else f"{memory:.2f}"
+            table.add_row(asset_label(name, partition), rows, tokens, seconds, gigabytes)
         table.add_section()
     return table
+
+
+def _first(measured: Metrics, asset: str, *names: MetricName) -> str:
+    """The first of some metrics that an asset recorded, as text."""
+    values = (measured.value(name, asset=asset) for name in names)
+    return next((f"{value:.0f}" for value in values if value is not None), "")
 
 
 def _sample_pair(tables: ParquetTables, iterations: int) -> Panel:
@@ -76,29 +73,26 @@ def _sample_pair(tables: ParquetTables, iterations: int) -> Panel:
     return Panel(text, title=f"The pair with the median margin: {pair['pair_id']}", title_align="left")
 
 
-def _held_out(instance: DagsterInstance, iterations: int) -> Table:
+def _held_out(services: Services, iterations: int) -> Table:
     table = Table("", "judge", title="Held-out prompts: win rates of M_t, 95 % interval (LC: length-controlled)")
     table.title_justify = "left"
     for column in ("over M_0", "LC", "over M_t-1"):
         table.add_column(column, justify="right", no_wrap=True)
     rewards, followings = [], []
     for number in range(1, iterations + 1):
-        about = metadata_of(instance, "evaluation", partition_key(number))
-        # What an earlier version of the asset recorded has no such table.
-        rates = [record.data for record in about["win_rates"].records] if "win_rates" in about else []
-        over = {(rate["label"], rate["opponent"]): rate for rate in rates}
-        for label in dict.fromkeys(rate["label"] for rate in rates):
-            initial, previous = (over[label, opponent] for opponent in ("initial", "previous"))
-            controlled = rate_text(initial | {"win_rate": initial["length_controlled"], "low": None})
-            table.add_row(f"M_{number}", label, rate_text(initial), controlled, rate_text(previous))
+        measured = recorded(services.metrics, partition_key(number))
+        for judge in dict.fromkeys(rate.by for rate in measured.every("win_rate")):
+            over = {name: {"of": "candidate", "over": name, "by": judge} for name in OPPONENTS}
+            initial, previous = (rate_text(measured.find("win_rate", **over[name])) for name in OPPONENTS)
+            controlled = share_text(measured.value("length_controlled_win_rate", **over["initial"]))
+            table.add_row(f"M_{number}", judge, initial, controlled, previous)
         table.add_section()
-        means = (f"{about[f'held_out_reward {name}']:.3f}" for name in ("initial", "policy"))
-        rewards.append(f"{' → '.join(means)} (M_{number}, {about['held_out_prompts']} prompts)")
-        following = metadata_of(instance, "instruction_following", partition_key(number))
-        if following.get("verifiable_gain") is not None:
-            shares = (f"{following[f'verifiable_rate {name}']:.1%}" for name in ("initial", "policy"))
-            gain = gain_text(*(following[f"verifiable_gain{end}"] for end in ("", "_low", "_high")))
-            followings.append(f"{' → '.join(shares)}, {gain} (M_{number}, {following['instructions']} instructions)")
+        means = (number_text(measured.value("held_out_reward", side)) for side in ("initial", "candidate"))
+        rewards.append(f"{' → '.join(means)} (M_{number}, {measured.value('held_out_prompts'):.0f} prompts)")
+        gain = measured.find("verifiable_gain", "candidate", over="initial")
+        if gain is not None and gain.value is not None:
+            shares = (share_text(measured.value("verifiable_rate", side)) for side in ("initial", "candidate"))
+            followings.append(f"{' → '.join(shares)}, {gain_text(gain)} (M_{number}, {gain.n} instructions)")
     table.caption_justify = "left"
     table.caption = f"Mean reward by the scorer, M_0 → M_t: {', '.join(rewards)}."
     if followings:

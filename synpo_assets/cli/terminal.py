@@ -9,11 +9,11 @@ class _Line(logging.Formatter):
     """`14:03:12  base_responses[0001]  48 of 64 completions, 97 tokens/s, 6 s left.` A line for people."""
 
     def format(self, record: logging.LogRecord) -> str:
-        about = getattr(record, "dagster_meta", {})
-        where = about.get("step_key") or "run"
+        metadata = getattr(record, "dagster_meta", {})
+        where = metadata.get("step_key") or "run"
         time = self.formatTime(record, "%H:%M:%S")
         level = "" if record.levelno <= logging.INFO else f"{record.levelname}: "
-        return f"{time}  {where:<19}  {level}{about.get('orig_message', record.getMessage())}"
+        return f"{time}  {where:<19}  {level}{metadata.get('orig_message', record.getMessage())}"
 
 
 def _is_from_asset(record: logging.LogRecord) -> bool:

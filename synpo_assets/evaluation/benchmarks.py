@@ -18,47 +18,32 @@ import dagster as dg
 import polars as pl
 
 from resources.common.errors import FinalError
-from resources.generation.language_model import LanguageModel, Usage
-from resources.models.device import peak_memory
-from resources.models.evaluation_harness import EvaluationHarness, open_tasks, read_questions
+from resources.generation.language_model import Usage
+from resources.models.evaluation_harness import open_tasks, read_questions
 from resources.settings.evaluation import TASK_PRESETS, Benchmarks
-from resources.settings.files import home_directory
 from resources.settings.method import Sampling
-from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import json_sha256, replace_directory, temporary_directory_beside
 from resources.storage.tables import table_metadata
-from synpo_assets.graph.partitions import (
-    GPU_POOL,
-    GROUP,
-    ITERATIONS,
-    OPT_IN_TAG,
-    RETRIES,
-    code_version,
-    iteration_of,
-    table,
-)
-from synpo_assets.graph.presentation import made_by, made_from, table_output
+from synpo_assets.graph import metrics
+from synpo_assets.graph.metrics import Metric
+from synpo_assets.graph.partitions import iteration_of
+from synpo_assets.graph.presentation import made_by, table_output, written_output
 from synpo_assets.graph.schemas import BenchmarkScores
-from synpo_assets.method import benchmarks as benchmarks_method
+from synpo_assets.graph.services import Services
+from synpo_assets.graph.stage import stage
 from synpo_assets.method.benchmarks import (
+    MT_BENCH_TEMPERATURE,
     MT_BENCH_TEMPERATURES,
     QUESTION_FIELDS,
     answer_row,
     conversation,
     leaderboard_average,
-    mt_bench_temperature,
     question_problem,
     score_rows,
     turns_of,
 )
 
-OPT_IN: dict[str, Any] = {
-    "partitions_def": ITERATIONS,
-    "tags": {OPT_IN_TAG: "true"},
-    "pool": GPU_POOL,
-    "kinds": {"huggingface"},
-}
 # Where the judge of each benchmark looks for the answers of a model, and under which name.
 PLACES = {
     "alpaca_eval": "alpaca_eval/{}.json",
@@ -70,81 +55,76 @@ LEADERBOARD_SHOTS = TASK_PRESETS["open_llm_leaderboard"]
 Answers = list[list[str]]
 
 
-@dg.asset(
-    **table(
-        BenchmarkScores,
-        "benchmarks.tasks",
-        "benchmarks.task_folder",
-        "benchmarks.limit",
-        "engine.dtype",
-        benchmarks_method,
-    ),
-    **OPT_IN,
+def answer_samplings(options: Benchmarks) -> list[Sampling]:
+    """Every way in which questions of the settings may be answered."""
+    rows = [{"category": category} for category in (*MT_BENCH_TEMPERATURES, "any other")]
+    return [_sampling(benchmark, row, options) for benchmark in _question_files(options) for row in rows]
+
+
+@stage(
+    BenchmarkScores,
+    group="evaluation",
+    work=("scores",),
+    opt_in=True,
+    reads=("benchmarks.tasks", "benchmarks.task_folder", "benchmarks.limit"),
 )
 def benchmark_scores(
     context: dg.AssetExecutionContext,
     model_checkpoint: Checkpoint,
     initial_policy: Checkpoint,
-    harness: EvaluationHarness,
-    settings: dg.ResourceParam[Settings],
+    services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """M_t beside M_0 on the tasks of `benchmarks.tasks`, as lm-eval measures them."""
-    options = settings.benchmarks
+    """M_t compared with M_0 on the tasks of `benchmarks.tasks`, as lm-eval measures them."""
+    options = services.settings.benchmarks
     if not options.tasks:
         reason = _left_out(context, "name lm-eval's tasks in benchmarks.tasks")
-        return table_output(context, BenchmarkScores.empty(), left_out=reason)
+        return table_output(context, services, BenchmarkScores.empty(), left_out=reason)
     manager, started = open_tasks(options), time.monotonic()
-    found = (
-        harness.evaluate(model, manager, options, context.log.info) for model in (model_checkpoint, initial_policy)
-    )
-    policy, initial = (
-        [row for task, figures in tasks for row in score_rows(task.name, task.shots, figures)] for tasks in found
-    )
-    frame = _beside(policy, initial).with_columns(
+    candidate, initial = (
+        [row for task, scores in services.harness.evaluate(model, manager, options)
+         for row in score_rows(task.name, task.shots, scores)]
+        for model in (model_checkpoint, initial_policy)
+    )  # fmt: skip
+    frame = _compared(candidate, initial).with_columns(
         checkpoint_sha=pl.lit(model_checkpoint.sha),
         initial_checkpoint_sha=pl.lit(initial_policy.sha),
         iteration=pl.lit(iteration_of(context), pl.Int64),
     )
-    return table_output(
-        context,
-        frame,
-        scores=table_metadata(frame.drop("checkpoint_sha", "initial_checkpoint_sha", "iteration")),
-        open_llm_leaderboard_average=leaderboard_average(policy, LEADERBOARD_SHOTS),
-        open_llm_leaderboard_average_initial=leaderboard_average(initial, LEADERBOARD_SHOTS),
-        limit=options.limit,
-        seconds=round(time.monotonic() - started, 1),
-        **made_by(model_checkpoint),
-    )
+    averages = [
+        Metric("leaderboard_average", leaderboard_average(rows, LEADERBOARD_SHOTS), of=name, checkpoint_sha=model.sha)
+        for name, rows, model in (
+            ("candidate", candidate, model_checkpoint), ("initial", initial, initial_policy),
+        )
+    ]  # fmt: skip
+    seconds = Metric("scoring_seconds", round(time.monotonic() - started, 1))
+    scores = table_metadata(frame.drop("checkpoint_sha", "initial_checkpoint_sha", "iteration"))
+    shown = {"scores": scores, "limit": options.limit, **made_by(model_checkpoint)}
+    return table_output(context, services, frame, [*averages, seconds], **shown)
 
 
-@dg.asset(
-    group_name=GROUP,
-    retry_policy=RETRIES,
-    code_version=code_version(
-        *(f"benchmarks.{name}" for name in QUESTION_FIELDS),
-        "benchmarks.alpaca_eval_sampling",
-        "benchmarks.arena_hard_sampling",
-        "benchmarks.mt_bench_max_new_tokens",
-        "engine.dtype",
-        "engine.kind",
-        benchmarks_method,
+@stage(
+    group="evaluation",
+    work=("generates",),
+    opt_in=True,
+    reads=(
+        *(f"benchmarks.{name}" for name in QUESTION_FIELDS), "benchmarks.alpaca_eval_sampling",
+        "benchmarks.arena_hard_sampling", "benchmarks.mt_bench_max_new_tokens",
     ),
-    **OPT_IN,
-)
+    samplings=lambda settings: answer_samplings(settings.benchmarks),
+)  # fmt: skip
 def benchmark_answers(
     context: dg.AssetExecutionContext,
     model_checkpoint: Checkpoint,
     initial_policy: Checkpoint,
-    language_model: LanguageModel,
-    settings: dg.ResourceParam[Settings],
+    services: dg.ResourceParam[Services],
 ) -> dg.MaterializeResult:
     """M_t's and M_0's answers to AlpacaEval 2, Arena-Hard and MT-Bench, as files for the official judges."""
-    options = settings.benchmarks
+    options = services.settings.benchmarks
     files = _question_files(options)
     if not files:
         named = " or ".join(f"benchmarks.{name}" for name in QUESTION_FIELDS)
         reason = _left_out(context, f"name a question file in {named}")
-        return dg.MaterializeResult(data_version=dg.DataVersion("none"), metadata={"left_out": reason})
+        return written_output(context, services, "none", left_out=reason)
     questions = {
         name: read_questions(file, f"benchmarks.{name}", functools.partial(question_problem, name))
         for name, file in files.items()
@@ -155,26 +135,14 @@ def benchmark_answers(
     usages: list[Usage] = []
     for model_name, model in models.items():
         for benchmark, rows in questions.items():
-            answer = functools.partial(language_model.answer, model, log=context.log.info)
+            answer = functools.partial(services.language_model.answer, model)
             written, used = _answers(answer, benchmark, rows, options)
             answers[benchmark, model_name] = written
             usages += used
-    return dg.MaterializeResult(
-        data_version=dg.DataVersion(json_sha256([*answers.values()])[:16]),
-        metadata={
-            **_write(context, questions, answers),
-            **sum(usages[1:], usages[0]).metadata(),
-            **peak_memory(),
-            **made_by(model_checkpoint),
-            "made_from": made_from(context),
-        },
-    )
-
-
-def answer_samplings(options: Benchmarks) -> list[Sampling]:
-    """Every way in which questions of the settings may be answered."""
-    rows = [{"category": category} for category in (*MT_BENCH_TEMPERATURES, "any other")]
-    return [_sampling(benchmark, row, options) for benchmark in _question_files(options) for row in rows]
+    count, shown = _write(context, services, questions, answers)
+    measured = [Metric("answers_written", count), *metrics.generating(sum(usages[1:], usages[0]))]
+    version = json_sha256([*answers.values()])[:16]
+    return written_output(context, services, version, measured, **shown, **made_by(model_checkpoint))
 
 
 def _left_out(context: dg.AssetExecutionContext, remedy: str) -> str:
@@ -187,10 +155,11 @@ def _left_out(context: dg.AssetExecutionContext, remedy: str) -> str:
     return reason
 
 
-def _beside(policy: list[dict[str, Any]], initial: list[dict[str, Any]]) -> pl.DataFrame:
-    """The figures of M_t, each with that of M_0 in the same row."""
+def _compared(candidate: list[dict[str, Any]], initial: list[dict[str, Any]]) -> pl.DataFrame:
+    """The scores of M_t, each with that of M_0 in the same row."""
     ours, theirs = (
-        pl.DataFrame(rows, schema_overrides={"value": pl.Float64, "stderr": pl.Float64}) for rows in (policy, initial)
+        pl.DataFrame(rows, schema_overrides={"value": pl.Float64, "stderr": pl.Float64})
+        for rows in (candidate, initial)
     )
     keys = ["task", "shots", "metric", "filter"]
     return ours.join(theirs.drop("questions"), on=keys, suffix="_initial", maintain_order="left")
@@ -203,7 +172,7 @@ def _question_files(options: Benchmarks) -> dict[str, str]:
 
 def _sampling(benchmark: str, row: Mapping[str, Any], options: Benchmarks) -> Sampling:
     if benchmark == "mt_bench":
-        temperature = mt_bench_temperature(row["category"])
+        temperature = MT_BENCH_TEMPERATURES.get(row["category"], MT_BENCH_TEMPERATURE)
         return Sampling(temperature=temperature, max_new_tokens=options.mt_bench_max_new_tokens)
     return options.alpaca_eval_sampling if benchmark == "alpaca_eval" else options.arena_hard_sampling
 
@@ -219,34 +188,32 @@ def _answers(
     for turn in range(max(map(len, turns))):
         # Within a benchmark, samplings differ in nothing but the temperature.
         for temperature, sampling in {each.temperature: each for each in samplings}.items():
-            asked = [
-                place
-                for place, each in enumerate(samplings)
-                if each.temperature == temperature and len(turns[place]) > turn
-            ]
-            chats = [(benchmark, conversation(turns[place], answers[place])) for place in asked]
+            alike = [place for place, each in enumerate(samplings) if each.temperature == temperature]
+            places = [place for place in alike if len(turns[place]) > turn]
+            chats = [(benchmark, conversation(turns[place], answers[place])) for place in places]
             frame, usage = answer(chats, sampling)
             usages.append(usage)
-            for place, text in zip(asked, frame["text"], strict=True):
+            for place, text in zip(places, frame["text"], strict=True):
                 answers[place].append(text.strip())
     return answers, usages
 
 
 def _write(
     context: dg.AssetExecutionContext,
+    services: Services,
     questions: Mapping[str, list[dict[str, Any]]],
     answers: Mapping[tuple[str, str], Answers],
-) -> dict[str, Any]:
+) -> tuple[int, dict[str, Any]]:
     """Writes the files of an iteration into the home, in place of earlier ones, whole or not at all; what was written."""
-    place, now = home_directory() / "benchmarks" / context.partition_key, time.time()
-    files, sample = [], []
+    place, now = services.home / "benchmarks" / context.partition_key, time.time()
+    files, sample = list[dict[str, Any]](), list[dict[str, Any]]()
     with temporary_directory_beside(place) as temporary:
-        for (benchmark, model), given in answers.items():
+        for (benchmark, model), own in answers.items():
             file = temporary / PLACES[benchmark].format(model)
             file.parent.mkdir(parents=True, exist_ok=True)
             rows = [
                 answer_row(benchmark, question, turns, model, now)
-                for question, turns in zip(questions[benchmark], given, strict=True)
+                for question, turns in zip(questions[benchmark], own, strict=True)
             ]
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             file.write_text(
@@ -255,9 +222,9 @@ def _write(
             files.append({"file": str(file.relative_to(temporary)), "answers": len(rows), "bytes": file.stat().st_size})
             sample += [
                 {"benchmark": benchmark, "model": model, "turns": turns_of(benchmark, question), "answers": turns}
-                for question, turns in zip(questions[benchmark][:SHOWN_QUESTIONS], given, strict=False)
+                for question, turns in zip(questions[benchmark][:SHOWN_QUESTIONS], own, strict=False)
             ]
         replace_directory(temporary, place)
     context.log.info(f"{place}: {', '.join(str(entry['file']) for entry in files)}")
     tables = {"files": table_metadata(pl.DataFrame(files)), "sample": table_metadata(pl.DataFrame(sample))}
-    return {"path": dg.MetadataValue.path(place), "answers": sum(entry["answers"] for entry in files), **tables}
+    return sum(entry["answers"] for entry in files), {"path": dg.MetadataValue.path(place), **tables}

@@ -15,158 +15,187 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dagster as dg
+import numpy as np
 import polars as pl
 
-from resources.generation.language_model import LanguageModel, Usage
+from resources.generation.language_model import Usage
 from resources.judging.judge_choice import topic_labeler
-from resources.models.embeddings import SentenceEmbedder
 from resources.models.model_source import fetch_embedding_model
-from resources.scoring.scorer import RewardScorer
+from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
-from synpo_assets.cli.preflight import shown_seed_prompts
-from synpo_assets.graph.partitions import GPU_POOL, ITERATIONS, iteration_of, table
+from synpo_assets.graph import metrics
+from synpo_assets.graph.cost import Work
+from synpo_assets.graph.drawing import Plot, finish, new_figure, plot_of
+from synpo_assets.graph.metrics import Metric, MetricName
+from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.schemas import PromptDiversity, SelfInstructPrompts
-from synpo_assets.method import diversity as diversity_method
-from synpo_assets.method import prompts as prompt_method
-from synpo_assets.method import self_instruct as self_instruct_method
-from synpo_assets.method import templates
-from synpo_assets.method.diversity import Diversity, equal_samples, label_counts, label_coverage, measure
-from synpo_assets.method.prompts import draw_until_enough
+from synpo_assets.graph.services import Services
+from synpo_assets.graph.stage import stage
+from synpo_assets.method.diversity import Diversity, density, equal_samples, label_counts, label_coverage, measure
+from synpo_assets.method.prompts import draw_until_enough, words_of
 from synpo_assets.method.self_instruct import NewTasks, draw_examples
 from synpo_assets.method.templates import self_instruct_instruction
-from synpo_assets.reports.plots import similarity_densities
 
 SOURCES = ("synthetic", "seed", "self_instruct")
+# Orange, blue and grey stay apart for colour-blind eyes, and the lines differ too.
+SOURCE_STYLES = {
+    "synthetic": ("-", "#0072b2"), "seed": ("--", "#e69f00"), "self_instruct": ("-.", "#666666"),
+}  # fmt: skip
+SHOWN_PLACES, SMALLEST_MARGIN = 400, 0.02
 ROUNDED_DIGITS = 4
 
 
-@dg.asset(
-    **table(
-        SelfInstructPrompts,
+@stage(
+    SelfInstructPrompts,
+    group="seed",
+    once=True,
+    work=("generates",),
+    reads=(
         "diversity.self_instruct_shots", "diversity.self_instruct_max_words", "diversity.self_instruct_sampling",
         "prompt_generator.sampling", "prompt_generator.prompts_per_iteration", "prompt_generator.max_overdraw",
-        "engine.dtype", "engine.kind", self_instruct_method, prompt_method, templates,
     ),
-    pool=GPU_POOL,
-    kinds={"huggingface"},
+    samplings=lambda settings: [settings.self_instruct_sampling],
+    cost=lambda sizes: [Work("generate", sizes.prompts * sizes.settings.self_instruct_sampling.max_new_tokens)],
 )  # fmt: skip
 def self_instruct_prompts(
     context: dg.AssetExecutionContext,
     initial_policy: Checkpoint,
     seed_pairs: pl.DataFrame,
-    language_model: LanguageModel,
-    settings: dg.ResourceParam[Settings],
+    services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
     """The baseline: prompts that M_0 writes after seeing some of the seed, as many as G writes in an iteration."""
-    options = settings.diversity
+    settings, wanted = services.settings, services.settings.prompt_generator.prompts_per_iteration
     shown = dict(shown_seed_prompts(settings, seed_pairs).select("prompt_id", "prompt").iter_rows())
-    draws = draw_examples(
-        list(shown), options.self_instruct_shots, settings.keyword_sets_per_iteration, settings.random_seed
-    )
+    shots, most = settings.diversity.self_instruct_shots, settings.keyword_sets_per_iteration
+    draws = draw_examples(list(shown), shots, most, settings.random_seed)
     tasks = NewTasks(seed_pairs.filter(split="train")["prompt"])
     usages: list[Usage] = []
 
     def write(drawn: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        asked = [
+        requests = [
             (f"self-instruct {row['number']}", self_instruct_instruction([shown[name] for name in row["example_ids"]]))
             for row in drawn
         ]
-        written, usage = language_model.answer(initial_policy, asked, settings.self_instruct_sampling, context.log.info)
+        written, usage = services.language_model.answer(initial_policy, requests, settings.self_instruct_sampling)
         usages.append(usage)
         return written.to_dicts()
 
-    kept, asked_for = draw_until_enough(draws, settings.prompt_generator.prompts_per_iteration, write, tasks.keep)
+    kept, used = draw_until_enough(draws, wanted, write, tasks.keep)
     # There may be no rows, from a model that writes nothing: prompt_diversity then goes without the baseline.
     rows = [{**row, "checkpoint_sha": initial_policy.sha} for row in kept]
     frame = pl.DataFrame(rows, schema=SelfInstructPrompts.empty().schema)
-    return table_output(
-        context,
-        frame,
-        wanted=settings.prompt_generator.prompts_per_iteration,
-        asked_for=asked_for,
-        dropped=dg.MetadataValue.json(dict(tasks.dropped)),
-        cut_share=(frame["finish_reason"] == "length").mean(),
-        **sum(usages[1:], usages[0]).metadata(),
-        **made_by(initial_policy),
-    )
+    measured = [
+        Metric("prompts_wanted", wanted),
+        Metric("sources_used", used),
+        *(Metric("dropped", count, of=reason) for reason, count in tasks.dropped.items()),
+        Metric("cut_share", metrics.mean(frame["finish_reason"] == "length"), of="self_instruct", n=frame.height),
+        *metrics.generating(sum(usages[1:], usages[0])),
+    ]
+    return table_output(context, services, frame, measured, **made_by(initial_policy))
 
 
-@dg.asset(
-    partitions_def=ITERATIONS,
-    **table(
-        PromptDiversity,
-        "diversity.sample_size",
-        "diversity.clusters",
-        "diversity.embedding_model",
-        "judge.server",
-        diversity_method,
-    ),
-    pool=GPU_POOL,
-    kinds={"huggingface"},
+@stage(
+    PromptDiversity,
+    group="evaluation",
+    work=("embeds",),
+    reads=("diversity.sample_size", "diversity.clusters", "diversity.embedding_model", "judge.server"),
 )
 def prompt_diversity(
     context: dg.AssetExecutionContext,
     synthetic_prompts: pl.DataFrame,
     seed_pairs: pl.DataFrame,
     self_instruct_prompts: pl.DataFrame,
-    embedder: SentenceEmbedder,
-    scorer: RewardScorer,
-    settings: dg.ResourceParam[Settings],
+    services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
     """How much prompts resemble each other: the synthetic ones, those of the seed, and the Self-Instruct baseline."""
-    options, tables = settings.diversity, (synthetic_prompts, seed_pairs.filter(split="train"), self_instruct_prompts)
+    settings, iteration = services.settings, iteration_of(context)
+    tables = (synthetic_prompts, seed_pairs.filter(split="train"), self_instruct_prompts)
     sources = {name: frame["prompt"].to_list() for name, frame in zip(SOURCES, tables, strict=True)}
-    sampled = equal_samples(sources, options.sample_size, settings.random_seed)
+    sampled = equal_samples(sources, settings.diversity.sample_size, settings.random_seed)
     for name in sources.keys() - sampled.keys():
         context.log.warning(f"{name} has {len(sources[name])} prompts, too few to compare: it is left out.")
-    weights, origin = fetch_embedding_model(options.embedding_model, settings.engine.trust_remote_code)
+    weights, origin = fetch_embedding_model(settings.diversity.embedding_model, settings.engine.trust_remote_code)
     texts = [text for prompts in sampled.values() for text in prompts]
-    embedded = embedder.embed(weights, texts, context.log.info)
-    found = measure(sampled, embedded.vectors, options.clusters, settings.random_seed)
-    plot = similarity_densities(iteration_of(context), found.similarities)
+    embedded = services.embedder.embed(weights, texts)
+    measures = measure(sampled, embedded.vectors, settings.diversity.clusters, settings.random_seed)
+    plot = similarity_densities(iteration, measures.similarities)
+    labelled, shown = _labels(services, sampled)
+    measured = [
+        Metric("prompts_compared", measures.rows[0]["prompts"]),
+        *(Metric("mean_similarity", row["mean"], of=row["source"], n=row["prompts"]) for row in measures.rows),
+        *(Metric("effective_clusters", row["effective_clusters"], of=row["source"]) for row in measures.rows),
+        *metrics.embedding(embedded),
+        *labelled,
+    ]
     return table_output(
         context,
-        _frame(found, sources, origin["name"], iteration_of(context)),
-        **{f"mean_similarity {row['source']}": row["mean"] for row in found.rows},
-        **{f"effective_clusters {row['source']}": row["effective_clusters"] for row in found.rows},
-        prompts_compared=found.rows[0]["prompts"],
+        services,
+        _frame(measures, sources, origin["name"], iteration),
+        measured,
         similarities=dg.MetadataValue.md(f"![{plot.description}]({plot.data_uri})"),
-        extremes=table_metadata(pl.DataFrame(found.extremes)),
-        topics=table_metadata(pl.DataFrame(found.topics)),
+        extremes=table_metadata(pl.DataFrame(measures.extremes)),
+        topics=table_metadata(pl.DataFrame(measures.topics)),
         **{f"embedding_model {key}": value for key, value in origin.items()},
-        **embedded.metadata(),
-        **_labels(context, sampled, scorer, settings),
+        **shown,
     )
 
 
-def _labels(
-    context: dg.AssetExecutionContext, sampled: Mapping[str, Sequence[str]], scorer: RewardScorer, settings: Settings
-) -> dict[str, Any]:
-    """What the model of judge.server says that the prompts are about, as metadata; nothing where none is stated."""
-    if settings.judge.server is None:
-        return {}
-    labeler = topic_labeler(settings.judge, scorer)
+def shown_seed_prompts(settings: Settings, seed: pl.DataFrame) -> pl.DataFrame:
+    """The rows of the train split whose prompt is short enough to be shown to M_0 for the Self-Instruct baseline."""
+    most = settings.diversity.self_instruct_max_words
+    train = seed.filter(split="train")
+    shown = train.filter([len(words_of(prompt)) <= most for prompt in train["prompt"]])
+    if shown.is_empty():
+        raise SettingsError(
+            f"No seed prompt has at most diversity.self_instruct_max_words = {most} words, so none can be shown to M_0 for "
+            "the Self-Instruct baseline: raise it."
+        )
+    return shown
+
+
+def _labels(services: Services, sampled: Mapping[str, Sequence[str]]) -> tuple[list[Metric], dict[str, Any]]:
+    """What the model of judge.server says that the prompts are about: metrics, and tables; nothing where none is stated."""
+    if services.settings.judge.server is None:
+        return [], {}
+    labeler = topic_labeler(services.settings.judge, services.scorer)
     texts = [text for prompts in sampled.values() for text in prompts]
-    named, usage = labeler.label_prompts(texts, context.log.info)
+    named, usage = labeler.label_prompts(texts)
     waiting = iter(named)
     labelled = {source: list(itertools.islice(waiting, len(prompts))) for source, prompts in sampled.items()}
     rows = label_coverage(labelled)
-    figures = ("topics", "topic_entropy", "intentions", "intention_entropy", "not_labelled")
-    return {
-        **{f"{name} {row['source']}": row[name] for row in rows for name in figures},
+    names: tuple[MetricName, ...] = ("topics", "topic_entropy", "intentions", "intention_entropy", "not_labelled")
+    measured = [Metric(name, row[name], of=row["source"]) for row in rows for name in names]
+    shown = {
         "labelled_by": labeler.label,
         "label_coverage": table_metadata(pl.DataFrame(rows)),
         "label_counts": table_metadata(pl.DataFrame(label_counts(labelled))),
-        **usage.metadata(),
     }
+    return measured + metrics.scoring(usage), shown
 
 
-def _frame(found: Diversity, sources: Mapping[str, Sequence[str]], model: str, iteration: int) -> pl.DataFrame:
+def _frame(measures: Diversity, sources: Mapping[str, Sequence[str]], model: str, iteration: int) -> pl.DataFrame:
     """The table, with numbers rounded: their last digits depend on the machine, and the content version on them."""
-    about = {"embedding_model": model, "iteration": iteration}
-    rows = [{**row, "available": len(sources[row["source"]]), **about} for row in found.rows]
+    same = {"embedding_model": model, "iteration": iteration}
+    rows = [{**row, "available": len(sources[row["source"]]), **same} for row in measures.rows]
     frame = pl.DataFrame(rows, schema=PromptDiversity.empty().schema)
     return frame.with_columns(pl.selectors.float().round(ROUNDED_DIGITS))
+
+
+def similarity_densities(iteration: int, similarities: Mapping[str, np.ndarray]) -> Plot:
+    """How alike prompts are: the density of the prompts' mean similarities, one line per source, its mean dotted."""
+    figure = new_figure()
+    axes = figure.add_subplot()
+    everything = np.concatenate(list(similarities.values()))
+    margin = 0.25 * (everything.max() - everything.min()) + SMALLEST_MARGIN
+    places = np.linspace(everything.min() - margin, everything.max() + margin, SHOWN_PLACES)
+    for name, values in similarities.items():
+        style, colour = SOURCE_STYLES[name]
+        axes.plot(places, density(values, places), style, color=colour, label=f"{name} (n = {len(values):,})")
+        axes.axvline(values.mean(), color=colour, linewidth=0.8, linestyle=":")
+    axes.set_ylim(bottom=0)
+    finish(axes, "How alike prompts are", "mean cosine similarity to the others", "density", legend="prompts")
+    text = f"Density of the prompts' mean cosine similarities to the others of their source, iteration {iteration}."
+    return plot_of("similarities", text, figure)

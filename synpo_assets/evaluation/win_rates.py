@@ -4,186 +4,153 @@ Paper (section 3): AlpacaEval 2, Arena-Hard and MT-Bench with a GPT-4 judge, and
 Here: the three models answer the held-out seed prompts. A judge that took no part in training compares the answers: a
 reward model trained from M_0 on rows of the seed that nothing else reads, with another random seed. It needs no download,
 but it learned from the same kind of data as the scorer and starts from the same model, so it is a weaker witness than
-GPT-4; `judge.server` adds any model with OpenAI's chat API. The scorer's verdict stands beside theirs, marked as that of a
+GPT-4; `judge.server` adds any model with OpenAI's chat API. The scorer's verdict is shown with theirs, marked as that of a
 judge that took part in training. Win rates come with bootstrap intervals and, as in AlpacaEval 2, controlled for length.
 """
+
+from collections.abc import Mapping, Sequence
 
 import dagster as dg
 import polars as pl
 
-from resources.generation.language_model import LanguageModel, Usage
+from resources.generation.language_model import Usage
 from resources.judging.judge import Judge
-from resources.judging.judge_choice import judge_scorer, open_judges
-from resources.scoring.scorer import RewardScorer, ScoringUsage
-from resources.settings.settings import Settings
-from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
+from resources.judging.judge_choice import open_judges
+from resources.scoring.scorer import ScoringUsage
+from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
-from resources.training.trainer import Trainer
-from synpo_assets.graph.partitions import GPU_POOL, ITERATIONS, checkpoint, iteration_of, table
-from synpo_assets.graph.presentation import checkpoint_output, made_by, table_output, table_version, training_metadata
+from synpo_assets.graph import metrics
+from synpo_assets.graph.cost import Sizes, Work
+from synpo_assets.graph.metrics import Metric, MetricName
+from synpo_assets.graph.partitions import iteration_of
+from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.schemas import Evaluation
-from synpo_assets.method import evaluation as evaluation_method
-from synpo_assets.method import quality as quality_method
+from synpo_assets.graph.services import Services
+from synpo_assets.graph.stage import stage
 from synpo_assets.method.evaluation import outcomes, win_rates
 from synpo_assets.method.quality import answer_figures
-from synpo_assets.method.templates import user_message
-from synpo_assets.stages.preferences import answered_metadata, seed_answers
+from synpo_assets.method.templates import prompt_requests
+from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
 
-# Whose answers M_t's are compared with.
+# Whose answers the candidate's are compared with.
 OPPONENTS = {"initial": "initial_response", "previous": "previous_response"}
 
 
-@dg.asset(
-    **checkpoint("judge.training", "judge.max_length", "responses", "engine.dtype", "engine.kind"),
-    pool=GPU_POOL,
-    kinds={"huggingface"},
-)
-def judge_model(
-    context: dg.AssetExecutionContext,
-    initial_policy: Checkpoint,
-    seed_pairs: pl.DataFrame,
-    language_model: LanguageModel,
-    trainer: Trainer,
-    scorer: RewardScorer,
-    checkpoints: dg.ResourceParam[CheckpointStore],
-    settings: dg.ResourceParam[Settings],
-) -> dg.Output[Checkpoint]:
-    """The independent judge: gold over M_0's own answers, on rows of the seed that no other training reads."""
-    sampling, training = settings.responses.sampling, settings.judge.training
-    compared, usage = seed_answers(context, initial_policy, seed_pairs, "judge", language_model, sampling)
-    pairs = compared.filter(split="judge").select("prompt", "answer", "response").rows()
-    # Another seed than the scorer's, so that the two do not share their first weights and order of examples.
-    other = trainer.model_copy(update={"random_seed": settings.random_seed + 1})
-    made, summary = checkpoints.create(
-        context,
-        lambda directory: other.reward(initial_policy, pairs, training, directory, context.log.info),
-        parents={"start": initial_policy},
-        trained_on={"seed_pairs": table_version(seed_pairs)},
-        settings=training.model_dump(),
-        random_seed=other.random_seed,
-    )
-    held_out = compared.filter(split="held_out").select("prompt", "answer", "response").rows()
-    judged = judge_scorer(settings.judge, scorer).compare(made, held_out, context.log.info)
-    about = {"held_out_accuracy": (judged.margins > 0).mean(), "held_out_pairs": len(held_out)} | judged.metadata()
-    return checkpoint_output(context, made, **about, **training_metadata(summary), **answered_metadata(usage))
+def _cost(sizes: Sizes) -> list[Work]:
+    """The scorer reads the answers of M_t and M_0 and gold; the judge has read those of M_0 and M_{t-1} before."""
+    alone, written = reads_answers_alone(sizes.settings), comparison_tokens(sizes, sizes.written, sizes.written)
+    gold = sizes.asked + sizes.gold if alone else comparison_tokens(sizes, sizes.gold, sizes.written)
+    previous = [] if alone else [Work("score", sizes.held_out * written, later_only=True)]
+    return [
+        Work("generate", sizes.held_out * sizes.written),
+        Work("score", sizes.held_out * (written + gold)),
+        Work("score", sizes.held_out * (sizes.asked + sizes.written)),
+        *previous,
+    ]
 
 
-@dg.asset(
-    partitions_def=ITERATIONS,
-    **table(
-        Evaluation,
-        "responses",
-        "scorer.max_length",
-        "scorer.pair_convention",
-        "judge.max_length",
-        "judge.server",
-        "engine.dtype",
-        "engine.kind",
-        evaluation_method,
-        quality_method,
-    ),
-    pool=GPU_POOL,
-    kinds={"huggingface"},
+@stage(
+    Evaluation,
+    group="evaluation",
+    work=("generates", "scores"),
+    reads=("responses", "scorer.convention", "scorer.max_length", "judge.max_length", "judge.server"),
+    samplings=lambda settings: [settings.responses.sampling],
+    cost=_cost,
+    made_from={"prompt_id": "seed_pairs"},
+    deps=("reward_model", "judge_model"),
 )
 def evaluation(
     context: dg.AssetExecutionContext,
     model_checkpoint: Checkpoint,
     policy: Checkpoint,
     initial_policy: Checkpoint,
-    reward_model: Checkpoint,
-    judge_model: Checkpoint,
     seed_pairs: pl.DataFrame,
-    language_model: LanguageModel,
-    scorer: RewardScorer,
-    settings: dg.ResourceParam[Settings],
+    services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
     """Held-out answers of M_t, compared with those of M_0 and M_{t-1} by each judge; rewards by the scorer."""
-    models = {"policy": model_checkpoint, "previous": policy, "initial": initial_policy}
-    texts, measured, answering = _answers(context, models, seed_pairs, language_model, settings)
-    rewards, convention, scoring = _rewards(context, texts, scorer, reward_model)
-    judges = open_judges(settings.judge, scorer, judge_model, reward_model)
-    judged, judging = _judged(context, texts, judges)
+    models = {"candidate": model_checkpoint, "previous": policy, "initial": initial_policy}
+    texts, measured = _answers(services, models, seed_pairs)
+    scorers = {name: services.checkpoints.current(name, None) for name in ("judge_model", "reward_model")}
+    rewards, convention, rewarding = _rewards(services, texts, scorers["reward_model"])
+    judges = open_judges(services.settings.judge, services.scorer, **scorers)
+    judged, judging = _judged(texts, judges)
     shas = {f"{name}_checkpoint_sha": pl.lit(model.sha) for name, model in models.items()}
     frame = texts.with_columns(*rewards, *judged, **shas, iteration=pl.lit(iteration_of(context), pl.Int64))
     frame = frame.with_columns(
         pl.lit(None, pl.String).alias(name) for name in Evaluation.to_schema().columns if name not in frame.columns
     ).select(*Evaluation.to_schema().columns)
     labels = {judge.name: judge.label for judge in judges}
-    rates = win_rates(frame, labels, OPPONENTS, "policy_response", settings.random_seed)
-    return table_output(
-        context,
-        frame,
-        **_figures(rates),
-        **{f"held_out_reward {side}": frame[f"{side}_score"].mean() for side in ("answer", "policy", "initial")},
-        win_rates=table_metadata(rates),
-        measured_without_a_judge=table_metadata(measured),
-        **{f"mean_repetition {row['model']}": row["mean_repetition"] for row in measured.to_dicts()},
-        **{f"cut_share {row['model']}": row["cut_share"] for row in measured.to_dicts()},
-        judges="; ".join(labels.values()),
-        held_out_prompts=frame.height,
-        score_convention=convention,
-        **answering.metadata(),
-        **(scoring + judging).metadata(),
-        **made_by(model_checkpoint),
-    )
+    rates = win_rates(frame, labels, OPPONENTS, "candidate_response", services.settings.random_seed)
+    # What people look for comes first.
+    measured = [*_held_out_metrics(frame, rates, model_checkpoint.sha), *measured]
+    measured += metrics.scoring(sum(judging, rewarding))
+    shown = {"win_rates": table_metadata(rates), "judges": "; ".join(labels.values()), "score_convention": convention}
+    return table_output(context, services, frame, measured, **shown, **made_by(model_checkpoint))
 
 
 def _answers(
-    context: dg.AssetExecutionContext,
-    models: dict[str, Checkpoint],
-    seed_pairs: pl.DataFrame,
-    language_model: LanguageModel,
-    settings: Settings,
-) -> tuple[pl.DataFrame, pl.DataFrame, Usage]:
-    """The held-out rows with the answers of each model, what can be measured of these without a judge, and their cost.
-
-    M_0's and M_{t-1}'s were mostly written earlier.
-    """
+    services: Services, models: Mapping[str, Checkpoint], seed_pairs: pl.DataFrame
+) -> tuple[pl.DataFrame, list[Metric]]:
+    """The held-out rows with the answers of each model, most of them written earlier, and what needs no judge to measure."""
     held_out = seed_pairs.filter(split="held_out").select("prompt_id", "prompt", "answer")
-    asked = [(prompt_id, user_message(prompt)) for prompt_id, prompt in held_out.select("prompt_id", "prompt").rows()]
-    sampling = settings.responses.sampling
-    written = {name: language_model.answer(model, asked, sampling, context.log.info) for name, model in models.items()}
-    answers = {f"{name}_response": frame["text"] for name, (frame, _) in written.items()}
-    first, *others = (usage for _, usage in written.values())
-    measured = answer_figures({name: frame for name, (frame, _) in written.items()})
-    return held_out.with_columns(**answers), measured, sum(others, first)
+    requests = prompt_requests(held_out)
+    sampling, usages, written = services.settings.responses.sampling, list[Usage](), dict[str, pl.DataFrame]()
+    for name, model in models.items():
+        written[name], usage = services.language_model.answer(model, requests, sampling)
+        usages.append(usage)
+    measured = []
+    names: tuple[MetricName, ...] = ("mean_characters", "mean_repetition", "cut_share")
+    for row in answer_figures(written).iter_rows(named=True):
+        whose = {"of": row["model"], "n": held_out.height, "checkpoint_sha": models[row["model"]].sha}
+        measured += [Metric(name, row[name], **whose) for name in names]
+    measured += metrics.generating(sum(usages[1:], usages[0]))
+    return held_out.with_columns(**{f"{name}_response": frame["text"] for name, frame in written.items()}), measured
 
 
 def _rewards(
-    context: dg.AssetExecutionContext, texts: pl.DataFrame, scorer: RewardScorer, reward_model: Checkpoint
+    services: Services, texts: pl.DataFrame, reward_model: Checkpoint
 ) -> tuple[list[pl.Series], str, ScoringUsage]:
     """The scorer's values of the gold answers, M_t's and M_0's, what their differences mean, and the cost."""
-    policy, gold = (
-        scorer.compare(reward_model, texts.select("prompt", side, "initial_response").rows(), context.log.info)
-        for side in ("policy_response", "answer")
+    candidate, gold = (
+        services.scorer.compare(reward_model, texts.select("prompt", side, "initial_response").rows())
+        for side in ("candidate_response", "answer")
     )
-    # Numbers of different comparisons have no common zero: all three are stated beside M_0's in the first one.
+    # Numbers of different comparisons have no common zero: all three are stated relative to M_0's in the first one.
     values = {
-        "answer_score": policy.second_scores + gold.margins,
-        "policy_score": policy.first_scores,
-        "initial_score": policy.second_scores,
+        "answer_score": candidate.second_scores + gold.margins,
+        "candidate_score": candidate.first_scores,
+        "initial_score": candidate.second_scores,
     }
-    return [value.alias(name) for name, value in values.items()], policy.convention, policy.usage + gold.usage
+    return [value.alias(name) for name, value in values.items()], candidate.convention, candidate.usage + gold.usage
 
 
-def _judged(
-    context: dg.AssetExecutionContext, texts: pl.DataFrame, judges: list[Judge]
-) -> tuple[list[pl.Series], ScoringUsage]:
-    """What each judge says of M_t's answers beside those of each opponent, and the cost."""
+def _judged(texts: pl.DataFrame, judges: Sequence[Judge]) -> tuple[list[pl.Series], list[ScoringUsage]]:
+    """What each judge says of M_t's answers compared with those of each opponent, and the cost."""
     columns, usages = [], []
     for judge in judges:
         for opponent, column in OPPONENTS.items():
-            compared = judge.compare(texts.select("prompt", "policy_response", column).rows(), context.log.info)
+            compared = judge.compare(texts.select("prompt", "candidate_response", column).rows())
             columns.append(outcomes(compared.margins).alias(f"{judge.name}_over_{opponent}"))
             usages.append(compared.usage)
-    return columns, sum(usages[1:], usages[0])
+    return columns, usages
 
 
-def _figures(rates: pl.DataFrame) -> dict[str, float | None]:
-    """The win rates by name: those of the independent judge plainly, with the low end, those of the others with `by`."""
-    named = {
-        f"win_rate_over_{row['opponent']}" + ("" if row["judge"] == "judge" else f"_by_{row['judge']}"): row["win_rate"]
-        for row in rates.to_dicts()
-    }
-    low = {f"win_rate_over_{row['opponent']}_low": row["low"] for row in rates.filter(judge="judge").to_dicts()}
-    return named | low
+def _held_out_metrics(frame: pl.DataFrame, rates: pl.DataFrame, sha: str) -> list[Metric]:
+    """Mean rewards, and win rates with their intervals and counts."""
+    sides = {"gold": "answer", "candidate": "candidate", "initial": "initial"}
+    measured = [Metric("held_out_prompts", frame.height)]
+    measured += [
+        Metric("held_out_reward", metrics.mean(frame[f"{column}_score"]), of=side, n=frame.height)
+        for side, column in sides.items()
+    ]
+    for rate in rates.iter_rows(named=True):
+        who = {"of": "candidate", "over": rate["opponent"], "by": rate["label"], "checkpoint_sha": sha}
+        measured += [
+            Metric("win_rate", rate["win_rate"], low=rate["low"], high=rate["high"], n=rate["prompts"], **who),
+            Metric("length_controlled_win_rate", rate["length_controlled"], n=rate["prompts"], **who),
+            Metric("wins", rate["wins"], **who),
+            Metric("ties", rate["ties"], **who),
+            Metric("losses", rate["losses"], **who),
+            Metric("no_verdicts", rate["no_verdict"], **who),
+        ]
+    return measured

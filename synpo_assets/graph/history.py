@@ -1,9 +1,11 @@
-"""What Dagster's event log knows about an asset: its newest materialization, metadata, run and time."""
-
-from typing import Any
+"""What Dagster's event log knows about an asset: its newest materialization, its run and time, and its checks."""
 
 import dagster as dg
 from dagster import DagsterInstance
+from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
+from dagster._core.event_api import PartitionKeyFilter
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus as CheckStatus
 
 
 def newest(instance: DagsterInstance, asset: str, partition: str | None) -> dg.EventLogRecord | None:
@@ -18,22 +20,16 @@ def newest(instance: DagsterInstance, asset: str, partition: str | None) -> dg.E
     return records[0] if records else None
 
 
-def metadata_of(instance: DagsterInstance, asset: str, partition: str | None) -> dict[str, Any]:
-    """The metadata values of the newest materialization; empty if there is none."""
+def tag_of(instance: DagsterInstance, asset: str, partition: str | None, tag: str) -> str | None:
+    """A tag that Dagster gave the newest materialization, by its name after `dagster/`; None if there is none."""
     record = newest(instance, asset, partition)
-    made = record and record.asset_materialization
-    return {name: entry.value for name, entry in made.metadata.items()} if made else {}
-
-
-def data_version(record: dg.EventLogRecord | None) -> str | None:
-    """The content version of a materialization; None if there is none."""
-    made = record and record.asset_materialization
-    return (made.tags or {}).get("dagster/data_version") if made else None
+    materialization = record and record.asset_materialization
+    return (materialization.tags or {}).get(f"dagster/{tag}") if materialization else None
 
 
 def data_version_of(instance: DagsterInstance, asset: str, partition: str | None) -> str | None:
     """The content version of the newest materialization; None if there is none."""
-    return data_version(newest(instance, asset, partition))
+    return tag_of(instance, asset, partition, "data_version")
 
 
 def input_version_of(instance: DagsterInstance, asset: str, partition: str | None, read: str) -> str | None:
@@ -41,9 +37,7 @@ def input_version_of(instance: DagsterInstance, asset: str, partition: str | Non
 
     Dagster records a hash of the content version where that asset has iterations: compare these with each other alone.
     """
-    record = newest(instance, asset, partition)
-    made = record and record.asset_materialization
-    return (made.tags or {}).get(f"dagster/input_data_version/{read}") if made else None
+    return tag_of(instance, asset, partition, f"input_data_version/{read}")
 
 
 def unfinished_attempt(instance: DagsterInstance, asset: str, partition: str | None) -> str | None:
@@ -62,3 +56,25 @@ def seconds_of(instance: DagsterInstance, asset: str, partition: str | None) -> 
         if stats.start_time and stats.end_time:
             return stats.end_time - stats.start_time
     return 0.0
+
+
+def failed_checks(instance: DagsterInstance, graph: AssetGraph, asset: str, partition: str | None) -> list[str]:
+    """The blocking checks of an asset and iteration that failed when they were last evaluated."""
+    latest = _latest_checks(instance, graph, asset, partition)
+    return [name for name, record in latest if record.status == CheckStatus.FAILED]
+
+
+def unfinished_checks(instance: DagsterInstance, graph: AssetGraph, asset: str, partition: str | None) -> str | None:
+    """The run that was last to start on a blocking check and has not evaluated it (yet); None if there is none."""
+    latest = _latest_checks(instance, graph, asset, partition)
+    return next((record.run_id for _, record in latest if record.status == CheckStatus.PLANNED), None)
+
+
+def _latest_checks(
+    instance: DagsterInstance, graph: AssetGraph, asset: str, partition: str | None
+) -> list[tuple[str, AssetCheckExecutionRecord]]:
+    keys = [key for key in sorted(graph.get(dg.AssetKey(asset)).check_keys, key=str) if graph.get(key).blocking]
+    latest = instance.event_log_storage.get_latest_asset_check_execution_by_key(
+        keys, partition_filter=PartitionKeyFilter(key=partition)
+    )
+    return [(key.name, record) for key, record in latest.items()]

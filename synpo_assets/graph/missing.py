@@ -2,18 +2,13 @@
 
 import dagster as dg
 from dagster import DagsterInstance
-from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
+from dagster._core.definitions.assets.graph.asset_graph import AssetGraph, AssetNode
 
 from resources.common.text import asset_label
-from synpo_assets.graph.checks import failed_checks, unfinished_checks
-from synpo_assets.graph.history import metadata_of, newest, unfinished_attempt
-from synpo_assets.graph.partitions import OPT_IN_TAG
-
-CODE_VERSION_TAG = "dagster/code_version"
-# They look up what the iteration before left, so they run whenever anything of their iteration does.
-STATE_ASSETS = {"policy", "preference_history"}
-# Made from all iterations, so it is made again at the end of each.
-REPORT = "boosting_report"
+from synpo_assets.graph.history import failed_checks, newest, tag_of, unfinished_attempt, unfinished_checks
+from synpo_assets.graph.metrics import recorded
+from synpo_assets.graph.services import Services
+from synpo_assets.graph.stage import OPT_IN_TAG, STATE_TAG
 
 
 def asset_names(graph: AssetGraph, partitioned: bool) -> list[str]:
@@ -23,54 +18,64 @@ def asset_names(graph: AssetGraph, partitioned: bool) -> list[str]:
     """
     ordered = [graph.get(key) for keys in graph.toposorted_asset_keys_by_level for key in sorted(keys)]
     own = [node for node in ordered if OPT_IN_TAG not in node.tags]
-    names = [node.key.to_user_string() for node in own if (node.partitions_def is not None) == partitioned]
-    return [name for name in names if name != REPORT]
+    return [
+        node.key.to_user_string() for node in own if node.is_partitioned == partitioned and not _is_report(graph, node)
+    ]
 
 
-def missing_assets(instance: DagsterInstance, graph: AssetGraph, partition: str | None) -> list[str]:
+def _is_report(graph: AssetGraph, node: AssetNode) -> bool:
+    """Whether an asset is made from all iterations, and so again at the end of each."""
+    return not node.is_partitioned and any(graph.get(key).is_partitioned for key in node.parent_keys)
+
+
+def missing_assets(instance: DagsterInstance, services: Services, partition: str | None) -> list[str]:
     """The assets of an iteration (or, for None, those made once) to be made, in order; the report ends an iteration.
 
     An asset is missing if it was never materialized, if the newest attempt to make or check it has ended without a
     result, or if it failed a blocking check. So is a promotion that was refused under other limits than those of now.
     """
+    graph = services.graph
     names = asset_names(graph, partitioned=partition is not None)
-    missing = {name for name in names if _is_missing(instance, name, partition)}
-    missing |= {name for name in names if _is_to_be_judged_again(instance, graph, name, partition)}
-    if partition is None:
+    missing = {name for name in names if _is_missing(instance, graph, name, partition)}
+    missing |= {name for name in names if _is_to_be_judged_again(instance, services, name, partition)}
+    if partition is None or not missing:
         return [name for name in names if name in missing]
-    return [*(name for name in names if name in missing | STATE_ASSETS), REPORT] if missing else []
+    wanted = {name for name in names if name in missing or STATE_TAG in graph.get(dg.AssetKey(name)).tags}
+    nodes = [graph.get(key) for key in sorted(graph.materializable_asset_keys)]
+    reports = [node.key.to_user_string() for node in nodes if _is_report(graph, node) and OPT_IN_TAG not in node.tags]
+    return [*(name for name in names if name in wanted), *reports]
 
 
-def _is_missing(instance: DagsterInstance, name: str, partition: str | None) -> bool:
-    if newest(instance, name, partition) is None or failed_checks(instance, name, partition):
+def _is_missing(instance: DagsterInstance, graph: AssetGraph, name: str, partition: str | None) -> bool:
+    if newest(instance, name, partition) is None or failed_checks(instance, graph, name, partition):
         return True
-    run_id = unfinished_attempt(instance, name, partition) or unfinished_checks(instance, name, partition)
+    run_id = unfinished_attempt(instance, name, partition) or unfinished_checks(instance, graph, name, partition)
     run = instance.get_run_by_id(run_id) if run_id else None
     return run_id is not None and (run is None or run.is_finished)
 
 
-def _is_to_be_judged_again(instance: DagsterInstance, graph: AssetGraph, name: str, partition: str | None) -> bool:
-    """Whether the gate refused M_t before its limits were corrected: the same command again shall then go on."""
-    refused = name == "promotion" and metadata_of(instance, name, partition).get("promoted") is False
-    return refused and _is_outdated(instance, graph, name, partition)
+def _is_to_be_judged_again(instance: DagsterInstance, services: Services, name: str, partition: str | None) -> bool:
+    """True if the gate rejected M_t under limits that have changed since; promotion is then evaluated again."""
+    if name != "promotion":
+        return False
+    judged = recorded(services.metrics, partition).find("promoted", "candidate")
+    return judged is not None and not judged.value and _is_outdated(instance, services.graph, name, partition)
 
 
 def _is_outdated(instance: DagsterInstance, graph: AssetGraph, name: str, partition: str | None) -> bool:
-    record = newest(instance, name, partition)
-    made = record and record.asset_materialization
-    version = (made.tags or {}).get(CODE_VERSION_TAG) if made else None
+    version = tag_of(instance, name, partition, "code_version")
     return bool(version) and version != graph.get(dg.AssetKey(name)).code_version
 
 
-def outdated_assets(instance: DagsterInstance, graph: AssetGraph) -> list[str]:
-    """The assets, by iteration, that were made with another code version than that of now and are not made again by themselves."""
+def outdated_assets(instance: DagsterInstance, services: Services) -> list[str]:
+    """The assets, by iteration, that were made by other code or settings than those of now and are kept."""
     outdated = []
-    for name in asset_names(graph, partitioned=False) + asset_names(graph, partitioned=True):
+    for name in asset_names(services.graph, partitioned=False) + asset_names(services.graph, partitioned=True):
         made_for: list[str | None] = [*sorted(instance.get_materialized_partitions(dg.AssetKey(name)))]
         outdated += [
             asset_label(name, partition)
             for partition in made_for or [None]
-            if _is_outdated(instance, graph, name, partition)
-            and not _is_to_be_judged_again(instance, graph, name, partition)
+            if _is_outdated(instance, services.graph, name, partition)
+            and not _is_to_be_judged_again(instance, services, name, partition)
         ]
     return outdated

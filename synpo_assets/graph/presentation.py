@@ -11,8 +11,13 @@ from dagster import DagsterInstance
 from resources.common.text import asset_label
 from resources.models.device import peak_memory
 from resources.storage.checkpoint_store import Checkpoint
-from resources.training.trainer import TrainingSummary
-from synpo_assets.graph.history import data_version, newest
+from resources.training.job import TrainingSummary
+from synpo_assets.graph.history import data_version_of, newest
+from synpo_assets.graph.metrics import Metric, record
+from synpo_assets.graph.services import Services
+
+SHOWN_STEPS = 50
+SHOWN_LOG_VALUES = {"loss", "learning_rate", "step", "rewards", "logps", "accuracy", "margin", "mean_token_accuracy"}
 
 
 def table_version(frame: pl.DataFrame) -> str:
@@ -20,22 +25,59 @@ def table_version(frame: pl.DataFrame) -> str:
     return hashlib.sha256(frame.write_ndjson().encode()).hexdigest()[:16]
 
 
-def table_output(context: dg.AssetExecutionContext, value: pl.DataFrame, **metadata: Any) -> dg.Output[pl.DataFrame]:
-    """A table with its content version, metadata and memory used; sample rows and counts are added where it is stored."""
-    about = {**peak_memory(), **metadata, "made_from": made_from(context)}
-    return dg.Output(value, data_version=dg.DataVersion(table_version(value)), metadata=about)
+def table_output(
+    context: dg.AssetExecutionContext,
+    services: Services,
+    frame: pl.DataFrame,
+    metrics: Sequence[Metric] = (),
+    /,
+    **shown: Any,
+) -> dg.Output[pl.DataFrame]:
+    """A table with its content version; row count and memory join its metrics, sample rows are added where it is stored."""
+    metadata = _recorded(context, services, [Metric("rows", frame.height), *metrics]) | shown
+    return dg.Output(frame, data_version=dg.DataVersion(table_version(frame)), metadata=metadata)
 
 
-def checkpoint_output(context: dg.AssetExecutionContext, value: Checkpoint, **metadata: Any) -> dg.Output[Checkpoint]:
-    """A checkpoint with its sha as content version, where it lies, its memory, and the checkpoints that it was made from."""
-    about: dict[str, Any] = {"sha": value.sha, "path": dg.MetadataValue.path(value.weights)}
-    parents = value.manifest["parents"]
-    if parents:
-        about["parents"] = checkpoints_table(
+def checkpoint_output(
+    context: dg.AssetExecutionContext,
+    services: Services,
+    made: Checkpoint,
+    metrics: Sequence[Metric] = (),
+    /,
+    **shown: Any,
+) -> dg.Output[Checkpoint]:
+    """A checkpoint with its sha as content version, where it is kept, and the checkpoints that it was made from."""
+    metadata: dict[str, Any] = {"sha": made.sha, "path": dg.MetadataValue.path(made.weights)}
+    if parents := made.manifest["parents"]:
+        metadata["parents"] = checkpoints_table(
             (role, parent["asset"], parent["sha"], parent["run_id"]) for role, parent in parents.items()
         )
-    about |= {**peak_memory(), **metadata, "made_from": made_from(context)}
-    return dg.Output(value, data_version=dg.DataVersion(value.sha[:16]), metadata=about)
+    metadata |= _recorded(context, services, metrics) | shown
+    return dg.Output(made, data_version=dg.DataVersion(made.sha[:16]), metadata=metadata)
+
+
+def written_output(
+    context: dg.AssetExecutionContext, services: Services, version: str, metrics: Sequence[Metric] = (), /, **shown: Any
+) -> dg.MaterializeResult:
+    """Files that an asset has written by itself, with their content version."""
+    metadata = _recorded(context, services, metrics) | shown
+    return dg.MaterializeResult(data_version=dg.DataVersion(version), metadata=metadata)
+
+
+def _recorded(context: dg.AssetExecutionContext, services: Services, metrics: Sequence[Metric]) -> dict[str, Any]:
+    """Keeps the metrics of the running asset, and shows them with what the asset was made from."""
+    memory = peak_memory()
+    rows = [*metrics, Metric("peak_memory_gb", memory["peak_memory_gb"])]
+    if (of_gpu := memory.get("peak_gpu_memory_gb")) is not None:
+        rows.append(Metric("peak_gpu_memory_gb", of_gpu))
+    partition = context.partition_key if context.has_partition_key else None
+    record(services.metrics, context.asset_key.to_user_string(), partition, rows)
+    shown: dict[str, Any] = {}
+    for metric in rows:
+        shown[metric.label] = None if metric.value is None else round(metric.value, 4)
+        if metric.low is not None and metric.high is not None:
+            shown[f"{metric.label}: 95 % interval"] = f"{metric.low:.3f} to {metric.high:.3f} (n = {metric.n})"
+    return shown | {"made_from": made_from(context)}
 
 
 def made_by(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -50,11 +92,7 @@ def made_by(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def checkpoints_table(checkpoints: Iterable[tuple[str, str, str, str]]) -> dg.MarkdownMetadataValue:
-    """A table of checkpoints as links that work in the UI.
-
-    Args:
-        checkpoints: Of each its role, its label (`model_checkpoint[0001]`), its sha and the run that made it.
-    """
+    """A table of checkpoints (role, label, sha, and the run that made it) as links that work in the UI."""
     lines = [["role", "checkpoint", "sha", "run"], ["---"] * 4]
     for role, label, sha, run_id in checkpoints:
         asset, _, partition = label.removesuffix("]").partition("[")
@@ -66,31 +104,35 @@ def made_from(context: dg.AssetExecutionContext) -> dg.MarkdownMetadataValue:
     """The content versions of everything that the running asset depends on, with links to their pages and runs."""
     graph = context.job_def.asset_layer.asset_graph
     parents = [graph.get(key) for key in sorted(graph.get(context.asset_key).parent_keys)]
-    inputs = [
-        (node.key.to_user_string(), context.partition_key if node.partitions_def is not None else None)
-        for node in parents
-    ]
+    partition = context.partition_key if context.has_partition_key else None
+    inputs = [(node.key.to_user_string(), partition if node.partitions_def is not None else None) for node in parents]
     return versions_table(context.instance, inputs)
 
 
 def versions_table(
     instance: DagsterInstance, inputs: Sequence[tuple[str, str | None]], **columns: Sequence[Any]
 ) -> dg.MarkdownMetadataValue:
-    """A table of assets and iterations with content version and run, as links that work in the UI.
-
-    Args:
-        instance: Knows the newest materialization of each.
-        inputs: Pairs of asset and iteration, which is None for assets made once.
-        columns: Further columns, one value per input.
-    """
+    """A table of assets and iterations (None: made once) with content version and run as links, and further columns."""
     lines = [["asset", *columns, "content version", "run"]]
     for (asset, partition), *values in zip(inputs, *columns.values(), strict=True):
-        record = newest(instance, asset, partition)
-        version = f"`{data_version(record)}`"
+        version, record = data_version_of(instance, asset, partition), newest(instance, asset, partition)
         run = _run(record.run_id) if record else "none"
-        lines.append([f"[{asset_label(asset, partition)}]({_page(asset, partition)})", *map(str, values), version, run])
+        lines.append(
+            [f"[{asset_label(asset, partition)}]({_page(asset, partition)})", *map(str, values), f"`{version}`", run]
+        )
     lines.insert(1, ["---"] * len(lines[0]))
     return _markdown(lines)
+
+
+def training_log(summary: TrainingSummary) -> dict[str, Any]:
+    """The logged values of a training run as a table for the UI, thinned out in long runs, the last step included."""
+    names = sorted({name for entry in summary.history for name in entry if name.split("/")[0] in SHOWN_LOG_VALUES})
+    names = ["step", *[name for name in names if name != "step"]]
+    every = max(1, len(summary.history) // SHOWN_STEPS)
+    # Counted from the end, so that the last step is always among them.
+    shown = summary.history[::-1][::every][::-1]
+    records = [dg.TableRecord({name: _number(entry.get(name)) for name in names}) for entry in shown]
+    return {"training_log": dg.MetadataValue.table(records)}
 
 
 def _run(run_id: str) -> str:
@@ -104,20 +146,6 @@ def _markdown(lines: list[list[str]]) -> dg.MarkdownMetadataValue:
 def _page(asset: str, partition: str | None) -> str:
     """The address of an asset or iteration in the UI."""
     return f"/assets/{asset}" + (f"?view=partitions&partition={partition}" if partition else "")
-
-
-SHOWN_STEPS = 50
-SHOWN_LOG_VALUES = {"loss", "learning_rate", "step", "rewards", "logps", "accuracy", "margin", "mean_token_accuracy"}
-
-
-def training_metadata(summary: TrainingSummary) -> dict[str, Any]:
-    """Metadata of a training run, with the logged values of the steps, thinned out in long runs, as a table."""
-    names = sorted({name for entry in summary.history for name in entry if name.split("/")[0] in SHOWN_LOG_VALUES})
-    names = ["step", *[name for name in names if name != "step"]]
-    every = max(1, len(summary.history) // SHOWN_STEPS)
-    shown = summary.history[::every]
-    records = [dg.TableRecord({name: _number(entry.get(name)) for name in names}) for entry in shown]
-    return summary.metadata() | {"training_log": dg.MetadataValue.table(records)}
 
 
 def _number(value: Any) -> float | None:

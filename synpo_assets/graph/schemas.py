@@ -152,7 +152,7 @@ class PreferencePairs(Table):
     rejected_score: float = pa.Field(description="The scorer's value of the rejected answer.")
     margin: float = pa.Field(description="chosen_score - rejected_score.")
     score_convention: str = _text(
-        "What a margin is: `reward_difference` of a reward model, or the scorer.pair_convention of a pair ranker."
+        "What a margin is: `reward_difference` of a reward model, or a pair ranker's scorer.pair_convention."
     )
     scorer_sha: str = _id("sha of the scorer.")
     chosen_finish_reason: str = pa.Field(isin=["stop", "length"], description="`length`: the chosen answer was cut.")
@@ -186,11 +186,11 @@ class Evaluation(Table):
     prompt_id: str = _id("The held-out prompt.", unique=True)
     prompt: str = _text("The instruction.")
     answer: str = _text("The gold answer.")
-    policy_response: str = pa.Field(description="M_t's answer.")
+    candidate_response: str = pa.Field(description="M_t's answer.")
     previous_response: str = pa.Field(description="M_{t-1}'s answer; at t = 1 this is M_0's.")
     initial_response: str = pa.Field(description="M_0's answer.")
     answer_score: float = pa.Field(description="initial_score plus the margin of the gold answer over M_0's.")
-    policy_score: float = pa.Field(description="The scorer's value of M_t's answer, beside M_0's.")
+    candidate_score: float = pa.Field(description="The scorer's value of M_t's answer, beside M_0's.")
     initial_score: float = pa.Field(description="The scorer's value of M_0's answer, beside M_t's.")
     judge_over_initial: str = _outcome("the independent judge", "M_0")
     judge_over_previous: str = _outcome("the independent judge", "M_{t-1}")
@@ -198,7 +198,7 @@ class Evaluation(Table):
     scorer_over_previous: str = _outcome("the scorer, which took part in training,", "M_{t-1}")
     server_over_initial: str = _outcome("the model of judge.server, if there is one,", "M_0", nullable=True)
     server_over_previous: str = _outcome("the model of judge.server, if there is one,", "M_{t-1}", nullable=True)
-    policy_checkpoint_sha: str = _id("sha of M_t.")
+    candidate_checkpoint_sha: str = _id("sha of M_t.")
     previous_checkpoint_sha: str = _id("sha of M_{t-1}.")
     initial_checkpoint_sha: str = _id("sha of M_0.")
     iteration: int = pa.Field(ge=1, description="The iteration t.")
@@ -228,11 +228,11 @@ class InstructionFollowing(Table):
         description="What an answer must meet."
     )
     sample: int = pa.Field(ge=1, description="Which of the answers to this instruction, counted from 1.")
-    policy_response: str = pa.Field(description="M_t's answer.")
-    policy_met: pl.List(pl.Boolean) = pa.Field(description="Whether M_t's answer meets each constraint, in order.")  # type: ignore[valid-type]
+    candidate_response: str = pa.Field(description="M_t's answer.")
+    candidate_met: pl.List(pl.Boolean) = pa.Field(description="Whether M_t's answer meets each constraint, in order.")  # type: ignore[valid-type]
     initial_response: str = pa.Field(description="M_0's answer.")
     initial_met: pl.List(pl.Boolean) = pa.Field(description="Whether M_0's answer meets each constraint, in order.")  # type: ignore[valid-type]
-    policy_checkpoint_sha: str = _id("sha of M_t.")
+    candidate_checkpoint_sha: str = _id("sha of M_t.")
     initial_checkpoint_sha: str = _id("sha of M_0.")
     iteration: int = pa.Field(ge=1, description="The iteration t.")
 
@@ -243,11 +243,13 @@ class GoldComparison(Table):
     prompt_id: str = _id("The held-out prompt.", unique=True)
     prompt: str = _text("The instruction.")
     answer: str = _text("The gold answer.")
-    policy_log_likelihood: float = pa.Field(le=0, description="Mean log-probability per gold token under M_t, in nats.")
+    candidate_log_likelihood: float = pa.Field(
+        le=0, description="Mean log-probability per gold token under M_t, in nats."
+    )
     initial_log_likelihood: float = pa.Field(le=0, description="The same under M_0.")
-    policy_similarity: float = pa.Field(description="Cosine of the embeddings of M_t's answer and the gold answer.")
+    candidate_similarity: float = pa.Field(description="Cosine of the embeddings of M_t's answer and the gold answer.")
     initial_similarity: float = pa.Field(description="The same for M_0's answer.")
-    policy_checkpoint_sha: str = _id("sha of M_t.")
+    candidate_checkpoint_sha: str = _id("sha of M_t.")
     initial_checkpoint_sha: str = _id("sha of M_0.")
     iteration: int = pa.Field(ge=1, description="The iteration t.")
 
@@ -294,11 +296,7 @@ def column_schema(model: type[Table]) -> dg.TableSchema:
 
 
 def check(model: type[Table], table: pl.DataFrame) -> str | None:
-    """Validates a table against its schema.
-
-    Returns:
-        None if it is valid, else a text that names the broken rules and shows the first bad rows.
-    """
+    """None if a table is valid, else a text that names the broken rules and shows the first bad rows."""
     try:
         model.validate(table, lazy=True)
     except pandera.errors.SchemaErrors as errors:
@@ -322,10 +320,7 @@ def frame_type(model: type[Table], frame: type[pl.DataFrame] | type[pl.LazyFrame
         return dg.TypeCheck(success=problem is None, description=problem)
 
     return dg.DagsterType(
-        type_check_fn=type_check,
-        name=f"{model.__name__}{frame.__name__}",
-        description=model.__doc__,
-        typing_type=frame,
+        type_check_fn=type_check, name=f"{model.__name__}{frame.__name__}", description=model.__doc__, typing_type=frame
     )
 
 

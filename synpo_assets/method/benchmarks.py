@@ -30,24 +30,17 @@ QUESTION_FIELDS = {
 # The field that tells questions apart, and by which a judge looks up the answer.
 QUESTION_IDS = {"arena_hard": "uid", "mt_bench": "question_id"}
 # https://github.com/lm-sys/FastChat/blob/main/fastchat/llm_judge/common.py: the temperature of a category, 0.7 of any other.
-MT_BENCH_TEMPERATURES = {
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
+MT_BENCH_TEMPERATURES = dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0) | {
     "stem": 0.1,
     "humanities": 0.1,
 }
 MT_BENCH_TEMPERATURE = 0.7
 
 
-def score_rows(task: str, shots: int, found: Mapping[str, Any]) -> list[Row]:
-    """The figures of one task, one row per metric and filter.
+def score_rows(task: str, shots: int, output: Mapping[str, Any]) -> list[Row]:
+    """The figures of a task or group of tasks, one row per metric and filter, from lm-eval's `results` and `n-samples`.
 
-    Args:
-        task: The task, or a group of tasks, that lm-eval was asked for.
-        shots: The examples that were shown.
-        found: lm-eval's `results` and `n-samples`. What a group consists of is left out where lm-eval sums it up.
+    What a group consists of is left out where lm-eval sums it up.
 
     Examples:
         >>> score_rows("sums", 5, {
@@ -56,9 +49,9 @@ def score_rows(task: str, shots: int, found: Mapping[str, Any]) -> list[Row]:
         ... })  # doctest: +NORMALIZE_WHITESPACE
         [{'task': 'sums', 'shots': 5, 'metric': 'acc', 'filter': 'none', 'questions': 4, 'value': 0.5, 'stderr': 0.1}]
     """
-    counts = {name: each["effective"] for name, each in found["n-samples"].items()}
+    counts = {name: each["effective"] for name, each in output["n-samples"].items()}
     rows: list[Row] = []
-    for name, figures in found["results"].items():
+    for name, figures in output["results"].items():
         for key, value in figures.items():
             metric, comma, chosen = key.partition(",")
             if comma and not metric.endswith("_stderr") and isinstance(value, Real):
@@ -78,9 +71,7 @@ def score_rows(task: str, shots: int, found: Mapping[str, Any]) -> list[Row]:
 def leaderboard_average(rows: Iterable[Mapping[str, Any]], shots: Mapping[str, int]) -> float | None:
     """The mean over the six tasks of the Open LLM leaderboard; None unless each is there once with its number of shots.
 
-    Args:
-        rows: What `score_rows` made of all tasks; those of other tasks, or with other shots, do not count.
-        shots: The examples that the leaderboard shows, by task.
+    Rows of other tasks, or with other shots, do not count.
 
     Examples:
         >>> rows = [{"task": task, "shots": 5, "metric": metric, "filter": chosen, "value": 0.5}
@@ -101,11 +92,6 @@ def leaderboard_average(rows: Iterable[Mapping[str, Any]], shots: Mapping[str, i
 
 def question_problem(benchmark: str, row: object, earlier: Iterable[Mapping[str, Any]] = ()) -> str | None:
     """What is wrong with a row of a question file, to follow the words `row 3`; None if nothing is.
-
-    Args:
-        benchmark: The benchmark.
-        row: The row.
-        earlier: The rows before it, in which nothing is wrong.
 
     Examples:
         >>> question_problem("alpaca_eval", {"prompt": "Why?"})
@@ -138,11 +124,6 @@ def turns_of(benchmark: str, question: Mapping[str, Any]) -> list[str]:
     return [question["instruction" if benchmark == "alpaca_eval" else "prompt"]]
 
 
-def mt_bench_temperature(category: str) -> float:
-    """The temperature that FastChat answers questions of a category with."""
-    return MT_BENCH_TEMPERATURES.get(category, MT_BENCH_TEMPERATURE)
-
-
 def conversation(turns: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
     """The chat that leads to the next answer: the turns so far, each but the last with its answer.
 
@@ -157,15 +138,7 @@ def conversation(turns: Sequence[str], answers: Sequence[str]) -> list[dict[str,
 
 
 def answer_row(benchmark: str, question: Mapping[str, Any], answers: Sequence[str], model: str, seconds: float) -> Row:
-    """The answers to the turns of a question in the form of a benchmark.
-
-    Args:
-        benchmark: The benchmark.
-        question: The row of its question file.
-        answers: The answer to each turn.
-        model: The name of the model.
-        seconds: When it was answered, in seconds since 1970.
-    """
+    """The answers to the turns of a question in the form of a benchmark; `seconds` since 1970 say when it was answered."""
     if benchmark == "alpaca_eval":
         return alpaca_eval_row(question, answers[0], model)
     if benchmark == "arena_hard":
@@ -189,14 +162,8 @@ def alpaca_eval_row(question: Mapping[str, Any], answer: str, model: str) -> Row
 def arena_hard_row(question: Mapping[str, Any], answer: str, model: str, seconds: float) -> Row:
     """A line of Arena-Hard's `model_answer`, the same for questions of v0.1 and v2.0.
 
-    Source: https://github.com/lmarena/arena-hard-auto, `gen_answer.py`. Its `metadata`, which only style control reads, counts
-    tokens with GPT-4o's tokenizer; its own `utils/add_markdown_info.py` adds them to a finished file.
-
-    Args:
-        question: The row of the question file.
-        answer: The answer.
-        model: The name of the model.
-        seconds: When it was answered, in seconds since 1970.
+    Source: https://github.com/lmarena/arena-hard-auto, `gen_answer.py`. Its `metadata`, which only style control reads,
+    counts tokens with GPT-4o's tokenizer; its own `utils/add_markdown_info.py` adds them to a finished file.
 
     Examples:
         >>> row = arena_hard_row({"uid": "1f", "prompt": "Why?"}, "Because.", "m", 0.0)
@@ -219,12 +186,6 @@ def mt_bench_row(question: Mapping[str, Any], answers: Sequence[str], model: str
     """A line of MT-Bench's `model_answer`, with one choice: the answers to all turns.
 
     Source: https://github.com/lm-sys/FastChat/tree/main/fastchat/llm_judge, `gen_model_answer.py`.
-
-    Args:
-        question: The row of the question file.
-        answers: The answer to each turn.
-        model: The name of the model.
-        seconds: When it was answered, in seconds since 1970.
 
     Examples:
         >>> row = mt_bench_row({"question_id": 81}, ["Because.", "So."], "m", 0.0)

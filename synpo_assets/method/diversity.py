@@ -5,9 +5,9 @@ A lower mean says that the prompts of a source are less alike. Topics there are 
 and where a judge is at hand, labels besides.
 """
 
-import collections
 import dataclasses
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,12 +23,8 @@ NARROWEST_BANDWIDTH = 0.005
 class Diversity:
     """What was measured of several sources of prompts.
 
-    Attributes:
-        rows: A row per source: prompts (sampled), mean, standard_deviation, percentile_5, median and percentile_95 of the
-            mean similarities, clusters_touched, cluster_entropy and effective_clusters.
-        similarities: By source, the mean similarity of each prompt to the others of its source.
-        extremes: By source, the prompt that is most and the one that is least like the others.
-        topics: A row per cluster, largest first: how many prompts of each source it holds, and its most central prompt.
+    By source: a row of figures, each prompt's mean similarity to the others, and the prompts most and least like the others.
+    `topics` has a row per cluster, largest first, with its most central prompt and how many it holds of each source.
     """
 
     rows: list[Row]
@@ -40,12 +36,8 @@ class Diversity:
 def equal_samples(sources: Mapping[str, Sequence[str]], most: int, random_seed: int) -> dict[str, list[str]]:
     """Random samples of equal size, so that figures which depend on the number of prompts can be compared.
 
-    Sources with fewer than two prompts are left out: their prompts have no others to be compared with.
-
-    Args:
-        sources: The prompts by source.
-        most: The largest sample wanted; the smallest source decides if it has fewer prompts.
-        random_seed: Equal seeds give equal samples.
+    The smallest source decides if it has fewer than `most`. Sources with fewer than two prompts are left out: their prompts
+    have no others to be compared with.
 
     Examples:
         >>> samples = equal_samples({"many": ["a", "b", "c"], "few": ["d", "e"], "one": ["f"]}, 1000, random_seed=0)
@@ -60,13 +52,9 @@ def equal_samples(sources: Mapping[str, Sequence[str]], most: int, random_seed: 
 
 
 def mean_similarities(embeddings: np.ndarray) -> np.ndarray:
-    """The mean cosine similarity of each embedding to all others.
+    """The mean cosine similarity of each embedding to all others, of shape (prompts,).
 
-    Args:
-        embeddings: Of shape (prompts, dimensions), at least two rows, none of length 0; other lengths do not count.
-
-    Returns:
-        Numbers between -1 and 1, of shape (prompts,).
+    Embeddings are of shape (prompts, dimensions), at least two, none of length 0; other lengths do not count.
 
     Examples:
         >>> mean_similarities(np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])).tolist()
@@ -95,12 +83,8 @@ def similarity_figures(similarities: np.ndarray) -> Row:
 
 
 def density(values: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """A Gaussian kernel density estimate of the values at some places, with Scott's bandwidth.
-
-    Args:
-        values: What is distributed, of shape (values,).
-        places: Where the density is wanted, of shape (places,).
-    """
+    """A Gaussian kernel density estimate of the values at some places, with Scott's bandwidth."""
+    # As matplotlib's GaussianKDE, which refuses values that are all equal.
     bandwidth = max(float(values.std()) * len(values) ** -0.2, NARROWEST_BANDWIDTH)
     kernels = np.exp(-0.5 * ((places[:, None] - values[None, :]) / bandwidth) ** 2)
     return kernels.mean(axis=1) / (bandwidth * np.sqrt(2 * np.pi))
@@ -109,13 +93,8 @@ def density(values: np.ndarray, places: np.ndarray) -> np.ndarray:
 def cluster(embeddings: np.ndarray, clusters: int, random_seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorts embeddings into clusters: k-means on vectors of length 1, begun as k-means++ does (Arthur, Vassilvitskii 2007).
 
-    Args:
-        embeddings: Of shape (prompts, dimensions), none of length 0.
-        clusters: How many; there are fewer if there are fewer different embeddings.
-        random_seed: Equal seeds give equal clusters.
-
-    Returns:
-        The cluster of each embedding, counted from 0, of shape (prompts,); and the centers, of shape (clusters, dimensions).
+    Embeddings are of shape (prompts, dimensions), none of length 0. Returns the cluster of each, counted from 0, and the
+    centers, which are fewer where there are fewer different embeddings.
 
     Examples:
         >>> labels, centers = cluster(np.array([[1.0, 0.0], [0.0, 1.0], [3.0, 0.0]]), 2, random_seed=0)
@@ -136,14 +115,9 @@ def cluster(embeddings: np.ndarray, clusters: int, random_seed: int) -> tuple[np
 
 
 def coverage(labels: np.ndarray) -> Row:
-    """How many clusters the prompts of one source touch, and how evenly.
+    """How many clusters the prompts of one source touch, and how evenly: the entropy of their shares, in nats.
 
-    Args:
-        labels: The cluster of each prompt.
-
-    Returns:
-        clusters_touched; cluster_entropy, the entropy of the shares in nats; and effective_clusters, its exponential: the
-        number of clusters that would have this entropy if all of them had equal shares.
+    Its exponential is the number of clusters that would have this entropy if all of them had equal shares.
 
     Examples:
         >>> coverage(np.array([0, 0, 7, 7]))
@@ -154,14 +128,9 @@ def coverage(labels: np.ndarray) -> Row:
 
 
 def label_coverage(labelled: Mapping[str, Sequence[Mapping[str, str] | None]]) -> list[Row]:
-    """How many topics and intentions the prompts of each source cover, and how evenly.
+    """How many topics and intentions the prompts of each source cover, and how evenly (entropy of the shares, in nats).
 
-    Args:
-        labelled: By source, the `topic` and `intention` of each prompt; None where the judge named none.
-
-    Returns:
-        A row per source: labelled and not_labelled (prompts), topics and intentions (different ones), topic_entropy and
-        intention_entropy (of their shares, in nats).
+    By source, each prompt has a `topic` and an `intention`, or is None where the judge named none.
 
     Examples:
         >>> music, law = ({"topic": topic, "intention": "get ideas"} for topic in ("music", "law"))
@@ -182,22 +151,16 @@ def label_counts(labelled: Mapping[str, Sequence[Mapping[str, str] | None]]) -> 
     """How many prompts of each source have each label: a row per topic, then per intention, the most frequent first."""
     rows = []
     for kind in ("topic", "intention"):
-        counts = {
-            source: collections.Counter(label[kind] for label in labels if label) for source, labels in labelled.items()
-        }
-        for name, _ in sum(counts.values(), collections.Counter()).most_common():
-            rows.append({"kind": kind, "label": name, **{source: found[name] for source, found in counts.items()}})
+        counts = {source: Counter(label[kind] for label in labels if label) for source, labels in labelled.items()}
+        for name, _ in sum(counts.values(), Counter()).most_common():
+            rows.append({"kind": kind, "label": name, **{source: own[name] for source, own in counts.items()}})
     return rows
 
 
 def measure(prompts: Mapping[str, Sequence[str]], embeddings: np.ndarray, clusters: int, random_seed: int) -> Diversity:
-    """Measures the diversity of several sources of prompts, which are clustered all together.
+    """Measures the diversity of several sources of prompts, two at least of each, which are clustered all together.
 
-    Args:
-        prompts: The sampled prompts by source, two at least of each.
-        embeddings: One row per prompt, in the order of the sources.
-        clusters: How many clusters to make.
-        random_seed: Decides how clustering begins.
+    There is one row of embeddings per prompt, in the order of the sources.
     """
     ends = np.cumsum([len(texts) for texts in prompts.values()])[:-1]
     similarities = dict(zip(prompts, map(mean_similarities, np.split(embeddings, ends)), strict=True))
@@ -205,17 +168,19 @@ def measure(prompts: Mapping[str, Sequence[str]], embeddings: np.ndarray, cluste
     by_source = dict(zip(prompts, np.split(labels, ends), strict=True))
     return Diversity(
         rows=[
-            {"source": name, "prompts": len(found), **similarity_figures(found), **coverage(by_source[name])}
-            for name, found in similarities.items()
+            {"source": name, "prompts": len(own), **similarity_figures(own), **coverage(by_source[name])}
+            for name, own in similarities.items()
         ],
         similarities=similarities,
         extremes=[
-            {"source": name, "which": which, "similarity": float(found[row]), "prompt": prompts[name][row]}
-            for name, found in similarities.items()
-            for which, row in (
-                ("most like the others", int(found.argmax())),
-                ("least like the others", int(found.argmin())),
-            )
+            {
+                "source": name,
+                "which": f"{which} like the others",
+                "similarity": float(own[row]),
+                "prompt": prompts[name][row],
+            }
+            for name, own in similarities.items()
+            for which, row in (("most", int(own.argmax())), ("least", int(own.argmin())))
         ],
         topics=_topics(
             [text for texts in prompts.values() for text in texts], by_source, _unit(embeddings) @ centers.T

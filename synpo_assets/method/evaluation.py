@@ -11,10 +11,7 @@ MOST_STEPS = 100
 
 
 def outcomes(margins: pl.Series) -> pl.Series:
-    """What each comparison came to.
-
-    Args:
-        margins: How much better the first answer is; missing or not a number where a judge gave no verdict.
+    """What each comparison came to, by the margin of the first answer; missing or not a number is no verdict.
 
     Examples:
         >>> outcomes(pl.Series([0.3, 0.0, -2.0, None])).to_list()
@@ -30,9 +27,6 @@ def outcomes(margins: pl.Series) -> pl.Series:
 def win_rate(judged: pl.Series) -> float | None:
     """The share of prompts won, a tie counting half; None if there is no verdict at all.
 
-    Args:
-        judged: Outcomes, of which those without a verdict do not count.
-
     Examples:
         >>> win_rate(pl.Series(["win", "tie", "loss", "loss", "no verdict"]))
         0.375
@@ -44,10 +38,6 @@ def win_rate(judged: pl.Series) -> float | None:
 def bootstrap_interval(judged: pl.Series, random_seed: int) -> tuple[float, float] | None:
     """The percentile bootstrap interval of the win rate over prompts, 95 %; None if there is no verdict at all.
 
-    Args:
-        judged: Outcomes.
-        random_seed: Fixes the draws.
-
     Examples:
         >>> bootstrap_interval(pl.Series(["win"] * 20 + ["loss"] * 12), random_seed=0)
         (0.46875, 0.78125)
@@ -57,14 +47,10 @@ def bootstrap_interval(judged: pl.Series, random_seed: int) -> tuple[float, floa
 
 
 def bootstrap_mean(values: np.ndarray, random_seed: int) -> tuple[float, float]:
-    """The percentile bootstrap interval of a mean, 95 %.
+    """The percentile bootstrap interval of the mean of one number per prompt, 95 %.
 
-    To draw n values with replacement is to draw their counts from a multinomial distribution, so no value is looked at
-    twice, however many there are.
-
-    Args:
-        values: One number per prompt, at least one.
-        random_seed: Fixes the draws.
+    To draw n values with replacement is to draw their counts from a multinomial distribution, so no value is looked at twice,
+    however many there are.
     """
     different, counts = np.unique(values, return_counts=True)
     drawn = np.random.default_rng(random_seed).multinomial(len(values), counts / len(values), size=RESAMPLES)
@@ -72,44 +58,30 @@ def bootstrap_mean(values: np.ndarray, random_seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def gain_figures(name: str, gains: pl.Series, random_seed: int) -> dict[str, float | None]:
-    """The mean of what M_t has more than M_0, with its 95 % bootstrap interval.
-
-    Args:
-        name: Of the figure; those of the interval end in `_low` and `_high`.
-        gains: One difference per prompt. Without any, the figures are None.
-        random_seed: Fixes the interval.
+def mean_gain(gains: pl.Series, random_seed: int) -> tuple[float | None, float | None, float | None]:
+    """The mean of what the candidate has more than M_0, and the ends of its 95 % bootstrap interval; None without any.
 
     Examples:
-        >>> gain_figures("gain", pl.Series([0.5, 0.5]), random_seed=0)
-        {'gain': 0.5, 'gain_low': 0.5, 'gain_high': 0.5}
+        >>> mean_gain(pl.Series([0.5, 0.5]), random_seed=0)
+        (0.5, 0.5, 0.5)
     """
     if gains.is_empty():
-        return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
+        return None, None, None
     # Rounded, because values that differ in the last digit only are one value.
     values = gains.round(9).to_numpy()
-    low, high = bootstrap_mean(values, random_seed)
-    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
+    return float(values.mean()), *bootstrap_mean(values, random_seed)
 
 
 def length_controlled_win_rate(judged: pl.Series, lengths: pl.Series, other_lengths: pl.Series) -> float | None:
     """The win rate that answers of equal length would have, as AlpacaEval 2 estimates it (arXiv 2404.04475).
 
-    A logistic regression, logit(win) = intercept + beta * tanh(difference in length / its standard deviation), in which a
-    tie is half a win. The rate is the sigmoid of the intercept. AlpacaEval's third term, the difficulty of an
-    instruction, is left out: it is estimated over many models.
+    A logistic regression, logit(win) = intercept + beta * tanh(difference in length / its standard deviation), in which a tie
+    is half a win. The rate is the sigmoid of the intercept, None if there is no verdict at all. AlpacaEval's third term, the
+    difficulty of an instruction, is left out: it is estimated over many models.
 
     Two tied prompts are added, one that only the intercept sees and one that only beta sees. They are log-F(1, 1) priors
     (Greenland and Mansournia 2015, https://doi.org/10.1002/sim.6537), with which the estimate exists for few prompts and
     where length tells all wins from all losses. With lengths that are equal the rate is (points + 1/2) / (prompts + 1).
-
-    Args:
-        judged: Outcomes, of which those without a verdict do not count.
-        lengths: Length of each first answer, in characters.
-        other_lengths: Length of each other answer.
-
-    Returns:
-        The rate, or None if there is no verdict at all.
 
     Examples:
         >>> longer_wins = pl.Series(["win"] * 6 + ["loss"] * 2)
@@ -132,18 +104,10 @@ def length_controlled_win_rate(judged: pl.Series, lengths: pl.Series, other_leng
 def win_rates(
     frame: pl.DataFrame, judges: dict[str, str], opponents: dict[str, str], answer: str, random_seed: int
 ) -> pl.DataFrame:
-    """What each judge makes of each comparison.
+    """What each judge makes of each comparison: one row per judge and opponent.
 
-    Args:
-        frame: One row per prompt, with the outcome for each judge and opponent (`judge_over_initial`), and the answers.
-        judges: Label of each judge, by its name.
-        opponents: Column with the answers of each opponent, by its name.
-        answer: Column with the answers that are compared with the opponents'.
-        random_seed: Fixes the intervals.
-
-    Returns:
-        One row per judge and opponent: judge, label, opponent, wins, ties, losses, no_verdict, prompts (those with a
-        verdict), win_rate, low and high (its interval), length_controlled.
+    The frame has one row per prompt, with the outcomes (`judge_over_initial`) and the answers. `judges` gives each its label,
+    `opponents` the column of its answers, and `answer` is the column that is compared with these.
     """
     rows = []
     for judge, label in judges.items():

@@ -12,15 +12,7 @@ COMPARED_DIGITS = 9
 def judge(
     figures: Mapping[Name, float | None], minimum: Mapping[Name, float], maximum: Mapping[Name, float]
 ) -> list[dict[str, Any]]:
-    """Holds figures against their limits; those without a limit are left out.
-
-    Args:
-        figures: What was measured, by name.
-        minimum: Least allowed value, by name.
-        maximum: Most allowed value, by name.
-
-    Returns:
-        One row per limited figure: metric, value, minimum, maximum, whether it passed, and the reason if it did not.
+    """Holds figures against their limits, with the reason where one did not pass; those without a limit are left out.
 
     Examples:
         >>> [(row["passed"], row["reason"]) for row in judge({"win_rate": 0.61}, {"win_rate": 0.5}, {})]
@@ -41,11 +33,6 @@ def judge(
 
 def verdict(rows: Iterable[Mapping[str, Any]], checkpoint: str, following: str) -> str:
     """The sentence that says whether a checkpoint becomes the next policy, and why not.
-
-    Args:
-        rows: What `judge` returned.
-        checkpoint: What was judged: `model_checkpoint[0002]`.
-        following: What it would become: `policy[0003]`.
 
     Examples:
         >>> verdict(judge({"repetition": 0.4}, {}, {"repetition": 0.2}), "model_checkpoint[0002]", "policy[0003]")

@@ -7,6 +7,7 @@ Where the paper drops a whole list, we drop the offending word, so that short co
 """
 
 import functools
+import importlib
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -25,33 +26,20 @@ class Keywords:
     """Extracts single-word keywords of a text, best first."""
 
     def __init__(self, language: str = "en", drop_personal_names: bool = True) -> None:
-        """Makes an extractor.
-
-        Args:
-            language: ISO 639-1 code; chooses the stopword list.
-            drop_personal_names: Leave out words that are first or last names of people.
-        """
+        """Takes the stopwords of a language by its ISO 639-1 code; names of people can be left out."""
         self._extractor = _extractor(language)
         self._names = _personal_names() if drop_personal_names else frozenset()
 
     def of(self, text: str, count: int) -> list[str]:
         """The best keywords, in lower case.
 
-        Stopwords, words of less than three letters and personal names are left out. A word counts as a name if it is
-        on a list of names and never written in lower case in the text: `Maria Lopez` is dropped, `rose` is kept.
-
-        Args:
-            text: A prompt or a paragraph.
-            count: How many keywords at most.
+        Stopwords, words of less than three letters and personal names are left out. A word counts as a name if it is on a
+        list of names and never written in lower case in the text: `Maria Lopez` is dropped, `rose` is kept.
         """
-        found: dict[str, None] = {}
         words = set(WORD.findall(text))
-        for surface, _score in self._extractor.extract_keywords(text):
-            keyword = surface.lower()
-            named = keyword in self._names and keyword not in words
-            if WORD.fullmatch(keyword) and not named:
-                found[keyword] = None
-        return list(found)[:count]
+        ranked = dict.fromkeys(surface.lower() for surface, _score in self._extractor.extract_keywords(text))
+        kept = [word for word in ranked if WORD.fullmatch(word) and (word in words or word not in self._names)]
+        return kept[:count]
 
 
 def training_keywords(
@@ -59,15 +47,7 @@ def training_keywords(
 ) -> list[list[str] | None]:
     """Keywords for each seed prompt: some of its own and some noise from another prompt, in random order.
 
-    Args:
-        prompts: Seed prompts.
-        keywords: The extractor.
-        from_prompt: Keywords taken from the prompt itself.
-        noise: Keywords taken from one other prompt.
-        random_seed: Fixes choice and order.
-
-    Returns:
-        One list per prompt; None where the prompt (or every other one tried) has too few keywords.
+    None where the prompt (or every other one tried) has too few keywords.
     """
     extracted = [keywords.of(prompt, from_prompt + noise + 2) for prompt in prompts]
     result: list[list[str] | None] = []
@@ -88,24 +68,16 @@ def training_keywords(
 def paragraph_keyword_sets(
     paragraphs: Iterator[str], keywords: Keywords, size: int, per_paragraph: int, random_seed: int
 ) -> Iterator[tuple[str, list[str]]]:
-    """Keyword sets from a stream of paragraphs; memory holds one hash per set, not the sets.
+    """Keyword sets from a stream of paragraphs, each with its paragraph; memory holds one hash per set, not the sets.
 
-    Args:
-        paragraphs: The corpus.
-        keywords: The extractor.
-        size: Keywords in one set; all come from one paragraph.
-        per_paragraph: Sets drawn from one paragraph; they share no keyword.
-        random_seed: Fixes which keywords stand together, and their order.
-
-    Yields:
-        The paragraph and one set; no two sets hold the same words.
+    The sets of one paragraph share no keyword, and no two sets hold the same words.
     """
     seen: set[int] = set()
     for number, paragraph in enumerate(paragraphs):
-        found = keywords.of(paragraph, size * per_paragraph)
-        random.Random(f"{random_seed}:set:{number}").shuffle(found)
-        for start in range(0, len(found) - size + 1, size):
-            chosen = found[start : start + size]
+        words = keywords.of(paragraph, size * per_paragraph)
+        random.Random(f"{random_seed}:set:{number}").shuffle(words)
+        for start in range(0, len(words) - size + 1, size):
+            chosen = words[start : start + size]
             identity = hash(frozenset(chosen))
             if identity not in seen:
                 seen.add(identity)
@@ -125,12 +97,6 @@ def drawn_rows(pool_size: int, iteration: int, count: int, random_seed: int) -> 
     """Rows of the keyword pool that an iteration draws: without repetition, also across iterations.
 
     The pool is shuffled once; iteration t takes the t-th slice and starts over when the pool is used up.
-
-    Args:
-        pool_size: Rows in the pool.
-        iteration: Counted from 1.
-        count: Rows wanted; fewer come back only if the pool is smaller.
-        random_seed: Fixes the order.
     """
     order = random.Random(f"{random_seed}:pool").sample(range(pool_size), pool_size)
     start = (iteration - 1) * count
@@ -146,8 +112,6 @@ def _extractor(language: str) -> "KeywordExtractor":
 
 @functools.cache
 def _personal_names() -> frozenset[str]:
-    import importlib
-
     names: set[str] = set()
     for locale in NAME_LOCALES:
         provider = importlib.import_module(f"faker.providers.person.{locale}").Provider

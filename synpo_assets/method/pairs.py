@@ -25,15 +25,7 @@ def repetition(text: str, size: int) -> float:
 
 
 def join_sides(chosen: pl.DataFrame, rejected: pl.DataFrame) -> pl.DataFrame:
-    """Puts the refined answer and the rejected answer of each prompt side by side.
-
-    Args:
-        chosen: Responses with response_id, prompt_id, prompt, response, finish_reason, checkpoint_sha.
-        rejected: The same columns.
-
-    Returns:
-        One row per prompt that has both sides, with chosen_* and rejected_* columns.
-    """
+    """The answers to each prompt that has both sides, side by side in columns chosen_* and rejected_*."""
     columns = ["response_id", "response", "finish_reason", "checkpoint_sha"]
     sides = {name: [pl.col(column).alias(f"{name}_{column}") for column in columns] for name in ("chosen", "rejected")}
     # A join shares the texts with frames of one chunk; from frames of several it copies them.
@@ -45,18 +37,10 @@ def join_sides(chosen: pl.DataFrame, rejected: pl.DataFrame) -> pl.DataFrame:
 def select_pairs(
     scored: pl.DataFrame, margin_threshold: float, max_repetition: float, ngram: int, count: int, random_seed: int
 ) -> tuple[pl.DataFrame, dict[str, int]]:
-    """Keeps the valid pairs and a random sample of them.
+    """Keeps the valid pairs and a random sample of them, in order, with margin; and counts what each rule dropped.
 
-    Args:
-        scored: Output of `join_sides` plus chosen_score and rejected_score.
-        margin_threshold: Kept if chosen_score - rejected_score exceeds this.
-        max_repetition: Dropped if the chosen side repeats itself more than this.
-        ngram: Size of the word runs that count as repetition.
-        count: Pairs wanted; all survivors are kept if there are fewer.
-        random_seed: Fixes the sample.
-
-    Returns:
-        The pairs in the order of `scored`, with margin; and how many rows each rule dropped, in the order applied.
+    A pair is valid if chosen_score - rejected_score exceeds the threshold, and its chosen side repeats no larger share of its
+    word n-grams than `max_repetition`.
     """
     sides = [pl.col("chosen_response").str.strip_chars(), pl.col("rejected_response").str.strip_chars()]
     repeats = pl.col("chosen_response").map_elements(lambda text: repetition(text, ngram), return_dtype=pl.Float64)
@@ -80,11 +64,7 @@ def select_pairs(
 
 
 def as_preferences(pairs: pl.DataFrame) -> pl.DataFrame:
-    """Turns selected pairs into TRL's conversational preference format, with ids.
-
-    Returns:
-        prompt, chosen and rejected as lists of messages, pair_id, and the other columns unchanged.
-    """
+    """Turns selected pairs into TRL's conversational preference format, with ids; other columns stay as they are."""
     sides = pairs.select("chosen_response_id", "rejected_response_id").iter_rows()
     return pairs.with_columns(
         pair_id=pl.Series((content_id("pair", *ids) for ids in sides), dtype=pl.String),

@@ -107,16 +107,11 @@ class Contamination:
 
 @dataclasses.dataclass
 class PromptFilter:
-    """Decides which prompts are kept, and counts why the others are not.
+    """Decides which prompts are kept, and counts by reason why the others are not.
 
-    Attributes:
-        min_words: Shorter prompts are dropped.
-        max_words: Longer prompts are dropped.
-        language: ISO 639-1 code; prompts in another language are dropped. None keeps all.
-        near_duplicates: Holds the seed prompts at the start, and every kept prompt.
-        contamination: Holds the held-out prompts.
-        dropped: Count by reason.
-        matches: Dropped prompt and held-out prompt it overlaps with.
+    `near_duplicates` holds the seed prompts at the start, and every kept prompt; `contamination` the held-out prompts.
+    `matches` are dropped prompts, each with the held-out prompt it overlaps with. Without a language (ISO 639-1) all are
+    kept.
     """
 
     min_words: int
@@ -159,17 +154,9 @@ def draw_until_enough(
 ) -> tuple[list[Row], int]:
     """Writes prompts from keyword sets (or seed prompts shown) until enough are valid or all of these are used up.
 
-    Each round draws as many as the share of valid prompts so far makes necessary.
-
-    Args:
-        sources: All that may be drawn, in order.
-        wanted: Valid prompts wanted.
-        write: Turns what was drawn into one completion each, a row with the column `text`.
-        keep: The valid prompt in a completion's text, or None.
-
-    Returns:
-        The kept rows (source and completion together, plus the column `prompt`), at most `wanted`; and how many sources
-        were used.
+    Each round draws as many as the share of valid prompts so far makes necessary. `write` turns what was drawn into one
+    completion each, with the column `text`; `keep` finds the valid prompt in a text, or None. Returns the kept rows (source
+    and completion together, plus the column `prompt`), and how many sources were used.
     """
     kept: list[Row] = []
     used = 0

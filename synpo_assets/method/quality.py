@@ -24,14 +24,9 @@ def mean_repetition(texts: Sequence[str], size: int) -> float:
 
 
 def answer_figures(written: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
-    """What can be said of answers without asking any model: their length, repetition, and how many were cut.
+    """What can be said of answers without asking any model, a row per model: length, repetition, and how many were cut.
 
-    Args:
-        written: By model, the answers, with columns text and finish_reason.
-
-    Returns:
-        One row per model: model, mean_characters, mean_repetition (the share of repeated word 3-grams) and cut_share (those
-        that did not end by themselves).
+    The answers have columns text and finish_reason. Repetition is the share of repeated word 3-grams.
 
     Examples:
         >>> answers = pl.DataFrame({"text": ["so so so so", "fine"], "finish_reason": ["length", "stop"]})

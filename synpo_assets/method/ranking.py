@@ -4,15 +4,9 @@ import polars as pl
 
 
 def repeated_prompts(prompts: pl.DataFrame, samples: int) -> pl.DataFrame:
-    """Each prompt as often as it is answered.
+    """Each prompt as often as it is answered, with sample (1, 2, ...) and sample_id.
 
-    Args:
-        prompts: Rows with prompt_id and any further columns.
-        samples: How many answers each prompt gets.
-
-    Returns:
-        The rows of `prompts`, each `samples` times in a row, with sample (1, 2, ...) and sample_id. The id of the first is
-        the prompt_id itself, under which the prompt was answered before.
+    The id of the first sample is the prompt_id itself, under which the prompt was answered before.
 
     Examples:
         >>> repeated_prompts(pl.DataFrame({"prompt_id": ["prompt-1f"]}), 3)["sample_id"].to_list()
@@ -26,28 +20,16 @@ def repeated_prompts(prompts: pl.DataFrame, samples: int) -> pl.DataFrame:
 
 
 def beside_first(answered: pl.DataFrame) -> pl.DataFrame:
-    """What the scorer compares: each further answer to a prompt, beside the first one.
-
-    Args:
-        answered: Rows with prompt_id, prompt, response and sample, the first sample of each prompt before the others.
-
-    Returns:
-        prompt, response and first_response of every row but the first ones, in the order of `answered`.
-    """
+    """What the scorer compares: each further answer to a prompt with the first one, which stands before the others."""
     beside = answered.with_columns(first_response=pl.col("response").first().over("prompt_id"))
     return beside.filter(pl.col("sample") > 1).select("prompt", "response", "first_response")
 
 
 def with_ranks(answered: pl.DataFrame, margins: pl.Series) -> pl.DataFrame:
-    """Ranks the answers to each prompt by their margin over the first one, whose own is 0.
+    """Ranks the answers to each prompt by their margin over the first one, whose own is 0; rank 1 is the best.
 
-    Args:
-        answered: As in `beside_first`.
-        margins: How much better each row of `beside_first` is than the first answer.
-
-    Returns:
-        The same rows with margin_over_first and rank: 1 is the best. Of equal margins the earlier sample ranks better, so
-        that each prompt has one best and, among two answers or more, another that is worst.
+    The margins are those of the rows of `beside_first`. Of equal margins the earlier sample ranks better, so that each prompt
+    has one best and, among two answers or more, another that is worst.
 
     Examples:
         >>> answered = pl.DataFrame({"prompt_id": ["a"] * 3, "sample": [1, 2, 3]})

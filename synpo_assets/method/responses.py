@@ -8,17 +8,9 @@ from synpo_assets.method.ids import content_id
 def response_table(
     prompts: pl.DataFrame, completions: pl.DataFrame, checkpoint_sha: str, iteration: int
 ) -> pl.DataFrame:
-    """Joins prompts with their completions.
+    """Joins prompts with their completions, in the same order; further columns of the prompts come last.
 
-    Args:
-        prompts: Rows with prompt_id and prompt, and any further columns, which come last.
-        completions: text, input_tokens, output_tokens and finish_reason, in the order of `prompts`.
-        checkpoint_sha: sha of the model that answered.
-        iteration: The iteration.
-
-    Returns:
-        The columns of the schema `Responses`, then the further columns of `prompts`. The response_id hashes prompt,
-        model and text: the same answer found again keeps its id.
+    The response_id hashes prompt, model and text: the same answer found again keeps its id.
     """
     answers = completions["text"].str.strip_chars()
     ids = [

@@ -10,13 +10,7 @@ from synpo_assets.method.prompts import Contamination, words_of
 
 @dataclasses.dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used.
-
-    Attributes:
-        split: `train` or `held_out`.
-        line: Its place in the file, counted from 1.
-        reason: What is wrong with it.
-    """
+    """A row that cannot be used: its split, its place in the file, counted from 1, and what is wrong with it."""
 
     split: str
     line: int
@@ -29,19 +23,10 @@ def seed_rows(
     prompt_column: str,
     answer_column: str,
 ) -> tuple[list[dict[str, Any]], list[BadRow]]:
-    """Splits seed rows into good ones, with ids, and bad ones, with reasons.
+    """Splits seed rows, whose cells hold text or chat messages, into good ones, with ids, and bad ones, with reasons.
 
-    A held-out prompt that also stands in train is bad in train, so that the held-out split never shrinks silently
-    and no training reads it.
-
-    Args:
-        train: Line and row of the training split; the columns hold text or chat messages.
-        held_out: Line and row of the held-out split.
-        prompt_column: Name of the column with the prompt.
-        answer_column: Name of the column with the gold answer.
-
-    Returns:
-        Good rows with prompt_id, prompt, answer, split and line; and the bad ones.
+    A held-out prompt that also stands in train is bad in train, so that the held-out split never shrinks silently and no
+    training reads it.
 
     Examples:
         >>> good, bad = seed_rows([(1, {"q": "Why?", "a": "Because."}), (2, {"q": " ", "a": "x"})], [], "q", "a")
@@ -64,44 +49,33 @@ def seed_rows(
                 bad.append(BadRow(split, line, reason))
                 continue
             seen[key] = (split, line)
-            good.append(
-                {
-                    "prompt_id": content_id("prompt", prompt),
-                    "prompt": prompt,
-                    "answer": answer,
-                    "split": split,
-                    "line": line,
-                }
-            )
+            prompt_id = content_id("prompt", prompt)
+            good.append({"prompt_id": prompt_id, "prompt": prompt, "answer": answer, "split": split, "line": line})
     return good, bad
 
 
 def overlapping_rows(
-    good: Sequence[Mapping[str, Any]], asked_later: Sequence[str], ngram: int, what: str
+    good: Sequence[Mapping[str, Any]], later_prompts: Sequence[str], ngram: int, kind: str
 ) -> list[BadRow]:
     """The training rows whose prompt repeats a prompt that evaluations ask, or shares a run of words with one.
 
-    Args:
-        good: Rows of `seed_rows`.
-        asked_later: The held-out prompts, or the verifiable instructions.
-        ngram: Words in a run; prompts with fewer words are compared as a whole.
-        what: What one of `asked_later` is, for the reason: `held-out prompt`.
+    Prompts with fewer words than `ngram` are compared as a whole.
 
     Examples:
         >>> rows = [{"split": "train", "line": 7, "prompt": "Quick: name four red fruits!"}]
         >>> overlapping_rows(rows, ["Name four red fruits, please."], 4, "held-out prompt")[0].reason
         "it shares 4 words in a row with the held-out prompt 'Name four red fruits, please.'"
     """
-    whole = {" ".join(words_of(prompt)): prompt for prompt in asked_later}
-    long = Contamination([prompt for prompt in asked_later if len(words_of(prompt)) >= ngram], ngram)
+    whole = {" ".join(words_of(prompt)): prompt for prompt in later_prompts}
+    long = Contamination([prompt for prompt in later_prompts if len(words_of(prompt)) >= ngram], ngram)
     bad: list[BadRow] = []
     for row in good:
         if row["split"] == "held_out":
             continue
         if (equal := whole.get(" ".join(words_of(row["prompt"])))) is not None:
-            bad.append(BadRow(row["split"], row["line"], f"it has the words of the {what} {equal[:80]!r}"))
-        elif (found := long.find(row["prompt"])) is not None:
-            reason = f"it shares {ngram} words in a row with the {what} {found[:80]!r}"
+            bad.append(BadRow(row["split"], row["line"], f"it has the words of the {kind} {equal[:80]!r}"))
+        elif (overlap := long.find(row["prompt"])) is not None:
+            reason = f"it shares {ngram} words in a row with the {kind} {overlap[:80]!r}"
             bad.append(BadRow(row["split"], row["line"], reason))
     return bad
 

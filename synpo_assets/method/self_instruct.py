@@ -15,26 +15,10 @@ LABEL = re.compile(r"^[ \t]*Task \d+:", re.MULTILINE)
 
 
 def draw_examples(ids: Sequence[str], shots: int, count: int, random_seed: int) -> list[dict[str, Any]]:
-    """Draws the seed prompts that are shown, anew for each prompt to write; all of them if there are fewer than `shots`.
-
-    Args:
-        ids: Those of the seed prompts that may be shown.
-        shots: How many are shown.
-        count: How often to draw.
-        random_seed: Equal seeds give equal draws.
-
-    Returns:
-        Rows with the number of the draw, counted from 0, and `example_ids`, in the order in which they are shown.
-    """
-    return [
-        {
-            "number": number,
-            "example_ids": random.Random(f"{random_seed}:self-instruct:{number}").sample(
-                list(ids), min(shots, len(ids))
-            ),
-        }
-        for number in range(count)
-    ]
+    """Draws the seed prompts that are shown, anew for each prompt to write; all of them if there are fewer than `shots`."""
+    size = min(shots, len(ids))
+    draws = (random.Random(f"{random_seed}:self-instruct:{number}").sample(list(ids), size) for number in range(count))
+    return [{"number": number, "example_ids": drawn} for number, drawn in enumerate(draws)]
 
 
 def parse_task(text: str) -> str | None:
@@ -52,11 +36,7 @@ def parse_task(text: str) -> str | None:
 
 
 class NewTasks:
-    """Keeps a prompt if there is one and it is not equal to an earlier one, and counts why the others are dropped.
-
-    Attributes:
-        dropped: Count by reason, `unparsable` or `duplicate`.
-    """
+    """Keeps a prompt if there is one and it is not equal to an earlier one, and counts why the others are dropped."""
 
     def __init__(self, known: Iterable[str]) -> None:
         """Remembers the prompts that are there already: those of the seed."""

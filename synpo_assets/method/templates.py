@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
+import polars as pl
 
 Message = dict[str, str]
 
@@ -20,6 +21,11 @@ SOLUTION_START = "<solution>"
 def user_message(text: str) -> list[Message]:
     """A conversation that consists of one user turn."""
     return [{"role": "user", "content": text}]
+
+
+def prompt_requests(prompts: pl.DataFrame, ids: str = "prompt_id") -> list[tuple[str, list[Message]]]:
+    """The prompts of a table as they are asked, each with its id."""
+    return [(row_id, user_message(prompt)) for row_id, prompt in prompts.select(ids, "prompt").iter_rows()]
 
 
 def generator_instruction(keywords: Sequence[str]) -> list[Message]:

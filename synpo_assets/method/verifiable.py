@@ -11,7 +11,6 @@ from typing import Any
 
 import polars as pl
 
-from synpo_assets.method.evaluation import gain_figures
 from synpo_assets.method.ids import content_id
 
 # Answers to each instruction: with one, chance moves the share by several points.
@@ -23,12 +22,7 @@ SENTENCE_END = re.compile(r"[.!?]+[\"'”\u2019)\]]*(?=\s|$)")
 
 
 def meets(rule: str, value: str, answer: str) -> bool:
-    """Whether an answer meets one constraint.
-
-    Args:
-        rule: A name in `RULES`.
-        value: What the rule compares with; ignored by rules without a value.
-        answer: The answer.
+    """Whether an answer meets one constraint: a rule of `RULES`, and the value it compares with where it compares.
 
     Examples:
         >>> meets("words_at_most", "3", "Only three words"), meets("dashes_exactly", "2", "- one")
@@ -40,73 +34,40 @@ def meets(rule: str, value: str, answer: str) -> bool:
 
 
 def followed(constraints: Sequence[Mapping[str, str]], answer: str) -> list[bool]:
-    """Whether an answer meets each constraint of its prompt.
-
-    Args:
-        constraints: Rule and value of each.
-        answer: The answer.
-    """
+    """Whether an answer meets each constraint of its prompt."""
     return [meets(constraint["rule"], constraint["value"], answer) for constraint in constraints]
 
 
-def followed_figures(answered: pl.DataFrame, random_seed: int) -> dict[str, Any]:
-    """How many instructions M_t and M_0 follow, and the difference with its 95 % bootstrap interval over instructions.
-
-    Args:
-        answered: One row per instruction and sample, with prompt_id, and policy_met and initial_met: for each constraint,
-            whether it was met.
-        random_seed: Fixes the interval.
-
-    Returns:
-        By name: `verifiable_rate policy` and `initial` (all constraints met), `constraint_rate policy` and `initial`,
-        `verifiable_gain` with `_low` and `_high`. All None if there are no instructions.
+def shares_followed(answered: pl.DataFrame) -> pl.DataFrame:
+    """The share of samples that meet all constraints of an instruction, for the candidate and for M_0.
 
     Examples:
-        >>> met = {"policy_met": [[True, True], [True]], "initial_met": [[True, False], [True]]}
-        >>> figures = followed_figures(pl.DataFrame({"prompt_id": ["a", "b"], **met}), random_seed=0)
-        >>> figures["verifiable_rate policy"], figures["verifiable_rate initial"], figures["verifiable_gain"]
-        (1.0, 0.5, 0.5)
+        >>> met = {"candidate_met": [[True, True], [True]], "initial_met": [[True, False], [True]]}
+        >>> shares_followed(pl.DataFrame({"prompt_id": ["a", "b"], **met})).rows()
+        [('a', 1.0, 0.0), ('b', 1.0, 1.0)]
     """
-    sides = ("policy", "initial")
-    whole = answered.group_by("prompt_id", maintain_order=True).agg(
-        pl.col(f"{side}_met").list.all().mean().alias(side) for side in sides
+    return answered.group_by("prompt_id", maintain_order=True).agg(
+        pl.col(f"{side}_met").list.all().mean().alias(side) for side in ("candidate", "initial")
     )
-    return {
-        **{f"verifiable_rate {side}": whole[side].mean() for side in sides},
-        **{f"constraint_rate {side}": answered[f"{side}_met"].explode().mean() for side in sides},
-        **gain_figures("verifiable_gain", whole["policy"] - whole["initial"], random_seed),
-    }
 
 
 def rates_by_rule(answered: pl.DataFrame) -> pl.DataFrame:
-    """How many constraints of each rule M_t and M_0 meet.
-
-    Args:
-        answered: One row per instruction and sample, with constraints, policy_met and initial_met.
-
-    Returns:
-        One row per rule: rule, answered (constraints times samples), policy, initial (the shares met).
-    """
-    single = answered.select("constraints", "policy_met", "initial_met").explode(
-        "constraints", "policy_met", "initial_met"
+    """The share of constraints of each rule that M_t and M_0 meet; `answered` counts constraints times samples."""
+    single = answered.select("constraints", "candidate_met", "initial_met").explode(
+        "constraints", "candidate_met", "initial_met"
     )
     return (
         single.unnest("constraints")
         .group_by("rule")
-        .agg(answered=pl.len(), policy=pl.col("policy_met").mean(), initial=pl.col("initial_met").mean())
+        .agg(answered=pl.len(), candidate=pl.col("candidate_met").mean(), initial=pl.col("initial_met").mean())
         .sort("answered", "rule", descending=[True, False])
     )
 
 
 def instruction_rows(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Reads instructions with their constraints.
+    """Reads numbered lines of instructions into rows with ids, and a sentence for each bad one.
 
-    Args:
-        rows: Line and row; a row has `prompt` and `constraints`, a list of objects with `rule` and, where the rule compares
-            with something, `value`.
-
-    Returns:
-        Rows with prompt_id, prompt and constraints (rule and value as text), and a sentence for each bad row.
+    `constraints` is a list of objects with `rule` and, where the rule compares with something, `value`.
 
     Examples:
         >>> good, bad = instruction_rows([(1, {"prompt": "Say hi.", "constraints": [{"rule": "words", "value": 1}]})])

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,7 @@ def print_export(
 ) -> None:
     """Writes the pairs and prints what was written, where, and how to use it.
 
-    Args:
-        settings: The settings of the home.
-        home: The home.
-        form: The trainer whose documented form is written.
-        iterations: `all`, or numbers such as `1,2`.
-        output: A folder, or a .jsonl file (for TRL also a .parquet file).
-        overwrite: Whether existing files may be replaced; of a `dataset_info.json`, only what it says about these pairs.
-
-    Raises:
-        SettingsError: There are no such pairs, the output exists or cannot be written, or the form cannot be written to
-            such an output.
+    Only with `overwrite` are files replaced; of a `dataset_info.json`, only what it says about these pairs.
     """
     with _writing(output):
         file = output_file(form, output)
@@ -52,20 +42,14 @@ def print_export(
     with _writing(output):
         write_pairs(pairs, form, file)
     counts = ", ".join(f"{count} of iteration {number}" for number, count in _counts(pairs))
-    console = Console()
-    console.print(
-        f"{pairs.height} pairs ({counts}) in the form of {form}: {file}", soft_wrap=True, highlight=False, markup=False
-    )
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(f"{pairs.height} pairs ({counts}) in the form of {form}: {file}")
     for place in _beside(form, file):
-        console.print(f"{'how to use it':<18}{place}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"{'how to use it':<18}{place}")
 
 
 def output_file(form: Format, output: Path) -> Path:
-    """The file that the pairs go into: `output` itself, or one in it if it is a folder.
-
-    Raises:
-        SettingsError: The trainer does not read such a file, or needs a folder.
-    """
+    """The file that the pairs go into: `output` itself, or one in it if it is a folder."""
     if output.suffix not in SUFFIXES:
         if output.is_file() or (output.suffix and not output.exists()):
             raise SettingsError(
@@ -85,15 +69,7 @@ def output_file(form: Format, output: Path) -> Path:
 
 
 def read_pairs(tables: ParquetTables, iterations: str) -> pl.DataFrame:
-    """The pairs of some iterations, in order.
-
-    Args:
-        tables: The tables of the home.
-        iterations: `all`, or numbers such as `1,2`.
-
-    Raises:
-        SettingsError: `iterations` is neither, or an iteration has no pairs.
-    """
+    """The pairs of some iterations, `all` or numbers such as `1,2`, in order."""
     stored = tables.scan(NAME)
     pairs = None if stored is None else stored.sort("iteration", maintain_order=True).collect()
     if pairs is None or pairs.is_empty():
@@ -103,11 +79,11 @@ def read_pairs(tables: ParquetTables, iterations: str) -> pl.DataFrame:
     numbers = [part.strip() for part in iterations.split(",")]
     if not all(number.isascii() and number.isdecimal() for number in numbers):
         raise SettingsError(f"--iterations {iterations} is neither `all` nor numbers such as 1,2.")
-    asked = {int(number) for number in numbers}
-    if missing := sorted(asked - set(pairs["iteration"])):
-        made = ", ".join(str(number) for number, _ in _counts(pairs))
-        raise SettingsError(f"Iteration {missing[0]} has no preference pairs; iterations that have: {made}.")
-    return pairs.filter(pl.col("iteration").is_in(asked))
+    wanted = {int(number) for number in numbers}
+    if missing := sorted(wanted - set(pairs["iteration"])):
+        existing = ", ".join(str(number) for number, _ in _counts(pairs))
+        raise SettingsError(f"Iteration {missing[0]} has no preference pairs; iterations that have: {existing}.")
+    return pairs.filter(pl.col("iteration").is_in(wanted))
 
 
 def write_pairs(pairs: pl.DataFrame, form: Format, file: Path) -> None:
@@ -116,7 +92,9 @@ def write_pairs(pairs: pl.DataFrame, form: Format, file: Path) -> None:
         with opened_atomically(file) as opened:
             pairs.write_parquet(opened)
     else:
-        _write_lines(map(CONVERSIONS[form], pairs.iter_rows(named=True)), file)
+        with opened_atomically(file) as opened:
+            for row in map(CONVERSIONS[form], pairs.iter_rows(named=True)):
+                opened.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
     for place in _beside(form, file):
         write_atomically(place, _use(form, file).encode())
 
@@ -127,12 +105,6 @@ def _writing(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise SettingsError(f"--output {output} cannot be written: {error.strerror or error}.") from None
-
-
-def _write_lines(rows: Iterable[dict[str, Any]], file: Path) -> None:
-    with opened_atomically(file) as opened:
-        for row in rows:
-            opened.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
 def _beside(form: Format, file: Path) -> list[Path]:

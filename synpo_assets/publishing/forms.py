@@ -16,24 +16,6 @@ MESSAGES = ("prompt", "chosen", "rejected")
 SHAREGPT_ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
 
 
-def trl_row(row: Mapping[str, Any]) -> Row:
-    """A conversational preference row with explicit prompt; the trainers take three columns and ignore the others.
-
-    Source: https://huggingface.co/docs/trl/dataset_formats#preference.
-
-    Examples:
-        >>> pair = {
-        ...     "pair_id": "pair-1",
-        ...     "prompt": [{"role": "user", "content": "Why?"}],
-        ...     "chosen": [{"role": "assistant", "content": "Because."}],
-        ...     "rejected": [{"role": "assistant", "content": "No."}],
-        ... }
-        >>> trl_row(pair) == pair
-        True
-    """
-    return dict(row)
-
-
 def llama_factory_row(row: Mapping[str, Any]) -> Row:
     """A ranking row of the sharegpt format: the answers are single messages, the prompt ends with the user's turn.
 
@@ -111,13 +93,9 @@ def openai_row(row: Mapping[str, Any]) -> Row:
 
 
 def dataset_info(name: str, file: str) -> dict[str, Any]:
-    """What `dataset_info.json` says about a file of `llama_factory_row`s.
+    """What `dataset_info.json` says about a file of `llama_factory_row`s; the configuration names it under `dataset:`.
 
     Source: https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md.
-
-    Args:
-        name: The name to put under `dataset:` in LLaMA-Factory's configuration.
-        file: The file's name, in the same folder.
 
     Examples:
         >>> dataset_info("synpo", "pairs.jsonl")["synpo"]["file_name"]
@@ -131,9 +109,6 @@ def axolotl_dataset(file: str) -> dict[str, Any]:
     """The part of an Axolotl configuration that reads a file of `axolotl_row`s.
 
     Source: https://docs.axolotl.ai/docs/rlhf.html#chat_template.default.
-
-    Args:
-        file: Path of the file.
 
     Examples:
         >>> axolotl_dataset("/data/pairs.jsonl")["datasets"][0]["path"]
@@ -154,7 +129,8 @@ def axolotl_dataset(file: str) -> dict[str, Any]:
 
 
 CONVERSIONS: Mapping[Format, Callable[[Mapping[str, Any]], Row]] = {
-    "trl": trl_row,
+    # https://huggingface.co/docs/trl/dataset_formats#preference: the trainers take three columns and ignore the others.
+    "trl": dict,
     "llama-factory": llama_factory_row,
     "axolotl": axolotl_row,
     "openai": openai_row,

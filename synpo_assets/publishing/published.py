@@ -14,81 +14,55 @@ import dagster as dg
 import polars as pl
 
 from resources.common.errors import FinalError
-from resources.common.text import visible
-from resources.settings.files import home_directory
+from resources.common.text import asset_label, visible
 from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.storage.files import replace_directory, temporary_directory_beside
 from resources.storage.hub import check_destination, publish
-from resources.storage.tables import ParquetTables
-from synpo_assets.graph.checks import failed_checks
-from synpo_assets.graph.history import metadata_of
-from synpo_assets.graph.partitions import GROUP, ITERATIONS, OPT_IN_TAG, RETRIES, code_version, iteration_of
-from synpo_assets.graph.presentation import made_from, table_version
+from synpo_assets.graph.history import failed_checks
+from synpo_assets.graph.metrics import Metric
+from synpo_assets.graph.partitions import iteration_of
+from synpo_assets.graph.presentation import table_version, written_output
 from synpo_assets.graph.schemas import PreferencePairs
-from synpo_assets.publishing import cards as cards_method
-from synpo_assets.publishing.cards import dataset_card, model_card
+from synpo_assets.graph.services import Services
+from synpo_assets.graph.stage import stage
+from synpo_assets.publishing.cards import CardData, dataset_card, model_card
 from synpo_assets.reports.boosting_report import iterations_of, read_iteration
-from synpo_assets.reports.rows import FinishedIteration, report_rows
+from synpo_assets.reports.rows import FinishedIteration
 
 # Of what an iteration makes, the settings that decide what a pair is.
-CARD_SETTINGS: dict[str, Any] = {
-    "random_seed": True,
-    "prompt_generator": True,
-    "responses": True,
-    "response_improver": True,
-    "scorer": {"kind", "pair_convention", "max_length", "training"},
-    "preferences": True,
-}
-WRITERS = {
-    "prompt": "synthetic_prompts",
-    "answer of the policy": "base_responses",
-    "chosen": "refined_responses",
-    "rejected": "initial_responses",
-}
+CARD_SETTINGS = {"random_seed", "prompt_generator", "responses", "response_improver", "scorer", "preferences"}
+# Who had a part in a pair: by their own tables, and by the columns of the pairs.
+WRITERS = {"prompt": "synthetic_prompts", "answer of the policy": "base_responses"}
+SIDES = {"chosen": "chosen_checkpoint_sha", "rejected": "rejected_checkpoint_sha", "scorer": "scorer_sha"}
 TEXT_LIMIT = 2000
-PUBLISHED: dict[str, Any] = {
-    "group_name": GROUP,
-    "tags": {OPT_IN_TAG: "true"},
-    "kinds": {"huggingface"},
-    "retry_policy": RETRIES,
-}
 
 
-@dg.asset(deps=["preference_pairs", "evaluation"], code_version=code_version("publishing", cards_method), **PUBLISHED)
-def published_dataset(
-    context: dg.AssetExecutionContext,
-    tables: dg.ResourceParam[ParquetTables],
-    checkpoints: dg.ResourceParam[CheckpointStore],
-    settings: dg.ResourceParam[Settings],
-) -> dg.MaterializeResult:
+@stage(
+    group="publishing",
+    once=True,
+    opt_in=True,
+    kinds=("huggingface",),
+    reads=("publishing",),
+    deps=("preference_pairs", "evaluation"),
+)
+def published_dataset(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.MaterializeResult:
     """The pairs of all finished iterations as parquet files with a card, published if `publishing.dry_run` is off."""
-    options = settings.publishing
+    settings, options = services.settings, services.settings.publishing
     check_destination(options, "dataset")
-    keys, _ = iterations_of(context.instance)
+    keys, _ = iterations_of(context.instance, services)
     if not keys:
         raise FinalError("No iteration is finished, so there are no pairs to publish: materialize an iteration first.")
-    iterations = [read_iteration(context.instance, tables, key) for key in keys]
+    iterations = [read_iteration(context.instance, services, key) for key in keys]
     pairs = pl.concat([iteration.pairs for iteration in iterations])
-    newest = checkpoints.manifest("model_checkpoint", keys[-1]) or {}
+    unused = set() if settings.trains_improver else {"response_improver"}
     card = dataset_card(
-        repository=options.dataset_repository,
-        license_name=options.license,
-        language=settings.prompt_generator.language,
-        base_model=_base_model(checkpoints)[0],
-        keys=keys,
-        rows=report_rows(iterations),
-        pairs=pairs.height,
+        _card_data(services, iterations, options.dataset_repository),
+        pairs=pairs,
         columns={name: str(column.description) for name, column in PreferencePairs.to_schema().columns.items()},
-        writers=list(_writers(context, iterations)),
-        scorer=_scorer(settings),
-        score_conventions=pairs["score_convention"].unique().sort().to_list(),
+        writers=list(_writers(services, iterations)),
         ranked_samples=None if settings.trains_improver else settings.preferences.ranked_samples,
-        settings=settings.model_dump(
-            include=CARD_SETTINGS, exclude=set() if settings.trains_improver else {"response_improver"}
-        ),
-        libraries=newest.get("libraries", {}),
-        sample=_sample(iterations[-1].pairs),
+        settings=settings.model_dump(include=CARD_SETTINGS, exclude=unused),
     )
 
     def build(folder: Path) -> None:
@@ -96,49 +70,34 @@ def published_dataset(
         for iteration in iterations:
             iteration.pairs.write_parquet(folder / "data" / f"iteration-{iteration.key}.parquet")
 
-    place = _write("preference_pairs", card, build)
+    place = _write(services.home, "preference_pairs", card, build)
     to = publish(options, place, "preference_pairs", options.dataset_repository, "dataset", ["data/*"])
-    return _result(context, place, card, to, table_version(pairs), pairs=pairs.height, iterations=", ".join(keys))
+    rows = [Metric("rows", pairs.height)]
+    return _result(context, services, place, card, to, table_version(pairs), rows, iterations=", ".join(keys))
 
 
-@dg.asset(
-    partitions_def=ITERATIONS,
-    deps=["evaluation"],
-    code_version=code_version("publishing", cards_method),
-    **PUBLISHED,
-)
+@stage(group="publishing", opt_in=True, kinds=("huggingface",), reads=("publishing",), deps=("evaluation",))
 def published_model(
-    context: dg.AssetExecutionContext,
-    model_checkpoint: Checkpoint,
-    tables: dg.ResourceParam[ParquetTables],
-    checkpoints: dg.ResourceParam[CheckpointStore],
-    settings: dg.ResourceParam[Settings],
+    context: dg.AssetExecutionContext, model_checkpoint: Checkpoint, services: dg.ResourceParam[Services]
 ) -> dg.MaterializeResult:
     """M_t's merged weights, and its adapter if it has one, with a card, published if `publishing.dry_run` is off."""
-    options, key = settings.publishing, context.partition_key
+    options, key = services.settings.publishing, context.partition_key
     check_destination(options, "model")
-    if failed := failed_checks(context.instance, "model_checkpoint", key):
+    if failed := failed_checks(context.instance, services.graph, "model_checkpoint", key):
         raise FinalError(f"{model_checkpoint.label} did not pass its blocking checks ({', '.join(failed)}).")
-    checkpoints.verify(model_checkpoint)
+    services.checkpoints.verify(model_checkpoint)
     repository = f"{options.model_repository}-iteration-{iteration_of(context)}" if options.model_repository else None
-    keys = [*(earlier for earlier in iterations_of(context.instance)[0] if earlier < key), key]
-    iterations = [read_iteration(context.instance, tables, each) for each in keys]
-    base_model, base_model_id, base_model_name = _base_model(checkpoints)
+    finished = iterations_of(context.instance, services)[0]
+    keys = [*(earlier for earlier in finished if earlier < key), key]
+    iterations = [read_iteration(context.instance, services, each) for each in keys]
     adapter = Path(model_checkpoint.directory) / "adapter"
+    data = _card_data(services, iterations, repository)
     card = model_card(
-        repository=repository,
+        data,
         dataset_repository=options.dataset_repository,
-        license_name=options.license,
-        language=settings.prompt_generator.language,
-        base_model=base_model,
-        base_model_id=base_model_id,
         label=model_checkpoint.label,
-        keys=keys,
-        rows=report_rows(iterations),
         manifest=model_checkpoint.manifest,
-        scorer=_scorer(settings),
         adapter=adapter.exists(),
-        sample=_sample(iterations[-1].pairs),
     )
 
     def build(folder: Path) -> None:
@@ -147,17 +106,18 @@ def published_model(
         shutil.copy(Path(model_checkpoint.directory) / "manifest.json", folder)
         if adapter.exists():
             shutil.copytree(adapter, folder / "adapter", ignore=without_card)
-            _name_base(folder / "adapter" / "adapter_config.json", base_model_name)
+            _name_base(folder / "adapter" / "adapter_config.json", data.base_model_name)
 
     name = f"model_checkpoint/{key}"
-    place = _write(name, card, build)
+    place = _write(services.home, name, card, build)
     to = publish(options, place, name, repository, "model", ["*.safetensors", "adapter/*"])
-    return _result(context, place, card, to, model_checkpoint.sha[:16], sha=model_checkpoint.sha)
+    version = model_checkpoint.sha[:16]
+    return _result(context, services, place, card, to, version, [], sha=model_checkpoint.sha)
 
 
-def _write(name: str, card: str, build: Callable[[Path], None]) -> Path:
+def _write(home: Path, name: str, card: str, build: Callable[[Path], None]) -> Path:
     """Writes a folder with its card into the home, in place of an earlier one, whole or not at all."""
-    place = home_directory() / "published" / name
+    place = home / "published" / name
     with temporary_directory_beside(place) as temporary:
         build(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -166,16 +126,38 @@ def _write(name: str, card: str, build: Callable[[Path], None]) -> Path:
 
 
 def _result(
-    context: dg.AssetExecutionContext, place: Path, card: str, to: str, version: str, **metadata: Any
+    context: dg.AssetExecutionContext,
+    services: Services,
+    place: Path,
+    card: str,
+    to: str,
+    version: str,
+    measured: Sequence[Metric],
+    **shown: Any,
 ) -> dg.MaterializeResult:
     sizes = {file.relative_to(place).as_posix(): file.stat().st_size for file in place.rglob("*") if file.is_file()}
     files = [dg.TableRecord({"file": name, "bytes": sizes[name]}) for name in sorted(sizes)]
     context.log.info(f"{place}: {len(files)} files, {sum(sizes.values()) / 1e6:,.1f} MB. Published to: {to}")
-    about = {"path": dg.MetadataValue.path(place), "published_to": to, **metadata}
-    about |= {"files": dg.MetadataValue.table(files), "bytes": sum(sizes.values()), "card": dg.MetadataValue.md(card)}
-    # The pairs of all iterations have no single version that `made_from` could show.
-    about |= {"made_from": made_from(context)} if context.has_partition_key else {}
-    return dg.MaterializeResult(data_version=dg.DataVersion(version), metadata=about)
+    metadata = {"path": dg.MetadataValue.path(place), "published_to": to, "bytes": sum(sizes.values()), **shown}
+    metadata |= {"files": dg.MetadataValue.table(files), "card": dg.MetadataValue.md(card)}
+    return written_output(context, services, version, measured, **metadata)
+
+
+def _card_data(services: Services, iterations: Sequence[FinishedIteration], repository: str | None) -> CardData:
+    """What both cards say."""
+    settings = services.settings
+    description, hub_id, name = _base_model(services.checkpoints)
+    return CardData(
+        repository=repository,
+        license_name=settings.publishing.license,
+        language=settings.prompt_generator.language,
+        base_model=description,
+        base_model_id=hub_id,
+        base_model_name=name,
+        iterations=iterations,
+        scorer=_scorer(settings),
+        sample=_sample(iterations[-1].pairs),
+    )
 
 
 def _base_model(checkpoints: CheckpointStore) -> tuple[str, str | None, str]:
@@ -193,21 +175,23 @@ def _base_model(checkpoints: CheckpointStore) -> tuple[str, str | None, str]:
 
 
 def _scorer(settings: Settings) -> str:
-    if settings.scorer.name is None:
+    if settings.scorer.kind == "trained":
         return "a reward model trained from M_0 on seed prompts, gold answers over M_0's own"
     name = Path(settings.scorer.name).name if Path(settings.scorer.name).is_dir() else settings.scorer.name
     return f"`{name}` ({settings.scorer.kind})"
 
 
-def _writers(context: dg.AssetExecutionContext, iterations: Sequence[FinishedIteration]) -> Iterator[dict[str, str]]:
+def _writers(services: Services, iterations: Sequence[FinishedIteration]) -> Iterator[dict[str, str]]:
     """Which checkpoint wrote what in each iteration, and which one scored it."""
     for iteration in iterations:
-        for role, asset in WRITERS.items():
-            about = metadata_of(context.instance, asset, iteration.key)
-            label, sha = (str(about.get(name, "unknown")) for name in ("checkpoint", "checkpoint_sha"))
-            yield {"iteration": iteration.key, "role": role, "checkpoint": label, "sha": sha}
-        for sha in iteration.pairs["scorer_sha"].unique().sort():
-            yield {"iteration": iteration.key, "role": "scorer", "checkpoint": "reward_model", "sha": sha}
+        key = iteration.key
+        shas = {role: services.tables.read(asset, key)["checkpoint_sha"] for role, asset in WRITERS.items()}
+        shas |= {role: iteration.pairs[name] for role, name in SIDES.items()}
+        for role, column in shas.items():
+            for sha in column.unique().sort():
+                manifest = services.checkpoints.manifest_of_sha(sha)
+                label = asset_label(manifest["asset"], manifest["partition"]) if manifest else "unknown"
+                yield {"iteration": key, "role": role, "checkpoint": label, "sha": sha}
 
 
 def _sample(pairs: pl.DataFrame) -> str:

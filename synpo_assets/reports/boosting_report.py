@@ -1,115 +1,95 @@
-"""The boosting report: all finished iterations beside each other, as a table, plots and a page.
+"""The boosting report: all finished iterations side by side, as a table, plots and a page.
 
-Paper: tables and figures over four iterations (section 3). Here: what the assets recorded of each iteration, read back
-from Dagster's history and the tables, so that the report can be made again at any time without a model.
+Paper: tables and figures over four iterations (section 3). Here: the metrics, tables and training logs of each iteration, so that
+the report can be made again at any time without a model.
 """
 
-from typing import Any
-
 import dagster as dg
-from dagster import DagsterInstance
 
 from resources.common.errors import FinalError
 from resources.common.text import visible
-from resources.settings.files import home_directory
 from resources.storage.files import json_sha256, write_atomically
-from resources.storage.tables import ParquetTables
-from synpo_assets.graph.history import metadata_of, seconds_of
-from synpo_assets.graph.partitions import GROUP, RETRIES, code_version
-from synpo_assets.graph.presentation import versions_table
-from synpo_assets.reports import plots
-from synpo_assets.reports import rows as report_method
+from resources.training.losses import loss_module
+from synpo_assets.graph.history import data_version_of, seconds_of
+from synpo_assets.graph.metrics import recorded
+from synpo_assets.graph.presentation import versions_table, written_output
+from synpo_assets.graph.services import Services
+from synpo_assets.graph.stage import STATE_TAG, stage
+from synpo_assets.reports.page import report_html, sample_pairs
 from synpo_assets.reports.plots import draw_plots
-from synpo_assets.reports.rows import (
-    FinishedIteration,
-    Row,
-    report_html,
-    report_notes,
-    report_rows,
-    sample_pairs,
-)
+from synpo_assets.reports.rows import FinishedIteration, Row, report_notes, report_rows
+from synpo_assets.stages.loop import promotion_verdict
 
-# What an iteration makes, in order. The two state assets are left out: they may exist before their iteration begins.
-READ_ASSETS = (
-    "keyword_sets", "synthetic_prompts", "prompt_diversity", "seed_responses", "response_improver", "base_responses",
-    "initial_responses", "refined_responses", "preference_pairs", "model_checkpoint", "evaluation",
-    "instruction_following", "gold_comparison", "promotion",
-)  # fmt: skip
+READ_ASSETS = ("preference_pairs", "model_checkpoint", "evaluation", "promotion")
 
 
-@dg.asset(
-    # It reads more than this; the last asset of an iteration stands for all of it in the graph.
-    deps=["promotion"],
-    group_name=GROUP,
-    kinds={"matplotlib"},
-    retry_policy=RETRIES,
-    code_version=code_version(report_method, plots),
-)
-def boosting_report(context: dg.AssetExecutionContext, tables: dg.ResourceParam[ParquetTables]) -> dg.MaterializeResult:
-    """All finished iterations beside each other: rows, pass rates, margins, rewards, cost (paper, section 3)."""
-    finished, unfinished = iterations_of(context.instance)
+# It reads more than `promotion`; the last asset of an iteration stands for all of it in the graph.
+@stage(group="evaluation", once=True, deps=("promotion",), kinds=("matplotlib",))
+def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.MaterializeResult:
+    """All finished iterations side by side: rows, pass rates, margins, rewards, cost (paper, section 3)."""
+    finished, unfinished = iterations_of(context.instance, services)
     if not finished:
         raise FinalError(
             "No iteration is finished, so there is nothing to report: materialize an iteration up to its evaluation first."
         )
-    iterations = [read_iteration(context.instance, tables, key) for key in finished]
-    drawn = draw_plots(iterations)
-    rows, notes = report_rows(iterations), report_notes(iterations, unfinished)
-    path = home_directory() / "reports" / "boosting_report.html"
+    iterations = [read_iteration(context.instance, services, key) for key in finished]
+    drawn, rows, notes = draw_plots(iterations), report_rows(iterations), report_notes(iterations, unfinished)
+    path = services.home / "reports" / "boosting_report.html"
     write_atomically(path, report_html(iterations, drawn, notes, visible).encode())
-    inputs = [
-        (asset, key)
-        for key in finished
-        for asset in ("preference_pairs", "model_checkpoint", "evaluation", "promotion")
-    ]
-    return dg.MaterializeResult(
-        data_version=dg.DataVersion(_content_version(iterations, rows, notes)),
-        metadata={
-            "path": dg.MetadataValue.path(path),
-            "iterations": ", ".join(finished),
-            "notes": " ".join(notes) or "none",
-            **{plot.name: dg.MetadataValue.md(f"![{plot.description}]({plot.data_uri})") for plot in drawn},
-            "made_from": versions_table(context.instance, inputs),
-            "table": _table(rows, finished),
-        },
+    return written_output(
+        context,
+        services,
+        _content_version(iterations, rows, notes),
+        path=dg.MetadataValue.path(path),
+        iterations=", ".join(finished),
+        notes=" ".join(notes) or "none",
+        **{plot.name: dg.MetadataValue.md(f"![{plot.description}]({plot.data_uri})") for plot in drawn},
+        made_of=versions_table(context.instance, [(asset, key) for key in finished for asset in READ_ASSETS]),
+        table=_table(rows, finished),
     )
 
 
-def iterations_of(instance: DagsterInstance) -> tuple[list[str], list[str]]:
+def iterations_of(instance: dg.DagsterInstance, services: Services) -> tuple[list[str], list[str]]:
     """The iterations that are finished, and those that were begun only.
 
-    An iteration is finished when its M_t is materialized and its evaluation judged that M_t, not an earlier one.
+    An iteration is finished when there is an M_t and its evaluation judged that M_t, not an earlier one.
     """
-    begun = set().union(*(instance.get_materialized_partitions(dg.AssetKey(asset)) for asset in READ_ASSETS))
-    finished = []
-    for key in sorted(begun):
-        made, judged = (metadata_of(instance, asset, key) for asset in ("model_checkpoint", "evaluation"))
-        if judged and judged.get("checkpoint_sha") == made.get("sha"):
-            finished.append(key)
-    return finished, sorted(begun - set(finished))
+    begun, finished = list[str](), list[str]()
+    for key in _begun(services):
+        evaluated = recorded(services.metrics, key).find("mean_repetition", "candidate", asset="evaluation")
+        made = data_version_of(instance, "model_checkpoint", key)
+        done = evaluated is not None and made is not None and str(evaluated.checkpoint_sha).startswith(made)
+        (finished if done else begun).append(key)
+    return finished, begun
 
 
-def read_iteration(instance: DagsterInstance, tables: ParquetTables, key: str) -> FinishedIteration:
-    """What history and tables hold of a finished iteration; its checkpoints may be gone.
+def _begun(services: Services) -> list[str]:
+    """The iterations of which something was made; what looks up the iteration before may exist earlier."""
+    nodes = [services.graph.get(key) for key in services.graph.materializable_asset_keys]
+    own = {node.key.to_user_string() for node in nodes if node.is_partitioned and STATE_TAG not in node.tags}
+    return sorted(key for key in services.metrics.partitions() if own & recorded(services.metrics, key).assets)
 
-    Raises:
-        FileNotFoundError: Its table of pairs was deleted.
-    """
-    metadata = {asset: metadata_of(instance, asset, key) for asset in READ_ASSETS}
-    log, rates = metadata["model_checkpoint"].get("training_log"), metadata["evaluation"].get("win_rates")
+
+def read_iteration(instance: dg.DagsterInstance, services: Services, key: str) -> FinishedIteration:
+    """What is known of a finished iteration; its checkpoints may be gone."""
+    metrics = recorded(services.metrics, key)
+    manifest = services.checkpoints.manifest("model_checkpoint", key) or {}
+    refused = (promoted := metrics.find("promoted", "candidate")) is not None and not promoted.value
     return FinishedIteration(
         key=key,
-        metadata=metadata,
-        seconds=sum(seconds_of(instance, asset, key) for asset in READ_ASSETS),
-        pairs=tables.read("preference_pairs", key),
-        training_log=[record.data for record in log.records] if log else [],
-        win_rates=[record.data for record in rates.records] if rates else [],
+        metrics=metrics,
+        seconds=sum(seconds_of(instance, asset, key) for asset in metrics.assets),
+        pairs=services.tables.read("preference_pairs", key),
+        training_log=services.checkpoints.training_log("model_checkpoint", key),
+        reward_axis=loss_module(services.settings.preference_optimization.loss.kind).REWARD_AXIS,
+        manifest=manifest,
+        refusal=promotion_verdict(services, key) if refused else None,
     )
 
 
 def _content_version(iterations: list[FinishedIteration], rows: list[Row], notes: list[str]) -> str:
     """A hash of what the report says; how long it took and what was computed again do not count."""
-    content: dict[str, Any] = {
+    content: dict[str, object] = {
         "rows": [(row.section, row.label, row.cells) for row in rows if row.section != "Work"],
         "samples": [sample_pairs(iteration.pairs) for iteration in iterations],
         "notes": notes,
@@ -118,6 +98,6 @@ def _content_version(iterations: list[FinishedIteration], rows: list[Row], notes
 
 
 def _table(rows: list[Row], keys: list[str]) -> dg.TableMetadataValue:
-    names = ["section", "figure", *keys]
+    names = ["section", "metric", *keys]
     records = [dg.TableRecord(dict(zip(names, (row.section, row.label, *row.cells), strict=True))) for row in rows]
     return dg.MetadataValue.table(records, schema=dg.TableSchema([dg.TableColumn(name) for name in names]))

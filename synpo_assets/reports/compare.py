@@ -1,9 +1,9 @@
-"""Finished iterations of several homes beside each other: the settings that differ, and the figures of each iteration.
+"""Finished iterations of several homes side by side: the settings that differ, and the metrics of each iteration.
 
 Each home is read by its own settings and its own history, so the settings of this process do not matter.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +14,50 @@ from rich.table import Table
 from rich.text import Text
 
 from resources.common.text import visible
-from resources.settings.files import load_settings
+from resources.judging.judge_choice import INDEPENDENT
+from resources.settings.files import home_settings
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
-from resources.storage.tables import ParquetTables
+from synpo_assets.graph.metrics import MetricName
+from synpo_assets.graph.services import Services
 from synpo_assets.reports.boosting_report import iterations_of, read_iteration
-from synpo_assets.reports.rows import GENERATED_BY, MISSING, TRAINED_BY, FinishedIteration
+from synpo_assets.reports.rows import MISSING, FinishedIteration, total
+
+Opener = Callable[[Settings, Path], Services]
 
 WIDTH = 100
-# Of each figure: how it is called, and how it is written.
-FORMATS = {
-    "win rate over M_0": "{:.1%}", "instructions M_0": "{:.1%}", "instructions M_t": "{:.1%}", "reward M_0": "{:.3f}",
-    "reward M_t": "{:.3f}", "margin": "{:.3f}",
-    "chosen / rejected length": "{:.2f}", "pairs kept": "{:,}", "tokens generated": "{:,}", "tokens trained": "{:,}",
-    "seconds": "{:,}",
-}  # fmt: skip
 
 
-def compared(homes: Sequence[Path]) -> tuple[dict[str, list[str]], pl.DataFrame]:
-    """Reads the settings and the finished iterations of several homes.
+def _value(metric: MetricName, of: str | None = None, **where: str) -> Callable[[FinishedIteration], float | None]:
+    return lambda iteration: iteration.metrics.value(metric, of, **where)
 
-    Args:
-        homes: Their directories, two or more.
 
-    Returns:
-        The settings that differ, by dotted name, each with its value in every home; and a table with home, iteration
-        and the figures, a row for each finished iteration.
+# Of each column: its value, and how it is written.
+COLUMNS: dict[str, tuple[Callable[[FinishedIteration], float | None], str]] = {
+    "win rate over M_0": (_value("win_rate", "candidate", over="initial", by=INDEPENDENT), "{:.1%}"),
+    "instructions M_0": (_value("verifiable_rate", "initial"), "{:.1%}"),
+    "instructions M_t": (_value("verifiable_rate", "candidate"), "{:.1%}"),
+    "reward M_0": (_value("held_out_reward", "initial"), "{:.3f}"),
+    "reward M_t": (_value("held_out_reward", "candidate"), "{:.3f}"),
+    "margin": (_value("mean_margin"), "{:.3f}"),
+    "chosen / rejected length": (_value("chosen_to_rejected_length"), "{:.2f}"),
+    "pairs kept": (_value("rows", asset="preference_pairs"), "{:,.0f}"),
+    "tokens generated": (lambda iteration: total(iteration, "generated_tokens"), "{:,.0f}"),
+    "tokens trained": (lambda iteration: total(iteration, "trained_tokens"), "{:,.0f}"),
+    "seconds": (lambda iteration: round(iteration.seconds), "{:,.0f}"),
+}
 
-    Raises:
-        SettingsError: There are fewer than two homes, one is named twice or is none, or one has no finished iteration.
+
+def compared(homes: Sequence[Path], open_experiment: Opener) -> tuple[dict[str, list[str]], pl.DataFrame]:
+    """Reads the settings and the finished iterations of two homes or more.
+
+    Returns the settings that differ, by dotted name, each with its value in every home; and a table with home, iteration and
+    the columns, a row for each finished iteration.
     """
     if len({home.resolve() for home in homes}) < max(2, len(homes)):
         raise SettingsError("Name two homes or more to compare, each once.")
     settings = [_settings_of(home) for home in homes]
-    rows = [row for home, own in zip(homes, settings, strict=True) for row in _iterations(home, own)]
+    rows = [row for home, own in zip(homes, settings, strict=True) for row in _iterations(home, own, open_experiment)]
     return differing_settings(settings), pl.DataFrame(rows, infer_schema_length=None)
 
 
@@ -65,22 +75,15 @@ def differing_settings(settings: Sequence[Settings]) -> dict[str, list[str]]:
     }
 
 
-def print_comparison(homes: Sequence[Path], output: Path | None, overwrite: bool = False) -> None:
-    """Prints what differs and what came of it, and writes the figures as CSV where asked for.
-
-    Args:
-        homes: Their directories, two or more.
-        output: The file to write.
-        overwrite: Whether it may be replaced.
-
-    Raises:
-        SettingsError: As in `compared`; or the file is no .csv, exists or cannot be written.
-    """
+def print_comparison(
+    homes: Sequence[Path], open_experiment: Opener, output: Path | None, overwrite: bool = False
+) -> None:
+    """Prints what differs and what came of it, and writes the figures as CSV where asked for."""
     if output is not None and output.suffix != ".csv":
         raise SettingsError(f"{output} is no .csv file: name one that ends so.")
     if output is not None and output.exists() and not overwrite:
         raise SettingsError(f"{output} exists: choose another --output, or replace it with --overwrite.")
-    differing, figures = compared(homes)
+    differing, figures = compared(homes, open_experiment)
     console = Console(width=WIDTH)
     settings = Table("setting", "home", "value", title="Settings that differ", title_justify="left")
     for name, values in differing.items():
@@ -90,12 +93,12 @@ def print_comparison(homes: Sequence[Path], output: Path | None, overwrite: bool
     table = Table(title="Finished iterations, rewards of held-out prompts", title_justify="left", padding=0)
     for name in ("home", "t"):
         table.add_column(name, overflow="fold")
-    for name in FORMATS:
-        # Folded, because a figure whose end is cut off would be a wrong one.
+    for name in COLUMNS:
+        # Folded, because a number whose end is cut off would be a wrong one.
         table.add_column(name, justify="right", overflow="fold")
     for home, iteration, *values in figures.iter_rows():
         cells = (MISSING if value is None else form.format(value)
-                 for form, value in zip(FORMATS.values(), values, strict=True))  # fmt: skip
+                 for (_, form), value in zip(COLUMNS.values(), values, strict=True))  # fmt: skip
         table.add_row(Text(visible(home)), iteration.lstrip("0"), *cells)
     console.print(table)
     if output is not None:
@@ -107,35 +110,21 @@ def print_comparison(homes: Sequence[Path], output: Path | None, overwrite: bool
 
 def _settings_of(home: Path) -> Settings:
     if not (home / "settings.yaml").is_file() or not (home / "dagster.yaml").is_file():
-        raise SettingsError(f"{home} is no home of an experiment: it holds no settings.yaml or no dagster.yaml.")
-    return load_settings(home / "settings.yaml")
+        raise SettingsError(f"{home} is not the home of an experiment: it holds no settings.yaml or no dagster.yaml.")
+    return home_settings(home)
 
 
-def _iterations(home: Path, settings: Settings) -> list[dict[str, Any]]:
-    tables = ParquetTables(f"{settings.storage.root(home.absolute())}/tables")
+def _iterations(home: Path, settings: Settings, open_experiment: Opener) -> list[dict[str, Any]]:
+    services = open_experiment(settings, home.absolute())
     with DagsterInstance.from_config(str(home.absolute())) as instance:
-        finished, _ = iterations_of(instance)
+        finished, _ = iterations_of(instance, services)
         if not finished:
             raise SettingsError(f"{home} has no finished iteration: make one with `synpo run --home {home}`.")
-        return [{"home": str(home), **_figures(read_iteration(instance, tables, key))} for key in finished]
-
-
-def _figures(iteration: FinishedIteration) -> dict[str, Any]:
-    figure = iteration.figure
-    values = (
-        figure("evaluation", "win_rate_over_initial"),
-        figure("instruction_following", "verifiable_rate initial"),
-        figure("instruction_following", "verifiable_rate policy"),
-        figure("evaluation", "held_out_reward initial"),
-        figure("evaluation", "held_out_reward policy"),
-        figure("preference_pairs", "mean_margin"),
-        figure("preference_pairs", "chosen_to_rejected_length"),
-        iteration.rows("preference_pairs"),
-        sum(figure(asset, "generated_tokens") or 0 for asset in GENERATED_BY),
-        sum(figure(asset, "tokens") or 0 for asset in TRAINED_BY),
-        round(iteration.seconds),
-    )
-    return {"iteration": iteration.key, **dict(zip(FORMATS, values, strict=True))}
+        iterations = [read_iteration(instance, services, key) for key in finished]
+    return [
+        {"home": str(home), "iteration": each.key} | {name: value(each) for name, (value, _) in COLUMNS.items()}
+        for each in iterations
+    ]
 
 
 def _flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

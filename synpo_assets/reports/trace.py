@@ -1,7 +1,7 @@
 """The lineage of one row: what it was made from, by which checkpoints and runs, and which checkpoints learned from it.
 
-Rows name by ids what they were made from, and these are followed exactly: where a table was made again since, a row may
-be gone, and its node says so. Tables are searched lazily, so that a large keyword pool is never held in memory.
+Follows the ids stored in each row. If a table was rebuilt, a referenced row may no longer exist; the tree says so.
+Tables are searched lazily, so that a large keyword pool is never held in memory.
 """
 
 import dataclasses
@@ -16,35 +16,43 @@ from rich.tree import Tree
 
 from resources.common.text import asset_label, visible
 from resources.settings.sections import SettingsError
-from resources.storage.checkpoint_store import CheckpointStore
 from resources.storage.tables import ParquetTables
-from synpo_assets.graph.history import metadata_of, newest
+from synpo_assets.graph.history import newest
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.presentation import table_version
+from synpo_assets.graph.services import AssetGraph, Services
+from synpo_assets.graph.stage import MADE_FROM, STATE_TAG
 
 ID_COLUMNS = {"keywords": "keyword_set_id", "prompt": "prompt_id", "response": "response_id", "pair": "pair_id"}
-RESPONSES = ("refined_responses", "base_responses", "initial_responses")
-# Of each table: the column that identifies a row, and the columns that are told of it.
-TABLES = {
-    "keyword_pool": ("keyword_set_id", ("keywords", "paragraph")),
-    "keyword_sets": ("keyword_set_id", ("keywords", "paragraph")),
-    **dict.fromkeys(RESPONSES, ("response_id", ("output_tokens", "finish_reason", "response"))),
-    "synthetic_prompts": ("prompt_id", ("prompt",)),
-    "preference_pairs": ("pair_id", ("iteration", "chosen_score", "rejected_score", "margin")),
-    "seed_pairs": ("prompt_id", ("split", "line", "prompt", "answer")),
-    "seed_responses": ("response_id", ("iteration", "answer_score", "response_score", "response")),
-}
-# Table, its column that names another row, what that row is to it, and the table of that row.
-MADE_FROM = [
-    ("preference_pairs", "chosen_response_id", "chosen", "refined_responses"),
-    ("preference_pairs", "rejected_response_id", "rejected", "initial_responses"),
-    ("preference_pairs", "prompt_id", "prompt", "synthetic_prompts"),
-    ("refined_responses", "base_response_id", "base", "base_responses"),
-    ("synthetic_prompts", "keyword_set_id", "keyword set", "keyword_sets"),
-]
-MADE_ONCE = ("initial_policy", "prompt_generator", "reward_model", "judge_model")
 LONG_FACTS = ("paragraph", "prompt", "answer", "response", "text")
 SHOWN_IDS, SHOWN_CHARACTERS, SHOWN_LINES = 5, 400, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """How the rows of a table name each other: their id, the columns told of them, and the asset behind each other id."""
+
+    identity: str
+    facts: list[str]
+    made_from: dict[str, str]
+
+
+def links_of(graph: AssetGraph) -> dict[str, Links]:
+    """The tables whose rows have ids of their own, by asset."""
+    links = {}
+    for key in sorted(graph.materializable_asset_keys):
+        metadata = graph.get(key).metadata
+        if "dagster/column_schema" not in metadata:
+            continue
+        columns = {column.name: column.type for column in metadata["dagster/column_schema"].columns}
+        identity, made_from = next(iter(columns)), dict(metadata[MADE_FROM])
+        if identity in ID_COLUMNS.values() and identity not in made_from:
+            # The text of another row, such as the prompt of a response, is told with that row.
+            others = {name.removesuffix("_id") for name in columns if name.endswith("_id") and name != identity}
+            facts = [name for name, kind in columns.items() if "Struct" not in kind and name not in others
+                     and not name.endswith(("_id", "_sha"))]  # fmt: skip
+            links[key.to_user_string()] = Links(identity, facts, made_from)
+    return links
 
 
 class TraceError(SettingsError):
@@ -55,15 +63,10 @@ class TraceError(SettingsError):
 class Node:
     """A row or a checkpoint, with all that it was made from. `dataclasses.asdict` turns it into what JSON can hold.
 
-    Attributes:
-        kind: What it is to the node above it: `pair`, `chosen`, `prompt`, `written by`, `scored by`, `trained`...
-        id: The id of a row, or the asset and iteration of a checkpoint. None: it does not exist.
-        facts: Columns of the row, or the sha of the checkpoint.
-        table: The table of a row, with its iteration: `base_responses[0001]`.
-        run_id: The run that made the table or the checkpoint, or None if that is not known any more.
-        note: What is missing or unusual, in words.
-        made_from: The checkpoints that wrote and scored it, and the rows that it was made from.
-        trained: The current checkpoints trained on the table, of which margins and samples may have left this row out.
+    `kind` is what it is to the node above it: `pair`, `chosen`, `written by`, `trained`... `id` is None where there is no
+    such row. `facts` are columns of the row, or the sha of the checkpoint. `note` says what is missing or unusual.
+    `made_from` are the checkpoints that wrote and scored it and the rows it was made from; `trained` are the current
+    checkpoints trained on its table, of which margins and samples may have left this row out.
     """
 
     kind: str
@@ -76,50 +79,32 @@ class Node:
     trained: list["Node"] = dataclasses.field(default_factory=list)
 
 
-def trace(
-    tables: ParquetTables, checkpoints: CheckpointStore, instance: DagsterInstance, identifier: str
-) -> list[Node]:
-    """Follows a row back to its origin and forward to the checkpoints that were trained on it.
+def trace(services: Services, instance: DagsterInstance, identifier: str) -> list[Node]:
+    """Follows a row, by its id or the beginning of it, back to its origin and forward to the checkpoints trained on it.
 
-    Args:
-        tables: The tables of the home; those of later stages may not exist yet.
-        checkpoints: Its checkpoints, of which only the manifests are read.
-        instance: Its Dagster history, which knows the runs.
-        identifier: The id of a keyword set, prompt, response or pair, or its beginning: `pair-3f9a`, `3f9a`.
-
-    Returns:
-        For each iteration that holds the row, the pair that came of it. Its id is None if none did: `made_from` then
-        tells how far it came. For a seed prompt or an answer to one: the seed pair, then the policy's answers.
-
-    Raises:
-        TraceError: There are no tables; no id begins so, or several do.
+    For each iteration that holds the row: the pair that came of it. Its id is None if none did: `made_from` then tells how
+    far it came. For a seed prompt or an answer to one: the seed pair, then the policy's answers.
     """
-    whole = _whole_id(tables, identifier)
-    home = _Home(tables, checkpoints, instance)
+    links = links_of(services.graph)
+    whole = _whole_id(services.tables, links, identifier)
+    home = _Home(services, links, instance)
     return home.seed(whole) + home.pairs(whole) + home.keyword_sets_without_prompt(whole)
 
 
-def print_trace(identifier: str, as_json: bool) -> None:
-    """Prints the lineage of a row of the prepared home, as a tree or, whole, as JSON.
-
-    Raises:
-        TraceError: As in `trace`.
-    """
-    from definitions import defs
-
-    resources: Any = defs.resources
+def print_trace(services: Services, identifier: str, as_json: bool) -> None:
+    """Prints the lineage of a row, as a tree or, whole, as JSON."""
     with DagsterInstance.get() as instance:
-        found = trace(resources["tables"], resources["checkpoints"], instance, identifier)
+        nodes = trace(services, instance, identifier)
     if as_json:
-        Console().out(json.dumps([dataclasses.asdict(node) for node in found], indent=2), highlight=False)
+        Console().out(json.dumps([dataclasses.asdict(node) for node in nodes], indent=2), highlight=False)
     else:
-        Console().print(as_tree(found))
+        Console().print(as_tree(nodes))
 
 
-def as_tree(found: list[Node]) -> Tree:
+def as_tree(nodes: list[Node]) -> Tree:
     """The lineage for the terminal: long texts are cut, and control characters are shown, not obeyed."""
     tree = Tree(Text("lineage"), hide_root=True)
-    for node in found:
+    for node in nodes:
         _add(tree, node)
     return tree
 
@@ -127,9 +112,9 @@ def as_tree(found: list[Node]) -> Tree:
 def _add(branch: Tree, node: Node) -> None:
     facts = {name: value[:16] if name == "sha" else value for name, value in node.facts.items()}
     short = [f"{name} {_shown(value)}" for name, value in facts.items() if name not in LONG_FACTS]
-    about = [node.note, *short, node.table, node.run_id and f"run {node.run_id[:8]}"]
+    details = [node.note, *short, node.table, node.run_id and f"run {node.run_id[:8]}"]
     text = Text(f"{node.kind} {node.id or '(none)'}", style="bold")
-    text.append(f": {', '.join(part for part in about if part)}", style="not bold dim")
+    text.append(f": {', '.join(part for part in details if part)}", style="not bold dim")
     for name in (name for name in LONG_FACTS if name in facts):
         text.append(f"\n{name}: {_shown(facts[name])}", style="not bold")
     added = branch.add(text)
@@ -144,19 +129,19 @@ def _shown(value: Any) -> str:
     return visible(cut) if cut == text else f"{visible(cut)}…"
 
 
-def _whole_id(tables: ParquetTables, identifier: str) -> str:
+def _whole_id(tables: ParquetTables, links: dict[str, Links], identifier: str) -> str:
     """The one id that an identifier begins."""
     kind, dash, digits = identifier.strip().lower().rpartition("-")
     if dash and kind not in ID_COLUMNS:
         raise TraceError(f"{identifier!r} is no id: ids begin with {', '.join(ID_COLUMNS)}, such as `pair-3f9a`.")
-    columns = {asset: column for asset, (column, _) in TABLES.items() if not dash or column == ID_COLUMNS[kind]}
+    columns = {asset: each.identity for asset, each in links.items() if not dash or each.identity == ID_COLUMNS[kind]}
     searched = ", ".join(columns)
-    found = [frame.select(id=columns[asset]) for asset in columns if (frame := tables.scan(asset)) is not None]
-    if not found:
+    frames = [frame.select(id=columns[asset]) for asset in columns if (frame := tables.scan(asset)) is not None]
+    if not frames:
         raise TraceError(f"There is no table of {searched} in this home yet: `synpo run` makes them.")
     # An id has one dash, so that without a kind this is where its digits begin.
     begins = pl.col("id").str.contains(f"{kind}-{digits}", literal=True)
-    ids = pl.concat(found).filter(begins).unique().sort("id").collect()["id"].to_list()
+    ids = pl.concat(frames).filter(begins).unique().sort("id").collect()["id"].to_list()
     if not ids:
         raise TraceError(f"No id begins with {identifier!r}: searched {searched}; ids look like `pair-3f9a` or `3f9a`.")
     if len(ids) > 1:
@@ -168,14 +153,26 @@ def _whole_id(tables: ParquetTables, identifier: str) -> str:
 class _Home:
     """The rows, manifests and runs of one home, as nodes."""
 
-    def __init__(self, tables: ParquetTables, checkpoints: CheckpointStore, instance: DagsterInstance) -> None:
-        self.tables, self.instance = tables, instance
-        drawn = tables.scan("keyword_sets")
-        iterations = () if drawn is None else drawn.select(pl.col("iteration").unique().sort()).collect()["iteration"]
-        found = [checkpoints.manifest(name, None) for name in MADE_ONCE]
-        for key in map(partition_key, iterations):
-            found += [checkpoints.manifest(name, key) for name in ("response_improver", "model_checkpoint")]
-        self.manifests = [manifest for manifest in found if manifest]
+    def __init__(self, services: Services, links: dict[str, Links], instance: DagsterInstance) -> None:
+        self.tables, self.checkpoints = services.tables, services.checkpoints
+        self.links, self.instance = links, instance
+        # What both sides of a pair were made of, the sides included.
+        self.responses = [name for name in self._origins("preference_pairs") if links[name].identity == "response_id"]
+        self.manifests, self.shown = self._manifests(services.graph), set[tuple[str, str]]()
+
+    def _origins(self, asset: str) -> list[str]:
+        below = list(dict.fromkeys(self.links[asset].made_from.values()))
+        return list(dict.fromkeys([*below, *(name for each in below for name in self._origins(each))]))
+
+    def _manifests(self, graph: AssetGraph) -> list[dict[str, Any]]:
+        """The manifests of all current checkpoints that were trained here."""
+        manifests = []
+        for key in sorted(graph.materializable_asset_keys):
+            node, name = graph.get(key), key.to_user_string()
+            if node.io_manager_key == "checkpoints" and STATE_TAG not in node.tags:
+                partitions = node.partitions_def.get_partition_keys() if node.partitions_def else [None]
+                manifests += [self.checkpoints.manifest(name, partition) for partition in partitions]
+        return [manifest for manifest in manifests if manifest]
 
     def seed(self, whole: str) -> list[Node]:
         """The seed pair and the policy's answers to it, if the id is of one of them."""
@@ -184,12 +181,13 @@ class _Home:
         if not answers and not self._rows("seed_pairs", prompt_id=prompt_id):
             return []
         pair = self._follow("seed pair", "seed_pairs", prompt_id, None)
+        self.shown.add(("seed_pairs", prompt_id))
         return [pair, *(self._node("answer", "seed_responses", row) for row in answers)]
 
     def pairs(self, whole: str) -> list[Node]:
         """For each iteration and prompt that an id belongs to, the pair, which may not exist."""
         column = ID_COLUMNS[whole.partition("-")[0]]
-        tables = [name for name in ("preference_pairs", *RESPONSES) if TABLES[name][0] == column]
+        tables = [name for name in ("preference_pairs", *self.responses) if self.links[name].identity == column]
         # What is none of these, a prompt or a keyword set, is looked up among the prompts.
         rows = [row for name in tables or ["synthetic_prompts"] for row in self._rows(name, **{column: whole})]
         return [self._pair(*place, whole) for place in sorted({(row["iteration"], row["prompt_id"]) for row in rows})]
@@ -205,7 +203,7 @@ class _Home:
         return nodes + [self._node("keyword set", "keyword_pool", row, "no iteration has drawn it") for row in pool]
 
     def _pair(self, iteration: int, prompt_id: str, whole: str) -> Node:
-        key = partition_key(iteration)
+        key, self.shown = partition_key(iteration), set()
         rows = self._rows("preference_pairs", key, prompt_id=prompt_id)
         pair = self._node("pair", "preference_pairs", rows[0]) if rows else None
         if pair and whole in _ids(pair):
@@ -213,9 +211,10 @@ class _Home:
         exist = self._rows("preference_pairs", key)
         why = "dropped by a filter, or not sampled" if exist else "this iteration has no pairs yet"
         note = f"{pair.id} was made from other answers to this prompt" if pair else why
+        self.shown = {("synthetic_prompts", prompt_id)}
         responses = [
             self._node(asset.removesuffix("_responses"), asset, row)
-            for asset in RESPONSES
+            for asset in self.responses
             for row in self._rows(asset, key, prompt_id=prompt_id)
         ]
         rewritten = {base.id for refined in responses for base in refined.made_from if base.kind == "base"}
@@ -224,37 +223,44 @@ class _Home:
         return Node("pair", None, {"iteration": iteration}, note=note, made_from=made_from)
 
     def _node(self, kind: str, asset: str, row: dict[str, Any], note: str | None = None) -> Node:
-        column, told = TABLES[asset]
+        links = self.links[asset]
         key = partition_key(row["iteration"]) if "iteration" in row else None
         models = (("written by", "checkpoint_sha"), ("scored by", "scorer_sha"))
-        made_from = [self._model(role, row[sha], asset, key) for role, sha in models if sha in row]
-        for _, name, role, asset_below in (link for link in MADE_FROM if link[0] == asset):
-            # A pair carries the texts of its two sides and its prompt, as messages.
-            text = row[role][-1]["content"] if role in row else None
-            made_from.append(self._follow(role, asset_below, row[name], key, text))
-        record, facts = newest(self.instance, asset, key), {name: row[name] for name in told}
+        made_from = [self._model(role, row[sha]) for role, sha in models if sha in row]
+        for name, below in links.made_from.items():
+            role = name.removesuffix("_id").removesuffix("_response")
+            # A pair carries the texts of its two sides and its prompt, as messages; a response that of its prompt.
+            text = row[role][-1]["content"] if isinstance(row.get(role), list) else row.get(role)
+            # Both sides lead to one prompt, which is shown once.
+            if (below, row[name]) not in self.shown:
+                self.shown.add((below, row[name]))
+                made_from.append(self._follow(role.replace("_", " "), below, row[name], key, text))
+        record, facts = newest(self.instance, asset, key), {name: row[name] for name in links.facts if name in row}
         table, run_id = asset_label(asset, key), record and record.run_id
         trained = self._trained(asset, key)
-        if split := row.get("split"):
-            trained = [
-                node for node in trained if (node.id == "judge_model") == (split == "judge") and split != "held_out"
-            ]
-        return Node(kind, row[column], facts, table, run_id, note, made_from, trained)
+        if row.get("split") == "held_out":
+            trained = []
+        elif split := row.get("split"):
+            trained = [node for node in trained if (node.id == "judge_model") == (split == "judge")]
+        return Node(kind, row[links.identity], facts, table, run_id, note, made_from, trained)
 
     def _follow(self, kind: str, asset: str, whole: str, key: str | None, text: str | None = None) -> Node:
         """The row that an id leads to, or a node that says that it is gone."""
-        if rows := self._rows(asset, key, **{TABLES[asset][0]: whole}):
+        if rows := self._rows(asset, key, **{self.links[asset].identity: whole}):
             return self._node(kind, asset, rows[0])
         note = f"no longer in {asset_label(asset, key)}, which was deleted or made again"
         return Node(kind, whole, {"text": text} if text else {}, note=note)
 
-    def _model(self, role: str, sha: str, asset: str, key: str | None) -> Node:
-        """The checkpoint with a sha; one that was replaced is known by what the table that it made recorded."""
-        if made := next((manifest for manifest in self.manifests if manifest["sha"] == sha), None):
-            return _checkpoint(role, made)
-        recorded = metadata_of(self.instance, asset, key)
-        label = recorded.get("checkpoint") if recorded.get("checkpoint_sha") == sha else "unknown checkpoint"
-        return Node(role, label, {"sha": sha}, note="not a current checkpoint any more")
+    def _model(self, role: str, sha: str) -> Node:
+        """The checkpoint with a sha, current or superseded."""
+        current = next((manifest for manifest in self.manifests if manifest["sha"] == sha), None)
+        if current is not None:
+            return _checkpoint(role, current)
+        earlier = self.checkpoints.manifest_of_sha(sha)
+        note = "not a current checkpoint any more"
+        if earlier is None:
+            return Node(role, "unknown checkpoint", {"sha": sha}, note=note)
+        return _checkpoint(role, earlier, note)
 
     def _trained(self, asset: str, key: str | None) -> list[Node]:
         """The checkpoints whose manifests name a table among what they were trained on."""
@@ -274,8 +280,11 @@ class _Home:
         return self._table(asset, key, **equal).to_dicts()
 
     def _table(self, asset: str, key: str | None, **equal: str) -> pl.DataFrame:
-        frame, at = self.tables.scan(asset), {"iteration": int(key)} if key else {}
-        return pl.DataFrame() if frame is None else frame.filter(**equal, **at).collect()
+        frame = self.tables.scan(asset)
+        if frame is None:
+            return pl.DataFrame()
+        at = {"iteration": int(key)} if key and "iteration" in frame.collect_schema() else {}
+        return frame.filter(**equal, **at).collect()
 
 
 def _checkpoint(role: str, manifest: dict[str, Any], note: str | None = None) -> Node:

@@ -10,100 +10,98 @@ policy is M_0, so its answers are found in the shards and not generated twice.
 import dagster as dg
 import polars as pl
 
-from resources.generation.language_model import LanguageModel
-from resources.scoring.scorer import RewardScorer
-from resources.settings.settings import Settings
-from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
-from resources.training.trainer import Trainer, TrainingError
-from synpo_assets.graph.partitions import GPU_POOL, ITERATIONS, checkpoint, iteration_of, table
-from synpo_assets.graph.presentation import checkpoint_output, made_by, table_output, table_version, training_metadata
+from resources.storage.checkpoint_store import Checkpoint
+from resources.training.job import TrainingError
+from synpo_assets.graph import metrics
+from synpo_assets.graph.cost import Sizes, Work, training_work
+from synpo_assets.graph.metrics import Metric
+from synpo_assets.graph.partitions import iteration_of
+from synpo_assets.graph.presentation import checkpoint_output, made_by, table_output, table_version, training_log
 from synpo_assets.graph.schemas import RefinedResponses, Responses, SeedResponses
-from synpo_assets.method import responses as response_method
-from synpo_assets.method import templates
+from synpo_assets.graph.services import Services
+from synpo_assets.graph.stage import stage
 from synpo_assets.method.responses import response_table
 from synpo_assets.method.templates import improver_instruction
 from synpo_assets.stages.responses import answer_prompts
+from synpo_assets.stages.scorers import comparison_tokens
 
 
-@dg.asset(
-    partitions_def=ITERATIONS,
-    **table(Responses, "responses", "preferences.rejected_from", "engine.dtype", "engine.kind", response_method),
-    pool=GPU_POOL,
-    kinds={"huggingface"},
+@stage(
+    Responses,
+    group="responses",
+    work=("generates",),
+    reads=("responses", "preferences.rejected_from"),
+    samplings=lambda settings: [settings.responses.sampling],
+    cost=lambda sizes: [Work("generate", sizes.prompts * sizes.written, later_only=True)],
+    made_from={"prompt_id": "synthetic_prompts"},
 )
-def initial_responses(
+def rejected_responses(
     context: dg.AssetExecutionContext,
     synthetic_prompts: pl.DataFrame,
     initial_policy: Checkpoint,
     policy: Checkpoint,
-    language_model: LanguageModel,
-    settings: dg.ResourceParam[Settings],
+    services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
     """M_0's answers to the synthetic prompts: the rejected side in every iteration (algorithm 1, line 4)."""
-    answerer = initial_policy if settings.preferences.rejected_from == "initial" else policy
-    sampling = settings.responses.sampling
-    frame, usage = answer_prompts(
-        context, synthetic_prompts.select("prompt_id", "prompt"), answerer, language_model, sampling
-    )
-    return table_output(context, frame, **usage.metadata(), **made_by(answerer))
+    answerer = initial_policy if services.settings.preferences.rejected_from == "initial" else policy
+    frame, usage = answer_prompts(context, services, synthetic_prompts.select("prompt_id", "prompt"), answerer)
+    return table_output(context, services, frame, metrics.generating(usage), **made_by(answerer))
 
 
-@dg.asset(
-    partitions_def=ITERATIONS,
-    **table(
-        SeedResponses,
-        "responses",
-        "scorer.max_length",
-        "scorer.pair_convention",
-        "engine.dtype",
-        "engine.kind",
-        response_method,
-    ),
-    pool=GPU_POOL,
-    kinds={"huggingface"},
+@stage(
+    SeedResponses,
+    group="responses",
+    work=("generates", "scores"),
+    reads=("responses", "scorer.convention", "scorer.max_length"),
+    samplings=lambda settings: [settings.responses.sampling],
+    cost=lambda sizes: [
+        Work("generate", sizes.train * sizes.written, later_only=True),
+        Work("score", sizes.train * comparison_tokens(sizes, sizes.gold, sizes.written)),
+    ],
+    made_from={"prompt_id": "seed_pairs"},
 )
 def seed_responses(
     context: dg.AssetExecutionContext,
     seed_pairs: pl.DataFrame,
     policy: Checkpoint,
     reward_model: Checkpoint,
-    language_model: LanguageModel,
-    scorer: RewardScorer,
-    settings: dg.ResourceParam[Settings],
+    services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """M_{t-1}'s answers to the seed prompts, scored beside the gold answers (algorithm 1, line 2)."""
+    """M_{t-1}'s answers to the seed prompts, scored in comparison with the gold answers (algorithm 1, line 2)."""
     seed = seed_pairs.filter(split="train").select("prompt_id", "prompt", "answer")
-    frame, usage = answer_prompts(context, seed, policy, language_model, settings.responses.sampling)
-    rows = frame.select("prompt", "answer", "response").rows()
-    compared = scorer.compare(reward_model, rows, context.log.info)
+    frame, usage = answer_prompts(context, services, seed, policy)
+    compared = services.scorer.compare(reward_model, frame.select("prompt", "answer", "response").rows())
     scored = frame.with_columns(
         answer_score=compared.first_scores,
         response_score=compared.second_scores,
         margin=compared.margins,
         scorer_sha=pl.lit(reward_model.sha),
     )
-    better = (scored["margin"] > 0).mean()
-    return table_output(
-        context, scored, gold_better_share=better, **usage.metadata(), **compared.metadata(), **made_by(policy)
-    )
+    better = Metric("gold_better_share", metrics.mean(scored["margin"] > 0), n=scored.height)
+    measured = [better, *metrics.generating(usage), *metrics.scoring(compared.usage)]
+    return table_output(context, services, scored, measured, score_convention=compared.convention, **made_by(policy))
 
 
-@dg.asset(
-    partitions_def=ITERATIONS,
-    **checkpoint("response_improver.training", "response_improver.margin_threshold", "engine.dtype", templates),
-    pool=GPU_POOL,
-    kinds={"huggingface"},
+def _training_cost(sizes: Sizes) -> list[Work]:
+    length = sizes.improver_instruction + sizes.asked + sizes.written + sizes.gold
+    return [training_work(sizes.settings.response_improver.training, sizes.train, length)]
+
+
+@stage(
+    group="responses",
+    checkpoint=True,
+    work=("trains",),
+    reads=("response_improver.training", "response_improver.margin_threshold"),
+    cost=_training_cost,
 )
 def response_improver(
     context: dg.AssetExecutionContext,
     seed_responses: pl.DataFrame,
     initial_policy: Checkpoint,
-    trainer: Trainer,
-    checkpoints: dg.ResourceParam[CheckpointStore],
-    settings: dg.ResourceParam[Settings],
+    services: dg.ResourceParam[Services],
 ) -> dg.Output[Checkpoint]:
     """R_t, fine-tuned from M_0 to turn the policy's own answer into the gold answer (algorithm 1, line 2)."""
-    options = settings.response_improver
+    options = services.settings.response_improver
     valid = seed_responses.filter(pl.col("margin") > options.margin_threshold)
     if valid.is_empty():
         raise TrainingError(
@@ -112,39 +110,42 @@ def response_improver(
         )
     rows = valid.select("prompt", "response", "answer").rows()
     examples = [(improver_instruction(prompt, response), answer) for prompt, response, answer in rows]
-    made, summary = checkpoints.create(
+    made, summary = services.checkpoints.create(
         context,
-        lambda directory: trainer.supervised(initial_policy, examples, options.training, directory, context.log.info),
+        lambda directory: services.trainer.train("supervised", initial_policy, examples, options.training, directory),
         parents={"start": initial_policy},
         trained_on={"seed_responses": table_version(seed_responses)},
         settings=options.training.model_dump(),
-        random_seed=settings.random_seed,
+        random_seed=services.settings.random_seed,
     )
-    return checkpoint_output(
-        context, made, below_margin=seed_responses.height - valid.height, **training_metadata(summary)
-    )
+    below = Metric("below_margin", seed_responses.height - valid.height, n=seed_responses.height)
+    return checkpoint_output(context, services, made, [below, *metrics.training(summary)], **training_log(summary))
 
 
-@dg.asset(
-    partitions_def=ITERATIONS,
-    **table(RefinedResponses, "response_improver.sampling", "engine.dtype", "engine.kind", templates, response_method),
-    pool=GPU_POOL,
-    kinds={"huggingface"},
+@stage(
+    RefinedResponses,
+    group="responses",
+    side="chosen_responses",
+    work=("generates",),
+    reads=("response_improver.sampling",),
+    samplings=lambda settings: [settings.response_improver.sampling],
+    cost=lambda sizes: [Work("generate", sizes.prompts * sizes.settings.response_improver.sampling.max_new_tokens)],
+    made_from={"base_response_id": "base_responses"},
 )
 def refined_responses(
     context: dg.AssetExecutionContext,
     base_responses: pl.DataFrame,
     response_improver: Checkpoint,
-    language_model: LanguageModel,
-    settings: dg.ResourceParam[Settings],
+    services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
     """The policy's answers, rewritten by R_t: the chosen side (algorithm 1, line 3)."""
-    base = base_responses.select("prompt_id", "prompt", pl.col("response_id").alias("base_response_id"), "response")
+    base = base_responses.select("prompt_id", "prompt", "response", base_response_id="response_id")
     rows = base.select("base_response_id", "prompt", "response").iter_rows()
-    asked = ((response_id, improver_instruction(prompt, response)) for response_id, prompt, response in rows)
-    sampling = settings.response_improver.sampling
-    written, usage = language_model.answer(response_improver, asked, sampling, context.log.info)
-    prompts = base.drop("response")
-    frame = response_table(prompts, written, response_improver.sha, iteration_of(context))
-    unchanged = (frame["response"] == base["response"].str.strip_chars()).mean()
-    return table_output(context, frame, unchanged_share=unchanged, **usage.metadata(), **made_by(response_improver))
+    requests = ((response_id, improver_instruction(prompt, response)) for response_id, prompt, response in rows)
+    sampling = services.settings.response_improver.sampling
+    written, usage = services.language_model.answer(response_improver, requests, sampling)
+    frame = response_table(base.drop("response"), written, response_improver.sha, iteration_of(context))
+    unchanged = Metric(
+        "unchanged_share", metrics.mean(frame["response"] == base["response"].str.strip_chars()), n=frame.height
+    )
+    return table_output(context, services, frame, [unchanged, *metrics.generating(usage)], **made_by(response_improver))

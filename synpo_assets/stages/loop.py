@@ -17,90 +17,88 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from resources.common.text import asset_label
 from resources.settings.settings import Settings
-from resources.storage.checkpoint_store import Checkpoint, CheckpointError, CheckpointStore
-from resources.storage.tables import ParquetTables
-from synpo_assets.graph.checks import failed_checks, unfinished_checks
-from synpo_assets.graph.history import data_version_of, metadata_of, newest, unfinished_attempt
-from synpo_assets.graph.partitions import ITERATIONS, checkpoint, iteration_of, partition_key, table
+from resources.storage.checkpoint_store import Checkpoint, CheckpointError
+from synpo_assets.graph.history import data_version_of, failed_checks, newest, unfinished_attempt, unfinished_checks
+from synpo_assets.graph.metrics import Metric, recorded
+from synpo_assets.graph.partitions import iteration_of, partition_key
 from synpo_assets.graph.presentation import checkpoint_output, made_by, table_output, table_version
 from synpo_assets.graph.schemas import PreferenceHistory
+from synpo_assets.graph.services import Services
+from synpo_assets.graph.stage import stage
+from synpo_assets.method.gate import verdict
 
 POLL_SECONDS = 2.0
 LOG_EVERY_SECONDS = 30.0
+PARTITION_TAG = "dagster/partition"
 
 
-@dg.asset(
-    partitions_def=ITERATIONS,
-    deps=[
-        "seed_pairs",
-        "keyword_pool",
-        "prompt_generator",
-        "self_instruct_prompts",
-        "reward_model",
-        "judge_model",
-        "verifiable_instructions",
-    ],
-    **checkpoint(),
-)
+@stage(group="loop", checkpoint=True, state=True)
 def policy(
-    context: dg.AssetExecutionContext,
-    initial_policy: Checkpoint,
-    checkpoints: dg.ResourceParam[CheckpointStore],
-    settings: dg.ResourceParam[Settings],
+    context: dg.AssetExecutionContext, initial_policy: Checkpoint, services: dg.ResourceParam[Services]
 ) -> dg.Output[Checkpoint]:
     """M_{t-1}, the model that enters iteration t: M_0 at first, then the promoted checkpoint of the iteration before."""
     wait_for_other_runs(context)
-    checkpoints.verify(initial_policy)
+    services.checkpoints.verify(initial_policy)
     entering = initial_policy
     if iteration_of(context) > 1:
         previous = partition_key(iteration_of(context) - 1)
         for asset in ("model_checkpoint", "promotion"):
-            wait_until_finished(context, asset, previous)
-        entering = checkpoints.current("model_checkpoint", previous)
-        refuse_other_experiment(entering, experiment_of(context.instance, initial_policy, settings))
+            wait_until_finished(context, services, asset, previous)
+        entering = services.checkpoints.current("model_checkpoint", previous)
+        refuse_other_experiment(entering, experiment_of(context.instance, initial_policy, services.settings))
         refuse_unrecorded(entering, data_version_of(context.instance, "model_checkpoint", previous))
-        if refusal := promotion_refusal(context.instance, previous):
+        if refusal := promotion_refusal(services, previous):
             raise CheckpointError(refusal)
-        checkpoints.verify(entering)
-    return checkpoint_output(context, entering, **made_by(entering))
+        services.checkpoints.verify(entering)
+    return checkpoint_output(context, services, entering, **made_by(entering))
 
 
-@dg.asset(partitions_def=ITERATIONS, deps=[policy], **table(PreferenceHistory))
+@stage(
+    PreferenceHistory,
+    group="loop",
+    state=True,
+    kinds=("polars",),
+    # It reads nothing of the policy; with this arrow every asset of an iteration descends from `policy`.
+    deps=("policy",),
+    made_from={"pair_id": "preference_pairs"},
+)
 def preference_history(
-    context: dg.AssetExecutionContext, tables: dg.ResourceParam[ParquetTables]
+    context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]
 ) -> dg.Output[pl.DataFrame]:
-    """The pairs of iterations 1 to t-1, which M_t is trained on beside those of iteration t (algorithm 1: D)."""
+    """The pairs of iterations 1 to t-1, which M_t is trained on together with those of iteration t (algorithm 1: D)."""
     earlier = [partition_key(number) for number in range(1, iteration_of(context))]
     for partition in earlier:
-        wait_until_finished(context, "preference_pairs", partition)
-    return _history(context, [tables.read("preference_pairs", partition) for partition in earlier])
+        wait_until_finished(context, services, "preference_pairs", partition)
+    empty = PreferenceHistory.empty()
+    frame = pl.concat([empty, *(services.tables.read("preference_pairs", partition) for partition in earlier)])
+    counts = frame.group_by("iteration").len().sort("iteration")
+    measured = [Metric("pairs_of_iteration", count, of=partition_key(number)) for number, count in counts.iter_rows()]
+    return table_output(context, services, frame, measured)
 
 
-def report_policy(context: dg.AssetExecutionContext, made: Checkpoint) -> None:
+def report_policy(context: dg.AssetExecutionContext, services: Services, made: Checkpoint) -> None:
     """Announces M_t, just promoted, to the next iteration: the back edge promotion[t] -> policy[t+1].
 
     Only an event: what iteration t+1 reads changes when its own `policy` step runs, never under a run at work.
     """
-    _report(context, "policy", made.sha[:16], {**made_by(made), "sha": made.sha})
+    _report(context, services, "policy", made.sha[:16], {**made_by(made), "sha": made.sha})
 
 
-def report_history(context: dg.AssetExecutionContext, history: pl.DataFrame, pairs: pl.DataFrame) -> None:
+def report_history(
+    context: dg.AssetExecutionContext, services: Services, history: pl.DataFrame, pairs: pl.DataFrame
+) -> None:
     """Announces all pairs so far, those just made included: preference_pairs[t] -> preference_history[t+1]."""
     combined = pl.concat([history, pairs])
-    _report(context, "preference_history", table_version(combined), {"dagster/row_count": combined.height})
+    _report(context, services, "preference_history", table_version(combined), {"dagster/row_count": combined.height})
 
 
-def wait_until_finished(context: dg.AssetExecutionContext, asset: str, partition: str) -> None:
-    """Returns when the newest attempt to make an asset of an earlier iteration has succeeded; waits while it runs.
-
-    Raises:
-        CheckpointError: It was never made, or its newest attempt failed or was cancelled.
-    """
+def wait_until_finished(context: dg.AssetExecutionContext, services: Services, asset: str, partition: str) -> None:
+    """Returns when the newest attempt to make an asset of an earlier iteration has succeeded; waits while it runs."""
     label = asset_label(asset, partition)
 
     def obstacle() -> str | None:
         run_id = unfinished_attempt(context.instance, asset, partition) or unfinished_checks(
-            context.instance, asset, partition
+            context.instance, services.graph, asset, partition
         )
         run = context.instance.get_run_by_id(run_id) if run_id else None
         if run_id and (run is None or run.is_finished):
@@ -114,7 +112,7 @@ def wait_until_finished(context: dg.AssetExecutionContext, asset: str, partition
     _wait_out(context, obstacle)
     if newest(context.instance, asset, partition) is None:
         raise CheckpointError(f"{label} was never materialized: run that iteration first.")
-    if failed := failed_checks(context.instance, asset, partition):
+    if failed := failed_checks(context.instance, services.graph, asset, partition):
         raise CheckpointError(
             f"{label} did not pass its blocking checks ({', '.join(failed)}): mend the cause, or correct the threshold "
             "(section `checks` of the settings), and run that iteration again."
@@ -134,9 +132,6 @@ def refuse_other_experiment(entering: Checkpoint, experiment: Mapping[str, str |
     """Raises a sentence if a checkpoint was made from another M_0, another seed or another random seed.
 
     Sizes, thresholds and learning rates may change between iterations; these may not.
-
-    Raises:
-        CheckpointError: It names what differs.
     """
     made_with = entering.manifest["settings"].get("experiment", {})
     differing = [
@@ -152,11 +147,7 @@ def refuse_other_experiment(entering: Checkpoint, experiment: Mapping[str, str |
 
 
 def refuse_unrecorded(entering: Checkpoint, recorded: str | None) -> None:
-    """Raises a sentence if a checkpoint on disk is not the one that the history says was made.
-
-    Raises:
-        CheckpointError: It names both.
-    """
+    """Raises a sentence if a checkpoint on disk is not the one that the history says was made."""
     if entering.sha[:16] != recorded:
         raise CheckpointError(
             f"{entering.directory} holds {entering.sha[:16]}, but the history of {entering.label} says {recorded}: the "
@@ -164,26 +155,33 @@ def refuse_unrecorded(entering: Checkpoint, recorded: str | None) -> None:
         )
 
 
-def promotion_refusal(instance: DagsterInstance, partition: str) -> str | None:
+def promotion_refusal(services: Services, partition: str) -> str | None:
     """Why M_t, as it is now, must not enter the next iteration, as a sentence; None if it was promoted."""
-    about = metadata_of(instance, "promotion", partition)
+    judged = recorded(services.metrics, partition).find("promoted", "candidate")
     evaluation, promotion, made = (
         asset_label(name, partition) for name in ("evaluation", "promotion", "model_checkpoint")
     )
-    if "promoted" not in about:
+    if judged is None:
         return f"{promotion} holds no verdict on {made}: materialize {promotion} first."
-    judged, sha = about.get("checkpoint_sha"), metadata_of(instance, "model_checkpoint", partition).get("sha")
-    if judged != sha:
+    sha = (services.checkpoints.manifest("model_checkpoint", partition) or {}).get("sha")
+    if judged.checkpoint_sha != sha:
         return (
-            f"{promotion} is about {str(judged)[:16]}, but {made} is {str(sha)[:16]} by now: materialize {evaluation} and "
-            f"{promotion} again."
+            f"{promotion} is about {str(judged.checkpoint_sha)[:16]}, but {made} is {str(sha)[:16]} by now: materialize "
+            f"{evaluation} and {promotion} again."
         )
-    if not about["promoted"]:
+    if not judged.value:
         return (
-            f"{about['verdict']} Mend the cause and run that iteration again, or correct the limits in the section `gate` of "
-            f"the settings and materialize {promotion} again."
+            f"{promotion_verdict(services, partition)} Mend the cause and run that iteration again, or correct the limits in "
+            f"the section `gate` of the settings and materialize {promotion} again."
         )
     return None
+
+
+def promotion_verdict(services: Services, partition: str) -> str:
+    """The sentence that says whether M_t became the policy of the next iteration, and why."""
+    rows = services.tables.read("promotion", partition).to_dicts()
+    following = partition_key(int(partition) + 1)
+    return verdict(rows, asset_label("model_checkpoint", partition), asset_label("policy", following))
 
 
 def wait_for_other_runs(context: dg.AssetExecutionContext) -> None:
@@ -193,7 +191,7 @@ def wait_for_other_runs(context: dg.AssetExecutionContext) -> None:
     """
     same_iteration = RunsFilter(
         statuses=[DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING],
-        tags=dict(ITERATIONS.get_tags_for_partition_key(context.partition_key)),
+        tags={PARTITION_TAG: context.partition_key},
     )
 
     def obstacle() -> str | None:
@@ -220,10 +218,12 @@ def _wait_out(context: dg.AssetExecutionContext, obstacle: Callable[[], str | No
         time.sleep(POLL_SECONDS)
 
 
-def _report(context: dg.AssetExecutionContext, asset: str, version: str, metadata: dict[str, Any]) -> None:
-    following = partition_key(iteration_of(context) + 1)
-    if following not in ITERATIONS.get_partition_keys():
+def _report(
+    context: dg.AssetExecutionContext, services: Services, asset: str, version: str, metadata: dict[str, Any]
+) -> None:
+    if iteration_of(context) == services.settings.max_iterations:
         return
+    following = partition_key(iteration_of(context) + 1)
     reporter = f"{context.asset_key.to_user_string()}[{context.partition_key}]"
     context.log_event(
         dg.AssetMaterialization(
@@ -238,13 +238,4 @@ def _report(context: dg.AssetExecutionContext, asset: str, version: str, metadat
             },
             tags={"dagster/data_version": version},
         )
-    )
-
-
-def _history(context: dg.AssetExecutionContext, tables: list[pl.DataFrame]) -> dg.Output[pl.DataFrame]:
-    empty = PreferenceHistory.empty()
-    frame = pl.concat([empty, *tables]) if tables else empty
-    counts = dict(frame.group_by("iteration").len().sort("iteration").iter_rows())
-    return table_output(
-        context, frame, pairs_by_iteration=dg.MetadataValue.json({str(key): n for key, n in counts.items()})
     )

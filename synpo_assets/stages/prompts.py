@@ -14,87 +14,109 @@ import dagster as dg
 import polars as pl
 
 from resources.common.errors import FinalError
-from resources.generation.language_model import LanguageModel, Usage
+from resources.generation.language_model import Usage
 from resources.settings.method import Sampling
 from resources.settings.settings import Settings
-from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
+from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
-from resources.training.trainer import Trainer
-from synpo_assets.graph.partitions import GPU_POOL, ITERATIONS, checkpoint, iteration_of, table
-from synpo_assets.graph.presentation import checkpoint_output, made_by, table_output, table_version, training_metadata
+from synpo_assets.graph import metrics
+from synpo_assets.graph.cost import Sizes, Work, training_work
+from synpo_assets.graph.metrics import Metric
+from synpo_assets.graph.partitions import iteration_of
+from synpo_assets.graph.presentation import checkpoint_output, made_by, table_output, table_version, training_log
 from synpo_assets.graph.schemas import KeywordSets, SyntheticPrompts
-from synpo_assets.method import keywords as keyword_method
-from synpo_assets.method import prompts as prompt_method
-from synpo_assets.method import templates
+from synpo_assets.graph.services import Services
+from synpo_assets.graph.stage import stage
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.keywords import Keywords, drawn_rows, training_keywords
 from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter, draw_until_enough
+from synpo_assets.method.templates import QUESTION_END, generator_instruction, generator_target
 
 
-@dg.asset(
-    **checkpoint(
-        "prompt_generator.training", "prompt_generator.keywords_from_seed_prompt", "prompt_generator.noise_keywords",
-        "keyword_pool.keywords_per_set", "keyword_pool.language", "keyword_pool.drop_personal_names", "engine.dtype",
-        keyword_method, templates,
+def _training_cost(sizes: Sizes) -> list[Work]:
+    training, length = sizes.settings.prompt_generator.training, sizes.generator_instruction + sizes.asked + sizes.gold
+    return [training_work(training, sizes.train, length)]
+
+
+@stage(
+    group="seed",
+    checkpoint=True,
+    once=True,
+    work=("trains",),
+    reads=(
+        "prompt_generator.training", "prompt_generator.noise_keywords", "keyword_pool.keywords_per_set",
+        "keyword_pool.language", "keyword_pool.drop_personal_names",
     ),
-    pool=GPU_POOL,
-    kinds={"huggingface"},
+    cost=_training_cost,
 )  # fmt: skip
 def prompt_generator(
     context: dg.AssetExecutionContext,
     initial_policy: Checkpoint,
     seed_pairs: pl.DataFrame,
-    trainer: Trainer,
-    checkpoints: dg.ResourceParam[CheckpointStore],
-    settings: dg.ResourceParam[Settings],
+    services: dg.ResourceParam[Services],
 ) -> dg.Output[Checkpoint]:
     """G, fine-tuned from M_0 to write a prompt and its answer from three keywords (paper, section 2.1)."""
-    generator, seed = settings.prompt_generator, seed_pairs.filter(split="train")
-    extractor = Keywords(settings.keyword_pool.language, settings.keyword_pool.drop_personal_names)
+    settings, seed = services.settings, seed_pairs.filter(split="train")
+    generator, pool = settings.prompt_generator, settings.keyword_pool
+    extractor = Keywords(pool.language, pool.drop_personal_names)
     counts = (settings.keywords_from_seed_prompt, generator.noise_keywords)
     drawn = training_keywords(seed["prompt"].to_list(), extractor, *counts, settings.random_seed)
     examples = [
-        (templates.generator_instruction(keywords), templates.generator_target(prompt, answer))
+        (generator_instruction(keywords), generator_target(prompt, answer))
         for keywords, prompt, answer in zip(drawn, seed["prompt"], seed["answer"], strict=True)
         if keywords is not None
     ]
-    made, summary = checkpoints.create(
+    made, summary = services.checkpoints.create(
         context,
-        lambda directory: trainer.supervised(initial_policy, examples, generator.training, directory, context.log.info),
+        lambda directory: services.trainer.train("supervised", initial_policy, examples, generator.training, directory),
         parents={"start": initial_policy},
         trained_on={"seed_pairs": table_version(seed_pairs)},
         settings=generator.training.model_dump(),
         random_seed=settings.random_seed,
     )
-    return checkpoint_output(context, made, without_keywords=drawn.count(None), **training_metadata(summary))
+    measured = [Metric("examples_without_keywords", drawn.count(None)), *metrics.training(summary)]
+    return checkpoint_output(context, services, made, measured, **training_log(summary))
 
 
-@dg.asset(
-    partitions_def=ITERATIONS,
-    deps=["policy"],
-    **table(KeywordSets, "prompt_generator.prompts_per_iteration", "prompt_generator.max_overdraw", keyword_method),
-    kinds={"polars"},
+@stage(
+    KeywordSets,
+    group="prompts",
+    kinds=("polars",),
+    # It reads nothing of the policy; with this arrow every asset of an iteration descends from `policy`.
+    deps=("policy",),
+    reads=("prompt_generator.prompts_per_iteration", "prompt_generator.max_overdraw"),
 )
 def keyword_sets(
-    context: dg.AssetExecutionContext, keyword_pool: pl.LazyFrame, settings: dg.ResourceParam[Settings]
+    context: dg.AssetExecutionContext, keyword_pool: pl.LazyFrame, services: dg.ResourceParam[Services]
 ) -> dg.Output[pl.DataFrame]:
     """This iteration's draw from the keyword pool, in random order (algorithm 1, line 1)."""
+    settings, iteration = services.settings, iteration_of(context)
     pool_size = keyword_pool.select(pl.len()).collect().item()
     wanted = settings.keyword_sets_per_iteration
-    rows = drawn_rows(pool_size, iteration_of(context), wanted, settings.random_seed)
+    rows = drawn_rows(pool_size, iteration, wanted, settings.random_seed)
     order = pl.DataFrame({"row": rows}, schema={"row": pl.UInt32}).lazy()
     drawn = order.join(keyword_pool.with_row_index("row"), on="row", how="inner", maintain_order="left").drop("row")
-    frame = drawn.with_columns(iteration=pl.lit(iteration_of(context), pl.Int64)).collect()
-    if iteration_of(context) * wanted > pool_size:
+    frame = drawn.with_columns(iteration=pl.lit(iteration, pl.Int64)).collect()
+    if iteration * wanted > pool_size:
         context.log.warning(f"The pool has {pool_size} keyword sets: some are drawn again. Enlarge the corpus.")
-    return table_output(context, frame, pool_size=pool_size)
+    return table_output(context, services, frame, [Metric("pool_size", pool_size)])
 
 
-@dg.asset(
-    partitions_def=ITERATIONS,
-    **table(SyntheticPrompts, "prompt_generator", "engine.dtype", "engine.kind", prompt_method, templates),
-    pool=GPU_POOL,
-    kinds={"huggingface"},
+def prompt_sampling(settings: Settings) -> Sampling:
+    """How G samples: only the question is used, so writing stops where it ends."""
+    return settings.prompt_generator.sampling.model_copy(update={"stop": [QUESTION_END]})
+
+
+@stage(
+    SyntheticPrompts,
+    group="prompts",
+    work=("generates",),
+    reads=("prompt_generator",),
+    samplings=lambda settings: [prompt_sampling(settings)],
+    cost=lambda sizes: [
+        Work("generate", sizes.settings.keyword_sets_per_iteration * prompt_sampling(sizes.settings).max_new_tokens)
+    ],
+    made_from={"keyword_set_id": "keyword_sets"},
 )
 def synthetic_prompts(
     context: dg.AssetExecutionContext,
@@ -103,26 +125,25 @@ def synthetic_prompts(
     seed_pairs: pl.DataFrame,
     verifiable_instructions: pl.DataFrame,
     preference_history: pl.DataFrame,
-    language_model: LanguageModel,
-    settings: dg.ResourceParam[Settings],
+    services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
     """New prompts that G writes from the keyword sets; only valid ones stay (paper, section 2.1)."""
-    options = settings.prompt_generator
+    wanted, sampling = services.settings.prompt_generator.prompts_per_iteration, prompt_sampling(services.settings)
     asked_later = [*seed_pairs.filter(split="held_out")["prompt"], *verifiable_instructions["prompt"]]
-    prompts = _prompt_filter(settings, seed_pairs, preference_history, asked_later)
+    prompts = _prompt_filter(services.settings, seed_pairs, preference_history, asked_later)
     usages: list[Usage] = []
 
     def write(drawn: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         # With the iteration in its id, a keyword set that is drawn again later gives another prompt.
-        asked = [
-            (f"{row['keyword_set_id']} {context.partition_key}", templates.generator_instruction(row["keywords"]))
+        requests = [
+            (f"{row['keyword_set_id']} {context.partition_key}", generator_instruction(row["keywords"]))
             for row in drawn
         ]
-        written, usage = language_model.answer(prompt_generator, asked, prompt_sampling(settings), context.log.info)
+        written, usage = services.language_model.answer(prompt_generator, requests, sampling)
         usages.append(usage)
         return written.to_dicts()
 
-    kept, used = draw_until_enough(keyword_sets.to_dicts(), options.prompts_per_iteration, write, prompts.keep)
+    kept, used = draw_until_enough(keyword_sets.to_dicts(), wanted, write, prompts.keep)
     if not kept:
         raise FinalError(
             f"None of {used} completions of the prompt generator held a valid prompt: {dict(prompts.dropped)}. "
@@ -134,19 +155,17 @@ def synthetic_prompts(
     )
     return table_output(
         context,
+        services,
         frame.select(*SyntheticPrompts.to_schema().columns),
-        wanted=options.prompts_per_iteration,
-        keyword_sets_used=used,
-        dropped=dg.MetadataValue.json(dict(prompts.dropped)),
+        [
+            Metric("prompts_wanted", wanted),
+            Metric("keyword_sets_used", used),
+            *(Metric("dropped", count, of=reason) for reason, count in prompts.dropped.items()),
+            *metrics.generating(sum(usages[1:], usages[0])),
+        ],
         contaminated=table_metadata(pl.DataFrame(prompts.matches, schema=["prompt", "held_out_prompt"], orient="row")),
-        **sum(usages[1:], usages[0]).metadata(),
         **made_by(prompt_generator),
     )
-
-
-def prompt_sampling(settings: Settings) -> Sampling:
-    """How G samples: only the question is used, so writing stops where it ends."""
-    return settings.prompt_generator.sampling.model_copy(update={"stop": [templates.QUESTION_END]})
 
 
 def _prompt_filter(

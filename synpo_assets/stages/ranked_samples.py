@@ -12,55 +12,71 @@ by margins over the first sample; a pair ranker therefore reads the best and the
 import dagster as dg
 import polars as pl
 
-from resources.generation.language_model import LanguageModel
-from resources.scoring.scorer import RewardScorer
-from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
-from synpo_assets.graph.partitions import GPU_POOL, ITERATIONS, iteration_of, table
+from synpo_assets.graph import metrics
+from synpo_assets.graph.cost import Sizes, Work
+from synpo_assets.graph.metrics import Metric
+from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.schemas import RefinedResponses, Responses
-from synpo_assets.method import ranking as ranking_method
-from synpo_assets.method import responses as response_method
+from synpo_assets.graph.services import Services
+from synpo_assets.graph.stage import stage
 from synpo_assets.method.ranking import beside_first, repeated_prompts, with_ranks
 from synpo_assets.method.responses import response_table
-from synpo_assets.method.templates import user_message
+from synpo_assets.method.templates import prompt_requests
+from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
 
-DECIDED_BY = (
-    "responses", "preferences.ranked_samples", "scorer.max_length", "scorer.pair_convention", "engine.dtype", "engine.kind",
-    ranking_method, response_method,
-)  # fmt: skip
+READS = ("responses", "preferences.ranked_samples", "scorer.convention", "scorer.max_length")
 BEST = 1
 
 
-@dg.asset(partitions_def=ITERATIONS, **table(RefinedResponses, *DECIDED_BY), pool=GPU_POOL, kinds={"huggingface"})
-def refined_responses(
+def _cost(sizes: Sizes) -> list[Work]:
+    """The first sample is the base response; the others are written and read here, once for both sides."""
+    further = sizes.settings.preferences.ranked_samples - 1
+    reading = further * comparison_tokens(sizes, sizes.written, sizes.written)
+    if reads_answers_alone(sizes.settings):
+        reading = (further + 1) * (sizes.asked + sizes.written)
+    return [Work("generate", sizes.prompts * further * sizes.written), Work("score", sizes.prompts * reading)]
+
+
+@stage(
+    RefinedResponses,
+    group="responses",
+    work=("generates", "scores"),
+    reads=READS,
+    samplings=lambda settings: [settings.responses.sampling],
+    cost=_cost,
+    made_from={"base_response_id": "base_responses"},
+)
+def chosen_responses(
     context: dg.AssetExecutionContext,
     base_responses: pl.DataFrame,
     policy: Checkpoint,
     reward_model: Checkpoint,
-    language_model: LanguageModel,
-    scorer: RewardScorer,
-    settings: dg.ResourceParam[Settings],
+    services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
     """The best of M_{t-1}'s answers to each prompt by the scorer: the chosen side."""
-    return _ranked(
-        context, BEST, RefinedResponses, base_responses, policy, reward_model, language_model, scorer, settings
-    )
+    return _ranked(context, BEST, RefinedResponses, base_responses, policy, reward_model, services)
 
 
-@dg.asset(partitions_def=ITERATIONS, **table(Responses, *DECIDED_BY), pool=GPU_POOL, kinds={"huggingface"})
-def initial_responses(
+@stage(
+    Responses,
+    group="responses",
+    work=("generates", "scores"),
+    reads=READS,
+    samplings=lambda settings: [settings.responses.sampling],
+    made_from={"prompt_id": "synthetic_prompts"},
+)
+def rejected_responses(
     context: dg.AssetExecutionContext,
     base_responses: pl.DataFrame,
     policy: Checkpoint,
     reward_model: Checkpoint,
-    language_model: LanguageModel,
-    scorer: RewardScorer,
-    settings: dg.ResourceParam[Settings],
+    services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
     """The worst of M_{t-1}'s answers to each prompt by the scorer: the rejected side."""
-    worst = settings.preferences.ranked_samples
-    return _ranked(context, worst, Responses, base_responses, policy, reward_model, language_model, scorer, settings)
+    worst = services.settings.preferences.ranked_samples
+    return _ranked(context, worst, Responses, base_responses, policy, reward_model, services)
 
 
 def _ranked(
@@ -70,24 +86,21 @@ def _ranked(
     base_responses: pl.DataFrame,
     policy: Checkpoint,
     reward_model: Checkpoint,
-    language_model: LanguageModel,
-    scorer: RewardScorer,
-    settings: Settings,
+    services: Services,
 ) -> dg.Output[pl.DataFrame]:
     """The samples that hold one rank, and what sampling and scoring all of them cost."""
+    samples, sampling = services.settings.preferences.ranked_samples, services.settings.responses.sampling
     prompts = base_responses.select("prompt_id", "prompt", base_response_id="response_id")
-    repeated = repeated_prompts(prompts, settings.preferences.ranked_samples)
-    asked = ((row_id, user_message(text)) for row_id, text in repeated.select("sample_id", "prompt").iter_rows())
-    written, usage = language_model.answer(policy, asked, settings.responses.sampling, context.log.info)
+    repeated = repeated_prompts(prompts, samples)
+    written, usage = services.language_model.answer(policy, prompt_requests(repeated, "sample_id"), sampling)
     answered = response_table(repeated, written, policy.sha, iteration_of(context))
-    compared = scorer.compare(reward_model, beside_first(answered).rows(), context.log.info)
+    compared = services.scorer.compare(reward_model, beside_first(answered).rows())
     taken = with_ranks(answered, compared.margins).filter(rank=rank)
-    return table_output(
-        context,
-        taken.select(*schema.to_schema().columns),
-        samples_per_prompt=settings.preferences.ranked_samples,
-        mean_margin_over_first_sample=taken["margin_over_first"].mean(),
-        **usage.metadata(),
-        **compared.metadata(),
-        **made_by(policy),
-    )
+    measured = [
+        Metric("samples_per_prompt", samples),
+        Metric("mean_margin_over_first_sample", metrics.mean(taken["margin_over_first"]), n=taken.height),
+        *metrics.generating(usage),
+        *metrics.scoring(compared.usage),
+    ]
+    frame = taken.select(*schema.to_schema().columns)
+    return table_output(context, services, frame, measured, score_convention=compared.convention, **made_by(policy))

@@ -10,55 +10,71 @@ a stopword, we drop the word.
 
 import hashlib
 import itertools
+import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import polars as pl
 
 from resources.models.model_source import fetch_initial_policy
+from resources.settings.data import SeedData
+from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
-from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
+from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.seed_source import read_rows
-from synpo_assets.cli.preflight import seed_table
-from synpo_assets.graph.partitions import checkpoint, table
+from resources.storage.tables import table_metadata
+from synpo_assets.graph.metrics import Metric, record
 from synpo_assets.graph.presentation import checkpoint_output, table_output
-from synpo_assets.graph.schemas import KeywordPool, SeedPairs, check
-from synpo_assets.method import keywords as keyword_method
-from synpo_assets.method import seed as seed_method
+from synpo_assets.graph.schemas import KeywordPool, SeedPairs, VerifiableInstructions, check
+from synpo_assets.graph.services import Services
+from synpo_assets.graph.stage import stage
 from synpo_assets.method.keywords import Keywords, keyword_set, paragraph_keyword_sets
+from synpo_assets.method.seed import BadRow, overlapping_rows, seed_rows
+from synpo_assets.method.verifiable import instruction_rows
 
 POOL_BATCH = 10_000
+SHOWN_BAD_ROWS = 5
 
 
-@dg.asset(**checkpoint("initial_policy"), kinds={"huggingface"})
-def initial_policy(
-    context: dg.AssetExecutionContext,
-    checkpoints: dg.ResourceParam[CheckpointStore],
-    settings: dg.ResourceParam[Settings],
-) -> dg.Output[Checkpoint]:
+@stage(group="seed", checkpoint=True, once=True, reads=("initial_policy",), kinds=("huggingface",))
+def initial_policy(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.Output[Checkpoint]:
     """M_0, the instruct model that every training run starts from (paper, section 3.1)."""
+    settings = services.settings
     weights, origin = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
-    adopted = checkpoints.adopt(context, weights, origin)
-    return checkpoint_output(context, adopted, **{f"origin {key}": value for key, value in origin.items()})
+    adopted = services.checkpoints.adopt(context, weights, origin)
+    return checkpoint_output(context, services, adopted, **{f"origin {key}": value for key, value in origin.items()})
 
 
-@dg.asset(**table(SeedPairs, "seed_data", "prompt_generator.decontamination_ngram", seed_method), kinds={"polars"})
-def seed_pairs(context: dg.AssetExecutionContext, settings: dg.ResourceParam[Settings]) -> dg.Output[pl.DataFrame]:
+@stage(
+    SeedPairs, group="seed", once=True, kinds=("polars",), reads=("seed_data", "prompt_generator.decontamination_ngram")
+)
+def seed_pairs(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.Output[pl.DataFrame]:
     """The seed: prompts with gold answers, rows for the judge alone, and held-out ones that no training reads (3.1)."""
-    frame, dropped = seed_table(settings)
-    counts = {
-        f"{split} rows": frame.filter(pl.col("split") == split).height for split in ("train", "judge", "held_out")
-    }
+    frame, dropped = seed_table(services.settings)
+    splits = [
+        Metric("split_rows", rows, of=split) for split, rows in frame["split"].value_counts(sort=True).iter_rows()
+    ]
     reasons = "\n".join(f"{row.split} line {row.line}: {row.reason}" for row in dropped) or "none"
-    return table_output(context, frame, **counts, dropped=len(dropped), dropped_rows=reasons)
+    return table_output(context, services, frame, [*splits, Metric("dropped", len(dropped))], dropped_rows=reasons)
 
 
-@dg.asset(**table(KeywordPool, "keyword_pool", keyword_method, lazy=True), kinds={"polars"})
-def keyword_pool(settings: dg.ResourceParam[Settings]) -> Iterator[dg.Output[pl.LazyFrame]]:
+@stage(VerifiableInstructions, group="seed", once=True, kinds=("polars",), reads=("seed_data",))
+def verifiable_instructions(
+    context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]
+) -> dg.Output[pl.DataFrame]:
+    """Instructions with constraints that a program can check; no training reads them."""
+    frame = verifiable_table(services.settings)
+    rules = frame.explode("constraints").unnest("constraints").group_by("rule").len().sort("len", descending=True)
+    return table_output(context, services, frame, constraints=table_metadata(rules))
+
+
+@stage(KeywordPool, group="seed", lazy=True, once=True, kinds=("polars",), reads=("keyword_pool",))
+def keyword_pool(services: dg.ResourceParam[Services]) -> Iterator[dg.Output[pl.LazyFrame]]:
     """The keyword pool K: keywords of one corpus paragraph each, streamed to disk (paper, section 2.1)."""
-    pool = settings.keyword_pool
+    pool = services.settings.keyword_pool
     rows = read_rows(pool.corpus, "keyword_pool.corpus", (pool.text_column,))
     paragraphs = (text for _, row in rows if isinstance(text := row.get(pool.text_column), str) and text.strip())
     sets = paragraph_keyword_sets(
@@ -66,31 +82,93 @@ def keyword_pool(settings: dg.ResourceParam[Settings]) -> Iterator[dg.Output[pl.
         Keywords(pool.language, pool.drop_personal_names),
         pool.keywords_per_set,
         pool.sets_per_paragraph,
-        settings.random_seed,
+        services.settings.random_seed,
     )
     limited = itertools.islice(sets, pool.max_sets)
     with tempfile.TemporaryDirectory() as directory:
-        version = _write_batches((keyword_set(*found) for found in limited), Path(directory))
+        version, rows_written = _write_batches(itertools.starmap(keyword_set, limited), Path(directory))
+        record(services.metrics, "keyword_pool", None, [Metric("rows", rows_written)])
         frame = pl.scan_parquet(Path(directory) / "*.parquet")
         # Yielded, not returned: the table is stored while the batches still exist.
         yield dg.Output(frame, data_version=dg.DataVersion(version))
 
 
-def _write_batches(rows: Iterator[dict[str, object]], directory: Path) -> str:
-    """Validates and writes the pool in batches; returns the hash of all ids."""
-    columns: dict[str, pl.DataType] = {
-        "keyword_set_id": pl.String(),
-        "keywords": pl.List(pl.String),
-        "paragraph": pl.String(),
-    }
-    digest = hashlib.sha256()
-    number = 0
-    while (batch := pl.DataFrame(list(itertools.islice(rows, POOL_BATCH)), schema=columns)).height:
+def _write_batches(rows: Iterator[dict[str, object]], directory: Path) -> tuple[str, int]:
+    """Validates and writes the pool in batches; returns the hash of all ids, and their number."""
+    schema, digest = KeywordPool.empty().schema, hashlib.sha256()
+    number = rows_written = 0
+    while (batch := pl.DataFrame(list(itertools.islice(rows, POOL_BATCH)), schema=schema)).height:
         if problem := check(KeywordPool, batch):
             raise dg.Failure(problem)
         digest.update("".join(batch["keyword_set_id"]).encode())
         batch.write_parquet(directory / f"{number:06d}.parquet")
-        number += 1
+        number, rows_written = number + 1, rows_written + batch.height
     if not number:
         raise dg.Failure("No paragraph of keyword_pool.corpus has enough keywords for one set: use longer paragraphs.")
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:16], rows_written
+
+
+def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
+    """The validated seed, in the subsets that the settings ask for, and the rows that were dropped."""
+    seed = settings.seed_data
+    columns = (seed.prompt_column, seed.answer_column)
+    train = list(read_rows(seed.train, "seed_data.train", columns))
+    held_out = list(read_rows(seed.held_out, "seed_data.held_out", columns))
+    good, bad = seed_rows(train, held_out, *columns)
+    ngram, files = settings.prompt_generator.decontamination_ngram, [seed.train.path, seed.held_out.path]
+    prompts = [row["prompt"] for row in good if row["split"] == "held_out"]
+    instructions = verifiable_table(settings)["prompt"].to_list()
+    for texts, kind in ((prompts, "held-out prompt"), (instructions, "verifiable instruction")):
+        overlaps = overlapping_rows(good, texts, ngram, kind)
+        lines = {row.line for row in overlaps}
+        good = [row for row in good if row["split"] == "held_out" or row["line"] not in lines]
+        bad += overlaps
+    if overlaps and seed.verifiable is not None:
+        files.append(seed.verifiable.path)
+    if bad and seed.on_bad_rows == "refuse":
+        shown = "; ".join(f"{row.split} line {row.line}: {row.reason}" for row in bad[:SHOWN_BAD_ROWS])
+        raise SettingsError(
+            f"{len(bad)} seed rows cannot be used ({shown}{'; …' if len(bad) > SHOWN_BAD_ROWS else ''}). Correct "
+            f"{', '.join(files[:-1])} and {files[-1]}, or set seed_data.on_bad_rows to `drop`."
+        )
+    usable = {split: [row for row in good if row["split"] == split] for split in ("train", "held_out")}
+    if len(usable["held_out"]) < 2:
+        raise SettingsError(f"seed_data.held_out has {len(usable['held_out'])} usable rows; at least 2 are needed.")
+    train_count, judge_count = _train_and_judge(seed, len(usable["train"]))
+    trained_on = _sample(usable["train"], train_count, f"{settings.random_seed}:train")
+    read = {row["prompt_id"] for row in trained_on}
+    left = [row for row in usable["train"] if row["prompt_id"] not in read]
+    set_aside = [row | {"split": "judge"} for row in _sample(left, judge_count, f"{settings.random_seed}:judge")]
+    held_out_rows = _sample(usable["held_out"], seed.held_out_limit, f"{settings.random_seed}:held_out")
+    return pl.DataFrame([*trained_on, *set_aside, *held_out_rows], schema=SeedPairs.empty().schema), bad
+
+
+def verifiable_table(settings: Settings) -> pl.DataFrame:
+    """The validated verifiable instructions; none if `seed_data.verifiable` is not stated."""
+    source, rows = settings.seed_data.verifiable, list[dict[str, Any]]()
+    if source is not None:
+        rows, bad = instruction_rows(list(read_rows(source, "seed_data.verifiable", ("prompt", "constraints"))))
+        if bad:
+            shown = "; ".join(bad[:SHOWN_BAD_ROWS])
+            raise SettingsError(
+                f"{len(bad)} instructions of {source.path} (seed_data.verifiable) cannot be used: {shown}."
+            )
+    return pl.DataFrame(rows, schema=VerifiableInstructions.empty().schema)
+
+
+def _train_and_judge(seed: SeedData, usable: int) -> tuple[int, int]:
+    """How many usable rows of the training file are trained on, and how many are set aside for the judge."""
+    if usable < 4:
+        raise SettingsError(
+            f"seed_data.train has {usable} usable rows; at least 4 are needed, 2 of them for the independent judge."
+        )
+    wanted = min(seed.train_limit or usable, usable)
+    judge = min(seed.judge_limit or max(wanted // 4, 2), max(usable - wanted, usable // 2))
+    return min(wanted, usable - judge), judge
+
+
+def _sample(rows: list[dict[str, Any]], limit: int | None, random_seed: str) -> list[dict[str, Any]]:
+    """A random subset in the original order; all rows without a limit."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[place] for place in sorted(random.Random(random_seed).sample(range(len(rows)), limit))]

@@ -15,29 +15,27 @@ import polars as pl
 
 def collect(home: Path, folder: Path) -> None:
     os.environ["SYNPO_HOME"] = str(home.absolute())
-    from resources.settings.files import active_settings
-    from resources.storage.tables import ParquetTables
-    from synpo_assets.graph.history import metadata_of
+    from definitions import services
+    from synpo_assets.graph.history import newest
     from synpo_assets.reports.boosting_report import iterations_of, read_iteration
     from synpo_assets.reports.plots import draw_plots
     from synpo_assets.reports.rows import report_rows
 
     folder.mkdir(parents=True, exist_ok=True)
-    tables = ParquetTables(f"{active_settings().storage.root(home.absolute())}/tables")
     with dg.DagsterInstance.from_config(str(home.absolute())) as instance:
-        keys, _ = iterations_of(instance)
-        iterations = [read_iteration(instance, tables, key) for key in keys]
+        keys, _ = iterations_of(instance, services)
+        iterations = [read_iteration(instance, services, key) for key in keys]
         pictures = {plot.name: plot.data_uri for plot in draw_plots(iterations)}
         for key in keys:
-            shown = metadata_of(instance, "prompt_diversity", key)["similarities"]
+            shown = newest(instance, "prompt_diversity", key).asset_materialization.metadata["similarities"].value
             pictures[f"similarities_{key}"] = shown.rpartition("(")[2].removesuffix(")")
     rows = [(row.section, row.label, *row.cells) for row in report_rows(iterations)]
     pl.DataFrame(rows, schema=["section", "figure", *keys], orient="row").write_csv(folder / "figures.csv")
     for name, data_uri in pictures.items():
         (folder / f"{name}.png").write_bytes(base64.b64decode(data_uri.partition(",")[2]))
     for key in keys:
-        texts = ["prompt", "answer", "initial_response", "policy_response", "judge_over_initial"]
-        answers = tables.read("evaluation", key).select(texts).head(20)
+        texts = ["prompt", "answer", "initial_response", "candidate_response", "judge_over_initial"]
+        answers = services.tables.read("evaluation", key).select(texts).head(20)
         answers.write_csv(folder / f"held_out_answers_{key}.csv")
     shutil.copy(home / "reports" / "boosting_report.html", folder)
 

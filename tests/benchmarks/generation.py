@@ -18,8 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +28,7 @@ from resources.generation.engine import Completion, Requests
 from resources.generation.engine_choice import engine_fingerprint, open_engine
 from resources.generation.vllm_engine import CPU_ARGUMENTS, CPU_ENVIRONMENT, ENVIRONMENT
 from resources.models.chat import load_tokenizer, prompt_ids
+from resources.models.device import prepare_device, torch_dtype
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
@@ -49,9 +49,9 @@ def prompts(count: int) -> list[tuple[str, list[dict[str, str]]]]:
 class Stopwatch:
     """An engine that notes how long it took to load."""
 
-    def __init__(self, checkpoint: Checkpoint, engine: Engine, log: Callable[[str], None]) -> None:
+    def __init__(self, checkpoint: Checkpoint, engine: Engine) -> None:
         self.started = time.monotonic()
-        self.engine = open_engine(checkpoint, engine, log)
+        self.engine = open_engine(checkpoint, engine)
         self.loaded = time.monotonic()
 
     def generate(self, requests: Requests, sampling: Sampling) -> Iterator[list[Completion]]:
@@ -61,20 +61,20 @@ class Stopwatch:
                 yield batch
 
 
-def engine_alone(library: str, model: str, count: int, sampling: Sampling, threads: int) -> tuple[int, float]:
-    """The engine without shards, rows and usage."""
-    checkpoint = Checkpoint("initial_policy", None, "nano", model, model)
-    settings = Engine(kind=library, threads=threads, batch_tokens=BATCH_TOKENS)
-    engine = Stopwatch(checkpoint, settings, lambda message: None)
+def rendered(model: str, count: int) -> list[list[int]]:
     tokenizer = load_tokenizer(model)
-    asked = Requests(
-        *prompt_table((f"{int(row_id):032x}", prompt_ids(tokenizer, messages)) for row_id, messages in prompts(count))
-    )
+    return [prompt_ids(tokenizer, messages) for _, messages in prompts(count)]
+
+
+def engine_alone(model: str, count: int, sampling: Sampling, settings: Engine) -> tuple[int, float]:
+    """The engine without shards, rows and usage."""
+    engine = Stopwatch(Checkpoint("initial_policy", None, "nano", model, model), settings)
+    asked = Requests(*prompt_table((f"{number:032x}", ids) for number, ids in enumerate(rendered(model, count))))
     tokens = sum(done.output_tokens for batch in engine.generate(asked, sampling) for done in batch)
     return tokens, time.monotonic() - engine.loaded
 
 
-def stage(library: str, model: str, count: int, sampling: Sampling, threads: int) -> tuple[int, float]:
+def stage(model: str, count: int, sampling: Sampling, settings: Engine) -> tuple[int, float]:
     """What the assets call: rendering, engine, seeds, shards, rows in order, usage."""
     opened: list[Stopwatch] = []
 
@@ -83,32 +83,33 @@ def stage(library: str, model: str, count: int, sampling: Sampling, threads: int
         return opened[0]
 
     resources.generation.language_model.open_engine = open_stopwatch
-    engine = Engine(kind=library, threads=threads, batch_tokens=BATCH_TOKENS)
     # Imports torch and transformers, which is loading too.
     load_tokenizer(model)
-    engine_fingerprint(engine, "initial_policy")
+    engine_fingerprint(settings, "initial_policy")
     checkpoint = Checkpoint("initial_policy", None, "nano", model, model)
     with tempfile.TemporaryDirectory() as shards:
-        language_model = resources.generation.language_model.LanguageModel(shards=shards, engine=engine, random_seed=1)
+        language_model = resources.generation.language_model.LanguageModel(
+            shards=shards, engine=settings, random_seed=1
+        )
         started = time.monotonic()
-        _, usage = language_model.answer(checkpoint, prompts(count), sampling, lambda message: None)
+        _, usage = language_model.answer(checkpoint, prompts(count), sampling)
         ended = time.monotonic()
     return usage.generated_tokens, ended - started - (opened[0].loaded - opened[0].started)
 
 
-def raw_transformers(model: str, count: int, sampling: Sampling, threads: int) -> tuple[int, float]:
+def raw_transformers(model: str, count: int, sampling: Sampling, settings: Engine) -> tuple[int, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(threads)
+    device = prepare_device(settings)
     tokenizer = load_tokenizer(model)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype(settings)).to(device).eval()
     started, tokens = time.monotonic(), 0
-    waiting = sorted((prompt_ids(tokenizer, messages) for _, messages in prompts(count)), key=len, reverse=True)
+    waiting = sorted(rendered(model, count), key=len, reverse=True)
     while waiting:
-        rows = BATCH_TOKENS // (len(waiting[0]) + sampling.max_new_tokens)
+        rows = max(1, settings.batch_tokens // (len(waiting[0]) + sampling.max_new_tokens))
         batch, waiting = waiting[:rows], waiting[rows:]
-        padded = tokenizer.pad({"input_ids": batch}, padding_side="left", return_tensors="pt")
+        padded = tokenizer.pad({"input_ids": batch}, padding_side="left", return_tensors="pt").to(device)
         with torch.inference_mode():
             output = network.generate(
                 **padded, do_sample=True, temperature=sampling.temperature, top_k=sampling.top_k,
@@ -120,17 +121,25 @@ def raw_transformers(model: str, count: int, sampling: Sampling, threads: int) -
     return tokens, time.monotonic() - started
 
 
-def raw_vllm(model: str, count: int, sampling: Sampling, threads: int) -> tuple[int, float]:
-    os.environ |= ENVIRONMENT | CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+def raw_vllm(
+    model: str, count: int, sampling: Sampling, settings: Engine, *, detokenize: bool = True
+) -> tuple[int, float]:
+    on_cpu = prepare_device(settings) == "cpu"
+    threads = {"OMP_NUM_THREADS": str(settings.threads or os.cpu_count())}
+    os.environ |= ENVIRONMENT | (CPU_ENVIRONMENT | threads if on_cpu else {})
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    tokenizer = load_tokenizer(model)
-    engine = LLM(model, dtype="float32", max_num_batched_tokens=BATCH_TOKENS, **CPU_ARGUMENTS)
+    longest = max(map(len, rendered(model, count))) + sampling.max_new_tokens
+    engine = LLM(
+        model, dtype=str(torch_dtype(settings)).removeprefix("torch."), max_model_len=longest,
+        max_num_batched_tokens=max(settings.batch_tokens, longest), disable_log_stats=True,
+        **(CPU_ARGUMENTS if on_cpu else {}), **settings.vllm_arguments,
+    )  # fmt: skip
     options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "max_tokens": sampling.max_new_tokens}
     started = time.monotonic()
     outputs = engine.generate(
-        [TokensPrompt(prompt_token_ids=prompt_ids(tokenizer, messages)) for _, messages in prompts(count)],
-        [SamplingParams(seed=number, **options) for number in range(count)],
+        [TokensPrompt(prompt_token_ids=ids) for ids in rendered(model, count)],
+        [SamplingParams(seed=number, detokenize=detokenize, **options) for number in range(count)],
         use_tqdm=False,
     )
     return sum(len(output.outputs[0].token_ids) for output in outputs), time.monotonic() - started
@@ -191,14 +200,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.way:
         sampling = Sampling(temperature=TEMPERATURE, top_k=TOP_K, max_new_tokens=arguments.tokens)
-        work = (str(arguments.model), arguments.prompts, sampling, arguments.threads)
+        engine = Engine(kind=arguments.library, threads=arguments.threads, batch_tokens=BATCH_TOKENS)
         raw = raw_vllm if arguments.library == "vllm" else raw_transformers
-        ways = {
-            "raw": raw,
-            "engine": partial(engine_alone, arguments.library),
-            "stage": partial(stage, arguments.library),
-        }
-        print(json.dumps(ways[arguments.way](*work)))  # noqa: T201
+        way = {"raw": raw, "engine": engine_alone, "stage": stage}[arguments.way]
+        print(json.dumps(way(str(arguments.model), arguments.prompts, sampling, engine)))  # noqa: T201
         return
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model or make_nano_model(Path(folder) / "nano")

@@ -13,7 +13,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,8 @@ def measure(prompts: pl.DataFrame, model: str, shards: str) -> dict[str, float]:
     asked = ((prompt_id, user_message(prompt)) for prompt_id, prompt in prompts.iter_rows())
     checkpoint = Checkpoint("initial_policy", None, "nano", model, model)
     sampling = Sampling(temperature=0.7, max_new_tokens=TOKENS)
-    silent: Callable[[str], None] = lambda message: None  # noqa: E731
     before = peak_mib()
-    frame, usage = language_model.answer(checkpoint, asked, sampling, silent)
+    frame, usage = language_model.answer(checkpoint, asked, sampling)
     assert frame.height == usage.rows == rows
     return {"rows": rows, "seconds": round(usage.seconds, 1), "MiB before": before, "peak MiB": peak_mib()}
 

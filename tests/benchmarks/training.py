@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.training supervised
     python -m tests.benchmarks.training preference
+    python -m tests.benchmarks.training reward
 
 Each way is timed in fresh processes, from chat messages to merged weights on disk, without imports. The ways take turns, so
 that a busy machine disturbs both alike; the ratio is of medians over the rounds. TRL renders and tokenizes for itself, so
@@ -17,99 +18,137 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
+from resources.models.device import prepare_device, torch_dtype
 from resources.settings.machine import Engine
-from resources.settings.training import PreferenceTraining, Training, TrainingProcesses
+from resources.settings.training import PreferenceTraining, SimPO, TrainingProcesses
 from resources.storage.checkpoint_store import Checkpoint
+from resources.training.job import Kind, TrainingSummary
 from resources.training.trainer import Trainer
 from synpo_assets.method.templates import user_message
 from tests.nano import make_nano_model, seed_rows
 
 WAYS = ("raw", "stage")
-KINDS = ("supervised", "preference")
+SIDES = ("prompt", "chosen", "rejected")
+LOSS = SimPO(beta=2.0)
 
 
 def settings(last_layers: int | None) -> PreferenceTraining:
     return PreferenceTraining(
         learning_rate=1e-4, epochs=1, batch_size=4, micro_batch_size=4, max_length=192, max_prompt_length=96,
-        max_completion_length=96, beta=2.0, lora={"rank": 16, "alpha": 32, "last_layers": last_layers},
+        max_completion_length=96, lora={"rank": 16, "alpha": 32, "last_layers": last_layers},
     )  # fmt: skip
 
 
-def pairs(count: int) -> list[dict[str, Any]]:
+def pairs(count: int, repeat: int = 1, length: int = 300) -> list[dict[str, Any]]:
+    """Pairs of the seed: its answers repeated, and cut to so many characters."""
     rows = (seed_rows() * (count // 100 + 1))[:count]
-    turned = rows[1:] + rows[:1]
+    answers = [[{"role": "assistant", "content": " ".join([row["answer"]] * repeat)[:length]}] for row in rows]
+    finished = {"chosen_finish_reason": "stop", "rejected_finish_reason": "stop"}
     return [
-        {
-            "prompt": user_message(row["prompt"]),
-            "chosen": [{"role": "assistant", "content": row["answer"][:300]}],
-            "rejected": [{"role": "assistant", "content": other["answer"][:300]}],
-            "chosen_finish_reason": "stop",
-            "rejected_finish_reason": "stop",
-        }
-        for row, other in zip(rows, turned, strict=True)
+        {"prompt": user_message(row["prompt"]), "chosen": answer, "rejected": other} | finished
+        for row, answer, other in zip(rows, answers, answers[1:] + answers[:1], strict=True)
     ]
 
 
-def stage(kind: str, model: str, count: int, training: PreferenceTraining, threads: int, directory: Path) -> None:
+def stage(
+    kind: Kind,
+    model: str,
+    rows: list[dict[str, Any]],
+    training: PreferenceTraining,
+    engine: Engine,
+    directory: Path,
+    processes: TrainingProcesses | None = None,
+) -> TrainingSummary:
     """What the assets call."""
-    trainer = Trainer(
-        engine=Engine(threads=threads), random_seed=1, processes=TrainingProcesses(), states=str(directory / "states")
-    )
+    states = str(directory / "states")
+    trainer = Trainer(engine=engine, random_seed=1, processes=processes or TrainingProcesses(), states=states)
     start = Checkpoint("initial_policy", None, "start", model, model)
-    rows = pairs(count)
-    result = directory / "result"
-    result.mkdir()
-    if kind == "supervised":
-        examples = [(row["prompt"], row["chosen"][0]["content"]) for row in rows]
-        shared = training.model_dump(include=set(Training.model_fields))
-        trainer.supervised(start, examples, Training.model_validate(shared), result, lambda message: None)
-    else:
-        trainer.preference(start, rows, training, result, lambda message: None)
+    examples = {
+        "supervised": lambda row: (row["prompt"], row["chosen"][0]["content"]),
+        "preference": lambda row: row,
+        "reward": lambda row: tuple(row[part][-1]["content"] for part in SIDES),
+    }[kind]
+    (result := directory / "result").mkdir()
+    loss = LOSS if kind == "preference" else None
+    return trainer.train(kind, start, [examples(row) for row in rows], training, result, loss)
 
 
-def raw(kind: str, model: str, count: int, training: PreferenceTraining, threads: int, directory: Path) -> None:
-    """A script of the kind that people write with TRL."""
+def raw(
+    kind: Kind,
+    model: str,
+    rows: list[dict[str, Any]],
+    training: PreferenceTraining,
+    engine: Engine,
+    directory: Path,
+    *,
+    checkpointing: bool = True,
+) -> None:
+    """A script of the kind that people write with TRL; on a GPU with the autocast and checkpointing of the stage."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+    )
+    from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-    torch.set_num_threads(threads)
+    on_gpu, lora, number_format = prepare_device(engine) == "cuda", training.lora, torch_dtype(engine)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    layers = network.config.num_hidden_layers
-    adapted = range(layers - (training.lora.last_layers or layers), layers)
+    loading: dict[str, Any] = {"dtype": number_format if lora else torch.float32}
+    if lora and lora.load_in_4bit:
+        loading["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=number_format, bnb_4bit_quant_storage=number_format,
+        )  # fmt: skip
+    if kind == "reward":
+        network = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, **loading)
+    else:
+        network = AutoModelForCausalLM.from_pretrained(model, **loading)
     options = {
         "output_dir": str(directory / "trainer"), "learning_rate": training.learning_rate, "num_train_epochs": 1,
         "per_device_train_batch_size": training.micro_batch_size, "lr_scheduler_type": training.scheduler,
-        "max_length": training.max_length, "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
-        "dataloader_pin_memory": False, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "gradient_accumulation_steps": training.batch_size // training.micro_batch_size,
+        "max_length": training.max_length, "use_cpu": not on_gpu, "bf16": on_gpu,
+        "gradient_checkpointing": on_gpu and checkpointing, "dataloader_pin_memory": on_gpu, "logging_steps": 1,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
     }  # fmt: skip
     if kind == "supervised":
-        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(count)]
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
         trainer_class, config = SFTTrainer, SFTConfig(**options, completion_only_loss=True)
     else:
-        rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in pairs(count)]
-        loss = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": training.beta, "simpo_gamma": training.gamma}
+        rows = [{part: row[part] for part in SIDES} for row in rows]
+        loss = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": LOSS.beta, "simpo_gamma": LOSS.gamma}
         trainer_class, config = CPOTrainer, CPOConfig(**options, **loss)
+        if kind == "reward":
+            trainer_class, config = RewardTrainer, RewardConfig(**options)
+    adapters = None
+    if lora:
+        layers = network.config.num_hidden_layers
+        adapted = range(layers - (lora.last_layers or layers), layers)
+        adapters = LoraConfig(
+            task_type="SEQ_CLS" if kind == "reward" else "CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha,
+            target_modules=rf".*layers\.({'|'.join(map(str, adapted))})\..*_proj",
+            modules_to_save=["score"] if kind == "reward" else None,
+        )  # fmt: skip
     trainer = trainer_class(
         model=network,
         args=config,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(rows),
-        peft_config=LoraConfig(
-            task_type="CAUSAL_LM", r=training.lora.rank, lora_alpha=training.lora.alpha,
-            target_modules=rf".*layers\.({'|'.join(map(str, adapted))})\..*_proj",
-        ),
-    )  # fmt: skip
+        peft_config=adapters,
+    )
     trainer.train()
-    trainer.model.save_pretrained(directory / "adapter")
-    trainer.model.merge_and_unload().save_pretrained(directory / "merged")
-    tokenizer.save_pretrained(directory / "merged")
+    trainer.save_model(str(directory / "saved"))
+    # Weights in 4 bits would have to be loaded anew, as the stage does.
+    if lora and not lora.load_in_4bit:
+        trainer.model.merge_and_unload().save_pretrained(directory / "merged")
+        tokenizer.save_pretrained(directory / "merged")
 
 
 def seconds(arguments: argparse.Namespace, way: str, model: Path) -> float:
@@ -135,7 +174,7 @@ def compare(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=get_args(Kind))
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
@@ -152,8 +191,8 @@ def main() -> None:
             started = time.monotonic()
             train = {"raw": raw, "stage": stage}[arguments.way]
             train(
-                arguments.kind, str(arguments.model), arguments.rows, settings(arguments.last_layers), arguments.threads,
-                Path(directory),
+                arguments.kind, str(arguments.model), pairs(arguments.rows), settings(arguments.last_layers),
+                Engine(threads=arguments.threads), Path(directory),
             )  # fmt: skip
             print(time.monotonic() - started)  # noqa: T201
         return

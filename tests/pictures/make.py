@@ -1,9 +1,11 @@
-"""Makes the pictures of README from a home: `python -m tests.pictures.make HOME`. Needs playwright and Chromium."""
+"""Makes the picture of README from a home: `python -m tests.pictures.make HOME`. Needs playwright and Chromium."""
 
 import shutil
 import sys
 from pathlib import Path
+from typing import get_args
 
+from synpo_assets.graph.stage import Group
 from tests.ui import running_ui
 
 FOLDER = Path(__file__).parent
@@ -15,15 +17,14 @@ def main(home: Path) -> None:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with running_ui(home) as ui, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 2000, "height": 1700})
+        page = browser.new_page(viewport={"width": 2000, "height": 1100})
         page.goto(ui.url)
         page.get_by_role("link", name="Lineage").click()
-        page.get_by_role("button", name="Hide navigation").click()
-        for asset in ui.assets():
-            page.locator(f"text={asset}").first.wait_for()
+        for group in get_args(Group):
+            page.locator(f"text={group}").first.wait_for()
         page.wait_for_timeout(4000)
         # The graph without the lists and buttons around it.
-        page.screenshot(path=FOLDER / "lineage.png", clip={"x": 375, "y": 112, "width": 1605, "height": 1540})
+        page.screenshot(path=FOLDER / "lineage.png", clip={"x": 560, "y": 450, "width": 1420, "height": 240})
         browser.close()
 
 

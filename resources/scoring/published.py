@@ -1,0 +1,19 @@
+"""Published models as scorers: how they are fetched and checked."""
+
+from pathlib import Path
+
+from resources.models.model_source import fetch
+from resources.scoring.scorer import SCORERS
+from resources.settings.data import ModelSource
+from resources.settings.method import PublishedScorer
+
+
+def fetch_reward_model(scorer: PublishedScorer, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
+    """The directory of a published reward model or pair ranker with safetensors weights, and its origin for the manifest."""
+    is_directory = Path(scorer.name).is_dir()
+    source = ModelSource(
+        source="directory" if is_directory else "hub", name=scorer.name, revision=scorer.revision or "main"
+    )
+    directory, origin = fetch(source, "scorer", trust_remote_code)
+    SCORERS[scorer.kind].check(directory, trust_remote_code)
+    return directory, origin

@@ -1,0 +1,19 @@
+"""ORPO (arXiv 2403.07691): TRL's ORPOTrainer, whose likelihood term is that of the prompt and the chosen answer."""
+
+from typing import Any
+
+from resources.settings.training import ORPO, PreferenceTraining
+from resources.training.rows import ExactTokenIds
+
+REWARD_AXIS = "reward (β times mean log-probability)"
+
+
+def trainer(loss: ORPO, training: PreferenceTraining) -> tuple[type, type, dict[str, Any]]:
+    """TRL's trainer on exact token ids, the class of its arguments, and the arguments of this loss."""
+    from trl.experimental import orpo
+
+    class ORPOTrainer(ExactTokenIds, orpo.ORPOTrainer):
+        """ORPOTrainer; the loss is untouched."""
+
+    options = {"max_length": training.max_length, "remove_unused_columns": False, "beta": loss.beta}
+    return ORPOTrainer, orpo.ORPOConfig, options

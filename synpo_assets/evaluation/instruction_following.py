@@ -1,0 +1,81 @@
+"""How many instructions with checkable constraints M_t follows: a measure that asks no model.
+
+Paper (section 3): GPT-4 as judge, and benchmarks with one right answer; no measure that asks no model.
+Here: as in IFEval (https://arxiv.org/abs/2311.07911), with rules and prompts of our own, M_t compared with M_0.
+"""
+
+import dagster as dg
+import polars as pl
+
+from resources.generation.language_model import Usage
+from resources.storage.checkpoint_store import Checkpoint
+from resources.storage.tables import table_metadata
+from synpo_assets.graph import metrics
+from synpo_assets.graph.cost import Work
+from synpo_assets.graph.metrics import Metric
+from synpo_assets.graph.partitions import iteration_of
+from synpo_assets.graph.presentation import made_by, table_output
+from synpo_assets.graph.schemas import InstructionFollowing
+from synpo_assets.graph.services import Services
+from synpo_assets.graph.stage import stage
+from synpo_assets.method.evaluation import mean_gain
+from synpo_assets.method.templates import user_message
+from synpo_assets.method.verifiable import SAMPLES, followed, rates_by_rule, shares_followed
+
+
+@stage(
+    InstructionFollowing,
+    group="evaluation",
+    work=("generates",),
+    reads=("responses",),
+    samplings=lambda settings: [settings.responses.sampling],
+    # M_0's answers are found in the shards from the second iteration on.
+    cost=lambda sizes: [Work("generate", 2 * SAMPLES * sizes.instructions * sizes.written)],
+    made_from={"prompt_id": "verifiable_instructions"},
+)
+def instruction_following(
+    context: dg.AssetExecutionContext,
+    model_checkpoint: Checkpoint,
+    initial_policy: Checkpoint,
+    verifiable_instructions: pl.DataFrame,
+    services: dg.ResourceParam[Services],
+) -> dg.Output[pl.DataFrame]:
+    """Which of the verifiable instructions M_t follows, compared with M_0."""
+    models = {"candidate": model_checkpoint, "initial": initial_policy}
+    samples = pl.DataFrame({"sample": range(1, SAMPLES + 1)}, schema={"sample": pl.Int64})
+    frame, usages = verifiable_instructions.join(samples, how="cross"), list[Usage]()
+    requests = [
+        (f"{prompt_id} sample {sample}", user_message(prompt))
+        for prompt_id, prompt, sample in frame.select("prompt_id", "prompt", "sample").rows()
+    ]
+    for name, model in models.items():
+        written, usage = services.language_model.answer(model, requests, services.settings.responses.sampling)
+        met = [followed(each, text) for each, text in zip(frame["constraints"].to_list(), written["text"], strict=True)]
+        frame = frame.with_columns(
+            written["text"].alias(f"{name}_response"), pl.Series(f"{name}_met", met, dtype=pl.List(pl.Boolean))
+        )
+        usages.append(usage)
+    shas = {f"{name}_checkpoint_sha": pl.lit(model.sha) for name, model in models.items()}
+    frame = frame.with_columns(**shas, iteration=pl.lit(iteration_of(context), pl.Int64))
+    measured = [
+        Metric("instructions", verifiable_instructions.height),
+        Metric("samples_each", SAMPLES),
+        *following_metrics(frame, model_checkpoint.sha, services.settings.random_seed),
+        *metrics.generating(sum(usages[1:], usages[0])),
+    ]
+    by_rule = table_metadata(rates_by_rule(frame))
+    columns = InstructionFollowing.to_schema().columns
+    return table_output(
+        context, services, frame.select(*columns), measured, by_rule=by_rule, **made_by(model_checkpoint)
+    )
+
+
+def following_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric]:
+    """The shares of instructions followed and of constraints met, and M_t's gain over M_0."""
+    shares, sides = shares_followed(frame), ("candidate", "initial")
+    gain, low, high = mean_gain(shares["candidate"] - shares["initial"], random_seed)
+    return [
+        *(Metric("verifiable_rate", metrics.mean(shares[side]), of=side, n=shares.height) for side in sides),
+        *(Metric("constraint_rate", metrics.mean(frame[f"{side}_met"].explode()), of=side) for side in sides),
+        Metric("verifiable_gain", gain, "candidate", "initial", None, low, high, shares.height, sha),
+    ]

@@ -1,0 +1,219 @@
+"""Metrics as data: what an asset measured, one typed row each, kept in tables beside the asset's own.
+
+Report, gate, comparison, summary, cards, checks and plots read these rows. Event metadata shows them and is never read back.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, get_args
+
+import pandera.polars as pa
+import polars as pl
+
+from resources.generation.language_model import Usage
+from resources.models.embeddings import Embedded
+from resources.scoring.scorer import ScoringUsage
+from resources.storage.tables import ParquetTables
+from resources.training.job import TrainingSummary
+from synpo_assets.graph.schemas import Table
+
+ONCE = "once"
+
+MetricName = Literal[
+    # Any table, and the process that made it.
+    "rows", "peak_memory_gb", "peak_gpu_memory_gb",
+    # Generating.
+    "generated_tokens", "input_tokens", "output_tokens", "reused_completions", "generation_seconds",
+    "generated_tokens_per_second",
+    # Training.
+    "examples", "dropped_examples", "truncated_examples", "trained_tokens", "training_steps", "training_seconds",
+    "trained_tokens_per_second", "final_loss",
+    # Scoring and embedding.
+    "readings", "reused_readings", "scored_tokens", "prompts_unread", "answers_unread", "scoring_seconds",
+    "scored_tokens_per_second", "embedded_texts", "embedded_tokens", "texts_unread", "embedding_seconds",
+    # Seed, keywords and prompts.
+    "split_rows", "dropped", "pool_size", "examples_without_keywords", "prompts_wanted", "keyword_sets_used", "sources_used",
+    "prompts_compared", "mean_similarity", "effective_clusters", "topics", "topic_entropy", "intentions",
+    "intention_entropy", "not_labelled",
+    # Responses, scorers and pairs.
+    "gold_better_share", "below_margin", "unchanged_share", "samples_per_prompt", "mean_margin_over_first_sample",
+    "held_out_accuracy", "held_out_pairs", "candidate_pairs", "mean_margin", "cut_share", "chosen_to_rejected_length",
+    "pairs_of_iteration",
+    # Held-out prompts.
+    "held_out_prompts", "held_out_reward", "win_rate", "length_controlled_win_rate", "wins", "ties", "losses", "no_verdicts",
+    "mean_repetition", "mean_characters", "instructions", "samples_each", "verifiable_rate", "verifiable_gain",
+    "constraint_rate", "gold_log_likelihood", "gold_log_likelihood_gain", "gold_similarity",
+    "gold_similarity_gain", "promoted", "leaderboard_average", "answers_written",
+]  # fmt: skip
+
+
+class MetricRows(Table):
+    """Metrics of one asset and iteration."""
+
+    asset: str = pa.Field(description="The asset that measured it.")
+    iteration: int = pa.Field(ge=1, nullable=True, description="The iteration; empty for assets made once.")
+    metric: str = pa.Field(isin=get_args(MetricName), description="What was measured.")
+    of: str = pa.Field(
+        nullable=True, description="Whose it is: a model, a side of the pairs, a source of prompts, a reason."
+    )
+    over: str = pa.Field(nullable=True, description="The model that it is compared with.")
+    by: str = pa.Field(nullable=True, description="The judge.")
+    value: float = pa.Field(nullable=True, description="The value; empty: it could not be measured.")
+    low: float = pa.Field(nullable=True, description="Lower end of its 95 % interval.")
+    high: float = pa.Field(nullable=True, description="Upper end of its 95 % interval.")
+    n: int = pa.Field(nullable=True, ge=0, description="How many it is taken over.")
+    checkpoint_sha: str = pa.Field(nullable=True, description="sha of the model that was measured.")
+
+
+SCHEMA: dict[str, Any] = {name: column.dtype.type for name, column in MetricRows.to_schema().columns.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One measured value; the attributes are the columns of `MetricRows`."""
+
+    metric: MetricName
+    value: float | None
+    of: str | None = None
+    over: str | None = None
+    by: str | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    checkpoint_sha: str | None = None
+
+    @property
+    def label(self) -> str:
+        """How the UI calls it: `win_rate of candidate over initial by independent judge`."""
+        parts = [self.metric, *(f"{word} {part}" for word in ("of", "over", "by") if (part := getattr(self, word)))]
+        return " ".join(parts)
+
+
+class Metrics:
+    """What was measured in one iteration, or of the assets that are made once."""
+
+    def __init__(self, rows: pl.DataFrame) -> None:
+        self.frame = rows
+
+    def find(
+        self,
+        metric: MetricName,
+        of: str | None = None,
+        *,
+        over: str | None = None,
+        by: str | None = None,
+        asset: str | None = None,
+    ) -> Metric | None:
+        """The row of a metric; None if it was not recorded.
+
+        Args:
+            metric: What was measured.
+            of: Whose it is.
+            over: The model that it is compared with.
+            by: The judge.
+            asset: The asset that measured it; None: the first that did.
+        """
+        wanted = pl.all_horizontal(pl.col(name).eq_missing(value) for name, value in
+                                   (("metric", metric), ("of", of), ("over", over), ("by", by)))  # fmt: skip
+        rows = self.frame.filter(wanted if asset is None else wanted & (pl.col("asset") == asset))
+        return None if rows.is_empty() else next(_as_metrics(rows))
+
+    def value(
+        self,
+        metric: MetricName,
+        of: str | None = None,
+        *,
+        over: str | None = None,
+        by: str | None = None,
+        asset: str | None = None,
+    ) -> float | None:
+        """The value of a metric; None if it was not recorded or could not be measured."""
+        found = self.find(metric, of, over=over, by=by, asset=asset)
+        return found.value if found else None
+
+    def every(self, metric: MetricName, asset: str | None = None) -> list[Metric]:
+        """All rows of a metric, in the order in which they were recorded."""
+        rows = self.frame.filter(pl.col("metric") == metric)
+        return list(_as_metrics(rows if asset is None else rows.filter(asset=asset)))
+
+    @property
+    def assets(self) -> set[str]:
+        """The assets that have recorded something."""
+        return set(self.frame["asset"])
+
+
+def record(store: ParquetTables, asset: str, partition: str | None, metrics: Iterable[Metric]) -> None:
+    """Writes the metrics of an asset and iteration, in place of earlier ones."""
+    about = {"asset": asset, "iteration": None if partition is None else int(partition)}
+    frame = pl.DataFrame([about | dataclasses.asdict(metric) for metric in metrics], schema=SCHEMA)
+    store.write(asset, partition or ONCE, MetricRows.validate(frame))
+
+
+def recorded(store: ParquetTables, partition: str | None) -> Metrics:
+    """All that the assets of an iteration (None: those made once) have measured."""
+    tables = store.of_partition(partition or ONCE)
+    return Metrics(pl.concat([pl.DataFrame(schema=SCHEMA), *tables]))
+
+
+def generating(usage: Usage) -> list[Metric]:
+    """What generating cost."""
+    return [
+        Metric("generated_tokens", usage.generated_tokens),
+        Metric("input_tokens", usage.input_tokens),
+        Metric("output_tokens", usage.output_tokens),
+        Metric("reused_completions", usage.reused, n=usage.rows),
+        Metric("generation_seconds", round(usage.seconds, 1)),
+        *_rate("generated_tokens_per_second", usage.generated_tokens, usage.seconds),
+    ]
+
+
+def training(summary: TrainingSummary) -> list[Metric]:
+    """What a training run did and cost."""
+    return [
+        Metric("examples", summary.examples),
+        Metric("dropped_examples", summary.dropped),
+        Metric("truncated_examples", summary.truncated),
+        Metric("trained_tokens", summary.tokens),
+        Metric("training_steps", summary.steps),
+        Metric("training_seconds", round(summary.seconds, 1)),
+        *_rate("trained_tokens_per_second", summary.tokens, summary.seconds),
+        Metric("final_loss", [entry["loss"] for entry in summary.history if "loss" in entry][-1]),
+    ]
+
+
+def scoring(usage: ScoringUsage) -> list[Metric]:
+    """What scoring or judging cost."""
+    return [
+        Metric("readings", usage.readings),
+        Metric("reused_readings", usage.reused),
+        Metric("scored_tokens", usage.tokens),
+        Metric("prompts_unread", usage.prompts_cut),
+        Metric("answers_unread", usage.answers_cut),
+        Metric("scoring_seconds", round(usage.seconds, 1)),
+        *(_rate("scored_tokens_per_second", usage.tokens, usage.seconds) if not usage.reused else []),
+    ]
+
+
+def embedding(embedded: Embedded) -> list[Metric]:
+    """What embedding cost."""
+    return [
+        Metric("embedded_texts", len(embedded.vectors)),
+        Metric("embedded_tokens", embedded.tokens),
+        Metric("texts_unread", embedded.texts_cut),
+        Metric("embedding_seconds", round(embedded.seconds, 1)),
+    ]
+
+
+def mean(values: pl.Series) -> float | None:
+    """The mean of numbers, or the share of truths; None without any."""
+    found = values.mean()
+    return float(found) if isinstance(found, int | float) else None
+
+
+def _rate(metric: MetricName, tokens: int, seconds: float) -> list[Metric]:
+    return [Metric(metric, round(tokens / seconds, 1))] if tokens else []
+
+
+def _as_metrics(rows: pl.DataFrame) -> Iterator[Metric]:
+    for row in rows.drop("asset", "iteration").iter_rows(named=True):
+        yield Metric(**row)

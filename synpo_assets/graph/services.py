@@ -1,0 +1,73 @@
+"""Everything that stages work with, in one bundle: settings, models, storage, and the graph that they are part of."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
+
+from resources.common.processes import end_soon_after_interrupt, end_with_run
+from resources.generation.language_model import LanguageModel
+from resources.models.embeddings import SentenceEmbedder
+from resources.models.evaluation_harness import EvaluationHarness
+from resources.models.likelihood import AnswerLikelihood
+from resources.scoring.scorer import RewardScorer
+from resources.settings.settings import Settings
+from resources.storage.checkpoint_store import CheckpointStore
+from resources.storage.tables import ParquetTables
+from resources.training.trainer import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Services:
+    """What the stages of one experiment work with; lists of assets are derived from its graph."""
+
+    settings: Settings
+    home: Path
+    graph: AssetGraph
+    language_model: LanguageModel
+    trainer: Trainer
+    scorer: RewardScorer
+    embedder: SentenceEmbedder
+    likelihood: AnswerLikelihood
+    harness: EvaluationHarness
+    tables: ParquetTables
+    metrics: ParquetTables
+    checkpoints: CheckpointStore
+
+    def resource(self) -> dg.ResourceDefinition:
+        """The bundle as a Dagster resource, which nothing but the settings configures."""
+
+        @dg.resource
+        def services(_: dg.InitResourceContext) -> Iterator[Services]:
+            end_with_run()
+            end_soon_after_interrupt()
+            yield self
+            self.trainer.forget_finished()
+
+        return services
+
+
+def open_services(settings: Settings, home: Path, graph: AssetGraph) -> Services:
+    """Opens the services of an experiment; no model is loaded, and nothing is written."""
+    root = settings.storage.root(home)
+    engine, shards, random_seed = settings.engine, f"{root}/shards", settings.random_seed
+    return Services(
+        settings=settings,
+        home=home,
+        graph=graph,
+        language_model=LanguageModel(shards=shards, engine=engine, random_seed=random_seed),
+        trainer=Trainer(
+            states=f"{home}/training", processes=settings.training_processes, engine=engine, random_seed=random_seed
+        ),
+        scorer=RewardScorer(shards=shards, engine=engine, scorer=settings.scorer),
+        embedder=SentenceEmbedder(engine=engine),
+        likelihood=AnswerLikelihood(engine=engine),
+        harness=EvaluationHarness(scores=f"{root}/benchmarks/scores", engine=engine),
+        tables=ParquetTables(f"{root}/tables"),
+        metrics=ParquetTables(f"{root}/metrics"),
+        checkpoints=CheckpointStore(
+            f"{root}/checkpoints", str(home / "cache" / "checkpoints") if settings.storage.artifacts else None
+        ),
+    )

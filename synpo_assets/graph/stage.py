@@ -1,0 +1,178 @@
+"""What makes a function a stage: all that is known of it is stated once, where it is defined.
+
+`@stage` only writes down what is stated. The asset is made when the graph is built for some settings, and carries the rest
+in Dagster's own fields: group, kinds, pool, tags and metadata. Lists of assets are derived from these.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, Literal
+
+import dagster as dg
+import polars as pl
+
+from resources.settings.method import Sampling
+from resources.settings.settings import Settings
+from synpo_assets.graph.code_versions import code_version
+from synpo_assets.graph.cost import Cost
+from synpo_assets.graph.partitions import iterations
+from synpo_assets.graph.schemas import Table, column_schema, frame_type
+
+GPU_POOL = "gpu"
+# What is made only when it is asked for by name has this tag: no job, no sensor and no `synpo run` makes it.
+OPT_IN_TAG = "synpo/opt_in"
+# What looks up the iteration before, and so runs whenever anything of its iteration does.
+STATE_TAG = "synpo/state"
+MADE_FROM = "synpo/made_from"
+# The asset that all others of its iteration descend from.
+FIRST = "policy"
+# A download, a server or a device may fail for a while; finished shards are kept between the tries.
+RETRIES = dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL)
+
+# Phases of the method, each made only from those before it, so that the UI draws them from left to right.
+Group = Literal["seed", "loop", "prompts", "responses", "preferences", "optimization", "evaluation", "publishing"]
+WorkKind = Literal["generates", "trains", "scores", "embeds"]
+# What of the engine decides the result of each kind of work.
+ENGINE_READS: Mapping[WorkKind, tuple[str, ...]] = {
+    "generates": ("engine.dtype", "engine.kind"), "trains": ("engine.dtype",), "scores": ("engine.dtype",), "embeds": (),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of the method, as its module states it; `stage` says what the attributes mean."""
+
+    function: Callable[..., Any]
+    group: Group
+    schema: type[Table] | None
+    lazy: bool
+    checkpoint: bool
+    reads: Sequence[str]
+    work: Sequence[WorkKind]
+    samplings: Callable[[Settings], Iterable[Sampling]] | None
+    cost: Cost | None
+    code: Callable[[Settings], Iterable[Callable[..., Any]]] | None
+    made_from: Mapping[str, str]
+    side: str | None
+    deps: Sequence[str]
+    once: bool
+    state: bool
+    opt_in: bool
+    kinds: Sequence[str]
+
+    @property
+    def name(self) -> str:
+        """The name of the asset."""
+        return self.function.__name__
+
+    @property
+    def inputs(self) -> list[str]:
+        """The assets that it reads as arguments."""
+        return [name for name in inspect.signature(self.function).parameters if name not in ("context", "services")]
+
+    def functions(self, settings: Settings) -> list[Callable[..., Any]]:
+        """Its body, and the functions that the settings choose for it."""
+        return [self.function, *(self.code(settings) if self.code else [])]
+
+    def asset(self, settings: Settings, sides: Mapping[str, str], deps: Sequence[str]) -> dg.AssetsDefinition:
+        """The asset for some settings.
+
+        Args:
+            settings: The experiment.
+            sides: The assets that make the sides of a pair, by the names that other stages have for them.
+            deps: Assets that it depends on beside its own inputs.
+        """
+        engine = [name for kind in self.work for name in ENGINE_READS[kind]]
+        metadata: dict[str, Any] = {
+            MADE_FROM: {column: sides.get(name, name) for column, name in self.made_from.items()}
+        }
+        if self.schema:
+            metadata["dagster/column_schema"] = column_schema(self.schema)
+        tags = [f"synpo/{kind}" for kind in self.work] + [OPT_IN_TAG] * self.opt_in + [STATE_TAG] * self.state
+        make = dg.asset(
+            name=self.name,
+            ins={name: dg.AssetIn(key=sides[name]) for name in self.inputs if name in sides},
+            deps=[*deps, *self.deps],
+            group_name=self.group,
+            partitions_def=None if self.once else iterations(settings),
+            pool=GPU_POOL if self.work else None,
+            kinds={"huggingface"} if self.work else set(self.kinds),
+            tags=dict.fromkeys(tags, "true"),
+            metadata=metadata,
+            code_version=code_version(self.functions(settings), self.schema, [*self.reads, *engine], settings),
+            retry_policy=RETRIES,
+            io_manager_key="tables" if self.schema else "checkpoints" if self.checkpoint else None,
+            dagster_type=frame_type(self.schema, pl.LazyFrame if self.lazy else pl.DataFrame) if self.schema else None,
+        )
+        return make(self.function)
+
+
+def stage(
+    schema: type[Table] | None = None,
+    *,
+    group: Group,
+    lazy: bool = False,
+    checkpoint: bool = False,
+    reads: Sequence[str] = (),
+    work: Sequence[WorkKind] = (),
+    samplings: Callable[[Settings], Iterable[Sampling]] | None = None,
+    cost: Cost | None = None,
+    code: Callable[[Settings], Iterable[Callable[..., Any]]] | None = None,
+    made_from: Mapping[str, str] | None = None,
+    side: str | None = None,
+    deps: Sequence[str] = (),
+    once: bool = False,
+    state: bool = False,
+    opt_in: bool = False,
+    kinds: Sequence[str] = (),
+) -> Callable[[Callable[..., Any]], Stage]:
+    """States what a stage is.
+
+    Args:
+        schema: The table that it makes; None if it makes none.
+        group: The phase of the method that it belongs to.
+        lazy: Whether that table is streamed.
+        checkpoint: Whether it makes a model.
+        reads: The settings that decide its result, by dotted name. Those of the engine follow from `work`.
+        work: What it does with models; it then waits for its turn in the pool `gpu`.
+        samplings: The ways in which it generates, so that `synpo clean` knows which shards are in use.
+        cost: What it costs, for `synpo check`.
+        code: Functions that the settings choose and that it calls without naming them.
+        made_from: The columns of its table that hold the id of a row of another table, with that asset.
+        side: The name that other stages have for the side of a pair that it makes. The last stage that makes it counts.
+        deps: Assets that it depends on without reading them as arguments.
+        once: Whether it is made once and not in each iteration.
+        state: Whether it looks up what the iteration before left.
+        opt_in: Whether it is made only when it is asked for by name.
+        kinds: How the UI marks it where it does no work with models.
+    """
+
+    def state_it(function: Callable[..., Any]) -> Stage:
+        return Stage(
+            function, group, schema, lazy, checkpoint, reads, work, samplings, cost, code, made_from or {}, side, deps, once, state,
+            opt_in, kinds,
+        )  # fmt: skip
+
+    return state_it
+
+
+def stages_in(modules: Iterable[ModuleType]) -> list[Stage]:
+    """The stages that modules define, in order."""
+    return [value for module in modules for value in vars(module).values()
+            if isinstance(value, Stage) and value.function.__module__ == module.__name__]  # fmt: skip
+
+
+def assets_of(stages: Sequence[Stage], settings: Settings) -> list[dg.AssetsDefinition]:
+    """The assets of an experiment.
+
+    The first asset of an iteration depends on all that is made once, or the daemon would split an iteration into several
+    runs. What another asset made once already depends on is left out.
+    """
+    sides = {each.side: each.name for each in stages if each.side}
+    repeated = {each.name for each in stages if not each.once}
+    once = [each for each in stages if each.once and repeated.isdisjoint([*each.inputs, *each.deps])]
+    used = {name for each in [*once, *(each for each in stages if each.name == FIRST)] for name in each.inputs}
+    ends = [each.name for each in once if each.name not in used]
+    return [each.asset(settings, sides, ends if each.name == FIRST else []) for each in stages]

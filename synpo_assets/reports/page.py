@@ -1,0 +1,76 @@
+"""The page of the boosting report: rows, plots and a few sample pairs, without scripts, links or outside resources."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import polars as pl
+
+from synpo_assets.graph.drawing import Plot
+from synpo_assets.reports.rows import FinishedIteration, judge_labels, report_rows
+
+FOLDER = Path(__file__).parent
+SHOWN_CHARACTERS = 4000
+
+
+def report_html(
+    iterations: Sequence[FinishedIteration],
+    plots: Sequence[Plot],
+    notes: Sequence[str],
+    visible: Callable[[str], str],
+) -> str:
+    """The report as one page without scripts, links or outside resources; every text in it is escaped.
+
+    Args:
+        iterations: The finished iterations, in order.
+        plots: The pictures.
+        notes: Sentences about what is missing.
+        visible: Makes the control characters of generated text harmless.
+    """
+    environment = _environment()
+    environment.filters["visible"] = visible
+    return environment.get_template("boosting_report.html.jinja").render(
+        keys=[iteration.key for iteration in iterations],
+        rows=report_rows(iterations),
+        plots=plots,
+        notes=notes,
+        judges=judge_labels(iterations),
+        samples={iteration.key: sample_pairs(iteration.pairs) for iteration in reversed(iterations)},
+    )
+
+
+def sample_pairs(pairs: pl.DataFrame) -> list[dict[str, Any]]:
+    """The pairs with the largest, the median and the smallest margin, fewer if there are fewer pairs.
+
+    Returns:
+        Rows with place, pair_id, margin, and for chosen and rejected the text and its score, and the prompt's text.
+    """
+    ordered = pairs.sort("margin", "pair_id", descending=[True, False])
+    places = {"largest margin": 0, "median margin": pairs.height // 2, "smallest margin": pairs.height - 1}
+    distinct = {place: name for name, place in reversed(places.items())}
+    samples = []
+    for place in sorted(distinct):
+        row = ordered.row(place, named=True)
+        texts = {side: row[side][-1]["content"] for side in ("prompt", "chosen", "rejected")}
+        figures = {name: row[name] for name in ("pair_id", "margin", "chosen_score", "rejected_score")}
+        samples.append({"place": distinct[place], **figures, **texts})
+    return samples
+
+
+def shortened(text: str) -> str:
+    """A text of at most `SHOWN_CHARACTERS` characters that says how many were left out."""
+    left_out = len(text) - SHOWN_CHARACTERS
+    return text if left_out <= 0 else f"{text[:SHOWN_CHARACTERS]}… ({left_out:,} more characters)"
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["shortened"] = shortened
+    return environment

@@ -1,0 +1,50 @@
+"""What tests put in the place of a whole experiment: its services in an empty home, and assets that say what they are told."""
+
+import dagster as dg
+import pytest
+
+from definitions import build
+from resources.settings.files import active_settings
+from synpo_assets.algorithm import stages_of
+from synpo_assets.graph.metrics import Metric, record
+from synpo_assets.graph.partitions import iterations
+from synpo_assets.graph.services import Services
+from synpo_assets.graph.stage import Stage
+
+ITERATIONS = iterations(active_settings())
+
+
+@pytest.fixture
+def instance():
+    with dg.DagsterInstance.ephemeral() as ephemeral:
+        yield ephemeral
+
+
+def services_in(home, settings=None) -> Services:
+    """The services of an experiment in a directory; the nano settings if none are given."""
+    return build(settings or active_settings(), home)[1]
+
+
+def run(stages, instance, services, partition=None, **options):
+    """Materializes stages and other assets with the services of an experiment."""
+    sides = {each.side: each.name for each in stages_of(services.settings) if each.side}
+    assets = [each.asset(services.settings, sides, []) if isinstance(each, Stage) else each for each in stages]
+    resources = {"services": services, "tables": services.tables, "checkpoints": services.checkpoints}
+    return dg.materialize(assets, instance=instance, resources=resources, partition_key=partition, **options)
+
+
+def measured(services, asset, *metrics, partition="0001"):
+    """Records metrics as an asset would."""
+    record(services.metrics, asset, partition, metrics)
+
+
+def win_rates(value, by, over="initial", **more):
+    """The metric that says how often M_t wins."""
+    return Metric("win_rate", value, of="candidate", over=over, by=by, **more)
+
+
+def shown(instance, asset, partition=None):
+    """The metadata of the newest materialization, as the UI shows it."""
+    wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=[partition] if partition else None)
+    records = instance.fetch_materializations(wanted, limit=1).records
+    return {name: entry.value for name, entry in records[0].asset_materialization.metadata.items()} if records else {}

@@ -1,0 +1,187 @@
+"""What an edit of the code makes stale: exactly what computes something else, whichever module the edit is in."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import HOME, synpo
+from tests.test_structure import ROOT
+
+TRAINED = {"prompt_generator", "reward_model", "judge_model", "response_improver", "model_checkpoint"}
+# File, what is replaced, by what, and what becomes stale.
+EDITS = {
+    "the body of a stage": (
+        "synpo_assets/stages/improver.py",
+        "margin=compared.margins,",
+        "margin=-compared.margins,",
+        {"seed_responses"},
+    ),
+    "a helper in the same file": (
+        "synpo_assets/stages/responses.py", "response_table(prompts, written,", "response_table(prompts, written.clone(),",
+        {"base_responses", "rejected_responses", "seed_responses"},
+    ),
+    "a function of the method, several calls away": (
+        "synpo_assets/method/prompts.py", "return WORD.findall(text.lower())", "return WORD.findall(text)",
+        {"seed_pairs", "synthetic_prompts", "self_instruct_prompts", "preference_pairs", "evaluation"},
+    ),
+    "a template": (
+        "synpo_assets/method/templates/response_improver.jinja", None, "\nBe brief.",
+        {"response_improver", "refined_responses"},
+    ),
+    "a constant": ("synpo_assets/method/verifiable.py", "SAMPLES = 3", "SAMPLES = 2", {"instruction_following"}),
+    "a constant that another constant is made of": (
+        "synpo_assets/method/verifiable.py", '"words_at_most": lambda answer, value: len(_words(answer)) <=',
+        '"words_at_most": lambda answer, value: len(_words(answer)) <',
+        {"instruction_following", "verifiable_instructions", "seed_pairs"},
+    ),
+    "how training rows are built": (
+        "resources/training/rows.py", "cut = int(len(prompt) > training.max_prompt_length)",
+        "cut = int(len(prompt) >= training.max_prompt_length)", TRAINED,
+    ),
+    "how chats are rendered": (
+        "resources/models/chat.py", "adds_bos = bos is not None and", "adds_bos = bos is None and", None,
+    ),
+    "a class that a service reaches": (
+        "resources/models/embeddings.py", "means = (states * mask).sum(dim=1) / mask.sum(dim=1)",
+        "means = (states * mask).sum(dim=1)", {"prompt_diversity", "gold_comparison"},
+    ),
+    "a docstring": (
+        "synpo_assets/method/pairs.py", '"""Turns selected pairs into TRL', '"""Makes selected pairs into TRL', set(),
+    ),
+    "the docstring of a stage": (
+        "synpo_assets/stages/responses.py", '"""M_{t-1}\'s answers to the synthetic prompts:', '"""Answers:', set(),
+    ),
+    "a comment": (
+        "synpo_assets/method/pairs.py", "# Streamed, because", "# It is streamed, because", set(),
+    ),
+    "formatting": (
+        "synpo_assets/method/ids.py", 'return f"{kind}-{digest[:16]}"', 'return (\n        f"{kind}-{digest[:16]}"\n    )', set(),
+    ),
+    "how things are shown": (
+        "synpo_assets/graph/presentation.py", "SHOWN_STEPS = 50", "SHOWN_STEPS = 60", set(),
+    ),
+    "the annotation of an argument": (
+        "synpo_assets/method/pairs.py", "def repetition(text: str, size: int)", "def repetition(text, size: int)", set(),
+    ),
+}  # fmt: skip
+# One process for all edits: the code is read anew for each, and not imported anew.
+LOAD = """
+import json, sys
+from pathlib import Path
+from resources.settings.files import active_settings
+from synpo_assets.algorithm import stages_of
+from synpo_assets.graph import code_versions
+settings = active_settings()
+def versions():
+    for name in ("reached_code", "_read", "_tree", "_names", "_module_imports"):
+        getattr(code_versions, name).cache_clear()
+    return {s.name: code_versions.code_version(s.functions(settings), s.schema, s.reads, settings) for s in stages_of(settings)}
+found = {"": versions()}
+for name, (file, old, new) in json.loads(sys.stdin.read()).items():
+    path = Path(file)
+    text = path.read_text()
+    assert old is None or text.count(old) == 1, (name, text.count(old))
+    path.write_text(text + new if old is None else text.replace(old, new))
+    found[name] = versions()
+    path.write_text(text)
+assert versions() == found[""]
+print(json.dumps(found))
+"""
+
+
+def copy_of_the_code(place):
+    place.mkdir(exist_ok=True)
+    for name in ("synpo_assets", "resources", "definitions.py"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, place / name)
+    return place
+
+
+def run_there(place, code, text=""):
+    home = place / "home"
+    home.mkdir(exist_ok=True)
+    (home / "settings.yaml").write_text((HOME / "settings.yaml").read_text())
+    environment = {"SYNPO_HOME": str(home), "PATH": "", "PYTHONPATH": str(place)}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], input=text, capture_output=True, text=True, cwd=place, env=environment,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory):
+    place = copy_of_the_code(tmp_path_factory.mktemp("code"))
+    return run_there(place, LOAD, json.dumps({name: edit[:3] for name, edit in EDITS.items()}))
+
+
+def stale(versions, name):
+    return {asset for asset, version in versions[name].items() if version != versions[""][asset]}
+
+
+@pytest.mark.parametrize("name", [name for name, edit in EDITS.items() if edit[3] is not None])
+def test_an_edit_makes_exactly_the_right_assets_stale(versions, name):
+    assert stale(versions, name) == EDITS[name][3]
+
+
+def test_how_chats_are_rendered_decides_all_that_generates_trains_or_scores(versions):
+    untouched = versions[""].keys() - stale(versions, "how chats are rendered")
+    # The labels of prompt_diversity are kept where the scorer keeps its scores.
+    assert untouched == {
+        "initial_policy", "seed_pairs", "verifiable_instructions", "keyword_pool", "keyword_sets", "policy",
+        "preference_history", "promotion", "boosting_report", "published_dataset", "published_model", "benchmark_scores",
+    }  # fmt: skip
+
+
+VERSIONS = """
+import json
+from definitions import services
+keys = services.graph.materializable_asset_keys
+print(json.dumps({key.to_user_string(): services.graph.get(key).code_version for key in keys}))
+"""
+
+
+def test_a_schema_counts_by_what_it_allows(tmp_path):
+    place = copy_of_the_code(tmp_path)
+    before, file = run_there(place, VERSIONS), place / "synpo_assets/graph/schemas.py"
+    text = file.read_text()
+    allowed = 'output_tokens: int = pa.Field(ge=1, description="Tokens written.")\n\n\nclass SelfInstruct'
+    assert allowed in text
+    file.write_text(text.replace(allowed, allowed.replace("ge=1", "ge=0")))
+    after = run_there(place, VERSIONS)
+    assert {asset for asset in before if before[asset] != after[asset]} == {"synthetic_prompts"}
+    file.write_text(text.replace(allowed, allowed.replace("Tokens written.", "How many tokens were written.")))
+    assert run_there(place, VERSIONS) == before
+
+
+def test_the_name_of_a_module_does_not_count(tmp_path):
+    place = copy_of_the_code(tmp_path)
+    before = run_there(place, VERSIONS)
+    (place / "synpo_assets/method/pairs.py").rename(place / "synpo_assets/method/couples.py")
+    for file in [*place.glob("synpo_assets/**/*.py"), *place.glob("resources/**/*.py")]:
+        text = file.read_text()
+        file.write_text(text.replace("synpo_assets.method.pairs", "synpo_assets.method.couples"))
+    assert run_there(place, VERSIONS) == before
+
+
+def test_a_run_names_what_was_made_by_other_code_and_keeps_it(nano_run, tmp_path, monkeypatch):
+    place = copy_of_the_code(tmp_path / "code")
+    home = shutil.copytree(nano_run.home, tmp_path / "home", symlinks=True)
+    file, old, new, _ = EDITS["the body of a stage"]
+    (place / file).write_text((place / file).read_text().replace(old, new))
+    monkeypatch.setenv("PYTHONPATH", str(place))
+    before = {path: path.stat().st_mtime for path in (home / "tables").rglob("*.parquet")}
+    result = synpo("run", "--home", home, "--iterations", 2)
+    assert result.returncode == 0, result.stderr[-2000:]
+    said = (
+        "Made by other code or with other settings, and kept: seed_responses[0001], seed_responses[0002]. Materialize"
+    )
+    assert said in " ".join(result.stderr.split())
+    assert {path: path.stat().st_mtime for path in (home / "tables").rglob("*.parquet")} == before

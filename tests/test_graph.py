@@ -1,0 +1,90 @@
+"""The graph as data: its snapshot, two of it in one process, and what is derived from it."""
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import dagster as dg
+import pytest
+
+from definitions import build
+from resources.settings.files import active_settings
+from synpo_assets.graph.stage import Group
+
+SNAPSHOT = Path(__file__).with_name("graph.json")
+
+
+def described(settings, home=Path("/nowhere")):
+    """Every asset with what nobody should change without meaning to."""
+    _, services = build(settings, home)
+    graph, found = services.graph, {}
+    for key in sorted(graph.materializable_asset_keys):
+        node = graph.get(key)
+        checks = {check.name: graph.get(check).blocking for check in sorted(node.check_keys, key=str)}
+        found[key.to_user_string()] = {
+            "deps": sorted(parent.to_user_string() for parent in node.parent_keys),
+            "group": node.group_name,
+            "kinds": sorted(node.kinds),
+            "partitions": node.partitions_def.get_partition_keys() if node.partitions_def else None,
+            "pool": sorted(node.pools or ()),
+            "tags": sorted(tag for tag in node.tags if tag.startswith("synpo/")),
+            "made_from": dict(node.metadata["synpo/made_from"]),
+            "blocking checks": sorted(name for name, blocking in checks.items() if blocking),
+            "other checks": sorted(name for name, blocking in checks.items() if not blocking),
+        }
+    return found
+
+
+def with_ranked_samples():
+    settings = active_settings()
+    preferences = settings.preferences.model_copy(update={"chosen_from": "ranked_samples"})
+    return settings.model_copy(update={"preferences": preferences})
+
+
+WAYS = {"improver": active_settings, "ranked_samples": with_ranked_samples}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_graph_is_the_one_that_was_agreed(way):
+    """If a change is meant: delete the entry of tests/graph.json, run the test, and look at the difference in git."""
+    agreed = json.loads(SNAPSHOT.read_text())
+    if way not in agreed:
+        SNAPSHOT.write_text(json.dumps(agreed | {way: described(WAYS[way]())}, indent=1) + "\n")
+        pytest.fail("The snapshot was written anew: look at what changed, and run the test again.")
+    assert described(WAYS[way]()) == agreed[way]
+
+
+def test_two_graphs_with_different_settings_live_in_one_process(tmp_path):
+    fewer = with_ranked_samples().model_copy(update={"max_iterations": 2})
+    one, other = build(active_settings(), tmp_path / "one"), build(fewer, tmp_path / "other")
+    assert dg.AssetKey("response_improver") in one[1].graph.materializable_asset_keys
+    assert dg.AssetKey("response_improver") not in other[1].graph.materializable_asset_keys
+    counts = [
+        len(each[1].graph.get(dg.AssetKey("policy")).partitions_def.get_partition_keys()) for each in (one, other)
+    ]
+    assert counts == [4, 2]
+    assert [each[1].home.name for each in (one, other)] == ["one", "other"]
+    versions = [each[1].graph.get(dg.AssetKey("preference_pairs")).code_version for each in (one, other)]
+    assert versions[0] != versions[1]
+
+
+def test_each_phase_is_made_only_from_those_before_it():
+    """Else Lineage could not draw the groups from left to right."""
+    _, services = build(active_settings(), Path("/nowhere"))
+    order = list(get_args(Group))
+    for key in services.graph.materializable_asset_keys:
+        node = services.graph.get(key)
+        for parent in node.parent_keys:
+            assert order.index(services.graph.get(parent).group_name) <= order.index(node.group_name), (parent, key)
+
+
+def test_every_asset_of_an_iteration_descends_from_the_policy():
+    _, services = build(active_settings(), Path("/nowhere"))
+    graph = services.graph
+    nodes = [graph.get(key) for key in graph.materializable_asset_keys]
+    for node in nodes:
+        ancestors = {node.key, *graph.get_ancestor_asset_keys(node.key)} if node.parent_keys else {node.key}
+        if node.is_partitioned:
+            assert dg.AssetKey("policy") in ancestors, node.key
+        elif not any(graph.get(key).is_partitioned for key in ancestors):
+            assert node.key in graph.get_ancestor_asset_keys(dg.AssetKey("policy")), node.key

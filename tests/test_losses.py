@@ -1,0 +1,121 @@
+"""The losses of the preference optimisation on the nano model: each is its formula, on exact token ids, and learns."""
+
+import math
+
+import pytest
+
+from resources.models.chat import load_tokenizer, prompt_ids
+from resources.settings.machine import Engine
+from resources.settings.training import DPO, ORPO, CPOSimPO, SimPO, TrainingProcesses
+from resources.training.losses import loss_module
+from resources.training.trainer import Trainer
+from tests.nano import seed_rows
+from tests.test_training import PAIRED, mean_log_probability, pairs
+
+LOSSES = [SimPO(beta=2.5, gamma=1.25), DPO(beta=0.3), ORPO(beta=0.4), CPOSimPO(beta=2.5, gamma=1.25, alpha=0.7)]
+
+
+@pytest.fixture
+def train(tmp_path, nano_checkpoint):
+    def train(loss, rows, **changes):
+        trainer = Trainer(
+            engine=Engine(threads=1), random_seed=1, processes=TrainingProcesses(), states=str(tmp_path / "states")
+        )
+        training = PAIRED.model_copy(update=changes)
+        return trainer.train("preference", nano_checkpoint, rows, training, tmp_path / "out", loss)
+
+    return train
+
+
+def simpo(chosen, rejected, beta, gamma):
+    return math.log1p(math.exp(gamma - beta * (chosen - rejected)))
+
+
+def orpo(chosen, rejected):
+    odds_chosen, odds_rejected = (math.exp(side) / (1 - math.exp(side)) for side in (chosen, rejected))
+    return math.log1p(odds_rejected / odds_chosen)
+
+
+def test_the_formulas_on_numbers_worked_out_by_hand():
+    assert simpo(-1.0, -2.0, 2.0, 1.6) == pytest.approx(0.5130153)
+    # Probabilities 1/2 and 1/4 have the odds 1 and 1/3.
+    assert orpo(math.log(0.5), math.log(0.25)) == pytest.approx(math.log(4 / 3))
+
+
+def test_the_first_loss_is_the_formula(train, nano_checkpoint, tmp_path):
+    """Log-probabilities from the logits, one text at a time and without padding."""
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(nano_checkpoint.weights), load_tokenizer(nano_checkpoint.weights)
+    )  # fmt: skip
+    sides, of_answers, of_texts = [], [], []
+    for pair in (rows := pairs()[:4]):
+        texts = [pair[side][0]["content"] for side in ("chosen", "rejected")]
+        sides.append([mean_log_probability(model, tokenizer, pair["prompt"], text) for text in texts])
+        answer = tokenizer(texts[0] + "<|im_end|>").input_ids
+        of_answers.append((sides[-1][0], len(answer)))
+        of_texts.append(log_probability(model, prompt_ids(tokenizer, pair["prompt"]) + answer))
+
+    def likelihood(terms):
+        """Minus the mean over all tokens of the batch."""
+        return -sum(mean * count for mean, count in terms) / sum(count for _, count in terms)
+
+    wanted = {
+        "orpo": likelihood(of_texts) + 0.4 * sum(orpo(*side) for side in sides) / 4,
+        "cpo_simpo": sum(simpo(*side, 2.5, 1.25) for side in sides) / 4 + 0.7 * likelihood(of_answers),
+    }
+    for loss in LOSSES[2:]:
+        logged = train(loss, rows).history[0]
+        assert logged["loss"] == pytest.approx(wanted[loss.kind], abs=2e-3)
+        assert logged["rewards/chosen"] == pytest.approx(loss.beta * sum(side[0] for side in sides) / 4, abs=2e-3)
+
+
+def log_probability(model, token_ids):
+    """The mean of a text's tokens after the first, and how many these are."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor([token_ids])).logits[0, :-1].log_softmax(-1)
+    return logits[range(len(token_ids) - 1), token_ids[1:]].mean().item(), len(token_ids) - 1
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.kind)
+@pytest.mark.parametrize("lora", [PAIRED.lora, None], ids=["adapter", "full"])
+def test_two_steps_change_the_weights_and_log_what_the_report_draws(train, nano_checkpoint, tmp_path, loss, lora):
+    from safetensors.torch import load_file
+
+    summary = train(loss, pairs(), lora=lora, learning_rate=1e-2)
+    assert summary.steps == 2
+    for entry in summary.history[:2]:
+        assert all(math.isfinite(entry[name]) for name in ("loss", "rewards/chosen", "rewards/rejected"))
+    before = load_file(f"{nano_checkpoint.weights}/model.safetensors")
+    after = load_file(tmp_path / "out" / "merged" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert any((before[name] - after[name]).abs().max() > 1e-3 for name in before)
+    assert loss_module(loss.kind).REWARD_AXIS
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.kind)
+def test_an_answer_ends_as_it_was_written(train, nano_checkpoint, monkeypatch, loss):
+    """One end of turn, none on an answer that was cut, and nothing before the prompt; the prompt is not an answer."""
+    batches = []
+    trainer_class = loss_module(loss.kind).trainer(loss, PAIRED)[0].__bases__[-1]
+    monkeypatch.setattr(trainer_class, "compute_loss", lambda self, model, inputs, **options: (
+        batches.append(inputs) or sum(p.sum() for p in model.parameters() if p.requires_grad)))  # fmt: skip
+    (pair,) = pairs(seed_rows()[:1], rejected_finish_reason="length")
+    train(loss, [pair])
+    tokenizer, batch = load_tokenizer(nano_checkpoint.weights), batches[0]
+    for row, (side, answer) in enumerate(
+        {"chosen": pair["chosen"][0]["content"] + "<|im_end|>", "rejected": "I do not know that."}.items()
+    ):
+        if loss.kind == "dpo":
+            whole, is_answer = batch["input_ids"][row], batch["completion_mask"][row].bool()
+            whole, is_answer = (
+                whole[batch["attention_mask"][row].bool()],
+                is_answer[batch["attention_mask"][row].bool()],
+            )
+        else:
+            whole, is_answer = batch[f"{side}_input_ids"][0], batch[f"{side}_labels"][0] != -100
+        assert whole[is_answer].tolist() == tokenizer(answer).input_ids
+        assert whole[~is_answer].tolist() == prompt_ids(tokenizer, pair["prompt"])
