@@ -1,0 +1,1 @@
+"""What to run on a GPU to check correctness, speed and memory; README.md says how."""
