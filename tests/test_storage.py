@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
@@ -262,6 +263,39 @@ def test_wrong_urls_are_refused_at_once(tmp_path, storage, sentence):
 def test_a_bucket_that_is_not_there_ends_in_one_sentence(object_store):
     with pytest.raises(SettingsError, match=r"s3://absent/x \(storage\.artifacts\) cannot be written to: .*bucket"):
         check_storage(Storage(artifacts="s3://absent/x", dagster_database=None))
+
+
+@pytest.fixture
+def closed_store(monkeypatch) -> Iterator[None]:
+    """An object store that refuses every connection."""
+    from s3fs import S3FileSystem
+
+    address = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
+    for name, value in (address | {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}).items():
+        monkeypatch.setenv(name, value)
+    # Opened file systems keep the address that they were opened with.
+    S3FileSystem.clear_instance_cache()
+    yield
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("command", [["run"], ["trace", "pair-1"], ["clean"], ["ui"]])
+def test_a_home_whose_artifacts_cannot_be_reached_ends_the_command_in_one_sentence(closed_store, tmp_path, command):
+    write_settings(tmp_path / "settings.yaml", {"preset": "laptop", "storage": {"artifacts": "s3://any/x"}})
+    result = CliRunner().invoke(app, [*command, "--home", str(tmp_path)])
+    assert result.exit_code == 2, result.output
+    assert "synpo: s3://any/x (storage.artifacts) cannot be written to: Could not connect" in result.stderr
+
+
+def test_artifacts_of_an_earlier_version_are_refused_and_left_as_they_are(bucket):
+    table = bucket / "tables" / "seed_pairs.parquet"
+    table.write_bytes(b"")
+    storage = Storage(artifacts=str(bucket), dagster_database=None)
+    with pytest.raises(SettingsError, match=rf"The home {bucket} was made by an earlier version of SynPO"):
+        check_storage(storage)
+    assert (names_in(bucket), names_in(bucket / "tables")) == (["tables"], ["seed_pairs.parquet"])
+    (bucket / "metrics" / "seed_pairs" / "once.parquet").write_bytes(b"")
+    check_storage(storage)
 
 
 def test_a_missing_driver_is_named(monkeypatch):

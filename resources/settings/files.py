@@ -21,6 +21,11 @@ FILES = (
     ("benchmarks", "task_folder"), ("benchmarks", "alpaca_eval"), ("benchmarks", "arena_hard"), ("benchmarks", "mt_bench"),
 )  # fmt: skip
 
+EARLIER_VERSION = (
+    "The home {} was made by an earlier version of SynPO, whose settings, tables and columns have other names. Go on with it in "
+    "that version, or name another directory with --home to start anew; nothing in it was changed."
+)
+
 
 def load_settings(path: Path) -> Settings:
     """Reads a YAML file of settings, on top of the preset that it names; relative paths inside are relative to its folder."""
@@ -54,14 +59,18 @@ def home_settings(home: Path) -> Settings:
     if not stored.exists():
         return load_settings(preset_path("laptop"))
     values = _yaml(stored)
-    root = UPath(section_of(values, "storage").get("artifacts") or home)
-    # Assets have recorded metrics for as long as the tables have had the columns of today.
-    if "policy" in values or ((root / "tables" / "seed_pairs.parquet").exists() and not (root / "metrics").exists()):
-        raise SettingsError(
-            f"The home {home} was made by an earlier version of SynPO, whose settings, tables and columns have other names. "
-            "Go on with it in that version, or name another directory with --home to start anew; nothing in it was changed."
-        )
+    if "policy" in values:
+        raise SettingsError(EARLIER_VERSION.format(home))
+    # Where artifacts lie elsewhere, `check_storage` asks: settings are read where that place may not answer.
+    if not section_of(values, "storage").get("artifacts"):
+        refuse_earlier_version(home)
     return load_settings(stored)
+
+
+def refuse_earlier_version(root: Path | UPath) -> None:
+    """Raises a sentence if the tables under a folder are those of an earlier version, when no asset recorded metrics."""
+    if (root / "tables" / "seed_pairs.parquet").exists() and not (root / "metrics").exists():
+        raise SettingsError(EARLIER_VERSION.format(root))
 
 
 def home_directory() -> Path:

@@ -16,6 +16,7 @@ from resources.judging.server_judge import load_template
 from resources.models.device import prepare_device
 from resources.models.model_source import cached_initial_policy, fetch_embedding_model, fetch_initial_policy
 from resources.scoring.published import fetch_reward_model
+from resources.settings.files import refuse_earlier_version
 from resources.settings.machine import Storage
 from resources.settings.sections import SettingsError, nearest
 from resources.settings.settings import Settings
@@ -85,7 +86,7 @@ def _check_server(settings: Settings) -> None:
 
 
 def check_storage(storage: Storage) -> None:
-    """Connects to the database of the history, and writes and removes a file where artifacts are kept."""
+    """Connects to the database of the history; writes and removes a file where artifacts are kept, and looks who made them."""
     if storage.dagster_database is not None:
         try:
             import dagster_postgres  # noqa: F401
@@ -111,6 +112,7 @@ def check_storage(storage: Storage) -> None:
                 f"{storage.artifacts} (storage.artifacts) cannot be written to: {reason}. Check the URL, the credentials "
                 "and the endpoint; for S3, pip install 'synpo[s3]'."
             ) from None
+        refuse_earlier_version(UPath(storage.artifacts))
 
 
 def check_disk(settings: Settings, home: Path) -> int:
