@@ -5,7 +5,6 @@ module they live in. Docstrings, comments, formatting, annotations of arguments 
 """
 
 import ast
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -65,7 +64,8 @@ def reached_code(start: Definition) -> frozenset[str]:
     """The hashes of a definition, of all that it reaches, and of the templates that these name."""
     waiting, seen, hashes = [start], {start}, set[str]()
     while waiting:
-        parts, reached = _read(waiting.pop())
+        definition = waiting.pop()
+        parts, reached = _read(definition.module, _names(definition.module)[definition.name])
         hashes.update(parts)
         new = reached - seen
         seen |= new
@@ -73,15 +73,13 @@ def reached_code(start: Definition) -> frozenset[str]:
     return frozenset(hashes)
 
 
+# Reading takes things out of the tree, so a statement that defines several names is read once for all of them.
 @functools.cache
-def _read(definition: Definition) -> tuple[frozenset[str], frozenset[Definition]]:
-    """The hashes of one definition with its templates, and what it refers to."""
-    node = _names(definition.module)[definition.name]
-    reader = _Reader(definition.module)
-    tree = reader.visit(copy.deepcopy(node))
-    own = {_hash(ast.dump(tree, annotate_fields=False))}
-    folder = _file(definition.module)
-    templates = {_hash(found.read_text()) for name in reader.templates for found in folder.parent.rglob(name)}
+def _read(module: str, node: ast.stmt) -> tuple[frozenset[str], frozenset[Definition]]:
+    """The hashes of the statement of a definition with its templates, and what it refers to."""
+    reader = _Reader(module)
+    own = {_hash(ast.dump(reader.visit(node), annotate_fields=False))}
+    templates = {_hash(found.read_text()) for name in reader.templates for found in _file(module).parent.rglob(name)}
     return frozenset(own | templates), frozenset(reader.reached)
 
 
