@@ -13,7 +13,7 @@ from synpo_assets.graph.metrics import MetricName, Metrics, recorded
 from synpo_assets.graph.missing import asset_names
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
-from synpo_assets.reports.rows import OPPONENTS, gain_text, number_text, rate_text, share_text
+from synpo_assets.reports.rows import OPPONENT_LABELS, gain_text, number_text, rate_text, share_text
 from synpo_assets.stages.loop import promotion_refusal, promotion_verdict
 
 
@@ -82,8 +82,8 @@ def _held_out(services: Services, iterations: int) -> Table:
     for number in range(1, iterations + 1):
         measured = recorded(services.metrics, partition_key(number))
         for judge in dict.fromkeys(rate.by for rate in measured.every("win_rate")):
-            over = {name: {"of": "candidate", "over": name, "by": judge} for name in OPPONENTS}
-            initial, previous = (rate_text(measured.find("win_rate", **over[name])) for name in OPPONENTS)
+            over = {name: {"of": "candidate", "over": name, "by": judge} for name in OPPONENT_LABELS}
+            initial, previous = (rate_text(measured.find("win_rate", **over[name])) for name in OPPONENT_LABELS)
             controlled = share_text(measured.value("length_controlled_win_rate", **over["initial"]))
             table.add_row(f"M_{number}", judge, initial, controlled, previous)
         table.add_section()

@@ -31,7 +31,7 @@ from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output, written_output
 from synpo_assets.graph.schemas import BenchmarkScores
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import stage
+from synpo_assets.graph.stage import Stage
 from synpo_assets.method.benchmarks import (
     MT_BENCH_TEMPERATURE,
     MT_BENCH_TEMPERATURES,
@@ -61,7 +61,7 @@ def answer_samplings(options: Benchmarks) -> list[Sampling]:
     return [_sampling(benchmark, row, options) for benchmark in _question_files(options) for row in rows]
 
 
-@stage(
+@Stage(
     BenchmarkScores,
     group="evaluation",
     work=("scores",),
@@ -102,7 +102,7 @@ def benchmark_scores(
     return table_output(context, services, frame, [*averages, seconds], **shown)
 
 
-@stage(
+@Stage(
     group="evaluation",
     work=("generates",),
     opt_in=True,
@@ -140,7 +140,7 @@ def benchmark_answers(
             answers[benchmark, model_name] = written
             usages += used
     count, shown = _write(context, services, questions, answers)
-    measured = [Metric("answers_written", count), *metrics.generating(sum(usages[1:], usages[0]))]
+    measured = [Metric("answers_written", count), *metrics.generating(*usages)]
     version = json_sha256([*answers.values()])[:16]
     return written_output(context, services, version, measured, **shown, **made_by(model_checkpoint))
 

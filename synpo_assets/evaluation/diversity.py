@@ -33,7 +33,7 @@ from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.schemas import PromptDiversity, SelfInstructPrompts
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import stage
+from synpo_assets.graph.stage import Stage
 from synpo_assets.method.diversity import Diversity, density, equal_samples, label_counts, label_coverage, measure
 from synpo_assets.method.prompts import draw_until_enough, words_of
 from synpo_assets.method.self_instruct import NewTasks, draw_examples
@@ -48,7 +48,7 @@ SHOWN_PLACES, SMALLEST_MARGIN = 400, 0.02
 ROUNDED_DIGITS = 4
 
 
-@stage(
+@Stage(
     SelfInstructPrompts,
     group="seed",
     once=True,
@@ -92,12 +92,12 @@ def self_instruct_prompts(
         Metric("sources_used", used),
         *(Metric("dropped", count, of=reason) for reason, count in tasks.dropped.items()),
         Metric("cut_share", metrics.mean(frame["finish_reason"] == "length"), of="self_instruct", n=frame.height),
-        *metrics.generating(sum(usages[1:], usages[0])),
+        *metrics.generating(*usages),
     ]
     return table_output(context, services, frame, measured, **made_by(initial_policy))
 
 
-@stage(
+@Stage(
     PromptDiversity,
     group="evaluation",
     work=("embeds",),

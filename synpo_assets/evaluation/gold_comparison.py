@@ -18,7 +18,7 @@ from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.schemas import GoldComparison
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import stage
+from synpo_assets.graph.stage import Stage
 from synpo_assets.method.evaluation import mean_gain
 
 # An empty answer has no embedding; this says as little.
@@ -26,7 +26,7 @@ NOTHING_SAID = "."
 SIDES = ("candidate", "initial")
 
 
-@stage(
+@Stage(
     GoldComparison,
     group="evaluation",
     work=("scores", "embeds"),

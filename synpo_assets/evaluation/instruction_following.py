@@ -17,13 +17,13 @@ from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.schemas import InstructionFollowing
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import stage
+from synpo_assets.graph.stage import Stage
 from synpo_assets.method.evaluation import mean_gain
 from synpo_assets.method.templates import user_message
 from synpo_assets.method.verifiable import SAMPLES, followed, rates_by_rule, shares_followed
 
 
-@stage(
+@Stage(
     InstructionFollowing,
     group="evaluation",
     work=("generates",),
@@ -61,7 +61,7 @@ def instruction_following(
         Metric("instructions", verifiable_instructions.height),
         Metric("samples_each", SAMPLES),
         *following_metrics(frame, model_checkpoint.sha, services.settings.random_seed),
-        *metrics.generating(sum(usages[1:], usages[0])),
+        *metrics.generating(*usages),
     ]
     by_rule = table_metadata(rates_by_rule(frame))
     columns = InstructionFollowing.to_schema().columns

@@ -22,7 +22,7 @@ from synpo_assets.graph.partitions import iteration_of, partition_key
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.schemas import Promotion
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import stage
+from synpo_assets.graph.stage import Stage
 from synpo_assets.method.gate import judge, verdict
 from synpo_assets.stages.loop import report_policy
 
@@ -30,7 +30,7 @@ from synpo_assets.stages.loop import report_policy
 OF_PROMPTS: frozenset[GateMetric] = frozenset({"prompt_similarity", "prompt_similarity_to_seed"})
 
 
-@stage(
+@Stage(
     Promotion,
     group="evaluation",
     kinds=("polars",),

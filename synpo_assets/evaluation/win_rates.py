@@ -26,7 +26,7 @@ from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.schemas import Evaluation
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import stage
+from synpo_assets.graph.stage import Stage
 from synpo_assets.method.evaluation import outcomes, win_rates
 from synpo_assets.method.quality import answer_figures
 from synpo_assets.method.templates import prompt_requests
@@ -49,7 +49,7 @@ def _cost(sizes: Sizes) -> list[Work]:
     ]
 
 
-@stage(
+@Stage(
     Evaluation,
     group="evaluation",
     work=("generates", "scores"),
@@ -103,7 +103,7 @@ def _answers(
     for row in answer_figures(written).iter_rows(named=True):
         whose = {"of": row["model"], "n": held_out.height, "checkpoint_sha": models[row["model"]].sha}
         measured += [Metric(name, row[name], **whose) for name in names]
-    measured += metrics.generating(sum(usages[1:], usages[0]))
+    measured += metrics.generating(*usages)
     return held_out.with_columns(**{f"{name}_response": frame["text"] for name, frame in written.items()}), measured
 
 

@@ -16,7 +16,7 @@ import polars as pl
 from resources.models.weights import tensors_not_finite
 from resources.settings.settings import Settings
 from synpo_assets.graph.metrics import recorded
-from synpo_assets.graph.partitions import iterations, partition_key
+from synpo_assets.graph.partitions import iterations, partition_key, partition_of
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.evaluation import win_rate
@@ -121,7 +121,7 @@ WEIGHTS = "No NaN and no infinity in the weights."
 
 def _finite_weights(context: dg.AssetCheckExecutionContext, services: Services) -> Results:
     asset = context.check_specs[0].asset_key.to_user_string()
-    checkpoint = services.checkpoints.current(asset, context.partition_key if context.has_partition_key else None)
+    checkpoint = services.checkpoints.current(asset, partition_of(context))
     broken = tensors_not_finite(Path(checkpoint.weights))
     yield _result("finite_weights", not broken, tensors_not_finite=len(broken), sha=checkpoint.sha)
 

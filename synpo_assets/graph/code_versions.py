@@ -248,7 +248,7 @@ def _without_docstring(node: ast.FunctionDef | ast.ClassDef) -> None:
 def _is_stage(decorator: ast.expr) -> bool:
     """Whether a decorator states what a stage is; what of that decides the result is counted by its value."""
     called = decorator.func if isinstance(decorator, ast.Call) else decorator
-    return isinstance(called, ast.Name) and called.id == "stage"
+    return isinstance(called, ast.Name) and called.id == "Stage"
 
 
 def _constraints(schema: type[Table]) -> dict[str, Any]:

@@ -4,8 +4,10 @@ Report, gate, comparison, summary, cards, checks and plots read these rows. Even
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import pandera.polars as pa
 import polars as pl
@@ -89,46 +91,31 @@ class Metric:
         return " ".join(parts)
 
 
+class Which(TypedDict, total=False):
+    """Which row of a metric is meant, besides whose it is."""
+
+    over: str | None  # The model that it is compared with.
+    by: str | None  # The judge.
+    asset: str | None  # The asset that measured it; if left out, the first that did.
+
+
 class Metrics:
     """What was measured in one iteration, or of the assets that are made once."""
 
     def __init__(self, rows: pl.DataFrame) -> None:
         self.frame = rows
 
-    def find(
-        self,
-        metric: MetricName,
-        of: str | None = None,
-        *,
-        over: str | None = None,
-        by: str | None = None,
-        asset: str | None = None,
-    ) -> Metric | None:
-        """The row of a metric; None if it was not recorded.
-
-        Args:
-            metric: What was measured.
-            of: Whose it is.
-            over: The model that it is compared with.
-            by: The judge.
-            asset: The asset that measured it; None: the first that did.
-        """
-        wanted = pl.all_horizontal(pl.col(name).eq_missing(value) for name, value in
-                                   (("metric", metric), ("of", of), ("over", over), ("by", by)))  # fmt: skip
-        rows = self.frame.filter(wanted if asset is None else wanted & (pl.col("asset") == asset))
+    def find(self, metric: MetricName, of: str | None = None, **which: Unpack[Which]) -> Metric | None:
+        """The row of a metric; None if it was not recorded."""
+        named = {"metric": metric, "of": of, "over": which.get("over"), "by": which.get("by")}
+        rows = self.frame.filter(pl.col(name).eq_missing(value) for name, value in named.items())
+        if (asset := which.get("asset")) is not None:
+            rows = rows.filter(asset=asset)
         return None if rows.is_empty() else next(_as_metrics(rows))
 
-    def value(
-        self,
-        metric: MetricName,
-        of: str | None = None,
-        *,
-        over: str | None = None,
-        by: str | None = None,
-        asset: str | None = None,
-    ) -> float | None:
+    def value(self, metric: MetricName, of: str | None = None, **which: Unpack[Which]) -> float | None:
         """The value of a metric; None if it was not recorded or could not be measured."""
-        found = self.find(metric, of, over=over, by=by, asset=asset)
+        found = self.find(metric, of, **which)
         return found.value if found else None
 
     def every(self, metric: MetricName, asset: str | None = None) -> list[Metric]:
@@ -155,8 +142,9 @@ def recorded(store: ParquetTables, partition: str | None) -> Metrics:
     return Metrics(pl.concat([pl.DataFrame(schema=SCHEMA), *tables]))
 
 
-def generating(usage: Usage) -> list[Metric]:
-    """What generating cost."""
+def generating(*usages: Usage) -> list[Metric]:
+    """What generating cost, over one call or several."""
+    usage = functools.reduce(operator.add, usages)
     return [
         Metric("generated_tokens", usage.generated_tokens),
         Metric("input_tokens", usage.input_tokens),

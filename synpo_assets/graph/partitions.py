@@ -15,6 +15,11 @@ def iteration_of(context: dg.AssetExecutionContext) -> int:
     return int(context.partition_key)
 
 
+def partition_of(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> str | None:
+    """The partition key of the running asset; None if it is made once."""
+    return context.partition_key if context.has_partition_key else None
+
+
 def partition_key(iteration: int) -> str:
     """The partition key of an iteration: 1 -> `0001`."""
     return f"{iteration:04d}"

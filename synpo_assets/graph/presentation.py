@@ -14,6 +14,7 @@ from resources.storage.checkpoint_store import Checkpoint
 from resources.training.job import TrainingSummary
 from synpo_assets.graph.history import data_version_of, newest
 from synpo_assets.graph.metrics import Metric, record
+from synpo_assets.graph.partitions import partition_of
 from synpo_assets.graph.services import Services
 
 SHOWN_STEPS = 50
@@ -70,8 +71,7 @@ def _recorded(context: dg.AssetExecutionContext, services: Services, metrics: Se
     rows = [*metrics, Metric("peak_memory_gb", memory["peak_memory_gb"])]
     if (of_gpu := memory.get("peak_gpu_memory_gb")) is not None:
         rows.append(Metric("peak_gpu_memory_gb", of_gpu))
-    partition = context.partition_key if context.has_partition_key else None
-    record(services.metrics, context.asset_key.to_user_string(), partition, rows)
+    record(services.metrics, context.asset_key.to_user_string(), partition_of(context), rows)
     shown: dict[str, Any] = {}
     for metric in rows:
         shown[metric.label] = None if metric.value is None else round(metric.value, 4)
@@ -104,7 +104,7 @@ def made_from(context: dg.AssetExecutionContext) -> dg.MarkdownMetadataValue:
     """The content versions of everything that the running asset depends on, with links to their pages and runs."""
     graph = context.job_def.asset_layer.asset_graph
     parents = [graph.get(key) for key in sorted(graph.get(context.asset_key).parent_keys)]
-    partition = context.partition_key if context.has_partition_key else None
+    partition = partition_of(context)
     inputs = [(node.key.to_user_string(), partition if node.partitions_def is not None else None) for node in parents]
     return versions_table(context.instance, inputs)
 

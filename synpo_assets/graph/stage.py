@@ -1,6 +1,6 @@
 """What makes a function a stage: all that is known of it is stated once, where it is defined.
 
-`@stage` only writes down what is stated. The asset is made when the graph is built for some settings, and carries the rest
+`@Stage(...)` only writes down what is stated. The asset is made when the graph is built for some settings, and carries the rest
 in Dagster's own fields: group, kinds, pool, tags and metadata. Lists of assets are derived from these.
 """
 
@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import dagster as dg
 import polars as pl
@@ -40,27 +40,53 @@ ENGINE_READS: Mapping[WorkKind, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Stage:
-    """A stage of the method, as its module states it; `stage` says what the attributes mean."""
+    """A stage of the method: a decorator of the function that makes its asset, which states all that is known of it.
 
-    function: Callable[..., Any]
+    Attributes:
+        function: The function that is decorated; its arguments are the assets that it reads, its name is that of its asset.
+        schema: The table that it makes; None if it makes none.
+        group: The phase of the method that it belongs to.
+        lazy: Whether that table is streamed.
+        checkpoint: Whether it makes a model.
+        reads: The settings that decide its result, by dotted name. Those of the engine follow from `work`.
+        work: What it does with models; it then waits for its turn in the pool `gpu`.
+        samplings: The ways in which it generates, so that `synpo clean` knows which shards are in use.
+        cost: What it costs, for `synpo check`.
+        code: Functions that the settings choose and that it calls without naming them.
+        made_from: The columns of its table that hold the id of a row of another table, with that asset.
+        side: The name that other stages have for the side of a pair that it makes. The last stage that makes it counts.
+        deps: Assets that it depends on without reading them as arguments.
+        once: Whether it is made once and not in each iteration.
+        state: Whether it looks up what the iteration before left.
+        opt_in: Whether it is made only when it is asked for by name.
+        kinds: How the UI marks it where it does no work with models.
+    """
+
+    function: Callable[..., Any] = dataclasses.field(init=False)
+    schema: type[Table] | None = None
+    _: dataclasses.KW_ONLY
     group: Group
-    schema: type[Table] | None
-    lazy: bool
-    checkpoint: bool
-    reads: Sequence[str]
-    work: Sequence[WorkKind]
-    samplings: Callable[[Settings], Iterable[Sampling]] | None
-    cost: Cost | None
-    code: Callable[[Settings], Iterable[Callable[..., Any]]] | None
-    made_from: Mapping[str, str]
-    side: str | None
-    deps: Sequence[str]
-    once: bool
-    state: bool
-    opt_in: bool
-    kinds: Sequence[str]
+    lazy: bool = False
+    checkpoint: bool = False
+    reads: Sequence[str] = ()
+    work: Sequence[WorkKind] = ()
+    samplings: Callable[[Settings], Iterable[Sampling]] | None = None
+    cost: Cost | None = None
+    code: Callable[[Settings], Iterable[Callable[..., Any]]] | None = None
+    made_from: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    side: str | None = None
+    deps: Sequence[str] = ()
+    once: bool = False
+    state: bool = False
+    opt_in: bool = False
+    kinds: Sequence[str] = ()
+
+    def __call__(self, function: Callable[..., Any]) -> Self:
+        """Decorates the function."""
+        self.function = function
+        return self
 
     @property
     def name(self) -> str:
@@ -107,55 +133,6 @@ class Stage:
             dagster_type=frame_type(self.schema, pl.LazyFrame if self.lazy else pl.DataFrame) if self.schema else None,
         )
         return make(self.function)
-
-
-def stage(
-    schema: type[Table] | None = None,
-    *,
-    group: Group,
-    lazy: bool = False,
-    checkpoint: bool = False,
-    reads: Sequence[str] = (),
-    work: Sequence[WorkKind] = (),
-    samplings: Callable[[Settings], Iterable[Sampling]] | None = None,
-    cost: Cost | None = None,
-    code: Callable[[Settings], Iterable[Callable[..., Any]]] | None = None,
-    made_from: Mapping[str, str] | None = None,
-    side: str | None = None,
-    deps: Sequence[str] = (),
-    once: bool = False,
-    state: bool = False,
-    opt_in: bool = False,
-    kinds: Sequence[str] = (),
-) -> Callable[[Callable[..., Any]], Stage]:
-    """States what a stage is.
-
-    Args:
-        schema: The table that it makes; None if it makes none.
-        group: The phase of the method that it belongs to.
-        lazy: Whether that table is streamed.
-        checkpoint: Whether it makes a model.
-        reads: The settings that decide its result, by dotted name. Those of the engine follow from `work`.
-        work: What it does with models; it then waits for its turn in the pool `gpu`.
-        samplings: The ways in which it generates, so that `synpo clean` knows which shards are in use.
-        cost: What it costs, for `synpo check`.
-        code: Functions that the settings choose and that it calls without naming them.
-        made_from: The columns of its table that hold the id of a row of another table, with that asset.
-        side: The name that other stages have for the side of a pair that it makes. The last stage that makes it counts.
-        deps: Assets that it depends on without reading them as arguments.
-        once: Whether it is made once and not in each iteration.
-        state: Whether it looks up what the iteration before left.
-        opt_in: Whether it is made only when it is asked for by name.
-        kinds: How the UI marks it where it does no work with models.
-    """
-
-    def state_it(function: Callable[..., Any]) -> Stage:
-        return Stage(
-            function, group, schema, lazy, checkpoint, reads, work, samplings, cost, code, made_from or {}, side, deps, once, state,
-            opt_in, kinds,
-        )  # fmt: skip
-
-    return state_it
 
 
 def stages_in(modules: Iterable[ModuleType]) -> list[Stage]:

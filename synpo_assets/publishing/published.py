@@ -25,7 +25,7 @@ from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import table_version, written_output
 from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import stage
+from synpo_assets.graph.stage import Stage
 from synpo_assets.publishing.cards import CardData, dataset_card, model_card
 from synpo_assets.reports.boosting_report import iterations_of, read_iteration
 from synpo_assets.reports.rows import FinishedIteration
@@ -38,7 +38,7 @@ SIDES = {"chosen": "chosen_checkpoint_sha", "rejected": "rejected_checkpoint_sha
 TEXT_LIMIT = 2000
 
 
-@stage(
+@Stage(
     group="publishing",
     once=True,
     opt_in=True,
@@ -76,7 +76,7 @@ def published_dataset(context: dg.AssetExecutionContext, services: dg.ResourcePa
     return _result(context, services, place, card, to, table_version(pairs), rows, iterations=", ".join(keys))
 
 
-@stage(group="publishing", opt_in=True, kinds=("huggingface",), reads=("publishing",), deps=("evaluation",))
+@Stage(group="publishing", opt_in=True, kinds=("huggingface",), reads=("publishing",), deps=("evaluation",))
 def published_model(
     context: dg.AssetExecutionContext, model_checkpoint: Checkpoint, services: dg.ResourceParam[Services]
 ) -> dg.MaterializeResult:

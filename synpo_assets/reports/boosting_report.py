@@ -7,14 +7,13 @@ the report can be made again at any time without a model.
 import dagster as dg
 
 from resources.common.errors import FinalError
-from resources.common.text import visible
 from resources.storage.files import json_sha256, write_atomically
 from resources.training.losses import loss_module
 from synpo_assets.graph.history import data_version_of, seconds_of
 from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.presentation import versions_table, written_output
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import STATE_TAG, stage
+from synpo_assets.graph.stage import STATE_TAG, Stage
 from synpo_assets.reports.page import report_html, sample_pairs
 from synpo_assets.reports.plots import draw_plots
 from synpo_assets.reports.rows import FinishedIteration, Row, report_notes, report_rows
@@ -24,7 +23,7 @@ READ_ASSETS = ("preference_pairs", "model_checkpoint", "evaluation", "promotion"
 
 
 # It reads more than `promotion`; the last asset of an iteration stands for all of it in the graph.
-@stage(group="evaluation", once=True, deps=("promotion",), kinds=("matplotlib",))
+@Stage(group="evaluation", once=True, deps=("promotion",), kinds=("matplotlib",))
 def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.MaterializeResult:
     """All finished iterations side by side: rows, pass rates, margins, rewards, cost (paper, section 3)."""
     finished, unfinished = iterations_of(context.instance, services)
@@ -35,7 +34,7 @@ def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourcePara
     iterations = [read_iteration(context.instance, services, key) for key in finished]
     drawn, rows, notes = draw_plots(iterations), report_rows(iterations), report_notes(iterations, unfinished)
     path = services.home / "reports" / "boosting_report.html"
-    write_atomically(path, report_html(iterations, drawn, notes, visible).encode())
+    write_atomically(path, report_html(iterations, rows, drawn, notes).encode())
     return written_output(
         context,
         services,
@@ -54,20 +53,19 @@ def iterations_of(instance: dg.DagsterInstance, services: Services) -> tuple[lis
 
     An iteration is finished when there is an M_t and its evaluation judged that M_t, not an earlier one.
     """
+    nodes = [services.graph.get(key) for key in services.graph.materializable_asset_keys]
+    # What looks up the iteration before may exist before anything is made.
+    own = {node.key.to_user_string() for node in nodes if node.is_partitioned and STATE_TAG not in node.tags}
     begun, finished = list[str](), list[str]()
-    for key in _begun(services):
-        evaluated = recorded(services.metrics, key).find("mean_repetition", "candidate", asset="evaluation")
+    for key in services.metrics.partitions():
+        measured = recorded(services.metrics, key)
+        if own.isdisjoint(measured.assets):
+            continue
+        evaluated = measured.find("mean_repetition", "candidate", asset="evaluation")
         made = data_version_of(instance, "model_checkpoint", key)
         done = evaluated is not None and made is not None and str(evaluated.checkpoint_sha).startswith(made)
         (finished if done else begun).append(key)
     return finished, begun
-
-
-def _begun(services: Services) -> list[str]:
-    """The iterations of which something was made; what looks up the iteration before may exist earlier."""
-    nodes = [services.graph.get(key) for key in services.graph.materializable_asset_keys]
-    own = {node.key.to_user_string() for node in nodes if node.is_partitioned and STATE_TAG not in node.tags}
-    return sorted(key for key in services.metrics.partitions() if own & recorded(services.metrics, key).assets)
 
 
 def read_iteration(instance: dg.DagsterInstance, services: Services, key: str) -> FinishedIteration:

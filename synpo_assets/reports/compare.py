@@ -5,7 +5,7 @@ Each home is read by its own settings and its own history, so the settings of th
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import polars as pl
 from dagster import DagsterInstance
@@ -18,7 +18,7 @@ from resources.judging.judge_choice import INDEPENDENT
 from resources.settings.files import home_settings
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
-from synpo_assets.graph.metrics import MetricName
+from synpo_assets.graph.metrics import MetricName, Which
 from synpo_assets.graph.services import Services
 from synpo_assets.reports.boosting_report import iterations_of, read_iteration
 from synpo_assets.reports.rows import MISSING, FinishedIteration, total
@@ -28,8 +28,10 @@ Opener = Callable[[Settings, Path], Services]
 WIDTH = 100
 
 
-def _value(metric: MetricName, of: str | None = None, **where: str) -> Callable[[FinishedIteration], float | None]:
-    return lambda iteration: iteration.metrics.value(metric, of, **where)
+def _value(
+    metric: MetricName, of: str | None = None, **which: Unpack[Which]
+) -> Callable[[FinishedIteration], float | None]:
+    return lambda iteration: iteration.metrics.value(metric, of, **which)
 
 
 # Of each column: its value, and how it is written.

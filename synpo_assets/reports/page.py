@@ -1,38 +1,35 @@
 """The page of the boosting report: rows, plots and a few sample pairs, without scripts, links or outside resources."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import polars as pl
 
+from resources.common.text import visible
 from synpo_assets.graph.drawing import Plot
-from synpo_assets.reports.rows import FinishedIteration, judge_labels, report_rows
+from synpo_assets.reports.rows import FinishedIteration, Row, judge_labels
 
 FOLDER = Path(__file__).parent
 SHOWN_CHARACTERS = 4000
 
 
 def report_html(
-    iterations: Sequence[FinishedIteration],
-    plots: Sequence[Plot],
-    notes: Sequence[str],
-    visible: Callable[[str], str],
+    iterations: Sequence[FinishedIteration], rows: Sequence[Row], plots: Sequence[Plot], notes: Sequence[str]
 ) -> str:
     """The report as one page without scripts, links or outside resources; every text in it is escaped.
 
     Args:
         iterations: The finished iterations, in order.
+        rows: The table.
         plots: The pictures.
         notes: Sentences about what is missing.
-        visible: Makes the control characters of generated text harmless.
     """
-    environment = _environment()
-    environment.filters["visible"] = visible
-    return environment.get_template("boosting_report.html.jinja").render(
+    template = _environment().get_template("boosting_report.html.jinja")
+    return template.render(
         keys=[iteration.key for iteration in iterations],
-        rows=report_rows(iterations),
+        rows=rows,
         plots=plots,
         notes=notes,
         judges=judge_labels(iterations),
@@ -72,5 +69,5 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["shortened"] = shortened
+    environment.filters |= {"shortened": shortened, "visible": visible}
     return environment

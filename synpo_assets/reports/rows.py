@@ -2,18 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import polars as pl
 
-from synpo_assets.graph.metrics import Metric, MetricName, Metrics
+from synpo_assets.graph.metrics import Metric, MetricName, Metrics, Which
 
 MISSING = "—"
 PROMPT_SOURCES = {
     "synthetic": "synthetic prompts", "seed": "seed prompts", "self_instruct": "Self-Instruct prompts by M_0",
 }  # fmt: skip
 MODELS = {"candidate": "M_t", "initial": "M_0"}
-OPPONENTS = {"initial": "M_0", "previous": "M_{t-1}"}
+OPPONENT_LABELS = {"initial": "M_0", "previous": "M_{t-1}"}
 PROMOTED = {True: "yes", False: "no", None: MISSING}
 
 
@@ -193,7 +193,7 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
     for side, what in {"initial": "M_0", "candidate": "M_t", "gold": "the gold answers"}.items():
         yield "Held-out", f"mean reward of {what}, by the scorer", _of("held_out_reward", number_text, side)
     for judge in judge_labels(iterations):
-        for opponent, shown in OPPONENTS.items():
+        for opponent, shown in OPPONENT_LABELS.items():
             yield from _win_rates(judge, opponent, f"{judge}, over {shown}")
     for side, model in MODELS.items():
         yield "Held-out", f"repeated 3-grams in {model}'s answers", _of("mean_repetition", share_text, side)
@@ -235,11 +235,7 @@ def _without_a_judge() -> Iterator[tuple[str, str, Cell]]:
     for side, model in MODELS.items():
         yield section, f"instructions followed by {model}", _of("verifiable_rate", share_text, side)
     label = "instructions followed, M_t less M_0, 95 % interval"
-    yield (
-        section,
-        label,
-        lambda iteration: gain_text(iteration.metrics.find("verifiable_gain", "candidate", over="initial")),
-    )
+    yield section, label, _over_initial("verifiable_gain", gain_text)
     for side, model in MODELS.items():
         yield section, f"constraints met by {model}", _of("constraint_rate", share_text, side)
     measures: tuple[tuple[str, MetricName, MetricName], ...] = (
@@ -250,7 +246,7 @@ def _without_a_judge() -> Iterator[tuple[str, str, Cell]]:
         for side, model in MODELS.items():
             yield section, f"{what}, {model}", _of(metric, number_text, side)
         label = f"{what}, M_t less M_0, 95 % interval"
-        yield section, label, _difference(gained)
+        yield section, label, _over_initial(gained, difference_text)
 
 
 def total(iteration: FinishedIteration, metric: MetricName) -> float:
@@ -273,8 +269,8 @@ def share_text(value: float | None) -> str:
     return MISSING if value is None else f"{value:.1%}"
 
 
-def _of(metric: MetricName, form: Format, of: str | None = None, **where: str) -> Cell:
-    return lambda iteration: form(iteration.metrics.value(metric, of, **where))
+def _of(metric: MetricName, form: Format, of: str | None = None, **which: Unpack[Which]) -> Cell:
+    return lambda iteration: form(iteration.metrics.value(metric, of, **which))
 
 
 def _ratio(part: str, whole: str) -> Cell:
@@ -301,8 +297,8 @@ def _total(metric: MetricName) -> Cell:
     return lambda iteration: count_text(total(iteration, metric))
 
 
-def _difference(metric: MetricName) -> Cell:
-    return lambda iteration: difference_text(iteration.metrics.find(metric, "candidate", over="initial"))
+def _over_initial(metric: MetricName, form: Callable[[Metric | None], str]) -> Cell:
+    return lambda iteration: form(iteration.metrics.find(metric, "candidate", over="initial"))
 
 
 def _of_pairs(column: str) -> Cell:

@@ -16,17 +16,18 @@ from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work, training_work
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.partitions import iteration_of
-from synpo_assets.graph.presentation import checkpoint_output, made_by, table_output, table_version, training_log
+from synpo_assets.graph.presentation import checkpoint_output, made_by, table_output, training_log
 from synpo_assets.graph.schemas import RefinedResponses, Responses, SeedResponses
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import stage
+from synpo_assets.graph.stage import Stage
 from synpo_assets.method.responses import response_table
 from synpo_assets.method.templates import improver_instruction
 from synpo_assets.stages.responses import answer_prompts
 from synpo_assets.stages.scorers import comparison_tokens
+from synpo_assets.stages.training import train_from_initial
 
 
-@stage(
+@Stage(
     Responses,
     group="responses",
     work=("generates",),
@@ -48,7 +49,7 @@ def rejected_responses(
     return table_output(context, services, frame, metrics.generating(usage), **made_by(answerer))
 
 
-@stage(
+@Stage(
     SeedResponses,
     group="responses",
     work=("generates", "scores"),
@@ -87,7 +88,7 @@ def _training_cost(sizes: Sizes) -> list[Work]:
     return [training_work(sizes.settings.response_improver.training, sizes.train, length)]
 
 
-@stage(
+@Stage(
     group="responses",
     checkpoint=True,
     work=("trains",),
@@ -110,19 +111,15 @@ def response_improver(
         )
     rows = valid.select("prompt", "response", "answer").rows()
     examples = [(improver_instruction(prompt, response), answer) for prompt, response, answer in rows]
-    made, summary = services.checkpoints.create(
-        context,
-        lambda directory: services.trainer.train("supervised", initial_policy, examples, options.training, directory),
-        parents={"start": initial_policy},
-        trained_on={"seed_responses": table_version(seed_responses)},
-        settings=options.training.model_dump(),
-        random_seed=services.settings.random_seed,
+    training, random_seed = options.training, services.settings.random_seed
+    made, summary = train_from_initial(
+        context, services, "supervised", initial_policy, examples, training, random_seed, seed_responses=seed_responses
     )
     below = Metric("below_margin", seed_responses.height - valid.height, n=seed_responses.height)
     return checkpoint_output(context, services, made, [below, *metrics.training(summary)], **training_log(summary))
 
 
-@stage(
+@Stage(
     RefinedResponses,
     group="responses",
     side="chosen_responses",

@@ -24,7 +24,7 @@ from synpo_assets.graph.partitions import iteration_of, partition_key
 from synpo_assets.graph.presentation import checkpoint_output, made_by, table_output, table_version
 from synpo_assets.graph.schemas import PreferenceHistory
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import stage
+from synpo_assets.graph.stage import Stage
 from synpo_assets.method.gate import verdict
 
 POLL_SECONDS = 2.0
@@ -32,7 +32,7 @@ LOG_EVERY_SECONDS = 30.0
 PARTITION_TAG = "dagster/partition"
 
 
-@stage(group="loop", checkpoint=True, state=True)
+@Stage(group="loop", checkpoint=True, state=True)
 def policy(
     context: dg.AssetExecutionContext, initial_policy: Checkpoint, services: dg.ResourceParam[Services]
 ) -> dg.Output[Checkpoint]:
@@ -53,7 +53,7 @@ def policy(
     return checkpoint_output(context, services, entering, **made_by(entering))
 
 
-@stage(
+@Stage(
     PreferenceHistory,
     group="loop",
     state=True,

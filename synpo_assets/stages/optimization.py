@@ -17,7 +17,7 @@ from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.presentation import checkpoint_output, table_version, training_log, versions_table
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import stage
+from synpo_assets.graph.stage import Stage
 from synpo_assets.stages.loop import experiment_of
 
 USED_COLUMNS = ("iteration", "prompt", "chosen", "rejected", "chosen_finish_reason", "rejected_finish_reason")
@@ -29,7 +29,7 @@ def _cost(sizes: Sizes) -> list[Work]:
     return [training_work(options.training, pairs, length, accumulates=options.accumulate)]
 
 
-@stage(
+@Stage(
     group="optimization",
     checkpoint=True,
     work=("trains",),

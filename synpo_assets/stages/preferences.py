@@ -20,7 +20,7 @@ from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import checkpoints_table, table_output
 from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import stage
+from synpo_assets.graph.stage import Stage
 from synpo_assets.method.pairs import as_preferences, join_sides, select_pairs
 from synpo_assets.stages.loop import report_history
 from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
@@ -33,7 +33,7 @@ def _cost(sizes: Sizes) -> list[Work]:
     return [Work("score", sizes.prompts * comparison_tokens(sizes, sizes.written, sizes.written))]
 
 
-@stage(
+@Stage(
     PreferencePairs,
     group="preferences",
     work=("scores",),

@@ -23,14 +23,15 @@ from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work, training_work
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.partitions import iteration_of
-from synpo_assets.graph.presentation import checkpoint_output, made_by, table_output, table_version, training_log
+from synpo_assets.graph.presentation import checkpoint_output, made_by, table_output, training_log
 from synpo_assets.graph.schemas import KeywordSets, SyntheticPrompts
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import stage
+from synpo_assets.graph.stage import Stage
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.keywords import Keywords, drawn_rows, training_keywords
 from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter, draw_until_enough
 from synpo_assets.method.templates import QUESTION_END, generator_instruction, generator_target
+from synpo_assets.stages.training import train_from_initial
 
 
 def _training_cost(sizes: Sizes) -> list[Work]:
@@ -38,7 +39,7 @@ def _training_cost(sizes: Sizes) -> list[Work]:
     return [training_work(training, sizes.train, length)]
 
 
-@stage(
+@Stage(
     group="seed",
     checkpoint=True,
     once=True,
@@ -66,19 +67,15 @@ def prompt_generator(
         for keywords, prompt, answer in zip(drawn, seed["prompt"], seed["answer"], strict=True)
         if keywords is not None
     ]
-    made, summary = services.checkpoints.create(
-        context,
-        lambda directory: services.trainer.train("supervised", initial_policy, examples, generator.training, directory),
-        parents={"start": initial_policy},
-        trained_on={"seed_pairs": table_version(seed_pairs)},
-        settings=generator.training.model_dump(),
-        random_seed=settings.random_seed,
+    training, random_seed = generator.training, settings.random_seed
+    made, summary = train_from_initial(
+        context, services, "supervised", initial_policy, examples, training, random_seed, seed_pairs=seed_pairs
     )
     measured = [Metric("examples_without_keywords", drawn.count(None)), *metrics.training(summary)]
     return checkpoint_output(context, services, made, measured, **training_log(summary))
 
 
-@stage(
+@Stage(
     KeywordSets,
     group="prompts",
     kinds=("polars",),
@@ -107,7 +104,7 @@ def prompt_sampling(settings: Settings) -> Sampling:
     return settings.prompt_generator.sampling.model_copy(update={"stop": [QUESTION_END]})
 
 
-@stage(
+@Stage(
     SyntheticPrompts,
     group="prompts",
     work=("generates",),
@@ -161,7 +158,7 @@ def synthetic_prompts(
             Metric("prompts_wanted", wanted),
             Metric("keyword_sets_used", used),
             *(Metric("dropped", count, of=reason) for reason, count in prompts.dropped.items()),
-            *metrics.generating(sum(usages[1:], usages[0])),
+            *metrics.generating(*usages),
         ],
         contaminated=table_metadata(pl.DataFrame(prompts.matches, schema=["prompt", "held_out_prompt"], orient="row")),
         **made_by(prompt_generator),

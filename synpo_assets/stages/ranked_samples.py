@@ -20,7 +20,7 @@ from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.schemas import RefinedResponses, Responses
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import stage
+from synpo_assets.graph.stage import Stage
 from synpo_assets.method.ranking import beside_first, repeated_prompts, with_ranks
 from synpo_assets.method.responses import response_table
 from synpo_assets.method.templates import prompt_requests
@@ -39,7 +39,7 @@ def _cost(sizes: Sizes) -> list[Work]:
     return [Work("generate", sizes.prompts * further * sizes.written), Work("score", sizes.prompts * reading)]
 
 
-@stage(
+@Stage(
     RefinedResponses,
     group="responses",
     work=("generates", "scores"),
@@ -59,7 +59,7 @@ def chosen_responses(
     return _ranked(context, BEST, RefinedResponses, base_responses, policy, reward_model, services)
 
 
-@stage(
+@Stage(
     Responses,
     group="responses",
     work=("generates", "scores"),

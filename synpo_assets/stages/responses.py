@@ -16,12 +16,12 @@ from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.schemas import Responses
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import stage
+from synpo_assets.graph.stage import Stage
 from synpo_assets.method.responses import response_table
 from synpo_assets.method.templates import prompt_requests
 
 
-@stage(
+@Stage(
     Responses,
     group="responses",
     work=("generates",),

@@ -20,10 +20,11 @@ from resources.training.job import TrainingSummary
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work, training_work
 from synpo_assets.graph.metrics import Metric
-from synpo_assets.graph.presentation import checkpoint_output, table_version, training_log
+from synpo_assets.graph.presentation import checkpoint_output, training_log
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import stage
+from synpo_assets.graph.stage import Stage
 from synpo_assets.method.templates import prompt_requests
+from synpo_assets.stages.training import train_from_initial
 
 
 def reads_answers_alone(settings: Settings) -> bool:
@@ -48,7 +49,7 @@ def _reward_model_cost(sizes: Sizes) -> list[Work]:
     ]
 
 
-@stage(
+@Stage(
     group="seed",
     checkpoint=True,
     once=True,
@@ -85,7 +86,7 @@ def _judge_model_cost(sizes: Sizes) -> list[Work]:
     ]
 
 
-@stage(
+@Stage(
     group="seed",
     checkpoint=True,
     once=True,
@@ -131,14 +132,8 @@ def _train(
 ) -> tuple[Checkpoint, TrainingSummary]:
     """A reward model from M_0 on gold over its own answers."""
     pairs = compared.filter(pl.col("split") != "held_out").select("prompt", "answer", "response").rows()
-    trainer = services.trainer.model_copy(update={"random_seed": random_seed})
-    return services.checkpoints.create(
-        context,
-        lambda directory: trainer.train("reward", initial_policy, pairs, training, directory),
-        parents={"start": initial_policy},
-        trained_on={"seed_pairs": table_version(seed_pairs)},
-        settings=training.model_dump(),
-        random_seed=random_seed,
+    return train_from_initial(
+        context, services, "reward", initial_policy, pairs, training, random_seed, seed_pairs=seed_pairs
     )
 
 

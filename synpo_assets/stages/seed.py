@@ -30,7 +30,7 @@ from synpo_assets.graph.metrics import Metric, record
 from synpo_assets.graph.presentation import checkpoint_output, table_output
 from synpo_assets.graph.schemas import KeywordPool, SeedPairs, VerifiableInstructions, check
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import stage
+from synpo_assets.graph.stage import Stage
 from synpo_assets.method.keywords import Keywords, keyword_set, paragraph_keyword_sets
 from synpo_assets.method.seed import BadRow, overlapping_rows, seed_rows
 from synpo_assets.method.verifiable import instruction_rows
@@ -39,7 +39,7 @@ POOL_BATCH = 10_000
 SHOWN_BAD_ROWS = 5
 
 
-@stage(group="seed", checkpoint=True, once=True, reads=("initial_policy",), kinds=("huggingface",))
+@Stage(group="seed", checkpoint=True, once=True, reads=("initial_policy",), kinds=("huggingface",))
 def initial_policy(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.Output[Checkpoint]:
     """M_0, the instruct model that every training run starts from (paper, section 3.1)."""
     settings = services.settings
@@ -48,7 +48,7 @@ def initial_policy(context: dg.AssetExecutionContext, services: dg.ResourceParam
     return checkpoint_output(context, services, adopted, **{f"origin {key}": value for key, value in origin.items()})
 
 
-@stage(
+@Stage(
     SeedPairs, group="seed", once=True, kinds=("polars",), reads=("seed_data", "prompt_generator.decontamination_ngram")
 )
 def seed_pairs(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.Output[pl.DataFrame]:
@@ -61,7 +61,7 @@ def seed_pairs(context: dg.AssetExecutionContext, services: dg.ResourceParam[Ser
     return table_output(context, services, frame, [*splits, Metric("dropped", len(dropped))], dropped_rows=reasons)
 
 
-@stage(VerifiableInstructions, group="seed", once=True, kinds=("polars",), reads=("seed_data",))
+@Stage(VerifiableInstructions, group="seed", once=True, kinds=("polars",), reads=("seed_data",))
 def verifiable_instructions(
     context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]
 ) -> dg.Output[pl.DataFrame]:
@@ -71,7 +71,7 @@ def verifiable_instructions(
     return table_output(context, services, frame, constraints=table_metadata(rules))
 
 
-@stage(KeywordPool, group="seed", lazy=True, once=True, kinds=("polars",), reads=("keyword_pool",))
+@Stage(KeywordPool, group="seed", lazy=True, once=True, kinds=("polars",), reads=("keyword_pool",))
 def keyword_pool(services: dg.ResourceParam[Services]) -> Iterator[dg.Output[pl.LazyFrame]]:
     """The keyword pool K: keywords of one corpus paragraph each, streamed to disk (paper, section 2.1)."""
     pool = services.settings.keyword_pool
