@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
+import fsspec
 import polars as pl
 import pytest
 import yaml
@@ -24,7 +25,7 @@ from resources.settings.method import Sampling
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import CheckpointError, CheckpointStore
-from resources.storage.files import opened_atomically, write_atomically
+from resources.storage.files import opened_atomically, storage_root, write_atomically
 from resources.storage.tables import ParquetTables
 from synpo_assets.cli.commands import app
 from synpo_assets.cli.home import PROJECT, STORAGE_COMMENT, prepare_home
@@ -60,7 +61,7 @@ def object_store(environment):
 
 @pytest.fixture
 def bucket(object_store) -> UPath:
-    bucket = UPath(f"s3://bucket-{next(NUMBERS)}")
+    bucket = storage_root(f"s3://bucket-{next(NUMBERS)}")
     bucket.mkdir()
     return bucket
 
@@ -139,6 +140,16 @@ def test_tables_go_through_an_object_store(bucket):
     assert names_in(bucket / "tables" / "preference_history") == ["0002.parquet"]
     with pytest.raises(FileNotFoundError, match=r"s3://.*of preference_pairs\[0001\] does not exist: materialize"):
         tables.read("preference_pairs", "0001")
+
+
+def test_what_another_process_writes_after_a_look_is_seen(bucket):
+    tables = ParquetTables(str(bucket / "tables"))
+    tables.write("keyword_sets", "0001", SEED)
+    assert len(tables.of_partition("0001")) == 1
+    elsewhere = fsspec.filesystem("s3", skip_instance_cache=True)
+    elsewhere.copy(str(bucket / "tables/keyword_sets/0001.parquet"), str(bucket / "tables/evaluation/0001.parquet"))
+    assert len(tables.of_partition("0001")) == 2
+    assert tables.read("evaluation", "0001").equals(SEED)
 
 
 def test_a_write_that_fails_leaves_the_earlier_file(bucket):

@@ -14,7 +14,14 @@ from upath import UPath
 
 from resources.common.errors import FinalError
 from resources.common.text import asset_label
-from resources.storage.files import AnyPath, file_sha256, json_sha256, temporary_directory_beside, write_atomically
+from resources.storage.files import (
+    AnyPath,
+    file_sha256,
+    json_sha256,
+    storage_root,
+    temporary_directory_beside,
+    write_atomically,
+)
 
 TRAINING_LOG = "trainer_log.jsonl"
 REQUIRED_KEYS = {"asset", "partition", "sha", "weights", "files"}
@@ -58,7 +65,7 @@ class CheckpointStore(dg.IOManager):
 
     def __init__(self, root: str, cache: str | None = None) -> None:
         """Takes a local directory, or a URL that fsspec knows and a local cache of the checkpoints in use."""
-        self._root = UPath(root)
+        self._root = storage_root(root)
         self._local = Path(cache or root)
         self._is_remote = cache is not None
 

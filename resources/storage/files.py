@@ -16,6 +16,14 @@ AnyPath = Path | UPath
 BLOCK_BYTES = 8 * 2**20
 
 
+def storage_root(place: str | Path) -> UPath:
+    """A local directory, or a URL that fsspec knows.
+
+    fsspec remembers what it has listed of an object store, and would not see what other processes write there later.
+    """
+    return UPath(place, use_listings_cache=False) if "://" in str(place) else UPath(place)
+
+
 def write_atomically(path: AnyPath, content: bytes) -> None:
     """Writes a file as a whole or not at all."""
     with opened_atomically(path) as file:

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import polars as pl
-from upath import UPath
 
 from resources.common.errors import FinalError
-from resources.storage.files import json_sha256, write_atomically
+from resources.storage.files import json_sha256, storage_root, write_atomically
 
 FINGERPRINT_FILE = "fingerprint.json"
 
@@ -24,7 +23,7 @@ class Shards:
 
     def __init__(self, root: str, fingerprint: Mapping[str, Any], label: str, columns: Mapping[str, Any]) -> None:
         """Opens the folder of a fingerprint, made with the first write; the label tells people what made the rows."""
-        self.folder = UPath(root) / json_sha256(dict(fingerprint))[:16]
+        self.folder = storage_root(root) / json_sha256(dict(fingerprint))[:16]
         self._columns = dict(columns)
         self._description = {**fingerprint, "made_for": label}
 

@@ -7,7 +7,7 @@ import polars as pl
 from upath import UPath
 
 from resources.common.text import visible
-from resources.storage.files import opened_atomically
+from resources.storage.files import opened_atomically, storage_root
 
 SAMPLE_ROWS = 5
 SHOWN_CHARACTERS = 300
@@ -23,7 +23,7 @@ class ParquetTables(dg.UPathIOManager):
     extension = ".parquet"
 
     def __init__(self, root: str) -> None:
-        super().__init__(UPath(root))
+        super().__init__(storage_root(root))
 
     def read(self, asset: str, partition: str) -> pl.DataFrame:
         """Reads the table of an asset and iteration that is not a declared input."""

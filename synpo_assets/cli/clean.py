@@ -16,7 +16,7 @@ from upath import UPath
 from resources.judging.judge_choice import judge_scorer, server_judge, topic_labeler
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint
-from resources.storage.files import is_abandoned
+from resources.storage.files import is_abandoned, storage_root
 from resources.storage.shards import FINGERPRINT_FILE, Shards
 from synpo_assets.algorithm import stages_of
 from synpo_assets.cli.runs import FOREGROUND_TAG, locked
@@ -77,7 +77,7 @@ def refuse_while_at_work(instance: DagsterInstance, home: Path) -> None:
 
 def leftovers(instance: DagsterInstance, services: Services) -> list[Leftover]:
     """Everything in a home that no run with these settings would read, by group."""
-    home, root = services.home, UPath(services.settings.storage.root(services.home))
+    home, root = services.home, storage_root(services.settings.storage.root(services.home))
     manifests = _current_manifests(root / "checkpoints")
     current = [_checkpoint(root / "checkpoints" / name, manifest) for name, manifest in manifests.items()]
     in_use = {shards.folder.name for shards in _shards_in_use(services, current)}

@@ -10,7 +10,6 @@ from typing import get_args
 import polars as pl
 from rich.console import Console
 from rich.table import Table
-from upath import UPath
 
 from resources.judging.server_judge import load_template
 from resources.models.device import prepare_device
@@ -20,6 +19,7 @@ from resources.settings.files import refuse_earlier_version
 from resources.settings.machine import Storage
 from resources.settings.sections import SettingsError, nearest
 from resources.settings.settings import Settings
+from resources.storage.files import storage_root
 from resources.storage.seed_source import read_rows
 from resources.training.processes import processes_to_start, refuse_missing_packages
 from resources.training.state import KEPT_STATES
@@ -101,7 +101,7 @@ def check_storage(storage: Storage) -> None:
             reason = " ".join(str(error).split())
             raise SettingsError(f"The database of storage.dagster_database cannot be used: {reason}") from None
     if storage.artifacts is not None:
-        probe = UPath(storage.artifacts) / f".{uuid.uuid4().hex}.probe"
+        probe = storage_root(storage.artifacts) / f".{uuid.uuid4().hex}.probe"
         try:
             probe.write_bytes(b"")
             probe.unlink()
@@ -112,7 +112,7 @@ def check_storage(storage: Storage) -> None:
                 f"{storage.artifacts} (storage.artifacts) cannot be written to: {reason}. Check the URL, the credentials "
                 "and the endpoint; for S3, pip install 'synpo[s3]'."
             ) from None
-        refuse_earlier_version(UPath(storage.artifacts))
+        refuse_earlier_version(storage_root(storage.artifacts))
 
 
 def check_disk(settings: Settings, home: Path) -> int:
