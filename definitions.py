@@ -28,7 +28,7 @@ end_with_parent()
 # The forkserver imports the heavy libraries once; each step is then forked from it in an instant, in a process of its
 # own, so that the memory of one phase is free again before the next one starts.
 executor = dg.multiprocess_executor.configured(
-    {"start_method": {"forkserver": {"preload_modules": ["definitions", "transformers", "trl", "peft"]}}}
+    {"start_method": {"forkserver": {"preload_modules": ["synpo_assets.cli.preload", "transformers", "trl", "peft"]}}}
 )
 
 

@@ -1,6 +1,7 @@
 """Rules about the code itself."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -31,6 +32,16 @@ def test_the_code_location_loads_without_heavy_libraries():
     code = f"import sys, definitions; print([name for name in {HEAVY} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_what_the_steps_of_a_run_are_forked_from_can_be_imported():
+    """The forkserver passes over a name that it cannot import, and every step would load it for itself."""
+    from definitions import executor
+
+    (method,) = executor.config_schema.resolve_config({}).value["start_method"].values()
+    assert method["preload_modules"]
+    for name in method["preload_modules"]:
+        importlib.import_module(name)
 
 
 def imported(path):
