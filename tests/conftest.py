@@ -12,12 +12,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
+from typer.testing import CliRunner
 
 from tests.nano import EMBEDDING_MODEL, make_nano_embedding_model, make_nano_model, nano_settings, write_settings
 
-WORK = Path(tempfile.mkdtemp(prefix="synpo-tests-"))
+# The first process sets it; those that test side by side share what is made in `SHARED`.
+SHARED = Path(os.environ.setdefault("SYNPO_TESTS_SHARED", tempfile.mkdtemp(prefix="synpo-tests-")))
+WORK = Path(tempfile.mkdtemp(prefix="process-", dir=SHARED))
 HOME = WORK / "home"
-MODEL = WORK / "nano"
+MODEL = SHARED / "nano"
 HOME.mkdir()
 write_settings(HOME / "settings.yaml", nano_settings(MODEL))
 os.environ |= {"SYNPO_HOME": str(HOME), "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -59,12 +63,15 @@ def said() -> Iterator[list[str]]:
 @pytest.fixture(scope="session")
 def nano_embedding_model() -> Path:
     """Beside the nano model, where its settings look for it."""
-    return make_nano_embedding_model(WORK / EMBEDDING_MODEL)
+    with FileLock(SHARED / "embedding.lock"):
+        place = SHARED / EMBEDDING_MODEL
+        return place if place.exists() else make_nano_embedding_model(place)
 
 
 @pytest.fixture(scope="session")
 def nano_model(nano_embedding_model: Path) -> Path:
-    return make_nano_model(MODEL)
+    with FileLock(SHARED / "nano.lock"):
+        return MODEL if MODEL.exists() else make_nano_model(MODEL)
 
 
 @pytest.fixture(scope="session")
@@ -127,6 +134,22 @@ def synpo(*arguments: object, timeout: int = 280) -> subprocess.CompletedProcess
         [str(Path(sys.executable).with_name("synpo")), *map(str, arguments)],
         capture_output=True, text=True, timeout=timeout, env=environment,
     )  # fmt: skip
+
+
+def synpo_here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same in this process, for what starts no run: a process of its own takes seconds to load."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("SYNPO_HOME", "DAGSTER_HOME"):
+            environment.delenv(name, raising=False)
+        before = dict(os.environ)
+        from synpo_assets.cli.commands import app
+
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        os.environ.clear()
+        os.environ.update(before)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from synpo_assets.cli import clean
 from synpo_assets.cli.clean import leftovers, refuse_while_at_work, remove
 from synpo_assets.cli.runs import FOREGROUND_TAG, locked
 from synpo_assets.method.templates import user_message
-from tests.conftest import synpo
+from tests.conftest import synpo, synpo_here
 from tests.nano import write_settings
 from tests.stand_ins import services_in
 
@@ -64,7 +64,7 @@ def shards_that(home, holds):
 
 def test_right_after_a_run_everything_is_in_use(home):
     before = files_of(home)
-    result = synpo("clean", "--home", home, "--delete", "--checkpoints")
+    result = synpo_here("clean", "--home", home, "--delete", "--checkpoints")
     assert result.returncode == 0, result.stderr
     assert "nothing to clean" in result.stdout
     assert files_of(home) == before
@@ -77,13 +77,13 @@ def test_another_sampling_leaves_exactly_its_shards_behind(home):
     assert expected
     assert places(home, clean.SHARDS) == expected
     before = files_of(home)
-    listed = synpo("clean", "--home", home)
+    listed = synpo_here("clean", "--home", home)
     assert all(place in listed.stdout for place in expected)
     assert "initial_policy" in listed.stdout
     assert "temperature 0.7" in listed.stdout
     assert "nothing was removed" in listed.stdout
     assert files_of(home) == before
-    removed = synpo("clean", "--home", home, "--delete")
+    removed = synpo_here("clean", "--home", home, "--delete")
     assert "Removed" in removed.stdout, removed.stderr
     gone = {path.relative_to(home).as_posix() for path in before - files_of(home)}
     assert {place for place in gone if place.count("/") == 1} == expected
@@ -135,7 +135,7 @@ def test_what_is_in_use_is_found_again_after_a_removal(home):
 @pytest.mark.slow
 def test_a_run_that_starts_over_after_a_removal_generates_nothing_anew(home):
     (home / "shards" / "0123456789abcdef").mkdir()
-    assert "Removed" in synpo("clean", "--home", home, "--delete").stdout
+    assert "Removed" in synpo_here("clean", "--home", home, "--delete").stdout
     for folder in ("history", "schedules", "storage"):
         shutil.rmtree(home / folder)
     result = synpo("run", "--home", home)
@@ -149,10 +149,10 @@ def test_superseded_checkpoints_go_only_when_asked_for_in_addition(home):
     old = current.with_name("0123456789abcdef")
     shutil.copytree(current, old)
     assert places(home, clean.CHECKPOINTS) == {old.relative_to(home).as_posix()}
-    kept = synpo("clean", "--home", home, "--delete")
+    kept = synpo_here("clean", "--home", home, "--delete")
     assert "go with --checkpoints in addition" in kept.stdout, kept.stderr
     assert old.exists()
-    synpo("clean", "--home", home, "--delete", "--checkpoints")
+    synpo_here("clean", "--home", home, "--delete", "--checkpoints")
     assert not old.exists()
     assert (current / "manifest.json").exists()
 
@@ -217,7 +217,7 @@ def test_it_is_refused_while_a_run_is_at_work(tmp_path):
 
 
 def test_a_home_that_was_never_made_is_refused(tmp_path):
-    result = synpo("clean", "--home", tmp_path / "nowhere")
+    result = synpo_here("clean", "--home", tmp_path / "nowhere")
     assert result.returncode == 2
     assert "is not the home of an experiment" in result.stderr
     assert not (tmp_path / "nowhere").exists()

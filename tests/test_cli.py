@@ -3,21 +3,15 @@
 import shutil
 
 import pytest
-from typer.testing import CliRunner
 
-from synpo_assets.cli.commands import app
+from tests.conftest import synpo_here
 from tests.nano import SEED, nano_settings, write_settings
-
-
-def synpo(*arguments):
-    """The command line in this process: input that is refused at once needs no process of its own."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def refused(tmp_path, settings, *words, command="run"):
     home = tmp_path / "home"
-    result = synpo(command, "--settings", write_settings(tmp_path / "mine.yaml", settings), "--home", home)
-    assert result.exit_code == 2, result.stdout + result.stderr
+    result = synpo_here(command, "--settings", write_settings(tmp_path / "mine.yaml", settings), "--home", home)
+    assert result.returncode == 2, result.stdout + result.stderr
     assert result.stderr.startswith("synpo: ")
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     for word in words:
@@ -108,21 +102,21 @@ def test_no_disk_space(tmp_path, nano_model, monkeypatch):
 @pytest.mark.parametrize("iterations", ["0", "5", "-1"])
 def test_iterations_outside_the_settings(tmp_path, nano_model, iterations):
     settings = write_settings(tmp_path / "mine.yaml", nano_settings(nano_model))
-    result = synpo("run", "--settings", settings, "--home", tmp_path / "home", "--iterations", iterations)
-    assert result.exit_code == 2
+    result = synpo_here("run", "--settings", settings, "--home", tmp_path / "home", "--iterations", iterations)
+    assert result.returncode == 2
     assert "max_iterations = 4" in result.stderr
 
 
 def test_preset_and_settings_together(tmp_path):
-    result = synpo("check", "--preset", "laptop", "--settings", tmp_path / "x.yaml", "--home", tmp_path / "home")
-    assert result.exit_code == 2
+    result = synpo_here("check", "--preset", "laptop", "--settings", tmp_path / "x.yaml", "--home", tmp_path / "home")
+    assert result.returncode == 2
     assert "not both" in result.stderr
 
 
 def test_check_prints_an_estimate_and_writes_nothing(tmp_path, nano_model):
     settings = write_settings(tmp_path / "mine.yaml", nano_settings(nano_model))
-    result = synpo("check", "--settings", settings, "--home", tmp_path / "home")
-    assert result.exit_code == 0, result.stderr
+    result = synpo_here("check", "--settings", settings, "--home", tmp_path / "home")
+    assert result.returncode == 0, result.stderr
     for word in ("tokens", "minutes", "disk", "seed", "device"):
         assert word in result.stdout.lower(), word
     assert not (tmp_path / "home").exists()
@@ -139,8 +133,8 @@ def test_check_prints_an_estimate_and_writes_nothing(tmp_path, nano_model):
 def test_settings_files_that_are_not_what_they_should_be(tmp_path, content, words):
     file = tmp_path / "mine.yaml"
     file.write_bytes(content)
-    result = synpo("check", "--settings", file, "--home", tmp_path / "home")
-    assert result.exit_code == 2, result.stderr
+    result = synpo_here("check", "--settings", file, "--home", tmp_path / "home")
+    assert result.returncode == 2, result.stderr
     assert words in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
@@ -171,8 +165,8 @@ def test_a_pretrained_scorer_that_is_not_there_is_found_before_training(tmp_path
 def test_a_home_that_is_a_file(tmp_path, nano_model):
     (tmp_path / "file").write_text("")
     settings = write_settings(tmp_path / "mine.yaml", nano_settings(nano_model))
-    result = synpo("run", "--settings", settings, "--home", tmp_path / "file")
-    assert result.exit_code == 2
+    result = synpo_here("run", "--settings", settings, "--home", tmp_path / "file")
+    assert result.returncode == 2
     assert "is a file" in result.stderr
 
 
@@ -199,8 +193,8 @@ def test_a_home_made_by_an_earlier_version_is_refused_and_left_as_it_is(tmp_path
         (tmp_path / "tables" / "seed_pairs.parquet").write_text("")
     write_settings(tmp_path / "settings.yaml", settings)
     before = sorted(tmp_path.rglob("*"))
-    result = synpo(*command, "--home", tmp_path)
-    assert result.exit_code == 2, result.output
+    result = synpo_here(*command, "--home", tmp_path)
+    assert result.returncode == 2, result.output
     assert f"The home {tmp_path} was made by an earlier version of SynPO" in result.stderr
     assert "name another directory with --home" in result.stderr
     assert sorted(tmp_path.rglob("*")) == before

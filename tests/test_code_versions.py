@@ -5,9 +5,14 @@ import shutil
 import subprocess
 import sys
 
+import pandera.polars as pa
 import pytest
 
-from tests.conftest import HOME, synpo
+from resources.settings.files import load_settings
+from synpo_assets.graph import stage
+from synpo_assets.graph.code_versions import code_version
+from synpo_assets.graph.schemas import SeedResponses, Table
+from tests.conftest import HOME, synpo_here
 from tests.test_structure import ROOT
 
 TRAINED = {"prompt_generator", "reward_model", "judge_model", "response_improver", "model_checkpoint"}
@@ -88,6 +93,10 @@ for name, (file, old, new) in json.loads(sys.stdin.read()).items():
     found[name] = versions()
     path.write_text(text)
 assert versions() == found[""]
+Path("synpo_assets/method/pairs.py").rename("synpo_assets/method/couples.py")
+for file in [*Path("synpo_assets").rglob("*.py"), *Path("resources").rglob("*.py")]:
+    file.write_text(file.read_text().replace("synpo_assets.method.pairs", "synpo_assets.method.couples"))
+found["the name of a module"] = versions()
 print(json.dumps(found))
 """
 
@@ -116,6 +125,9 @@ def run_there(place, code, text=""):
     return json.loads(result.stdout)
 
 
+one_process = pytest.mark.xdist_group("code_versions")
+
+
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory):
     place = copy_of_the_code(tmp_path_factory.mktemp("code"))
@@ -126,11 +138,13 @@ def stale(versions, name):
     return {asset for asset, version in versions[name].items() if version != versions[""][asset]}
 
 
+@one_process
 @pytest.mark.parametrize("name", [name for name, edit in EDITS.items() if edit[3] is not None])
 def test_an_edit_makes_exactly_the_right_assets_stale(versions, name):
     assert stale(versions, name) == EDITS[name][3]
 
 
+@one_process
 def test_how_chats_are_rendered_decides_all_that_generates_trains_or_scores(versions):
     untouched = versions[""].keys() - stale(versions, "how chats are rendered")
     # The labels of prompt_diversity are kept where the scorer keeps its scores.
@@ -140,48 +154,39 @@ def test_how_chats_are_rendered_decides_all_that_generates_trains_or_scores(vers
     }  # fmt: skip
 
 
-VERSIONS = """
-import json
-from definitions import services
-keys = services.graph.materializable_asset_keys
-print(json.dumps({key.to_user_string(): services.graph.get(key).code_version for key in keys}))
-"""
+def test_a_schema_counts_by_what_it_allows():
+    class Answers(Table):
+        tokens: int = pa.Field(ge=1, description="Tokens written.")
+
+    class InOtherWords(Table):
+        tokens: int = pa.Field(ge=1, description="How many tokens were written.")
+
+    class Laxer(Table):
+        tokens: int = pa.Field(ge=0, description="Tokens written.")
+
+    settings, schemas = load_settings(HOME / "settings.yaml"), (Answers, InOtherWords, Laxer)
+    version, in_other_words, laxer = (code_version([], schema, [], settings) for schema in schemas)
+    assert version == in_other_words != laxer
 
 
-def test_a_schema_counts_by_what_it_allows(tmp_path):
-    place = copy_of_the_code(tmp_path)
-    before, file = run_there(place, VERSIONS), place / "synpo_assets/graph/schemas.py"
-    text = file.read_text()
-    allowed = 'output_tokens: int = pa.Field(ge=1, description="Tokens written.")\n\n\nclass SelfInstruct'
-    assert allowed in text
-    file.write_text(text.replace(allowed, allowed.replace("ge=1", "ge=0")))
-    after = run_there(place, VERSIONS)
-    assert {asset for asset in before if before[asset] != after[asset]} == {"synthetic_prompts"}
-    file.write_text(text.replace(allowed, allowed.replace("Tokens written.", "How many tokens were written.")))
-    assert run_there(place, VERSIONS) == before
+@one_process
+def test_the_name_of_a_module_does_not_count(versions):
+    assert stale(versions, "the name of a module") == set()
 
 
-def test_the_name_of_a_module_does_not_count(tmp_path):
-    place = copy_of_the_code(tmp_path)
-    before = run_there(place, VERSIONS)
-    (place / "synpo_assets/method/pairs.py").rename(place / "synpo_assets/method/couples.py")
-    for file in [*place.glob("synpo_assets/**/*.py"), *place.glob("resources/**/*.py")]:
-        text = file.read_text()
-        file.write_text(text.replace("synpo_assets.method.pairs", "synpo_assets.method.couples"))
-    assert run_there(place, VERSIONS) == before
-
-
-def test_a_run_names_what_was_made_by_other_code_and_keeps_it(nano_run, tmp_path, monkeypatch):
-    place = copy_of_the_code(tmp_path / "code")
+def test_a_run_names_what_was_made_by_other_code_and_keeps_it(nano_run, tmp_path, monkeypatch, said):
     home = shutil.copytree(nano_run.home, tmp_path / "home", symlinks=True)
-    file, old, new, _ = EDITS["the body of a stage"]
-    (place / file).write_text((place / file).read_text().replace(old, new))
-    monkeypatch.setenv("PYTHONPATH", str(place))
     before = {path: path.stat().st_mtime for path in (home / "tables").rglob("*.parquet")}
-    result = synpo("run", "--home", home, "--iterations", 2)
+
+    def edited(functions, schema, reads, settings):
+        unchanged = code_version(functions, schema, reads, settings)
+        return "edited" if schema is SeedResponses else unchanged
+
+    monkeypatch.setattr(stage, "code_version", edited)
+    result = synpo_here("run", "--home", home, "--iterations", 2)
     assert result.returncode == 0, result.stderr[-2000:]
-    said = (
+    (warning,) = (line for line in said if line.startswith("Made by other code"))
+    assert warning.startswith(
         "Made by other code or with other settings, and kept: seed_responses[0001], seed_responses[0002]. Materialize"
     )
-    assert said in " ".join(result.stderr.split())
     assert {path: path.stat().st_mtime for path in (home / "tables").rglob("*.parquet")} == before

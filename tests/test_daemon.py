@@ -206,7 +206,7 @@ def test_the_next_iteration_waits_for_corrected_limits_if_a_checkpoint_was_not_p
 def test_dg_launch_makes_one_iteration(ui):
     result = subprocess.run(
         [str(Path(sys.executable).with_name("dg")), "launch", "--job", "iteration", "--partition", "0003"],
-        capture_output=True, text=True, cwd=ROOT, timeout=280,
+        capture_output=True, text=True, cwd=ROOT, timeout=600,
         env={**os.environ, "SYNPO_HOME": str(ui.home), "DAGSTER_HOME": str(ui.home)},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]

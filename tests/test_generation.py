@@ -4,11 +4,6 @@ import dataclasses
 import errno
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import polars as pl
 import pytest
@@ -139,39 +134,6 @@ def test_a_prompt_beyond_the_context_is_refused_with_the_setting(tmp_path, nano_
     too_long = [("long", [{"role": "user", "content": "word " * 3000}])]
     with pytest.raises(FinalError, match=r"exceed the model's context of 1024 tokens: lower sampling\.max_new_tokens"):
         model(tmp_path).answer(nano_checkpoint, too_long, SAMPLING)
-
-
-KILLED = """
-import sys, time
-sys.path.insert(0, {root!r})
-from tests.test_generation import PROMPTS, SAMPLING, model
-from resources.storage.checkpoint_store import Checkpoint
-from resources.generation.transformers_engine import TransformersEngine
-
-complete = TransformersEngine._complete
-def slowly(self, *arguments):
-    time.sleep(0.2)
-    return complete(self, *arguments)
-TransformersEngine._complete = slowly
-checkpoint = Checkpoint("initial_policy", None, "nano", {nano!r}, {nano!r})
-model({shards!r}, shard_rows=3, batch_tokens=64).answer(checkpoint, PROMPTS, SAMPLING)
-"""
-
-
-def test_kill_minus_9_loses_at_most_one_shard(tmp_path, nano_model, nano_checkpoint):
-    undisturbed, _ = model(tmp_path / "undisturbed").answer(nano_checkpoint, PROMPTS, SAMPLING)
-    shards = tmp_path / "killed"
-    code = KILLED.format(root=str(Path(__file__).parents[1]), nano=str(nano_model), shards=str(shards))
-    with subprocess.Popen([sys.executable, "-c", code]) as process:
-        while len(list(shards.glob("*/*.parquet"))) < 2:
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-    saved = sum(pl.read_parquet(file).height for file in shards.glob("*/*.parquet"))
-    assert 6 <= saved < len(PROMPTS)
-    resumed, usage = model(shards, shard_rows=3).answer(nano_checkpoint, PROMPTS, SAMPLING)
-    assert usage.reused == saved
-    assert resumed.equals(undisturbed)
 
 
 def test_the_fingerprint_says_what_the_shards_are_of(tmp_path, nano_checkpoint):

@@ -13,7 +13,7 @@ import pytest
 from resources.settings.files import active_settings
 from synpo_assets.algorithm import stages_of
 from synpo_assets.graph import schemas
-from tests.conftest import synpo
+from tests.conftest import synpo_here
 from tests.nano import nano_settings, write_settings
 
 STAGES = [stage for stage in stages_of(active_settings()) if not stage.opt_in and stage.name != "boosting_report"]
@@ -64,7 +64,7 @@ def test_progress_is_in_the_event_log_under_its_asset_and_once_on_the_terminal(n
 def test_the_summary_of_a_copied_home_names_the_model_that_lies_there(home, tmp_path):
     copy = tmp_path / "copied"
     shutil.copytree(home, copy)
-    done = synpo("run", "--home", copy, "--iterations", 2)
+    done = synpo_here("run", "--home", copy, "--iterations", 2)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("M_2  "))
     assert Path(line.removeprefix("M_2").strip()).is_relative_to(copy / "checkpoints" / "model_checkpoint" / "0002")
@@ -229,14 +229,14 @@ def test_content_versions_are_recorded(home, instance):
 
 def test_a_second_run_finds_nothing_to_do(home, instance):
     before = instance.get_runs_count()
-    result = synpo("run", "--home", home, "--iterations", 2)
+    result = synpo_here("run", "--home", home, "--iterations", 2)
     assert result.returncode == 0
     assert instance.get_runs_count() == before
 
 
 def test_other_settings_are_refused_for_a_home_that_exists(tmp_path, home, nano_model):
     other = write_settings(tmp_path / "other.yaml", nano_settings(nano_model) | {"random_seed": 7})
-    result = synpo("run", "--settings", other, "--home", home)
+    result = synpo_here("run", "--settings", other, "--home", home)
     assert result.returncode == 2
     assert "was made with other settings (random_seed: 42 there, 7 asked for)" in result.stderr
 

@@ -1,4 +1,4 @@
-"""The recipes of the README, followed to the letter in a copy of the tree."""
+"""The recipes of the README, followed to the letter in a copy of the tree: `pytest -n 0 -m slow`."""
 
 import ast
 import json
@@ -14,6 +14,8 @@ import pytest
 from tests.nano import nano_settings, write_settings
 from tests.test_structure import ROOT
 from tests.test_training import pairs
+
+pytestmark = pytest.mark.slow
 
 TRAIN = """
 import json, sys
@@ -37,12 +39,13 @@ from resources.scoring.published import fetch_reward_model
 from resources.scoring.scorer import RewardScorer
 from resources.settings.files import load_settings
 from resources.storage.checkpoint_store import Checkpoint
-settings, shards = load_settings(Path(sys.argv[1])), sys.argv[2]
-directory, _ = fetch_reward_model(settings.scorer, False)
-scorer = RewardScorer(shards=shards, engine=settings.engine, scorer=settings.scorer)
-model = Checkpoint("reward_model", None, "nano", str(directory), str(directory))
-compared = scorer.compare(model, [("Which one?", "This one.", "No idea, but it may be the other one.")])
-print(json.dumps([compared.first_scores[0] + compared.second_scores[0], compared.usage.tokens, compared.convention]))
+def compare(settings):
+    directory, _ = fetch_reward_model(settings.scorer, False)
+    scorer = RewardScorer(shards=sys.argv[1], engine=settings.engine, scorer=settings.scorer)
+    model = Checkpoint("reward_model", None, "nano", str(directory), str(directory))
+    compared = scorer.compare(model, [("Which one?", "This one.", "No idea, but it may be the other one.")])
+    return [compared.first_scores[0] + compared.second_scores[0], compared.usage.tokens, compared.convention]
+print(json.dumps([compare(load_settings(Path(file))) for file in sys.argv[2:]]))
 """
 
 
@@ -117,12 +120,11 @@ def test_adding_a_loss(tmp_path, tree, nano_model):
 
 def test_adding_a_scorer(tmp_path, tree, nano_model, classifier):
     follow("recipe:scorer", tree)
-    settings, found = nano_settings(nano_model), {}
+    settings = nano_settings(nano_model)
     settings["judge"] = {"training": settings["scorer"]["training"]}
-    for kind in ("pretrained", "brief"):
-        settings["scorer"] = {"kind": kind, "name": str(classifier), "max_length": 400}
-        found[kind] = run(COMPARE, tree, write_settings(tmp_path / f"{kind}.yaml", settings), tmp_path / "shards")
-    (plain, tokens, convention), brief = found["pretrained"], found["brief"]
+    kinds = {kind: {"kind": kind, "name": str(classifier), "max_length": 400} for kind in ("pretrained", "brief")}
+    files = [write_settings(tmp_path / f"{kind}.yaml", settings | {"scorer": scorer}) for kind, scorer in kinds.items()]
+    (plain, tokens, convention), brief = run(COMPARE, tree, tmp_path / "shards", *files)
     assert brief == [pytest.approx(plain - 0.01 * tokens), tokens, convention]
 
 

@@ -23,7 +23,9 @@ def test_one_iteration_on_a_real_language_model(tmp_path):
         "response_improver": {"margin_threshold": -100, "training": few},
         "scorer": {"training": few},
         "preferences": {"margin_threshold": -100, "pairs_per_iteration": 4},
-        "policy": {"training": {"learning_rate": 1e-3, "batch_size": 2, "micro_batch_size": 2, "epochs": 2}},
+        "preference_optimization": {
+            "training": {"learning_rate": 1e-3, "batch_size": 2, "micro_batch_size": 2, "epochs": 2}
+        },
     }
     file, home = tmp_path / "small.yaml", tmp_path / "home"
     file.write_text(yaml.safe_dump(settings))

@@ -16,7 +16,7 @@ from synpo_assets.method.ids import content_id
 from synpo_assets.method.pairs import as_preferences, join_sides, select_pairs
 from synpo_assets.method.responses import response_table
 from synpo_assets.reports.trace import TraceError, as_tree, trace
-from tests.conftest import synpo
+from tests.conftest import synpo_here
 from tests.stand_ins import services_in
 
 ASKED = {"keywords-aa11": "What is a tide?", "keywords-aa22": "Why is the sky blue?"}
@@ -319,15 +319,15 @@ def test_every_pair_of_a_real_home_traces(nano_run):
 
 def test_the_command_line(nano_run, tmp_path):
     pair_id = ParquetTables(str(nano_run.home / "tables")).read("preference_pairs", "0001")["pair_id"][0]
-    printed = synpo("trace", pair_id, "--home", nano_run.home)
+    printed = synpo_here("trace", pair_id, "--home", nano_run.home)
     assert printed.returncode == 0, printed.stderr
     assert "trained model_checkpoint[0001]" in printed.stdout
     assert "trained model_checkpoint[0002]" in printed.stdout
-    as_json = synpo("trace", pair_id[:12], "--json", "--home", nano_run.home)
+    as_json = synpo_here("trace", pair_id[:12], "--json", "--home", nano_run.home)
     assert [pair["id"] for pair in json.loads(as_json.stdout)] == [pair_id]
     for refused, words in (
-        (synpo("trace", "pair-nothing", "--home", nano_run.home), "No id begins with 'pair-nothing'"),
-        (synpo("trace", pair_id, "--home", tmp_path / "nowhere"), "is not the home of an experiment"),
+        (synpo_here("trace", "pair-nothing", "--home", nano_run.home), "No id begins with 'pair-nothing'"),
+        (synpo_here("trace", pair_id, "--home", tmp_path / "nowhere"), "is not the home of an experiment"),
     ):
         assert refused.returncode == 2
         assert words in refused.stderr

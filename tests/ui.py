@@ -121,7 +121,7 @@ class Ui:
             "query S($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }", id=run
         )["runOrError"]["status"]  # fmt: skip
 
-    def wait_for_run(self, run, seconds=300):
+    def wait_for_run(self, run, seconds=600):
         return wait_for(lambda: self.status(run) if self.status(run) in FINISHED else None, seconds)
 
     def terminate(self, run):
