@@ -27,9 +27,8 @@ end_with_parent()
 
 # The forkserver imports the heavy libraries once; each step is then forked from it in an instant, in a process of its
 # own, so that the memory of one phase is free again before the next one starts.
-executor = dg.multiprocess_executor.configured(
-    {"start_method": {"forkserver": {"preload_modules": ["synpo_assets.cli.preload", "transformers", "trl", "peft"]}}}
-)
+PRELOADED = ["synpo_assets.cli.preload", "transformers", "trl", "peft"]
+executor = dg.multiprocess_executor.configured({"start_method": {"forkserver": {"preload_modules": PRELOADED}}})
 
 
 def build(settings: Settings, home: Path) -> tuple[dg.Definitions, Services]:
