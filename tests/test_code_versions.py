@@ -93,9 +93,15 @@ for name, (file, old, new) in json.loads(sys.stdin.read()).items():
     found[name] = versions()
     path.write_text(text)
 assert versions() == found[""]
-Path("synpo_assets/method/pairs.py").rename("synpo_assets/method/couples.py")
-for file in [*Path("synpo_assets").rglob("*.py"), *Path("resources").rglob("*.py")]:
-    file.write_text(file.read_text().replace("synpo_assets.method.pairs", "synpo_assets.method.couples"))
+# Imported by name, imported inside a function, and used as a module.
+for folder, old, new in (
+    ("synpo_assets/method", "pairs", "couples"), ("resources/scoring", "pairrm", "rm"), ("synpo_assets/graph", "metrics", "figures")
+):
+    Path(folder, f"{old}.py").rename(Path(folder, f"{new}.py"))
+    package = folder.replace("/", ".")
+    for file in [*Path("synpo_assets").rglob("*.py"), *Path("resources").rglob("*.py")]:
+        text = file.read_text().replace(f"{package}.{old} ", f"{package}.{new} ")
+        file.write_text(text.replace(f"from {package} import {old}", f"from {package} import {new} as {old}"))
 found["the name of a module"] = versions()
 print(json.dumps(found))
 """

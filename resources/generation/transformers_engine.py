@@ -39,7 +39,7 @@ class TransformersEngine:
     @property
     def context_length(self) -> int:
         """The most tokens, prompt and completion together, that the model can attend to."""
-        return self._model.config.max_position_embeddings
+        return self._model.config.get_text_config().max_position_embeddings
 
     def generate(self, requests: Requests, sampling: Sampling) -> Generator[list[Completion], None, None]:
         """Completes requests, longest prompts first, which keeps padding small, and yields each batch when it is done."""

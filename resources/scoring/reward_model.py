@@ -23,6 +23,8 @@ class RewardModel:
         """Loads the model, which reads a prompt and an answer in `max_length` tokens."""
         from transformers import AutoModelForSequenceClassification
 
+        from resources.models.classifier import padding_id, read_head
+
         device = prepare_device(engine)
         self._weights = weights
         self._max_length = max_length
@@ -40,9 +42,8 @@ class RewardModel:
                 f"The model {weights} has no weights for {', '.join(missing[:3])}, so it is no reward model: name a sequence "
                 "classifier in scorer.name."
             )
-        if model.config.pad_token_id is None:
-            # Without it a classifier cannot tell where the shorter rows of a batch end.
-            model.config.pad_token_id = self._tokenizer.pad_token_id
+        read_head(model, weights)
+        self._padding = padding_id(model.config, self._tokenizer)
         self._model = model.to(device).eval()
 
     @staticmethod
@@ -86,11 +87,11 @@ class RewardModel:
         """Scores one batch."""
         import torch
 
-        padded = self._tokenizer.pad(
-            {"input_ids": [reading.token_ids for reading in readings]}, padding_side="right", return_tensors="pt"
-        ).to(self._model.device)
+        from resources.models.classifier import padded
+
+        batch = padded([reading.token_ids for reading in readings], self._padding)
         with torch.inference_mode():
-            logits = self._model(**padded).logits
+            logits = self._model(**{name: part.to(self._model.device) for name, part in batch.items()}).logits
         if logits.numel() != len(readings):
             raise FinalError(
                 f"The reward model {self._weights} gives {logits.numel() // len(readings)} numbers per answer: choose one "

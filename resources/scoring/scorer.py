@@ -120,6 +120,7 @@ class RewardScorer(DeviceResource):
             "library": f"transformers {importlib.metadata.version('transformers')}",
             "device": prepare_device(self.engine),
             "dtype": str(torch_dtype(self.engine)),
+            "head": "float32",
         }
         return Shards(self.shards, fingerprint, f"scores by {reward_model.label}", SCORE_COLUMNS)
 

@@ -16,7 +16,7 @@ from resources.training.state import KEPT_STATES, marking_callback
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, TrainerCallback
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 logger = logging.getLogger("synpo.training")
 
@@ -68,7 +68,7 @@ def train(job: TrainingJob, dataset: "Dataset") -> None:
         trainer = trainer_class(
             model=model,
             args=config,
-            processing_class=load_tokenizer(job.start, job.engine.trust_remote_code),
+            processing_class=_tokenizer(job),
             train_dataset=dataset,
             peft_config=_lora(job, model),
             callbacks=[_progress_callback(), marking_callback(job.seconds_before)],
@@ -101,7 +101,12 @@ def load_model(job: TrainingJob, *, quantized: bool) -> "PreTrainedModel":
             bnb_4bit_quant_storage=number_format,
         )
     if job.kind == "reward":
-        return AutoModelForSequenceClassification.from_pretrained(job.start, num_labels=1, **options)
+        from resources.models.classifier import new_head
+
+        classifier = AutoModelForSequenceClassification.from_pretrained(job.start, num_labels=1, **options)
+        classifier.config.get_text_config().pad_token_id = _tokenizer(job).pad_token_id
+        new_head(classifier)
+        return classifier
     return AutoModelForCausalLM.from_pretrained(job.start, **options)
 
 
@@ -111,7 +116,17 @@ def merge_adapter(job: TrainingJob) -> None:
 
     adapted = PeftModel.from_pretrained(load_model(job, quantized=False), job.directory / "adapter")
     adapted.merge_and_unload().save_pretrained(job.directory / "merged")
-    load_tokenizer(job.start, job.engine.trust_remote_code).save_pretrained(job.directory / "merged")
+    _tokenizer(job).save_pretrained(job.directory / "merged")
+
+
+def _tokenizer(job: TrainingJob) -> "PreTrainedTokenizerBase":
+    """The tokenizer of the start; for a reward model it pads with a token at which no answer ends."""
+    tokenizer = load_tokenizer(job.start, job.engine.trust_remote_code)
+    if job.kind == "reward":
+        from resources.models.classifier import silent_id
+
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(silent_id(tokenizer))
+    return tokenizer
 
 
 def _trainer(job: TrainingJob, device: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -137,7 +152,7 @@ def _lora(job: TrainingJob, model: "PreTrainedModel") -> Any:
     lora = job.training.lora
     if lora is None:
         return None
-    layers = model.config.num_hidden_layers
+    layers = model.config.get_text_config().num_hidden_layers
     first = 0 if lora.last_layers is None else max(0, layers - lora.last_layers)
     return LoraConfig(
         task_type="SEQ_CLS" if job.kind == "reward" else "CAUSAL_LM",
