@@ -146,6 +146,15 @@ def test_weights_that_are_not_finite_block(services, instance, value, passes):
     assert figures(found["finite_weights"])["tensors_not_finite"] == (0 if passes else 1)
 
 
+@pytest.mark.parametrize(("left", "passes"), [(1.0, True), (0.9, True), (0.89, False), (None, True)])
+def test_an_update_that_readers_do_not_see_warns(services, instance, left, passes):
+    measured(services, "model_checkpoint", Metric("surviving_update", left))
+    found, went_on = evaluate(instance, services, "model_checkpoint", checkpoint_with(1.0), io_manager="checkpoints")
+    assert found["update_survives"].passed == passes
+    assert went_on
+    assert "training.learning_rate" in figures(found["update_survives"])["remedy"]
+
+
 def test_a_policy_that_loses_or_loops_warns(instance, services):
     frame = pl.DataFrame({
         "judge_over_initial": ["loss", "loss"], "scorer_over_initial": ["win", "win"],

@@ -18,6 +18,14 @@ class TrainingError(FinalError):
 
 
 @dataclasses.dataclass(frozen=True)
+class SurvivingUpdate:
+    """How much of an update reaches whoever reads the weights."""
+
+    share: float  # The projection of the change that is read on the update: 1 if all of it is left.
+    changed_weights: float  # The share of the updated weights that are read as another number than before.
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingSummary:
     """What a training run did."""
 
@@ -28,6 +36,7 @@ class TrainingSummary:
     steps: int
     seconds: float  # Loading included, and earlier runs up to the state that this one went on from.
     history: list[dict[str, float]]
+    surviving: SurvivingUpdate | None = None  # None if nothing was updated.
 
 
 class TrainingJob(BaseModel):

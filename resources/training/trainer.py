@@ -21,7 +21,7 @@ from resources.models.device import DeviceResource, prepare_device, torch_dtype
 from resources.settings.training import Loss, Training, TrainingProcesses
 from resources.storage.checkpoint_store import TRAINING_LOG, Checkpoint
 from resources.storage.files import json_sha256, write_atomically
-from resources.training.job import Kind, TrainingError, TrainingJob, TrainingSummary
+from resources.training.job import Kind, SurvivingUpdate, TrainingError, TrainingJob, TrainingSummary
 from resources.training.processes import processes_to_start, refuse_missing_packages, run_in_processes
 from resources.training.rows import ROWS_OF, TrainingRows
 from resources.training.run import merge_adapter, train
@@ -30,6 +30,8 @@ from resources.training.state import newest_state
 logger = logging.getLogger("synpo.training")
 
 DESCRIPTION = "description.json"
+# Below it a model answers as the one that it was trained from.
+LEAST_SURVIVING = 0.2
 DECIDING_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
@@ -94,6 +96,7 @@ class Trainer(DeviceResource):
             train(job, dataset)
         if training.lora is not None:
             merge_adapter(job)
+        surviving = self._surviving(job)
         log = directory / TRAINING_LOG
         self._finished.append((job.state, log.open()))
         history = [json.loads(line) for line in log.read_text().splitlines()]
@@ -105,7 +108,25 @@ class Trainer(DeviceResource):
             steps=round(history[-1]["step"]),
             seconds=job.seconds_before + time.monotonic() - started,
             history=history,
+            surviving=surviving,
         )
+
+    def _surviving(self, job: TrainingJob) -> SurvivingUpdate | None:
+        """What generation will see of the update; next to nothing of it is refused."""
+        from resources.training.surviving import surviving_update
+
+        directory, dtype = job.directory, torch_dtype(self.engine)
+        adapter = None if job.training.lora is None else directory / "adapter"
+        left = surviving_update(Path(job.start), directory / "merged", adapter, dtype)
+        if left is not None and left.share < LEAST_SURVIVING and self.engine.adapters != "request":
+            raise TrainingError(
+                f"Of the update by this training {left.share:.0%} is left once its weights are read in "
+                f"{str(dtype).rpartition('.')[2]}, and {1 - left.changed_weights:.0%} of them are read as before: the steps are "
+                "smaller than the distance of two numbers there, so the model would answer as the one that it was trained from. "
+                "Raise training.learning_rate (for LoRA to 1e-4 or more) or the number of steps, or read the weights with "
+                "engine.dtype: float32."
+            )
+        return left
 
     def _subset(self, examples: Sequence[Any], limit: int | None) -> Sequence[Any]:
         """A random subset in the original order; all of them without a limit."""

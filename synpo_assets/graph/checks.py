@@ -78,6 +78,25 @@ def evaluation_checks(context: dg.AssetCheckExecutionContext, services: Services
     yield _result("answers_without_loops", repeated <= most, **shown)
 
 
+def trained_weights_checks(context: dg.AssetCheckExecutionContext, services: Services) -> Results:
+    """Whether a model can be used, and whether it differs from the one that it was trained from."""
+    asset, partition = context.check_specs[0].asset_key.to_user_string(), partition_of(context)
+    checkpoint = services.checkpoints.current(asset, partition)
+    broken = tensors_not_finite(Path(checkpoint.weights))
+    yield _result("finite_weights", not broken, tensors_not_finite=len(broken), sha=checkpoint.sha)
+    left, least = recorded(services.metrics, partition).value("surviving_update", asset=asset), LEAST_SURVIVING_UPDATE
+    survives = left is None or left >= least
+    yield _result("update_survives", survives, surviving_update=left, least_allowed=least, remedy=RAISE_LEARNING_RATE)
+
+
+TRAINED_WEIGHTS = {
+    "finite_weights": "No NaN and no infinity in the weights.",
+    "update_survives": "How much of the training's update is left in the number format that generation reads.",
+}
+LEAST_SURVIVING_UPDATE = 0.9
+RAISE_LEARNING_RATE = "Raise training.learning_rate or the number of steps, or read with engine.dtype: float32."
+
+
 CHECKS = {
     "synthetic_prompts": (
         synthetic_prompts_checks,
@@ -112,18 +131,8 @@ def checks_of(stages: Sequence[Stage], settings: Settings) -> list[dg.AssetCheck
     by_name = {each.name: each for each in stages}
     return [
         *(_checks(by_name[asset], settings, check, names) for asset, (check, names) in CHECKS.items()),
-        *(_checks(each, settings, _finite_weights, {"finite_weights": WEIGHTS}) for each in trained),
+        *(_checks(each, settings, trained_weights_checks, TRAINED_WEIGHTS) for each in trained),
     ]
-
-
-WEIGHTS = "No NaN and no infinity in the weights."
-
-
-def _finite_weights(context: dg.AssetCheckExecutionContext, services: Services) -> Results:
-    asset = context.check_specs[0].asset_key.to_user_string()
-    checkpoint = services.checkpoints.current(asset, partition_of(context))
-    broken = tensors_not_finite(Path(checkpoint.weights))
-    yield _result("finite_weights", not broken, tensors_not_finite=len(broken), sha=checkpoint.sha)
 
 
 def _checks(stage: Stage, settings: Settings, check: Any, names: dict[str, str]) -> dg.AssetChecksDefinition:

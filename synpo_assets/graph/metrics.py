@@ -29,7 +29,7 @@ MetricName = Literal[
     "generated_tokens_per_second",
     # Training.
     "examples", "dropped_examples", "truncated_examples", "trained_tokens", "training_steps", "training_seconds",
-    "trained_tokens_per_second", "final_loss",
+    "trained_tokens_per_second", "final_loss", "surviving_update", "changed_weights",
     # Scoring and embedding.
     "readings", "reused_readings", "scored_tokens", "prompts_unread", "answers_unread", "scoring_seconds",
     "scored_tokens_per_second", "embedded_texts", "embedded_tokens", "texts_unread", "embedding_seconds",
@@ -157,6 +157,7 @@ def generating(*usages: Usage) -> list[Metric]:
 
 def training(summary: TrainingSummary) -> list[Metric]:
     """What a training run did and cost."""
+    surviving = summary.surviving
     return [
         Metric("examples", summary.examples),
         Metric("dropped_examples", summary.dropped),
@@ -166,6 +167,8 @@ def training(summary: TrainingSummary) -> list[Metric]:
         Metric("training_seconds", round(summary.seconds, 1)),
         *_rate("trained_tokens_per_second", summary.tokens, summary.seconds),
         Metric("final_loss", [entry["loss"] for entry in summary.history if "loss" in entry][-1]),
+        Metric("surviving_update", surviving.share if surviving else None),
+        Metric("changed_weights", surviving.changed_weights if surviving else None),
     ]
 
 

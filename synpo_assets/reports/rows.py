@@ -201,6 +201,8 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
     yield from _without_a_judge()
     yield "Gate", "M_t promoted to the next iteration", lambda iteration: PROMOTED[iteration.promoted]
     yield "Checkpoints", "M_t", lambda iteration: _sha(iteration.sha)
+    update = _of("surviving_update", share_text, asset="model_checkpoint")
+    yield "Checkpoints", "update of M_t left in the number format of generation", update
     yield "Checkpoints", "policy that answered", lambda iteration: _sha(_parent(iteration, "policy"))
     for side in ("chosen", "rejected"):
         yield "Checkpoints", f"model that wrote the {side} side", _of_pairs(f"{side}_checkpoint_sha")

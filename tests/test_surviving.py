@@ -1,0 +1,76 @@
+"""What is left of an update where the weights are read in bfloat16: small steps vanish, and the user is told."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from resources.settings.machine import Engine
+from resources.settings.training import Lora, Training, TrainingProcesses
+from resources.training.job import TrainingError
+from resources.training.surviving import surviving_update
+from resources.training.trainer import Trainer
+
+ROWS = [([{"role": "user", "content": f"Question {number}?"}], "yes " * 3) for number in range(8)]
+TRAINING = Training(learning_rate=1e-2, batch_size=8, micro_batch_size=8, epochs=2, max_length=200, warmup_ratio=0.0)
+
+
+def written(place, weights):
+    place.mkdir()
+    save_file({"layer.weight": weights}, place / "model.safetensors")
+    return place
+
+
+@pytest.mark.parametrize(("step", "share", "changed"), [(0.25, 1.0, 1.0), (2.0**-10, 0.0, 0.0), (2.0**-7, 1.0, 1.0)])
+def test_steps_below_half_the_distance_of_two_numbers_vanish(tmp_path, step, share, changed):
+    """Between 1 and 2 the numbers of bfloat16 are 2^-7 apart."""
+    weights = torch.full((4, 4), 1.0)
+    start, trained = written(tmp_path / "start", weights), written(tmp_path / "trained", weights + step)
+    left = surviving_update(start, trained, None, torch.bfloat16)
+    assert (left.share, left.changed_weights) == (share, changed)
+    assert surviving_update(start, trained, None, torch.float32).share == 1.0
+    assert surviving_update(start, start, None, torch.float32) is None
+
+
+def trained(place, start, dtype, **changes):
+    engine = Engine(threads=1, device="cpu", dtype=dtype)
+    trainer = Trainer(engine=engine, random_seed=1, processes=TrainingProcesses(), states=str(place / "states"))
+    return trainer.train("supervised", start, ROWS, TRAINING.model_copy(update=changes), place / "made")
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=2, alpha=4)])
+def test_an_update_is_whole_in_float32(tmp_path, nano_checkpoint, lora):
+    left = trained(tmp_path, nano_checkpoint, "float32", lora=lora).surviving
+    assert left.share == pytest.approx(1, abs=1e-3)
+    assert left.changed_weights > 0.95
+
+
+def test_the_measure_of_an_adapter_is_that_of_the_difference_of_the_weights(tmp_path, nano_checkpoint):
+    left = trained(tmp_path, nano_checkpoint, "float32", lora=Lora(rank=2, alpha=4)).surviving
+    start = tmp_path / "start"
+    start.mkdir()
+    before = load_file(f"{nano_checkpoint.weights}/model.safetensors")
+    save_file({name: tensor.clone() for name, tensor in before.items()}, start / "model.safetensors")
+    assert dataclasses.astuple(left) == pytest.approx(
+        dataclasses.astuple(surviving_update(start, tmp_path / "made" / "merged", None, torch.float32)), abs=1e-3
+    )
+
+
+def test_steps_that_bfloat16_rounds_off_are_refused_with_the_remedy(tmp_path, nano_checkpoint):
+    """Published weights are numbers of bfloat16, as these are made to be."""
+    start = shutil.copytree(nano_checkpoint.weights, tmp_path / "start")
+    weights = load_file(start / "model.safetensors")
+    save_file(
+        {name: tensor.bfloat16().float() for name, tensor in weights.items()},
+        start / "model.safetensors",
+        {"format": "pt"},
+    )
+    nano_checkpoint = dataclasses.replace(nano_checkpoint, weights=str(start))
+    with pytest.raises(
+        TrainingError, match=r"% is left .* bfloat16.*Raise training\.learning_rate .*engine\.dtype: float32"
+    ):
+        trained(tmp_path / "small", nano_checkpoint, "bfloat16", learning_rate=1e-7)
+    left = trained(tmp_path / "large", nano_checkpoint, "bfloat16", learning_rate=1e-2).surviving
+    assert left.share > 0.9
