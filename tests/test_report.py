@@ -20,6 +20,7 @@ from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.services import Services
+from synpo_assets.method.evaluation import LENGTH_BANDS
 from synpo_assets.reports.boosting_report import boosting_report, iterations_of, read_iteration
 from synpo_assets.reports.rows import report_rows
 from tests.stand_ins import ITERATIONS, measured, run, services_in
@@ -93,7 +94,10 @@ def recorded(iteration, kept=5):
         ],
         "gold_comparison": [
             *sides("gold_log_likelihood", -2.5, -3.0), *sides("gold_similarity", 0.7),
-            gain("gold_log_likelihood_gain", 0.5, 0.25, 0.75),
+            gain("gold_log_likelihood_gain", 0.5, 0.25, 0.75), *sides("gold_end_log_likelihood", -1.5, -4.0),
+            gain("gold_end_log_likelihood_gain", 2.5, 2.25, 2.75),
+            Metric("gold_similarity", 0.6, of="candidate", by=LENGTH_BANDS[1], n=7),
+            dataclasses.replace(gain("gold_similarity_gain", 0.1, -0.1, 0.2), by=LENGTH_BANDS[1], n=5),
         ],
         "promotion": [Metric("promoted", 1, of="candidate")],
     }  # fmt: skip
@@ -213,11 +217,19 @@ def test_every_metric_is_in_its_place(instance, services):
         "instructions followed by M_t": ("50.0%", "50.0%"),
         "instructions followed by M_0": ("37.5%", "37.5%"),
         "instructions followed, M_t less M_0, 95 % interval": ("+12.5 points (-1.0 to +25.0)",) * 2,
-        "log-likelihood of gold per token, M_t less M_0, 95 % interval": ("+0.500 (+0.250 to +0.750)",) * 2,
+        "log-likelihood of gold's text per token, M_t less M_0, 95 % interval": ("+0.500 (+0.250 to +0.750)",) * 2,
         "constraints met by M_t": ("60.0%", "60.0%"),
-        "log-likelihood of gold per token, M_t": ("-2.500", "-2.500"),
-        "log-likelihood of gold per token, M_0": ("-3.000", "-3.000"),
+        "log-likelihood of gold's text per token, M_t": ("-2.500", "-2.500"),
+        "log-likelihood of gold's text per token, M_0": ("-3.000", "-3.000"),
+        "log-likelihood of gold's end of turn, M_t": ("-1.500", "-1.500"),
+        "log-likelihood of gold's end of turn, M_0": ("-4.000", "-4.000"),
+        "log-likelihood of gold's end of turn, M_t less M_0, 95 % interval": ("+2.500 (+2.250 to +2.750)",) * 2,
         "similarity of the answers to gold, M_t": ("0.700", "0.700"),
+        "similarity to gold, answers of half to twice gold's length, M_t": ("0.600, n = 7",) * 2,
+        "similarity to gold, answers of half to twice gold's length by both, M_t less M_0, 95 % interval": (
+            "+0.100 (-0.100 to +0.200), n = 5",
+        )
+        * 2,
         "M_t promoted to the next iteration": ("yes", "yes"),
         "M_t": tuple(sha[:16] for sha in shas),
         "model that wrote the chosen side": ("0123456789abcdef",) * 2,

@@ -7,6 +7,7 @@ from typing import Any, Unpack
 import polars as pl
 
 from synpo_assets.graph.metrics import Metric, MetricName, Metrics, Which
+from synpo_assets.method.evaluation import LENGTH_BANDS
 
 MISSING = "—"
 PROMPT_SOURCES = {
@@ -239,7 +240,8 @@ def _without_a_judge() -> Iterator[tuple[str, str, Cell]]:
     for side, model in MODELS.items():
         yield section, f"constraints met by {model}", _of("constraint_rate", share_text, side)
     measures: tuple[tuple[str, MetricName, MetricName], ...] = (
-        ("log-likelihood of gold per token", "gold_log_likelihood", "gold_log_likelihood_gain"),
+        ("log-likelihood of gold's text per token", "gold_log_likelihood", "gold_log_likelihood_gain"),
+        ("log-likelihood of gold's end of turn", "gold_end_log_likelihood", "gold_end_log_likelihood_gain"),
         ("similarity of the answers to gold", "gold_similarity", "gold_similarity_gain"),
     )
     for what, metric, gained in measures:
@@ -247,6 +249,23 @@ def _without_a_judge() -> Iterator[tuple[str, str, Cell]]:
             yield section, f"{what}, {model}", _of(metric, number_text, side)
         label = f"{what}, M_t less M_0, 95 % interval"
         yield section, label, _over_initial(gained, difference_text)
+    for band in LENGTH_BANDS:
+        yield from _likeness_in(section, band)
+
+
+def _likeness_in(section: str, band: str) -> Iterator[tuple[str, str, Cell]]:
+    def cell(form: Callable[[Metric], str], metric: MetricName, of: str, over: str | None = None) -> Cell:
+        def of_band(iteration: FinishedIteration) -> str:
+            found = iteration.metrics.find(metric, of, over=over, by=band)
+            return MISSING if found is None else f"{form(found)}, n = {count_text(found.n)}"
+
+        return of_band
+
+    what = f"similarity to gold, answers of {band}"
+    for side, model in MODELS.items():
+        yield section, f"{what}, {model}", cell(lambda each: number_text(each.value), "gold_similarity", side)
+    label = f"{what} by both, M_t less M_0, 95 % interval"
+    yield section, label, cell(difference_text, "gold_similarity_gain", "candidate", "initial")
 
 
 def total(iteration: FinishedIteration, metric: MetricName) -> float:
