@@ -6,6 +6,7 @@ from typing import Any, Unpack
 
 import polars as pl
 
+from resources.training.history import last_quarter
 from synpo_assets.graph.metrics import Metric, MetricName, Metrics, Which
 from synpo_assets.method.evaluation import LENGTH_BANDS
 
@@ -189,7 +190,8 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
     yield "Pairs", "chosen length / rejected length", _of("chosen_to_rejected_length", number_text)
     for side in ("chosen", "rejected"):
         yield "Pairs", f"{side} answers cut", _of("cut_share", share_text, side)
-    yield "Pairs", "reward margin at the last training step", _last_reward_margin
+    yield "Pairs", "reward margin, last quarter of training", _last_quarter("rewards/margins", number_text)
+    yield "Pairs", "reward accuracy, last quarter of training", _last_quarter("rewards/accuracies", share_text)
     yield "Held-out", "prompts", _of("held_out_prompts", count_text)
     for side, what in {"initial": "M_0", "candidate": "M_t", "gold": "the gold answers"}.items():
         yield "Held-out", f"mean reward of {what}, by the scorer", _of("held_out_reward", number_text, side)
@@ -300,8 +302,8 @@ def _ratio(part: str, whole: str) -> Cell:
     return cell
 
 
-def _last_reward_margin(iteration: FinishedIteration) -> str:
-    return number_text(iteration.rewards[-1]["rewards/margins"] if iteration.rewards else None)
+def _last_quarter(name: str, form: Format) -> Cell:
+    return lambda iteration: form(last_quarter(entry.get(name) for entry in iteration.training_log))
 
 
 def _largest(metric: MetricName) -> Cell:
