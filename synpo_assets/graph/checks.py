@@ -13,14 +13,18 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
+from resources.common.text import asset_label
 from resources.models.weights import tensors_not_finite
 from resources.settings.settings import Settings
+from resources.training.history import last_quarter
+from resources.training.losses import sigmoid_argument
 from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.partitions import iterations, partition_key, partition_of
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.evaluation import win_rate
 from synpo_assets.method.quality import length_ratio, mean_repetition, mean_similarity
+from synpo_assets.method.saturation import saturation
 
 # Partitions of asset checks are marked preview; the pinned Dagster minor version is the one they were tested with.
 warnings.filterwarnings("ignore", category=dg.PreviewWarning)
@@ -63,6 +67,29 @@ def preference_pairs_checks(context: dg.AssetCheckExecutionContext, services: Se
     yield _result("repetition", repeated <= most, mean_repetition=repeated, most_allowed=most)
 
 
+def model_checkpoint_checks(context: dg.AssetCheckExecutionContext, services: Services) -> Results:
+    """Whether M_t can be used, and whether its training still told pairs apart."""
+    yield from _finite_weights(context, services)
+    limits, preferences = services.settings.checks, services.settings.preferences
+    loss = services.settings.preference_optimization.loss
+    log = services.checkpoints.training_log("model_checkpoint", context.partition_key)
+    accuracy = last_quarter(entry.get("rewards/accuracies") for entry in log)
+    argument = last_quarter(sigmoid_argument(loss, entry) for entry in log)
+    reason = saturation(accuracy, argument, limits.min_reward_accuracy, limits.min_sigmoid_argument)
+    shown: dict[str, Any] = {"reward_accuracy": accuracy, "sigmoid_argument": argument}
+    if reason is not None:
+        nearer = "" if preferences.chosen_from == "ranked_samples" else " (preferences.chosen_from: ranked_samples)"
+        shown["warning"] = (
+            f"The training of {asset_label('model_checkpoint', context.partition_key)} is saturated: over its last quarter "
+            f"{reason}. preference_optimization.loss.beta then changes little: choose answers that are nearer to the policy"
+            f"{nearer}, take fewer steps (preference_optimization.training.epochs), or lower "
+            "preference_optimization.training.learning_rate."
+        )
+        context.log.warning(shown["warning"])
+    shown |= {"least_accuracy": limits.min_reward_accuracy, "least_argument": limits.min_sigmoid_argument}
+    yield _result("loss_not_saturated", reason is None, **shown)
+
+
 def evaluation_checks(context: dg.AssetCheckExecutionContext, services: Services) -> Results:
     """Whether training moved the policy where it was meant to go."""
     limits = services.settings.checks
@@ -77,6 +104,8 @@ def evaluation_checks(context: dg.AssetCheckExecutionContext, services: Services
     shown = {"mean_repetition": repeated, "of_the_initial_policy": before, "most_allowed": most}
     yield _result("answers_without_loops", repeated <= most, **shown)
 
+
+WEIGHTS = "No NaN and no infinity in the weights."
 
 CHECKS = {
     "synthetic_prompts": (
@@ -96,6 +125,13 @@ CHECKS = {
             "repetition": "Mean share of repeated word n-grams in chosen answers.",
         },
     ),
+    "model_checkpoint": (
+        model_checkpoint_checks,
+        {
+            "finite_weights": WEIGHTS,
+            "loss_not_saturated": "Reward accuracy and argument of the loss's sigmoid over the last quarter of training.",
+        },
+    ),
     "evaluation": (
         evaluation_checks,
         {
@@ -108,15 +144,12 @@ CHECKS = {
 
 def checks_of(stages: Sequence[Stage], settings: Settings) -> list[dg.AssetChecksDefinition]:
     """The checks of an experiment: those above, and one of the weights of every model that is trained."""
-    trained = [each for each in stages if each.checkpoint and "trains" in each.work]
+    trained = [each for each in stages if each.checkpoint and "trains" in each.work and each.name not in CHECKS]
     by_name = {each.name: each for each in stages}
     return [
         *(_checks(by_name[asset], settings, check, names) for asset, (check, names) in CHECKS.items()),
         *(_checks(each, settings, _finite_weights, {"finite_weights": WEIGHTS}) for each in trained),
     ]
-
-
-WEIGHTS = "No NaN and no infinity in the weights."
 
 
 def _finite_weights(context: dg.AssetCheckExecutionContext, services: Services) -> Results:
