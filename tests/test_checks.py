@@ -1,12 +1,14 @@
 """Asset checks on tables with known faults: what they say, per iteration, and what they hold up."""
 
 import dataclasses
+import json
 
 import dagster as dg
 import polars as pl
 import pytest
 
 from resources.settings.files import active_settings
+from resources.storage.checkpoint_store import TRAINING_LOG
 from synpo_assets.algorithm import stages_of
 from synpo_assets.graph import history
 from synpo_assets.graph.checks import checks_of
@@ -122,7 +124,7 @@ def test_prompts_that_grow_alike_or_repeat_earlier_ones_warn(instance, services)
     assert found["few_near_duplicates"].passed
 
 
-def checkpoint_with(value):
+def checkpoint_with(value, log=()):
     def make(context):
         def build(directory):
             import torch
@@ -131,6 +133,7 @@ def checkpoint_with(value):
             (directory / "merged").mkdir()
             tensors = {"good": torch.ones(2, dtype=torch.bfloat16), "last": torch.tensor([1.0, value])}
             save_file(tensors, directory / "merged" / "model.safetensors")
+            (directory / TRAINING_LOG).write_text("".join(json.dumps(entry) + "\n" for entry in log))
 
         return context.resources.checkpoints.create(
             context, build, parents={}, trained_on={}, settings={}, random_seed=0
@@ -153,6 +156,50 @@ def test_an_update_that_readers_do_not_see_warns(services, instance, left, passe
     assert found["update_survives"].passed == passes
     assert went_on
     assert "training.learning_rate" in figures(found["update_survives"])["remedy"]
+
+
+@pytest.mark.parametrize(("accuracy", "above_limit", "said"), [
+    (0.5, 0.0, []),
+    (1.0, 9.0, []),
+    (0.49, 0.0, ["the reward accuracy is 49.0%, below 50%"]),
+    (0.5, -0.25, ["the argument of the loss's sigmoid is -4.25, below -4, where a pair pulls with 98.6 % of its full weight"]),
+    (0.25, -6.0, ["the reward accuracy is 25.0%, below 50%, and the argument of the loss's sigmoid is -10.00, below -4"]),
+])  # fmt: skip
+def test_a_saturated_training_warns_and_does_not_block(services, instance, accuracy, above_limit, said):
+    loss = active_settings().preference_optimization.loss
+    margin = loss.gamma - 4 + above_limit
+    # What counts is the last quarter of the twelve steps: the others would give the opposite result.
+    early = {"rewards/accuracies": 0.0, "rewards/margins": -99.0} if not said else {
+        "rewards/accuracies": 1.0, "rewards/margins": 99.0}  # fmt: skip
+    late = [{"rewards/accuracies": accuracy + part, "rewards/margins": margin + part} for part in (-0.125, 0, 0.125)]
+    log = [*[early] * 9, *late, {"loss": 1.0}]
+    found, went_on = evaluate(
+        instance, services, "model_checkpoint", checkpoint_with(1.0, log), io_manager="checkpoints"
+    )
+    check = found["loss_not_saturated"]
+    assert found["finite_weights"].passed
+    assert went_on
+    assert (check.passed, check.severity) == (not said, dg.AssetCheckSeverity.WARN)
+    shown = figures(check)
+    assert shown["reward_accuracy"] == pytest.approx(accuracy)
+    assert shown["sigmoid_argument"] == pytest.approx(-4 + above_limit)
+    (run,) = instance.get_runs()
+    warnings = [entry.user_message for entry in instance.all_logs(run.run_id) if "is saturated" in entry.user_message]
+    assert warnings == ([shown["warning"]] if said else [])
+    assert ("warning" in shown) == bool(said)
+    for text in said:
+        assert text in shown["warning"]
+        for name in ("model_checkpoint[0001]", "preferences.chosen_from: ranked_samples", "training.epochs",
+                     "preference_optimization.training.learning_rate"):  # fmt: skip
+            assert name in shown["warning"]
+
+
+def test_a_training_that_logged_no_rewards_is_not_called_saturated(services, instance):
+    found, _ = evaluate(
+        instance, services, "model_checkpoint", checkpoint_with(1.0, [{"loss": 1.0}]), io_manager="checkpoints"
+    )
+    assert found["loss_not_saturated"].passed
+    assert figures(found["loss_not_saturated"])["sigmoid_argument"] is None
 
 
 def test_a_policy_that_loses_or_loops_warns(instance, services):

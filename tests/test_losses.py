@@ -7,7 +7,7 @@ import pytest
 from resources.models.chat import load_tokenizer, prompt_ids
 from resources.settings.machine import Engine
 from resources.settings.training import DPO, ORPO, CPOSimPO, SimPO, TrainingProcesses
-from resources.training.losses import loss_module
+from resources.training.losses import loss_module, pairs_text, sigmoid_argument
 from resources.training.trainer import Trainer
 from tests.nano import seed_rows
 from tests.test_training import PAIRED, mean_log_probability, pairs
@@ -69,6 +69,43 @@ def test_the_first_loss_is_the_formula(train, nano_checkpoint, tmp_path):
         logged = train(loss, rows).history[0]
         assert logged["loss"] == pytest.approx(wanted[loss.kind], abs=2e-3)
         assert logged["rewards/chosen"] == pytest.approx(loss.beta * sum(side[0] for side in sides) / 4, abs=2e-3)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.kind)
+def test_the_loss_of_one_pair_is_that_of_its_sigmoid_argument(train, loss):
+    *_, second = (
+        entry for entry in train(loss, pairs()[:1], epochs=2, learning_rate=1e-2).history if "rewards/margins" in entry
+    )
+    of_pair = math.log1p(math.exp(-sigmoid_argument(loss, second)))
+    wanted = {
+        "simpo": lambda: of_pair,
+        "dpo": lambda: of_pair,
+        "orpo": lambda: loss.beta * of_pair + second["nll_loss"],
+        "cpo_simpo": lambda: of_pair + loss.alpha * second["nll_loss"],
+    }
+    assert second["step"] == 2
+    assert second["loss"] == pytest.approx(wanted[loss.kind](), abs=2e-3)
+
+
+def test_what_a_step_says_of_its_pairs():
+    logged = {"loss": 1.0, "rewards/accuracies": 0.625, "rewards/margins": -1.5, "log_odds_chosen": -3.25}
+    assert [pairs_text(loss, logged) for loss in LOSSES] == [
+        ", reward accuracy 62%, gap -0.600 nats per token",
+        ", reward accuracy 62%, gap -5.000 nats per answer since the start",
+        ", reward accuracy 62%, gap -3.750 nats per token",
+        ", reward accuracy 62%, gap -0.600 nats per token",
+    ]
+    assert [sigmoid_argument(loss, logged) for loss in LOSSES] == [-2.75, -1.5, -3.25, -2.75]
+    assert pairs_text(None, logged) == pairs_text(LOSSES[0], {"loss": 1.0}) == ""
+    assert sigmoid_argument(LOSSES[0], {"loss": 1.0}) is None
+
+
+def test_a_loss_that_states_neither_gap_nor_argument_is_enough(monkeypatch):
+    monkeypatch.delattr("resources.training.losses.dpo.gap")
+    monkeypatch.delattr("resources.training.losses.dpo.sigmoid_argument")
+    logged = {"rewards/accuracies": 0.5, "rewards/margins": -9.0}
+    assert pairs_text(LOSSES[1], logged) == ", reward accuracy 50%"
+    assert sigmoid_argument(LOSSES[1], logged) is None
 
 
 def log_probability(model, token_ids):

@@ -9,9 +9,10 @@ from resources.models.likelihood import AnswerLikelihood
 from resources.settings.files import load_settings
 from resources.settings.machine import Engine
 from resources.settings.sections import SettingsError
-from synpo_assets.evaluation.gold_comparison import refuse_answers_of_another
+from synpo_assets.evaluation.gold_comparison import gold_metrics, refuse_answers_of_another
 from synpo_assets.evaluation.instruction_following import following_metrics
 from synpo_assets.graph.metrics import Metric, recorded
+from synpo_assets.method.evaluation import LENGTH_BANDS, length_bands
 from synpo_assets.method.verifiable import RULES, meets, rates_by_rule
 from synpo_assets.stages.seed import seed_table, verifiable_table
 from tests.nano import write_settings
@@ -146,11 +147,11 @@ def test_no_instructions_are_no_error(tmp_path):
     assert verifiable_table(settings).is_empty()
 
 
-def test_the_likelihood_is_what_transformers_calls_the_loss(nano_checkpoint):
+def test_the_likelihood_is_what_transformers_calls_the_loss_of_the_text_and_of_the_end_of_turn(nano_checkpoint):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from resources.models.chat import answer_ids, load_tokenizer, prompt_ids
+    from resources.models.chat import answer_ids, end_of_turn_id, load_tokenizer, prompt_ids
 
     rows = [
         ("Why?", "Because it is so."),
@@ -161,15 +162,67 @@ def test_the_likelihood_is_what_transformers_calls_the_loss(nano_checkpoint):
     alone = AnswerLikelihood(engine=Engine(threads=1, batch_tokens=64)).measure(nano_checkpoint, rows)
     found = AnswerLikelihood(engine=Engine(threads=1)).measure(nano_checkpoint, rows)
     assert found.per_token == pytest.approx(alone.per_token, abs=1e-5)
+    assert found.end == pytest.approx(alone.end, abs=1e-5)
     model = AutoModelForCausalLM.from_pretrained(nano_checkpoint.weights)
     tokenizer = load_tokenizer(nano_checkpoint.weights)
-    for (prompt, answer), mean in zip(rows, found.per_token, strict=True):
+    for (prompt, answer), per_token, end in zip(rows, found.per_token, found.end, strict=True):
         messages = [{"role": "user", "content": prompt}]
-        asked, written = prompt_ids(tokenizer, messages), answer_ids(tokenizer, messages, answer)
-        labels = torch.tensor([[-100] * len(asked) + written])
-        with torch.inference_mode():
-            loss = model(input_ids=torch.tensor([asked + written]), labels=labels).loss
-        assert mean == pytest.approx(-float(loss), abs=1e-4)
+        asked = prompt_ids(tokenizer, messages)
+        text = answer_ids(tokenizer, messages, answer, finished=False)
+        closing = [end_of_turn_id(tokenizer)]
+        parts = [
+            (per_token, [-100] * len(asked) + text + [-100]),
+            (end, [-100] * len(asked + text) + closing),
+        ]
+        for measured, labels in parts:
+            with torch.inference_mode():
+                loss = model(input_ids=torch.tensor([asked + text + closing]), labels=torch.tensor([labels])).loss
+            assert measured == pytest.approx(-float(loss), abs=1e-4)
+
+
+def compared_with_gold(*rows):
+    """Rows of M_t's and M_0's similarity and ratio of length; the likelihoods are those of a model that learned to stop."""
+    columns = ("candidate_similarity", "initial_similarity", "candidate_length_ratio", "initial_length_ratio")
+    return pl.DataFrame(rows, schema=dict.fromkeys(columns, pl.Float64), orient="row").with_columns(
+        candidate_log_likelihood=-2.0, initial_log_likelihood=-2.0,
+        candidate_end_log_likelihood=-0.5, initial_end_log_likelihood=-3.0,
+    )  # fmt: skip
+
+
+def test_a_model_that_only_learned_to_end_its_turn_gains_nothing_on_the_text():
+    found = {metric.metric: metric for metric in gold_metrics(compared_with_gold((0.5, 0.5, 1.0, 1.0)), "sha", 0)}
+    assert found["gold_log_likelihood_gain"].value == 0
+    gain = found["gold_end_log_likelihood_gain"]
+    assert (gain.of, gain.over, gain.value, gain.low, gain.high) == ("candidate", "initial", 2.5, 2.5, 2.5)
+    assert (gain.n, gain.checkpoint_sha) == (1, "sha")
+
+
+def test_likeness_that_rose_with_length_alone_has_not_risen_in_any_band():
+    short, alike = LENGTH_BANDS[:2]
+    # M_0 answers half of the prompts far too briefly; M_t answers those at gold's length, and nothing else is another.
+    frame = compared_with_gold((0.75, 0.25, 1.0, 0.4), (0.75, 0.75, 2.0, 0.5), (0.25, 0.25, 0.1, 0.1))
+    found = [metric for metric in gold_metrics(frame, "sha", 0) if metric.metric.startswith("gold_similarity")]
+    overall = {(metric.metric, metric.of): metric.value for metric in found if metric.by is None}
+    assert overall["gold_similarity", "candidate"] > overall["gold_similarity", "initial"]
+    assert overall["gold_similarity_gain", "candidate"] > 0
+    assert [(metric.by, metric.metric, metric.of, metric.value, metric.n) for metric in found if metric.by] == [
+        (short, "gold_similarity", "candidate", 0.25, 1), (short, "gold_similarity", "initial", 0.25, 2),
+        (short, "gold_similarity_gain", "candidate", 0.0, 1),
+        (alike, "gold_similarity", "candidate", 0.75, 2), (alike, "gold_similarity", "initial", 0.75, 1),
+        (alike, "gold_similarity_gain", "candidate", 0.0, 1),
+    ]  # fmt: skip
+
+
+def test_a_band_without_answers_has_no_row():
+    found = [metric for metric in gold_metrics(compared_with_gold((0.5, 0.5, 3.0, 1.0)), "sha", 0) if metric.by]
+    assert [(metric.by, metric.metric, metric.of) for metric in found] == [
+        (LENGTH_BANDS[1], "gold_similarity", "initial"), (LENGTH_BANDS[2], "gold_similarity", "candidate")
+    ]  # fmt: skip
+
+
+def test_the_bounds_belong_to_the_middle_band():
+    ratios = {0.0: 0, 0.4999: 0, 0.5: 1, 1.0: 1, 2.0: 1, 2.0001: 2}
+    assert length_bands(pl.Series(list(ratios))).to_list() == [LENGTH_BANDS[place] for place in ratios.values()]
 
 
 def test_both_models_are_measured_in_each_iteration(nano_run):
@@ -203,8 +256,16 @@ def test_both_models_are_measured_in_each_iteration(nano_run):
         gain = metrics.find("gold_log_likelihood_gain", "candidate", over="initial")
         assert gain.value == pytest.approx(after - before, abs=1e-8)
         assert gain.low < gain.value
+        gain = metrics.find("gold_end_log_likelihood_gain", "candidate", over="initial")
+        expected = (gold["candidate_end_log_likelihood"] - gold["initial_end_log_likelihood"]).mean()
+        assert gain.value == pytest.approx(expected, abs=1e-8)
         gain = metrics.find("gold_similarity_gain", "candidate", over="initial")
         assert gain.value < gain.high
+        for side in ("candidate", "initial"):
+            in_bands = [each for each in metrics.every("gold_similarity") if each.of == side and each.by]
+            assert sum(each.n for each in in_bands) == gold.height
+            lengths = evaluated[f"{side}_response"].str.len_chars() / evaluated["answer"].str.len_chars()
+            assert gold[f"{side}_length_ratio"].to_list() == lengths.to_list()
 
 
 def test_answers_of_another_checkpoint_are_refused(nano_checkpoint):

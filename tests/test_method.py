@@ -177,9 +177,41 @@ def test_what_is_found_is_similar_enough_and_a_copy_is_always_found(texts, asked
         assert known.find(text.upper()) is not None
 
 
-def test_a_short_held_out_prompt_is_found_whole():
-    assert Contamination(["Define entropy briefly"], 8).find("Now define entropy briefly, please")
-    assert Contamination(["Define entropy briefly"], 8).find("Define enthalpy briefly") is None
+def test_a_short_held_out_prompt_is_compared_as_a_whole():
+    held_out = Contamination(["Define entropy briefly"], 8)
+    assert held_out.find("DEFINE entropy, briefly!") == "Define entropy briefly"
+    assert held_out.find("Now define entropy briefly, please") is None
+    assert held_out.find("Define enthalpy briefly") is None
+
+
+def test_of_several_held_out_prompts_the_same_one_comes_first_and_then_the_alphabet():
+    held_out = ["x a b c", "d a b c", "Q a b c"]
+    assert Contamination(held_out, 3).find("x a b c") == "x a b c"
+    assert Contamination(held_out, 3).find("y a b c") == Contamination(held_out[::-1], 3).find("y a b c") == "Q a b c"
+
+
+def test_prompts_without_a_word_are_not_the_same():
+    assert Contamination(["?!", "🙂"], 3).find("...") is None
+
+
+WORDS = st.lists(st.sampled_from("abc"), max_size=7)
+
+
+@given(st.lists(WORDS, max_size=6), WORDS, st.integers(2, 5))
+def test_short_held_out_prompts_drop_their_equals_alone_and_longer_ones_what_shares_a_run(held_out, words, ngram):
+    def runs(of):
+        return {tuple(of[start : start + ngram]) for start in range(len(of) - ngram + 1)}
+
+    asked = [" ".join(each).upper() + "?" for each in held_out]
+    by_hand = {
+        prompt for prompt, each in zip(asked, held_out, strict=True)
+        if (words and each == words) or (len(each) >= ngram and runs(each) & runs(words))
+    }  # fmt: skip
+    found = Contamination(asked, ngram).find(", ".join(words))
+    assert found in by_hand if by_hand else found is None
+    short = [prompt for prompt, each in zip(asked, held_out, strict=True) if len(each) < ngram]
+    found = Contamination(short, ngram).find(", ".join(words))
+    assert (found is not None) == bool(words and len(words) < ngram and words in held_out)
 
 
 @given(st.lists(st.sampled_from("abcdef"), max_size=12), st.integers(1, 4))

@@ -16,10 +16,12 @@ from resources.common.errors import FinalError
 from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
 from resources.settings.files import load_settings
 from resources.storage.checkpoint_store import Checkpoint
+from resources.training.history import last_quarter
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.services import Services
+from synpo_assets.method.evaluation import LENGTH_BANDS
 from synpo_assets.reports.boosting_report import boosting_report, iterations_of, read_iteration
 from synpo_assets.reports.rows import report_rows
 from tests.stand_ins import ITERATIONS, measured, run, services_in
@@ -93,7 +95,10 @@ def recorded(iteration, kept=5):
         ],
         "gold_comparison": [
             *sides("gold_log_likelihood", -2.5, -3.0), *sides("gold_similarity", 0.7),
-            gain("gold_log_likelihood_gain", 0.5, 0.25, 0.75),
+            gain("gold_log_likelihood_gain", 0.5, 0.25, 0.75), *sides("gold_end_log_likelihood", -1.5, -4.0),
+            gain("gold_end_log_likelihood_gain", 2.5, 2.25, 2.75),
+            Metric("gold_similarity", 0.6, of="candidate", by=LENGTH_BANDS[1], n=7),
+            dataclasses.replace(gain("gold_similarity_gain", 0.1, -0.1, 0.2), by=LENGTH_BANDS[1], n=5),
         ],
         "promotion": [Metric("promoted", 1, of="candidate")],
     }  # fmt: skip
@@ -116,7 +121,7 @@ def training_log(iteration, steps=5):
     """As the trainer writes it; its closing entry holds no rewards."""
     entries = [
         {"step": step, "loss": 1.0, "rewards/chosen": -2.0 + step * iteration / 10, "rewards/rejected": -2.0,
-         "rewards/margins": step * iteration / 10}
+         "rewards/margins": step * iteration / 10, "rewards/accuracies": step / 8}
         for step in range(1, steps + 1)
     ]  # fmt: skip
     return [*entries, {"step": steps, "loss": 1.0}]
@@ -191,7 +196,9 @@ def test_every_metric_is_in_its_place(instance, services):
         "chosen length / rejected length": ("1.250", "1.250"),
         "chosen answers cut": ("10.0%", "10.0%"),
         "rejected answers cut": ("50.0%", "50.0%"),
-        "reward margin at the last training step": ("0.500", "1.000"),
+        # Of five steps the last two.
+        "reward margin, last quarter of training": ("0.450", "0.900"),
+        "reward accuracy, last quarter of training": ("56.2%", "56.2%"),
         "prompts": ("8", "8"),
         "mean reward of M_0, by the scorer": ("0.100", "0.100"),
         "mean reward of M_t, by the scorer": ("1.100", "2.100"),
@@ -213,11 +220,19 @@ def test_every_metric_is_in_its_place(instance, services):
         "instructions followed by M_t": ("50.0%", "50.0%"),
         "instructions followed by M_0": ("37.5%", "37.5%"),
         "instructions followed, M_t less M_0, 95 % interval": ("+12.5 points (-1.0 to +25.0)",) * 2,
-        "log-likelihood of gold per token, M_t less M_0, 95 % interval": ("+0.500 (+0.250 to +0.750)",) * 2,
+        "log-likelihood of gold's text per token, M_t less M_0, 95 % interval": ("+0.500 (+0.250 to +0.750)",) * 2,
         "constraints met by M_t": ("60.0%", "60.0%"),
-        "log-likelihood of gold per token, M_t": ("-2.500", "-2.500"),
-        "log-likelihood of gold per token, M_0": ("-3.000", "-3.000"),
+        "log-likelihood of gold's text per token, M_t": ("-2.500", "-2.500"),
+        "log-likelihood of gold's text per token, M_0": ("-3.000", "-3.000"),
+        "log-likelihood of gold's end of turn, M_t": ("-1.500", "-1.500"),
+        "log-likelihood of gold's end of turn, M_0": ("-4.000", "-4.000"),
+        "log-likelihood of gold's end of turn, M_t less M_0, 95 % interval": ("+2.500 (+2.250 to +2.750)",) * 2,
         "similarity of the answers to gold, M_t": ("0.700", "0.700"),
+        "similarity to gold, answers of half to twice gold's length, M_t": ("0.600, n = 7",) * 2,
+        "similarity to gold, answers of half to twice gold's length by both, M_t less M_0, 95 % interval": (
+            "+0.100 (-0.100 to +0.200), n = 5",
+        )
+        * 2,
         "M_t promoted to the next iteration": ("yes", "yes"),
         "M_t": tuple(sha[:16] for sha in shas),
         "model that wrote the chosen side": ("0123456789abcdef",) * 2,
@@ -336,14 +351,24 @@ def test_a_checkpoint_that_is_gone_costs_the_report_its_curve_alone(instance, se
     assert after["notes"] == "model_checkpoint[0001] has no training log with rewards: its curves are missing."
     differing = [one.data["metric"] for one, other in zip(before["table"].records, after["table"].records, strict=True)
                  if one.data != other.data]  # fmt: skip
-    assert differing == ["reward margin at the last training step"]
+    assert differing == ["reward margin, last quarter of training", "reward accuracy, last quarter of training"]
 
 
-def test_the_margin_is_that_of_the_last_step_however_long_the_training(instance, services):
+def test_the_margin_is_that_of_the_last_quarter_however_long_the_training(instance, services):
     """The table of steps in the UI is thinned out; what the report says is not."""
     make_iteration(instance, services, 1, log=training_log(1, steps=312))
-    (row,) = (row for row in report_rows([read_iteration(instance, services, "0001")]) if "last training" in row.label)
-    assert row.cells == ("31.200",)
+    (row,) = (row for row in report_rows([read_iteration(instance, services, "0001")]) if "reward margin" in row.label)
+    # Steps 235 to 312.
+    assert row.cells == ("27.350",)
+
+
+@pytest.mark.parametrize(("values", "mean"), [
+    ([7.0], 7.0), ([0.0, 0.0, 0.0, 4.0], 4.0), ([0.0, 0.0, 0.0, 4.0, 5.0], 4.5), ([1.0] * 6 + [3.0, 5.0], 4.0),
+    ([100.0] * 12 + [0.25, -0.25, 1.0, 0.5], 0.375), ([], None),
+])  # fmt: skip
+def test_the_last_quarter_is_rounded_up_and_its_mean_worked_out_by_hand(values, mean):
+    # The trainer's closing entry holds no rewards.
+    assert last_quarter([*values, None]) == mean
 
 
 def test_an_iteration_without_recorded_rewards_has_a_dash_and_a_note(instance, services):
@@ -356,8 +381,8 @@ def test_an_iteration_without_recorded_rewards_has_a_dash_and_a_note(instance, s
     make_iteration(instance, services, 2)
     metadata, _, _ = report(instance, services)
     records = {record.data["metric"]: record.data for record in metadata["table"].records}
-    margins = records["reward margin at the last training step"]
-    assert (margins["0001"], margins["0002"]) == ("—", "1.000")
+    margins = records["reward margin, last quarter of training"]
+    assert (margins["0001"], margins["0002"]) == ("—", "0.900")
     assert metadata["notes"] == note
     assert metadata.keys() >= PLOTS
 
@@ -422,8 +447,9 @@ def test_it_reports_two_real_iterations(nano_run, tmp_path):
     assert (metadata["iterations"], metadata["notes"]) == ("0001, 0002", "none")
     assert metadata.keys() >= PLOTS
     records = {(record.data["section"], record.data["metric"]): record.data for record in metadata["table"].records}
-    for record in records.values():
-        assert "—" not in record.values(), record
+    for (_, label), record in records.items():
+        # A band of lengths may have answers in one of the iterations alone.
+        assert "—" not in record.values() or label.startswith("similarity to gold, answers of"), record
     kept = [pl.read_parquet(home / "tables" / "preference_pairs" / f"{key}.parquet") for key in ("0001", "0002")]
     trained_on = records["Rows", "pairs that M_t was trained on"]
     assert [trained_on["0001"], trained_on["0002"]] == [str(kept[0].height), str(kept[0].height + kept[1].height)]

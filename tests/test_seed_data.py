@@ -6,7 +6,7 @@ import pytest
 
 from resources.settings.files import load_settings, preset_path
 from synpo_assets.cli.preflight import seed_table, verifiable_table
-from synpo_assets.method.prompts import Contamination, NearDuplicates
+from synpo_assets.method.prompts import Contamination, NearDuplicates, words_of
 from synpo_assets.method.verifiable import RULES
 from tests.nano import SEED, seed_rows
 
@@ -43,6 +43,18 @@ def test_no_two_prompts_alike():
 def test_train_does_not_overlap_with_held_out():
     held_out = Contamination([row["prompt"] for row in seed_rows("held_out")], 8)
     assert [row["prompt"] for row in seed_rows() if held_out.find(row["prompt"])] == []
+
+
+def test_held_out_questions_of_one_word_drop_no_seed_prompt():
+    short, prompts = (
+        ["Why?", "How?", "What?"],
+        [row["prompt"] for name in ("train", "held_out") for row in seed_rows(name)],
+    )
+    held_out = Contamination(short, 8)
+    # Searched inside the prompts, they would drop many.
+    assert sum(bool({"why", "how", "what"} & set(words_of(prompt))) for prompt in prompts) > 100
+    assert [prompt for prompt in prompts if held_out.find(prompt)] == []
+    assert [held_out.find(text) for text in ("why", "How", "“What”?!")] == short
 
 
 def test_the_shipped_seed_is_valid():

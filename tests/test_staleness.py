@@ -66,6 +66,7 @@ CASES = {
     "engine.threads": (2, set()),
     "engine.shard_rows": (5, set()),
     "checks.min_win_rate": (0.9, set()),
+    "checks.min_sigmoid_argument": (-2.0, set()),
     "automation.target_iterations": (2, set()),
     "gate.maximum": ({"mean_repetition": 0.5}, {"promotion"}),
     "publishing.license": ("apache-2.0", {"published_dataset", "published_model"}),

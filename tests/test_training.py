@@ -205,7 +205,15 @@ def test_the_progress_line_has_count_rate_and_time_left(tmp_path, trainer, nano_
     trainer.train("supervised", nano_checkpoint, EXAMPLES, SFT, tmp_path)
     assert said[-1].startswith("Step 2 of 2, loss ")
     assert said[-1].endswith("s/step, 0 s left.")
+    assert "reward" not in said[-1]
     assert json.loads((tmp_path / "trainer_log.jsonl").read_text().splitlines()[0])["step"] == 1
+
+
+def test_the_progress_line_of_preferences_has_accuracy_and_gap(tmp_path, trainer, nano_checkpoint, said):
+    summary = trainer.train("preference", nano_checkpoint, pairs(), PAIRED, tmp_path / "out", SIMPO)
+    logged = summary.history[1]
+    accuracy, gap = logged["rewards/accuracies"], logged["rewards/margins"] / 2.5
+    assert f"loss {logged['loss']:.3f}, reward accuracy {accuracy:.0%}, gap {gap:+.3f} nats per token, " in said[-1]
 
 
 def test_each_side_ends_as_it_was_written(nano_checkpoint):

@@ -25,7 +25,8 @@ MOST_TOKENS = 2048
 class Likelihoods:
     """The log-probabilities of answers, and what they cost."""
 
-    per_token: list[float]  # Per row the mean over the answer's tokens, the end of turn included, in nats.
+    per_token: list[float]  # Per row the mean over the tokens of the answer's text, without the end of turn, in nats.
+    end: list[float]  # Per row that of the end-of-turn token alone, after the text.
     tokens: int
     seconds: float
 
@@ -34,7 +35,7 @@ class AnswerLikelihood(DeviceResource):
     """Computes log-probabilities of answers with transformers, since a forward pass is all that it takes."""
 
     def measure(self, checkpoint: Checkpoint, rows: Sequence[tuple[str, str]]) -> Likelihoods:
-        """The mean log-probability per token of each answer, given its prompt as one user turn."""
+        """The log-probabilities of each answer, given its prompt as one user turn; no answer may be empty."""
         from transformers import AutoModelForCausalLM
 
         started = time.monotonic()
@@ -50,25 +51,26 @@ class AnswerLikelihood(DeviceResource):
             for messages, (_, answer) in zip(asked, rows, strict=True)
         ]
         lengths = [len(prompt) + len(answer) for prompt, answer in sides]
-        found, progress = [0.0] * len(rows), Progress(len(rows), "likelihoods", logger)
+        found, progress = [(0.0, 0.0)] * len(rows), Progress(len(rows), "likelihoods", logger)
         for places in longest_first(lengths, min(self.engine.batch_tokens, MOST_TOKENS)):
             with memory_explained(f"a batch of {len(places)} answers to read", "Lower engine.batch_tokens."):
-                means = _mean_log_probabilities(model, tokenizer, [sides[place] for place in places])
-            for place, mean in zip(places, means, strict=True):
-                found[place] = mean
+                measured = _log_probabilities(model, tokenizer, [sides[place] for place in places])
+            for place, of_text_and_end in zip(places, measured, strict=True):
+                found[place] = of_text_and_end
             progress.add(len(places), sum(lengths[place] for place in places))
-        return Likelihoods(found, sum(lengths), time.monotonic() - started)
+        per_token, end = ([values[part] for values in found] for part in (0, 1))
+        return Likelihoods(per_token, end, sum(lengths), time.monotonic() - started)
 
 
-def _mean_log_probabilities(
+def _log_probabilities(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: Sequence[tuple[list[int], list[int]]]
-) -> list[float]:
-    """The mean log-probability of each answer's tokens after its prompt."""
+) -> list[tuple[float, float]]:
+    """Of each answer after its prompt: the mean log-probability of the tokens of its text, and that of its last token."""
     import torch
 
     token_ids = {"input_ids": [prompt + answer for prompt, answer in batch]}
     padded = tokenizer.pad(token_ids, padding_side="right", return_tensors="pt").to(model.device)
-    means = []
+    found = []
     with torch.inference_mode():
         logits = model(**padded).logits
         for row, (prompt, answer) in enumerate(batch):
@@ -76,5 +78,6 @@ def _mean_log_probabilities(
             # What stands at a place is predicted at the place before.
             predicted = logits[row, start - 1 : end - 1].float().log_softmax(dim=-1)
             written = padded["input_ids"][row, start:end].unsqueeze(-1)
-            means.append(float(predicted.gather(-1, written).mean()))
-    return means
+            of_tokens = predicted.gather(-1, written).squeeze(-1)
+            found.append((float(of_tokens[:-1].mean()), float(of_tokens[-1])))
+    return found

@@ -85,6 +85,18 @@ class Checks(Section):
     max_similarity_growth: float = Field(
         1.25, gt=0, description="Warn if prompts resemble each other this many times as much as in iteration 1."
     )
+    min_reward_accuracy: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Warn if, over the last quarter of M_t's training, a smaller share of the pairs has the higher reward on its "
+        "chosen side.",
+    )
+    min_sigmoid_argument: float = Field(
+        -4.0,
+        description="Warn if, over the last quarter of M_t's training, the sigmoid of the loss is taken of less on average (SimPO: "
+        "reward margin - gamma). All pairs then pull with nearly full weight, whatever beta is.",
+    )
     min_win_rate: float = Field(0.5, ge=0, le=1, description="Warn if the win rate over M_0 is lower.")
 
 

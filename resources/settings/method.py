@@ -51,7 +51,8 @@ class PromptGenerator(Section):
     decontamination_ngram: int = Field(
         8,
         ge=2,
-        description="Prompts that share this many consecutive words with a prompt of an evaluation are dropped. Not in the paper.",
+        description="Prompts that share this many consecutive words with a prompt of an evaluation are dropped; one with fewer "
+        "words is compared as a whole. Not in the paper.",
     )
     training: Training = Field(
         description="SFT from M_0. Paper: lr 1e-6, batch 32, warm-up 0.1, 3 epochs, length 8000."

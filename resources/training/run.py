@@ -11,7 +11,7 @@ from resources.models.chat import load_tokenizer
 from resources.models.device import memory_explained, prepare_device, torch_dtype
 from resources.storage.checkpoint_store import TRAINING_LOG
 from resources.training.job import TrainingError, TrainingJob
-from resources.training.losses import loss_module
+from resources.training.losses import loss_module, pairs_text
 from resources.training.state import KEPT_STATES, marking_callback
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def train(job: TrainingJob, dataset: "Dataset") -> None:
             processing_class=_tokenizer(job),
             train_dataset=dataset,
             peft_config=_lora(job, model),
-            callbacks=[_progress_callback(), marking_callback(job.seconds_before)],
+            callbacks=[_progress_callback(job), marking_callback(job.seconds_before)],
         )
         trainer.remove_callback(PrinterCallback)
         if training.lora is not None and training.lora.load_in_4bit:
@@ -186,7 +186,7 @@ def _save(trainer: Any, job: TrainingJob) -> None:
         (job.directory / TRAINING_LOG).write_text("".join(json.dumps(entry) + "\n" for entry in history))
 
 
-def _progress_callback() -> "TrainerCallback":
+def _progress_callback(job: TrainingJob) -> "TrainerCallback":
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
@@ -215,7 +215,8 @@ def _progress_callback() -> "TrainerCallback":
                 pace = (now - self.started) / (state.global_step - self.first_step)
                 left = pace * (state.max_steps - state.global_step)
                 logger.info(
-                    f"Step {state.global_step} of {state.max_steps}, loss {float(loss):.3f}, {pace:.1f} s/step, {left:.0f} s left."
+                    f"Step {state.global_step} of {state.max_steps}, loss {float(loss):.3f}{pairs_text(job.loss, logs or {})}, "
+                    f"{pace:.1f} s/step, {left:.0f} s left."
                 )
 
     return Progress()

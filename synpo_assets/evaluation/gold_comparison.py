@@ -3,6 +3,9 @@
 Paper (section 3): no such measure.
 Here: how likely M_t finds the held-out gold answers, and how close its own answers are to them in meaning, by the cosine of
 sentence embeddings; both compared with M_0. Held-out answers are those of `evaluation`.
+The end-of-turn token is measured by itself, because SimPO trains it on every finished answer: a rise of the mean over all tokens
+may come from it alone. Likeness is also reported in bands of length, because an answer of another length than gold is less like
+it whatever it says.
 """
 
 import dagster as dg
@@ -19,7 +22,7 @@ from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.schemas import GoldComparison
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
-from synpo_assets.method.evaluation import mean_gain
+from synpo_assets.method.evaluation import LENGTH_BANDS, length_bands, mean_gain
 
 # An empty answer has no embedding; this says as little.
 NOTHING_SAID = "."
@@ -54,7 +57,14 @@ def gold_comparison(
     similarities = dict(zip(models, (vectors[1:] * vectors[0]).sum(axis=2), strict=True))
     frame = evaluation.select("prompt_id", "prompt", "answer").with_columns(
         *(pl.Series(f"{name}_log_likelihood", likelihoods[name].per_token) for name in models),
+        *(pl.Series(f"{name}_end_log_likelihood", likelihoods[name].end) for name in models),
         *(pl.Series(f"{name}_similarity", similarities[name], dtype=pl.Float64) for name in models),
+        *(
+            (evaluation[f"{name}_response"].str.len_chars() / evaluation["answer"].str.len_chars()).alias(
+                f"{name}_length_ratio"
+            )
+            for name in models
+        ),
         *(pl.lit(model.sha).alias(f"{name}_checkpoint_sha") for name, model in models.items()),
         iteration=pl.lit(iteration_of(context), pl.Int64),
     )
@@ -68,17 +78,38 @@ def gold_comparison(
 
 
 def gold_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric]:
-    """Likelihood of gold and similarity to it, and M_t's gains over M_0 with intervals over prompts."""
+    """Likelihood of gold and similarity to it, and M_t's gains over M_0 with intervals over prompts.
+
+    Similarity is also given in each band of length that has answers. The gain in a band is taken over the prompts that both
+    models answered in it.
+    """
     names: tuple[tuple[str, MetricName, MetricName], ...] = (
         ("log_likelihood", "gold_log_likelihood", "gold_log_likelihood_gain"),
+        ("end_log_likelihood", "gold_end_log_likelihood", "gold_end_log_likelihood_gain"),
         ("similarity", "gold_similarity", "gold_similarity_gain"),
     )
     measured = []
     for column, name, gain_name in names:
-        measured += [Metric(name, metrics.mean(frame[f"{side}_{column}"]), of=side, n=frame.height) for side in SIDES]
-        gain, low, high = mean_gain(frame[f"candidate_{column}"] - frame[f"initial_{column}"], random_seed)
-        measured.append(Metric(gain_name, gain, "candidate", "initial", None, low, high, frame.height, sha))
-    return measured
+        measured += [_mean(name, frame, side, column) for side in SIDES]
+        measured.append(_gain(gain_name, frame, column, sha, random_seed))
+    bands = {side: length_bands(frame[f"{side}_length_ratio"]) for side in SIDES}
+    for band in LENGTH_BANDS:
+        within = {side: frame.filter(bands[side] == band) for side in SIDES}
+        measured += [_mean("gold_similarity", within[side], side, "similarity", band) for side in SIDES]
+        both = frame.filter((bands["candidate"] == band) & (bands["initial"] == band))
+        measured.append(_gain("gold_similarity_gain", both, "similarity", sha, random_seed, band))
+    return [metric for metric in measured if metric.by is None or metric.n]
+
+
+def _mean(name: MetricName, frame: pl.DataFrame, side: str, column: str, band: str | None = None) -> Metric:
+    return Metric(name, metrics.mean(frame[f"{side}_{column}"]), of=side, by=band, n=frame.height)
+
+
+def _gain(
+    name: MetricName, frame: pl.DataFrame, column: str, sha: str, random_seed: int, band: str | None = None
+) -> Metric:
+    gain, low, high = mean_gain(frame[f"candidate_{column}"] - frame[f"initial_{column}"], random_seed)
+    return Metric(name, gain, "candidate", "initial", band, low, high, frame.height, sha)
 
 
 def refuse_answers_of_another(model_checkpoint: Checkpoint, evaluation: pl.DataFrame) -> None:

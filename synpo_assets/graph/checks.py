@@ -13,14 +13,18 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
+from resources.common.text import asset_label
 from resources.models.weights import tensors_not_finite
 from resources.settings.settings import Settings
+from resources.training.history import last_quarter
+from resources.training.losses import sigmoid_argument
 from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.partitions import iterations, partition_key, partition_of
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.evaluation import win_rate
 from synpo_assets.method.quality import length_ratio, mean_repetition, mean_similarity
+from synpo_assets.method.saturation import saturation
 
 # Partitions of asset checks are marked preview; the pinned Dagster minor version is the one they were tested with.
 warnings.filterwarnings("ignore", category=dg.PreviewWarning)
@@ -63,21 +67,6 @@ def preference_pairs_checks(context: dg.AssetCheckExecutionContext, services: Se
     yield _result("repetition", repeated <= most, mean_repetition=repeated, most_allowed=most)
 
 
-def evaluation_checks(context: dg.AssetCheckExecutionContext, services: Services) -> Results:
-    """Whether training moved the policy where it was meant to go."""
-    limits = services.settings.checks
-    answers = services.tables.read("evaluation", context.partition_key)
-    wins, by_scorer = (win_rate(answers[f"{judge}_over_initial"]) for judge in ("judge", "scorer"))
-    least = limits.min_win_rate
-    won = wins is not None and wins >= least
-    yield _result("win_rate", won, win_rate=wins, by_the_scorer=by_scorer, least_allowed=least)
-    sides = [answers[f"{side}_response"].to_list() for side in ("candidate", "initial")]
-    repeated, before = (mean_repetition(texts, services.settings.preferences.repetition_ngram) for texts in sides)
-    most = limits.max_mean_repetition
-    shown = {"mean_repetition": repeated, "of_the_initial_policy": before, "most_allowed": most}
-    yield _result("answers_without_loops", repeated <= most, **shown)
-
-
 def trained_weights_checks(context: dg.AssetCheckExecutionContext, services: Services) -> Results:
     """Whether a model can be used, and whether it differs from the one that it was trained from."""
     asset, partition = context.check_specs[0].asset_key.to_user_string(), partition_of(context)
@@ -95,6 +84,44 @@ TRAINED_WEIGHTS = {
 }
 LEAST_SURVIVING_UPDATE = 0.9
 RAISE_LEARNING_RATE = "Raise training.learning_rate or the number of steps, or read with engine.dtype: float32."
+
+
+def model_checkpoint_checks(context: dg.AssetCheckExecutionContext, services: Services) -> Results:
+    """Whether M_t can be used, and whether its training still told pairs apart."""
+    yield from trained_weights_checks(context, services)
+    limits, preferences = services.settings.checks, services.settings.preferences
+    loss = services.settings.preference_optimization.loss
+    log = services.checkpoints.training_log("model_checkpoint", context.partition_key)
+    accuracy = last_quarter(entry.get("rewards/accuracies") for entry in log)
+    argument = last_quarter(sigmoid_argument(loss, entry) for entry in log)
+    reason = saturation(accuracy, argument, limits.min_reward_accuracy, limits.min_sigmoid_argument)
+    shown: dict[str, Any] = {"reward_accuracy": accuracy, "sigmoid_argument": argument}
+    if reason is not None:
+        nearer = "" if preferences.chosen_from == "ranked_samples" else " (preferences.chosen_from: ranked_samples)"
+        shown["warning"] = (
+            f"The training of {asset_label('model_checkpoint', context.partition_key)} is saturated: over its last quarter "
+            f"{reason}. preference_optimization.loss.beta then changes little: choose answers that are nearer to the policy"
+            f"{nearer}, take fewer steps (preference_optimization.training.epochs), or lower "
+            "preference_optimization.training.learning_rate."
+        )
+        context.log.warning(shown["warning"])
+    shown |= {"least_accuracy": limits.min_reward_accuracy, "least_argument": limits.min_sigmoid_argument}
+    yield _result("loss_not_saturated", reason is None, **shown)
+
+
+def evaluation_checks(context: dg.AssetCheckExecutionContext, services: Services) -> Results:
+    """Whether training moved the policy where it was meant to go."""
+    limits = services.settings.checks
+    answers = services.tables.read("evaluation", context.partition_key)
+    wins, by_scorer = (win_rate(answers[f"{judge}_over_initial"]) for judge in ("judge", "scorer"))
+    least = limits.min_win_rate
+    won = wins is not None and wins >= least
+    yield _result("win_rate", won, win_rate=wins, by_the_scorer=by_scorer, least_allowed=least)
+    sides = [answers[f"{side}_response"].to_list() for side in ("candidate", "initial")]
+    repeated, before = (mean_repetition(texts, services.settings.preferences.repetition_ngram) for texts in sides)
+    most = limits.max_mean_repetition
+    shown = {"mean_repetition": repeated, "of_the_initial_policy": before, "most_allowed": most}
+    yield _result("answers_without_loops", repeated <= most, **shown)
 
 
 CHECKS = {
@@ -115,6 +142,13 @@ CHECKS = {
             "repetition": "Mean share of repeated word n-grams in chosen answers.",
         },
     ),
+    "model_checkpoint": (
+        model_checkpoint_checks,
+        {
+            **TRAINED_WEIGHTS,
+            "loss_not_saturated": "Reward accuracy and argument of the loss's sigmoid over the last quarter of training.",
+        },
+    ),
     "evaluation": (
         evaluation_checks,
         {
@@ -127,7 +161,7 @@ CHECKS = {
 
 def checks_of(stages: Sequence[Stage], settings: Settings) -> list[dg.AssetChecksDefinition]:
     """The checks of an experiment: those above, and one of the weights of every model that is trained."""
-    trained = [each for each in stages if each.checkpoint and "trains" in each.work]
+    trained = [each for each in stages if each.checkpoint and "trains" in each.work and each.name not in CHECKS]
     by_name = {each.name: each for each in stages}
     return [
         *(_checks(by_name[asset], settings, check, names) for asset, (check, names) in CHECKS.items()),

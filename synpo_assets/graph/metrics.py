@@ -44,8 +44,9 @@ MetricName = Literal[
     # Held-out prompts.
     "held_out_prompts", "held_out_reward", "win_rate", "length_controlled_win_rate", "wins", "ties", "losses", "no_verdicts",
     "mean_repetition", "mean_characters", "instructions", "samples_each", "verifiable_rate", "verifiable_gain",
-    "constraint_rate", "gold_log_likelihood", "gold_log_likelihood_gain", "gold_similarity",
-    "gold_similarity_gain", "promoted", "leaderboard_average", "answers_written",
+    "constraint_rate", "gold_log_likelihood", "gold_log_likelihood_gain", "gold_end_log_likelihood",
+    "gold_end_log_likelihood_gain", "gold_similarity", "gold_similarity_gain", "promoted", "leaderboard_average",
+    "answers_written",
 ]  # fmt: skip
 
 
@@ -59,7 +60,7 @@ class MetricRows(Table):
         nullable=True, description="Whose it is: a model, a side of the pairs, a source of prompts, a reason."
     )
     over: str = pa.Field(nullable=True, description="The model that it is compared with.")
-    by: str = pa.Field(nullable=True, description="The judge.")
+    by: str = pa.Field(nullable=True, description="The judge, or the band of lengths that it is taken over.")
     value: float = pa.Field(nullable=True, description="The value; empty: it could not be measured.")
     low: float = pa.Field(nullable=True, description="Lower end of its 95 % interval.")
     high: float = pa.Field(nullable=True, description="Upper end of its 95 % interval.")
@@ -95,7 +96,7 @@ class Which(TypedDict, total=False):
     """Which row of a metric is meant, besides whose it is."""
 
     over: str | None  # The model that it is compared with.
-    by: str | None  # The judge.
+    by: str | None  # The judge, or the band of lengths.
     asset: str | None  # The asset that measured it; if left out, the first that did.
 
 

@@ -244,11 +244,17 @@ class GoldComparison(Table):
     prompt: str = _text("The instruction.")
     answer: str = _text("The gold answer.")
     candidate_log_likelihood: float = pa.Field(
-        le=0, description="Mean log-probability per gold token under M_t, in nats."
+        le=0, description="Mean log-probability per token of gold's text under M_t, without the end of turn, in nats."
     )
     initial_log_likelihood: float = pa.Field(le=0, description="The same under M_0.")
+    candidate_end_log_likelihood: float = pa.Field(
+        le=0, description="Log-probability under M_t that the turn ends where gold ends, in nats."
+    )
+    initial_end_log_likelihood: float = pa.Field(le=0, description="The same under M_0.")
     candidate_similarity: float = pa.Field(description="Cosine of the embeddings of M_t's answer and the gold answer.")
     initial_similarity: float = pa.Field(description="The same for M_0's answer.")
+    candidate_length_ratio: float = pa.Field(ge=0, description="Characters of M_t's answer over those of gold.")
+    initial_length_ratio: float = pa.Field(ge=0, description="The same for M_0's answer.")
     candidate_checkpoint_sha: str = _id("sha of M_t.")
     initial_checkpoint_sha: str = _id("sha of M_0.")
     iteration: int = pa.Field(ge=1, description="The iteration t.")

@@ -8,6 +8,9 @@ POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 RESAMPLES = 10_000
 COVERAGE = 0.95
 MOST_STEPS = 100
+# An answer's length over gold's: below the first number, between the two, above the second.
+LENGTH_BOUNDS = (0.5, 2.0)
+LENGTH_BANDS = ("less than half of gold's length", "half to twice gold's length", "more than twice gold's length")
 
 
 def outcomes(margins: pl.Series) -> pl.Series:
@@ -70,6 +73,18 @@ def mean_gain(gains: pl.Series, random_seed: int) -> tuple[float | None, float |
     # Rounded, because values that differ in the last digit only are one value.
     values = gains.round(9).to_numpy()
     return float(values.mean()), *bootstrap_mean(values, random_seed)
+
+
+def length_bands(ratios: pl.Series) -> pl.Series:
+    """The band that each answer's length lies in, by its ratio to gold's; both bounds belong to the middle one.
+
+    Examples:
+        >>> length_bands(pl.Series([0.49, 0.5, 2.0])).to_list()
+        ["less than half of gold's length", "half to twice gold's length", "half to twice gold's length"]
+    """
+    ratio, (least, most), (shorter, alike, longer) = pl.col("ratio"), LENGTH_BOUNDS, LENGTH_BANDS
+    band = pl.when(ratio < least).then(pl.lit(shorter)).when(ratio > most).then(pl.lit(longer)).otherwise(pl.lit(alike))
+    return pl.DataFrame({"ratio": ratios.cast(pl.Float64)}).select(band=band)["band"]
 
 
 def length_controlled_win_rate(judged: pl.Series, lengths: pl.Series, other_lengths: pl.Series) -> float | None:

@@ -1,7 +1,7 @@
 """Which synthetic prompts are kept, and drawing what they are written from until there are enough of them.
 
 The paper keeps what parses. We also drop prompts that are too short or long, in another language, near-duplicates
-of a seed prompt or of an earlier prompt, or that share a long run of words with a held-out prompt.
+of a seed prompt or of an earlier prompt, or that have the words of a held-out prompt or share a long run of words with one.
 """
 
 import collections
@@ -91,18 +91,36 @@ def _share_found(similarity: float, band_hashes: int) -> float:
 
 
 class Contamination:
-    """Finds prompts that share a run of words with a held-out prompt."""
+    """Finds prompts that have the words of a held-out prompt, or share a run of `ngram` words with one.
+
+    A held-out prompt with fewer words than that is compared as a whole: "Why?" is no part of another question.
+
+    Examples:
+        >>> held_out = Contamination(["Why?", "Name four red fruits, please."], ngram=4)
+        >>> [held_out.find(text) for text in ("why", "Why is the sky blue?", "Quick: name four red fruits!")]
+        ['Why?', None, 'Name four red fruits, please.']
+    """
 
     def __init__(self, held_out: Iterable[str], ngram: int) -> None:
         self._ngram = ngram
-        self._sources = {run: prompt for prompt in held_out for run in ngrams(words_of(prompt), ngram)}
-        self._sizes = {len(run) for run in self._sources}
+        self._wholes: dict[tuple[str, ...], str] = {}
+        self._runs: dict[tuple[str, ...], str] = {}
+        for prompt in sorted(held_out):
+            words = words_of(prompt)
+            if words:
+                self._wholes.setdefault(tuple(words), prompt)
+            if len(words) >= ngram:
+                for run in ngrams(words, ngram):
+                    self._runs.setdefault(run, prompt)
 
     def find(self, text: str) -> str | None:
-        """The held-out prompt that the text overlaps with, if there is one; the first in the alphabet of several."""
+        """The held-out prompt with the same words, else one that shares a run; the first in the alphabet of several."""
         words = words_of(text)
-        runs = (run for size in self._sizes if len(words) >= size for run in ngrams(words, size))
-        return min((self._sources[run] for run in runs if run in self._sources), default=None)
+        if (same := self._wholes.get(tuple(words))) is not None:
+            return same
+        # A text with fewer words has no run of that many.
+        runs = ngrams(words, self._ngram) if len(words) >= self._ngram else set()
+        return min((self._runs[run] for run in runs if run in self._runs), default=None)
 
 
 @dataclasses.dataclass

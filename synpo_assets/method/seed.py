@@ -66,17 +66,13 @@ def overlapping_rows(
         >>> overlapping_rows(rows, ["Name four red fruits, please."], 4, "held-out prompt")[0].reason
         "it shares 4 words in a row with the held-out prompt 'Name four red fruits, please.'"
     """
-    whole = {" ".join(words_of(prompt)): prompt for prompt in later_prompts}
-    long = Contamination([prompt for prompt in later_prompts if len(words_of(prompt)) >= ngram], ngram)
-    bad: list[BadRow] = []
+    contamination, bad = Contamination(later_prompts, ngram), list[BadRow]()
     for row in good:
-        if row["split"] == "held_out":
+        if row["split"] == "held_out" or (found := contamination.find(row["prompt"])) is None:
             continue
-        if (equal := whole.get(" ".join(words_of(row["prompt"])))) is not None:
-            bad.append(BadRow(row["split"], row["line"], f"it has the words of the {kind} {equal[:80]!r}"))
-        elif (overlap := long.find(row["prompt"])) is not None:
-            reason = f"it shares {ngram} words in a row with the {kind} {overlap[:80]!r}"
-            bad.append(BadRow(row["split"], row["line"], reason))
+        equal = words_of(row["prompt"]) == words_of(found)
+        shared = "has the words of" if equal else f"shares {ngram} words in a row with"
+        bad.append(BadRow(row["split"], row["line"], f"it {shared} the {kind} {found[:80]!r}"))
     return bad
 
 

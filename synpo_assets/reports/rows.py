@@ -6,7 +6,9 @@ from typing import Any, Unpack
 
 import polars as pl
 
+from resources.training.history import last_quarter
 from synpo_assets.graph.metrics import Metric, MetricName, Metrics, Which
+from synpo_assets.method.evaluation import LENGTH_BANDS
 
 MISSING = "—"
 PROMPT_SOURCES = {
@@ -188,7 +190,8 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
     yield "Pairs", "chosen length / rejected length", _of("chosen_to_rejected_length", number_text)
     for side in ("chosen", "rejected"):
         yield "Pairs", f"{side} answers cut", _of("cut_share", share_text, side)
-    yield "Pairs", "reward margin at the last training step", _last_reward_margin
+    yield "Pairs", "reward margin, last quarter of training", _last_quarter("rewards/margins", number_text)
+    yield "Pairs", "reward accuracy, last quarter of training", _last_quarter("rewards/accuracies", share_text)
     yield "Held-out", "prompts", _of("held_out_prompts", count_text)
     for side, what in {"initial": "M_0", "candidate": "M_t", "gold": "the gold answers"}.items():
         yield "Held-out", f"mean reward of {what}, by the scorer", _of("held_out_reward", number_text, side)
@@ -241,7 +244,8 @@ def _without_a_judge() -> Iterator[tuple[str, str, Cell]]:
     for side, model in MODELS.items():
         yield section, f"constraints met by {model}", _of("constraint_rate", share_text, side)
     measures: tuple[tuple[str, MetricName, MetricName], ...] = (
-        ("log-likelihood of gold per token", "gold_log_likelihood", "gold_log_likelihood_gain"),
+        ("log-likelihood of gold's text per token", "gold_log_likelihood", "gold_log_likelihood_gain"),
+        ("log-likelihood of gold's end of turn", "gold_end_log_likelihood", "gold_end_log_likelihood_gain"),
         ("similarity of the answers to gold", "gold_similarity", "gold_similarity_gain"),
     )
     for what, metric, gained in measures:
@@ -249,6 +253,23 @@ def _without_a_judge() -> Iterator[tuple[str, str, Cell]]:
             yield section, f"{what}, {model}", _of(metric, number_text, side)
         label = f"{what}, M_t less M_0, 95 % interval"
         yield section, label, _over_initial(gained, difference_text)
+    for band in LENGTH_BANDS:
+        yield from _likeness_in(section, band)
+
+
+def _likeness_in(section: str, band: str) -> Iterator[tuple[str, str, Cell]]:
+    def cell(form: Callable[[Metric], str], metric: MetricName, of: str, over: str | None = None) -> Cell:
+        def of_band(iteration: FinishedIteration) -> str:
+            found = iteration.metrics.find(metric, of, over=over, by=band)
+            return MISSING if found is None else f"{form(found)}, n = {count_text(found.n)}"
+
+        return of_band
+
+    what = f"similarity to gold, answers of {band}"
+    for side, model in MODELS.items():
+        yield section, f"{what}, {model}", cell(lambda each: number_text(each.value), "gold_similarity", side)
+    label = f"{what} by both, M_t less M_0, 95 % interval"
+    yield section, label, cell(difference_text, "gold_similarity_gain", "candidate", "initial")
 
 
 def total(iteration: FinishedIteration, metric: MetricName) -> float:
@@ -283,8 +304,8 @@ def _ratio(part: str, whole: str) -> Cell:
     return cell
 
 
-def _last_reward_margin(iteration: FinishedIteration) -> str:
-    return number_text(iteration.rewards[-1]["rewards/margins"] if iteration.rewards else None)
+def _last_quarter(name: str, form: Format) -> Cell:
+    return lambda iteration: form(last_quarter(entry.get(name) for entry in iteration.training_log))
 
 
 def _largest(metric: MetricName) -> Cell:

@@ -6,6 +6,7 @@ from resources.settings.training import CPOSimPO, PreferenceTraining
 from resources.training.losses import simpo
 
 REWARD_AXIS = simpo.REWARD_AXIS
+gap, sigmoid_argument = simpo.gap, simpo.sigmoid_argument
 
 
 def trainer(loss: CPOSimPO, training: PreferenceTraining) -> tuple[type, type, dict[str, Any]]:

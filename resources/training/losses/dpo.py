@@ -1,5 +1,6 @@
 """DPO (arXiv 2305.18290) against the checkpoint that the training starts from: TRL's DPOTrainer."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from resources.settings.training import DPO, PreferenceTraining
@@ -19,3 +20,13 @@ def trainer(loss: DPO, training: PreferenceTraining) -> tuple[type, type, dict[s
             return dataset
 
     return DPOTrainer, trl.DPOConfig, {"max_length": training.max_length, "beta": loss.beta}
+
+
+def gap(loss: DPO, logged: Mapping[str, float]) -> str:
+    """How far chosen is ahead of rejected, compared with the start: DPO's log-ratios are those of whole answers."""
+    return f"gap {logged['rewards/margins'] / loss.beta:+.3f} nats per answer since the start"
+
+
+def sigmoid_argument(loss: DPO, logged: Mapping[str, float]) -> float:
+    """The loss is -log sigmoid(margin)."""
+    return logged["rewards/margins"]

@@ -1,5 +1,6 @@
 """SimPO (arXiv 2405.14734), the loss of the paper: TRL's CPOTrainer without CPO's likelihood term."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from resources.settings.training import CPOSimPO, PreferenceTraining, SimPO
@@ -24,3 +25,13 @@ def trainer(loss: SimPO | CPOSimPO, training: PreferenceTraining) -> tuple[type,
         "beta": loss.beta,
         "simpo_gamma": loss.gamma,
     }  # fmt: skip
+
+
+def gap(loss: SimPO | CPOSimPO, logged: Mapping[str, float]) -> str:
+    """How far chosen is ahead of rejected: the logged margin is beta times that."""
+    return f"gap {logged['rewards/margins'] / loss.beta:+.3f} nats per token"
+
+
+def sigmoid_argument(loss: SimPO | CPOSimPO, logged: Mapping[str, float]) -> float:
+    """The loss is -log sigmoid(margin - gamma)."""
+    return logged["rewards/margins"] - loss.gamma
