@@ -18,7 +18,9 @@ from resources.common.errors import FinalError
 from resources.generation.language_model import Usage
 from resources.judging.judge_choice import INDEPENDENT, TOOK_PART, judge_scorer, open_judges
 from resources.judging.server_judge import ServerJudge, load_template
-from resources.scoring.scorer import Comparison, RewardScorer, ScoringUsage
+from resources.scoring.pair_ranker import PairRanker
+from resources.scoring.scorer import SCORERS, Comparison, RewardScorer, ScoringUsage
+from resources.scoring.scoring_model import Reading
 from resources.settings.evaluation import JudgeServer
 from resources.settings.files import active_settings, load_settings, preset_path
 from resources.settings.method import PairRankerScorer
@@ -299,7 +301,7 @@ class Recorder:
         copied.random_seed = update["random_seed"]
         return copied
 
-    def compare(self, model, rows):
+    def compare(self, model, rows, judging=False):
         rows = list(rows)
         self.note(self.compared, [prompt for prompt, _, _ in rows])
         scores = pl.Series([1.0] * len(rows))
@@ -342,13 +344,13 @@ MODELS = [stand_in("initial_policy", "M_0"), stand_in("policy", "M_1", ITERATION
           stand_in("model_checkpoint", "M_2", ITERATIONS), seed_pairs]  # fmt: skip
 
 
-def materialize(assets, instance, home, monkeypatch, judge=None):
+def materialize(assets, instance, home, monkeypatch, judge=None, scorer=None):
     """Runs real assets of iteration 2 on models that stand in; returns what they showed to these, services and result."""
     seen, shared = Recorder(home / "shards"), active_settings()
     for module in ("synpo_assets.stages.scorers", "resources.judging.judge_choice"):
         monkeypatch.setattr(f"{module}.judge_scorer", lambda judge, scorer: scorer)
     services = services_in(home, shared.model_copy(update={"judge": judge or shared.judge}))
-    services = dataclasses.replace(services, language_model=seen, scorer=seen, trainer=seen)
+    services = dataclasses.replace(services, language_model=seen, scorer=scorer or seen, trainer=seen)
     return seen, services, run([*MODELS, *assets], instance, services, "0002")
 
 
@@ -597,6 +599,38 @@ def test_every_judge_says_whether_it_took_part_in_training(tmp_path):
     assert judge_scorer(judge, scorer).scorer.max_length == judge.max_length == 2048
     server = judge.model_copy(update={"server": JudgeServer(url="http://127.0.0.1:1/v1", model="m")})
     assert open_judges(server, scorer, CHECKPOINT, CHECKPOINT)[2].label == "m (on a server)"
+
+
+class PrefersFirst:
+    """Stands in for a pair ranker that always prefers what stands first."""
+
+    answers_per_reading, conventions = PairRanker.answers_per_reading, PairRanker.conventions
+
+    def __init__(self, weights, engine, max_length):
+        pass
+
+    def read(self, key, prompt, answers):
+        return Reading(key, [0], [], False, [False, False])
+
+    def score(self, readings):
+        return [[1.0, 0.0] for _ in readings]
+
+
+@pytest.mark.parametrize("convention", PairRanker.conventions)
+def test_a_preference_for_a_place_wins_nothing(instance, tmp_path, monkeypatch, convention):
+    """Pairs are selected as the setting says; M_t, which always stands first, is judged in both orders."""
+    monkeypatch.setitem(SCORERS, "pair_ranker", PrefersFirst)
+    section = PairRankerScorer(name="some/ranker", pair_convention=convention)
+    scorer = RewardScorer(shards=str(tmp_path / "scores"), engine=active_settings().engine, scorer=section)
+    selected = scorer.compare(CHECKPOINT, [("Why?", "Because.", "So.")])
+    assert (selected.convention, selected.margins[0]) == (convention, 1.0 if convention == "one_order" else 0.0)
+    scorers = [stand_in("reward_model", "F"), stand_in("judge_model", "J")]
+    _, services, _ = materialize([*scorers, evaluation], instance, tmp_path, monkeypatch, scorer=scorer)
+    metrics = recorded(services.metrics, "0002")
+    assert [rate.value for rate in metrics.every("win_rate")] == [0.5] * 4
+    rewards = [metrics.value("held_out_reward", side) for side in ("candidate", "initial", "gold")]
+    assert rewards[0] == rewards[1] == rewards[2]
+    assert shown(instance, "evaluation", "0002")["score_convention"] == section.judging_convention
 
 
 def test_the_evaluation_of_an_iteration_with_a_server_as_third_judge(serve, instance, tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ Here: the three models answer the held-out seed prompts. A judge that took no pa
 reward model trained from M_0 on rows of the seed that nothing else reads, with another random seed. It needs no download,
 but it learned from the same kind of data as the scorer and starts from the same model, so it is a weaker witness than
 GPT-4; `judge.server` adds any model with OpenAI's chat API. The scorer's verdict is shown with theirs, marked as that of a
-judge that took part in training. Win rates come with bootstrap intervals and, as in AlpacaEval 2, controlled for length.
+judge that took part in training. A judge that reads two answers together reads them in both orders. Win rates come with
+bootstrap intervals and, as in AlpacaEval 2, controlled for length.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,8 +39,11 @@ OPPONENTS = {"initial": "initial_response", "previous": "previous_response"}
 
 def _cost(sizes: Sizes) -> list[Work]:
     """The scorer reads the answers of M_t and M_0 and gold; the judge has read those of M_0 and M_{t-1} before."""
-    alone, written = reads_answers_alone(sizes.settings), comparison_tokens(sizes, sizes.written, sizes.written)
-    gold = sizes.asked + sizes.gold if alone else comparison_tokens(sizes, sizes.gold, sizes.written)
+    alone = reads_answers_alone(sizes.settings)
+    written, gold = (
+        comparison_tokens(sizes, side, sizes.written, judging=True) for side in (sizes.written, sizes.gold)
+    )
+    gold = sizes.asked + sizes.gold if alone else gold
     previous = [] if alone else [Work("score", sizes.held_out * written, later_only=True)]
     return [
         Work("generate", sizes.held_out * sizes.written),
@@ -53,7 +57,7 @@ def _cost(sizes: Sizes) -> list[Work]:
     Evaluation,
     group="evaluation",
     work=("generates", "scores"),
-    reads=("responses", "scorer.convention", "scorer.max_length", "judge.max_length", "judge.server"),
+    reads=("responses", "scorer.judging_convention", "scorer.max_length", "judge.max_length", "judge.server"),
     samplings=lambda settings: [settings.responses.sampling],
     cost=_cost,
     made_from={"prompt_id": "seed_pairs"},
@@ -112,7 +116,7 @@ def _rewards(
 ) -> tuple[list[pl.Series], str, ScoringUsage]:
     """The scorer's values of the gold answers, M_t's and M_0's, what their differences mean, and the cost."""
     candidate, gold = (
-        services.scorer.compare(reward_model, texts.select("prompt", side, "initial_response").rows())
+        services.scorer.compare(reward_model, texts.select("prompt", side, "initial_response").rows(), judging=True)
         for side in ("candidate_response", "answer")
     )
     # Numbers of different comparisons have no common zero: all three are stated relative to M_0's in the first one.
