@@ -33,10 +33,10 @@ from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.schemas import Evaluation, check
 from synpo_assets.method.evaluation import (
     NO_VERDICT,
-    bootstrap_interval,
     length_controlled_win_rate,
     outcomes,
     win_rate,
+    win_rate_interval,
     win_rates,
 )
 from synpo_assets.stages.improver import seed_responses
@@ -68,18 +68,53 @@ def test_exchanging_the_sides_gives_the_rest_of_each_rate(rows):
     assert win_rate(judged) + win_rate(exchanged(judged)) == pytest.approx(1)
     controlled = length_controlled_win_rate(judged, lengths, others)
     assert controlled + length_controlled_win_rate(exchanged(judged), others, lengths) == pytest.approx(1, abs=1e-8)
-    low, high = bootstrap_interval(judged, 1)
-    other_low, other_high = bootstrap_interval(exchanged(judged), 1)
-    assert (1 - other_high, 1 - other_low) == pytest.approx((low, high), abs=0.5)
+    low, high = win_rate_interval(judged)
+    other_low, other_high = win_rate_interval(exchanged(judged))
+    assert (1 - other_high, 1 - other_low) == pytest.approx((low, high), abs=1e-12)
 
 
-@given(JUDGED, st.integers(0, 10))
-def test_the_interval_contains_the_rate_and_is_repeatable(rows, random_seed):
+@given(JUDGED)
+def test_the_interval_contains_the_rate_and_always_has_a_width(rows):
     judged, _, _ = columns(rows)
-    low, high = bootstrap_interval(judged, random_seed)
-    assert 0 <= low <= win_rate(judged) + 1e-12
-    assert win_rate(judged) - 1e-12 <= high <= 1
-    assert bootstrap_interval(judged.sort(), random_seed) == (low, high), "the order of prompts does not count"
+    low, high = win_rate_interval(judged)
+    assert 0 <= low <= win_rate(judged) <= high <= 1
+    assert high - low > 1 / (2 * len(rows)), "half an answer is never certain"
+    assert win_rate_interval(judged.sort()) == (low, high), "the order of prompts does not count"
+
+
+@pytest.mark.parametrize("outcome", ["win", "tie", "loss"])
+@pytest.mark.parametrize("count", [1, 20, 1000])
+def test_outcomes_that_are_all_the_same_leave_a_width(outcome, count):
+    low, high = win_rate_interval(pl.Series([outcome] * count))
+    # Wilson's interval of a share of 0 or 1; with ties only it is half as far on each side.
+    far = 1.959964**2 / (count + 1.959964**2)
+    wanted = {"win": (1 - far, 1), "tie": (0.5 - far / 2, 0.5 + far / 2), "loss": (0, far)}[outcome]
+    assert (low, high) == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(16, 16), (29, 3), (64, 20), (1, 5)])
+def test_without_ties_the_interval_is_that_of_wilson(wins, losses):
+    z, count = 1.959964, wins + losses
+    rate, middle = wins / count, (wins + z**2 / 2) / (count + z**2)
+    far = z / (1 + z**2 / count) * (rate * (1 - rate) / count + z**2 / (4 * count**2)) ** 0.5
+    judged = pl.Series(["win"] * wins + ["loss"] * losses)
+    assert win_rate_interval(judged) == pytest.approx((middle - far, middle + far), abs=1e-6)
+
+
+@pytest.mark.parametrize(("rate", "ties"), [(0.5, 0), (0.5, 0.4), (0.5, 0.9), (0.9, 0), (0.9, 0.15), (1.0, 0)])
+def test_the_interval_covers_the_true_rate(rate, ties):
+    draw, prompts = np.random.default_rng(3), 32
+    shares = [rate - ties / 2, ties, max(1 - rate - ties / 2, 0)]
+    intervals, covered, times = {}, 0, 4000
+    for counts in map(tuple, draw.multinomial(prompts, shares, size=times)):
+        if counts not in intervals:
+            outcome = [name for name, count in zip(EXCHANGED, counts, strict=False) for _ in range(count)]
+            intervals[counts] = win_rate_interval(pl.Series(outcome))
+        low, high = intervals[counts]
+        covered += low <= rate <= high
+    assert covered / times >= 0.92
+    if rate < 1:
+        assert covered / times <= 0.985, "it is no wider than needed"
 
 
 @given(JUDGED)
@@ -97,7 +132,7 @@ def test_what_has_no_verdict_counts_for_neither_side(rows, count, length):
     with_nonsense = pl.concat([judged, pl.Series([NO_VERDICT] * count)])
     more = pl.concat([lengths, pl.Series([length] * count)]), pl.concat([others, pl.Series([0] * count)])
     assert win_rate(with_nonsense) == win_rate(judged)
-    assert bootstrap_interval(with_nonsense, 1) == bootstrap_interval(judged, 1)
+    assert win_rate_interval(with_nonsense) == win_rate_interval(judged)
     assert length_controlled_win_rate(with_nonsense, *more) == length_controlled_win_rate(judged, lengths, others)
 
 
@@ -143,13 +178,14 @@ def test_estimates_exist_where_length_tells_all_wins_from_all_losses(count):
     assert 0.5 < length_controlled_win_rate(judged[:count], lengths[:count], lengths[:count]) < 1
 
 
-def test_the_interval_is_that_of_resampled_prompts_and_narrows_with_more_of_them():
+def test_the_interval_is_near_that_of_resampled_prompts_and_narrows_with_more_of_them():
     judged = pl.Series(["win"] * 30 + ["tie"] * 10 + ["loss"] * 24)
     points = np.array([1.0] * 30 + [0.5] * 10 + [0.0] * 24)
     draw = np.random.default_rng(5)
     resampled = [draw.choice(points, len(points)).mean() for _ in range(10_000)]
-    assert bootstrap_interval(judged, 0) == pytest.approx(np.quantile(resampled, [0.025, 0.975]), abs=0.01)
-    few, many = (bootstrap_interval(pl.concat([judged] * times), 0) for times in (1, 16))
+    # In the middle and with enough prompts, both ways give nearly the same.
+    assert win_rate_interval(judged) == pytest.approx(np.quantile(resampled, [0.025, 0.975]), abs=0.01)
+    few, many = (win_rate_interval(pl.concat([judged] * times)) for times in (1, 16))
     assert (many[1] - many[0]) == pytest.approx((few[1] - few[0]) / 4, rel=0.1)
 
 
@@ -157,7 +193,7 @@ def test_the_interval_is_that_of_resampled_prompts_and_narrows_with_more_of_them
 def test_without_any_verdict_there_is_no_rate(judged):
     judged = pl.Series(judged, dtype=pl.String)
     lengths = pl.Series([1] * len(judged), dtype=pl.Int64)
-    assert win_rate(judged) is bootstrap_interval(judged, 0) is None
+    assert win_rate(judged) is win_rate_interval(judged) is None
     assert length_controlled_win_rate(judged, lengths, lengths) is None
 
 
@@ -176,8 +212,9 @@ def test_golden_numbers_of_a_table():
     counts = ("judge", "label", "opponent", "wins", "ties", "losses", "no_verdict", "prompts", "win_rate")
     assert tuple(judge[name] for name in counts) == ("judge", "independent", "other", 1, 1, 1, 1, 3, 0.5)
     assert judge["length_controlled"] == pytest.approx(0.4373, abs=1e-4)
-    assert (judge["low"], judge["high"]) == (0.0, 1.0)
-    assert tuple(scorer[name] for name in ("wins", "prompts", "win_rate", "low", "high")) == (4, 4, 1.0, 1.0, 1.0)
+    assert (judge["low"], judge["high"]) == pytest.approx((0.1538, 0.8462), abs=1e-4)
+    assert tuple(scorer[name] for name in ("wins", "prompts", "win_rate")) == (4, 4, 1.0)
+    assert (scorer["low"], scorer["high"]) == pytest.approx((0.5101, 1.0), abs=1e-4)
     assert scorer["length_controlled"] < 0.9
 
 
@@ -657,9 +694,9 @@ def test_the_evaluation_of_an_iteration_with_a_server_as_third_judge(serve, inst
     rates = {(row.data["label"], row.data["opponent"]): row.data for row in about["win_rates"].records}
     assert len(rates) == 3 * len(OPPONENTS)
     over_initial = metrics.find("win_rate", "candidate", over="initial", by=INDEPENDENT)
-    assert (over_initial.low, over_initial.high, over_initial.n) == (
-        *(rates[INDEPENDENT, "initial"][end] for end in ("low", "high")), 3,
-    )  # fmt: skip
+    ends = [rates[INDEPENDENT, "initial"][end] for end in ("low", "high")]
+    assert (over_initial.low, over_initial.high) == pytest.approx(ends, abs=1e-4), "shown with four digits"
+    assert over_initial.n == 3
     assert {rate.checkpoint_sha for rate in metrics.every("win_rate")} == set(frame["candidate_checkpoint_sha"])
     models = ("candidate", "previous", "initial")
     assert [(each.of, each.value) for each in metrics.every("mean_characters")] == [

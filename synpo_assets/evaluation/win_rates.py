@@ -6,7 +6,7 @@ reward model trained from M_0 on rows of the seed that nothing else reads, with 
 but it learned from the same kind of data as the scorer and starts from the same model, so it is a weaker witness than
 GPT-4; `judge.server` adds any model with OpenAI's chat API. The scorer's verdict is shown with theirs, marked as that of a
 judge that took part in training. A judge that reads two answers together reads them in both orders. Win rates come with
-bootstrap intervals and, as in AlpacaEval 2, controlled for length.
+intervals over prompts and, as in AlpacaEval 2, controlled for length.
 """
 
 from collections.abc import Mapping, Sequence
