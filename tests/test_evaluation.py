@@ -33,6 +33,8 @@ from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.schemas import Evaluation, check
 from synpo_assets.method.evaluation import (
     NO_VERDICT,
+    alike_in_length,
+    length_controlled_interval,
     length_controlled_win_rate,
     outcomes,
     win_rate,
@@ -189,12 +191,58 @@ def test_the_interval_is_near_that_of_resampled_prompts_and_narrows_with_more_of
     assert (many[1] - many[0]) == pytest.approx((few[1] - few[0]) / 4, rel=0.1)
 
 
+def by_length(draw, prompts, intercept, slope):
+    """Outcomes of a judge who sees content (the intercept) and length."""
+    others = draw.integers(100, 500, prompts)
+    lengths = np.maximum(others + draw.normal(80, 120, prompts).astype(int), 1)
+    feature = np.tanh((lengths - others) / (lengths - others).std())
+    won = draw.random(prompts) < 1 / (1 + np.exp(-intercept - slope * feature))
+    return pl.Series(np.where(won, "win", "loss")), pl.Series(lengths), pl.Series(others)
+
+
+def test_the_length_controlled_interval_is_that_of_estimates_on_resampled_prompts():
+    draw = np.random.default_rng(2)
+    judged, lengths, others = by_length(draw, 200, 0.3, 1.5)
+    rates = []
+    for _ in range(300):
+        places = draw.integers(0, 200, 200)
+        rates.append(length_controlled_win_rate(judged[places], lengths[places], others[places]))
+    found = length_controlled_interval(judged, lengths, others, 0)
+    assert found == pytest.approx(np.quantile(rates, [0.025, 0.975]), abs=0.025)
+    assert found == length_controlled_interval(judged, lengths, others, 0)
+    order = draw.permutation(200)
+    assert found == pytest.approx(length_controlled_interval(judged[order], lengths[order], others[order], 0), abs=1e-9)
+
+
+def test_the_length_controlled_interval_covers_the_rate_of_content_alone():
+    draw, covered, times = np.random.default_rng(4), 0, 30
+    for random_seed in range(times):
+        low, high = length_controlled_interval(*by_length(draw, 60, 0.8, 1.5), random_seed)
+        covered += low <= 1 / (1 + np.exp(-0.8)) <= high
+    assert covered >= 0.85 * times
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_prompts_that_were_all_won_leave_the_length_controlled_interval_a_width(count):
+    same = pl.Series([50] * count)
+    low, high = length_controlled_interval(pl.Series(["win"] * count), same, same, 0)
+    assert low <= (count - 0.5) / (count + 1)
+    assert high == pytest.approx((count + 0.5) / (count + 1))
+
+
+def test_answers_are_alike_in_length_within_a_fifth_or_a_quarter():
+    lengths, others = pl.Series([80, 79, 125, 126, 0, 0, 100]), pl.Series([100, 100, 100, 100, 0, 1, 100])
+    assert [alike_in_length(pl.Series(["tie"]), lengths[[n]], others[[n]]) for n in range(7)] == [1, 0, 1, 0, 1, 0, 1]
+    assert alike_in_length(pl.Series(["win", NO_VERDICT]), lengths[[0, 6]], others[[0, 6]]) == 1
+
+
 @pytest.mark.parametrize("judged", [[], [NO_VERDICT] * 3])
 def test_without_any_verdict_there_is_no_rate(judged):
     judged = pl.Series(judged, dtype=pl.String)
     lengths = pl.Series([1] * len(judged), dtype=pl.Int64)
     assert win_rate(judged) is win_rate_interval(judged) is None
     assert length_controlled_win_rate(judged, lengths, lengths) is None
+    assert length_controlled_interval(judged, lengths, lengths, 0) is None
 
 
 def test_a_score_that_is_not_a_number_is_no_win():
@@ -212,6 +260,8 @@ def test_golden_numbers_of_a_table():
     counts = ("judge", "label", "opponent", "wins", "ties", "losses", "no_verdict", "prompts", "win_rate")
     assert tuple(judge[name] for name in counts) == ("judge", "independent", "other", 1, 1, 1, 1, 3, 0.5)
     assert judge["length_controlled"] == pytest.approx(0.4373, abs=1e-4)
+    assert judge["length_controlled_low"] < judge["length_controlled"] < judge["length_controlled_high"]
+    assert (judge["alike_in_length"], scorer["alike_in_length"]) == (1, 1)
     assert (judge["low"], judge["high"]) == pytest.approx((0.1538, 0.8462), abs=1e-4)
     assert tuple(scorer[name] for name in ("wins", "prompts", "win_rate")) == (4, 4, 1.0)
     assert (scorer["low"], scorer["high"]) == pytest.approx((0.5101, 1.0), abs=1e-4)

@@ -99,15 +99,19 @@ def recorded(iteration, kept=5):
     }  # fmt: skip
 
 
-def judged(iteration, judges=(INDEPENDENT, TOOK_PART)):
+def judged(iteration, judges=(INDEPENDENT, TOOK_PART), alike=10):
     """As they are recorded: for each judge and opponent the win rate and what it is made of."""
     metrics = []
     for place, judge in enumerate(judges):
         for opponent in ("initial", "previous"):
             who = {"of": "candidate", "over": opponent, "by": judge}
             rate = 0.5 + iteration / 10 - place / 10
-            counts = {"wins": 5, "ties": 1, "losses": 2, "no_verdicts": place, "length_controlled_win_rate": 0.55}
-            metrics.append(Metric("win_rate", rate, low=0.4, high=0.9, n=8, **who))
+            counts = {"wins": 5, "ties": 1, "losses": 2, "no_verdicts": place}
+            metrics += [
+                Metric("win_rate", rate, low=0.4, high=0.9, n=8, **who),
+                Metric("length_controlled_win_rate", 0.55, low=0.3, high=0.75, n=8, **who),
+                Metric("pairs_alike_in_length", alike, n=8, **who),
+            ]
             metrics += [Metric(name, value, **who) for name, value in counts.items()]
     return metrics
 
@@ -202,7 +206,8 @@ def test_every_metric_is_in_its_place(instance, services):
             for opponent in ("M_0", "M_{t-1}")
             for metric, cells in (
                 ("win rate, 95 % interval", (f"{6 - place}0.0% (40.0 to 90.0)", f"{7 - place}0.0% (40.0 to 90.0)")),
-                ("length-controlled win rate", ("55.0%", "55.0%")),
+                ("length-controlled win rate, 95 % interval", ("55.0% (30.0 to 75.0)",) * 2),
+                ("pairs alike in length (ratio 0.8 to 1.25)", ("10", "10")),
                 ("wins, ties, losses, no verdict", (f"5, 1, 2, {place}",) * 2),
             )
         },
@@ -285,6 +290,22 @@ def test_generated_text_is_shown_as_text(instance, services):
     assert "&lt;b&gt;c&lt;/b&gt; | ⟨U+202E⟩d" in page
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202e]", page)
     assert not re.search(r"<(link|iframe|object|a)\b|\shref=|\ssrc=\"(?!data:image/png;base64,)|url\(|@import", page)
+
+
+def test_a_length_controlled_rate_that_is_extrapolated_is_named(instance, services):
+    def evaluated(alike):
+        return [each for each in recorded(2)["evaluation"] if each not in judged(2)] + judged(2, alike=alike)
+
+    make_iteration(instance, services, 1, evaluation=evaluated(10))
+    make_iteration(instance, services, 2, evaluation=evaluated(9))
+    metadata, _, page = report(instance, services)
+    sentence = (
+        "Iteration 0002, M_t over {}: 9 of 8 pairs of answers are alike in length (ratio 0.8 to 1.25), so the "
+        "length-controlled win rate is extrapolated."
+    )
+    # Once for both judges.
+    assert metadata["notes"] == " ".join(sentence.format(name) for name in ("M_0", "M_{t-1}"))
+    assert sentence.format("M_0") in page
 
 
 def test_an_unfinished_iteration_is_named_and_left_out(instance, services):
@@ -419,7 +440,9 @@ def test_it_reports_two_real_iterations(nano_run, tmp_path):
     with dg.DagsterInstance.from_config(str(home)) as instance:
         metadata, _, page = report(instance, services)
         shas = [services.checkpoints.current("model_checkpoint", key).sha[:16] for key in ("0001", "0002")]
-    assert (metadata["iterations"], metadata["notes"]) == ("0001, 0002", "none")
+    assert metadata["iterations"] == "0001, 0002"
+    # Six held-out prompts are too few for a length-controlled rate.
+    assert metadata["notes"].count("is extrapolated.") == metadata["notes"].count("Iteration ") == 4
     assert metadata.keys() >= PLOTS
     records = {(record.data["section"], record.data["metric"]): record.data for record in metadata["table"].records}
     for record in records.values():

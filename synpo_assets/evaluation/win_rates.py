@@ -151,10 +151,14 @@ def _held_out_metrics(frame: pl.DataFrame, rates: pl.DataFrame, sha: str) -> lis
         who = {"of": "candidate", "over": rate["opponent"], "by": rate["label"], "checkpoint_sha": sha}
         measured += [
             Metric("win_rate", rate["win_rate"], low=rate["low"], high=rate["high"], n=rate["prompts"], **who),
-            Metric("length_controlled_win_rate", rate["length_controlled"], n=rate["prompts"], **who),
+            Metric(
+                "length_controlled_win_rate", rate["length_controlled"], low=rate["length_controlled_low"],
+                high=rate["length_controlled_high"], n=rate["prompts"], **who,
+            ),
+            Metric("pairs_alike_in_length", rate["alike_in_length"], n=rate["prompts"], **who),
             Metric("wins", rate["wins"], **who),
             Metric("ties", rate["ties"], **who),
             Metric("losses", rate["losses"], **who),
             Metric("no_verdicts", rate["no_verdict"], **who),
-        ]
+        ]  # fmt: skip
     return measured

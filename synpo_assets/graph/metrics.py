@@ -42,7 +42,8 @@ MetricName = Literal[
     "held_out_accuracy", "held_out_pairs", "candidate_pairs", "mean_margin", "cut_share", "chosen_to_rejected_length",
     "pairs_of_iteration",
     # Held-out prompts.
-    "held_out_prompts", "held_out_reward", "win_rate", "length_controlled_win_rate", "wins", "ties", "losses", "no_verdicts",
+    "held_out_prompts", "held_out_reward", "win_rate", "length_controlled_win_rate", "pairs_alike_in_length", "wins", "ties",
+    "losses", "no_verdicts",
     "mean_repetition", "mean_characters", "instructions", "samples_each", "verifiable_rate", "verifiable_gain",
     "constraint_rate", "gold_log_likelihood", "gold_log_likelihood_gain", "gold_similarity",
     "gold_similarity_gain", "promoted", "leaderboard_average", "answers_written",

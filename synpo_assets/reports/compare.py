@@ -37,6 +37,7 @@ def _value(
 # Of each column: its value, and how it is written.
 COLUMNS: dict[str, tuple[Callable[[FinishedIteration], float | None], str]] = {
     "win rate over M_0": (_value("win_rate", "candidate", over="initial", by=INDEPENDENT), "{:.1%}"),
+    "length-controlled": (_value("length_controlled_win_rate", "candidate", over="initial", by=INDEPENDENT), "{:.1%}"),
     "instructions M_0": (_value("verifiable_rate", "initial"), "{:.1%}"),
     "instructions M_t": (_value("verifiable_rate", "candidate"), "{:.1%}"),
     "reward M_0": (_value("held_out_reward", "initial"), "{:.3f}"),

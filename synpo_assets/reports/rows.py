@@ -14,6 +14,8 @@ PROMPT_SOURCES = {
 }  # fmt: skip
 MODELS = {"candidate": "M_t", "initial": "M_0"}
 OPPONENT_LABELS = {"initial": "M_0", "previous": "M_{t-1}"}
+# With fewer pairs alike in length, a length-controlled win rate is extrapolated.
+FEWEST_ALIKE = 10
 PROMOTED = {True: "yes", False: "no", None: MISSING}
 
 
@@ -148,16 +150,28 @@ def difference_text(difference: Metric | None) -> str:
 
 
 def report_notes(iterations: Sequence[FinishedIteration], unfinished: Sequence[str]) -> list[str]:
-    """Sentences about M_t that were not promoted, and about what the report leaves out."""
+    """Sentences about M_t that were not promoted, win rates that are extrapolated, and what the report leaves out."""
     notes = [
         f"model_checkpoint[{iteration.key}] has no training log with rewards: its curves are missing."
         for iteration in iterations
         if not iteration.rewards
     ]
+    for iteration in iterations:
+        notes += dict.fromkeys(_extrapolations(iteration))
     notes += [iteration.refusal for iteration in iterations if iteration.refusal]
     if unfinished:
         notes.append(f"Not finished, and therefore left out: iteration {', '.join(unfinished)}.")
     return notes
+
+
+def _extrapolations(iteration: FinishedIteration) -> Iterator[str]:
+    """Sentences about length-controlled win rates that hardly any pair of answers of equal length stands behind."""
+    for alike in iteration.metrics.every("pairs_alike_in_length"):
+        if alike.value is not None and alike.value < FEWEST_ALIKE:
+            yield (
+                f"Iteration {iteration.key}, M_t over {OPPONENT_LABELS[str(alike.over)]}: {alike.value:.0f} of {alike.n} pairs of "
+                "answers are alike in length (ratio 0.8 to 1.25), so the length-controlled win rate is extrapolated."
+            )
 
 
 def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, Cell]]:
@@ -225,7 +239,10 @@ def _win_rates(judge: str, opponent: str, compared: str) -> Iterator[tuple[str, 
         return MISSING if values[0] is None else ", ".join(map(count_text, values))
 
     yield "Held-out", f"{compared}: win rate, 95 % interval", lambda it: rate_text(it.metrics.find("win_rate", **where))
-    yield "Held-out", f"{compared}: length-controlled win rate", _of("length_controlled_win_rate", share_text, **where)
+    label = f"{compared}: length-controlled win rate, 95 % interval"
+    yield "Held-out", label, lambda it: rate_text(it.metrics.find("length_controlled_win_rate", **where))
+    label = f"{compared}: pairs alike in length (ratio 0.8 to 1.25)"
+    yield "Held-out", label, _of("pairs_alike_in_length", count_text, **where)
     yield "Held-out", f"{compared}: wins, ties, losses, no verdict", counts
 
 
