@@ -40,6 +40,7 @@ from synpo_assets.method.evaluation import (
     win_rate,
     win_rate_interval,
     win_rates,
+    wins_by_ending,
 )
 from synpo_assets.stages.improver import seed_responses
 from synpo_assets.stages.prompts import prompt_generator
@@ -268,6 +269,21 @@ def test_golden_numbers_of_a_table():
     assert scorer["length_controlled"] < 0.9
 
 
+def test_wins_are_counted_by_which_answers_ended():
+    cells = [(False, False)] * 3 + [(False, True)] * 2 + [(True, False)] + [(True, True)] * 2
+    frame = pl.DataFrame(cells, schema=["candidate_cut", "initial_cut"], orient="row").with_columns(
+        judge_over_initial=pl.Series(["win", "win", "tie", "win", "loss", "loss", "tie", NO_VERDICT])
+    )
+    rows = wins_by_ending(frame, {"judge": "independent"}).to_dicts()
+    assert [tuple(row[name] for name in ("ended", "wins", "ties", "losses", "prompts", "win_rate")) for row in rows] == [
+        ("both_ended", 2, 1, 0, 3, pytest.approx(5 / 6)), ("only_candidate_ended", 1, 0, 1, 2, 0.5),
+        ("only_initial_ended", 0, 0, 1, 1, 0.0), ("neither_ended", 0, 1, 0, 1, 0.5),
+    ]  # fmt: skip
+    assert (rows[0]["low"], rows[0]["high"]) == win_rate_interval(pl.Series(["win", "win", "tie"]))
+    nobody = wins_by_ending(frame.filter("candidate_cut"), {"judge": "independent"}).to_dicts()[0]
+    assert (nobody["prompts"], nobody["win_rate"], nobody["low"]) == (0, None, None)
+
+
 # Who reads which rows of the seed.
 
 
@@ -373,7 +389,9 @@ class Recorder:
         with open(f"{checkpoint.weights}/model.safetensors") as file:
             text = f"by {file.read()}"
         tokens = {"input_tokens": pl.lit(3, pl.Int64), "output_tokens": pl.lit(4, pl.Int64)}
-        frame = pl.DataFrame({"id": [row_id for row_id, _ in asked], "text": text, "finish_reason": "stop"})
+        frame = pl.DataFrame({"id": [row_id for row_id, _ in asked], "text": text})
+        # Whatever M_0 writes is cut.
+        frame = frame.with_columns(finish_reason=pl.lit("length" if text == "by M_0" else "stop"))
         return frame.with_columns(**tokens), Usage(len(asked), 0, 3, 4, 4, 1.0)
 
     def train(self, kind, start, examples, training, directory, loss=None):
@@ -752,7 +770,15 @@ def test_the_evaluation_of_an_iteration_with_a_server_as_third_judge(serve, inst
     assert [(each.of, each.value) for each in metrics.every("mean_characters")] == [
         (model, len("by M_2")) for model in models
     ]
-    assert [(each.of, each.value) for each in metrics.every("cut_share")] == [(model, 0.0) for model in models]
+    assert [(each.of, each.value) for each in metrics.every("cut_share")] == list(
+        zip(models, [0.0, 0.0, 1.0], strict=True)
+    )
     assert metrics.value("mean_repetition", "candidate") == 0.0
+    assert frame.select("candidate_cut", "initial_cut").rows() == [(False, True)] * 3
+    both = metrics.find("win_rate_both_ended", "candidate", over="initial", by=INDEPENDENT)
+    assert (both.value, both.n, both.low) == (None, 0, None)
+    assert metrics.value("wins_both_ended", "candidate", over="initial", by=by_server) == 0
+    assert metrics.value("wins_only_candidate_ended", "candidate", over="initial", by=by_server) == 3
+    assert len(about["wins_by_ending"].records) == 3 * 4
     assert rates[by_server, "previous"]["wins"] == 3
     assert about["judges"] == f"independent judge; scorer (took part in training); {by_server}"

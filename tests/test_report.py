@@ -11,12 +11,14 @@ from pathlib import Path
 import dagster as dg
 import polars as pl
 import pytest
+from rich.console import Console
 
 from resources.common.errors import FinalError
 from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
 from resources.settings.files import load_settings
 from resources.storage.checkpoint_store import Checkpoint
-from synpo_assets.graph.metrics import Metric
+from synpo_assets.cli.summary import _held_out
+from synpo_assets.graph.metrics import ENDING_COUNTS, Metric
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.services import Services
@@ -112,6 +114,10 @@ def judged(iteration, judges=(INDEPENDENT, TOOK_PART), alike=10):
                 Metric("length_controlled_win_rate", 0.55, low=0.3, high=0.75, n=8, **who),
                 Metric("pairs_alike_in_length", alike, n=8, **who),
             ]
+            if opponent == "initial":
+                metrics.append(Metric("win_rate_both_ended", 0.75, low=0.3, high=0.95, n=4, **who))
+                names = [name for names in ENDING_COUNTS.values() for name in names]
+                metrics += [Metric(name, number, **who) for number, name in enumerate(names)]
             metrics += [Metric(name, value, **who) for name, value in counts.items()]
     return metrics
 
@@ -211,6 +217,21 @@ def test_every_metric_is_in_its_place(instance, services):
                 ("wins, ties, losses, no verdict", (f"5, 1, 2, {place}",) * 2),
             )
         },
+        **{
+            f"{judge}, over M_0: win rate where both answers ended, 95 % interval": ("75.0% (30.0 to 95.0), 4 prompts",)
+            * 2
+            for judge in (INDEPENDENT, TOOK_PART)
+        },
+        **{
+            f"{judge}, over M_0, {ended}: wins, ties, losses": (counts,) * 2
+            for judge in (INDEPENDENT, TOOK_PART)
+            for ended, counts in (
+                ("both ended", "0, 1, 2"),
+                ("only M_t ended", "3, 4, 5"),
+                ("only M_0 ended", "6, 7, 8"),
+                ("neither ended", "9, 10, 11"),
+            )
+        },
         "repeated 3-grams in M_t's answers": ("25.0%", "25.0%"),
         "repeated 3-grams in M_0's answers": ("12.5%", "12.5%"),
         "answers of M_t cut": ("75.0%", "75.0%"),
@@ -306,6 +327,19 @@ def test_a_length_controlled_rate_that_is_extrapolated_is_named(instance, servic
     # Once for both judges.
     assert metadata["notes"] == " ".join(sentence.format(name) for name in ("M_0", "M_{t-1}"))
     assert sentence.format("M_0") in page
+
+
+def test_the_summary_on_the_terminal_shows_each_win_rate_whole(instance, services):
+    make_iteration(instance, services, 1)
+    console = Console(width=80, file=io.StringIO())
+    console.print(_held_out(services, 1))
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines()]
+    assert [line[2:] for line in lines if len(line) == 5 and line[3]] == [
+        ["over M_0", "60.0% (40.0 to 90.0)", "8"], ["both answers ended", "75.0% (30.0 to 95.0)", "4"],
+        ["length-controlled", "55.0% (30.0 to 75.0)", "8"], ["over M_t-1", "60.0% (40.0 to 90.0)", "8"],
+        ["over M_0", "50.0% (40.0 to 90.0)", "8"], ["both answers ended", "75.0% (30.0 to 95.0)", "4"],
+        ["length-controlled", "55.0% (30.0 to 75.0)", "8"], ["over M_t-1", "50.0% (40.0 to 90.0)", "8"],
+    ]  # fmt: skip
 
 
 def test_an_unfinished_iteration_is_named_and_left_out(instance, services):
@@ -446,7 +480,8 @@ def test_it_reports_two_real_iterations(nano_run, tmp_path):
     assert metadata.keys() >= PLOTS
     records = {(record.data["section"], record.data["metric"]): record.data for record in metadata["table"].records}
     for record in records.values():
-        assert "—" not in record.values(), record
+        # Perhaps no two answers to the same prompt both ended.
+        assert "—" not in record.values() or "both answers ended" in record["metric"], record
     kept = [pl.read_parquet(home / "tables" / "preference_pairs" / f"{key}.parquet") for key in ("0001", "0002")]
     trained_on = records["Rows", "pairs that M_t was trained on"]
     assert [trained_on["0001"], trained_on["0002"]] == [str(kept[0].height), str(kept[0].height + kept[1].height)]

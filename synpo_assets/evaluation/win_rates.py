@@ -6,7 +6,8 @@ reward model trained from M_0 on rows of the seed that nothing else reads, with 
 but it learned from the same kind of data as the scorer and starts from the same model, so it is a weaker witness than
 GPT-4; `judge.server` adds any model with OpenAI's chat API. The scorer's verdict is shown with theirs, marked as that of a
 judge that took part in training. A judge that reads two answers together reads them in both orders. Win rates come with
-intervals over prompts and, as in AlpacaEval 2, controlled for length.
+intervals over prompts; as in AlpacaEval 2, controlled for length; and for the prompts where neither M_t's nor M_0's answer
+was cut at the token limit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,13 +23,13 @@ from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
-from synpo_assets.graph.metrics import Metric, MetricName
+from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName
 from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.schemas import Evaluation
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
-from synpo_assets.method.evaluation import outcomes, win_rates
+from synpo_assets.method.evaluation import outcomes, win_rates, wins_by_ending
 from synpo_assets.method.quality import answer_figures
 from synpo_assets.method.templates import prompt_requests
 from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
@@ -86,9 +87,15 @@ def evaluation(
     labels = {judge.name: judge.label for judge in judges}
     rates = win_rates(frame, labels, OPPONENTS, "candidate_response", services.settings.random_seed)
     # What people look for comes first.
-    measured = [*_held_out_metrics(frame, rates, model_checkpoint.sha), *measured]
+    by_ending = wins_by_ending(frame, labels)
+    measured = [
+        *_held_out_metrics(frame, rates, model_checkpoint.sha),
+        *_ending_metrics(by_ending, model_checkpoint.sha),
+        *measured,
+    ]
     measured += metrics.scoring(sum(judging, rewarding))
-    shown = {"win_rates": table_metadata(rates), "judges": "; ".join(labels.values()), "score_convention": convention}
+    tables = {"win_rates": table_metadata(rates), "wins_by_ending": table_metadata(by_ending)}
+    shown = tables | {"judges": "; ".join(labels.values()), "score_convention": convention}
     return table_output(context, services, frame, measured, **shown, **made_by(model_checkpoint))
 
 
@@ -108,7 +115,9 @@ def _answers(
         whose = {"of": row["model"], "n": held_out.height, "checkpoint_sha": models[row["model"]].sha}
         measured += [Metric(name, row[name], **whose) for name in names]
     measured += metrics.generating(*usages)
-    return held_out.with_columns(**{f"{name}_response": frame["text"] for name, frame in written.items()}), measured
+    columns = {f"{name}_response": frame["text"] for name, frame in written.items()}
+    columns |= {f"{name}_cut": written[name]["finish_reason"] == "length" for name in ("candidate", "initial")}
+    return held_out.with_columns(**columns), measured
 
 
 def _rewards(
@@ -161,4 +170,19 @@ def _held_out_metrics(frame: pl.DataFrame, rates: pl.DataFrame, sha: str) -> lis
             Metric("losses", rate["losses"], **who),
             Metric("no_verdicts", rate["no_verdict"], **who),
         ]  # fmt: skip
+    return measured
+
+
+def _ending_metrics(by_ending: pl.DataFrame, sha: str) -> list[Metric]:
+    """Wins, ties and losses by which answers ended, and the win rate where both did."""
+    measured = []
+    for row in by_ending.iter_rows(named=True):
+        who = {"of": "candidate", "over": "initial", "by": row["label"], "checkpoint_sha": sha}
+        if row["ended"] == "both_ended":
+            rate = {name: row[name] for name in ("low", "high")}
+            measured.append(Metric("win_rate_both_ended", row["win_rate"], n=row["prompts"], **rate, **who))
+        counts = (row[outcome] for outcome in ("wins", "ties", "losses"))
+        measured += [
+            Metric(name, count, **who) for name, count in zip(ENDING_COUNTS[row["ended"]], counts, strict=True)
+        ]
     return measured

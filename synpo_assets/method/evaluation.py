@@ -8,6 +8,13 @@ import polars as pl
 
 NO_VERDICT = "no verdict"
 POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
+# Whether M_t's and M_0's answers were cut.
+ENDINGS = {
+    "both_ended": (False, False),
+    "only_candidate_ended": (False, True),
+    "only_initial_ended": (True, False),
+    "neither_ended": (True, True),
+}
 RESAMPLES = 10_000
 COVERAGE = 0.95
 QUANTILE = NormalDist().inv_cdf((1 + COVERAGE) / 2)
@@ -213,6 +220,35 @@ def _highest_rate(wins: int, ties: int, losses: int) -> float:
         else:
             low = middle
     return high
+
+
+def wins_by_ending(frame: pl.DataFrame, judges: dict[str, str]) -> pl.DataFrame:
+    """What each judge makes of M_t beside M_0 by which answers ended by themselves: a row per judge and case.
+
+    The frame has the outcomes (`judge_over_initial`) and whether each answer was cut. Where both ended, a judge cannot go
+    by the cut; what M_t wins there is closer to what its content wins.
+    """
+    rows = []
+    for judge, label in judges.items():
+        for ended, (candidate_cut, initial_cut) in ENDINGS.items():
+            judged = frame.filter(candidate_cut=candidate_cut, initial_cut=initial_cut)[f"{judge}_over_initial"]
+            wins, ties, losses = (int((judged == outcome).sum()) for outcome in POINTS)
+            low, high = win_rate_interval(judged) or (None, None)
+            rows.append(
+                {
+                    "judge": judge,
+                    "label": label,
+                    "ended": ended,
+                    "wins": wins,
+                    "ties": ties,
+                    "losses": losses,
+                    "prompts": wins + ties + losses,
+                    "win_rate": win_rate(judged),
+                    "low": low,
+                    "high": high,
+                }
+            )
+    return pl.DataFrame(rows, schema_overrides=dict.fromkeys(("win_rate", "low", "high"), pl.Float64))
 
 
 def _points(judged: pl.Series) -> np.ndarray:
