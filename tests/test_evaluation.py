@@ -18,7 +18,9 @@ from resources.common.errors import FinalError
 from resources.generation.language_model import Usage
 from resources.judging.judge_choice import INDEPENDENT, TOOK_PART, judge_scorer, open_judges
 from resources.judging.server_judge import ServerJudge, load_template
-from resources.scoring.scorer import Comparison, RewardScorer, ScoringUsage
+from resources.scoring.pair_ranker import PairRanker
+from resources.scoring.scorer import SCORERS, Comparison, RewardScorer, ScoringUsage
+from resources.scoring.scoring_model import Reading
 from resources.settings.evaluation import JudgeServer
 from resources.settings.files import active_settings, load_settings, preset_path
 from resources.settings.method import PairRankerScorer
@@ -31,11 +33,14 @@ from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.schemas import Evaluation, check
 from synpo_assets.method.evaluation import (
     NO_VERDICT,
-    bootstrap_interval,
+    alike_in_length,
+    length_controlled_interval,
     length_controlled_win_rate,
     outcomes,
     win_rate,
+    win_rate_interval,
     win_rates,
+    wins_by_ending,
 )
 from synpo_assets.stages.improver import seed_responses
 from synpo_assets.stages.prompts import prompt_generator
@@ -66,18 +71,53 @@ def test_exchanging_the_sides_gives_the_rest_of_each_rate(rows):
     assert win_rate(judged) + win_rate(exchanged(judged)) == pytest.approx(1)
     controlled = length_controlled_win_rate(judged, lengths, others)
     assert controlled + length_controlled_win_rate(exchanged(judged), others, lengths) == pytest.approx(1, abs=1e-8)
-    low, high = bootstrap_interval(judged, 1)
-    other_low, other_high = bootstrap_interval(exchanged(judged), 1)
-    assert (1 - other_high, 1 - other_low) == pytest.approx((low, high), abs=0.5)
+    low, high = win_rate_interval(judged)
+    other_low, other_high = win_rate_interval(exchanged(judged))
+    assert (1 - other_high, 1 - other_low) == pytest.approx((low, high), abs=1e-12)
 
 
-@given(JUDGED, st.integers(0, 10))
-def test_the_interval_contains_the_rate_and_is_repeatable(rows, random_seed):
+@given(JUDGED)
+def test_the_interval_contains_the_rate_and_always_has_a_width(rows):
     judged, _, _ = columns(rows)
-    low, high = bootstrap_interval(judged, random_seed)
-    assert 0 <= low <= win_rate(judged) + 1e-12
-    assert win_rate(judged) - 1e-12 <= high <= 1
-    assert bootstrap_interval(judged.sort(), random_seed) == (low, high), "the order of prompts does not count"
+    low, high = win_rate_interval(judged)
+    assert 0 <= low <= win_rate(judged) <= high <= 1
+    assert high - low > 1 / (2 * len(rows)), "half an answer is never certain"
+    assert win_rate_interval(judged.sort()) == (low, high), "the order of prompts does not count"
+
+
+@pytest.mark.parametrize("outcome", ["win", "tie", "loss"])
+@pytest.mark.parametrize("count", [1, 20, 1000])
+def test_outcomes_that_are_all_the_same_leave_a_width(outcome, count):
+    low, high = win_rate_interval(pl.Series([outcome] * count))
+    # Wilson's interval of a share of 0 or 1; with ties only it is half as far on each side.
+    far = 1.959964**2 / (count + 1.959964**2)
+    wanted = {"win": (1 - far, 1), "tie": (0.5 - far / 2, 0.5 + far / 2), "loss": (0, far)}[outcome]
+    assert (low, high) == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(16, 16), (29, 3), (64, 20), (1, 5)])
+def test_without_ties_the_interval_is_that_of_wilson(wins, losses):
+    z, count = 1.959964, wins + losses
+    rate, middle = wins / count, (wins + z**2 / 2) / (count + z**2)
+    far = z / (1 + z**2 / count) * (rate * (1 - rate) / count + z**2 / (4 * count**2)) ** 0.5
+    judged = pl.Series(["win"] * wins + ["loss"] * losses)
+    assert win_rate_interval(judged) == pytest.approx((middle - far, middle + far), abs=1e-6)
+
+
+@pytest.mark.parametrize(("rate", "ties"), [(0.5, 0), (0.5, 0.4), (0.5, 0.9), (0.9, 0), (0.9, 0.15), (1.0, 0)])
+def test_the_interval_covers_the_true_rate(rate, ties):
+    draw, prompts = np.random.default_rng(3), 32
+    shares = [rate - ties / 2, ties, max(1 - rate - ties / 2, 0)]
+    intervals, covered, times = {}, 0, 4000
+    for counts in map(tuple, draw.multinomial(prompts, shares, size=times)):
+        if counts not in intervals:
+            outcome = [name for name, count in zip(EXCHANGED, counts, strict=False) for _ in range(count)]
+            intervals[counts] = win_rate_interval(pl.Series(outcome))
+        low, high = intervals[counts]
+        covered += low <= rate <= high
+    assert covered / times >= 0.92
+    if rate < 1:
+        assert covered / times <= 0.985, "it is no wider than needed"
 
 
 @given(JUDGED)
@@ -95,7 +135,7 @@ def test_what_has_no_verdict_counts_for_neither_side(rows, count, length):
     with_nonsense = pl.concat([judged, pl.Series([NO_VERDICT] * count)])
     more = pl.concat([lengths, pl.Series([length] * count)]), pl.concat([others, pl.Series([0] * count)])
     assert win_rate(with_nonsense) == win_rate(judged)
-    assert bootstrap_interval(with_nonsense, 1) == bootstrap_interval(judged, 1)
+    assert win_rate_interval(with_nonsense) == win_rate_interval(judged)
     assert length_controlled_win_rate(with_nonsense, *more) == length_controlled_win_rate(judged, lengths, others)
 
 
@@ -141,22 +181,69 @@ def test_estimates_exist_where_length_tells_all_wins_from_all_losses(count):
     assert 0.5 < length_controlled_win_rate(judged[:count], lengths[:count], lengths[:count]) < 1
 
 
-def test_the_interval_is_that_of_resampled_prompts_and_narrows_with_more_of_them():
+def test_the_interval_is_near_that_of_resampled_prompts_and_narrows_with_more_of_them():
     judged = pl.Series(["win"] * 30 + ["tie"] * 10 + ["loss"] * 24)
     points = np.array([1.0] * 30 + [0.5] * 10 + [0.0] * 24)
     draw = np.random.default_rng(5)
     resampled = [draw.choice(points, len(points)).mean() for _ in range(10_000)]
-    assert bootstrap_interval(judged, 0) == pytest.approx(np.quantile(resampled, [0.025, 0.975]), abs=0.01)
-    few, many = (bootstrap_interval(pl.concat([judged] * times), 0) for times in (1, 16))
+    # In the middle and with enough prompts, both ways give nearly the same.
+    assert win_rate_interval(judged) == pytest.approx(np.quantile(resampled, [0.025, 0.975]), abs=0.01)
+    few, many = (win_rate_interval(pl.concat([judged] * times)) for times in (1, 16))
     assert (many[1] - many[0]) == pytest.approx((few[1] - few[0]) / 4, rel=0.1)
+
+
+def by_length(draw, prompts, intercept, slope):
+    """Outcomes of a judge who sees content (the intercept) and length."""
+    others = draw.integers(100, 500, prompts)
+    lengths = np.maximum(others + draw.normal(80, 120, prompts).astype(int), 1)
+    feature = np.tanh((lengths - others) / (lengths - others).std())
+    won = draw.random(prompts) < 1 / (1 + np.exp(-intercept - slope * feature))
+    return pl.Series(np.where(won, "win", "loss")), pl.Series(lengths), pl.Series(others)
+
+
+def test_the_length_controlled_interval_is_that_of_estimates_on_resampled_prompts():
+    draw = np.random.default_rng(2)
+    judged, lengths, others = by_length(draw, 200, 0.3, 1.5)
+    rates = []
+    for _ in range(300):
+        places = draw.integers(0, 200, 200)
+        rates.append(length_controlled_win_rate(judged[places], lengths[places], others[places]))
+    found = length_controlled_interval(judged, lengths, others, 0)
+    assert found == pytest.approx(np.quantile(rates, [0.025, 0.975]), abs=0.025)
+    assert found == length_controlled_interval(judged, lengths, others, 0)
+    order = draw.permutation(200)
+    assert found == pytest.approx(length_controlled_interval(judged[order], lengths[order], others[order], 0), abs=1e-9)
+
+
+def test_the_length_controlled_interval_covers_the_rate_of_content_alone():
+    draw, covered, times = np.random.default_rng(4), 0, 30
+    for random_seed in range(times):
+        low, high = length_controlled_interval(*by_length(draw, 60, 0.8, 1.5), random_seed)
+        covered += low <= 1 / (1 + np.exp(-0.8)) <= high
+    assert covered >= 0.85 * times
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_prompts_that_were_all_won_leave_the_length_controlled_interval_a_width(count):
+    same = pl.Series([50] * count)
+    low, high = length_controlled_interval(pl.Series(["win"] * count), same, same, 0)
+    assert low <= (count - 0.5) / (count + 1)
+    assert high == pytest.approx((count + 0.5) / (count + 1))
+
+
+def test_answers_are_alike_in_length_within_a_fifth_or_a_quarter():
+    lengths, others = pl.Series([80, 79, 125, 126, 0, 0, 100]), pl.Series([100, 100, 100, 100, 0, 1, 100])
+    assert [alike_in_length(pl.Series(["tie"]), lengths[[n]], others[[n]]) for n in range(7)] == [1, 0, 1, 0, 1, 0, 1]
+    assert alike_in_length(pl.Series(["win", NO_VERDICT]), lengths[[0, 6]], others[[0, 6]]) == 1
 
 
 @pytest.mark.parametrize("judged", [[], [NO_VERDICT] * 3])
 def test_without_any_verdict_there_is_no_rate(judged):
     judged = pl.Series(judged, dtype=pl.String)
     lengths = pl.Series([1] * len(judged), dtype=pl.Int64)
-    assert win_rate(judged) is bootstrap_interval(judged, 0) is None
+    assert win_rate(judged) is win_rate_interval(judged) is None
     assert length_controlled_win_rate(judged, lengths, lengths) is None
+    assert length_controlled_interval(judged, lengths, lengths, 0) is None
 
 
 def test_a_score_that_is_not_a_number_is_no_win():
@@ -174,9 +261,27 @@ def test_golden_numbers_of_a_table():
     counts = ("judge", "label", "opponent", "wins", "ties", "losses", "no_verdict", "prompts", "win_rate")
     assert tuple(judge[name] for name in counts) == ("judge", "independent", "other", 1, 1, 1, 1, 3, 0.5)
     assert judge["length_controlled"] == pytest.approx(0.4373, abs=1e-4)
-    assert (judge["low"], judge["high"]) == (0.0, 1.0)
-    assert tuple(scorer[name] for name in ("wins", "prompts", "win_rate", "low", "high")) == (4, 4, 1.0, 1.0, 1.0)
+    assert judge["length_controlled_low"] < judge["length_controlled"] < judge["length_controlled_high"]
+    assert (judge["alike_in_length"], scorer["alike_in_length"]) == (1, 1)
+    assert (judge["low"], judge["high"]) == pytest.approx((0.1538, 0.8462), abs=1e-4)
+    assert tuple(scorer[name] for name in ("wins", "prompts", "win_rate")) == (4, 4, 1.0)
+    assert (scorer["low"], scorer["high"]) == pytest.approx((0.5101, 1.0), abs=1e-4)
     assert scorer["length_controlled"] < 0.9
+
+
+def test_wins_are_counted_by_which_answers_ended():
+    cells = [(False, False)] * 3 + [(False, True)] * 2 + [(True, False)] + [(True, True)] * 2
+    frame = pl.DataFrame(cells, schema=["candidate_cut", "initial_cut"], orient="row").with_columns(
+        judge_over_initial=pl.Series(["win", "win", "tie", "win", "loss", "loss", "tie", NO_VERDICT])
+    )
+    rows = wins_by_ending(frame, {"judge": "independent"}).to_dicts()
+    assert [tuple(row[name] for name in ("ended", "wins", "ties", "losses", "prompts", "win_rate")) for row in rows] == [
+        ("both_ended", 2, 1, 0, 3, pytest.approx(5 / 6)), ("only_candidate_ended", 1, 0, 1, 2, 0.5),
+        ("only_initial_ended", 0, 0, 1, 1, 0.0), ("neither_ended", 0, 1, 0, 1, 0.5),
+    ]  # fmt: skip
+    assert (rows[0]["low"], rows[0]["high"]) == win_rate_interval(pl.Series(["win", "win", "tie"]))
+    nobody = wins_by_ending(frame.filter("candidate_cut"), {"judge": "independent"}).to_dicts()[0]
+    assert (nobody["prompts"], nobody["win_rate"], nobody["low"]) == (0, None, None)
 
 
 # Who reads which rows of the seed.
@@ -284,7 +389,9 @@ class Recorder:
         with open(f"{checkpoint.weights}/model.safetensors") as file:
             text = f"by {file.read()}"
         tokens = {"input_tokens": pl.lit(3, pl.Int64), "output_tokens": pl.lit(4, pl.Int64)}
-        frame = pl.DataFrame({"id": [row_id for row_id, _ in asked], "text": text, "finish_reason": "stop"})
+        frame = pl.DataFrame({"id": [row_id for row_id, _ in asked], "text": text})
+        # Whatever M_0 writes is cut.
+        frame = frame.with_columns(finish_reason=pl.lit("length" if text == "by M_0" else "stop"))
         return frame.with_columns(**tokens), Usage(len(asked), 0, 3, 4, 4, 1.0)
 
     def train(self, kind, start, examples, training, directory, loss=None):
@@ -299,7 +406,7 @@ class Recorder:
         copied.random_seed = update["random_seed"]
         return copied
 
-    def compare(self, model, rows):
+    def compare(self, model, rows, judging=False):
         rows = list(rows)
         self.note(self.compared, [prompt for prompt, _, _ in rows])
         scores = pl.Series([1.0] * len(rows))
@@ -342,13 +449,13 @@ MODELS = [stand_in("initial_policy", "M_0"), stand_in("policy", "M_1", ITERATION
           stand_in("model_checkpoint", "M_2", ITERATIONS), seed_pairs]  # fmt: skip
 
 
-def materialize(assets, instance, home, monkeypatch, judge=None):
+def materialize(assets, instance, home, monkeypatch, judge=None, scorer=None):
     """Runs real assets of iteration 2 on models that stand in; returns what they showed to these, services and result."""
     seen, shared = Recorder(home / "shards"), active_settings()
     for module in ("synpo_assets.stages.scorers", "resources.judging.judge_choice"):
         monkeypatch.setattr(f"{module}.judge_scorer", lambda judge, scorer: scorer)
     services = services_in(home, shared.model_copy(update={"judge": judge or shared.judge}))
-    services = dataclasses.replace(services, language_model=seen, scorer=seen, trainer=seen)
+    services = dataclasses.replace(services, language_model=seen, scorer=scorer or seen, trainer=seen)
     return seen, services, run([*MODELS, *assets], instance, services, "0002")
 
 
@@ -599,6 +706,38 @@ def test_every_judge_says_whether_it_took_part_in_training(tmp_path):
     assert open_judges(server, scorer, CHECKPOINT, CHECKPOINT)[2].label == "m (on a server)"
 
 
+class PrefersFirst:
+    """Stands in for a pair ranker that always prefers what stands first."""
+
+    answers_per_reading, conventions = PairRanker.answers_per_reading, PairRanker.conventions
+
+    def __init__(self, weights, engine, max_length):
+        pass
+
+    def read(self, key, prompt, answers):
+        return Reading(key, [0], [], False, [False, False])
+
+    def score(self, readings):
+        return [[1.0, 0.0] for _ in readings]
+
+
+@pytest.mark.parametrize("convention", PairRanker.conventions)
+def test_a_preference_for_a_place_wins_nothing(instance, tmp_path, monkeypatch, convention):
+    """Pairs are selected as the setting says; M_t, which always stands first, is judged in both orders."""
+    monkeypatch.setitem(SCORERS, "pair_ranker", PrefersFirst)
+    section = PairRankerScorer(name="some/ranker", pair_convention=convention)
+    scorer = RewardScorer(shards=str(tmp_path / "scores"), engine=active_settings().engine, scorer=section)
+    selected = scorer.compare(CHECKPOINT, [("Why?", "Because.", "So.")])
+    assert (selected.convention, selected.margins[0]) == (convention, 1.0 if convention == "one_order" else 0.0)
+    scorers = [stand_in("reward_model", "F"), stand_in("judge_model", "J")]
+    _, services, _ = materialize([*scorers, evaluation], instance, tmp_path, monkeypatch, scorer=scorer)
+    metrics = recorded(services.metrics, "0002")
+    assert [rate.value for rate in metrics.every("win_rate")] == [0.5] * 4
+    rewards = [metrics.value("held_out_reward", side) for side in ("candidate", "initial", "gold")]
+    assert rewards[0] == rewards[1] == rewards[2]
+    assert shown(instance, "evaluation", "0002")["score_convention"] == section.judging_convention
+
+
 def test_the_evaluation_of_an_iteration_with_a_server_as_third_judge(serve, instance, tmp_path, monkeypatch):
     """The real asset; models stand in, whose answers tell which of them wrote."""
     server = serve(lambda a, b: better("A" if "M_2" in a else "B"))
@@ -623,15 +762,23 @@ def test_the_evaluation_of_an_iteration_with_a_server_as_third_judge(serve, inst
     rates = {(row.data["label"], row.data["opponent"]): row.data for row in about["win_rates"].records}
     assert len(rates) == 3 * len(OPPONENTS)
     over_initial = metrics.find("win_rate", "candidate", over="initial", by=INDEPENDENT)
-    assert (over_initial.low, over_initial.high, over_initial.n) == (
-        *(rates[INDEPENDENT, "initial"][end] for end in ("low", "high")), 3,
-    )  # fmt: skip
+    ends = [rates[INDEPENDENT, "initial"][end] for end in ("low", "high")]
+    assert (over_initial.low, over_initial.high) == pytest.approx(ends, abs=1e-4), "shown with four digits"
+    assert over_initial.n == 3
     assert {rate.checkpoint_sha for rate in metrics.every("win_rate")} == set(frame["candidate_checkpoint_sha"])
     models = ("candidate", "previous", "initial")
     assert [(each.of, each.value) for each in metrics.every("mean_characters")] == [
         (model, len("by M_2")) for model in models
     ]
-    assert [(each.of, each.value) for each in metrics.every("cut_share")] == [(model, 0.0) for model in models]
+    assert [(each.of, each.value) for each in metrics.every("cut_share")] == list(
+        zip(models, [0.0, 0.0, 1.0], strict=True)
+    )
     assert metrics.value("mean_repetition", "candidate") == 0.0
+    assert frame.select("candidate_cut", "initial_cut").rows() == [(False, True)] * 3
+    both = metrics.find("win_rate_both_ended", "candidate", over="initial", by=INDEPENDENT)
+    assert (both.value, both.n, both.low) == (None, 0, None)
+    assert metrics.value("wins_both_ended", "candidate", over="initial", by=by_server) == 0
+    assert metrics.value("wins_only_candidate_ended", "candidate", over="initial", by=by_server) == 3
+    assert len(about["wins_by_ending"].records) == 3 * 4
     assert rates[by_server, "previous"]["wins"] == 3
     assert about["judges"] == f"independent judge; scorer (took part in training); {by_server}"

@@ -11,13 +11,15 @@ from pathlib import Path
 import dagster as dg
 import polars as pl
 import pytest
+from rich.console import Console
 
 from resources.common.errors import FinalError
 from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
 from resources.settings.files import load_settings
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.history import last_quarter
-from synpo_assets.graph.metrics import Metric
+from synpo_assets.cli.summary import _held_out
+from synpo_assets.graph.metrics import ENDING_COUNTS, Metric
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.services import Services
@@ -104,15 +106,23 @@ def recorded(iteration, kept=5):
     }  # fmt: skip
 
 
-def judged(iteration, judges=(INDEPENDENT, TOOK_PART)):
+def judged(iteration, judges=(INDEPENDENT, TOOK_PART), alike=10):
     """As they are recorded: for each judge and opponent the win rate and what it is made of."""
     metrics = []
     for place, judge in enumerate(judges):
         for opponent in ("initial", "previous"):
             who = {"of": "candidate", "over": opponent, "by": judge}
             rate = 0.5 + iteration / 10 - place / 10
-            counts = {"wins": 5, "ties": 1, "losses": 2, "no_verdicts": place, "length_controlled_win_rate": 0.55}
-            metrics.append(Metric("win_rate", rate, low=0.4, high=0.9, n=8, **who))
+            counts = {"wins": 5, "ties": 1, "losses": 2, "no_verdicts": place}
+            metrics += [
+                Metric("win_rate", rate, low=0.4, high=0.9, n=8, **who),
+                Metric("length_controlled_win_rate", 0.55, low=0.3, high=0.75, n=8, **who),
+                Metric("pairs_alike_in_length", alike, n=8, **who),
+            ]
+            if opponent == "initial":
+                metrics.append(Metric("win_rate_both_ended", 0.75, low=0.3, high=0.95, n=4, **who))
+                names = [name for names in ENDING_COUNTS.values() for name in names]
+                metrics += [Metric(name, number, **who) for number, name in enumerate(names)]
             metrics += [Metric(name, value, **who) for name, value in counts.items()]
     return metrics
 
@@ -209,8 +219,24 @@ def test_every_metric_is_in_its_place(instance, services):
             for opponent in ("M_0", "M_{t-1}")
             for metric, cells in (
                 ("win rate, 95 % interval", (f"{6 - place}0.0% (40.0 to 90.0)", f"{7 - place}0.0% (40.0 to 90.0)")),
-                ("length-controlled win rate", ("55.0%", "55.0%")),
+                ("length-controlled win rate, 95 % interval", ("55.0% (30.0 to 75.0)",) * 2),
+                ("pairs alike in length (ratio 0.8 to 1.25)", ("10", "10")),
                 ("wins, ties, losses, no verdict", (f"5, 1, 2, {place}",) * 2),
+            )
+        },
+        **{
+            f"{judge}, over M_0: win rate where both answers ended, 95 % interval": ("75.0% (30.0 to 95.0), 4 prompts",)
+            * 2
+            for judge in (INDEPENDENT, TOOK_PART)
+        },
+        **{
+            f"{judge}, over M_0, {ended}: wins, ties, losses": (counts,) * 2
+            for judge in (INDEPENDENT, TOOK_PART)
+            for ended, counts in (
+                ("both ended", "0, 1, 2"),
+                ("only M_t ended", "3, 4, 5"),
+                ("only M_0 ended", "6, 7, 8"),
+                ("neither ended", "9, 10, 11"),
             )
         },
         "repeated 3-grams in M_t's answers": ("25.0%", "25.0%"),
@@ -300,6 +326,35 @@ def test_generated_text_is_shown_as_text(instance, services):
     assert "&lt;b&gt;c&lt;/b&gt; | ⟨U+202E⟩d" in page
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202e]", page)
     assert not re.search(r"<(link|iframe|object|a)\b|\shref=|\ssrc=\"(?!data:image/png;base64,)|url\(|@import", page)
+
+
+def test_a_length_controlled_rate_that_is_extrapolated_is_named(instance, services):
+    def evaluated(alike):
+        return [each for each in recorded(2)["evaluation"] if each not in judged(2)] + judged(2, alike=alike)
+
+    make_iteration(instance, services, 1, evaluation=evaluated(10))
+    make_iteration(instance, services, 2, evaluation=evaluated(9))
+    metadata, _, page = report(instance, services)
+    sentence = (
+        "Iteration 0002, M_t over {}: 9 of 8 pairs of answers are alike in length (ratio 0.8 to 1.25), so the "
+        "length-controlled win rate is extrapolated."
+    )
+    # Once for both judges.
+    assert metadata["notes"] == " ".join(sentence.format(name) for name in ("M_0", "M_{t-1}"))
+    assert sentence.format("M_0") in page
+
+
+def test_the_summary_on_the_terminal_shows_each_win_rate_whole(instance, services):
+    make_iteration(instance, services, 1)
+    console = Console(width=80, file=io.StringIO())
+    console.print(_held_out(services, 1))
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines()]
+    assert [line[2:] for line in lines if len(line) == 5 and line[3]] == [
+        ["over M_0", "60.0% (40.0 to 90.0)", "8"], ["both answers ended", "75.0% (30.0 to 95.0)", "4"],
+        ["length-controlled", "55.0% (30.0 to 75.0)", "8"], ["over M_t-1", "60.0% (40.0 to 90.0)", "8"],
+        ["over M_0", "50.0% (40.0 to 90.0)", "8"], ["both answers ended", "75.0% (30.0 to 95.0)", "4"],
+        ["length-controlled", "55.0% (30.0 to 75.0)", "8"], ["over M_t-1", "50.0% (40.0 to 90.0)", "8"],
+    ]  # fmt: skip
 
 
 def test_an_unfinished_iteration_is_named_and_left_out(instance, services):
@@ -444,12 +499,15 @@ def test_it_reports_two_real_iterations(nano_run, tmp_path):
     with dg.DagsterInstance.from_config(str(home)) as instance:
         metadata, _, page = report(instance, services)
         shas = [services.checkpoints.current("model_checkpoint", key).sha[:16] for key in ("0001", "0002")]
-    assert (metadata["iterations"], metadata["notes"]) == ("0001, 0002", "none")
+    assert metadata["iterations"] == "0001, 0002"
+    # Six held-out prompts are too few for a length-controlled rate.
+    assert metadata["notes"].count("is extrapolated.") == metadata["notes"].count("Iteration ") == 4
     assert metadata.keys() >= PLOTS
     records = {(record.data["section"], record.data["metric"]): record.data for record in metadata["table"].records}
     for (_, label), record in records.items():
-        # A band of lengths may have answers in one of the iterations alone.
-        assert "—" not in record.values() or label.startswith("similarity to gold, answers of"), record
+        # A band of lengths may have answers in one iteration alone, and perhaps no two answers to a prompt both ended.
+        may_lack = label.startswith("similarity to gold, answers of") or "both answers ended" in label
+        assert "—" not in record.values() or may_lack, record
     kept = [pl.read_parquet(home / "tables" / "preference_pairs" / f"{key}.parquet") for key in ("0001", "0002")]
     trained_on = records["Rows", "pairs that M_t was trained on"]
     assert [trained_on["0001"], trained_on["0002"]] == [str(kept[0].height), str(kept[0].height + kept[1].height)]

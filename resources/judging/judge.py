@@ -33,5 +33,5 @@ class RewardJudge:
     model: Checkpoint
 
     def compare(self, rows: Sequence[tuple[str, str, str]]) -> Comparison:
-        """Scores two answers to each prompt."""
-        return self.scorer.compare(self.model, rows)
+        """Scores two answers to each prompt, a pair ranker in both orders."""
+        return self.scorer.compare(self.model, rows, judging=True)

@@ -26,8 +26,9 @@ class PairRanker:
     """A loaded PairRM that gives each of two answers a number; only the difference of the two has a meaning.
 
     The difference is the logit of the first answer being better: 1 is a probability of 73 %. With `one_order` equal answers
-    need not tie, as a pair ranker may prefer a place. With the mean of both orders they do, and exchanging the answers
-    exchanges the scores. Their sum is what llm-blender's `compare` gives and what the scores of its `rank` differ by
+    need not tie, as a pair ranker may prefer a place, so models are never judged by it. With the mean of both orders they
+    do, and exchanging the answers exchanges the scores. Their sum is what llm-blender's `compare` gives and what the scores
+    of its `rank` differ by
     (https://github.com/yuchenlin/LLM-Blender/blob/main/llm_blender/gpt_eval/utils.py, `max_logits`).
     """
 

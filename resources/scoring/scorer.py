@@ -80,11 +80,21 @@ class RewardScorer(DeviceResource):
     shards: str
     scorer: Scorer
 
-    def compare(self, reward_model: Checkpoint, rows: Iterable[tuple[str, str, str]]) -> Comparison:
-        """Scores two answers to each prompt."""
+    def compare(
+        self, reward_model: Checkpoint, rows: Iterable[tuple[str, str, str]], judging: bool = False
+    ) -> Comparison:
+        """Scores two answers to each prompt.
+
+        Args:
+            reward_model: The model that scores.
+            rows: A prompt and two answers each.
+            judging: Whether models are judged by it. A pair ranker is then asked in both orders, whatever the scorer's
+                setting for pairs is: where one side always stands first, a preference for a place would be a win.
+        """
         started = time.monotonic()
         asked = pl.DataFrame(list(rows), schema=dict.fromkeys(("prompt", "first", "second"), pl.String), orient="row")
-        convention = SCORERS[self.scorer.kind].conventions[self.scorer.convention]
+        name = self.scorer.judging_convention if judging else self.scorer.convention
+        convention = SCORERS[self.scorer.kind].conventions[name]
         needed = [readings(asked, sides) for sides in convention.readings]
         distinct = pl.concat(needed).unique("key", keep="first", maintain_order=True)
         shards = self.shards_of(reward_model)
@@ -109,7 +119,7 @@ class RewardScorer(DeviceResource):
             answers_cut=int(first["cut"].sum()) + int(second["cut"].sum()),
             seconds=time.monotonic() - started,
         )
-        return Comparison(first["score"], second["score"], self.scorer.convention, usage)
+        return Comparison(first["score"], second["score"], name, usage)
 
     def shards_of(self, reward_model: Checkpoint) -> Shards:
         """The finished scores of a model under these settings."""

@@ -97,6 +97,11 @@ class ScoringSection(Section):
         """What a margin is, by a name that is stored with the pairs; a reward model's is a difference of two rewards."""
         return "reward_difference"
 
+    @property
+    def judging_convention(self) -> str:
+        """The same where answers are judged: no answer may gain by the place in which it is read."""
+        return self.convention
+
 
 class PublishedScorer(ScoringSection):
     """A published model as scorer."""
@@ -129,13 +134,19 @@ class PairRankerScorer(PublishedScorer):
         "mean_of_both_orders",
         description="What a margin is. A pair ranker reads (a, b) and (b, a) and gives a logit for each; their mean is in the "
         "units of one reading, their sum about twice that, and `one_order` reads the pair once. The paper does not say which "
-        "one its threshold of 0.20 is in. Stored with the pairs.",
+        "one its threshold of 0.20 is in. Stored with the pairs. Held-out answers are always judged in both orders: "
+        "`one_order` then is their mean.",
     )
 
     @property
     def convention(self) -> str:
         """The one that is stated."""
         return self.pair_convention
+
+    @property
+    def judging_convention(self) -> str:
+        """One order becomes the mean of both, which is in the same units."""
+        return "mean_of_both_orders" if self.pair_convention == "one_order" else self.pair_convention
 
 
 Scorer = Annotated[TrainedScorer | PretrainedScorer | PairRankerScorer, Field(discriminator="kind")]

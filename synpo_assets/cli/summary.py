@@ -13,8 +13,16 @@ from synpo_assets.graph.metrics import MetricName, Metrics, recorded
 from synpo_assets.graph.missing import asset_names
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
-from synpo_assets.reports.rows import OPPONENT_LABELS, gain_text, number_text, rate_text, share_text
+from synpo_assets.reports.texts import gain_text, number_text, rate_text, share_text
 from synpo_assets.stages.loop import promotion_refusal, promotion_verdict
+
+# The win rates of each judge: over whom, and what is made equal.
+COMPARED: tuple[tuple[str, MetricName, str], ...] = (
+    ("over M_0", "win_rate", "initial"),
+    ("  both answers ended", "win_rate_both_ended", "initial"),
+    ("  length-controlled", "length_controlled_win_rate", "initial"),
+    ("over M_t-1", "win_rate", "previous"),
+)
 
 
 def print_summary(instance: DagsterInstance, services: Services, iterations: int) -> None:
@@ -74,18 +82,20 @@ def _sample_pair(tables: ParquetTables, iterations: int) -> Panel:
 
 
 def _held_out(services: Services, iterations: int) -> Table:
-    table = Table("", "judge", title="Held-out prompts: win rates of M_t, 95 % interval (LC: length-controlled)")
-    table.title_justify = "left"
-    for column in ("over M_0", "LC", "over M_t-1"):
+    table = Table("", "judge", title="Held-out prompts: win rates of M_t, 95 % interval", title_justify="left")
+    table.add_column("compared", no_wrap=True)
+    for column in ("win rate", "prompts"):
         table.add_column(column, justify="right", no_wrap=True)
     rewards, followings = [], []
     for number in range(1, iterations + 1):
         measured = recorded(services.metrics, partition_key(number))
         for judge in dict.fromkeys(rate.by for rate in measured.every("win_rate")):
-            over = {name: {"of": "candidate", "over": name, "by": judge} for name in OPPONENT_LABELS}
-            initial, previous = (rate_text(measured.find("win_rate", **over[name])) for name in OPPONENT_LABELS)
-            controlled = share_text(measured.value("length_controlled_win_rate", **over["initial"]))
-            table.add_row(f"M_{number}", judge, initial, controlled, previous)
+            whose = (f"M_{number}", judge)
+            for what, metric, opponent in COMPARED:
+                rate = measured.find(metric, "candidate", over=opponent, by=judge)
+                prompts = "" if rate is None else f"{rate.n}"
+                table.add_row(*whose, what, rate_text(rate), prompts)
+                whose = ("", "")
         table.add_section()
         means = (number_text(measured.value("held_out_reward", side)) for side in ("initial", "candidate"))
         rewards.append(f"{' → '.join(means)} (M_{number}, {measured.value('held_out_prompts'):.0f} prompts)")

@@ -5,7 +5,9 @@ Here: the three models answer the held-out seed prompts. A judge that took no pa
 reward model trained from M_0 on rows of the seed that nothing else reads, with another random seed. It needs no download,
 but it learned from the same kind of data as the scorer and starts from the same model, so it is a weaker witness than
 GPT-4; `judge.server` adds any model with OpenAI's chat API. The scorer's verdict is shown with theirs, marked as that of a
-judge that took part in training. Win rates come with bootstrap intervals and, as in AlpacaEval 2, controlled for length.
+judge that took part in training. A judge that reads two answers together reads them in both orders. Win rates come with
+intervals over prompts; as in AlpacaEval 2, controlled for length; and for the prompts where neither M_t's nor M_0's answer
+was cut at the token limit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +23,13 @@ from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
-from synpo_assets.graph.metrics import Metric, MetricName
+from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName
 from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.schemas import Evaluation
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
-from synpo_assets.method.evaluation import outcomes, win_rates
+from synpo_assets.method.evaluation import outcomes, win_rates, wins_by_ending
 from synpo_assets.method.quality import answer_figures
 from synpo_assets.method.templates import prompt_requests
 from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
@@ -38,8 +40,11 @@ OPPONENTS = {"initial": "initial_response", "previous": "previous_response"}
 
 def _cost(sizes: Sizes) -> list[Work]:
     """The scorer reads the answers of M_t and M_0 and gold; the judge has read those of M_0 and M_{t-1} before."""
-    alone, written = reads_answers_alone(sizes.settings), comparison_tokens(sizes, sizes.written, sizes.written)
-    gold = sizes.asked + sizes.gold if alone else comparison_tokens(sizes, sizes.gold, sizes.written)
+    alone = reads_answers_alone(sizes.settings)
+    written, gold = (
+        comparison_tokens(sizes, side, sizes.written, judging=True) for side in (sizes.written, sizes.gold)
+    )
+    gold = sizes.asked + sizes.gold if alone else gold
     previous = [] if alone else [Work("score", sizes.held_out * written, later_only=True)]
     return [
         Work("generate", sizes.held_out * sizes.written),
@@ -53,7 +58,7 @@ def _cost(sizes: Sizes) -> list[Work]:
     Evaluation,
     group="evaluation",
     work=("generates", "scores"),
-    reads=("responses", "scorer.convention", "scorer.max_length", "judge.max_length", "judge.server"),
+    reads=("responses", "scorer.judging_convention", "scorer.max_length", "judge.max_length", "judge.server"),
     samplings=lambda settings: [settings.responses.sampling],
     cost=_cost,
     made_from={"prompt_id": "seed_pairs"},
@@ -82,9 +87,15 @@ def evaluation(
     labels = {judge.name: judge.label for judge in judges}
     rates = win_rates(frame, labels, OPPONENTS, "candidate_response", services.settings.random_seed)
     # What people look for comes first.
-    measured = [*_held_out_metrics(frame, rates, model_checkpoint.sha), *measured]
+    by_ending = wins_by_ending(frame, labels)
+    measured = [
+        *_held_out_metrics(frame, rates, model_checkpoint.sha),
+        *_ending_metrics(by_ending, model_checkpoint.sha),
+        *measured,
+    ]
     measured += metrics.scoring(sum(judging, rewarding))
-    shown = {"win_rates": table_metadata(rates), "judges": "; ".join(labels.values()), "score_convention": convention}
+    tables = {"win_rates": table_metadata(rates), "wins_by_ending": table_metadata(by_ending)}
+    shown = tables | {"judges": "; ".join(labels.values()), "score_convention": convention}
     return table_output(context, services, frame, measured, **shown, **made_by(model_checkpoint))
 
 
@@ -104,7 +115,9 @@ def _answers(
         whose = {"of": row["model"], "n": held_out.height, "checkpoint_sha": models[row["model"]].sha}
         measured += [Metric(name, row[name], **whose) for name in names]
     measured += metrics.generating(*usages)
-    return held_out.with_columns(**{f"{name}_response": frame["text"] for name, frame in written.items()}), measured
+    columns = {f"{name}_response": frame["text"] for name, frame in written.items()}
+    columns |= {f"{name}_cut": written[name]["finish_reason"] == "length" for name in ("candidate", "initial")}
+    return held_out.with_columns(**columns), measured
 
 
 def _rewards(
@@ -112,7 +125,7 @@ def _rewards(
 ) -> tuple[list[pl.Series], str, ScoringUsage]:
     """The scorer's values of the gold answers, M_t's and M_0's, what their differences mean, and the cost."""
     candidate, gold = (
-        services.scorer.compare(reward_model, texts.select("prompt", side, "initial_response").rows())
+        services.scorer.compare(reward_model, texts.select("prompt", side, "initial_response").rows(), judging=True)
         for side in ("candidate_response", "answer")
     )
     # Numbers of different comparisons have no common zero: all three are stated relative to M_0's in the first one.
@@ -147,10 +160,29 @@ def _held_out_metrics(frame: pl.DataFrame, rates: pl.DataFrame, sha: str) -> lis
         who = {"of": "candidate", "over": rate["opponent"], "by": rate["label"], "checkpoint_sha": sha}
         measured += [
             Metric("win_rate", rate["win_rate"], low=rate["low"], high=rate["high"], n=rate["prompts"], **who),
-            Metric("length_controlled_win_rate", rate["length_controlled"], n=rate["prompts"], **who),
+            Metric(
+                "length_controlled_win_rate", rate["length_controlled"], low=rate["length_controlled_low"],
+                high=rate["length_controlled_high"], n=rate["prompts"], **who,
+            ),
+            Metric("pairs_alike_in_length", rate["alike_in_length"], n=rate["prompts"], **who),
             Metric("wins", rate["wins"], **who),
             Metric("ties", rate["ties"], **who),
             Metric("losses", rate["losses"], **who),
             Metric("no_verdicts", rate["no_verdict"], **who),
+        ]  # fmt: skip
+    return measured
+
+
+def _ending_metrics(by_ending: pl.DataFrame, sha: str) -> list[Metric]:
+    """Wins, ties and losses by which answers ended, and the win rate where both did."""
+    measured = []
+    for row in by_ending.iter_rows(named=True):
+        who = {"of": "candidate", "over": "initial", "by": row["label"], "checkpoint_sha": sha}
+        if row["ended"] == "both_ended":
+            rate = {name: row[name] for name in ("low", "high")}
+            measured.append(Metric("win_rate_both_ended", row["win_rate"], n=row["prompts"], **rate, **who))
+        counts = (row[outcome] for outcome in ("wins", "ties", "losses"))
+        measured += [
+            Metric(name, count, **who) for name, count in zip(ENDING_COUNTS[row["ended"]], counts, strict=True)
         ]
     return measured

@@ -42,12 +42,24 @@ MetricName = Literal[
     "held_out_accuracy", "held_out_pairs", "candidate_pairs", "mean_margin", "cut_share", "chosen_to_rejected_length",
     "pairs_of_iteration",
     # Held-out prompts.
-    "held_out_prompts", "held_out_reward", "win_rate", "length_controlled_win_rate", "wins", "ties", "losses", "no_verdicts",
+    "held_out_prompts", "held_out_reward", "win_rate", "length_controlled_win_rate", "pairs_alike_in_length", "wins", "ties",
+    "losses", "no_verdicts", "win_rate_both_ended", "wins_both_ended", "ties_both_ended", "losses_both_ended",
+    "wins_only_candidate_ended", "ties_only_candidate_ended", "losses_only_candidate_ended", "wins_only_initial_ended",
+    "ties_only_initial_ended", "losses_only_initial_ended", "wins_neither_ended", "ties_neither_ended",
+    "losses_neither_ended",
     "mean_repetition", "mean_characters", "instructions", "samples_each", "verifiable_rate", "verifiable_gain",
     "constraint_rate", "gold_log_likelihood", "gold_log_likelihood_gain", "gold_end_log_likelihood",
     "gold_end_log_likelihood_gain", "gold_similarity", "gold_similarity_gain", "promoted", "leaderboard_average",
     "answers_written",
 ]  # fmt: skip
+
+# Wins, ties and losses by which of the two answers ended by itself.
+ENDING_COUNTS: dict[str, tuple[MetricName, MetricName, MetricName]] = {
+    "both_ended": ("wins_both_ended", "ties_both_ended", "losses_both_ended"),
+    "only_candidate_ended": ("wins_only_candidate_ended", "ties_only_candidate_ended", "losses_only_candidate_ended"),
+    "only_initial_ended": ("wins_only_initial_ended", "ties_only_initial_ended", "losses_only_initial_ended"),
+    "neither_ended": ("wins_neither_ended", "ties_neither_ended", "losses_neither_ended"),
+}
 
 
 class MetricRows(Table):

@@ -189,6 +189,8 @@ class Evaluation(Table):
     candidate_response: str = pa.Field(description="M_t's answer.")
     previous_response: str = pa.Field(description="M_{t-1}'s answer; at t = 1 this is M_0's.")
     initial_response: str = pa.Field(description="M_0's answer.")
+    candidate_cut: bool = pa.Field(description="Whether M_t's answer was cut at the token limit.")
+    initial_cut: bool = pa.Field(description="Whether M_0's answer was cut at the token limit.")
     answer_score: float = pa.Field(description="initial_score plus the margin of the gold answer over M_0's.")
     candidate_score: float = pa.Field(description="The scorer's value of M_t's answer, beside M_0's.")
     initial_score: float = pa.Field(description="The scorer's value of M_0's answer, beside M_t's.")

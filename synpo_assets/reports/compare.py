@@ -21,7 +21,8 @@ from resources.settings.settings import Settings
 from synpo_assets.graph.metrics import MetricName, Which
 from synpo_assets.graph.services import Services
 from synpo_assets.reports.boosting_report import iterations_of, read_iteration
-from synpo_assets.reports.rows import MISSING, FinishedIteration, total
+from synpo_assets.reports.rows import FinishedIteration, total
+from synpo_assets.reports.texts import MISSING
 
 Opener = Callable[[Settings, Path], Services]
 
@@ -37,6 +38,8 @@ def _value(
 # Of each column: its value, and how it is written.
 COLUMNS: dict[str, tuple[Callable[[FinishedIteration], float | None], str]] = {
     "win rate over M_0": (_value("win_rate", "candidate", over="initial", by=INDEPENDENT), "{:.1%}"),
+    "both answers ended": (_value("win_rate_both_ended", "candidate", over="initial", by=INDEPENDENT), "{:.1%}"),
+    "length-controlled": (_value("length_controlled_win_rate", "candidate", over="initial", by=INDEPENDENT), "{:.1%}"),
     "instructions M_0": (_value("verifiable_rate", "initial"), "{:.1%}"),
     "instructions M_t": (_value("verifiable_rate", "candidate"), "{:.1%}"),
     "reward M_0": (_value("held_out_reward", "initial"), "{:.3f}"),

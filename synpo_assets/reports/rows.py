@@ -7,15 +7,29 @@ from typing import Any, Unpack
 import polars as pl
 
 from resources.training.history import last_quarter
-from synpo_assets.graph.metrics import Metric, MetricName, Metrics, Which
+from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName, Metrics, Which
 from synpo_assets.method.evaluation import LENGTH_BANDS
+from synpo_assets.reports.texts import (
+    MISSING,
+    count_text,
+    difference_text,
+    gain_text,
+    number_text,
+    rate_text,
+    share_text,
+)
 
-MISSING = "—"
 PROMPT_SOURCES = {
     "synthetic": "synthetic prompts", "seed": "seed prompts", "self_instruct": "Self-Instruct prompts by M_0",
 }  # fmt: skip
 MODELS = {"candidate": "M_t", "initial": "M_0"}
 OPPONENT_LABELS = {"initial": "M_0", "previous": "M_{t-1}"}
+# With fewer pairs alike in length, a length-controlled win rate is extrapolated.
+FEWEST_ALIKE = 10
+ENDED_LABELS = {
+    "both_ended": "both ended", "only_candidate_ended": "only M_t ended", "only_initial_ended": "only M_0 ended",
+    "neither_ended": "neither ended",
+}  # fmt: skip
 PROMOTED = {True: "yes", False: "no", None: MISSING}
 
 
@@ -106,60 +120,29 @@ def judge_labels(iterations: Sequence[FinishedIteration]) -> list[str]:
     return list(dict.fromkeys(str(rate.by) for rate in rates))
 
 
-def rate_text(rate: Metric | None) -> str:
-    """A share with its interval, as far as it is known.
-
-    Examples:
-        >>> rate_text(Metric("win_rate", 0.625, low=0.46875, high=0.78125))
-        '62.5% (46.9 to 78.1)'
-        >>> rate_text(Metric("win_rate", 0.625))
-        '62.5%'
-        >>> rate_text(None)
-        '—'
-    """
-    if rate is None or rate.value is None:
-        return MISSING
-    text = f"{rate.value:.1%}"
-    return text if rate.low is None or rate.high is None else f"{text} ({100 * rate.low:.1f} to {100 * rate.high:.1f})"
-
-
-def gain_text(gain: Metric | None) -> str:
-    """A difference of two shares with its interval, in percentage points.
-
-    Examples:
-        >>> gain_text(Metric("verifiable_gain", 0.125, low=-0.0139, high=0.25))
-        '+12.5 points (-1.4 to +25.0)'
-        >>> gain_text(None)
-        '—'
-    """
-    if gain is None or gain.value is None or gain.low is None or gain.high is None:
-        return MISSING
-    return f"{100 * gain.value:+.1f} points ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
-
-
-def difference_text(difference: Metric | None) -> str:
-    """A difference that is not one of shares, with its interval.
-
-    Examples:
-        >>> difference_text(Metric("gold_log_likelihood_gain", 0.0494, low=0.0228, high=0.074))
-        '+0.049 (+0.023 to +0.074)'
-    """
-    if difference is None or difference.value is None or difference.low is None or difference.high is None:
-        return MISSING
-    return f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
-
-
 def report_notes(iterations: Sequence[FinishedIteration], unfinished: Sequence[str]) -> list[str]:
-    """Sentences about M_t that were not promoted, and about what the report leaves out."""
+    """Sentences about M_t that were not promoted, win rates that are extrapolated, and what the report leaves out."""
     notes = [
         f"model_checkpoint[{iteration.key}] has no training log with rewards: its curves are missing."
         for iteration in iterations
         if not iteration.rewards
     ]
+    for iteration in iterations:
+        notes += dict.fromkeys(_extrapolations(iteration))
     notes += [iteration.refusal for iteration in iterations if iteration.refusal]
     if unfinished:
         notes.append(f"Not finished, and therefore left out: iteration {', '.join(unfinished)}.")
     return notes
+
+
+def _extrapolations(iteration: FinishedIteration) -> Iterator[str]:
+    """Sentences about length-controlled win rates that hardly any pair of answers of equal length stands behind."""
+    for alike in iteration.metrics.every("pairs_alike_in_length"):
+        if alike.value is not None and alike.value < FEWEST_ALIKE:
+            yield (
+                f"Iteration {iteration.key}, M_t over {OPPONENT_LABELS[str(alike.over)]}: {alike.value:.0f} of {alike.n} pairs of "
+                "answers are alike in length (ratio 0.8 to 1.25), so the length-controlled win rate is extrapolated."
+            )
 
 
 def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, Cell]]:
@@ -201,6 +184,8 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
     for side, model in MODELS.items():
         yield "Held-out", f"repeated 3-grams in {model}'s answers", _of("mean_repetition", share_text, side)
         yield "Held-out", f"answers of {model} cut", _of("cut_share", share_text, side)
+    for judge in judge_labels(iterations):
+        yield from _wins_by_ending(judge)
     yield from _without_a_judge()
     yield "Gate", "M_t promoted to the next iteration", lambda iteration: PROMOTED[iteration.promoted]
     yield "Checkpoints", "M_t", lambda iteration: _sha(iteration.sha)
@@ -230,8 +215,34 @@ def _win_rates(judge: str, opponent: str, compared: str) -> Iterator[tuple[str, 
         return MISSING if values[0] is None else ", ".join(map(count_text, values))
 
     yield "Held-out", f"{compared}: win rate, 95 % interval", lambda it: rate_text(it.metrics.find("win_rate", **where))
-    yield "Held-out", f"{compared}: length-controlled win rate", _of("length_controlled_win_rate", share_text, **where)
+    # What a cut answer loses is no matter of content.
+    label = f"{compared}: win rate where both answers ended, 95 % interval"
+    yield "Held-out", label, lambda it: _rate_of_some(it.metrics.find("win_rate_both_ended", **where))
+    label = f"{compared}: length-controlled win rate, 95 % interval"
+    yield "Held-out", label, lambda it: rate_text(it.metrics.find("length_controlled_win_rate", **where))
+    label = f"{compared}: pairs alike in length (ratio 0.8 to 1.25)"
+    yield "Held-out", label, _of("pairs_alike_in_length", count_text, **where)
     yield "Held-out", f"{compared}: wins, ties, losses, no verdict", counts
+
+
+def _rate_of_some(rate: Metric | None) -> str:
+    """A win rate of some of the prompts, with how many these are."""
+    return MISSING if rate is None or rate.value is None else f"{rate_text(rate)}, {count_text(rate.n)} prompts"
+
+
+def _wins_by_ending(judge: str) -> Iterator[tuple[str, str, Cell]]:
+    """What a judge says of M_t compared with M_0, by which of the two answers ended by itself."""
+
+    def counts(names: Sequence[MetricName]) -> Cell:
+        def cell(iteration: FinishedIteration) -> str:
+            values = [iteration.metrics.value(name, "candidate", over="initial", by=judge) for name in names]
+            return MISSING if values[0] is None else ", ".join(map(count_text, values))
+
+        return cell
+
+    for ended, names in ENDING_COUNTS.items():
+        label = f"{judge}, over M_0, {ENDED_LABELS[ended]}: wins, ties, losses"
+        yield "Wins by ending", label, counts(names)
 
 
 def _without_a_judge() -> Iterator[tuple[str, str, Cell]]:
@@ -275,21 +286,6 @@ def _likeness_in(section: str, band: str) -> Iterator[tuple[str, str, Cell]]:
 def total(iteration: FinishedIteration, metric: MetricName) -> float:
     """The sum of a metric over all assets of an iteration."""
     return sum(each.value or 0 for each in iteration.metrics.every(metric))
-
-
-def count_text(value: float | None) -> str:
-    """A whole number."""
-    return MISSING if value is None else f"{value:,.0f}"
-
-
-def number_text(value: float | None) -> str:
-    """A number with three digits after the point."""
-    return MISSING if value is None else f"{value:.3f}"
-
-
-def share_text(value: float | None) -> str:
-    """A share in percent."""
-    return MISSING if value is None else f"{value:.1%}"
 
 
 def _of(metric: MetricName, form: Format, of: str | None = None, **which: Unpack[Which]) -> Cell:

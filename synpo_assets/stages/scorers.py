@@ -32,10 +32,10 @@ def reads_answers_alone(settings: Settings) -> bool:
     return SCORERS[settings.scorer.kind].answers_per_reading == 1
 
 
-def comparison_tokens(sizes: Sizes, first: float, second: float) -> float:
-    """Tokens that the scorer reads to compare two answers of some lengths."""
+def comparison_tokens(sizes: Sizes, first: float, second: float, judging: bool = False) -> float:
+    """Tokens that the scorer reads to compare two answers of some lengths, for pairs or to judge models."""
     scorer, lengths = sizes.settings.scorer, {"first": first, "second": second}
-    convention = SCORERS[scorer.kind].conventions[scorer.convention]
+    convention = SCORERS[scorer.kind].conventions[scorer.judging_convention if judging else scorer.convention]
     return sum(sizes.asked + sum(lengths[side] for side in sides) for sides in convention.readings)
 
 
