@@ -127,6 +127,12 @@ def adapted_checkpoint(nano_model: Path):
     return store.current("model_checkpoint", "0001")
 
 
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a server does not say how long to wait, its client asks again after a moment."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
+
+
 def synpo(*arguments: object, timeout: int = 280) -> subprocess.CompletedProcess[str]:
     """Runs the command line as a user does; SYNPO_HOME does not apply, so every call names its home."""
     environment = {name: value for name, value in os.environ.items() if name not in ("SYNPO_HOME", "DAGSTER_HOME")}

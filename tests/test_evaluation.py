@@ -51,6 +51,8 @@ from tests.stand_ins import ITERATIONS, run, services_in, shown
 from tests.stand_ins import instance as instance
 from tests.test_server_engine import FaultyServer
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
 OUTCOME = st.sampled_from(["win", "tie", "loss"])
 JUDGED = st.lists(st.tuples(OUTCOME, st.integers(0, 500), st.integers(0, 500)), min_size=1, max_size=40)
 EXCHANGED = {"win": "loss", "tie": "tie", "loss": "win", NO_VERDICT: NO_VERDICT}

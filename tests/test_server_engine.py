@@ -30,6 +30,8 @@ from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from tests.nano import copy_that_adds_bos, prompt_table
 from tests.test_generation import PROMPTS, SAMPLING, model
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
 PLAIN = SAMPLING.model_copy(update={"top_k": 0})
 OPENAI_FIELDS = {"model", "prompt", "seed", "max_tokens", "temperature", "top_p"}
 

@@ -20,6 +20,8 @@ from tests.stand_ins import instance as instance
 from tests.test_diversity import PROMPTS, diversity
 from tests.test_server_engine import FaultyServer
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
 LISTS = yaml.safe_load(LABELS.read_text())
 ASKED = ["How do I tune a guitar?", "Is this contract valid?", "Hm."]
 
