@@ -140,7 +140,7 @@ def length_controlled_interval(
     """The percentile bootstrap interval of `length_controlled_win_rate` over prompts, 95 %; None if there is no verdict.
 
     Each resample goes through the whole estimate. It may also draw the tied prompt that the prior adds, as a win or a loss,
-    in the proportion of one to all prompts (a bootstrap of data and prior together, as Hjort 1991, arXiv 2605.11677): else
+    in the proportion of one to all prompts, so that data and prior are drawn together: else
     prompts that were all won would leave no width.
 
     Examples:
