@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -18,7 +19,8 @@ from typer.testing import CliRunner
 from tests.nano import EMBEDDING_MODEL, make_nano_embedding_model, make_nano_model, nano_settings, write_settings
 
 # The first process sets it; those that test side by side share what is made in `SHARED`.
-SHARED = Path(os.environ.setdefault("SYNPO_TESTS_SHARED", tempfile.mkdtemp(prefix="synpo-tests-")))
+SHARED = Path(os.environ.get("SYNPO_TESTS_SHARED") or tempfile.mkdtemp(prefix="synpo-tests-"))
+os.environ["SYNPO_TESTS_SHARED"] = str(SHARED)
 WORK = Path(tempfile.mkdtemp(prefix="process-", dir=SHARED))
 HOME = WORK / "home"
 MODEL = SHARED / "nano"
@@ -144,15 +146,13 @@ def synpo(*arguments: object, timeout: int = 280) -> subprocess.CompletedProcess
 
 def synpo_here(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The same in this process, for what starts no run: a process of its own takes seconds to load."""
-    with pytest.MonkeyPatch.context() as environment:
-        for name in ("SYNPO_HOME", "DAGSTER_HOME"):
-            environment.delenv(name, raising=False)
-        before = dict(os.environ)
-        from synpo_assets.cli.commands import app
+    from synpo_assets.cli.commands import app
 
+    # A command puts its home into the environment.
+    with mock.patch.dict(os.environ):
+        for name in ("SYNPO_HOME", "DAGSTER_HOME"):
+            os.environ.pop(name, None)
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        os.environ.clear()
-        os.environ.update(before)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)

@@ -43,7 +43,7 @@ class VllmEngine:
         self._adapter = adapter_of(checkpoint) if engine.adapters == "request" else None
         weights = self._adapter.base_weights if self._adapter else checkpoint.weights
         config = AutoConfig.from_pretrained(weights, trust_remote_code=engine.trust_remote_code).get_text_config()
-        self._context_length = config.get_text_config().max_position_embeddings
+        self._context_length = config.max_position_embeddings
         self._engine = engine
         self._devices = device_groups(engine, visible_gpus(engine), config.num_attention_heads)
         self._arguments = {

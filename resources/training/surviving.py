@@ -5,7 +5,6 @@ than half of that is rounded off, and the trained model answers as the one that 
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +44,15 @@ def surviving_update(start: Path, trained: Path, adapter: Path | None, dtype: to
         None if nothing was updated, or if the tensors of the two directories have other names.
     """
     before, after = _Weights(start), _Weights(trained)
-    common = before.names & after.names
-    updates = _differences(before, after, common) if adapter is None else _products(adapter, common)
+    products = None if adapter is None else _Products(adapter)
     along = size = changed = updated = 0.0
-    for name, update in updates:
-        read = after[name].to(dtype).float() - before[name].to(dtype).float()
+    common = before.names & after.names
+    for name in sorted(common if products is None else common & products.names):
+        old, new = before[name], after[name]
+        if not old.is_floating_point():
+            continue
+        update = new.float() - old.float() if products is None else products[name]
+        read = new.to(dtype).float() - old.to(dtype).float()
         along += (read * update).sum(dtype=torch.float64).item()
         size += (update * update).sum(dtype=torch.float64).item()
         changed += int(((read != 0) & (update != 0)).sum())
@@ -57,19 +60,19 @@ def surviving_update(start: Path, trained: Path, adapter: Path | None, dtype: to
     return SurvivingUpdate(along / size, changed / updated) if size else None
 
 
-def _differences(before: _Weights, after: _Weights, names: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in sorted(names):
-        if before[name].is_floating_point():
-            yield name, after[name].float() - before[name].float()
+class _Products:
+    """The updates of an adapter, by the names of the weights: scaled products of its factors, in float32, one at a time."""
 
+    def __init__(self, adapter: Path) -> None:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        self._scale, self._factors = config["lora_alpha"] / config["r"], _Weights(adapter)
+        firsts = (name.partition(".lora_A.")[0] for name in self._factors.names if ".lora_A." in name)
+        self._paths = {f"{path.removeprefix('base_model.model.')}.weight": path for path in firsts}
 
-def _products(adapter: Path, names: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The updates of an adapter: scaled products of its factors, in float32 and one at a time."""
-    config, factors = json.loads((adapter / "adapter_config.json").read_text()), _Weights(adapter)
-    scale = config["lora_alpha"] / config["r"]
-    for factor in sorted(factors.names):
-        path, is_first, _ = factor.partition(".lora_A.")
-        name = f"{path.removeprefix('base_model.model.')}.weight"
-        if is_first and name in names:
-            first, second = (factors[f"{path}.lora_{side}.weight"].float() for side in "AB")
-            yield name, scale * (second @ first)
+    @property
+    def names(self) -> set[str]:
+        return set(self._paths)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        first, second = (self._factors[f"{self._paths[name]}.lora_{side}.weight"].float() for side in "AB")
+        return self._scale * (second @ first)

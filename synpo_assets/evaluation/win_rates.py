@@ -41,10 +41,8 @@ OPPONENTS = {"initial": "initial_response", "previous": "previous_response"}
 def _cost(sizes: Sizes) -> list[Work]:
     """The scorer reads the answers of M_t and M_0 and gold; the judge has read those of M_0 and M_{t-1} before."""
     alone = reads_answers_alone(sizes.settings)
-    written, gold = (
-        comparison_tokens(sizes, side, sizes.written, judging=True) for side in (sizes.written, sizes.gold)
-    )
-    gold = sizes.asked + sizes.gold if alone else gold
+    written = comparison_tokens(sizes, sizes.written, sizes.written, judging=True)
+    gold = sizes.asked + sizes.gold if alone else comparison_tokens(sizes, sizes.gold, sizes.written, judging=True)
     previous = [] if alone else [Work("score", sizes.held_out * written, later_only=True)]
     return [
         Work("generate", sizes.held_out * sizes.written),

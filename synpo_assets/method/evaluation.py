@@ -190,8 +190,6 @@ def win_rates(
     for judge, label in judges.items():
         for opponent, column in opponents.items():
             judged = frame[f"{judge}_over_{opponent}"]
-            counts = {outcome: int((judged == outcome).sum()) for outcome in (*POINTS, NO_VERDICT)}
-            low, high = win_rate_interval(judged) or (None, None)
             lengths, others = (frame[name].str.len_chars().cast(pl.Int64) for name in (answer, column))
             controlled = length_controlled_interval(judged, lengths, others, random_seed) or (None, None)
             rows.append(
@@ -199,14 +197,8 @@ def win_rates(
                     "judge": judge,
                     "label": label,
                     "opponent": opponent,
-                    "wins": counts["win"],
-                    "ties": counts["tie"],
-                    "losses": counts["loss"],
-                    "no_verdict": counts[NO_VERDICT],
-                    "prompts": judged.len() - counts[NO_VERDICT],
-                    "win_rate": win_rate(judged),
-                    "low": low,
-                    "high": high,
+                    **_counted(judged),
+                    "no_verdict": int((judged == NO_VERDICT).sum()),
                     "length_controlled": length_controlled_win_rate(judged, lengths, others),
                     "length_controlled_low": controlled[0],
                     "length_controlled_high": controlled[1],
@@ -247,23 +239,16 @@ def wins_by_ending(frame: pl.DataFrame, judges: dict[str, str]) -> pl.DataFrame:
     for judge, label in judges.items():
         for ended, (candidate_cut, initial_cut) in ENDINGS.items():
             judged = frame.filter(candidate_cut=candidate_cut, initial_cut=initial_cut)[f"{judge}_over_initial"]
-            wins, ties, losses = (int((judged == outcome).sum()) for outcome in POINTS)
-            low, high = win_rate_interval(judged) or (None, None)
-            rows.append(
-                {
-                    "judge": judge,
-                    "label": label,
-                    "ended": ended,
-                    "wins": wins,
-                    "ties": ties,
-                    "losses": losses,
-                    "prompts": wins + ties + losses,
-                    "win_rate": win_rate(judged),
-                    "low": low,
-                    "high": high,
-                }
-            )
+            rows.append({"judge": judge, "label": label, "ended": ended, **_counted(judged)})
     return pl.DataFrame(rows, schema_overrides=dict.fromkeys(("win_rate", "low", "high"), pl.Float64))
+
+
+def _counted(judged: pl.Series) -> dict[str, float | None]:
+    """Outcomes by kind, prompts with a verdict, and the win rate with its interval."""
+    wins, ties, losses = (int((judged == outcome).sum()) for outcome in POINTS)
+    low, high = win_rate_interval(judged) or (None, None)
+    counts = {"wins": wins, "ties": ties, "losses": losses, "prompts": wins + ties + losses}
+    return {**counts, "win_rate": win_rate(judged), "low": low, "high": high}
 
 
 def _points(judged: pl.Series) -> np.ndarray:
