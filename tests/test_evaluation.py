@@ -11,7 +11,7 @@ import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from resources.common.errors import FinalError
@@ -143,6 +143,7 @@ def test_what_has_no_verdict_counts_for_neither_side(rows, count, length):
 
 @settings(deadline=None, max_examples=25)
 @given(JUDGED)
+@example([("win", 10, 0), ("tie", 29, 0)])
 def test_the_length_controlled_rate_is_the_optimum_that_another_optimizer_finds(rows):
     import torch
 
@@ -152,7 +153,7 @@ def test_the_length_controlled_rate_is_the_optimum_that_another_optimizer_finds(
     feature = torch.tanh(difference / spread) if spread > 0 else torch.zeros_like(difference)
     points = torch.tensor([{"win": 1.0, "tie": 0.5, "loss": 0.0}[outcome] for outcome in judged], dtype=torch.float64)
     found = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([found], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([found], max_iter=500, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe")
 
     def cost():
         optimizer.zero_grad()

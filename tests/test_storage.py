@@ -73,19 +73,21 @@ def postgres(environment):
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
     programs = POSTGRES[-1].parent
     # The server refuses to work for root, and pytest's own directories are closed to anybody else.
-    as_postgres = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+    account = "postgres" if os.getuid() == 0 else None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="synpo-postgres-") as place:
         secret, data = Path(place) / "password", Path(place) / "data"
         secret.write_text(PASSWORD)
-        if as_postgres:
-            shutil.chown(place, "postgres")
-            shutil.chown(secret, "postgres")
+        if account:
+            shutil.chown(place, account)
+            shutil.chown(secret, account)
 
         def server(*command: str) -> None:
-            subprocess.run([*as_postgres, *command], check=True, stdout=subprocess.DEVNULL, cwd=place)
+            subprocess.run(
+                command, check=True, stdout=subprocess.DEVNULL, cwd=place, user=account, group=account, extra_groups=[] if account else None
+            )
 
         server(str(programs / "initdb"), "-D", str(data), "-U", "synpo", "-A", "scram-sha-256", "--pwfile", str(secret))
         control = [str(programs / "pg_ctl"), "-D", str(data), "-w"]
