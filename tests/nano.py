@@ -46,7 +46,7 @@ def nano_tokenizer() -> Any:
 
 
 def make_nano_model(directory: Path) -> Path:
-    """A 2-layer Llama that has seen enough chats to open and close a question; its text is nonsense."""
+    """A 2-layer Llama that has seen enough chats to open and close questions and answers; its text is nonsense."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -59,12 +59,13 @@ def make_nano_model(directory: Path) -> Path:
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=True,
         )
     )  # fmt: skip
-    rows = seed_rows()[:64]
+    # Short answers, which are seen whole and ended.
+    rows = sorted(seed_rows(), key=lambda row: len(tokenizer(row["answer"]).input_ids))[:64]
     chats = [
         (generator_instruction(["alpha", "beta", "gamma"]), generator_target(r["prompt"], r["answer"])) for r in rows
     ]
     chats += [(user_message(row["prompt"]), row["answer"]) for row in rows]
-    # The start of an answer is enough, and short rows are learned quickly.
+    # Of a question with its answer the start is enough, and short rows are learned quickly.
     texts = [(prompt_ids(tokenizer, asked), answer_ids(tokenizer, asked, answer)[:48]) for asked, answer in chats]
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.05, TEACHING_STEPS)
@@ -145,7 +146,7 @@ def nano_settings(model: Path) -> dict[str, Any]:
             "clusters": 4, "self_instruct_shots": 3, "self_instruct_sampling": sampling | {"max_new_tokens": 32},
             "embedding_model": {"source": "directory", "name": str(Path(model).parent / EMBEDDING_MODEL)},
         },
-        "responses": {"sampling": sampling | {"max_new_tokens": 24}},
+        "responses": {"sampling": sampling | {"max_new_tokens": 64}},
         "response_improver": {"margin_threshold": -100, "training": training, "sampling": sampling},
         "scorer": {"training": training},
         "preferences": {"margin_threshold": -100, "max_repetition": 1.0, "pairs_per_iteration": 8},

@@ -1,6 +1,7 @@
 """What tests put in the place of a whole experiment: its services in an empty home, and assets that say what they are told."""
 
 import dagster as dg
+import polars as pl
 import pytest
 
 from definitions import build
@@ -41,6 +42,16 @@ def measured(services, asset, *metrics, partition="0001"):
 def win_rates(value, by, over="initial", **more):
     """The metric that says how often M_t wins."""
     return Metric("win_rate", value, of="candidate", over=over, by=by, **more)
+
+
+def judged_answers(over_initial, over_previous=None, lengths=None, split="dev"):
+    """Of the table `evaluation` what the gate reads: outcomes, and answers of some lengths (M_t's, M_0's)."""
+    mine, others = zip(*(lengths or [(9, 9)] * len(over_initial)), strict=True)
+    return pl.DataFrame({
+        "prompt_id": [f"prompt-{number}" for number in range(len(over_initial))], "split": split,
+        "judge_over_initial": over_initial, "judge_over_previous": over_previous or over_initial,
+        "candidate_response": ["x" * length for length in mine], "initial_response": ["x" * length for length in others],
+    })  # fmt: skip
 
 
 def shown(instance, asset, partition=None):

@@ -86,7 +86,7 @@ def test_accumulate_decides_which_pairs_are_trained_on(instance, tmp_path, nano_
 def test_the_estimate_knows_whether_pairs_accumulate(tmp_path, nano_model, accumulate, times):
     training = nano_settings(nano_model)["preference_optimization"]["training"] | {"max_examples": None}
     settings = changed(tmp_path, nano_model, "preference_optimization", accumulate=accumulate, training=training)
-    seed = pl.DataFrame({"split": ["train", "held_out"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
+    seed = pl.DataFrame({"split": ["train", "test"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
     planned = expected_work(sizes_of(settings, seed, 0))
     (work,) = [work for stage, work in planned if stage is model_checkpoint]
     assert work.in_iteration(2) == times * work.in_iteration(1)

@@ -7,13 +7,14 @@ import dagster as dg
 import polars as pl
 import pytest
 
+from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
 from resources.settings.files import active_settings
 from resources.storage.checkpoint_store import TRAINING_LOG
 from synpo_assets.algorithm import stages_of
 from synpo_assets.graph import history
 from synpo_assets.graph.checks import checks_of
 from synpo_assets.graph.metrics import Metric
-from tests.stand_ins import ITERATIONS, measured, run, services_in
+from tests.stand_ins import ITERATIONS, measured, run, services_in, win_rates
 from tests.stand_ins import instance as instance
 from tests.test_loop import pairs
 
@@ -202,12 +203,29 @@ def test_a_training_that_logged_no_rewards_is_not_called_saturated(services, ins
     assert figures(found["loss_not_saturated"])["sigmoid_argument"] is None
 
 
+@pytest.mark.parametrize(("asset", "setting"), [
+    ("base_responses", "responses.sampling"), ("seed_responses", "responses.sampling"),
+    ("refined_responses", "response_improver.sampling"), ("evaluation", "evaluation.sampling"),
+    ("synthetic_prompts", "prompt_generator.sampling"),
+])  # fmt: skip
+@pytest.mark.parametrize("share", [0.1, 0.11])
+def test_many_cut_answers_warn_and_the_setting_is_named(instance, services, asset, setting, share):
+    measured(services, asset, Metric("cut_share", share, n=100), Metric("cut_share", 0.9, of="initial"))
+    found, went_on = evaluate(instance, services, asset, pl.DataFrame({"prompt": ["Why is it so?", "What is tea?"]}))
+    assert found["answers_ended"].passed == (share <= 0.1)
+    warning = f"11.0% of the answers of {asset}[0001] were cut at the token limit: raise {setting}.max_new_tokens, or"
+    assert (share <= 0.1) == (
+        warning not in found["answers_ended"].metadata.get("warning", dg.TextMetadataValue("")).value
+    )
+    assert went_on
+
+
 def test_a_policy_that_loses_or_loops_warns(instance, services):
-    frame = pl.DataFrame({
-        "judge_over_initial": ["loss", "loss"], "scorer_over_initial": ["win", "win"],
-        "candidate_response": ["and and and and and and"] * 2, "initial_response": GOOD,
-    })  # fmt: skip
-    found, went_on = evaluate(instance, services, "evaluation", frame)
+    measured(
+        services, "evaluation", win_rates(0.0, INDEPENDENT), win_rates(1.0, TOOK_PART),
+        Metric("mean_repetition", 0.75, of="candidate"), Metric("mean_repetition", 0.0, of="initial"),
+    )  # fmt: skip
+    found, went_on = evaluate(instance, services, "evaluation", pl.DataFrame({"prompt_id": ["prompt-1"]}))
     assert [found[name].passed for name in ("win_rate", "answers_without_loops")] == [False, False]
     assert figures(found["win_rate"]) == {"win_rate": 0.0, "by_the_scorer": 1.0, "least_allowed": 0.5}
     assert figures(found["answers_without_loops"])["of_the_initial_policy"] == 0.0

@@ -11,7 +11,8 @@ import pytest
 from resources.settings.files import load_settings
 from synpo_assets.graph import stage
 from synpo_assets.graph.code_versions import code_version
-from synpo_assets.graph.schemas import SeedResponses, Table
+from synpo_assets.graph.schemas import SeedResponses
+from synpo_assets.graph.tables import Table
 from tests.conftest import HOME, synpo_here
 from tests.test_structure import ROOT
 

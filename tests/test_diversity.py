@@ -26,7 +26,8 @@ from synpo_assets.cli.preflight import check_before_run
 from synpo_assets.evaluation.diversity import prompt_diversity, self_instruct_prompts, shown_seed_prompts
 from synpo_assets.graph import metrics
 from synpo_assets.graph.metrics import recorded
-from synpo_assets.graph.schemas import PromptDiversity, SelfInstructPrompts, check
+from synpo_assets.graph.schemas import PromptDiversity, SelfInstructPrompts
+from synpo_assets.graph.tables import check
 from synpo_assets.method.diversity import cluster, coverage, density, equal_samples, mean_similarities, measure
 from synpo_assets.method.prompts import words_of
 from synpo_assets.method.self_instruct import NewTasks, draw_examples
@@ -39,7 +40,7 @@ from tests.stand_ins import instance as instance
 PROMPTS = [row["prompt"] for row in seed_rows()[:24]]
 SEED = pl.DataFrame(
     {"prompt_id": [f"prompt-{n:04d}" for n in range(24)], "prompt": PROMPTS, "answer": "x",
-     "split": ["train"] * 20 + ["held_out"] * 4, "line": range(1, 25)}
+     "split": ["train"] * 20 + ["dev", "test"] * 2, "line": range(1, 25)}
 )  # fmt: skip
 NUMBERS = st.integers(-9, 9).map(float)
 

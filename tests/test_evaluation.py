@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from types import SimpleNamespace
+from typing import ClassVar
 
 import dagster as dg
 import numpy as np
@@ -28,20 +29,14 @@ from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.training.job import TrainingSummary
 from synpo_assets.cli.preflight import check_before_run
-from synpo_assets.evaluation.win_rates import OPPONENTS, evaluation
+from synpo_assets.evaluation.win_rates import COMPARISONS, evaluation
 from synpo_assets.graph.metrics import recorded
-from synpo_assets.graph.schemas import Evaluation, check
-from synpo_assets.method.evaluation import (
-    NO_VERDICT,
-    alike_in_length,
-    length_controlled_interval,
-    length_controlled_win_rate,
-    outcomes,
-    win_rate,
-    win_rate_interval,
-    win_rates,
-    wins_by_ending,
-)
+from synpo_assets.graph.schemas import Evaluation
+from synpo_assets.graph.tables import check
+from synpo_assets.method.evaluation import win_rates, wins_by_ending
+from synpo_assets.method.length_control import alike_in_length, length_controlled_interval, length_controlled_win_rate
+from synpo_assets.method.outcomes import NO_VERDICT, outcomes, win_rate, win_rate_interval
+from synpo_assets.method.seed import HELD_OUT
 from synpo_assets.stages.improver import seed_responses
 from synpo_assets.stages.prompts import prompt_generator
 from synpo_assets.stages.scorers import judge_model, reward_model
@@ -153,7 +148,9 @@ def test_the_length_controlled_rate_is_the_optimum_that_another_optimizer_finds(
     feature = torch.tanh(difference / spread) if spread > 0 else torch.zeros_like(difference)
     points = torch.tensor([{"win": 1.0, "tie": 0.5, "loss": 0.0}[outcome] for outcome in judged], dtype=torch.float64)
     found = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([found], max_iter=500, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [found], max_iter=500, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def cost():
         optimizer.zero_grad()
@@ -256,13 +253,14 @@ def test_a_score_that_is_not_a_number_is_no_win():
 
 def test_golden_numbers_of_a_table():
     frame = pl.DataFrame({
-        "answer": ["long answer", "b", "cc", "dd"], "other": ["x", "yy", "zz", "w"],
-        "judge_over_other": ["win", "loss", "tie", NO_VERDICT], "scorer_over_other": ["win", "win", "win", "win"],
+        "prompt_id": ["a", "b", "c", "d"],
+        "verbose_response": ["long answer", "b", "cc", "dd"], "initial_response": ["x", "yy", "zz", "w"],
+        "judge_verbose_over_initial": ["win", "loss", "tie", NO_VERDICT], "scorer_verbose_over_initial": ["win"] * 4,
     })  # fmt: skip
-    rates = win_rates(frame, {"judge": "independent", "scorer": "took part"}, {"other": "other"}, "answer", 3)
+    rates = win_rates(frame, {"judge": "independent", "scorer": "took part"}, [("verbose", "initial")], 3)
     (judge, scorer) = rates.to_dicts()
-    counts = ("judge", "label", "opponent", "wins", "ties", "losses", "no_verdict", "prompts", "win_rate")
-    assert tuple(judge[name] for name in counts) == ("judge", "independent", "other", 1, 1, 1, 1, 3, 0.5)
+    counts = ("judge", "label", "model", "opponent", "wins", "ties", "losses", "no_verdict", "prompts", "win_rate")
+    assert tuple(judge[name] for name in counts) == ("judge", "independent", "verbose", "initial", 1, 1, 1, 1, 3, 0.5)
     assert judge["length_controlled"] == pytest.approx(0.4373, abs=1e-4)
     assert judge["length_controlled_low"] < judge["length_controlled"] < judge["length_controlled_high"]
     assert (judge["alike_in_length"], scorer["alike_in_length"]) == (1, 1)
@@ -275,7 +273,8 @@ def test_golden_numbers_of_a_table():
 def test_wins_are_counted_by_which_answers_ended():
     cells = [(False, False)] * 3 + [(False, True)] * 2 + [(True, False)] + [(True, True)] * 2
     frame = pl.DataFrame(cells, schema=["candidate_cut", "initial_cut"], orient="row").with_columns(
-        judge_over_initial=pl.Series(["win", "win", "tie", "win", "loss", "loss", "tie", NO_VERDICT])
+        judge_over_initial=pl.Series(["win", "win", "tie", "win", "loss", "loss", "tie", NO_VERDICT]),
+        prompt_id=pl.Series(list("abcdefgh")),
     )
     rows = wins_by_ending(frame, {"judge": "independent"}).to_dicts()
     assert [tuple(row[name] for name in ("ended", "wins", "ties", "losses", "prompts", "win_rate")) for row in rows] == [
@@ -285,6 +284,51 @@ def test_wins_are_counted_by_which_answers_ended():
     assert (rows[0]["low"], rows[0]["high"]) == win_rate_interval(pl.Series(["win", "win", "tie"]))
     nobody = wins_by_ending(frame.filter("candidate_cut"), {"judge": "independent"}).to_dicts()[0]
     assert (nobody["prompts"], nobody["win_rate"], nobody["low"]) == (0, None, None)
+
+
+# Several answers to a prompt.
+
+
+@given(JUDGED, st.integers(2, 4))
+def test_answers_that_repeat_each_other_count_once(rows, times):
+    judged, _, _ = columns(rows)
+    prompts = pl.Series(range(len(judged)))
+    once = win_rate_interval(judged)
+    assert win_rate_interval(judged, prompts) == pytest.approx(once, abs=1e-9)
+    repeated, of = pl.concat([judged] * times), pl.concat([prompts] * times)
+    assert win_rate_interval(repeated, of) == pytest.approx(once, abs=1e-9)
+
+
+def test_answers_that_have_nothing_to_do_with_each_other_count_in_full():
+    judged = pl.Series(["win", "loss"] * 30)
+    prompts = pl.Series([number // 2 for number in range(60)])
+    assert win_rate_interval(judged, prompts) == win_rate_interval(judged)
+
+
+def test_the_interval_over_prompts_covers_the_true_rate():
+    draw, covered, treated_as_independent = np.random.default_rng(5), 0, 0
+    for _ in range(400):
+        # Prompts differ: one is won nearly always, another hardly ever.
+        chances = np.repeat(draw.beta(1.2, 0.8, 40), 4)
+        judged = pl.Series(np.where(draw.random(160) < chances, "win", "loss"))
+        for prompts in (pl.Series(np.repeat(np.arange(40), 4)), None):
+            low, high = win_rate_interval(judged, prompts)
+            covered += prompts is not None and low <= 0.6 <= high
+            treated_as_independent += prompts is None and low <= 0.6 <= high
+    assert covered / 400 >= 0.92
+    assert treated_as_independent / 400 < 0.85, "the same without regard to prompts misses often"
+
+
+def test_the_length_controlled_interval_draws_prompts_and_not_answers():
+    judged, lengths, others = by_length(np.random.default_rng(2), 40, 0.4, 1.5)
+    prompts = pl.Series(range(40))
+    found = length_controlled_interval(judged, lengths, others, 0)
+    assert length_controlled_interval(judged, lengths, others, 0, prompts) == found
+    thrice = [pl.concat([each] * 3) for each in (judged, lengths, others)]
+    clustered = length_controlled_interval(*thrice, 0, pl.concat([prompts] * 3))
+    alone = length_controlled_interval(*thrice, 0)
+    assert clustered[1] - clustered[0] == pytest.approx(found[1] - found[0], rel=0.2)
+    assert alone[1] - alone[0] < 0.75 * (clustered[1] - clustered[0])
 
 
 # Who reads which rows of the seed.
@@ -321,7 +365,7 @@ def test_too_few_rows_for_training_and_judge_are_refused(tmp_path):
     file = tmp_path / "few.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows))
     frame, _ = seed_table(laptop_with(tmp_path, train={"path": "few.jsonl"}))
-    assert sorted(frame.filter(pl.col("split") != "held_out")["split"]) == ["judge", "judge", "train", "train"]
+    assert sorted(frame.filter(~pl.col("split").is_in(HELD_OUT))["split"]) == ["judge", "judge", "train", "train"]
     file.write_text("\n".join(json.dumps(row) for row in rows[:3]))
     with pytest.raises(
         SettingsError, match=r"3 usable rows; at least 4 are needed, 2 of them for the independent judge"
@@ -343,10 +387,10 @@ def test_a_held_out_prompt_that_the_judge_would_read_is_refused(tmp_path):
         ):
             seed_table(laptop_with(tmp_path, **sources))
         frame, _ = seed_table(laptop_with(tmp_path, **sources, on_bad_rows="drop"))
-        assert (
-            frame.filter(pl.col("prompt").str.to_lowercase().str.contains("held"))["split"].to_list()
-            == ["held_out"] * 2
-        )
+        assert frame.filter(pl.col("prompt").str.to_lowercase().str.contains("held"))["split"].to_list() == [
+            "dev",
+            "test",
+        ]
 
 
 def test_a_training_prompt_that_overlaps_with_a_held_out_one_is_refused(tmp_path):
@@ -377,25 +421,26 @@ CHECKPOINT = Checkpoint("initial_policy", None, "0123456789abcdef", "", "")
 class Recorder:
     """Stands in for all models and trainers, and keeps what each asset showed to it."""
 
+    written: ClassVar = {"M_0": ("By M_0. And th", "length")}  # And why it ended.
+
     def __init__(self, shards):
         self.shards, self.engine, self.random_seed = str(shards), active_settings().engine, 42
         self.answered, self.trained, self.compared, self.seeds = {}, {}, {}, {}
 
     def note(self, kind, texts):
         asset = dg.AssetExecutionContext.get().asset_key.to_user_string()
-        splits = {split for split in ("train", "judge", "held_out") if any(f"{split} seed" in text for text in texts)}
+        splits = {split for split in ("train", "judge", *HELD_OUT) if any(f"{split} seed" in text for text in texts)}
         kind[asset] = kind.get(asset, set()) | splits
 
     def answer(self, checkpoint, prompts, sampling):
         asked = list(prompts)
         self.note(self.answered, [messages[0]["content"] for _, messages in asked])
         with open(f"{checkpoint.weights}/model.safetensors") as file:
-            text = f"by {file.read()}"
+            name = file.read()
+        text, ending = self.written.get(name, (f"by {name}", "stop"))
         tokens = {"input_tokens": pl.lit(3, pl.Int64), "output_tokens": pl.lit(4, pl.Int64)}
         frame = pl.DataFrame({"id": [row_id for row_id, _ in asked], "text": text})
-        # Whatever M_0 writes is cut.
-        frame = frame.with_columns(finish_reason=pl.lit("length" if text == "by M_0" else "stop"))
-        return frame.with_columns(**tokens), Usage(len(asked), 0, 3, 4, 4, 1.0)
+        return frame.with_columns(finish_reason=pl.lit(ending), **tokens), Usage(len(asked), 0, 3, 4, 4, 0, 1.0)
 
     def train(self, kind, start, examples, training, directory, loss=None):
         texts = [example[0 if kind == "reward" else 1] for example in examples]
@@ -421,7 +466,7 @@ SEED = pl.DataFrame(
     [
         {"prompt_id": f"prompt-{split}{line}", "prompt": f"How does the {split} seed of a {plant} grow in {soil}?",
          "answer": f"Slowly, as the {split} seed does.", "split": split, "line": line}
-        for split in ("train", "judge", "held_out") for line, (plant, soil) in enumerate(PLANTS, 1)
+        for split in ("train", "judge", *HELD_OUT) for line, (plant, soil) in enumerate(PLANTS, 1)
     ],
     schema_overrides={"line": pl.Int64},
 )  # fmt: skip
@@ -452,12 +497,12 @@ MODELS = [stand_in("initial_policy", "M_0"), stand_in("policy", "M_1", ITERATION
           stand_in("model_checkpoint", "M_2", ITERATIONS), seed_pairs]  # fmt: skip
 
 
-def materialize(assets, instance, home, monkeypatch, judge=None, scorer=None):
+def materialize(assets, instance, home, monkeypatch, scorer=None, **sections):
     """Runs real assets of iteration 2 on models that stand in; returns what they showed to these, services and result."""
     seen, shared = Recorder(home / "shards"), active_settings()
     for module in ("synpo_assets.stages.scorers", "resources.judging.judge_choice"):
         monkeypatch.setattr(f"{module}.judge_scorer", lambda judge, scorer: scorer)
-    services = services_in(home, shared.model_copy(update={"judge": judge or shared.judge}))
+    services = services_in(home, shared.model_copy(update=sections))
     services = dataclasses.replace(services, language_model=seen, scorer=scorer or seen, trainer=seen)
     return seen, services, run([*MODELS, *assets], instance, services, "0002")
 
@@ -467,14 +512,28 @@ def test_no_stage_reads_rows_of_another_split(instance, tmp_path, monkeypatch):
     seen, _, _ = materialize(stages, instance, tmp_path, monkeypatch)
     assert seen.trained == {"prompt_generator": {"train"}, "reward_model": {"train"}, "judge_model": {"judge"}}
     assert seen.answered == {
-        "reward_model": {"train", "held_out"}, "judge_model": {"judge", "held_out"}, "seed_responses": {"train"},
-        "evaluation": {"held_out"},
+        "reward_model": {"train", *HELD_OUT}, "judge_model": {"judge", *HELD_OUT}, "seed_responses": {"train"},
+        "evaluation": set(HELD_OUT),
     }  # fmt: skip
     assert seen.compared == {
-        "reward_model": {"held_out"}, "judge_model": {"held_out"}, "seed_responses": {"train"},
-        "evaluation": {"held_out"},
+        "reward_model": set(HELD_OUT), "judge_model": set(HELD_OUT), "seed_responses": {"train"},
+        "evaluation": set(HELD_OUT),
     }  # fmt: skip
     assert seen.seeds == {"prompt_generator": 42, "reward_model": 42, "judge_model": 43}
+
+
+@pytest.mark.parametrize(("text", "ending", "outcome"), [("No end in si", "length", NO_VERDICT), ("", "stop", "win")])
+def test_nothing_that_is_left_of_a_cut_answer_has_no_verdict(instance, tmp_path, monkeypatch, text, ending, outcome):
+    """And an answer that is empty because the model wrote nothing is judged like any other."""
+    monkeypatch.setattr(Recorder, "written", {"M_2": (text, ending)}, raising=False)
+    scorers = [stand_in("reward_model", "F"), stand_in("judge_model", "J")]
+    _, services, result = materialize([*scorers, evaluation], instance, tmp_path, monkeypatch)
+    frame = result.output_for_node("evaluation")
+    assert frame["candidate_response"].to_list() == [""] * 6
+    assert set(frame["judge_over_initial"]) == {outcome}
+    assert set(frame["judge_verbose_over_initial"]) == {"win"}
+    none = recorded(services.metrics, "0002").value("no_verdicts", "candidate", over="initial", by=INDEPENDENT)
+    assert none == (3 if outcome == NO_VERDICT else 0)
 
 
 # Judges behind one interface.
@@ -735,7 +794,7 @@ def test_a_preference_for_a_place_wins_nothing(instance, tmp_path, monkeypatch, 
     scorers = [stand_in("reward_model", "F"), stand_in("judge_model", "J")]
     _, services, _ = materialize([*scorers, evaluation], instance, tmp_path, monkeypatch, scorer=scorer)
     metrics = recorded(services.metrics, "0002")
-    assert [rate.value for rate in metrics.every("win_rate")] == [0.5] * 4
+    assert [rate.value for rate in metrics.every("win_rate")] == [0.5] * 2 * len(COMPARISONS)
     rewards = [metrics.value("held_out_reward", side) for side in ("candidate", "initial", "gold")]
     assert rewards[0] == rewards[1] == rewards[2]
     assert shown(instance, "evaluation", "0002")["score_convention"] == section.judging_convention
@@ -746,42 +805,50 @@ def test_the_evaluation_of_an_iteration_with_a_server_as_third_judge(serve, inst
     server = serve(lambda a, b: better("A" if "M_2" in a else "B"))
     judge = active_settings().judge.model_copy(update={"server": JudgeServer(url=server.url, model="m")})
     scorers = [stand_in("reward_model", "F"), stand_in("judge_model", "J")]
-    _, services, result = materialize([*scorers, evaluation], instance, tmp_path, monkeypatch, judge)
+    sections = {"judge": judge, "evaluation": active_settings().evaluation.model_copy(update={"samples": 2})}
+    _, services, result = materialize([*scorers, evaluation], instance, tmp_path, monkeypatch, **sections)
     frame = result.output_for_node("evaluation")
     assert check(Evaluation, frame) is None
-    assert frame["prompt_id"].to_list() == SEED.filter(split="held_out")["prompt_id"].to_list()
-    assert frame.select(f"{side}_response" for side in ("candidate", "previous", "initial")).unique().rows() == [
-        ("by M_2", "by M_1", "by M_0")
-    ]
-    assert frame["server_over_initial"].to_list() == ["win"] * 3
+    held_out = SEED.filter(pl.col("split").is_in(HELD_OUT))
+    twice = [row for row in held_out.select("prompt_id", "split").rows() for _ in range(2)]
+    assert frame.select("prompt_id", "split").rows() == twice
+    assert frame["sample"].to_list() == [1, 2] * 6
+    sides = ("candidate", "previous", "initial", "trimmed", "verbose")
+    assert frame.select(f"{side}_response" for side in sides).unique().rows() == [
+        ("by M_2", "by M_1", "By M_0.", "By M_0.", "By M_0.")
+    ], "what was cut stands here without its unfinished end"
+    assert frame["server_over_initial"].to_list() == ["win"] * 12
     metrics, about = recorded(services.metrics, "0002"), shown(instance, "evaluation", "0002")
     by_server = "m (on a server)"
     assert metrics.value("win_rate", "candidate", over="initial", by=INDEPENDENT) == 1.0
     assert metrics.value("win_rate", "candidate", over="previous", by=by_server) == 1.0
-    assert metrics.value("wins", "candidate", over="previous", by=by_server) == 3
-    assert [(rate.by, rate.over) for rate in metrics.every("win_rate")] == [
-        (label, opponent) for label in (INDEPENDENT, TOOK_PART, by_server) for opponent in OPPONENTS
+    assert metrics.value("wins", "candidate", over="previous", by=by_server) == 6
+    assert metrics.value("wins", "candidate", over="previous", by=by_server, split="dev") == 6
+    assert [(rate.by, rate.of, rate.over) for rate in metrics.every("win_rate")] == [
+        (label, *comparison) for label in (INDEPENDENT, TOOK_PART, by_server) for comparison in COMPARISONS
     ]
-    rates = {(row.data["label"], row.data["opponent"]): row.data for row in about["win_rates"].records}
-    assert len(rates) == 3 * len(OPPONENTS)
+    rates = {
+        tuple(row.data[name] for name in ("label", "model", "opponent")): row.data for row in about["win_rates"].records
+    }
+    assert len(rates) == 3 * len(COMPARISONS)
     over_initial = metrics.find("win_rate", "candidate", over="initial", by=INDEPENDENT)
-    ends = [rates[INDEPENDENT, "initial"][end] for end in ("low", "high")]
+    ends = [rates[INDEPENDENT, "candidate", "initial"][end] for end in ("low", "high")]
     assert (over_initial.low, over_initial.high) == pytest.approx(ends, abs=1e-4), "shown with four digits"
     assert over_initial.n == 3
-    assert {rate.checkpoint_sha for rate in metrics.every("win_rate")} == set(frame["candidate_checkpoint_sha"])
+    assert {rate.checkpoint_sha for rate in metrics.every("win_rate")} == {*frame["candidate_checkpoint_sha"], None}
     models = ("candidate", "previous", "initial")
     assert [(each.of, each.value) for each in metrics.every("mean_characters")] == [
-        (model, len("by M_2")) for model in models
-    ]
-    assert [(each.of, each.value) for each in metrics.every("cut_share")] == list(
+        (model, len(text)) for model, text in zip(models, ("by M_2", "by M_1", "By M_0. And th"), strict=True)
+    ], "as they were written"
+    assert [(each.of, each.value) for each in metrics.every("cut_share") if each.of] == list(
         zip(models, [0.0, 0.0, 1.0], strict=True)
     )
     assert metrics.value("mean_repetition", "candidate") == 0.0
-    assert frame.select("candidate_cut", "initial_cut").rows() == [(False, True)] * 3
+    assert frame.select("candidate_cut", "initial_cut").rows() == [(False, True)] * 12
     both = metrics.find("win_rate_both_ended", "candidate", over="initial", by=INDEPENDENT)
     assert (both.value, both.n, both.low) == (None, 0, None)
     assert metrics.value("wins_both_ended", "candidate", over="initial", by=by_server) == 0
-    assert metrics.value("wins_only_candidate_ended", "candidate", over="initial", by=by_server) == 3
+    assert metrics.value("wins_only_candidate_ended", "candidate", over="initial", by=by_server) == 6
     assert len(about["wins_by_ending"].records) == 3 * 4
-    assert rates[by_server, "previous"]["wins"] == 3
+    assert rates[by_server, "candidate", "previous"]["wins"] == 6
     assert about["judges"] == f"independent judge; scorer (took part in training); {by_server}"

@@ -21,7 +21,7 @@ from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.services import Services
 from synpo_assets.stages import loop
 from synpo_assets.stages.loop import experiment_of, policy, preference_history, report_history
-from tests.stand_ins import ITERATIONS, measured, run, services_in, win_rates
+from tests.stand_ins import ITERATIONS, judged_answers, measured, run, services_in, win_rates
 from tests.stand_ins import instance as instance
 from tests.test_stores import write_weights
 
@@ -75,6 +75,7 @@ def evaluation_asset(*metrics):
         own = [win_rates(0.6, INDEPENDENT), *(metrics or [Metric("mean_repetition", 0.1, of="candidate")])]
         own = [dataclasses.replace(each, checkpoint_sha=judged.sha) for each in own]
         measured(services, "evaluation", *own, partition=context.partition_key)
+        services.tables.write("evaluation", context.partition_key, judged_answers(["win"] * 20))
         return dg.MaterializeResult(metadata=made_by(judged))
 
     return made
@@ -378,7 +379,8 @@ def test_history_refuses_a_gap(instance, services):
 
 def test_a_prompt_may_come_back_in_a_later_iteration(instance, services):
     """Ids of prompts are unique within an iteration, not over all of them."""
-    from synpo_assets.graph.schemas import PreferenceHistory, check
+    from synpo_assets.graph.schemas import PreferenceHistory
+    from synpo_assets.graph.tables import check
 
     first, second = pairs(1, 2), pairs(2, 2)
     second = second.with_columns(prompt_id=first["prompt_id"])

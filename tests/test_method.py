@@ -246,10 +246,12 @@ def test_repetition_is_a_share_and_grows_when_text_is_repeated(words, size):
     assert repetition(f"{text} {text}", size) >= repetition(text, size)
 
 
-def responses(side, texts, sha="sha"):
-    completions = pl.DataFrame({"text": texts, "input_tokens": 1, "output_tokens": 1, "finish_reason": "stop"})
-    prompts = pl.DataFrame({"prompt_id": [f"prompt-{n}" for n in range(len(texts))],
-                            "prompt": [f"question {n}" for n in range(len(texts))]})  # fmt: skip
+def responses(side, texts, sha="sha", ending="stop", first=0):
+    completions = pl.DataFrame({"text": texts, "input_tokens": 1, "output_tokens": 1, "finish_reason": ending})
+    numbers = range(first, first + len(texts))
+    prompts = pl.DataFrame(
+        {"prompt_id": [f"prompt-{n}" for n in numbers], "prompt": [f"question {n}" for n in numbers]}
+    )
     return response_table(prompts, completions, f"{sha}-{side}", 1)
 
 
@@ -305,7 +307,7 @@ def test_the_sample_and_its_ids_never_change():
     joined = join_sides(responses("r", chosen), responses("0", rejected))
     scored = joined.with_columns(chosen_score=pl.Series(range(8), dtype=pl.Float64), rejected_score=1.5)
     kept, dropped = select_pairs(scored, 0, 1, 3, 3, random_seed=5)
-    assert dropped == {"empty_side": 0, "equal_sides": 0, "repetition": 0, "margin": 2, "not_sampled": 3}
+    assert dropped == {"cut": 0, "empty_side": 0, "equal_sides": 0, "repetition": 0, "margin": 2, "not_sampled": 3}
     frame = as_preferences(kept)
     assert frame.select("prompt_id", "pair_id").rows() == [
         ("prompt-2", "pair-39105081ba634b9f"), ("prompt-3", "pair-c39306ac4199d88f"), ("prompt-5", "pair-cd13b75f76c40d55")

@@ -12,7 +12,8 @@ import pytest
 
 from resources.settings.files import active_settings
 from synpo_assets.algorithm import stages_of
-from synpo_assets.graph import schemas
+from synpo_assets.graph.tables import check
+from synpo_assets.method.seed import HELD_OUT
 from tests.conftest import synpo_here
 from tests.nano import nano_settings, write_settings
 
@@ -89,7 +90,7 @@ def test_every_asset_of_both_iterations_is_materialized(instance):
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_obeys_its_schema(home, name):
     for iteration in [None] if name in ONCE else [1, 2]:
-        assert schemas.check(TABLES[name], table(home, name, iteration)) is None
+        assert check(TABLES[name], table(home, name, iteration)) is None
 
 
 @pytest.mark.parametrize("iteration", [1, 2])
@@ -149,7 +150,9 @@ def test_iterations_draw_different_keyword_sets(home):
 
 def test_held_out_prompts_are_never_trained_on(home):
     seed = table(home, "seed_pairs")
-    held_out, judged = (set(seed.filter(split=split)["prompt_id"]) for split in ("held_out", "judge"))
+    held_out, judged = (
+        set(seed.filter(pl.col("split").is_in(splits))["prompt_id"]) for splits in (HELD_OUT, ["judge"])
+    )
     assert judged
     for iteration in (1, 2):
         assert not judged & set(table(home, "seed_responses", iteration)["prompt_id"])

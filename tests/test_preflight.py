@@ -13,6 +13,7 @@ from resources.training.job import TrainingError
 from synpo_assets.cli.estimate import expected_work, parameter_count, rates_on_cpu, seconds, sizes_of
 from synpo_assets.cli.preflight import check_before_run, check_disk, disk_needed, print_check
 from synpo_assets.graph.cost import Work
+from synpo_assets.method.seed import HELD_OUT
 from synpo_assets.stages.seed import seed_table
 from tests.nano import nano_settings, seed_rows, write_settings
 
@@ -34,9 +35,9 @@ def test_a_parquet_seed_of_chat_messages(tmp_path):
                       prompt_column="talk", answer_column="talk")
     )  # fmt: skip
     assert bad == []
-    rows = frame.filter(pl.col("split") != "held_out").sort("line").select("prompt", "answer").rows()
+    rows = frame.filter(~pl.col("split").is_in(HELD_OUT)).sort("line").select("prompt", "answer").rows()
     assert rows == [(f"question {number}", f"answer {number}") for number in range(6)]
-    assert frame.filter(split="held_out").height == 2
+    assert frame.filter(pl.col("split").is_in(HELD_OUT)).height == 2
 
 
 def test_bad_rows_are_dropped_and_counted_where_the_setting_says_so(tmp_path):
@@ -46,7 +47,7 @@ def test_bad_rows_are_dropped_and_counted_where_the_setting_says_so(tmp_path):
     )
     asked = {"train": {"path": "train.jsonl"}}
     frame, bad = seed_table(settings_with(tmp_path, **asked, on_bad_rows="drop"))
-    assert sorted(frame.filter(pl.col("split") != "held_out")["prompt"]) == ["a", "c", "d", "e", "f"]
+    assert sorted(frame.filter(~pl.col("split").is_in(HELD_OUT))["prompt"]) == ["a", "c", "d", "e", "f"]
     assert [row.reason for row in bad] == ["the answer is missing or not text"]
     with pytest.raises(SettingsError, match="1 seed rows cannot be used"):
         seed_table(settings_with(tmp_path, **asked))
@@ -151,7 +152,7 @@ def test_more_prompts_cost_more_and_the_papers_size_is_the_papers(tmp_path):
     # The paper's own iteration takes about 218,000 completions; ours is counted in tokens of at most 2,048 each.
     paper = load_settings(preset_path("paper_llama3"))
     fake = pl.DataFrame({"prompt": ["word " * 50], "answer": ["word " * 200], "split": ["train"]})
-    fake = pl.concat([fake] * 18_000 + [fake.with_columns(split=pl.lit(split)) for split in ("judge", "held_out")])
+    fake = pl.concat([fake] * 18_000 + [fake.with_columns(split=pl.lit(split)) for split in ("judge", *HELD_OUT)])
     # D grows by 10,000 pairs with each iteration, and M_t is trained on all of it.
     (policy,) = [item for stage, item in expected_work(sizes_of(paper, fake, 0)) if stage.name == "model_checkpoint"]
     assert [policy.in_iteration(t) / policy.in_iteration(1) for t in (1, 2, 4)] == [1, 2, 4]

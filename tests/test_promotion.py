@@ -6,25 +6,31 @@ import shutil
 from typing import get_args
 
 import dagster as dg
+import numpy as np
+import polars as pl
 import pytest
 import yaml
 
 from resources.common.errors import FinalError
 from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
-from resources.settings.evaluation import GateMetric
+from resources.settings.evaluation import Gate, GateMetric
 from resources.settings.files import load_settings
 from resources.storage.checkpoint_store import CheckpointError, CheckpointStore
 from synpo_assets.algorithm import stages_of
-from synpo_assets.evaluation.promotion import gate_metrics, promotion
+from synpo_assets.evaluation.promotion import gate_metrics, lowest_rates, promotion, training_metrics
 from synpo_assets.graph.history import data_version_of, input_version_of
 from synpo_assets.graph.metrics import Metric, recorded
 from synpo_assets.graph.missing import asset_names, missing_assets, outdated_assets
-from synpo_assets.graph.schemas import Promotion, check
+from synpo_assets.graph.schemas import Promotion
+from synpo_assets.graph.tables import check
+from synpo_assets.method.gate import judge as gate_rows
+from synpo_assets.method.length_control import length_controlled_win_rate
+from synpo_assets.method.outcomes import win_rate_interval
 from synpo_assets.stages.loop import promotion_refusal
 from tests.conftest import synpo
 from tests.nano import write_settings
 from tests.stand_ins import instance as instance
-from tests.stand_ins import measured, run, services_in, shown, win_rates
+from tests.stand_ins import judged_answers, measured, run, services_in, shown, win_rates
 from tests.test_loop import enter, evaluation_asset, make, model_checkpoint_asset, with_gate
 from tests.test_loop import services as services
 
@@ -239,11 +245,15 @@ def candidate(metric, value, **more):
 
 MEASURED = {
     "evaluation": [
-        win_rates(0.6, INDEPENDENT, low=0.5), win_rates(0.4, INDEPENDENT, over="previous"), win_rates(0.9, TOOK_PART),
-        candidate("held_out_reward", 1.5), Metric("held_out_reward", 1.0, of="initial"), candidate("mean_repetition", 0.3),
-        candidate("cut_share", 0.7), Metric("cut_share", 0.2, of="initial"),
+        win_rates(0.6, INDEPENDENT), win_rates(0.4, INDEPENDENT, over="previous"), win_rates(0.9, TOOK_PART),
+        candidate("length_controlled_win_rate", 0.55, over="initial", by=INDEPENDENT), candidate("mean_characters", 30),
+        Metric("mean_characters", 40, of="initial"), candidate("held_out_reward", 1.5),
+        Metric("held_out_reward", 1.0, of="initial"), candidate("mean_repetition", 0.3), candidate("cut_share", 0.7),
+        Metric("cut_share", 0.2, of="initial"),
     ],
-    "instruction_following": [candidate("verifiable_gain", -0.25, over="initial")],
+    "instruction_following": [
+        candidate("verifiable_gain", -0.25, over="initial"), candidate("rule_rate_gain", -0.5, over="initial", by="avoids"),
+    ],
     "gold_comparison": [
         candidate("gold_log_likelihood_gain", 0.5, over="initial"), candidate("gold_similarity_gain", 0.25, over="initial"),
     ],
@@ -255,18 +265,83 @@ MEASURED = {
 
 
 def test_every_metric_that_may_be_limited_is_read_from_where_it_is_recorded(services):
+    """And those of held-out prompts from what was measured on dev."""
+    split = {"evaluation", "instruction_following", "gold_comparison"}
     for asset, metrics in MEASURED.items():
-        measured(services, asset, *metrics)
+        on_test = [dataclasses.replace(each, value=77, split="test") for each in metrics]
+        on_dev = [dataclasses.replace(each, split="dev") for each in metrics]
+        measured(services, asset, *([*on_test, *on_dev] if asset in split else metrics))
     read = gate_metrics(recorded(services.metrics, "0001"))
     assert read == {
-        "win_rate_over_initial": 0.6, "win_rate_over_initial_low": 0.5, "win_rate_over_previous": 0.4,
-        "win_rate_over_initial_by_scorer": 0.9, "held_out_reward_gain": 0.5, "verifiable_rate_gain": -0.25,
+        "win_rate_over_initial": 0.6, "win_rate_over_previous": 0.4, "length_controlled_win_rate_over_initial": 0.55,
+        "length_ratio": 0.75, "rule_rate_gain.avoids": -0.5, "win_rate_over_initial_by_scorer": 0.9,
+        "held_out_reward_gain": 0.5, "verifiable_rate_gain": -0.25,
         "gold_log_likelihood_gain": 0.5, "gold_similarity_gain": 0.25,
         "mean_repetition": 0.3, "cut_share": 0.7, "prompt_similarity": 0.25, "prompt_similarity_to_seed": 2.0,
         "mean_margin": 2.5, "chosen_to_rejected_length": 1.25, "pairs_kept": 8,
     }  # fmt: skip
-    assert set(read) == set(get_args(GateMetric))
+    certain, logged = (
+        lowest_rates(judged_answers(["win", "tie"]), 0.05, 0),
+        training_metrics([{"rewards/accuracies": 0.5}]),
+    )
+    assert logged == {"reward_accuracy": 0.5}
+    assert {*read, *certain, *logged} == {*get_args(GateMetric), "rule_rate_gain.avoids"}
     assert set(gate_metrics(recorded(services.metrics, "0002")).values()) == {None}
+
+
+# What the default gate promises.
+
+GATE = Gate()
+
+
+def passes(outcomes, previous=None, lengths=None):
+    certain = lowest_rates(judged_answers(list(outcomes), previous, lengths), GATE.error_rate, 0)
+    return all(row["passed"] for row in gate_rows(certain, GATE.minimum, GATE.maximum))
+
+
+def share_that_passes(rate, ties, times, prompts=100):
+    """Of models that win so often: against M_0 and M_{t-1} alike, as at t = 1, at lengths that say nothing."""
+    draw, passed = np.random.default_rng(1), 0
+    for _ in range(times):
+        outcomes = draw.choice(["win", "tie", "loss"], p=[rate - ties / 2, ties, 1 - rate - ties / 2], size=prompts)
+        if win_rate_interval(pl.Series(outcomes), None, 1 - 2 * GATE.error_rate)[0] >= 0.5:
+            passed += passes(outcomes, lengths=draw.integers(80, 120, (prompts, 2)).tolist())
+    return passed / times
+
+
+@pytest.mark.parametrize("ties", [0, 0.3])
+def test_a_model_that_is_no_better_passes_in_one_case_of_twenty_at_most(ties):
+    assert 0 < share_that_passes(0.5, ties, 600) <= 0.05
+
+
+def test_a_model_that_is_clearly_better_passes_in_four_cases_of_five_at_least():
+    assert share_that_passes(0.65, 0, 60) >= 0.8
+
+
+def test_a_model_that_is_better_than_m0_and_not_than_the_one_before_does_not_pass():
+    assert passes(["win"] * 80 + ["loss"] * 20)
+    assert not passes(["win"] * 80 + ["loss"] * 20, previous=["win"] * 50 + ["loss"] * 50)
+
+
+@pytest.mark.parametrize(("wins", "controlled", "characters", "noise"), [(68, 0.57, 93, 120), (67, 0.63, 76, 200)])
+def test_the_two_ruined_runs_of_an_earlier_search_do_not_pass(wins, controlled, characters, noise):
+    """They won 81 and 80 % of 84 prompts with answers like "meat rest meat rest", by being shorter than M_0's.
+
+    The rows are lost: these have their win rates, their mean lengths, and about their length-controlled rates.
+    """
+    draw, prompts = np.random.default_rng(5), 84
+    lengths = np.stack([draw.gamma(1.5, characters / 1.5, prompts), draw.normal(243, 60, prompts)], axis=1).astype(int)
+    lengths = lengths.clip(1)
+    difference = np.diff(lengths, axis=1)[:, 0]
+    # The judge prefers the shorter answer, whatever else it sees.
+    order = np.argsort(-difference + draw.normal(0, noise, prompts))
+    outcomes = np.full(prompts, "loss", dtype=object)
+    outcomes[order[::-1][-wins:]] = "win"
+    frame = judged_answers(outcomes.tolist(), lengths=lengths.tolist())
+    rate = length_controlled_win_rate(frame["judge_over_initial"], *(pl.Series(side) for side in lengths.T))
+    assert rate == pytest.approx(controlled, abs=0.08)
+    assert win_rate_interval(frame["judge_over_initial"])[0] > 0.65, "without control for length it would pass"
+    assert not passes(outcomes, lengths=lengths.tolist())
 
 
 def test_a_refused_checkpoint_is_judged_again_once_the_limits_were_changed(instance, services):

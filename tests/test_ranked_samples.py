@@ -19,8 +19,9 @@ from synpo_assets.cli.estimate import CHAT_TOKENS, TOKENS_PER_WORD, expected_wor
 from synpo_assets.cli.preflight import disk_needed
 from synpo_assets.graph.metrics import SCHEMA, Metrics, recorded
 from synpo_assets.graph.missing import asset_names
-from synpo_assets.graph.schemas import PreferencePairs, RefinedResponses, Responses, check
+from synpo_assets.graph.schemas import PreferencePairs, RefinedResponses, Responses
 from synpo_assets.graph.stage import MADE_FROM
+from synpo_assets.graph.tables import check
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.ranking import beside_first, repeated_prompts, with_ranks
 from synpo_assets.publishing.cards import CardData, dataset_card
@@ -61,6 +62,7 @@ def test_the_best_and_the_worst_are_two_answers_with_the_extreme_margins(margins
     samples = len(margins[0]) + 1
     prompts = pl.DataFrame({"prompt_id": [f"prompt-{number}" for number in range(len(margins))]})
     repeated = repeated_prompts(prompts, samples)
+    repeated = repeated.with_columns(finish_reason=pl.lit("stop"))
     ranked = with_ranks(repeated, pl.Series([margin for own in margins for margin in own]))
     assert ranked.select("prompt_id", "sample").rows() == repeated.select("prompt_id", "sample").rows()
     for prompt_id, further in zip(prompts["prompt_id"], margins, strict=True):
@@ -157,9 +159,7 @@ def test_the_pairs_are_the_best_over_the_worst_of_the_policys_own_answers(iterat
 def test_where_all_samples_are_equal_the_error_says_what_to_raise(iteration):
     responses = active_settings().responses
     greedy = responses.sampling.model_copy(update={"temperature": 0.0})
-    with pytest.raises(
-        FinalError, match=r"'equal_sides': 3.* if `equal_sides` did, raise responses\.sampling\.temperature"
-    ):
+    with pytest.raises(FinalError, match=r"'equal_sides': 3.* if `equal_sides` did, responses\.sampling\.temperature"):
         iteration(responses=responses.model_copy(update={"sampling": greedy}))
 
 
@@ -219,7 +219,7 @@ def test_what_is_planned_leaves_the_improver_out(tmp_path, nano_model):
     ranked = load_settings(ranked_settings(tmp_path, nano_model))
     assert len(usual.trainings) == len(ranked.trainings) + 1
     assert disk_needed(ranked) < disk_needed(usual)
-    seed = pl.DataFrame({"split": ["train", "held_out"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
+    seed = pl.DataFrame({"split": ["train", "test"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
     planned = expected_work(sizes_of(ranked, seed, 0))
     answers = ranked.prompt_generator.prompts_per_iteration * ranked.responses.sampling.max_new_tokens
     written = {stage.name: work.tokens for stage, work in planned if work.kind == "generate" and not stage.once}
@@ -235,7 +235,7 @@ def test_what_is_scored_depends_on_what_the_scorer_reads(tmp_path, nano_model, k
     scorer["judge"] = {"training": nano_settings(nano_model)["scorer"]["training"]}
     preferences = nano_settings(nano_model)["preferences"] | RANKED | {"ranked_samples": 5}
     settings = load_settings(ranked_settings(tmp_path, nano_model, **scorer, preferences=preferences))
-    seed = pl.DataFrame({"split": ["train", "held_out"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
+    seed = pl.DataFrame({"split": ["train", "test"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
     scored = [(stage.name, work) for stage, work in expected_work(sizes_of(settings, seed, 0)) if work.kind == "score"]
     sides = sum(work.tokens for name, work in scored if name in ("chosen_responses", "preference_pairs"))
     answers = 2 if kind == "pair_ranker" else 1

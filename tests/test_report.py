@@ -56,7 +56,7 @@ def pairs(iteration, count=5, text="x"):
 
 def recorded(iteration, kept=5):
     """What the assets of an iteration measure, in short."""
-    generated = [Metric("generated_tokens", 100)]
+    generated = [Metric("generated_tokens", 100), Metric("cut_share", 0.2, n=5)]
 
     def sides(metric, candidate, initial=None):
         values = {"candidate": candidate, "initial": initial}
@@ -83,11 +83,12 @@ def recorded(iteration, kept=5):
         "preference_pairs": [
             Metric("rows", kept), Metric("candidate_pairs", 10), Metric("dropped", 5, of="margin"),
             Metric("mean_margin", iteration + 0.4), Metric("chosen_to_rejected_length", 1.25),
-            Metric("cut_share", 0.1, of="chosen"), Metric("cut_share", 0.5, of="rejected"), Metric("scored_tokens", 7),
+            Metric("scored_tokens", 7),
         ],
         "model_checkpoint": [Metric("examples", kept * iteration), Metric("trained_tokens", 2000)],
         "evaluation": [
-            Metric("held_out_prompts", 8), *sides("mean_repetition", 0.25, 0.125), *sides("cut_share", 0.75),
+            Metric("held_out_prompts", 8, split="test"), Metric("held_out_prompts", 6, split="dev"),
+            *sides("mean_repetition", 0.25, 0.125), *sides("cut_share", 0.75),
             *sides("held_out_reward", 0.1 + iteration, 0.1), Metric("held_out_reward", 3.5, of="gold"),
             Metric("scored_tokens", 7), *generated, *judged(iteration),
         ],
@@ -124,7 +125,12 @@ def judged(iteration, judges=(INDEPENDENT, TOOK_PART), alike=10):
                 names = [name for names in ENDING_COUNTS.values() for name in names]
                 metrics += [Metric(name, number, **who) for number, name in enumerate(names)]
             metrics += [Metric(name, value, **who) for name, value in counts.items()]
-    return metrics
+        for form, rate, controlled in (("trimmed", 0.45, 0.48), ("verbose", 0.55, 0.52)):
+            who = {"of": form, "over": "initial", "by": judge, "n": 8}
+            metrics += [Metric("win_rate", rate, **who), Metric("length_controlled_win_rate", controlled, **who)]
+            metrics.append(Metric("pairs_alike_in_length", 1, **who))
+    # What was measured on dev is not reported.
+    return [*metrics, *(dataclasses.replace(each, value=0.125, split="dev") for each in metrics)]
 
 
 def training_log(iteration, steps=5):
@@ -204,12 +210,16 @@ def test_every_metric_is_in_its_place(instance, services):
         "mean similarity of seed prompts": ("0.050", "0.050"),
         "mean margin of scores": ("1.400", "2.400"),
         "chosen length / rejected length": ("1.250", "1.250"),
-        "chosen answers cut": ("10.0%", "10.0%"),
-        "rejected answers cut": ("50.0%", "50.0%"),
+        "base_responses": ("20.0%", "20.0%"),
+        "refined_responses": ("20.0%", "20.0%"),
+        "seed_responses": ("20.0%", "20.0%"),
+        "synthetic_prompts": ("20.0%", "20.0%"),
+        "evaluation": ("20.0%", "20.0%"),
         # Of five steps the last two.
         "reward margin, last quarter of training": ("0.450", "0.900"),
         "reward accuracy, last quarter of training": ("56.2%", "56.2%"),
-        "prompts": ("8", "8"),
+        "prompts of the test split, which all of this is of": ("8", "8"),
+        "prompts of the dev split, which the gate reads": ("6", "6"),
         "mean reward of M_0, by the scorer": ("0.100", "0.100"),
         "mean reward of M_t, by the scorer": ("1.100", "2.100"),
         "mean reward of the gold answers, by the scorer": ("3.500", "3.500"),
@@ -223,6 +233,12 @@ def test_every_metric_is_in_its_place(instance, services):
                 ("pairs alike in length (ratio 0.8 to 1.25)", ("10", "10")),
                 ("wins, ties, losses, no verdict", (f"5, 1, 2, {place}",) * 2),
             )
+        },
+        **{
+            f"{judge}, M_0 {form}, over M_0: {metric}, 95 % interval": (cell,) * 2
+            for judge in (INDEPENDENT, TOOK_PART)
+            for form, rates in (("trimmed", ("45.0%", "48.0%")), ("verbose", ("55.0%", "52.0%")))
+            for metric, cell in zip(("win rate", "length-controlled win rate"), rates, strict=True)
         },
         **{
             f"{judge}, over M_0: win rate where both answers ended, 95 % interval": ("75.0% (30.0 to 95.0), 4 prompts",)
@@ -352,8 +368,10 @@ def test_the_summary_on_the_terminal_shows_each_win_rate_whole(instance, service
     assert [line[2:] for line in lines if len(line) == 5 and line[3]] == [
         ["over M_0", "60.0% (40.0 to 90.0)", "8"], ["both answers ended", "75.0% (30.0 to 95.0)", "4"],
         ["length-controlled", "55.0% (30.0 to 75.0)", "8"], ["over M_t-1", "60.0% (40.0 to 90.0)", "8"],
+        ["M_0 trimmed over M_0", "45.0%", "8"], ["M_0 verbose over M_0", "55.0%", "8"],
         ["over M_0", "50.0% (40.0 to 90.0)", "8"], ["both answers ended", "75.0% (30.0 to 95.0)", "4"],
         ["length-controlled", "55.0% (30.0 to 75.0)", "8"], ["over M_t-1", "50.0% (40.0 to 90.0)", "8"],
+        ["M_0 trimmed over M_0", "45.0%", "8"], ["M_0 verbose over M_0", "55.0%", "8"],
     ]  # fmt: skip
 
 
@@ -471,7 +489,12 @@ def test_equal_content_gives_an_equal_version_and_other_content_another(instance
     _, first, page = report(instance, services)
     assert report(instance, services)[1:] == (first, page)
     # The same again from finished shards: nothing is generated, and it takes another time.
-    make_iteration(instance, services, 1, base_responses=[Metric("rows", 12), Metric("generated_tokens", 0)])
+    make_iteration(
+        instance,
+        services,
+        1,
+        base_responses=[Metric("rows", 12), Metric("generated_tokens", 0), Metric("cut_share", 0.2)],
+    )
     assert report(instance, services)[1] == first
     make_iteration(instance, services, 1, text="y")
     assert report(instance, services)[1] != first

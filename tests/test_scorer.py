@@ -27,7 +27,8 @@ from resources.settings.training import Training, TrainingProcesses
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.training.trainer import Trainer
 from synpo_assets.graph.metrics import recorded
-from synpo_assets.graph.schemas import PreferencePairs, check
+from synpo_assets.graph.schemas import PreferencePairs
+from synpo_assets.graph.tables import check
 from synpo_assets.method.ids import content_id
 from synpo_assets.stages.preferences import preference_pairs
 from tests.nano import seed_rows

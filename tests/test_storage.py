@@ -73,7 +73,7 @@ def postgres(environment):
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
     programs = POSTGRES[-1].parent
     # The server refuses to work for root, and pytest's own directories are closed to anybody else.
-    account = "postgres" if os.getuid() == 0 else None
+    account, groups = ("postgres", []) if os.getuid() == 0 else (None, None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -86,7 +86,13 @@ def postgres(environment):
 
         def server(*command: str) -> None:
             subprocess.run(
-                command, check=True, stdout=subprocess.DEVNULL, cwd=place, user=account, group=account, extra_groups=[] if account else None
+                command,
+                check=True,
+                stdout=subprocess.DEVNULL,
+                cwd=place,
+                user=account,
+                group=account,
+                extra_groups=groups,
             )
 
         server(str(programs / "initdb"), "-D", str(data), "-U", "synpo", "-A", "scram-sha-256", "--pwfile", str(secret))

@@ -11,10 +11,11 @@ import pytest
 from resources.storage.checkpoint_store import CheckpointError, CheckpointStore
 from resources.storage.files import temporary_directory_beside, write_atomically
 from resources.storage.tables import ParquetTables, table_metadata
-from synpo_assets.graph.schemas import KeywordPool, PreferencePairs, SeedPairs, check, column_schema, frame_type
+from synpo_assets.graph.schemas import KeywordPool, PreferencePairs, SeedPairs
+from synpo_assets.graph.tables import check, column_schema, frame_type
 
 SEED = pl.DataFrame({"prompt_id": ["prompt-1", "prompt-2"], "prompt": ["a", "b"], "answer": ["x", "y"],
-                     "split": ["train", "held_out"], "line": [1, 1]})  # fmt: skip
+                     "split": ["train", "test"], "line": [1, 1]})  # fmt: skip
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -168,11 +169,11 @@ def test_tables_come_back_equal_and_show_a_sample(tmp_path):
 
 
 def test_a_broken_table_is_never_written_and_its_bad_rows_are_shown(tmp_path):
-    bad = SEED.with_columns(split=pl.Series(["train", "test"]))
+    bad = SEED.with_columns(split=pl.Series(["train", "held_out"]))
     with pytest.raises(dg.DagsterTypeCheckDidNotPass) as error:
         dg.materialize([table_asset(bad, dagster_type=frame_type(SeedPairs))],
                        resources={"tables": ParquetTables(str(tmp_path))})  # fmt: skip
-    assert "split: isin(['train', 'judge', 'held_out']) fails on 'test' in row 1" in str(error.value)
+    assert "split: isin(['train', 'judge', 'dev', 'test']) fails on 'held_out' in row 1" in str(error.value)
     assert "'prompt': 'b'" in str(error.value)
     assert list(tmp_path.iterdir()) == []
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from resources.common.errors import FinalError
 from resources.judging.topic_labeler import LABELS, TopicLabeler
 from resources.settings.evaluation import JudgeServer
-from synpo_assets.graph.schemas import PromptDiversity, check
+from synpo_assets.graph.schemas import PromptDiversity
+from synpo_assets.graph.tables import check
 from synpo_assets.method.diversity import label_counts, label_coverage
 from tests.stand_ins import instance as instance
 from tests.test_diversity import PROMPTS, diversity

@@ -254,7 +254,7 @@ def test_forward_to_the_checkpoints_that_were_trained_on_it(home):
 
 def test_a_seed_prompt_and_what_policies_answered(home):
     seed = [{"prompt_id": content_id("prompt", name), "prompt": name, "answer": "Gold.", "split": split, "line": 7}
-            for name, split in (("Seed?", "train"), ("Held?", "held_out"), ("Judged?", "judge"))]  # fmt: skip
+            for name, split in (("Seed?", "train"), ("Held?", "test"), ("Judged?", "judge"))]  # fmt: skip
     version = table_version(home.once("seed_pairs", seed))
     home.iteration(1)
     home.iteration(2)
@@ -278,7 +278,7 @@ def test_a_seed_prompt_and_what_policies_answered(home):
     ]
     assert home.trace(first.id) == [pair, first]
     (held_out,) = home.trace(seed[1]["prompt_id"])
-    assert (held_out.facts["split"], held_out.trained) == ("held_out", [])
+    assert (held_out.facts["split"], held_out.trained) == ("test", [])
     (judged,) = home.trace(seed[2]["prompt_id"])
     assert notes(judged.trained) == [("judge_model", None)]
 

@@ -46,6 +46,7 @@ class Usage:
     input_tokens: int
     output_tokens: int
     generated_tokens: int  # Written in this call.
+    cut: int  # Of these rows, those that stopped at the token limit.
     seconds: float  # Loading the model included.
 
     def __add__(self, other: "Usage") -> "Usage":
@@ -101,6 +102,7 @@ class LanguageModel(DeviceResource):
             input_tokens=int(answered["input_tokens"].sum()),
             output_tokens=int(answered["output_tokens"].sum()),
             generated_tokens=int(generated.sum()),
+            cut=int((answered["finish_reason"] == "length").sum()),
             seconds=time.monotonic() - started,
         )
 

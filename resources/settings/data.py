@@ -80,6 +80,13 @@ class SeedData(Section):
 
     train: DataSource = Field(description="Pairs that the generator, the improver and the reward model are trained on.")
     held_out: DataSource = Field(description="Pairs that no training ever reads; used for evaluation only.")
+    dev_share: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="So large a random share of the held-out pairs, and of the verifiable instructions, is the split `dev`, which "
+        "searches and the gate read; the rest is `test`, which tables report. Not in the paper.",
+    )
     verifiable: DataSource | None = Field(
         None,
         description="Instructions with constraints that a program can check (columns prompt and constraints, as in "
@@ -104,7 +111,9 @@ class SeedData(Section):
         "never read them. Where train_limit leaves fewer, training gives up pairs for it, down to half of all. None: a quarter "
         "as many as train_limit, or of all pairs.",
     )
-    held_out_limit: int | None = Field(None, ge=2, description="Use this many held-out pairs. None: all.")
+    held_out_limit: int | None = Field(
+        None, ge=2, description="Use this many held-out pairs, dev and test together. None: all."
+    )
 
 
 class KeywordPool(Section):

@@ -1,5 +1,6 @@
 """How prompts and models are measured, and what M_t must reach."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -32,6 +33,20 @@ class Diversity(Section):
     )
     self_instruct_sampling: Sampling | None = Field(
         None, description="Decoding of the baseline. None: as prompt_generator.sampling."
+    )
+
+
+class Evaluation(Section):
+    """How models answer the held-out prompts and the verifiable instructions."""
+
+    sampling: Sampling = Field(
+        description="Decoding of these answers. Left out: that of `responses`. Paper: T = 0.7 and 2,048 new tokens."
+    )
+    samples: int = Field(
+        1,
+        ge=1,
+        description="Answers of each model to a held-out prompt; the intervals are then over prompts, each with all its answers. "
+        "Paper: 1.",
     )
 
 
@@ -79,6 +94,12 @@ class Checks(Section):
     max_mean_repetition: float = Field(
         0.2, gt=0, le=1, description="Warn if answers repeat a larger share of their word n-grams, on average."
     )
+    max_cut_share: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Warn, of any asset, if a larger share of its answers was cut at the token limit.",
+    )
     max_near_duplicate_rate: float = Field(
         0.3, gt=0, le=1, description="Warn if more of the written prompts were near-duplicates and dropped."
     )
@@ -100,44 +121,65 @@ class Checks(Section):
     min_win_rate: float = Field(0.5, ge=0, le=1, description="Warn if the win rate over M_0 is lower.")
 
 
-# The newest figures of an iteration; a `gain` is M_t's figure less that of M_0.
+# The newest metrics of an iteration, those of held-out prompts and instructions over the dev split. A `gain` is M_t's value less
+# that of M_0; `low` is the lower end of the interval whose error rate is gate.error_rate.
 GateMetric = Literal[
-    "win_rate_over_initial", "win_rate_over_initial_low", "win_rate_over_previous", "win_rate_over_initial_by_scorer",
-    "held_out_reward_gain", "verifiable_rate_gain", "gold_log_likelihood_gain", "gold_similarity_gain", "mean_repetition",
-    "cut_share", "prompt_similarity", "prompt_similarity_to_seed", "mean_margin", "chosen_to_rejected_length", "pairs_kept",
+    "win_rate_over_initial", "win_rate_over_initial_low", "win_rate_over_previous", "win_rate_over_previous_low",
+    "length_controlled_win_rate_over_initial", "length_controlled_win_rate_over_initial_low",
+    "win_rate_over_initial_by_scorer", "held_out_reward_gain", "verifiable_rate_gain", "gold_log_likelihood_gain",
+    "gold_similarity_gain", "mean_repetition", "cut_share", "length_ratio", "reward_accuracy", "prompt_similarity",
+    "prompt_similarity_to_seed", "mean_margin", "chosen_to_rejected_length", "pairs_kept",
 ]  # fmt: skip
+# The same for the constraints of one rule alone: `rule_rate_gain.words_at_most`.
+RULE_GAIN = "rule_rate_gain."
+RuleGain = Annotated[str, Field(pattern=rf"^{re.escape(RULE_GAIN)}\w+$")]
 
-# What a figure can be at all; the others have no such bounds.
+# What a metric can be at all; the others have no such bounds.
 SHARE = (0, 1, "a share between 0 and 1")
-GATE_BOUNDS: dict[GateMetric, tuple[float, float, str]] = {
+GAIN = (-1, 1, "a difference of two shares, between -1 and 1")
+GATE_BOUNDS: dict[str, tuple[float, float, str]] = {
     "win_rate_over_initial": SHARE, "win_rate_over_initial_low": SHARE, "win_rate_over_previous": SHARE,
-    "win_rate_over_initial_by_scorer": SHARE, "mean_repetition": SHARE, "cut_share": SHARE,
-    "verifiable_rate_gain": (-1, 1, "a difference of two shares, between -1 and 1"),
+    "win_rate_over_previous_low": SHARE, "length_controlled_win_rate_over_initial": SHARE,
+    "length_controlled_win_rate_over_initial_low": SHARE, "win_rate_over_initial_by_scorer": SHARE,
+    "mean_repetition": SHARE, "cut_share": SHARE, "reward_accuracy": SHARE, "verifiable_rate_gain": GAIN,
     "gold_similarity_gain": (-2, 2, "a difference of two cosine similarities, between -2 and 2"),
     "prompt_similarity": (-1, 1, "a cosine similarity between -1 and 1"),
 }  # fmt: skip
 
 
 class Gate(Section):
-    """What M_t must reach to be promoted to the policy of the next iteration. Paper: people watch its benchmarks.
+    """What M_t must reach, on the dev split, to be promoted to the policy of the next iteration.
 
-    One figure is not enough: in the paper's own runs one benchmark falls while another rises.
+    Paper: four iterations, "until performance no longer improves". One metric is not enough: in the paper's own runs one benchmark
+    falls while another rises.
     """
 
-    minimum: dict[GateMetric, Annotated[float, Field(strict=True)]] = Field(
-        {"win_rate_over_initial": 0.5},
-        description="M_t is promoted only if each of these figures is at least this. `verifiable_rate_gain: -0.05`: of "
-        "the instructions whose keeping can be verified, M_t keeps at most 5 points fewer than M_0. {}: no such limit.",
+    minimum: dict[GateMetric | RuleGain, Annotated[float, Field(strict=True)]] = Field(
+        {"length_controlled_win_rate_over_initial_low": 0.5, "win_rate_over_previous_low": 0.5},
+        description="M_t is promoted only if each of these metrics is at least this. By default it must be better than M_0 at "
+        "equal length and better than M_{t-1}, both for certain. `verifiable_rate_gain: -0.05`: of the instructions whose keeping "
+        "can be verified, M_t keeps at most 5 points fewer than M_0; `rule_rate_gain.words_at_most: -0.1`: the same of one rule "
+        "alone. {}: no such limit.",
     )
-    maximum: dict[GateMetric, Annotated[float, Field(strict=True)]] = Field(
-        default_factory=dict, description="M_t is promoted only if each of these figures is at most this."
+    maximum: dict[GateMetric | RuleGain, Annotated[float, Field(strict=True)]] = Field(
+        default_factory=dict,
+        description="M_t is promoted only if each of these metrics is at most this. `length_ratio` is M_t's characters over "
+        "M_0's, and `reward_accuracy` that of the last quarter of M_t's training.",
+    )
+    error_rate: float = Field(
+        0.05,
+        gt=0,
+        lt=0.5,
+        description="How often a model that is no better may reach a `low` of 0.5. With 100 dev prompts, one that truly wins 65 % "
+        "reaches it in nine of ten cases.",
     )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         for end, limits in (("minimum", self.minimum), ("maximum", self.maximum)):
             for name, limit in limits.items():
-                least, most, what = GATE_BOUNDS.get(name, (limit, limit, ""))
+                bounds = GAIN if name.startswith(RULE_GAIN) else GATE_BOUNDS.get(name, (limit, limit, ""))
+                least, most, what = bounds
                 if not least <= limit <= most:
                     meant = f" Was {limit / 100:g} meant?" if most < abs(limit) <= 100 else ""
                     raise ValueError(f"{end}.{name} ({limit:g}) is out of range: it is {what}.{meant}")

@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from resources.settings.data import InitialPolicy, KeywordPool, SeedData
-from resources.settings.evaluation import Benchmarks, Checks, Diversity, Gate, Judge
+from resources.settings.evaluation import RULE_GAIN, Benchmarks, Checks, Diversity, Evaluation, Gate, Judge
 from resources.settings.machine import Engine, Storage
 from resources.settings.method import (
     PreferenceOptimization,
@@ -43,6 +43,7 @@ class Settings(Section):
     scorer: Scorer = Field(description="`kind` is trained, pretrained or pair_ranker; each has fields of its own.")
     preferences: Preferences
     preference_optimization: PreferenceOptimization
+    evaluation: Evaluation
     judge: Judge
     engine: Engine = Field(default_factory=lambda: Engine.model_validate({}))
     training_processes: TrainingProcesses = Field(default_factory=lambda: TrainingProcesses.model_validate({}))
@@ -74,6 +75,15 @@ class Settings(Section):
         defaults = {"max_length": ScoringSection.model_fields["max_length"].default}
         return values | {"judge": merge(defaults | shared, section_of(values, "judge"), [Judge])}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluated_like_the_responses(cls, values: Any) -> Any:
+        """Without a sampling of its own, evaluation samples as the section `responses` says."""
+        if not isinstance(values, dict) or not isinstance(values.get("evaluation", {}), dict):
+            return values
+        shared = {name: value for name, value in section_of(values, "responses").items() if name == "sampling"}
+        return values | {"evaluation": shared | section_of(values, "evaluation")}
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         wanted, kept = self.prompt_generator.prompts_per_iteration, self.preferences.pairs_per_iteration
@@ -101,9 +111,10 @@ class Settings(Section):
                 "samples of a prompt would be equal: raise responses.sampling.temperature (paper: 0.7) or top_k."
             )
         limited = self.gate.minimum.keys() | self.gate.maximum.keys()
-        if "verifiable_rate_gain" in limited and self.seed_data.verifiable is None:
+        of_instructions = [name for name in limited if name == "verifiable_rate_gain" or name.startswith(RULE_GAIN)]
+        if of_instructions and self.seed_data.verifiable is None:
             raise ValueError(
-                "gate limits verifiable_rate_gain and seed_data.verifiable is not stated, so no M_t could be measured: name a "
+                f"gate limits {min(of_instructions)} and seed_data.verifiable is not stated, so no M_t could be measured: name a "
                 "file of instructions there, or remove the limit."
             )
         if self.seed_data.train == self.seed_data.held_out:

@@ -11,6 +11,7 @@ from resources.settings.settings import Settings
 from synpo_assets.algorithm import stages_of
 from synpo_assets.graph.cost import Kind, Sizes, Work
 from synpo_assets.graph.stage import Stage
+from synpo_assets.method.seed import HELD_OUT
 from synpo_assets.method.templates import generator_instruction, generator_target, improver_instruction
 
 TOKENS_PER_WORD = 1.4
@@ -32,14 +33,14 @@ class Rate:
 
 def sizes_of(settings: Settings, seed: pl.DataFrame, instructions: int) -> Sizes:
     """How much there is to do, in rows and tokens; `instructions` is the number of verifiable instructions."""
-    train, judge, held_out = (seed.filter(split=split) for split in ("train", "judge", "held_out"))
+    train, judge = (seed.filter(split=split) for split in ("train", "judge"))
     prompt, answer = (_tokens(" ".join(train[column])) / train.height for column in ("prompt", "answer"))
     keywords = generator_instruction(["keyword"] * settings.keyword_pool.keywords_per_set)[0]["content"]
     return Sizes(
         settings=settings,
         train=train.height,
         judge=judge.height,
-        held_out=held_out.height,
+        held_out=seed.filter(pl.col("split").is_in(HELD_OUT)).height,
         instructions=instructions,
         asked=CHAT_TOKENS + prompt,
         gold=answer,

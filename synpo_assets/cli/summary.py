@@ -16,12 +16,14 @@ from synpo_assets.graph.services import Services
 from synpo_assets.reports.texts import gain_text, number_text, rate_text, share_text
 from synpo_assets.stages.loop import promotion_refusal, promotion_verdict
 
-# The win rates of each judge: over whom, and what is made equal.
-COMPARED: tuple[tuple[str, MetricName, str], ...] = (
-    ("over M_0", "win_rate", "initial"),
-    ("  both answers ended", "win_rate_both_ended", "initial"),
-    ("  length-controlled", "length_controlled_win_rate", "initial"),
-    ("over M_t-1", "win_rate", "previous"),
+# The win rates of each judge: whose over whom, and what is made equal. The last two show what form alone wins.
+COMPARED: tuple[tuple[str, MetricName, str, str], ...] = (
+    ("over M_0", "win_rate", "candidate", "initial"),
+    ("  both answers ended", "win_rate_both_ended", "candidate", "initial"),
+    ("  length-controlled", "length_controlled_win_rate", "candidate", "initial"),
+    ("over M_t-1", "win_rate", "candidate", "previous"),
+    ("M_0 trimmed over M_0", "win_rate", "trimmed", "initial"),
+    ("M_0 verbose over M_0", "win_rate", "verbose", "initial"),
 )
 
 
@@ -82,7 +84,7 @@ def _sample_pair(tables: ParquetTables, iterations: int) -> Panel:
 
 
 def _held_out(services: Services, iterations: int) -> Table:
-    table = Table("", "judge", title="Held-out prompts: win rates of M_t, 95 % interval", title_justify="left")
+    table = Table("", "judge", title="Test prompts: win rates of M_t, 95 % interval", title_justify="left")
     table.add_column("compared", no_wrap=True)
     for column in ("win rate", "prompts"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -91,8 +93,8 @@ def _held_out(services: Services, iterations: int) -> Table:
         measured = recorded(services.metrics, partition_key(number))
         for judge in dict.fromkeys(rate.by for rate in measured.every("win_rate")):
             whose = (f"M_{number}", judge)
-            for what, metric, opponent in COMPARED:
-                rate = measured.find(metric, "candidate", over=opponent, by=judge)
+            for what, metric, model, opponent in COMPARED:
+                rate = measured.find(metric, model, over=opponent, by=judge)
                 prompts = "" if rate is None else f"{rate.n}"
                 table.add_row(*whose, what, rate_text(rate), prompts)
                 whose = ("", "")

@@ -91,7 +91,6 @@ def self_instruct_prompts(
         Metric("prompts_wanted", wanted),
         Metric("sources_used", used),
         *(Metric("dropped", count, of=reason) for reason, count in tasks.dropped.items()),
-        Metric("cut_share", metrics.mean(frame["finish_reason"] == "length"), of="self_instruct", n=frame.height),
         *metrics.generating(*usages),
     ]
     return table_output(context, services, frame, measured, **made_by(initial_policy))

@@ -2,7 +2,7 @@
 
 Paper (section 3): no such measure.
 Here: how likely M_t finds the held-out gold answers, and how close its own answers are to them in meaning, by the cosine of
-sentence embeddings; both compared with M_0. Held-out answers are those of `evaluation`.
+sentence embeddings; both compared with M_0. Held-out answers are those of `evaluation`, the first where there are several.
 The end-of-turn token is measured by itself, because SimPO trains it on every finished answer: a rise of the mean over all tokens
 may come from it alone. Likeness is also reported in bands of length, because an answer of another length than gold is less like
 it whatever it says.
@@ -47,6 +47,7 @@ def gold_comparison(
     """How likely M_t finds the held-out gold answers, and how close its own are to them, compared with M_0."""
     refuse_answers_of_another(model_checkpoint, evaluation)
     settings, models = services.settings, {"candidate": model_checkpoint, "initial": initial_policy}
+    evaluation = evaluation.filter(sample=1)
     gold = evaluation.select("prompt", "answer").rows()
     likelihoods = {name: services.likelihood.measure(model, gold) for name, model in models.items()}
     weights, origin = fetch_embedding_model(settings.diversity.embedding_model, settings.engine.trust_remote_code)
@@ -55,7 +56,7 @@ def gold_comparison(
     embedded = services.embedder.embed(weights, texts)
     vectors = embedded.vectors.reshape(len(columns), evaluation.height, -1)
     similarities = dict(zip(models, (vectors[1:] * vectors[0]).sum(axis=2), strict=True))
-    frame = evaluation.select("prompt_id", "prompt", "answer").with_columns(
+    frame = evaluation.select("prompt_id", "split", "prompt", "answer").with_columns(
         *(pl.Series(f"{name}_log_likelihood", likelihoods[name].per_token) for name in models),
         *(pl.Series(f"{name}_end_log_likelihood", likelihoods[name].end) for name in models),
         *(pl.Series(f"{name}_similarity", similarities[name], dtype=pl.Float64) for name in models),
@@ -69,7 +70,7 @@ def gold_comparison(
         iteration=pl.lit(iteration_of(context), pl.Int64),
     )
     measured = [
-        *gold_metrics(frame, model_checkpoint.sha, settings.random_seed),
+        *metrics.by_split(frame, lambda rows: gold_metrics(rows, model_checkpoint.sha, settings.random_seed)),
         Metric("scored_tokens", sum(each.tokens for each in likelihoods.values())),
         Metric("scoring_seconds", round(sum(each.seconds for each in likelihoods.values()), 1)),
         *metrics.embedding(embedded),

@@ -4,6 +4,8 @@ Paper (section 3): GPT-4 as judge, and benchmarks with one right answer; no meas
 Here: as in IFEval (https://arxiv.org/abs/2311.07911), with rules and prompts of our own, M_t compared with M_0.
 """
 
+from collections.abc import Iterator
+
 import dagster as dg
 import polars as pl
 
@@ -27,10 +29,10 @@ from synpo_assets.method.verifiable import SAMPLES, followed, rates_by_rule, sha
     InstructionFollowing,
     group="evaluation",
     work=("generates",),
-    reads=("responses",),
-    samplings=lambda settings: [settings.responses.sampling],
+    reads=("evaluation.sampling",),
+    samplings=lambda settings: [settings.evaluation.sampling],
     # M_0's answers are found in the shards from the second iteration on.
-    cost=lambda sizes: [Work("generate", 2 * SAMPLES * sizes.instructions * sizes.written)],
+    cost=lambda sizes: [Work("generate", 2 * SAMPLES * sizes.instructions * sizes.judged)],
     made_from={"prompt_id": "verifiable_instructions"},
 )
 def instruction_following(
@@ -49,7 +51,7 @@ def instruction_following(
         for prompt_id, prompt, sample in frame.select("prompt_id", "prompt", "sample").rows()
     ]
     for name, model in models.items():
-        written, usage = services.language_model.answer(model, requests, services.settings.responses.sampling)
+        written, usage = services.language_model.answer(model, requests, services.settings.evaluation.sampling)
         met = [followed(each, text) for each, text in zip(frame["constraints"].to_list(), written["text"], strict=True)]
         frame = frame.with_columns(
             written["text"].alias(f"{name}_response"), pl.Series(f"{name}_met", met, dtype=pl.List(pl.Boolean))
@@ -60,7 +62,9 @@ def instruction_following(
     measured = [
         Metric("instructions", verifiable_instructions.height),
         Metric("samples_each", SAMPLES),
-        *following_metrics(frame, model_checkpoint.sha, services.settings.random_seed),
+        *metrics.by_split(
+            frame, lambda rows: following_metrics(rows, model_checkpoint.sha, services.settings.random_seed)
+        ),
         *metrics.generating(*usages),
     ]
     by_rule = table_metadata(rates_by_rule(frame))
@@ -71,11 +75,23 @@ def instruction_following(
 
 
 def following_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric]:
-    """The shares of instructions followed and of constraints met, and M_t's gain over M_0."""
+    """The shares of instructions followed and of constraints met, by rule too, and M_t's gain over M_0."""
     shares, sides = shares_followed(frame), ("candidate", "initial")
     gain, low, high = mean_gain(shares["candidate"] - shares["initial"], random_seed)
     return [
         *(Metric("verifiable_rate", metrics.mean(shares[side]), of=side, n=shares.height) for side in sides),
         *(Metric("constraint_rate", metrics.mean(frame[f"{side}_met"].explode()), of=side) for side in sides),
         Metric("verifiable_gain", gain, "candidate", "initial", None, low, high, shares.height, sha),
+        *_rule_metrics(frame, sha),
     ]
+
+
+def _rule_metrics(frame: pl.DataFrame, sha: str) -> Iterator[Metric]:
+    """The share of the constraints of each rule that are met, and M_t's gain over M_0."""
+    for rule, answered, candidate, initial in rates_by_rule(frame).iter_rows():
+        for side, rate in (("candidate", candidate), ("initial", initial)):
+            yield Metric(
+                "rule_rate", rate, of=side, by=rule, n=answered, checkpoint_sha=sha if side == "candidate" else None
+            )
+        gain = {"of": "candidate", "over": "initial", "by": rule, "n": answered, "checkpoint_sha": sha}
+        yield Metric("rule_rate_gain", candidate - initial, **gain)

@@ -1,12 +1,18 @@
 """Whether M_t becomes the policy of the next iteration: the gate.
 
 Paper (section 3): four iterations, "until performance no longer improves"; people watch the benchmarks. Its own runs show
-why one figure is not enough: Arena-Hard falls at iteration 4 while AlpacaEval rises, and GSM8k of Mistral falls by nine
+why one metric is not enough: Arena-Hard falls at iteration 4 while AlpacaEval rises, and GSM8k of Mistral falls by nine
 points.
-Here: the section `gate` of the settings holds limits for several figures. Where all keep to them, M_t is reported as
+Here: the section `gate` of the settings holds limits for several metrics of the dev split. By default M_t must be better than
+M_0 at equal length, and better than M_{t-1}, each by the low end of an interval: a model that did not change passes in a share
+of gate.error_rate at most. Where all metrics keep to their limits, M_t is reported as
 `policy[t+1]`; where one does not, or was not measured, nothing is reported and the next iteration refuses with the
 sentence that stands here. The verdict is data: a refused M_t stays, and may be judged again under other limits.
 """
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import dagster as dg
 import polars as pl
@@ -14,8 +20,9 @@ import polars as pl
 from resources.common.errors import FinalError
 from resources.common.text import asset_label
 from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
-from resources.settings.evaluation import GateMetric
+from resources.settings.evaluation import RULE_GAIN, GateMetric
 from resources.storage.checkpoint_store import Checkpoint
+from resources.training.history import last_quarter
 from synpo_assets.graph.history import data_version_of, input_version_of
 from synpo_assets.graph.metrics import Metric, Metrics, recorded
 from synpo_assets.graph.partitions import iteration_of, partition_key
@@ -24,6 +31,8 @@ from synpo_assets.graph.schemas import Promotion
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.gate import judge, verdict
+from synpo_assets.method.length_control import length_controlled_interval
+from synpo_assets.method.outcomes import win_rate_interval
 from synpo_assets.stages.loop import report_policy
 
 # Metrics of prompt_diversity.
@@ -45,7 +54,10 @@ def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Serv
     refuse_other_pairs(context.instance, judged)
     if OF_PROMPTS & (gate.minimum.keys() | gate.maximum.keys()):
         refuse_other_prompts(context.instance, judged)
-    rows = judge(gate_metrics(measured), gate.minimum, gate.maximum)
+    answers = services.tables.read("evaluation", context.partition_key).filter(split="dev")
+    log = services.checkpoints.training_log("model_checkpoint", context.partition_key)
+    certain = lowest_rates(answers, gate.error_rate, services.settings.random_seed)
+    rows = judge(gate_metrics(measured) | certain | training_metrics(log), gate.minimum, gate.maximum)
     sentence = verdict(rows, judged.label, asset_label("policy", partition_key(iteration_of(context) + 1)))
     promoted = all(row["passed"] for row in rows)
     if promoted:
@@ -104,16 +116,18 @@ def refuse_other_prompts(instance: dg.DagsterInstance, judged: Checkpoint) -> No
         )
 
 
-def gate_metrics(measured: Metrics) -> dict[GateMetric, float | None]:
-    """The metrics of an iteration that the gate may judge; None where one was not recorded."""
-    value = measured.value
+def gate_metrics(measured: Metrics) -> dict[str, float | None]:
+    """The metrics of an iteration that the gate may judge, those of held-out prompts on dev; None where one was not recorded."""
+    value = partial(measured.value, split="dev")
     wins = {"of": "candidate", "over": "initial", "by": INDEPENDENT}
-    over_initial = measured.find("win_rate", **wins)
+    lengths = [value("mean_characters", side) for side in ("candidate", "initial")]
     alike, seed_alike = value("mean_similarity", "synthetic"), value("mean_similarity", "seed")
     after, before = value("held_out_reward", "candidate"), value("held_out_reward", "initial")
-    return {
-        "win_rate_over_initial": over_initial.value if over_initial else None,
-        "win_rate_over_initial_low": over_initial.low if over_initial else None,
+    of_rules = {f"{RULE_GAIN}{gain.by}": gain.value for gain in measured.every("rule_rate_gain", split="dev")}
+    return of_rules | {
+        "win_rate_over_initial": value("win_rate", **wins),
+        "length_controlled_win_rate_over_initial": value("length_controlled_win_rate", **wins),
+        "length_ratio": lengths[0] / lengths[1] if lengths[0] is not None and lengths[1] else None,
         "win_rate_over_previous": value("win_rate", "candidate", over="previous", by=INDEPENDENT),
         "win_rate_over_initial_by_scorer": value("win_rate", "candidate", over="initial", by=TOOK_PART),
         "held_out_reward_gain": None if after is None or before is None else after - before,
@@ -128,3 +142,23 @@ def gate_metrics(measured: Metrics) -> dict[GateMetric, float | None]:
         "chosen_to_rejected_length": value("chosen_to_rejected_length"),
         "pairs_kept": value("rows", asset="preference_pairs"),
     }
+
+
+def lowest_rates(answers: pl.DataFrame, error_rate: float, random_seed: int) -> dict[str, float | None]:
+    """The low ends of M_t's win rates by the independent judge, which a model that is no better passes this rarely."""
+    judged, prompts = answers["judge_over_initial"], answers["prompt_id"]
+    lengths, others = (answers[f"{side}_response"].str.len_chars().cast(pl.Int64) for side in ("candidate", "initial"))
+    coverage = 1 - 2 * error_rate
+    intervals = {
+        "win_rate_over_initial_low": win_rate_interval(judged, prompts, coverage),
+        "win_rate_over_previous_low": win_rate_interval(answers["judge_over_previous"], prompts, coverage),
+        "length_controlled_win_rate_over_initial_low": length_controlled_interval(
+            judged, lengths, others, random_seed, prompts, coverage
+        ),
+    }
+    return {name: ends[0] if ends else None for name, ends in intervals.items()}
+
+
+def training_metrics(log: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """What the last quarter of M_t's training says of it."""
+    return {"reward_accuracy": last_quarter(entry.get("rewards/accuracies") for entry in log)}

@@ -1,16 +1,19 @@
 """How M_t compares with M_0 and with M_{t-1} on held-out prompts, and the judge that says so.
 
 Paper (section 3): AlpacaEval 2, Arena-Hard and MT-Bench with a GPT-4 judge, and the Open LLM leaderboard.
-Here: the three models answer the held-out seed prompts. A judge that took no part in training compares the answers: a
-reward model trained from M_0 on rows of the seed that nothing else reads, with another random seed. It needs no download,
-but it learned from the same kind of data as the scorer and starts from the same model, so it is a weaker witness than
-GPT-4; `judge.server` adds any model with OpenAI's chat API. The scorer's verdict is shown with theirs, marked as that of a
-judge that took part in training. A judge that reads two answers together reads them in both orders. Win rates come with
-intervals over prompts; as in AlpacaEval 2, controlled for length; and for the prompts where neither M_t's nor M_0's answer
-was cut at the token limit.
+Here: the three models answer the held-out seed prompts, with a sampling of their own and as often as `evaluation.samples`
+says. A judge that took no part in training compares the answers: a reward model trained from M_0 on rows of the seed that
+nothing else reads, with another random seed. It needs no download, but it learned from the same kind of data as the scorer
+and starts from the same model, so it is a weaker witness than GPT-4; `judge.server` adds any model with OpenAI's chat API.
+The scorer's verdict is shown with theirs, marked as that of a judge that took part in training. A judge that reads two
+answers together reads them in both orders. Win rates come with intervals over prompts; as in AlpacaEval 2, controlled for
+length; and for the prompts where neither M_t's nor M_0's answer was cut at the token limit. Also as in AlpacaEval 2, two
+rows beside those of M_t show what form alone wins: M_0's answers trimmed to the first half of their sentences, and M_0's
+answers when it is asked for long ones. All is measured on two splits: the gate reads dev, tables report test.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import dagster as dg
 import polars as pl
@@ -29,25 +32,29 @@ from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.schemas import Evaluation
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
-from synpo_assets.method.evaluation import outcomes, win_rates, wins_by_ending
+from synpo_assets.method.cut import first_half, whole_answers
+from synpo_assets.method.evaluation import outcome_column, win_rates, wins_by_ending
+from synpo_assets.method.outcomes import outcomes
 from synpo_assets.method.quality import answer_figures
-from synpo_assets.method.templates import prompt_requests
+from synpo_assets.method.ranking import repeated_prompts
+from synpo_assets.method.seed import HELD_OUT
+from synpo_assets.method.templates import prompt_requests, verbose_message
 from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
 
-# Whose answers the candidate's are compared with.
-OPPONENTS = {"initial": "initial_response", "previous": "previous_response"}
+# Whose answers are compared with whose.
+COMPARISONS = (("candidate", "initial"), ("candidate", "previous"), ("trimmed", "initial"), ("verbose", "initial"))
 
 
 def _cost(sizes: Sizes) -> list[Work]:
     """The scorer reads the answers of M_t and M_0 and gold; the judge has read those of M_0 and M_{t-1} before."""
-    alone = reads_answers_alone(sizes.settings)
-    written = comparison_tokens(sizes, sizes.written, sizes.written, judging=True)
-    gold = sizes.asked + sizes.gold if alone else comparison_tokens(sizes, sizes.gold, sizes.written, judging=True)
-    previous = [] if alone else [Work("score", sizes.held_out * written, later_only=True)]
+    alone, answers = reads_answers_alone(sizes.settings), sizes.held_out_answers
+    written = comparison_tokens(sizes, sizes.judged, sizes.judged, judging=True)
+    gold = sizes.asked + sizes.gold if alone else comparison_tokens(sizes, sizes.gold, sizes.judged, judging=True)
+    previous = [] if alone else [Work("score", answers * written, later_only=True)]
     return [
-        Work("generate", sizes.held_out * sizes.written),
-        Work("score", sizes.held_out * (written + gold)),
-        Work("score", sizes.held_out * (sizes.asked + sizes.written)),
+        Work("generate", answers * sizes.judged),
+        Work("score", answers * (written + gold)),
+        Work("score", answers * (sizes.asked + sizes.judged)),
         *previous,
     ]
 
@@ -56,8 +63,8 @@ def _cost(sizes: Sizes) -> list[Work]:
     Evaluation,
     group="evaluation",
     work=("generates", "scores"),
-    reads=("responses", "scorer.judging_convention", "scorer.max_length", "judge.max_length", "judge.server"),
-    samplings=lambda settings: [settings.responses.sampling],
+    reads=("evaluation", "scorer.judging_convention", "scorer.max_length", "judge.max_length", "judge.server"),
+    samplings=lambda settings: [settings.evaluation.sampling],
     cost=_cost,
     made_from={"prompt_id": "seed_pairs"},
     deps=("reward_model", "judge_model"),
@@ -72,7 +79,7 @@ def evaluation(
 ) -> dg.Output[pl.DataFrame]:
     """Held-out answers of M_t, compared with those of M_0 and M_{t-1} by each judge; rewards by the scorer."""
     models = {"candidate": model_checkpoint, "previous": policy, "initial": initial_policy}
-    texts, measured = _answers(services, models, seed_pairs)
+    texts, by_split, usage = _answers(services, models, seed_pairs)
     scorers = {name: services.checkpoints.current(name, None) for name in ("judge_model", "reward_model")}
     rewards, convention, rewarding = _rewards(services, texts, scorers["reward_model"])
     judges = open_judges(services.settings.judge, services.scorer, **scorers)
@@ -83,39 +90,52 @@ def evaluation(
         pl.lit(None, pl.String).alias(name) for name in Evaluation.to_schema().columns if name not in frame.columns
     ).select(*Evaluation.to_schema().columns)
     labels = {judge.name: judge.label for judge in judges}
-    rates = win_rates(frame, labels, OPPONENTS, "candidate_response", services.settings.random_seed)
+    random_seed, test = services.settings.random_seed, frame.filter(split="test")
     # What people look for comes first.
-    by_ending = wins_by_ending(frame, labels)
-    measured = [
-        *_held_out_metrics(frame, rates, model_checkpoint.sha),
-        *_ending_metrics(by_ending, model_checkpoint.sha),
-        *measured,
-    ]
-    measured += metrics.scoring(sum(judging, rewarding))
-    tables = {"win_rates": table_metadata(rates), "wins_by_ending": table_metadata(by_ending)}
+    measured = metrics.by_split(frame, lambda rows: held_out_metrics(rows, labels, random_seed, model_checkpoint.sha))
+    measured += [*by_split, *metrics.generating(usage), *metrics.scoring(sum(judging, rewarding))]
+    tables = {
+        "win_rates": table_metadata(win_rates(test, labels, COMPARISONS, random_seed)),
+        "wins_by_ending": table_metadata(wins_by_ending(test, labels)),
+    }
     shown = tables | {"judges": "; ".join(labels.values()), "score_convention": convention}
     return table_output(context, services, frame, measured, **shown, **made_by(model_checkpoint))
 
 
 def _answers(
     services: Services, models: Mapping[str, Checkpoint], seed_pairs: pl.DataFrame
-) -> tuple[pl.DataFrame, list[Metric]]:
-    """The held-out rows with the answers of each model, most of them written earlier, and what needs no judge to measure."""
-    held_out = seed_pairs.filter(split="held_out").select("prompt_id", "prompt", "answer")
-    requests = prompt_requests(held_out)
-    sampling, usages, written = services.settings.responses.sampling, list[Usage](), dict[str, pl.DataFrame]()
+) -> tuple[pl.DataFrame, list[Metric], Usage]:
+    """The held-out rows with the answers of each model, what needs no judge to measure, and the cost."""
+    options = services.settings.evaluation
+    held_out = seed_pairs.filter(pl.col("split").is_in(HELD_OUT)).select("prompt_id", "split", "prompt", "answer")
+    frame = repeated_prompts(held_out, options.samples)
+    usages, written = list[Usage](), dict[str, pl.DataFrame]()
     for name, model in models.items():
-        written[name], usage = services.language_model.answer(model, requests, sampling)
+        answers, usage = services.language_model.answer(model, prompt_requests(frame, "sample_id"), options.sampling)
+        written[name] = answers.with_columns(frame["split"])
         usages.append(usage)
-    measured = []
+    asked = [
+        (f"{row_id} verbose", verbose_message(prompt)) for row_id, prompt in frame.select("sample_id", "prompt").rows()
+    ]
+    verbose, usage = services.language_model.answer(models["initial"], asked, options.sampling)
+    every = written | {"verbose": verbose}
+    columns = {f"{name}_response": whole_answers(answers) for name, answers in every.items()}
+    columns["trimmed_response"] = pl.Series(map(first_half, columns["initial_response"]), dtype=pl.String)
+    columns |= {f"{name}_cut": answers["finish_reason"] == "length" for name, answers in every.items()}
+    columns["trimmed_cut"] = columns["initial_cut"]
+    measured = [
+        metric
+        for name, answers in written.items()
+        for metric in metrics.by_split(answers, partial(_form_metrics, name, models[name].sha))
+    ]
+    return frame.with_columns(**columns), measured, sum(usages, usage)
+
+
+def _form_metrics(model: str, sha: str, answers: pl.DataFrame) -> list[Metric]:
+    """What can be said of answers as they were written, without asking any model."""
     names: tuple[MetricName, ...] = ("mean_characters", "mean_repetition", "cut_share")
-    for row in answer_figures(written).iter_rows(named=True):
-        whose = {"of": row["model"], "n": held_out.height, "checkpoint_sha": models[row["model"]].sha}
-        measured += [Metric(name, row[name], **whose) for name in names]
-    measured += metrics.generating(*usages)
-    columns = {f"{name}_response": frame["text"] for name, frame in written.items()}
-    columns |= {f"{name}_cut": written[name]["finish_reason"] == "length" for name in ("candidate", "initial")}
-    return held_out.with_columns(**columns), measured
+    (found,) = answer_figures({model: answers}).iter_rows(named=True)
+    return [Metric(name, found[name], of=model, n=answers.height, checkpoint_sha=sha) for name in names]
 
 
 def _rewards(
@@ -136,26 +156,26 @@ def _rewards(
 
 
 def _judged(texts: pl.DataFrame, judges: Sequence[Judge]) -> tuple[list[pl.Series], list[ScoringUsage]]:
-    """What each judge says of M_t's answers compared with those of each opponent, and the cost."""
+    """What each judge says of the answers compared, and the cost; where nothing is left of a cut answer, no verdict."""
     columns, usages = [], []
     for judge in judges:
-        for opponent, column in OPPONENTS.items():
-            compared = judge.compare(texts.select("prompt", "candidate_response", column).rows())
-            columns.append(outcomes(compared.margins).alias(f"{judge.name}_over_{opponent}"))
+        for model, opponent in COMPARISONS:
+            compared = judge.compare(texts.select("prompt", f"{model}_response", f"{opponent}_response").rows())
+            left = [~texts[f"{name}_cut"] | (texts[f"{name}_response"] != "") for name in (model, opponent)]
+            margins = pl.select(pl.when(left[0] & left[1]).then(compared.margins)).to_series()
+            columns.append(outcomes(margins).alias(outcome_column(judge.name, model, opponent)))
             usages.append(compared.usage)
     return columns, usages
 
 
-def _held_out_metrics(frame: pl.DataFrame, rates: pl.DataFrame, sha: str) -> list[Metric]:
-    """Mean rewards, and win rates with their intervals and counts."""
-    sides = {"gold": "answer", "candidate": "candidate", "initial": "initial"}
-    measured = [Metric("held_out_prompts", frame.height)]
-    measured += [
-        Metric("held_out_reward", metrics.mean(frame[f"{column}_score"]), of=side, n=frame.height)
-        for side, column in sides.items()
-    ]
-    for rate in rates.iter_rows(named=True):
-        who = {"of": "candidate", "over": rate["opponent"], "by": rate["label"], "checkpoint_sha": sha}
+def held_out_metrics(frame: pl.DataFrame, judges: Mapping[str, str], random_seed: int, sha: str) -> list[Metric]:
+    """Of one split: win rates with their intervals and counts, also by ending, and mean rewards."""
+    sides, prompts = {"gold": "answer", "candidate": "candidate", "initial": "initial"}, frame["prompt_id"].n_unique()
+    measured = [Metric("held_out_prompts", prompts)]
+    for rate in win_rates(frame, judges, COMPARISONS, random_seed).iter_rows(named=True):
+        # M_t's sha with M_t alone: the other answers are M_0's.
+        who = {"of": rate["model"], "over": rate["opponent"], "by": rate["label"]}
+        who |= {"checkpoint_sha": sha} if rate["model"] == "candidate" else {}
         measured += [
             Metric("win_rate", rate["win_rate"], low=rate["low"], high=rate["high"], n=rate["prompts"], **who),
             Metric(
@@ -168,7 +188,11 @@ def _held_out_metrics(frame: pl.DataFrame, rates: pl.DataFrame, sha: str) -> lis
             Metric("losses", rate["losses"], **who),
             Metric("no_verdicts", rate["no_verdict"], **who),
         ]  # fmt: skip
-    return measured
+    rewards = [
+        Metric("held_out_reward", metrics.mean(frame[f"{column}_score"]), of=side, n=prompts)
+        for side, column in sides.items()
+    ]
+    return [*measured, *rewards, *_ending_metrics(wins_by_ending(frame, judges), sha)]
 
 
 def _ending_metrics(by_ending: pl.DataFrame, sha: str) -> list[Metric]:

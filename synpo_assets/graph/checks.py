@@ -5,8 +5,9 @@ Paper: none; it watches AlpacaEval between iterations. Here: the schema of a tab
 `checks` of the settings. A blocking check that failed ends its iteration, and the next one refuses to start.
 """
 
+import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import dagster as dg
 import polars as pl
 
 from resources.common.text import asset_label
+from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
 from resources.models.weights import tensors_not_finite
 from resources.settings.settings import Settings
 from resources.training.history import last_quarter
@@ -22,7 +24,6 @@ from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.partitions import iterations, partition_key, partition_of
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
-from synpo_assets.method.evaluation import win_rate
 from synpo_assets.method.quality import length_ratio, mean_repetition, mean_similarity
 from synpo_assets.method.saturation import saturation
 
@@ -33,7 +34,7 @@ BLOCKING = ("enough_pairs", "no_empty_side", "finite_weights")
 Results = Iterator[dg.AssetCheckResult]
 
 
-def synthetic_prompts_checks(context: dg.AssetCheckExecutionContext, services: Services) -> Results:
+def synthetic_prompts_checks(context: dg.AssetCheckExecutionContext, services: Services, stage: Stage) -> Results:
     """Whether the generator still writes new prompts."""
     limits, measured = services.settings.checks, recorded(services.metrics, context.partition_key)
     asset = "synthetic_prompts"
@@ -49,7 +50,7 @@ def synthetic_prompts_checks(context: dg.AssetCheckExecutionContext, services: S
     yield _result("varied_prompts", here <= most, mean_similarity=here, in_iteration_1=first, most_allowed=most)
 
 
-def preference_pairs_checks(context: dg.AssetCheckExecutionContext, services: Services) -> Results:
+def preference_pairs_checks(context: dg.AssetCheckExecutionContext, services: Services, stage: Stage) -> Results:
     """Whether the pairs are worth training on."""
     limits, options = services.settings.checks, services.settings.preferences
     pairs = services.tables.read("preference_pairs", context.partition_key)
@@ -67,9 +68,9 @@ def preference_pairs_checks(context: dg.AssetCheckExecutionContext, services: Se
     yield _result("repetition", repeated <= most, mean_repetition=repeated, most_allowed=most)
 
 
-def trained_weights_checks(context: dg.AssetCheckExecutionContext, services: Services) -> Results:
+def trained_weights_checks(context: dg.AssetCheckExecutionContext, services: Services, stage: Stage) -> Results:
     """Whether a model can be used, and whether it differs from the one that it was trained from."""
-    asset, partition = context.check_specs[0].asset_key.to_user_string(), partition_of(context)
+    asset, partition = stage.name, partition_of(context)
     checkpoint = services.checkpoints.current(asset, partition)
     broken = tensors_not_finite(Path(checkpoint.weights))
     yield _result("finite_weights", not broken, tensors_not_finite=len(broken), sha=checkpoint.sha)
@@ -78,17 +79,12 @@ def trained_weights_checks(context: dg.AssetCheckExecutionContext, services: Ser
     yield _result("update_survives", survives, surviving_update=left, least_allowed=least, remedy=RAISE_LEARNING_RATE)
 
 
-TRAINED_WEIGHTS = {
-    "finite_weights": "No NaN and no infinity in the weights.",
-    "update_survives": "How much of the training's update is left in the number format that generation reads.",
-}
 LEAST_SURVIVING_UPDATE = 0.9
 RAISE_LEARNING_RATE = "Raise training.learning_rate or the number of steps, or read with engine.dtype: float32."
 
 
-def model_checkpoint_checks(context: dg.AssetCheckExecutionContext, services: Services) -> Results:
-    """Whether M_t can be used, and whether its training still told pairs apart."""
-    yield from trained_weights_checks(context, services)
+def model_checkpoint_checks(context: dg.AssetCheckExecutionContext, services: Services, stage: Stage) -> Results:
+    """Whether the training of M_t still told pairs apart."""
     limits, preferences = services.settings.checks, services.settings.preferences
     loss = services.settings.preference_optimization.loss
     log = services.checkpoints.training_log("model_checkpoint", context.partition_key)
@@ -109,31 +105,61 @@ def model_checkpoint_checks(context: dg.AssetCheckExecutionContext, services: Se
     yield _result("loss_not_saturated", reason is None, **shown)
 
 
-def evaluation_checks(context: dg.AssetCheckExecutionContext, services: Services) -> Results:
+def evaluation_checks(context: dg.AssetCheckExecutionContext, services: Services, stage: Stage) -> Results:
     """Whether training moved the policy where it was meant to go."""
     limits = services.settings.checks
-    answers = services.tables.read("evaluation", context.partition_key)
-    wins, by_scorer = (win_rate(answers[f"{judge}_over_initial"]) for judge in ("judge", "scorer"))
+    measured = recorded(services.metrics, context.partition_key)
+    who = {"of": "candidate", "over": "initial"}
+    wins, by_scorer = (measured.value("win_rate", **who, by=judge) for judge in (INDEPENDENT, TOOK_PART))
     least = limits.min_win_rate
     won = wins is not None and wins >= least
     yield _result("win_rate", won, win_rate=wins, by_the_scorer=by_scorer, least_allowed=least)
-    sides = [answers[f"{side}_response"].to_list() for side in ("candidate", "initial")]
-    repeated, before = (mean_repetition(texts, services.settings.preferences.repetition_ngram) for texts in sides)
+    repeated, before = (measured.value("mean_repetition", side) for side in ("candidate", "initial"))
     most = limits.max_mean_repetition
     shown = {"mean_repetition": repeated, "of_the_initial_policy": before, "most_allowed": most}
-    yield _result("answers_without_loops", repeated <= most, **shown)
+    yield _result("answers_without_loops", repeated is not None and repeated <= most, **shown)
 
 
-CHECKS = {
-    "synthetic_prompts": (
+def answers_ended_checks(context: dg.AssetCheckExecutionContext, services: Services, stage: Stage) -> Results:
+    """Whether most answers ended by themselves: what is cut is trimmed, and its pair is dropped (method/cut.py)."""
+    most, partition = services.settings.checks.max_cut_share, partition_of(context)
+    cut = recorded(services.metrics, partition).value("cut_share", asset=stage.name)
+    shown: dict[str, Any] = {"cut_share": cut, "most_allowed": most}
+    ended = cut is None or cut <= most
+    if not ended:
+        shown["warning"] = (
+            f"{cut:.1%} of the answers of {asset_label(stage.name, partition)} were cut at the token limit: raise "
+            f"{stage.sampling_setting(services.settings)}.max_new_tokens, or have the prompts ask for short answers."
+        )
+        context.log.warning(shown["warning"])
+    yield _result("answers_ended", ended, **shown)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checks:
+    """Checks that are made together of one asset."""
+
+    make: Callable[[dg.AssetCheckExecutionContext, Services, Stage], Results]
+    concerns: Callable[[Stage, Settings], bool]
+    descriptions: Mapping[str, str]  # By name.
+
+
+def _named(name: str) -> Callable[[Stage, Settings], bool]:
+    return lambda stage, settings: stage.name == name
+
+
+CHECKS = (
+    Checks(
         synthetic_prompts_checks,
+        _named("synthetic_prompts"),
         {
             "few_near_duplicates": "Share of written prompts that repeat an earlier one.",
             "varied_prompts": "Similarity of two prompts, compared with iteration 1.",
         },
     ),
-    "preference_pairs": (
+    Checks(
         preference_pairs_checks,
+        _named("preference_pairs"),
         {
             "enough_pairs": "Enough pairs to train on.",
             "no_empty_side": "A tripwire behind the filter: SimPO divides by an answer's length.",
@@ -142,45 +168,55 @@ CHECKS = {
             "repetition": "Mean share of repeated word n-grams in chosen answers.",
         },
     ),
-    "model_checkpoint": (
-        model_checkpoint_checks,
+    Checks(
+        trained_weights_checks,
+        lambda stage, settings: stage.checkpoint and "trains" in stage.work,
         {
-            **TRAINED_WEIGHTS,
-            "loss_not_saturated": "Reward accuracy and argument of the loss's sigmoid over the last quarter of training.",
+            "finite_weights": "No NaN and no infinity in the weights.",
+            "update_survives": "How much of the training's update is left in the number format that generation reads.",
         },
     ),
-    "evaluation": (
+    Checks(
+        model_checkpoint_checks,
+        _named("model_checkpoint"),
+        {"loss_not_saturated": "Reward accuracy and argument of the loss's sigmoid over the last quarter of training."},
+    ),
+    Checks(
         evaluation_checks,
+        _named("evaluation"),
         {
-            "win_rate": "Win rate of M_t over M_0 on held-out prompts, by the independent judge.",
+            "win_rate": "Win rate of M_t over M_0 on the test prompts, by the independent judge.",
             "answers_without_loops": "Mean share of repeated word n-grams in M_t's answers.",
         },
     ),
-}
+    Checks(
+        answers_ended_checks,
+        lambda stage, settings: stage.sampling_setting(settings) is not None,
+        {"answers_ended": "Share of answers that were cut at the token limit."},
+    ),
+)
 
 
 def checks_of(stages: Sequence[Stage], settings: Settings) -> list[dg.AssetChecksDefinition]:
-    """The checks of an experiment: those above, and one of the weights of every model that is trained."""
-    trained = [each for each in stages if each.checkpoint and "trains" in each.work and each.name not in CHECKS]
-    by_name = {each.name: each for each in stages}
-    return [
-        *(_checks(by_name[asset], settings, check, names) for asset, (check, names) in CHECKS.items()),
-        *(_checks(each, settings, trained_weights_checks, TRAINED_WEIGHTS) for each in trained),
-    ]
+    """The checks of an experiment, those of one asset in one step."""
+    concerning = {stage: [each for each in CHECKS if each.concerns(stage, settings)] for stage in stages}
+    return [_checks(stage, settings, checks) for stage, checks in concerning.items() if checks]
 
 
-def _checks(stage: Stage, settings: Settings, check: Any, names: dict[str, str]) -> dg.AssetChecksDefinition:
+def _checks(stage: Stage, settings: Settings, parts: Sequence[Checks]) -> dg.AssetChecksDefinition:
     partitions = None if stage.once else iterations(settings)
     specs = [
         dg.AssetCheckSpec(
             name, asset=stage.name, description=description, blocking=name in BLOCKING, partitions_def=partitions
         )
-        for name, description in names.items()
+        for part in parts
+        for name, description in part.descriptions.items()
     ]
 
     @dg.multi_asset_check(name=f"{stage.name}_checks", specs=specs)
     def checks(context: dg.AssetCheckExecutionContext, services: dg.ResourceParam[Services]) -> Results:
-        yield from check(context, services)
+        for part in parts:
+            yield from part.make(context, services, stage)
 
     return checks
 

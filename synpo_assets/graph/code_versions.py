@@ -17,8 +17,8 @@ from pydantic_core import to_jsonable_python
 
 from resources.settings.settings import Settings
 from resources.storage.files import json_sha256
-from synpo_assets.graph.schemas import Table
 from synpo_assets.graph.services import Services
+from synpo_assets.graph.tables import Table
 
 PROJECT = Path(__file__).parents[2]
 PACKAGES = ("synpo_assets", "resources")

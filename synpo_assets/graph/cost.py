@@ -35,8 +35,8 @@ class Work:
 class Sizes:
     """How many rows there are and how long they are, in tokens; a prompt counts with its chat template.
 
-    `train`, `judge`, `held_out` and `instructions` count rows. `asked` and `gold` are the lengths of a prompt and a gold
-    answer, the last two those of the templates, without question and answer.
+    `train`, `judge`, `held_out` (dev and test) and `instructions` count rows. `asked` and `gold` are the lengths of a prompt
+    and a gold answer, the last two those of the templates, without question and answer.
     """
 
     settings: Settings
@@ -53,6 +53,16 @@ class Sizes:
     def prompts(self) -> int:
         """Synthetic prompts of one iteration."""
         return self.settings.prompt_generator.prompts_per_iteration
+
+    @property
+    def judged(self) -> int:
+        """One answer of a model that is evaluated."""
+        return self.settings.evaluation.sampling.max_new_tokens
+
+    @property
+    def held_out_answers(self) -> int:
+        """Answers of one model to the held-out prompts."""
+        return self.held_out * self.settings.evaluation.samples
 
     @property
     def written(self) -> int:

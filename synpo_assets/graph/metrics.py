@@ -6,7 +6,7 @@ Report, gate, comparison, summary, cards, checks and plots read these rows. Even
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import pandera.polars as pa
@@ -17,7 +17,8 @@ from resources.models.embeddings import Embedded
 from resources.scoring.scorer import ScoringUsage
 from resources.storage.tables import ParquetTables
 from resources.training.job import TrainingSummary
-from synpo_assets.graph.schemas import Table
+from synpo_assets.graph.tables import Table
+from synpo_assets.method.seed import HELD_OUT
 
 ONCE = "once"
 
@@ -25,7 +26,7 @@ MetricName = Literal[
     # Any table, and the process that made it.
     "rows", "peak_memory_gb", "peak_gpu_memory_gb",
     # Generating.
-    "generated_tokens", "input_tokens", "output_tokens", "reused_completions", "generation_seconds",
+    "generated_tokens", "input_tokens", "output_tokens", "reused_completions", "cut_share", "generation_seconds",
     "generated_tokens_per_second",
     # Training.
     "examples", "dropped_examples", "truncated_examples", "trained_tokens", "training_steps", "training_seconds",
@@ -39,7 +40,7 @@ MetricName = Literal[
     "intention_entropy", "not_labelled",
     # Responses, scorers and pairs.
     "gold_better_share", "below_margin", "unchanged_share", "samples_per_prompt", "mean_margin_over_first_sample",
-    "held_out_accuracy", "held_out_pairs", "candidate_pairs", "mean_margin", "cut_share", "chosen_to_rejected_length",
+    "held_out_accuracy", "held_out_pairs", "candidate_pairs", "mean_margin", "chosen_to_rejected_length",
     "pairs_of_iteration",
     # Held-out prompts.
     "held_out_prompts", "held_out_reward", "win_rate", "length_controlled_win_rate", "pairs_alike_in_length", "wins", "ties",
@@ -48,7 +49,7 @@ MetricName = Literal[
     "ties_only_initial_ended", "losses_only_initial_ended", "wins_neither_ended", "ties_neither_ended",
     "losses_neither_ended",
     "mean_repetition", "mean_characters", "instructions", "samples_each", "verifiable_rate", "verifiable_gain",
-    "constraint_rate", "gold_log_likelihood", "gold_log_likelihood_gain", "gold_end_log_likelihood",
+    "constraint_rate", "rule_rate", "rule_rate_gain", "gold_log_likelihood", "gold_log_likelihood_gain", "gold_end_log_likelihood",
     "gold_end_log_likelihood_gain", "gold_similarity", "gold_similarity_gain", "promoted", "leaderboard_average",
     "answers_written",
 ]  # fmt: skip
@@ -72,12 +73,17 @@ class MetricRows(Table):
         nullable=True, description="Whose it is: a model, a side of the pairs, a source of prompts, a reason."
     )
     over: str = pa.Field(nullable=True, description="The model that it is compared with.")
-    by: str = pa.Field(nullable=True, description="The judge, or the band of lengths that it is taken over.")
+    by: str = pa.Field(nullable=True, description="The judge, the band of lengths, or the rule that it is taken over.")
     value: float = pa.Field(nullable=True, description="The value; empty: it could not be measured.")
     low: float = pa.Field(nullable=True, description="Lower end of its 95 % interval.")
     high: float = pa.Field(nullable=True, description="Upper end of its 95 % interval.")
     n: int = pa.Field(nullable=True, ge=0, description="How many it is taken over.")
     checkpoint_sha: str = pa.Field(nullable=True, description="sha of the model that was measured.")
+    split: str = pa.Field(
+        isin=HELD_OUT,
+        nullable=True,
+        description="Split of the held-out prompts or verifiable instructions; empty: not of these.",
+    )
 
 
 SCHEMA: dict[str, Any] = {name: column.dtype.type for name, column in MetricRows.to_schema().columns.items()}
@@ -96,19 +102,21 @@ class Metric:
     high: float | None = None
     n: int | None = None
     checkpoint_sha: str | None = None
+    split: str | None = None
 
     @property
     def label(self) -> str:
         """How the UI calls it: `win_rate of candidate over initial by independent judge`."""
         parts = [self.metric, *(f"{word} {part}" for word in ("of", "over", "by") if (part := getattr(self, word)))]
-        return " ".join(parts)
+        return " ".join([*parts, "(dev)"] if self.split == "dev" else parts)
 
 
 class Which(TypedDict, total=False):
     """Which row of a metric is meant, besides whose it is."""
 
     over: str | None  # The model that it is compared with.
-    by: str | None  # The judge, or the band of lengths.
+    by: str | None  # The judge, the band of lengths, or the rule.
+    split: str  # If left out, test, which reports are of.
     asset: str | None  # The asset that measured it; if left out, the first that did.
 
 
@@ -121,7 +129,8 @@ class Metrics:
     def find(self, metric: MetricName, of: str | None = None, **which: Unpack[Which]) -> Metric | None:
         """The row of a metric; None if it was not recorded."""
         named = {"metric": metric, "of": of, "over": which.get("over"), "by": which.get("by")}
-        rows = self.frame.filter(pl.col(name).eq_missing(value) for name, value in named.items())
+        rows = self._of_split(which.get("split", "test"))
+        rows = rows.filter(pl.col(name).eq_missing(value) for name, value in named.items())
         if (asset := which.get("asset")) is not None:
             rows = rows.filter(asset=asset)
         return None if rows.is_empty() else next(_as_metrics(rows))
@@ -131,15 +140,23 @@ class Metrics:
         found = self.find(metric, of, **which)
         return found.value if found else None
 
-    def every(self, metric: MetricName, asset: str | None = None) -> list[Metric]:
-        """All rows of a metric, in the order in which they were recorded."""
-        rows = self.frame.filter(pl.col("metric") == metric)
+    def every(self, metric: MetricName, asset: str | None = None, split: str = "test") -> list[Metric]:
+        """All rows of a metric on a split or on none, in the order in which they were recorded."""
+        rows = self._of_split(split).filter(pl.col("metric") == metric)
         return list(_as_metrics(rows if asset is None else rows.filter(asset=asset)))
+
+    def _of_split(self, split: str) -> pl.DataFrame:
+        """What was measured on a split, or on none."""
+        return self.frame.filter(pl.col("split").eq_missing(None) | (pl.col("split") == split))
 
     @property
     def assets(self) -> set[str]:
         """The assets that have recorded something."""
         return set(self.frame["asset"])
+
+    def assets_with(self, metric: MetricName) -> set[str]:
+        """The assets that have recorded a metric of theirs as a whole."""
+        return set(self.frame.filter(pl.col("of").is_null(), metric=metric)["asset"])
 
 
 def record(store: ParquetTables, asset: str, partition: str | None, metrics: Iterable[Metric]) -> None:
@@ -155,6 +172,16 @@ def recorded(store: ParquetTables, partition: str | None) -> Metrics:
     return Metrics(pl.concat([pl.DataFrame(schema=SCHEMA), *tables]))
 
 
+def by_split(frame: pl.DataFrame, measure: Callable[[pl.DataFrame], Iterable[Metric]]) -> list[Metric]:
+    """What is measured of the rows of each split, test first."""
+    return [
+        dataclasses.replace(metric, split=split)
+        for split in sorted(HELD_OUT, reverse=True)
+        if not (rows := frame.filter(split=split)).is_empty()
+        for metric in measure(rows)
+    ]
+
+
 def generating(*usages: Usage) -> list[Metric]:
     """What generating cost, over one call or several."""
     usage = functools.reduce(operator.add, usages)
@@ -163,6 +190,7 @@ def generating(*usages: Usage) -> list[Metric]:
         Metric("input_tokens", usage.input_tokens),
         Metric("output_tokens", usage.output_tokens),
         Metric("reused_completions", usage.reused, n=usage.rows),
+        Metric("cut_share", usage.cut / usage.rows if usage.rows else None, n=usage.rows),
         Metric("generation_seconds", round(usage.seconds, 1)),
         *_rate("generated_tokens_per_second", usage.generated_tokens, usage.seconds),
     ]

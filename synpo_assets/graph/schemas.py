@@ -1,19 +1,12 @@
-"""The columns of every table: what they mean and what is allowed in them.
+"""The columns of every table: what they mean and what is allowed in them."""
 
-A table that breaks its schema fails the step before anything is written, and the message shows the first bad rows.
-"""
-
-import functools
-
-import dagster as dg
-import pandera.errors
 import pandera.polars as pa
 import polars as pl
 
-from synpo_assets.method.evaluation import NO_VERDICT, POINTS
+from synpo_assets.graph.tables import Table
+from synpo_assets.method.outcomes import NO_VERDICT, POINTS
 from synpo_assets.method.pairs import MESSAGES
-
-SHOWN_BAD_ROWS = 5
+from synpo_assets.method.seed import HELD_OUT
 
 
 def _id(description: str, unique: bool = False) -> str:
@@ -24,14 +17,8 @@ def _text(description: str) -> str:
     return pa.Field(str_length={"min_value": 1}, description=description)
 
 
-class Table(pa.DataFrameModel):
-    """A table: no unknown columns, no missing values, columns in the order stated."""
-
-    class Config:
-        """Checked of every table."""
-
-        strict = True
-        ordered = True
+def _split() -> str:
+    return pa.Field(isin=HELD_OUT, description="`dev`: searches and the gate read it; `test`: tables report it.")
 
 
 class SeedPairs(Table):
@@ -41,8 +28,8 @@ class SeedPairs(Table):
     prompt: str = _text("The instruction.")
     answer: str = _text("The gold answer.")
     split: str = pa.Field(
-        isin=["train", "judge", "held_out"],
-        description="`judge` rows are read by the independent judge alone, and `held_out` rows are never trained on.",
+        isin=["train", "judge", *HELD_OUT],
+        description="`judge` rows are read by the independent judge alone; `dev` and `test` rows are never trained on.",
     )
     line: int = pa.Field(ge=1, description="Line of the source file.")
 
@@ -114,7 +101,9 @@ class Responses(Table):
     response_id: str = _id("Content hash of prompt, model and answer.", unique=True)
     prompt_id: str = _id("The prompt that is answered.", unique=True)
     prompt: str = _text("The instruction.")
-    response: str = pa.Field(description="The answer; may be empty, pairs with an empty side are dropped later.")
+    response: str = pa.Field(
+        description="The answer, up to its last whole sentence where it was cut; may be empty, and its pair is then dropped."
+    )
     iteration: int = pa.Field(ge=1, description="The iteration.")
     checkpoint_sha: str = _id("sha of the model that answered.")
     input_tokens: int = pa.Field(ge=1, description="Tokens of the rendered prompt.")
@@ -172,34 +161,53 @@ class PreferenceHistory(PreferencePairs):
     prompt_id: str = _id("The prompt.")
 
 
-def _outcome(judge: str, opponent: str, nullable: bool = False) -> str:
+def _outcome(judge: str, opponent: str, of: str = "M_t's", nullable: bool = False) -> str:
     return pa.Field(
         isin=[*POINTS, NO_VERDICT],
         nullable=nullable,
-        description=f"What {judge} says of M_t's answer beside {opponent}'s: win, tie, loss or no verdict.",
+        description=f"What {judge} says of {of} answer beside {opponent}'s: win, tie, loss or no verdict.",
     )
 
 
 class Evaluation(Table):
     """Answers of M_t, M_{t-1} and M_0 to held-out prompts, with scores and what each judge says of them."""
 
-    prompt_id: str = _id("The held-out prompt.", unique=True)
+    class Config(Table.Config):
+        """Checked of the whole table."""
+
+        unique = ("prompt_id", "sample")
+
+    prompt_id: str = _id("The held-out prompt.")
+    split: str = _split()
+    sample: int = pa.Field(ge=1, description="Which of the answers to this prompt, counted from 1.")
     prompt: str = _text("The instruction.")
     answer: str = _text("The gold answer.")
     candidate_response: str = pa.Field(description="M_t's answer.")
     previous_response: str = pa.Field(description="M_{t-1}'s answer; at t = 1 this is M_0's.")
     initial_response: str = pa.Field(description="M_0's answer.")
+    trimmed_response: str = pa.Field(description="The first half of M_0's sentences: what a shorter form alone wins.")
+    verbose_response: str = pa.Field(
+        description="M_0's answer when it is asked for a long one: what length alone wins."
+    )
     candidate_cut: bool = pa.Field(description="Whether M_t's answer was cut at the token limit.")
-    initial_cut: bool = pa.Field(description="Whether M_0's answer was cut at the token limit.")
+    initial_cut: bool = pa.Field(
+        description="Whether M_0's answer was cut at the token limit; answers that were stand here without their unfinished end."
+    )
     answer_score: float = pa.Field(description="initial_score plus the margin of the gold answer over M_0's.")
     candidate_score: float = pa.Field(description="The scorer's value of M_t's answer, beside M_0's.")
     initial_score: float = pa.Field(description="The scorer's value of M_0's answer, beside M_t's.")
     judge_over_initial: str = _outcome("the independent judge", "M_0")
     judge_over_previous: str = _outcome("the independent judge", "M_{t-1}")
+    judge_trimmed_over_initial: str = _outcome("the independent judge", "M_0", of="M_0's trimmed")
+    judge_verbose_over_initial: str = _outcome("the independent judge", "M_0", of="M_0's verbose")
     scorer_over_initial: str = _outcome("the scorer, which took part in training,", "M_0")
     scorer_over_previous: str = _outcome("the scorer, which took part in training,", "M_{t-1}")
+    scorer_trimmed_over_initial: str = _outcome("the scorer", "M_0", of="M_0's trimmed")
+    scorer_verbose_over_initial: str = _outcome("the scorer", "M_0", of="M_0's verbose")
     server_over_initial: str = _outcome("the model of judge.server, if there is one,", "M_0", nullable=True)
     server_over_previous: str = _outcome("the model of judge.server, if there is one,", "M_{t-1}", nullable=True)
+    server_trimmed_over_initial: str = _outcome("the same model", "M_0", of="M_0's trimmed", nullable=True)
+    server_verbose_over_initial: str = _outcome("the same model", "M_0", of="M_0's verbose", nullable=True)
     candidate_checkpoint_sha: str = _id("sha of M_t.")
     previous_checkpoint_sha: str = _id("sha of M_{t-1}.")
     initial_checkpoint_sha: str = _id("sha of M_0.")
@@ -210,6 +218,7 @@ class VerifiableInstructions(Table):
     """Instructions whose answers a program can check."""
 
     prompt_id: str = _id("Content hash of the prompt.", unique=True)
+    split: str = _split()
     prompt: str = _text("The instruction.")
     constraints: pl.List(pl.Struct({"rule": pl.String, "value": pl.String})) = pa.Field(  # type: ignore[valid-type]
         description="What an answer must meet: a rule of method/verifiable.py, and the value it compares with."
@@ -225,6 +234,7 @@ class InstructionFollowing(Table):
         unique = ("prompt_id", "sample")
 
     prompt_id: str = _id("The instruction.")
+    split: str = _split()
     prompt: str = _text("The instruction's text.")
     constraints: pl.List(pl.Struct({"rule": pl.String, "value": pl.String})) = pa.Field(  # type: ignore[valid-type]
         description="What an answer must meet."
@@ -243,6 +253,7 @@ class GoldComparison(Table):
     """The held-out gold answers as M_t and M_0 see them, and how close their own answers are."""
 
     prompt_id: str = _id("The held-out prompt.", unique=True)
+    split: str = _split()
     prompt: str = _text("The instruction.")
     answer: str = _text("The gold answer.")
     candidate_log_likelihood: float = pa.Field(
@@ -290,49 +301,3 @@ class BenchmarkScores(Table):
     checkpoint_sha: str = _id("sha of M_t.")
     initial_checkpoint_sha: str = _id("sha of M_0.")
     iteration: int = pa.Field(ge=1, description="The iteration t.")
-
-
-def column_schema(model: type[Table]) -> dg.TableSchema:
-    """The columns with their descriptions, as the UI shows them."""
-    columns = model.to_schema().columns
-    return dg.TableSchema(
-        columns=[
-            dg.TableColumn(name, type=str(column.dtype), description=column.description)
-            for name, column in columns.items()
-        ]
-    )
-
-
-def check(model: type[Table], table: pl.DataFrame) -> str | None:
-    """None if a table is valid, else a text that names the broken rules and shows the first bad rows."""
-    try:
-        model.validate(table, lazy=True)
-    except pandera.errors.SchemaErrors as errors:
-        cases = errors.failure_cases
-        shown = [_case(table, case) for case in cases.head(SHOWN_BAD_ROWS).to_dicts()]
-        return f"{model.__name__}: {cases.height} violations, the first of them:\n" + "\n".join(shown)
-    return None
-
-
-@functools.cache
-def frame_type(model: type[Table], frame: type[pl.DataFrame] | type[pl.LazyFrame] = pl.DataFrame) -> dg.DagsterType:
-    """A Dagster type that accepts exactly the tables of a schema; its failure shows the first bad rows.
-
-    Of a lazy frame only the column types are checked: whoever streams it validates each batch with `check`.
-    """
-
-    def type_check(_context: dg.TypeCheckContext, value: object) -> dg.TypeCheck:
-        if not isinstance(value, frame):
-            return dg.TypeCheck(success=False, description=f"expected a {frame.__name__}, got {type(value).__name__}")
-        problem = check(model, value if isinstance(value, pl.DataFrame) else value.head(0).collect())
-        return dg.TypeCheck(success=problem is None, description=problem)
-
-    return dg.DagsterType(
-        type_check_fn=type_check, name=f"{model.__name__}{frame.__name__}", description=model.__doc__, typing_type=frame
-    )
-
-
-def _case(table: pl.DataFrame, case: dict[str, object]) -> str:
-    rule = f"- {case.get('column') or 'table'}: {case['check']} fails on {str(case['failure_case'])[:80]!r}"
-    place = case.get("index")
-    return rule if place is None else f"{rule} in row {place}: {str(table.row(int(str(place)), named=True))[:300]}"

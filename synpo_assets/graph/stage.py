@@ -6,6 +6,7 @@ in Dagster's own fields: group, kinds, pool, tags and metadata. Lists of assets 
 
 import dataclasses
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal, Self
@@ -18,7 +19,7 @@ from resources.settings.settings import Settings
 from synpo_assets.graph.code_versions import code_version
 from synpo_assets.graph.cost import Cost
 from synpo_assets.graph.partitions import iterations
-from synpo_assets.graph.schemas import Table, column_schema, frame_type
+from synpo_assets.graph.tables import Table, column_schema, frame_type
 
 GPU_POOL = "gpu"
 # What is made only when it is asked for by name has this tag: no job, no sensor and no `synpo run` makes it.
@@ -101,6 +102,17 @@ class Stage:
     def functions(self, settings: Settings) -> list[Callable[..., Any]]:
         """Its body, and the functions that the settings choose for it."""
         return [self.function, *(self.code(settings) if self.code else [])]
+
+    def sampling_setting(self, settings: Settings) -> str | None:
+        """The setting of `reads` by which it samples answers; None where it does not, or in several ways."""
+        if "generates" in self.work:
+            for name in self.reads:
+                value = operator.attrgetter(name)(settings)
+                if isinstance(value, Sampling):
+                    return name
+                if isinstance(getattr(value, "sampling", None), Sampling):
+                    return f"{name}.sampling"
+        return None
 
     def asset(self, settings: Settings, sides: Mapping[str, str], deps: Sequence[str]) -> dg.AssetsDefinition:
         """The asset for some settings.

@@ -1,18 +1,16 @@
-"""The gate between two iterations: which figures of M_t keep to their limits, and what that means for M_t."""
+"""The gate between two iterations: which metrics of M_t keep to their limits, and what that means for M_t."""
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
-
-Name = TypeVar("Name", bound=str)
+from typing import Any
 
 COMPARED_DIGITS = 9
 
 
 def judge(
-    figures: Mapping[Name, float | None], minimum: Mapping[Name, float], maximum: Mapping[Name, float]
+    measured: Mapping[str, float | None], minimum: Mapping[str, float], maximum: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Holds figures against their limits, with the reason where one did not pass; those without a limit are left out.
+    """Holds metrics against their limits, with the reason where one did not pass; those without a limit are left out.
 
     Examples:
         >>> [(row["passed"], row["reason"]) for row in judge({"win_rate": 0.61}, {"win_rate": 0.5}, {})]
@@ -25,8 +23,8 @@ def judge(
     rows = []
     for metric in dict.fromkeys([*minimum, *maximum]):
         limits = {"minimum": minimum.get(metric), "maximum": maximum.get(metric)}
-        reason = _reason(metric, figures.get(metric), **limits)
-        row = {"metric": metric, "value": figures.get(metric), **limits, "passed": reason is None, "reason": reason}
+        reason = _reason(metric, measured.get(metric), **limits)
+        row = {"metric": metric, "value": measured.get(metric), **limits, "passed": reason is None, "reason": reason}
         rows.append(row)
     return rows
 

@@ -39,19 +39,21 @@ def select_pairs(
 ) -> tuple[pl.DataFrame, dict[str, int]]:
     """Keeps the valid pairs and a random sample of them, in order, with margin; and counts what each rule dropped.
 
-    A pair is valid if chosen_score - rejected_score exceeds the threshold, and its chosen side repeats no larger share of its
-    word n-grams than `max_repetition`.
+    A pair is valid if neither side was cut, chosen_score - rejected_score exceeds the threshold, and its chosen side repeats
+    no larger share of its word n-grams than `max_repetition`.
     """
     sides = [pl.col("chosen_response").str.strip_chars(), pl.col("rejected_response").str.strip_chars()]
     repeats = pl.col("chosen_response").map_elements(lambda text: repetition(text, ngram), return_dtype=pl.Float64)
     rules = {
+        "cut": (pl.col("chosen_finish_reason") == "stop") & (pl.col("rejected_finish_reason") == "stop"),
         "empty_side": (sides[0] != "") & (sides[1] != ""),
         "equal_sides": sides[0] != sides[1],
         "repetition": repeats <= max_repetition,
         "margin": pl.col("margin") > margin_threshold,
     }
     scored = scored.with_columns(margin=pl.col("chosen_score") - pl.col("rejected_score"))
-    rows = scored.select("chosen_response", "rejected_response", "margin").with_row_index("place")
+    columns = [f"{side}_{column}" for side in ("chosen", "rejected") for column in ("response", "finish_reason")]
+    rows = scored.select(*columns, "margin").with_row_index("place")
     dropped: collections.Counter[str] = collections.Counter()
     for reason, rule in rules.items():
         # Streamed, because a rule that strips the texts copies them.

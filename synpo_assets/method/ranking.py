@@ -29,17 +29,23 @@ def with_ranks(answered: pl.DataFrame, margins: pl.Series) -> pl.DataFrame:
     """Ranks the answers to each prompt by their margin over the first one, whose own is 0; rank 1 is the best.
 
     The margins are those of the rows of `beside_first`. Of equal margins the earlier sample ranks better, so that each prompt
-    has one best and, among two answers or more, another that is worst.
+    has one best and, among two answers or more, another that is worst. Answers that were cut rank behind all others, and
+    `worst` is the last rank before them; where less than two ended it is 2.
 
     Examples:
-        >>> answered = pl.DataFrame({"prompt_id": ["a"] * 3, "sample": [1, 2, 3]})
+        >>> answered = pl.DataFrame({"prompt_id": ["a"] * 3, "sample": [1, 2, 3], "finish_reason": ["stop"] * 3})
         >>> with_ranks(answered, pl.Series([-0.5, 0.0]))["rank"].to_list()
         [1, 3, 2]
+        >>> answered = answered.with_columns(finish_reason=pl.Series(["length", "stop", "stop"]))
+        >>> with_ranks(answered, pl.Series([-0.5, 0.0])).select("rank", "worst").rows()
+        [(3, 2), (2, 2), (1, 2)]
     """
     further = (
         answered.select("prompt_id", "sample").filter(pl.col("sample") > 1).with_columns(margin_over_first=margins)
     )
     ranked = answered.join(further, on=["prompt_id", "sample"], how="left", maintain_order="left")
     ranked = ranked.with_columns(pl.col("margin_over_first").fill_null(0.0))
-    by_margin = pl.struct(-pl.col("margin_over_first"), "sample").rank("ordinal").over("prompt_id")
-    return ranked.with_columns(rank=by_margin.cast(pl.Int64))
+    cut = pl.col("finish_reason") == "length"
+    by_margin = pl.struct(cut, -pl.col("margin_over_first"), "sample").rank("ordinal").over("prompt_id")
+    ended = (~cut).sum().over("prompt_id").clip(2)
+    return ranked.with_columns(rank=by_margin.cast(pl.Int64), worst=ended.cast(pl.Int64))

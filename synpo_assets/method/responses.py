@@ -2,6 +2,7 @@
 
 import polars as pl
 
+from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.ids import content_id
 
 
@@ -10,9 +11,9 @@ def response_table(
 ) -> pl.DataFrame:
     """Joins prompts with their completions, in the same order; further columns of the prompts come last.
 
-    The response_id hashes prompt, model and text: the same answer found again keeps its id.
+    What was cut is trimmed (see cut.py). The response_id hashes prompt, model and text: the same answer found again keeps its id.
     """
-    answers = completions["text"].str.strip_chars()
+    answers = whole_answers(completions)
     ids = [
         content_id("response", prompt, checkpoint_sha, text)
         for prompt, text in zip(prompts["prompt_id"], answers, strict=True)

@@ -7,6 +7,9 @@ from typing import Any
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.prompts import Contamination, words_of
 
+# The splits of the held-out pairs: searches and the gate read dev, tables report test.
+HELD_OUT = ("dev", "test")
+
 
 @dataclasses.dataclass(frozen=True)
 class BadRow:

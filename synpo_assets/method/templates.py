@@ -49,6 +49,11 @@ def self_instruct_instruction(examples: Sequence[str]) -> list[Message]:
     return user_message(_environment().get_template("self_instruct.jinja").render(examples=list(examples)))
 
 
+def verbose_message(prompt: str) -> list[Message]:
+    """What M_0 is asked where a long answer is wanted, as AlpacaEval 2's verbose baseline is."""
+    return user_message(f"{prompt}\n\nAnswer in as much detail as possible.")
+
+
 def parse_question(text: str) -> str | None:
     r"""The question in what the generator wrote, or None if the format is not met.
 

@@ -40,6 +40,8 @@ COLUMNS: dict[str, tuple[Callable[[FinishedIteration], float | None], str]] = {
     "win rate over M_0": (_value("win_rate", "candidate", over="initial", by=INDEPENDENT), "{:.1%}"),
     "both answers ended": (_value("win_rate_both_ended", "candidate", over="initial", by=INDEPENDENT), "{:.1%}"),
     "length-controlled": (_value("length_controlled_win_rate", "candidate", over="initial", by=INDEPENDENT), "{:.1%}"),
+    "M_0 trimmed": (_value("win_rate", "trimmed", over="initial", by=INDEPENDENT), "{:.1%}"),
+    "M_0 verbose": (_value("win_rate", "verbose", over="initial", by=INDEPENDENT), "{:.1%}"),
     "instructions M_0": (_value("verifiable_rate", "initial"), "{:.1%}"),
     "instructions M_t": (_value("verifiable_rate", "candidate"), "{:.1%}"),
     "reward M_0": (_value("held_out_reward", "initial"), "{:.3f}"),

@@ -24,6 +24,8 @@ PROMPT_SOURCES = {
 }  # fmt: skip
 MODELS = {"candidate": "M_t", "initial": "M_0"}
 OPPONENT_LABELS = {"initial": "M_0", "previous": "M_{t-1}"}
+# What form alone wins: M_0's answers with half of their sentences, and when it is asked for long ones.
+FORM_LABELS = {"trimmed": "M_0 trimmed, over M_0", "verbose": "M_0 verbose, over M_0"}
 # With fewer pairs alike in length, a length-controlled win rate is extrapolated.
 FEWEST_ALIKE = 10
 ENDED_LABELS = {
@@ -138,7 +140,7 @@ def report_notes(iterations: Sequence[FinishedIteration], unfinished: Sequence[s
 def _extrapolations(iteration: FinishedIteration) -> Iterator[str]:
     """Sentences about length-controlled win rates that hardly any pair of answers of equal length stands behind."""
     for alike in iteration.metrics.every("pairs_alike_in_length"):
-        if alike.value is not None and alike.value < FEWEST_ALIKE:
+        if alike.of == "candidate" and alike.value is not None and alike.value < FEWEST_ALIKE:
             yield (
                 f"Iteration {iteration.key}, M_t over {OPPONENT_LABELS[str(alike.over)]}: {alike.value:.0f} of {alike.n} pairs of "
                 "answers are alike in length (ratio 0.8 to 1.25), so the length-controlled win rate is extrapolated."
@@ -163,6 +165,9 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
         reasons = {str(each.of) for iteration in iterations for each in iteration.metrics.every("dropped", asset)}
         for reason in sorted(reasons):
             yield "Dropped", f"{asset}: {reason.replace('_', ' ')}", _of("dropped", count_text, reason, asset=asset)
+    generating = {asset for iteration in iterations for asset in iteration.metrics.assets_with("cut_share")}
+    for asset in sorted(generating):
+        yield "Cut at the token limit", asset, _of("cut_share", share_text, asset=asset)
     yield "Prompts", "prompts compared, of each source", _of("prompts_compared", count_text)
     for source, what in PROMPT_SOURCES.items():
         yield "Prompts", f"mean similarity of {what}", _of("mean_similarity", number_text, source)
@@ -171,16 +176,20 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
             yield "Prompts", f"{metric} of {what}, named by a judge", _of(metric, count_text, source)
     yield "Pairs", "mean margin of scores", _of("mean_margin", number_text)
     yield "Pairs", "chosen length / rejected length", _of("chosen_to_rejected_length", number_text)
-    for side in ("chosen", "rejected"):
-        yield "Pairs", f"{side} answers cut", _of("cut_share", share_text, side)
     yield "Pairs", "reward margin, last quarter of training", _last_quarter("rewards/margins", number_text)
     yield "Pairs", "reward accuracy, last quarter of training", _last_quarter("rewards/accuracies", share_text)
-    yield "Held-out", "prompts", _of("held_out_prompts", count_text)
+    yield "Held-out", "prompts of the test split, which all of this is of", _of("held_out_prompts", count_text)
+    yield "Held-out", "prompts of the dev split, which the gate reads", _of("held_out_prompts", count_text, split="dev")
     for side, what in {"initial": "M_0", "candidate": "M_t", "gold": "the gold answers"}.items():
         yield "Held-out", f"mean reward of {what}, by the scorer", _of("held_out_reward", number_text, side)
     for judge in judge_labels(iterations):
         for opponent, shown in OPPONENT_LABELS.items():
             yield from _win_rates(judge, opponent, f"{judge}, over {shown}")
+        for model, shown in FORM_LABELS.items():
+            who = {"of": model, "over": "initial", "by": judge}
+            yield "Held-out", f"{judge}, {shown}: win rate, 95 % interval", _rate("win_rate", **who)
+            label = f"{judge}, {shown}: length-controlled win rate, 95 % interval"
+            yield "Held-out", label, _rate("length_controlled_win_rate", **who)
     for side, model in MODELS.items():
         yield "Held-out", f"repeated 3-grams in {model}'s answers", _of("mean_repetition", share_text, side)
         yield "Held-out", f"answers of {model} cut", _of("cut_share", share_text, side)
@@ -223,6 +232,11 @@ def _win_rates(judge: str, opponent: str, compared: str) -> Iterator[tuple[str, 
     label = f"{compared}: pairs alike in length (ratio 0.8 to 1.25)"
     yield "Held-out", label, _of("pairs_alike_in_length", count_text, **where)
     yield "Held-out", f"{compared}: wins, ties, losses, no verdict", counts
+
+
+def _rate(metric: MetricName, of: str, **which: Unpack[Which]) -> Cell:
+    """A rate with its interval."""
+    return lambda iteration: rate_text(iteration.metrics.find(metric, of, **which))
 
 
 def _rate_of_some(rate: Metric | None) -> str:

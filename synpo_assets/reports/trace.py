@@ -22,6 +22,7 @@ from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.presentation import table_version
 from synpo_assets.graph.services import AssetGraph, Services
 from synpo_assets.graph.stage import MADE_FROM, STATE_TAG
+from synpo_assets.method.seed import HELD_OUT
 
 ID_COLUMNS = {"keywords": "keyword_set_id", "prompt": "prompt_id", "response": "response_id", "pair": "pair_id"}
 LONG_FACTS = ("paragraph", "prompt", "answer", "response", "text")
@@ -238,7 +239,7 @@ class _Home:
         record, facts = newest(self.instance, asset, key), {name: row[name] for name in links.facts if name in row}
         table, run_id = asset_label(asset, key), record and record.run_id
         trained = self._trained(asset, key)
-        if row.get("split") == "held_out":
+        if row.get("split") in HELD_OUT:
             trained = []
         elif split := row.get("split"):
             trained = [node for node in trained if (node.id == "judge_model") == (split == "judge")]

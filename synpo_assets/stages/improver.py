@@ -103,10 +103,10 @@ def response_improver(
 ) -> dg.Output[Checkpoint]:
     """R_t, fine-tuned from M_0 to turn the policy's own answer into the gold answer (algorithm 1, line 2)."""
     options = services.settings.response_improver
-    valid = seed_responses.filter(pl.col("margin") > options.margin_threshold)
+    valid = seed_responses.filter(pl.col("margin") > options.margin_threshold, pl.col("response") != "")
     if valid.is_empty():
         raise TrainingError(
-            f"No gold answer beats the policy's own answer by more than response_improver.margin_threshold = "
+            f"No gold answer beats an answer of the policy's own by more than response_improver.margin_threshold = "
             f"{options.margin_threshold}: lower it."
         )
     rows = valid.select("prompt", "response", "answer").rows()

@@ -3,7 +3,8 @@
 Paper (section 2.3, algorithm 1 line 4): chosen is the refined answer, rejected is M_0's; a pair is kept if the scorer
 (PairRM or ArmoRM) prefers chosen by a margin and chosen does not repeat itself by more than half; 10,000 survivors are
 drawn at random per iteration.
-Here: the same, of whatever two sides `preferences.chosen_from` makes. The repetition measure is ours, and so is the
+Here: the same, of whatever two sides `preferences.chosen_from` makes. Pairs with a side that was cut at the token limit are
+dropped as well (see method/cut.py). The repetition measure is ours, and so is the
 convention that says what a margin of PairRM is, since the paper leaves both open.
 """
 
@@ -70,7 +71,7 @@ def preference_pairs(
         writer = "response_improver" if services.settings.trains_improver else "responses"
         raise FinalError(
             f"None of {joined.height} pairs was kept: {dropped}. If `margin` dropped most, lower preferences.margin_threshold; if "
-            f"`equal_sides` did, raise {writer}.sampling.temperature."
+            f"`cut` did, raise {writer}.sampling.max_new_tokens; if `equal_sides` did, {writer}.sampling.temperature."
         )
     frame = as_preferences(kept).with_columns(
         iteration=pl.lit(iteration_of(context), pl.Int64),
@@ -100,10 +101,6 @@ def _pair_metrics(kept: pl.DataFrame) -> list[Metric]:
     return [
         Metric("mean_margin", metrics.mean(kept["margin"]), n=kept.height),
         Metric("chosen_to_rejected_length", lengths[0] / max(lengths[1], 1), n=kept.height),
-        *(
-            Metric("cut_share", metrics.mean(kept[f"{side}_finish_reason"] == "length"), of=side, n=kept.height)
-            for side in ("chosen", "rejected")
-        ),
     ]
 
 

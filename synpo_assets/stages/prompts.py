@@ -30,6 +30,7 @@ from synpo_assets.graph.stage import Stage
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.keywords import Keywords, drawn_rows, training_keywords
 from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter, draw_until_enough
+from synpo_assets.method.seed import HELD_OUT
 from synpo_assets.method.templates import QUESTION_END, generator_instruction, generator_target
 from synpo_assets.stages.training import train_from_initial
 
@@ -126,7 +127,7 @@ def synthetic_prompts(
 ) -> dg.Output[pl.DataFrame]:
     """New prompts that G writes from the keyword sets; only valid ones stay (paper, section 2.1)."""
     wanted, sampling = services.settings.prompt_generator.prompts_per_iteration, prompt_sampling(services.settings)
-    asked_later = [*seed_pairs.filter(split="held_out")["prompt"], *verifiable_instructions["prompt"]]
+    asked_later = [*seed_pairs.filter(pl.col("split").is_in(HELD_OUT))["prompt"], *verifiable_instructions["prompt"]]
     prompts = _prompt_filter(services.settings, seed_pairs, preference_history, asked_later)
     usages: list[Usage] = []
 

@@ -7,6 +7,7 @@ Here: that other way, an ablation (`preferences.chosen_from: ranked_samples`). M
 keep the names that they have in improver.py, so that all that follows is the same. The first sample is the answer in
 base_responses, and both assets find the samples and their scores in the same shards: nothing is made twice. The ranks go
 by margins over the first sample; a pair ranker therefore reads the best and the worst side by side only in preference_pairs.
+Samples that were cut take no rank.
 """
 
 import dagster as dg
@@ -27,7 +28,8 @@ from synpo_assets.method.templates import prompt_requests
 from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
 
 READS = ("responses", "preferences.ranked_samples", "scorer.convention", "scorer.max_length")
-BEST = 1
+# Which sample is taken, by the columns of `with_ranks`.
+BEST, WORST = pl.lit(1), pl.col("worst")
 
 
 def _cost(sizes: Sizes) -> list[Work]:
@@ -75,13 +77,12 @@ def rejected_responses(
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
     """The worst of M_{t-1}'s answers to each prompt by the scorer: the rejected side."""
-    worst = services.settings.preferences.ranked_samples
-    return _ranked(context, worst, Responses, base_responses, policy, reward_model, services)
+    return _ranked(context, WORST, Responses, base_responses, policy, reward_model, services)
 
 
 def _ranked(
     context: dg.AssetExecutionContext,
-    rank: int,
+    rank: pl.Expr,
     schema: type[Responses],
     base_responses: pl.DataFrame,
     policy: Checkpoint,
@@ -95,7 +96,7 @@ def _ranked(
     written, usage = services.language_model.answer(policy, prompt_requests(repeated, "sample_id"), sampling)
     answered = response_table(repeated, written, policy.sha, iteration_of(context))
     compared = services.scorer.compare(reward_model, beside_first(answered).rows())
-    taken = with_ranks(answered, compared.margins).filter(rank=rank)
+    taken = with_ranks(answered, compared.margins).filter(pl.col("rank") == rank)
     measured = [
         Metric("samples_per_prompt", samples),
         Metric("mean_margin_over_first_sample", metrics.mean(taken["margin_over_first"]), n=taken.height),

@@ -23,6 +23,8 @@ from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.presentation import checkpoint_output, training_log
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
+from synpo_assets.method.cut import whole_answers
+from synpo_assets.method.seed import HELD_OUT
 from synpo_assets.method.templates import prompt_requests
 from synpo_assets.stages.training import train_from_initial
 
@@ -114,11 +116,11 @@ def judge_model(
 def _seed_answers(
     services: Services, initial_policy: Checkpoint, seed_pairs: pl.DataFrame, split: str
 ) -> tuple[pl.DataFrame, Usage]:
-    """M_0's own answers (`response`): to one split, on which gold is learned over them, and to held_out, for the test."""
-    compared = seed_pairs.filter(pl.col("split").is_in([split, "held_out"]))
+    """M_0's own answers (`response`): to one split, on which gold is learned over them, and to the held-out prompts."""
+    compared = seed_pairs.filter(pl.col("split").is_in([split, *HELD_OUT]))
     sampling = services.settings.responses.sampling
     written, usage = services.language_model.answer(initial_policy, prompt_requests(compared), sampling)
-    return compared.with_columns(response=written["text"].str.strip_chars()), usage
+    return compared.with_columns(response=whole_answers(written)), usage
 
 
 def _train(
@@ -131,7 +133,7 @@ def _train(
     random_seed: int,
 ) -> tuple[Checkpoint, TrainingSummary]:
     """A reward model from M_0 on gold over its own answers."""
-    pairs = compared.filter(pl.col("split") != "held_out").select("prompt", "answer", "response").rows()
+    pairs = compared.filter(~pl.col("split").is_in(HELD_OUT)).select("prompt", "answer", "response").rows()
     return train_from_initial(
         context, services, "reward", initial_policy, pairs, training, random_seed, seed_pairs=seed_pairs
     )
@@ -147,7 +149,7 @@ def _scorer_output(
     usage: Usage,
 ) -> dg.Output[Checkpoint]:
     """The model with its accuracy on held-out pairs that it was not trained on."""
-    held_out = compared.filter(split="held_out").select("prompt", "answer", "response").rows()
+    held_out = compared.filter(pl.col("split").is_in(HELD_OUT)).select("prompt", "answer", "response").rows()
     judged = scorer.compare(made, held_out)
     measured = [
         Metric("held_out_accuracy", metrics.mean(judged.margins > 0), n=len(held_out)),

@@ -2,12 +2,14 @@
 
 Paper (sections 2 and 3.1): M_0 is an SFT model; the seed is 18,000 prompts with gold answers; the keyword pool holds
 keywords of 1,000,000 RefinedWeb paragraphs, three of one paragraph each.
-Here: all three are settings. A held-out split that no training reads is required beside the seed, because the paper
-does not say what its runs were validated on; some of the seed is set aside for a judge that shares no data with any
+Here: all three are settings. Held-out pairs that no training reads are required beside the seed, because the paper does not
+say what its runs were validated on. They are split once more: the gate, and whoever searches for settings, reads dev; tables report
+test. Some of the seed is set aside for a judge that shares no data with any
 other training. Where the paper drops a list of keywords that holds a personal name or
 a stopword, we drop the word.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import random
@@ -28,11 +30,12 @@ from resources.storage.seed_source import read_rows
 from resources.storage.tables import table_metadata
 from synpo_assets.graph.metrics import Metric, record
 from synpo_assets.graph.presentation import checkpoint_output, table_output
-from synpo_assets.graph.schemas import KeywordPool, SeedPairs, VerifiableInstructions, check
+from synpo_assets.graph.schemas import KeywordPool, SeedPairs, VerifiableInstructions
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
+from synpo_assets.graph.tables import check
 from synpo_assets.method.keywords import Keywords, keyword_set, paragraph_keyword_sets
-from synpo_assets.method.seed import BadRow, overlapping_rows, seed_rows
+from synpo_assets.method.seed import HELD_OUT, BadRow, overlapping_rows, seed_rows
 from synpo_assets.method.verifiable import instruction_rows
 
 POOL_BATCH = 10_000
@@ -52,7 +55,7 @@ def initial_policy(context: dg.AssetExecutionContext, services: dg.ResourceParam
     SeedPairs, group="seed", once=True, kinds=("polars",), reads=("seed_data", "prompt_generator.decontamination_ngram")
 )
 def seed_pairs(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.Output[pl.DataFrame]:
-    """The seed: prompts with gold answers, rows for the judge alone, and held-out ones that no training reads (3.1)."""
+    """The seed: prompts with gold answers, rows for the judge alone, and dev and test, which no training reads (3.1)."""
     frame, dropped = seed_table(services.settings)
     splits = [
         Metric("split_rows", rows, of=split) for split, rows in frame["split"].value_counts(sort=True).iter_rows()
@@ -125,22 +128,38 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
         bad += overlaps
     if overlaps and seed.verifiable is not None:
         files.append(seed.verifiable.path)
+    usable = {split: [row for row in good if row["split"] == split] for split in ("train", "held_out")}
+    evaluated, overlaps = _dev_and_test(usable["held_out"], settings)
+    bad += overlaps
     if bad and seed.on_bad_rows == "refuse":
         shown = "; ".join(f"{row.split} line {row.line}: {row.reason}" for row in bad[:SHOWN_BAD_ROWS])
         raise SettingsError(
             f"{len(bad)} seed rows cannot be used ({shown}{'; …' if len(bad) > SHOWN_BAD_ROWS else ''}). Correct "
             f"{', '.join(files[:-1])} and {files[-1]}, or set seed_data.on_bad_rows to `drop`."
         )
-    usable = {split: [row for row in good if row["split"] == split] for split in ("train", "held_out")}
-    if len(usable["held_out"]) < 2:
-        raise SettingsError(f"seed_data.held_out has {len(usable['held_out'])} usable rows; at least 2 are needed.")
+    if {row["split"] for row in evaluated} != set(HELD_OUT):
+        raise SettingsError(
+            f"seed_data.held_out has {len(evaluated)} usable rows; at least 2 are needed, one for dev and one for test."
+        )
     train_count, judge_count = _train_and_judge(seed, len(usable["train"]))
     trained_on = _sample(usable["train"], train_count, f"{settings.random_seed}:train")
     read = {row["prompt_id"] for row in trained_on}
     left = [row for row in usable["train"] if row["prompt_id"] not in read]
     set_aside = [row | {"split": "judge"} for row in _sample(left, judge_count, f"{settings.random_seed}:judge")]
-    held_out_rows = _sample(usable["held_out"], seed.held_out_limit, f"{settings.random_seed}:held_out")
-    return pl.DataFrame([*trained_on, *set_aside, *held_out_rows], schema=SeedPairs.empty().schema), bad
+    return pl.DataFrame([*trained_on, *set_aside, *evaluated], schema=SeedPairs.empty().schema), bad
+
+
+def _dev_and_test(held_out: list[dict[str, Any]], settings: Settings) -> tuple[list[dict[str, Any]], list[BadRow]]:
+    """The held-out rows that are used, in two splits, and the dev rows that repeat a prompt of test and are left out."""
+    rows = _with_splits(
+        _sample(held_out, settings.seed_data.held_out_limit, f"{settings.random_seed}:held_out"), settings
+    )
+    dev, test = ([row for row in rows if row["split"] == split] for split in HELD_OUT)
+    ngram = settings.prompt_generator.decontamination_ngram
+    overlaps = overlapping_rows(dev, [row["prompt"] for row in test], ngram, "test prompt")
+    lines = {row.line for row in overlaps}
+    kept = [row for row in rows if row["line"] not in lines]
+    return kept, [dataclasses.replace(row, split="held_out") for row in overlaps]
 
 
 def verifiable_table(settings: Settings) -> pl.DataFrame:
@@ -153,7 +172,14 @@ def verifiable_table(settings: Settings) -> pl.DataFrame:
             raise SettingsError(
                 f"{len(bad)} instructions of {source.path} (seed_data.verifiable) cannot be used: {shown}."
             )
-    return pl.DataFrame(rows, schema=VerifiableInstructions.empty().schema)
+    return pl.DataFrame(_with_splits(rows, settings), schema=VerifiableInstructions.empty().schema)
+
+
+def _with_splits(rows: list[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
+    """Rows that evaluations read, each in dev or test; both have some where there are two rows or more."""
+    count = min(max(round(settings.seed_data.dev_share * len(rows)), 1), max(len(rows) - 1, 0))
+    dev = {row["prompt_id"] for row in _sample(rows, count, f"{settings.random_seed}:dev")}
+    return [row | {"split": "dev" if row["prompt_id"] in dev else "test"} for row in rows]
 
 
 def _train_and_judge(seed: SeedData, usable: int) -> tuple[int, int]:
