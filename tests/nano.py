@@ -136,7 +136,9 @@ def nano_settings(model: Path) -> dict[str, Any]:
     sampling = {"temperature": 0.7, "top_k": 50, "max_new_tokens": 96}
     return {
         "preset": "laptop",
-        "initial_policy": {"source": "directory", "name": str(model), "wheel_sha256": None, "wheel_member": None},
+        "initial_policy": {
+            "source": "directory", "name": str(model), "system_prompt": None, "wheel_sha256": None, "wheel_member": None,
+        },
         "seed_data": {"train_limit": 24, "judge_limit": 8, "held_out_limit": 6},
         "prompt_generator": {
             "prompts_per_iteration": 10, "max_overdraw": 4, "min_words": 2, "language": None,

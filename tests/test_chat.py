@@ -1,8 +1,12 @@
 """Chat templates are rendered once and give one BOS at most."""
 
+import shutil
+
 import pytest
 
 from resources.models.chat import ChatTemplateError, answer_ids, end_of_turn_id, load_tokenizer, prompt_ids, prompt_text
+from resources.models.model_source import ModelSourceError, fetch_initial_policy
+from resources.settings.data import InitialPolicy
 from tests.nano import nano_tokenizer
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -89,3 +93,50 @@ def test_an_answer_is_tokenized_as_it_follows_the_prompt():
     assert tokenizer.decode(ids).removeprefix("_") in ("fine", "_fine")
     whole = tokenizer(prompt_text(tokenizer, HELLO) + "fine", add_special_tokens=False).input_ids
     assert prompt_ids(tokenizer, HELLO) + ids == whole
+
+
+# A system turn of our own.
+
+
+@pytest.fixture
+def with_prompt(nano_model, tmp_path, monkeypatch):
+    """M_0 with a system prompt, for a chat template; and its tokenizer."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def fetched(text, template=None):
+        directory = tmp_path / "model"
+        shutil.copytree(nano_model, directory, dirs_exist_ok=True)
+        if template:
+            (directory / "chat_template.jinja").write_text(template)
+        source = InitialPolicy(source="directory", name=str(directory), system_prompt=text)
+        return fetch_initial_policy(source, trust_remote_code=False)
+
+    return fetched
+
+
+@pytest.mark.parametrize(
+    "text", ["Be brief.", "Say \"no\" and 'yes'.\nUse {{ braces }}, {% tags %} and ünïcode \\n.", ""]
+)
+def test_a_system_prompt_stands_in_every_chat_that_has_none(with_prompt, nano_model, text):
+    directory, origin = with_prompt(text)
+    tokenizer = load_tokenizer(str(directory))
+    system = f"<|im_start|>system\n{text}<|im_end|>\n"
+    assert prompt_text(tokenizer, HELLO) == system + prompt_text(load_tokenizer(str(nano_model)), HELLO)
+    own = [{"role": "system", "content": "mine"}, *HELLO]
+    assert prompt_text(tokenizer, own) == prompt_text(load_tokenizer(str(nano_model)), own)
+    assert answer_ids(tokenizer, HELLO, "fine")[-1] == end_of_turn_id(tokenizer)
+    assert origin["system_prompt"] == text
+    assert with_prompt(text)[0] == directory
+    assert with_prompt(f"{text} Or not.")[0] != directory
+
+
+@pytest.mark.parametrize(("template", "reason"), [
+    ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x",
+     "System role not supported"),
+    ("{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}", "it does not show it"),
+])  # fmt: skip
+def test_a_template_that_takes_no_system_turn_is_named(with_prompt, template, reason):
+    with pytest.raises(
+        ModelSourceError, match=rf"takes no system turn \({reason}\): remove initial_policy.system_prompt"
+    ):
+        with_prompt("Be brief.", template)

