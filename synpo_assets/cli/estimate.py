@@ -32,13 +32,14 @@ class Rate:
 
 def sizes_of(settings: Settings, seed: pl.DataFrame, instructions: int) -> Sizes:
     """How much there is to do, in rows and tokens; `instructions` is the number of verifiable instructions."""
-    train, judge, held_out = (seed.filter(split=split) for split in ("train", "judge", "held_out"))
+    train, judge, scorer, held_out = (seed.filter(split=split) for split in ("train", "judge", "scorer", "held_out"))
     prompt, answer = (_tokens(" ".join(train[column])) / train.height for column in ("prompt", "answer"))
     keywords = generator_instruction(["keyword"] * settings.keyword_pool.keywords_per_set)[0]["content"]
     return Sizes(
         settings=settings,
         train=train.height,
         judge=judge.height,
+        scorer=scorer.height,
         held_out=held_out.height,
         instructions=instructions,
         asked=CHAT_TOKENS + prompt,

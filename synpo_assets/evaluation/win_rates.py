@@ -1,13 +1,14 @@
 """How M_t compares with M_0 and with M_{t-1} on held-out prompts, and the judge that says so.
 
 Paper (section 3): AlpacaEval 2, Arena-Hard and MT-Bench with a GPT-4 judge, and the Open LLM leaderboard.
-Here: the three models answer the held-out seed prompts. A judge that took no part in training compares the answers: a
-reward model trained from M_0 on rows of the seed that nothing else reads, with another random seed. It needs no download,
-but it learned from the same kind of data as the scorer and starts from the same model, so it is a weaker witness than
+Here: the three models answer the held-out seed prompts. A judge that took no part in training compares the answers: by
+default a reward model trained from M_0 on rows of the seed that nothing else reads, with another random seed. It needs no
+download, but it learned from the same kind of data as the scorer and starts from the same model, so it is a weaker witness than
 GPT-4; `judge.server` adds any model with OpenAI's chat API. The scorer's verdict is shown with theirs, marked as that of a
 judge that took part in training. A judge that reads two answers together reads them in both orders. Win rates come with
 intervals over prompts; as in AlpacaEval 2, controlled for length; and for the prompts where neither M_t's nor M_0's answer
-was cut at the token limit.
+was was cut at the token limit. Where the independent judge is not right about held-out gold more often than chance (scorers.py), a
+sentence stands in place of its win rates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ import polars as pl
 
 from resources.generation.language_model import Usage
 from resources.judging.judge import Judge
-from resources.judging.judge_choice import open_judges
+from resources.judging.judge_choice import INDEPENDENT, open_judges
 from resources.scoring.scorer import ScoringUsage
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
@@ -32,7 +33,7 @@ from synpo_assets.graph.stage import Stage
 from synpo_assets.method.evaluation import outcomes, win_rates, wins_by_ending
 from synpo_assets.method.quality import answer_figures
 from synpo_assets.method.templates import prompt_requests
-from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
+from synpo_assets.stages.scorers import comparison_tokens, judge_doubt, reads_answers_alone
 
 # Whose answers the candidate's are compared with.
 OPPONENTS = {"initial": "initial_response", "previous": "previous_response"}
@@ -94,6 +95,9 @@ def evaluation(
     measured += metrics.scoring(sum(judging, rewarding))
     tables = {"win_rates": table_metadata(rates), "wins_by_ending": table_metadata(by_ending)}
     shown = tables | {"judges": "; ".join(labels.values()), "score_convention": convention}
+    if sentence := judge_doubt(services):
+        labels_of_rates = [each.label for each in measured if each.by == INDEPENDENT and "win_rate" in each.metric]
+        shown |= {key: sentence for label in labels_of_rates for key in (label, f"{label}: 95 % interval")}
     return table_output(context, services, frame, measured, **shown, **made_by(model_checkpoint))
 
 

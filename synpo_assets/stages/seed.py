@@ -3,8 +3,8 @@
 Paper (sections 2 and 3.1): M_0 is an SFT model; the seed is 18,000 prompts with gold answers; the keyword pool holds
 keywords of 1,000,000 RefinedWeb paragraphs, three of one paragraph each.
 Here: all three are settings. A held-out split that no training reads is required beside the seed, because the paper
-does not say what its runs were validated on; some of the seed is set aside for a judge that shares no data with any
-other training. Where the paper drops a list of keywords that holds a personal name or
+does not say what its runs were validated on; some of the seed is set aside for a judge and a scorer that are trained here
+and share no data with any other training. Where the paper drops a list of keywords that holds a personal name or
 a stopword, we drop the word.
 """
 
@@ -20,7 +20,6 @@ import dagster as dg
 import polars as pl
 
 from resources.models.model_source import fetch_initial_policy
-from resources.settings.data import SeedData
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
@@ -49,10 +48,14 @@ def initial_policy(context: dg.AssetExecutionContext, services: dg.ResourceParam
 
 
 @Stage(
-    SeedPairs, group="seed", once=True, kinds=("polars",), reads=("seed_data", "prompt_generator.decontamination_ngram")
+    SeedPairs,
+    group="seed",
+    once=True,
+    kinds=("polars",),
+    reads=("seed_data", "prompt_generator.decontamination_ngram", "scorer.kind", "judge.kind"),
 )
 def seed_pairs(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.Output[pl.DataFrame]:
-    """The seed: prompts with gold answers, rows for the judge alone, and held-out ones that no training reads (3.1)."""
+    """The seed: prompts with gold answers, rows for judge and scorer alone, and held-out ones that no training reads (3.1)."""
     frame, dropped = seed_table(services.settings)
     splits = [
         Metric("split_rows", rows, of=split) for split, rows in frame["split"].value_counts(sort=True).iter_rows()
@@ -134,13 +137,14 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
     usable = {split: [row for row in good if row["split"] == split] for split in ("train", "held_out")}
     if len(usable["held_out"]) < 2:
         raise SettingsError(f"seed_data.held_out has {len(usable['held_out'])} usable rows; at least 2 are needed.")
-    train_count, judge_count = _train_and_judge(seed, len(usable["train"]))
-    trained_on = _sample(usable["train"], train_count, f"{settings.random_seed}:train")
-    read = {row["prompt_id"] for row in trained_on}
-    left = [row for row in usable["train"] if row["prompt_id"] not in read]
-    set_aside = [row | {"split": "judge"} for row in _sample(left, judge_count, f"{settings.random_seed}:judge")]
-    held_out_rows = _sample(usable["held_out"], seed.held_out_limit, f"{settings.random_seed}:held_out")
-    return pl.DataFrame([*trained_on, *set_aside, *held_out_rows], schema=SeedPairs.empty().schema), bad
+    left, chosen = usable["train"], list[dict[str, Any]]()
+    for split, count in _split_sizes(settings, len(left)).items():
+        rows = _sample(left, count, f"{settings.random_seed}:{split}")
+        chosen += [row | {"split": split} for row in rows]
+        read = {row["prompt_id"] for row in rows}
+        left = [row for row in left if row["prompt_id"] not in read]
+    chosen += _sample(usable["held_out"], seed.held_out_limit, f"{settings.random_seed}:held_out")
+    return pl.DataFrame(chosen, schema=SeedPairs.empty().schema), bad
 
 
 def verifiable_table(settings: Settings) -> pl.DataFrame:
@@ -156,15 +160,23 @@ def verifiable_table(settings: Settings) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=VerifiableInstructions.empty().schema)
 
 
-def _train_and_judge(seed: SeedData, usable: int) -> tuple[int, int]:
-    """How many usable rows of the training file are trained on, and how many are set aside for the judge."""
-    if usable < 4:
-        raise SettingsError(
-            f"seed_data.train has {usable} usable rows; at least 4 are needed, 2 of them for the independent judge."
-        )
+def _split_sizes(settings: Settings, usable: int) -> dict[str, int]:
+    """How many usable rows of the training file are trained on, and how many are set aside for a judge and a scorer."""
+    seed, limits = settings.seed_data, dict[str, int | None]()
+    if settings.judge.kind == "trained":
+        limits["judge"] = seed.judge_limit
+    if settings.scorer.kind == "trained":
+        limits["scorer"] = seed.scorer_limit
+    if usable < (least := max(4, 4 * len(limits))):
+        whose = ", 2 of them for ".join(["", *(f"the {split}" for split in limits)])
+        raise SettingsError(f"seed_data.train has {usable} usable rows; at least {least} are needed{whose}.")
     wanted = min(seed.train_limit or usable, usable)
-    judge = min(seed.judge_limit or max(wanted // 4, 2), max(usable - wanted, usable // 2))
-    return min(wanted, usable - judge), judge
+    wishes = {split: limit or max(wanted // 4, 2) for split, limit in limits.items()}
+    spare, aside = max(usable - wanted, usable // 2), dict[str, int]()
+    # Who wants least goes first, so that nobody gets less than an equal share because another wants much.
+    for split in sorted(wishes, key=lambda split: wishes[split]):
+        aside[split] = min(wishes[split], (spare - sum(aside.values())) // (len(wishes) - len(aside)))
+    return {"train": min(wanted, usable - sum(aside.values()))} | {split: aside[split] for split in wishes}
 
 
 def _sample(rows: list[dict[str, Any]], limit: int | None, random_seed: str) -> list[dict[str, Any]]:
