@@ -12,7 +12,7 @@ from resources.judging.judge_choice import INDEPENDENT
 from synpo_assets.evaluation.win_rates import evaluation
 from synpo_assets.graph import metrics
 from synpo_assets.graph.metrics import Metric, Metrics, record, recorded
-from synpo_assets.method.damage import DAMAGES, ending
+from synpo_assets.method.damage import ending
 from synpo_assets.method.evaluation import win_rate_interval
 from synpo_assets.method.judging import (
     ANOTHER_GOLD,
@@ -100,7 +100,7 @@ def test_golden_numbers_of_a_judge_that_knows_gold_from_answers_but_not_from_dam
     whole, half = found[BOTH_ENDED], found["damaged"]
     assert (whole["pairs"], whole["accuracy"], found["initial_trimmed"]["pairs"]) == (40, 1.0, 20)
     assert (whole["low"], whole["high"]) == pytest.approx(win_rate_interval(pl.Series(["win"] * 40)))
-    assert (half["accuracy"], half["pairs"]) == (0.5, sum(found[name]["pairs"] for name in DAMAGES))
+    assert (half["accuracy"], half["low"], half["pairs"]) == (0.5, 0.5, 40), "one number for each prompt"
     assert found[ANOTHER_GOLD]["accuracy"] == 0.5
 
 

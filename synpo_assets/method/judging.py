@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import polars as pl
 
 from synpo_assets.method.damage import DAMAGES, all_damages, whole_sentences
-from synpo_assets.method.evaluation import outcomes, win_rate, win_rate_interval
+from synpo_assets.method.evaluation import POINTS, mean_gain, outcomes, win_rate, win_rate_interval
 
 ANOTHER_GOLD = "another_gold"
 BOTH_ENDED = "both_ended"
@@ -23,7 +23,7 @@ KINDS: Mapping[str, str] = {
     BOTH_ENDED: "M_0's answer, both sides ended",
     "initial_trimmed": "M_0's cut answer, trimmed to whole sentences",
     ANOTHER_GOLD: "gold of another prompt",
-    "damaged": "gold with a damage",
+    "damaged": "gold with a damage, mean of each prompt's",
 } | {name: f"gold: {name.replace('_', ' ')}" for name in DAMAGES}
 COLUMNS = {"kind": pl.String, "prompt": pl.String, "better": pl.String, "worse": pl.String, "cut": pl.Boolean}
 
@@ -72,7 +72,7 @@ def accuracy_by_kind(pairs: pl.DataFrame, margins: pl.Series) -> pl.DataFrame:
     """How often a judge is right about pairs of each kind, a tie counting half, and what would be reached without reading.
 
     `length_alone` is a judge that prefers the longer answer, or the shorter one, whichever is right more often about all pairs
-    together. `ending_alone` prefers the answer that was not cut, and knows nothing else.
+    together. `ending_alone` prefers the answer that was not cut, and knows nothing else. `damaged` is taken over prompts.
 
     Args:
         pairs: As `held_out_pairs` gives them.
@@ -83,23 +83,8 @@ def accuracy_by_kind(pairs: pl.DataFrame, margins: pl.Series) -> pl.DataFrame:
     judged = pairs.with_columns(
         judge=outcomes(margins), length=outcomes(direction * longer), ending=outcomes(pairs["cut"].cast(pl.Int64))
     )
-    damaged = judged.filter(pl.col("kind").is_in(list(DAMAGES))).with_columns(kind=pl.lit("damaged"))
-    judged = pl.concat([judged, damaged])
-    rows = []
-    for kind in KINDS:
-        of_kind = judged.filter(kind=kind)
-        low, high = win_rate_interval(of_kind["judge"]) or (None, None)
-        rows.append(
-            {
-                "kind": kind,
-                "pairs": of_kind.height,
-                "accuracy": win_rate(of_kind["judge"]),
-                "low": low,
-                "high": high,
-                "length_alone": win_rate(of_kind["length"]),
-                "ending_alone": win_rate(of_kind["ending"]),
-            }
-        )
+    rows = [_kind_row(kind, judged.filter(kind=kind)) for kind in KINDS]
+    rows[list(KINDS).index("damaged")] |= _of_prompts(judged.filter(pl.col("kind").is_in(list(DAMAGES))))
     numbers = dict.fromkeys(("accuracy", "low", "high", "length_alone", "ending_alone"), pl.Float64)
     return pl.DataFrame(rows, schema_overrides=numbers)
 
@@ -127,6 +112,24 @@ def doubt(accuracy: float | None, low: float | None, high: float | None, pairs: 
         f"The judge is right about {accuracy:.1%} ({100 * low:.1f} to {100 * high:.1f}) of {pairs} held-out pairs whose both sides "
         "ended, gold over M_0: that is not above chance, so its win rates say nothing."
     )
+
+
+def _kind_row(kind: str, judged: pl.DataFrame) -> dict[str, str | float | None]:
+    low, high = win_rate_interval(judged["judge"]) or (None, None)
+    rates = {"accuracy": win_rate(judged["judge"]), "low": low, "high": high}
+    nulls = {f"{name}_alone": win_rate(judged[name]) for name in ("length", "ending")}
+    return {"kind": kind, "pairs": judged.height, **rates, **nulls}
+
+
+def _of_prompts(judged: pl.DataFrame) -> dict[str, float | None]:
+    """Means over prompts of what was right about their pairs, which are not independent, with a bootstrap interval."""
+    points = judged.select(
+        "prompt", pl.col("judge", "length", "ending").replace_strict(POINTS, return_dtype=pl.Float64)
+    )
+    means = points.group_by("prompt", maintain_order=True).mean()
+    accuracy, low, high = mean_gain(means["judge"], 0)
+    nulls = {f"{name}_alone": mean_gain(means[name], 0)[0] for name in ("length", "ending")}
+    return {"pairs": means.height, "accuracy": accuracy, "low": low, "high": high, **nulls}
 
 
 def _worse_answers(rows: pl.DataFrame, seed: int) -> Iterator[tuple[str, str, dict[str, str]]]:
