@@ -339,37 +339,50 @@ def laptop_with(tmp_path, **seed_data):
 
 
 @pytest.mark.parametrize(("limits", "sizes"), [
-    ({}, (80, 80)),
-    ({"judge_limit": 200}, (80, 200)),
-    ({"train_limit": None, "judge_limit": None}, (248, 82)),
-    ({"train_limit": 300}, (250, 80)),
-    ({"train_limit": None, "judge_limit": 300}, (165, 165)),
+    ({}, (80, 80, 80)),
+    ({"judge_limit": 200}, (80, 170, 80)),
+    ({"judge_limit": 200, "scorer_limit": 200}, (80, 125, 125)),
+    ({"train_limit": None, "judge_limit": None, "scorer_limit": None}, (166, 82, 82)),
+    ({"train_limit": 300}, (170, 80, 80)),
+    ({"train_limit": None, "judge_limit": 300}, (165, 85, 80)),
 ])  # fmt: skip
-def test_the_judge_gets_rows_that_training_leaves_and_at_most_half(tmp_path, limits, sizes):
+def test_judge_and_scorer_get_rows_that_training_leaves_and_at_most_half(tmp_path, limits, sizes):
     frame, _ = seed_table(laptop_with(tmp_path, **limits))
     counts = dict(frame.group_by("split").len().iter_rows())
-    assert (counts["train"], counts["judge"]) == sizes
+    assert (counts["train"], counts["judge"], counts["scorer"]) == sizes
     assert frame["prompt_id"].is_unique().all()
 
 
-def test_setting_rows_aside_for_the_judge_does_not_change_what_is_trained_on(tmp_path):
+@pytest.mark.parametrize(("published", "aside"), [
+    ({"scorer"}, {"judge": 80}), ({"judge"}, {"scorer": 80}), ({"scorer", "judge"}, {}),
+])  # fmt: skip
+def test_rows_are_set_aside_only_for_what_is_trained_here(tmp_path, published, aside):
+    sections = {name: {"kind": "pretrained", "name": "a/b"} for name in published}
+    frame, _ = seed_table(load_settings(write_settings(tmp_path / "published.yaml", {"preset": "laptop", **sections})))
+    assert dict(frame.group_by("split").len().iter_rows()) == {"train": 80, "dev": 16, "test": 16} | aside
+    # Generator and improver read the same rows whoever scores and judges.
+    assert frame.filter(split="train").equals(seed_table(laptop_with(tmp_path))[0].filter(split="train"))
+
+
+def test_setting_rows_aside_does_not_change_what_is_trained_on(tmp_path):
     trained_on = [
-        seed_table(laptop_with(tmp_path, judge_limit=limit))[0].filter(split="train") for limit in (2, 80, 250)
+        seed_table(laptop_with(tmp_path, judge_limit=limit, scorer_limit=limit))[0].filter(split="train")
+        for limit in (2, 80, 250)
     ]
     assert trained_on[0].equals(trained_on[1])
     assert trained_on[0].equals(trained_on[2])
 
 
 def test_too_few_rows_for_training_and_judge_are_refused(tmp_path):
-    rows = [{"prompt": f"question {number}", "answer": "yes"} for number in range(4)]
+    rows = [{"prompt": f"question {number}", "answer": "yes"} for number in range(8)]
     file = tmp_path / "few.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows))
     frame, _ = seed_table(laptop_with(tmp_path, train={"path": "few.jsonl"}))
-    assert sorted(frame.filter(~pl.col("split").is_in(HELD_OUT))["split"]) == ["judge", "judge", "train", "train"]
-    file.write_text("\n".join(json.dumps(row) for row in rows[:3]))
-    with pytest.raises(
-        SettingsError, match=r"3 usable rows; at least 4 are needed, 2 of them for the independent judge"
-    ):
+    counts = {"judge": 2, "scorer": 2, "train": 4}
+    assert dict(frame.filter(~pl.col("split").is_in(HELD_OUT)).group_by("split").len().iter_rows()) == counts
+    file.write_text("\n".join(json.dumps(row) for row in rows[:7]))
+    words = r"7 usable rows; at least 8 are needed, 2 of them for the judge, 2 of them for the scorer\."
+    with pytest.raises(SettingsError, match=words):
         seed_table(laptop_with(tmp_path, train={"path": "few.jsonl"}))
 
 
@@ -401,7 +414,7 @@ def test_a_training_prompt_that_overlaps_with_a_held_out_one_is_refused(tmp_path
     (tmp_path / "held_out.jsonl").write_text(
         "\n".join(json.dumps({"prompt": prompt, "answer": "yes"}) for prompt in (asked, "Why?"))
     )
-    train = [*(f"why {number}?" for number in range(5)), overlapping, other]
+    train = [*(f"why {number}?" for number in range(5)), overlapping, other, "why 5?", "why 6?"]
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"prompt": prompt, "answer": "no"}) for prompt in train))
     sources = {"train": {"path": "train.jsonl"}, "held_out": {"path": "held_out.jsonl"}}
     with pytest.raises(
@@ -418,6 +431,9 @@ def test_a_training_prompt_that_overlaps_with_a_held_out_one_is_refused(tmp_path
 CHECKPOINT = Checkpoint("initial_policy", None, "0123456789abcdef", "", "")
 
 
+SPLITS = ("train", "judge", "scorer", *HELD_OUT)
+
+
 class Recorder:
     """Stands in for all models and trainers, and keeps what each asset showed to it."""
 
@@ -429,7 +445,7 @@ class Recorder:
 
     def note(self, kind, texts):
         asset = dg.AssetExecutionContext.get().asset_key.to_user_string()
-        splits = {split for split in ("train", "judge", *HELD_OUT) if any(f"{split} seed" in text for text in texts)}
+        splits = {split for split in SPLITS if any(f"{split} seed" in text for text in texts)}
         kind[asset] = kind.get(asset, set()) | splits
 
     def answer(self, checkpoint, prompts, sampling):
@@ -466,7 +482,7 @@ SEED = pl.DataFrame(
     [
         {"prompt_id": f"prompt-{split}{line}", "prompt": f"How does the {split} seed of a {plant} grow in {soil}?",
          "answer": f"Slowly, as the {split} seed does.", "split": split, "line": line}
-        for split in ("train", "judge", *HELD_OUT) for line, (plant, soil) in enumerate(PLANTS, 1)
+        for split in SPLITS for line, (plant, soil) in enumerate(PLANTS, 1)
     ],
     schema_overrides={"line": pl.Int64},
 )  # fmt: skip
@@ -510,9 +526,9 @@ def materialize(assets, instance, home, monkeypatch, scorer=None, **sections):
 def test_no_stage_reads_rows_of_another_split(instance, tmp_path, monkeypatch):
     stages = [prompt_generator, reward_model, judge_model, seed_responses, evaluation]
     seen, _, _ = materialize(stages, instance, tmp_path, monkeypatch)
-    assert seen.trained == {"prompt_generator": {"train"}, "reward_model": {"train"}, "judge_model": {"judge"}}
+    assert seen.trained == {"prompt_generator": {"train"}, "reward_model": {"scorer"}, "judge_model": {"judge"}}
     assert seen.answered == {
-        "reward_model": {"train", *HELD_OUT}, "judge_model": {"judge", *HELD_OUT}, "seed_responses": {"train"},
+        "reward_model": {"scorer", *HELD_OUT}, "judge_model": {"judge", *HELD_OUT}, "seed_responses": {"train"},
         "evaluation": set(HELD_OUT),
     }  # fmt: skip
     assert seen.compared == {

@@ -3,9 +3,10 @@
 import polars as pl
 import pytest
 
-from resources.models.model_source import fetch_initial_policy
+from resources.models.model_source import ModelSourceError, fetch_initial_policy
 from resources.scoring.published import fetch_reward_model
 from resources.settings.data import InitialPolicy
+from resources.settings.evaluation import PretrainedJudge
 from resources.settings.files import load_settings, preset_path
 from resources.settings.method import PretrainedScorer
 from resources.settings.sections import SettingsError
@@ -19,7 +20,7 @@ from tests.nano import nano_settings, seed_rows, write_settings
 
 CHATS = [
     {"id": n, "talk": [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]}
-    for n in range(8)
+    for n in range(10)
 ]
 
 
@@ -28,26 +29,26 @@ def settings_with(tmp_path, **seed_data):
 
 
 def test_a_parquet_seed_of_chat_messages(tmp_path):
-    pl.DataFrame(CHATS[:6]).write_parquet(tmp_path / "train.parquet")
-    pl.DataFrame(CHATS[6:]).write_parquet(tmp_path / "held_out.parquet")
+    pl.DataFrame(CHATS[:8]).write_parquet(tmp_path / "train.parquet")
+    pl.DataFrame(CHATS[8:]).write_parquet(tmp_path / "held_out.parquet")
     frame, bad = seed_table(
         settings_with(tmp_path, train={"path": "train.parquet"}, held_out={"path": "held_out.parquet"},
                       prompt_column="talk", answer_column="talk")
     )  # fmt: skip
     assert bad == []
     rows = frame.filter(~pl.col("split").is_in(HELD_OUT)).sort("line").select("prompt", "answer").rows()
-    assert rows == [(f"question {number}", f"answer {number}") for number in range(6)]
+    assert rows == [(f"question {number}", f"answer {number}") for number in range(8)]
     assert frame.filter(pl.col("split").is_in(HELD_OUT)).height == 2
 
 
 def test_bad_rows_are_dropped_and_counted_where_the_setting_says_so(tmp_path):
     (tmp_path / "train.jsonl").write_text(
         '{"prompt": "a", "answer": "1"}\n\n{"prompt": "b"}\n'
-        + "".join(f'{{"prompt": "{name}", "answer": "3"}}\n' for name in "cdef")
+        + "".join(f'{{"prompt": "{name}", "answer": "3"}}\n' for name in "cdefghi")
     )
     asked = {"train": {"path": "train.jsonl"}}
     frame, bad = seed_table(settings_with(tmp_path, **asked, on_bad_rows="drop"))
-    assert sorted(frame.filter(~pl.col("split").is_in(HELD_OUT))["prompt"]) == ["a", "c", "d", "e", "f"]
+    assert sorted(frame.filter(~pl.col("split").is_in(HELD_OUT))["prompt"]) == list("acdefghi")
     assert [row.reason for row in bad] == ["the answer is missing or not text"]
     with pytest.raises(SettingsError, match="1 seed rows cannot be used"):
         seed_table(settings_with(tmp_path, **asked))
@@ -83,6 +84,21 @@ def test_a_published_reward_model_takes_the_scorers_place(tmp_path, nano_model):
     directory, origin = fetch_reward_model(PretrainedScorer(name=str(nano_model)), trust_remote_code=False)
     assert directory == nano_model
     assert origin["source"] == "directory"
+
+
+def test_a_judge_that_does_not_fit_is_refused_before_anything_is_trained(tmp_path, nano_model):
+    """A published judge is fetched and checked as a published scorer is; the sentence names its own section."""
+    source = {"source": "directory", "name": str(nano_model), "wheel_sha256": None, "wheel_member": None}
+    changes = {"preset": "laptop", "initial_policy": source, "diversity": {"embedding_model": source}}
+
+    def check(directory):
+        judge = {"kind": "pretrained", "name": str(directory)}
+        path = write_settings(tmp_path / "judged.yaml", changes | {"judge": judge})
+        check_before_run(load_settings(path), tmp_path / "home")
+
+    check(nano_model)
+    with pytest.raises(ModelSourceError, match=r"holds no config.json, so no model: check judge\.name"):
+        check(tmp_path)
 
 
 def test_a_wheel_must_be_pinned_and_hashed():
@@ -168,6 +184,10 @@ def test_training_and_scoring_of_the_judge_are_counted():
     work = expected_work(sizes_of(laptop, seed, 0))
     of_judge = [item for stage, item in work if stage.name == "judge_model"]
     assert [item.kind for item in of_judge] == ["train", "generate", "score"]
+    published = laptop.model_copy(update={"judge": PretrainedJudge(name="a/b", max_length=256)})
+    seed_for_it, _ = seed_table(published)
+    work_for_it = expected_work(sizes_of(published, seed_for_it, 0))
+    assert [item.kind for stage, item in work_for_it if stage.name == "judge_model"] == ["generate", "score"]
     assert all(item.tokens > 0 for item in of_judge)
     (train,) = (item for stage, item in work if (stage.name, item.kind) == ("reward_model", "train"))
     assert of_judge[0].tokens == train.tokens, "as many rows, and the same training"

@@ -24,6 +24,7 @@ from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.services import Services
 from synpo_assets.method.evaluation import LENGTH_BANDS
+from synpo_assets.method.judging import ANOTHER_GOLD, BOTH_ENDED, KINDS
 from synpo_assets.reports.boosting_report import boosting_report, iterations_of, read_iteration
 from synpo_assets.reports.rows import report_rows
 from tests.stand_ins import ITERATIONS, measured, run, services_in
@@ -76,7 +77,10 @@ def recorded(iteration, kept=5):
             Metric("mean_similarity", 0.05, of="seed"),
         ],
         "seed_responses": [*generated, Metric("scored_tokens", 7)],
-        "response_improver": [Metric("trained_tokens", 1000)],
+        "response_improver": [
+            Metric("passing_share", 0.75, of="gold", low=0.5, high=0.9, n=8),
+            Metric("passing_share", 0.5, of=ANOTHER_GOLD, low=0.25, high=0.75, n=8), Metric("trained_tokens", 1000),
+        ],
         "base_responses": [Metric("rows", 12), *generated],
         "rejected_responses": [Metric("rows", 12), Metric("generated_tokens", 0)],
         "refined_responses": [Metric("rows", 12), *generated],
@@ -208,6 +212,8 @@ def test_every_metric_is_in_its_place(instance, services):
         "prompts compared, of each source": ("12", "12"),
         "mean similarity of synthetic prompts": ("0.100", "0.200"),
         "mean similarity of seed prompts": ("0.050", "0.050"),
+        "gold answers that pass the improver's filter, 95 % interval": ("75.0% (50.0 to 90.0)",) * 2,
+        "gold answers of other prompts that pass the improver's filter, 95 % interval": ("50.0% (25.0 to 75.0)",) * 2,
         "mean margin of scores": ("1.400", "2.400"),
         "chosen length / rejected length": ("1.250", "1.250"),
         "base_responses": ("20.0%", "20.0%"),
@@ -358,6 +364,37 @@ def test_a_length_controlled_rate_that_is_extrapolated_is_named(instance, servic
     # Once for both judges.
     assert metadata["notes"] == " ".join(sentence.format(name) for name in ("M_0", "M_{t-1}"))
     assert sentence.format("M_0") in page
+
+
+def judge_that_is_right(services, accuracy, low):
+    rates = [Metric("held_out_accuracy", accuracy, of=BOTH_ENDED, low=low, high=0.95, n=32),
+             Metric("held_out_accuracy", 0.8, of=BOTH_ENDED, by="length alone", n=32)]  # fmt: skip
+    measured(services, "judge_model", *rates, partition=None)
+
+
+def test_in_place_of_the_win_rates_of_a_judge_at_chance_stands_why(instance, services):
+    make_iteration(instance, services, 1)
+    for accuracy, low, cell in ((0.625, 0.45, "judge at chance"), (0.9, 0.76, "60.0% (40.0 to 90.0)")):
+        judge_that_is_right(services, accuracy, low)
+        metadata, _, page = report(instance, services)
+        records = {record.data["metric"]: record.data["0001"] for record in metadata["table"].records}
+        assert records[f"{INDEPENDENT}, over M_0: win rate, 95 % interval"] == cell
+        assert records[f"{INDEPENDENT}, over M_0: wins, ties, losses, no verdict"] == "5, 1, 2, 0"
+        assert records[f"{TOOK_PART}, over M_0: win rate, 95 % interval"] == "50.0% (40.0 to 90.0)"
+        console = Console(width=200, file=io.StringIO())
+        console.print(_held_out(services, 1))
+        printed = " ".join(console.file.getvalue().split())
+        doubted, shown = low < 0.5, [metadata["notes"], page, printed]
+        assert all(("that is not above chance, so its win rates say nothing" in text) == doubted for text in shown)
+        assert ("60.0% (40.0 to 90.0)" in printed) != doubted
+        row = page.partition(KINDS[BOTH_ENDED].replace("'", "&#39;"))[2].partition("</tr>")[0]
+        assert re.findall(r"<td>(.*?)</td>", row) == [
+            "32",
+            f"{accuracy:.1%} ({100 * low:.1f} to 95.0)",
+            "—",
+            "80.0%",
+            "—",
+        ]
 
 
 def test_the_summary_on_the_terminal_shows_each_win_rate_whole(instance, services):

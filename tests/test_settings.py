@@ -2,6 +2,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from resources.settings.evaluation import PretrainedJudge
 from resources.settings.files import PRESETS, load_settings, preset_path
 from resources.settings.method import PretrainedScorer
 from resources.settings.sections import SettingsError
@@ -105,6 +106,11 @@ def changed(tmp_path, **changes):
         ({"judge": {"server": {"model": "m"}}}, "`judge.server.url` is missing"),
         ({"judge": {"server": {"url": "http://u", "modle": "m"}}}, "did you mean `model`?"),
         ({"judge": 3}, "`judge` is 3"),
+        ({"judge": {"kind": "pretrained"}}, "`judge.name` is missing"),
+        ({"judge": {"kind": "pretrained", "name": "a/b", "training": {"epochs": 2}}},
+         "`judge.training` is not a setting of `kind: pretrained`"),
+        ({"judge": {"name": "a/b"}}, "`judge.name` is not a setting of `kind: trained`"),
+        ({"judge": {"kind": "pair_ranker", "name": "a/b"}}, "`judge.kind` is 'pair_ranker': input should be one of"),
         ({"engine": {"device": "tpu"}}, "`engine.device` is 'tpu'"),
         ({"responses": {"sampling": {"stop": [""]}}}, "`responses.sampling.stop.0` is ''"),
         ({"responses": {"sampling": {"temperature": float("inf")}}}, "`responses.sampling.temperature` is inf"),
@@ -147,6 +153,18 @@ def test_the_judge_is_trained_like_the_scorer_unless_it_is_stated(tmp_path):
     settings = load_settings(changed(tmp_path, judge={"training": {"epochs": 5}}))
     assert settings.judge.training == settings.scorer.training.model_copy(update={"epochs": 5})
     assert settings.judge.server is None
+
+
+@pytest.mark.parametrize("preset", ["laptop", "paper_mistral"])
+def test_a_published_judge_takes_only_its_length_from_the_scorer(tmp_path, preset):
+    (tmp_path / "mine").mkdir()
+    base = load_settings(preset_path(preset))
+    for stated, name in (("a/b", "a/b"), ("mine", str(tmp_path / "mine"))):
+        judge = {"kind": "pretrained", "name": stated}
+        settings = load_settings(changed(tmp_path, preset=preset, judge=judge))
+        assert settings.judge == PretrainedJudge(name=name, max_length=base.scorer.max_length)
+        assert settings.judge.scorer == PretrainedScorer(name=name, max_length=base.scorer.max_length)
+        assert len(settings.trainings) == len(base.trainings) - 1
 
 
 def test_another_variant_of_a_section_takes_nothing_from_the_presets_variant(tmp_path):

@@ -55,13 +55,15 @@ CASES = {
     # What a margin is, with a judge that is trained as before.
     "scorer, judge": (
         [{"kind": "pair_ranker", "name": "some/ranker", "max_length": 256}, {"training": SCORER_TRAINING, "max_length": 256}],
-        {"reward_model", "seed_responses", "preference_pairs", "evaluation"},
+        {"seed_pairs", "reward_model", "seed_responses", "preference_pairs", "evaluation"},
     ),
+    "judge": ({"kind": "pretrained", "name": "some/model", "max_length": 256}, {"seed_pairs", "judge_model"}),
     # The file leaves the judge out, so it is trained like the scorer.
     "scorer.training.epochs": (2, {"reward_model", "judge_model"}),
     "judge.training.epochs": (2, {"judge_model"}),
     "judge.max_length": (99, {"judge_model", "evaluation"}),
     "judge.server": ({"url": "http://127.0.0.1:1/v1", "model": "m"}, {"evaluation", "prompt_diversity"}),
+    "seed_data.scorer_limit": (9, {"seed_pairs", "verifiable_instructions"}),
     "seed_data.judge_limit": (9, {"seed_pairs", "verifiable_instructions"}),
     "engine.threads": (2, set()),
     "engine.shard_rows": (5, set()),

@@ -254,7 +254,8 @@ def test_forward_to_the_checkpoints_that_were_trained_on_it(home):
 
 def test_a_seed_prompt_and_what_policies_answered(home):
     seed = [{"prompt_id": content_id("prompt", name), "prompt": name, "answer": "Gold.", "split": split, "line": 7}
-            for name, split in (("Seed?", "train"), ("Held?", "test"), ("Judged?", "judge"))]  # fmt: skip
+            for name, split in (("Seed?", "train"), ("Held?", "test"), ("Judged?", "judge"), ("Scored?", "scorer"))
+            ]  # fmt: skip
     version = table_version(home.once("seed_pairs", seed))
     home.iteration(1)
     home.iteration(2)
@@ -265,6 +266,7 @@ def test_a_seed_prompt_and_what_policies_answered(home):
         home.checkpoint("response_improver", number, f"improver{number}", {"seed_responses": table_version(answers)})
     home.checkpoint("prompt_generator", None, "generator", {"seed_pairs": version})
     home.checkpoint("judge_model", None, "judge", {"seed_pairs": version})
+    home.checkpoint("reward_model", None, "scorer", {"seed_pairs": version})
 
     pair, first, second = home.trace(seed[0]["prompt_id"])
     assert pair.facts == {"split": "train", "line": 7, "prompt": "Seed?", "answer": "Gold."}
@@ -281,6 +283,8 @@ def test_a_seed_prompt_and_what_policies_answered(home):
     assert (held_out.facts["split"], held_out.trained) == ("test", [])
     (judged,) = home.trace(seed[2]["prompt_id"])
     assert notes(judged.trained) == [("judge_model", None)]
+    (scored,) = home.trace(seed[3]["prompt_id"])
+    assert notes(scored.trained) == [("reward_model", None)]
 
 
 def test_text_is_shown_and_never_obeyed(home):

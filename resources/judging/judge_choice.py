@@ -5,7 +5,6 @@ from resources.judging.server_judge import ServerJudge
 from resources.judging.topic_labeler import TopicLabeler
 from resources.scoring.scorer import RewardScorer
 from resources.settings.evaluation import Judge as JudgeSettings
-from resources.settings.method import TrainedScorer
 from resources.storage.checkpoint_store import Checkpoint
 
 INDEPENDENT = "independent judge"
@@ -25,11 +24,7 @@ def open_judges(
 
 def judge_scorer(judge: JudgeSettings, scorer: RewardScorer) -> RewardScorer:
     """How the independent judge is asked: it is always a reward model, whatever the scorer is."""
-    return RewardScorer(
-        shards=scorer.shards,
-        engine=scorer.engine,
-        scorer=TrainedScorer(training=judge.training, max_length=judge.max_length),
-    )
+    return RewardScorer(shards=scorer.shards, engine=scorer.engine, scorer=judge.scorer)
 
 
 def server_judge(judge: JudgeSettings, scorer: RewardScorer) -> ServerJudge:

@@ -67,7 +67,7 @@ class PairRanker:
         self._model = model.to(device).eval()
 
     @staticmethod
-    def check(directory: Path, trust_remote_code: bool) -> None:
+    def check(directory: Path, trust_remote_code: bool, section: str) -> None:
         """Loads the tokenizer; code that ships with the model is never needed."""
         with loading_explained(directory):
             load_pair_tokenizer(directory)

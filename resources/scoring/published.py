@@ -8,12 +8,20 @@ from resources.settings.data import ModelSource
 from resources.settings.method import PublishedScorer
 
 
-def fetch_reward_model(scorer: PublishedScorer, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
-    """The directory of a published reward model or pair ranker with safetensors weights, and its origin for the manifest."""
+def fetch_reward_model(
+    scorer: PublishedScorer, trust_remote_code: bool, section: str = "scorer"
+) -> tuple[Path, dict[str, str]]:
+    """The directory of a published reward model or pair ranker with safetensors weights, and its origin for the manifest.
+
+    Args:
+        scorer: The model.
+        trust_remote_code: Whether code that ships with it may be run.
+        section: The section of the settings that names it.
+    """
     is_directory = Path(scorer.name).is_dir()
     source = ModelSource(
         source="directory" if is_directory else "hub", name=scorer.name, revision=scorer.revision or "main"
     )
-    directory, origin = fetch(source, "scorer", trust_remote_code)
-    SCORERS[scorer.kind].check(directory, trust_remote_code)
+    directory, origin = fetch(source, section, trust_remote_code)
+    SCORERS[scorer.kind].check(directory, trust_remote_code, section)
     return directory, origin

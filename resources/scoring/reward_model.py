@@ -40,14 +40,14 @@ class RewardModel:
             # They would be drawn at random, and so would the scores.
             raise FinalError(
                 f"The model {weights} has no weights for {', '.join(missing[:3])}, so it is no reward model: name a sequence "
-                "classifier in scorer.name."
+                "classifier in scorer.name, or in judge.name for the judge."
             )
         read_head(model, weights)
         self._padding = padding_id(model.config, self._tokenizer)
         self._model = model.to(device).eval()
 
     @staticmethod
-    def check(directory: Path, trust_remote_code: bool) -> None:
+    def check(directory: Path, trust_remote_code: bool, section: str) -> None:
         """Loads the tokenizer, and imports the code that ships with the model if there is any."""
         check_tokenizer(directory, trust_remote_code)
         import transformers
@@ -58,7 +58,7 @@ class RewardModel:
             return
         reference = (config.get("auto_map") or {}).get("AutoModelForSequenceClassification")
         if reference is None:
-            raise ModelSourceError(f"The model in {directory} is no sequence classifier: check scorer.name.")
+            raise ModelSourceError(f"The model in {directory} is no sequence classifier: check {section}.name.")
         try:
             get_class_from_dynamic_module(reference, str(directory))
         # It is somebody else's code: it may fail in any way.
@@ -66,7 +66,7 @@ class RewardModel:
             reason = " ".join(str(error).split())[:200]
             raise ModelSourceError(
                 f"The code that ships with the model in {directory} does not run with transformers {transformers.__version__}: "
-                f"{reason} Name a directory with a corrected copy of the model in scorer.name."
+                f"{reason} Name a directory with a corrected copy of the model in {section}.name."
             ) from None
 
     def read(self, key: str, prompt: str, answers: Sequence[str]) -> Reading:
@@ -95,6 +95,6 @@ class RewardModel:
         if logits.numel() != len(readings):
             raise FinalError(
                 f"The reward model {self._weights} gives {logits.numel() // len(readings)} numbers per answer: choose one "
-                "with a single output in scorer.name."
+                "with a single output in scorer.name, or in judge.name for the judge."
             )
         return [[logit] for logit in logits.flatten().tolist()]

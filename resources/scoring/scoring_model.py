@@ -39,8 +39,8 @@ class ScoringModel(Protocol):
         """Loads the weights from a directory."""
 
     @staticmethod
-    def check(directory: Path, trust_remote_code: bool) -> None:
-        """Refuses a published model that is not of this kind, before anything is scored."""
+    def check(directory: Path, trust_remote_code: bool, section: str) -> None:
+        """Refuses a published model that is not of this kind, before anything is scored; `section` of the settings names it."""
 
     def read(self, key: str, prompt: str, answers: Sequence[str]) -> Reading:
         """Tokenizes a prompt and the answers that are read together, cut to the longest length allowed."""

@@ -84,7 +84,9 @@ class DataSource(Section):
 class SeedData(Section):
     """The seed: prompts with gold answers. Paper: 18,000 UltraFeedback prompts with GPT-4 Turbo answers."""
 
-    train: DataSource = Field(description="Pairs that the generator, the improver and the reward model are trained on.")
+    train: DataSource = Field(
+        description="Pairs that generator and improver are trained on, and scorer and judge on rows of their own."
+    )
     held_out: DataSource = Field(description="Pairs that no training ever reads; used for evaluation only.")
     dev_share: float = Field(
         0.5,
@@ -108,14 +110,23 @@ class SeedData(Section):
         "decontamination_ngram words in a row with a held-out prompt or a verifiable instruction: refuse all, or drop and count.",
     )
     train_limit: int | None = Field(
-        None, ge=2, description="Use a random subset of this many training pairs. None: all that the judge leaves."
+        None,
+        ge=2,
+        description="Use a random subset of this many training pairs. None: all that judge and scorer leave.",
     )
     judge_limit: int | None = Field(
         None,
         ge=2,
         description="At most this many pairs of `train` are set aside for the independent judge: generator, improver and scorer "
         "never read them. Where train_limit leaves fewer, training gives up pairs for it, down to half of all. None: a quarter "
-        "as many as train_limit, or of all pairs.",
+        "as many as train_limit, or of all pairs. Not read where judge.kind is `pretrained`.",
+    )
+    scorer_limit: int | None = Field(
+        None,
+        ge=2,
+        description="As judge_limit, for the scorer: its filter of the improver's examples would say nothing about pairs that it "
+        "was trained on. Judge and scorer together take half of all pairs at most, or what train_limit leaves. Not in the paper, "
+        "whose scorers are published ones. Read only where scorer.kind is `trained`.",
     )
     held_out_limit: int | None = Field(
         None, ge=2, description="Use this many held-out pairs, dev and test together. None: all."

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from resources.settings.data import EmbeddingModel
 from resources.settings.machine import ServerAccess
-from resources.settings.method import Sampling
+from resources.settings.method import PretrainedScorer, Sampling, TrainedScorer
 from resources.settings.sections import Section
 from resources.settings.training import Training
 
@@ -61,13 +61,10 @@ class JudgeServer(ServerAccess):
     )
 
 
-class Judge(Section):
-    """Who judges the held-out answers, besides the scorer: a reward model that no other training shares data with."""
+class JudgingSection(Section):
+    """What all independent judges have in common."""
 
-    training: Training = Field(
-        description="The training of the independent judge, from M_0 on the pairs of seed_data.judge_limit with another random "
-        "seed. Left out: that of the scorer. Not in the paper."
-    )
+    kind: str
     max_length: int = Field(
         ge=8, description="Longest prompt and answer that it reads, in tokens. Left out: that of the scorer."
     )
@@ -76,6 +73,39 @@ class Judge(Section):
         description="One more judge, asked in both orders; prompt_diversity also has it name topic and intention of each prompt "
         "compared. None: there is none.",
     )
+
+
+class TrainedJudge(JudgingSection):
+    """A reward model as independent judge, trained here on rows of the seed that no other training reads."""
+
+    kind: Literal["trained"] = "trained"
+    training: Training = Field(
+        description="The training of the independent judge, from M_0 on the pairs of seed_data.judge_limit with another random "
+        "seed. Left out: that of the scorer. Not in the paper."
+    )
+
+    @property
+    def scorer(self) -> TrainedScorer:
+        """How its scores are read."""
+        return TrainedScorer(training=self.training, max_length=self.max_length)
+
+
+class PretrainedJudge(JudgingSection):
+    """A published reward model as independent judge, which no part of the seed is set aside for."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    name: str = Field(
+        description="Id or directory of the published reward model, a sequence classifier with one output. Paper: GPT-4 Turbo."
+    )
+    revision: str | None = Field(None, description="Revision of the hub model named here. None: main.")
+
+    @property
+    def scorer(self) -> PretrainedScorer:
+        """How its scores are read."""
+        return PretrainedScorer(name=self.name, revision=self.revision, max_length=self.max_length)
+
+
+Judge = Annotated[TrainedJudge | PretrainedJudge, Field(discriminator="kind")]
 
 
 class Checks(Section):

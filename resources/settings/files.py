@@ -89,9 +89,10 @@ def _read(path: Path) -> dict[str, Any]:
     base = _read(preset_path(preset))
     merged = merge(base, values, [Settings])
     training = section_of(base, "scorer").get("training")
-    if training and "training" not in section_of(merged, "scorer"):
+    judge = section_of(merged, "judge")
+    if training and "training" not in section_of(merged, "scorer") and judge.get("kind", "trained") == "trained":
         # Another kind of scorer takes nothing from the preset's, but the judge is still trained as that would be.
-        merged["judge"] = {"training": training} | section_of(merged, "judge")
+        merged["judge"] = {"training": training} | judge
     return merged
 
 
@@ -113,10 +114,10 @@ def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
 
     sources = map(at, ("seed_data.train", "seed_data.held_out", "seed_data.verifiable", "keyword_pool.corpus"))
     models = map(at, ("initial_policy", "diversity.embedding_model"))
-    scorer = at("scorer")
+    published = [section for section in map(at, ("scorer", "judge")) if section.get("name")]
     named = [(source, "path") for source in sources if str(source.get("path", "")).endswith(SEED_DATA_SUFFIXES)]
     named += [(model, "name") for model in models if model.get("source") == "directory" and "name" in model]
-    named += [(scorer, "name")] if scorer.get("name") and (folder / str(scorer["name"])).is_dir() else []
+    named += [(section, "name") for section in published if (folder / str(section["name"])).is_dir()]
     named += [(at(place), name) for place, name in FILES if at(place).get(name)]
     for section, name in named:
         section[name] = str((folder / str(section[name])).resolve())

@@ -9,7 +9,16 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from resources.settings.data import InitialPolicy, KeywordPool, SeedData
-from resources.settings.evaluation import RULE_GAIN, Benchmarks, Checks, Diversity, Evaluation, Gate, Judge
+from resources.settings.evaluation import (
+    RULE_GAIN,
+    Benchmarks,
+    Checks,
+    Diversity,
+    Evaluation,
+    Gate,
+    Judge,
+    TrainedJudge,
+)
 from resources.settings.machine import Engine, Storage
 from resources.settings.method import (
     PreferenceOptimization,
@@ -44,7 +53,7 @@ class Settings(Section):
     preferences: Preferences
     preference_optimization: PreferenceOptimization
     evaluation: Evaluation
-    judge: Judge
+    judge: Judge = Field(description="`kind` is trained or pretrained; each has fields of its own.")
     engine: Engine = Field(default_factory=lambda: Engine.model_validate({}))
     training_processes: TrainingProcesses = Field(default_factory=lambda: TrainingProcesses.model_validate({}))
     storage: Storage = Field(default_factory=lambda: Storage.model_validate({}))
@@ -70,10 +79,11 @@ class Settings(Section):
         """What the section `judge` leaves out is as in the section `scorer`."""
         if not isinstance(values, dict) or not isinstance(values.get("judge", {}), dict):
             return values
-        scorer = section_of(values, "scorer")
-        shared = {name: scorer[name] for name in ("training", "max_length") if scorer.get(name) is not None}
+        scorer, judge = section_of(values, "scorer"), {"kind": "trained"} | section_of(values, "judge")
+        names = ("training", "max_length") if judge["kind"] == "trained" else ("max_length",)
+        shared = {name: scorer[name] for name in names if scorer.get(name) is not None}
         defaults = {"max_length": ScoringSection.model_fields["max_length"].default}
-        return values | {"judge": merge(defaults | shared, section_of(values, "judge"), [Judge])}
+        return values | {"judge": merge(defaults | shared, judge, [TrainedJudge])}
 
     @model_validator(mode="before")
     @classmethod
@@ -126,10 +136,11 @@ class Settings(Section):
     @property
     def trainings(self) -> list[Training]:
         """All training runs that the settings ask for."""
-        trainings = [self.prompt_generator.training, self.preference_optimization.training, self.judge.training]
+        trainings = [self.prompt_generator.training, self.preference_optimization.training]
         if self.trains_improver:
             trainings.append(self.response_improver.training)
-        return trainings + ([self.scorer.training] if isinstance(self.scorer, TrainedScorer) else [])
+        trainings += [self.scorer.training] if isinstance(self.scorer, TrainedScorer) else []
+        return trainings + ([self.judge.training] if isinstance(self.judge, TrainedJudge) else [])
 
     @property
     def trains_improver(self) -> bool:

@@ -33,13 +33,14 @@ class Rate:
 
 def sizes_of(settings: Settings, seed: pl.DataFrame, instructions: int) -> Sizes:
     """How much there is to do, in rows and tokens; `instructions` is the number of verifiable instructions."""
-    train, judge = (seed.filter(split=split) for split in ("train", "judge"))
+    train, judge, scorer = (seed.filter(split=split) for split in ("train", "judge", "scorer"))
     prompt, answer = (_tokens(" ".join(train[column])) / train.height for column in ("prompt", "answer"))
     keywords = generator_instruction(["keyword"] * settings.keyword_pool.keywords_per_set)[0]["content"]
     return Sizes(
         settings=settings,
         train=train.height,
         judge=judge.height,
+        scorer=scorer.height,
         held_out=seed.filter(pl.col("split").is_in(HELD_OUT)).height,
         instructions=instructions,
         asked=CHAT_TOKENS + prompt,

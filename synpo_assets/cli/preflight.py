@@ -49,6 +49,8 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> Non
     fetch_embedding_model(settings.diversity.embedding_model, settings.engine.trust_remote_code)
     if settings.scorer.kind != "trained":
         fetch_reward_model(settings.scorer, settings.engine.trust_remote_code)
+    if settings.judge.kind != "trained":
+        fetch_reward_model(settings.judge.scorer, settings.engine.trust_remote_code, "judge")
     # Only now is the size of a model known that had to be downloaded.
     check_disk(settings, home)
 
@@ -156,11 +158,12 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     disk = check_disk(settings, home)
     cached = cached_initial_policy(settings.initial_policy)
     device = prepare_device(settings.engine)
-    counts = {split: seed.filter(split=split).height for split in ("train", "judge", "held_out")}
+    counts = {split: seed.filter(split=split).height for split in ("train", "scorer", "judge", "held_out")}
     where = f"on this machine, {cached}" if cached else "not on this machine yet: the first run downloads it"
     facts = Table.grid(padding=(0, 2))
     facts.add_row("settings", f"valid (preset {settings.preset}), home {home}")
-    shares = f"{counts['train']} train, {counts['judge']} for the judge, {counts['held_out']} held out"
+    aside = "".join(f", {counts[split]} for the {split}" for split in ("scorer", "judge") if counts[split])
+    shares = f"{counts['train']} train{aside}, {counts['held_out']} held out"
     facts.add_row("seed", f"{shares}, {len(dropped)} dropped; {instructions} verifiable instructions")
     facts.add_row("M_0", f"{settings.initial_policy.name}, {where}")
     facts.add_row("device", f"{device}, {os.cpu_count()} cores")

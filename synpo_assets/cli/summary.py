@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from resources.common.text import asset_label, visible
+from resources.judging.judge_choice import INDEPENDENT
 from resources.storage.tables import ParquetTables
 from synpo_assets.graph.history import seconds_of
 from synpo_assets.graph.metrics import MetricName, Metrics, recorded
@@ -15,6 +16,7 @@ from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
 from synpo_assets.reports.texts import gain_text, number_text, rate_text, share_text
 from synpo_assets.stages.loop import promotion_refusal, promotion_verdict
+from synpo_assets.stages.scorers import judge_doubt
 
 # The win rates of each judge: whose over whom, and what is made equal. The last two show what form alone wins.
 COMPARED: tuple[tuple[str, MetricName, str, str], ...] = (
@@ -88,9 +90,10 @@ def _held_out(services: Services, iterations: int) -> Table:
     table.add_column("compared", no_wrap=True)
     for column in ("win rate", "prompts"):
         table.add_column(column, justify="right", no_wrap=True)
-    rewards, followings = [], []
+    rewards, followings, sentence = [], [], judge_doubt(services)
     for number in range(1, iterations + 1):
         measured = recorded(services.metrics, partition_key(number))
+        measured = measured.without_rates_by(INDEPENDENT) if sentence else measured
         for judge in dict.fromkeys(rate.by for rate in measured.every("win_rate")):
             whose = (f"M_{number}", judge)
             for what, metric, model, opponent in COMPARED:
@@ -109,4 +112,6 @@ def _held_out(services: Services, iterations: int) -> Table:
     table.caption = f"Mean reward by the scorer, M_0 → M_t: {', '.join(rewards)}."
     if followings:
         table.caption += f"\nVerifiable instructions followed, M_0 → M_t: {', '.join(followings)}."
+    if sentence:
+        table.caption += f"\n{sentence}"
     return table

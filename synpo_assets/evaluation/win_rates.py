@@ -2,14 +2,16 @@
 
 Paper (section 3): AlpacaEval 2, Arena-Hard and MT-Bench with a GPT-4 judge, and the Open LLM leaderboard.
 Here: the three models answer the held-out seed prompts, with a sampling of their own and as often as `evaluation.samples`
-says. A judge that took no part in training compares the answers: a reward model trained from M_0 on rows of the seed that
-nothing else reads, with another random seed. It needs no download, but it learned from the same kind of data as the scorer
-and starts from the same model, so it is a weaker witness than GPT-4; `judge.server` adds any model with OpenAI's chat API.
-The scorer's verdict is shown with theirs, marked as that of a judge that took part in training. A judge that reads two
-answers together reads them in both orders. Win rates come with intervals over prompts; as in AlpacaEval 2, controlled for
-length; and for the prompts where neither M_t's nor M_0's answer was cut at the token limit. Also as in AlpacaEval 2, two
-rows beside those of M_t show what form alone wins: M_0's answers trimmed to the first half of their sentences, and M_0's
-answers when it is asked for long ones. All is measured on two splits: the gate reads dev, tables report test.
+says. A judge that took no part in training compares the answers: by default a reward model trained from M_0 on rows of the
+seed that nothing else reads, with another random seed. It needs no download, but it learned from the same kind of data as the
+scorer and starts from the same model, so it is a weaker witness than GPT-4; `judge.server` adds any model with OpenAI's chat
+API. The scorer's verdict is shown with theirs, marked as that of a judge that took part in training. A judge that reads two
+answers together reads them in both orders. Where the independent judge is not right about held-out gold more often than
+chance (scorers.py), a sentence stands in place of its win rates. Win rates come with intervals over prompts; as in
+AlpacaEval 2, controlled for length; and for the prompts where neither M_t's nor M_0's answer was cut at the token limit. Also
+as in AlpacaEval 2, two rows beside those of M_t show what form alone wins: M_0's answers trimmed to the first half of their
+sentences, and M_0's answers when it is asked for long ones. All is measured on two splits: the gate reads dev, tables report
+test.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +22,7 @@ import polars as pl
 
 from resources.generation.language_model import Usage
 from resources.judging.judge import Judge
-from resources.judging.judge_choice import open_judges
+from resources.judging.judge_choice import INDEPENDENT, open_judges
 from resources.scoring.scorer import ScoringUsage
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
@@ -39,7 +41,7 @@ from synpo_assets.method.quality import answer_figures
 from synpo_assets.method.ranking import repeated_prompts
 from synpo_assets.method.seed import HELD_OUT
 from synpo_assets.method.templates import prompt_requests, verbose_message
-from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
+from synpo_assets.stages.scorers import comparison_tokens, judge_doubt, reads_answers_alone
 
 # Whose answers are compared with whose.
 COMPARISONS = (("candidate", "initial"), ("candidate", "previous"), ("trimmed", "initial"), ("verbose", "initial"))
@@ -99,6 +101,9 @@ def evaluation(
         "wins_by_ending": table_metadata(wins_by_ending(test, labels)),
     }
     shown = tables | {"judges": "; ".join(labels.values()), "score_convention": convention}
+    if sentence := judge_doubt(services):
+        labels_of_rates = [each.label for each in measured if each.by == INDEPENDENT and "win_rate" in each.metric]
+        shown |= {key: sentence for label in labels_of_rates for key in (label, f"{label}: 95 % interval")}
     return table_output(context, services, frame, measured, **shown, **made_by(model_checkpoint))
 
 

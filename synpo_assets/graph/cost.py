@@ -35,13 +35,14 @@ class Work:
 class Sizes:
     """How many rows there are and how long they are, in tokens; a prompt counts with its chat template.
 
-    `train`, `judge`, `held_out` (dev and test) and `instructions` count rows. `asked` and `gold` are the lengths of a prompt
-    and a gold answer, the last two those of the templates, without question and answer.
+    `train`, `judge`, `scorer`, `held_out` (dev and test) and `instructions` count rows. `asked` and `gold` are the lengths of a
+    prompt and a gold answer, the last two those of the templates, without question and answer.
     """
 
     settings: Settings
     train: int
     judge: int
+    scorer: int
     held_out: int
     instructions: int
     asked: float

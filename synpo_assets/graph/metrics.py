@@ -18,6 +18,7 @@ from resources.scoring.scorer import ScoringUsage
 from resources.storage.tables import ParquetTables
 from resources.training.job import TrainingSummary
 from synpo_assets.graph.tables import Table
+from synpo_assets.method.outcomes import outcomes, win_rate_interval
 from synpo_assets.method.seed import HELD_OUT
 
 ONCE = "once"
@@ -39,8 +40,8 @@ MetricName = Literal[
     "prompts_compared", "mean_similarity", "effective_clusters", "topics", "topic_entropy", "intentions",
     "intention_entropy", "not_labelled",
     # Responses, scorers and pairs.
-    "gold_better_share", "below_margin", "unchanged_share", "samples_per_prompt", "mean_margin_over_first_sample",
-    "held_out_accuracy", "held_out_pairs", "candidate_pairs", "mean_margin", "chosen_to_rejected_length",
+    "gold_better_share", "passing_share", "unchanged_share", "samples_per_prompt", "mean_margin_over_first_sample",
+    "held_out_accuracy", "candidate_pairs", "mean_margin", "chosen_to_rejected_length",
     "pairs_of_iteration",
     # Held-out prompts.
     "held_out_prompts", "held_out_reward", "win_rate", "length_controlled_win_rate", "pairs_alike_in_length", "wins", "ties",
@@ -70,10 +71,14 @@ class MetricRows(Table):
     iteration: int = pa.Field(ge=1, nullable=True, description="The iteration; empty for assets made once.")
     metric: str = pa.Field(isin=get_args(MetricName), description="What was measured.")
     of: str = pa.Field(
-        nullable=True, description="Whose it is: a model, a side of the pairs, a source of prompts, a reason."
+        nullable=True,
+        description="Whose it is: a model, a side or kind of pairs, a source of prompts, a reason.",
     )
     over: str = pa.Field(nullable=True, description="The model that it is compared with.")
-    by: str = pa.Field(nullable=True, description="The judge, the band of lengths, or the rule that it is taken over.")
+    by: str = pa.Field(
+        nullable=True,
+        description="The judge, what a judge goes by, the band of lengths, or the rule that it is taken over.",
+    )
     value: float = pa.Field(nullable=True, description="The value; empty: it could not be measured.")
     low: float = pa.Field(nullable=True, description="Lower end of its 95 % interval.")
     high: float = pa.Field(nullable=True, description="Upper end of its 95 % interval.")
@@ -148,6 +153,12 @@ class Metrics:
     def _of_split(self, split: str) -> pl.DataFrame:
         """What was measured on a split, or on none."""
         return self.frame.filter(pl.col("split").eq_missing(None) | (pl.col("split") == split))
+
+    def without_rates_by(self, judge: str) -> "Metrics":
+        """The same without the win rates of a judge that cannot judge; its counts of wins and losses stay."""
+        of_judge = (pl.col("by") == judge) & pl.col("metric").str.contains("win_rate")
+        shown = (pl.when(of_judge).then(None).otherwise(pl.col(name)).alias(name) for name in ("value", "low", "high"))
+        return Metrics(self.frame.with_columns(shown))
 
     @property
     def assets(self) -> set[str]:
@@ -240,6 +251,12 @@ def mean(values: pl.Series) -> float | None:
     """The mean of numbers, or the share of truths; None without any."""
     found = values.mean()
     return float(found) if isinstance(found, int | float) else None
+
+
+def share(metric: MetricName, true: pl.Series, of: str) -> Metric:
+    """The share of truths, with its score interval."""
+    low, high = win_rate_interval(outcomes(true.cast(pl.Int64) * 2 - 1)) or (None, None)
+    return Metric(metric, mean(true), of=of, low=low, high=high, n=len(true))
 
 
 def _rate(metric: MetricName, tokens: int, seconds: float) -> list[Metric]:

@@ -28,8 +28,9 @@ class SeedPairs(Table):
     prompt: str = _text("The instruction.")
     answer: str = _text("The gold answer.")
     split: str = pa.Field(
-        isin=["train", "judge", *HELD_OUT],
-        description="`judge` rows are read by the independent judge alone; `dev` and `test` rows are never trained on.",
+        isin=["train", "judge", "scorer", *HELD_OUT],
+        description="`judge` rows are read by the independent judge alone, `scorer` rows by the scorer alone; `dev` and `test` "
+        "rows are never trained on.",
     )
     line: int = pa.Field(ge=1, description="Line of the source file.")
 
@@ -124,6 +125,9 @@ class SeedResponses(Responses):
     answer_score: float = pa.Field(description="The scorer's value of the gold answer.")
     response_score: float = pa.Field(description="The scorer's value of the policy's answer.")
     margin: float = pa.Field(description="answer_score - response_score.")
+    other_margin: float = pa.Field(
+        description="What the margin would be with the gold answer of another prompt in the place of this one's."
+    )
     scorer_sha: str = _id("sha of the scorer.")
 
 

@@ -7,6 +7,7 @@ the report can be made again at any time without a model.
 import dagster as dg
 
 from resources.common.errors import FinalError
+from resources.judging.judge_choice import INDEPENDENT
 from resources.storage.files import json_sha256, write_atomically
 from resources.training.losses import loss_module
 from synpo_assets.graph.history import data_version_of, seconds_of
@@ -14,10 +15,11 @@ from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.presentation import versions_table, written_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import STATE_TAG, Stage
-from synpo_assets.reports.page import report_html, sample_pairs
+from synpo_assets.reports.page import judging_rows, report_html, sample_pairs
 from synpo_assets.reports.plots import draw_plots
 from synpo_assets.reports.rows import FinishedIteration, Row, report_notes, report_rows
 from synpo_assets.stages.loop import promotion_verdict
+from synpo_assets.stages.scorers import judge_doubt
 
 READ_ASSETS = ("preference_pairs", "model_checkpoint", "evaluation", "promotion")
 
@@ -33,12 +35,13 @@ def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourcePara
         )
     iterations = [read_iteration(context.instance, services, key) for key in finished]
     drawn, rows, notes = draw_plots(iterations), report_rows(iterations), report_notes(iterations, unfinished)
+    judging = judging_rows(recorded(services.metrics, None))
     path = services.home / "reports" / "boosting_report.html"
-    write_atomically(path, report_html(iterations, rows, drawn, notes).encode())
+    write_atomically(path, report_html(iterations, rows, drawn, notes, judging).encode())
     return written_output(
         context,
         services,
-        _content_version(iterations, rows, notes),
+        _content_version(iterations, rows, [*notes, *map(str, judging)]),
         path=dg.MetadataValue.path(path),
         iterations=", ".join(finished),
         notes=" ".join(notes) or "none",
@@ -70,18 +73,19 @@ def iterations_of(instance: dg.DagsterInstance, services: Services) -> tuple[lis
 
 def read_iteration(instance: dg.DagsterInstance, services: Services, key: str) -> FinishedIteration:
     """What is known of a finished iteration; its checkpoints may be gone."""
-    metrics = recorded(services.metrics, key)
+    metrics, sentence = recorded(services.metrics, key), judge_doubt(services)
     manifest = services.checkpoints.manifest("model_checkpoint", key) or {}
     refused = (promoted := metrics.find("promoted", "candidate")) is not None and not promoted.value
     return FinishedIteration(
         key=key,
-        metrics=metrics,
+        metrics=metrics.without_rates_by(INDEPENDENT) if sentence else metrics,
         seconds=sum(seconds_of(instance, asset, key) for asset in metrics.assets),
         pairs=services.tables.read("preference_pairs", key),
         training_log=services.checkpoints.training_log("model_checkpoint", key),
         reward_axis=loss_module(services.settings.preference_optimization.loss.kind).REWARD_AXIS,
         manifest=manifest,
         refusal=promotion_verdict(services, key) if refused else None,
+        judge_doubt=sentence,
     )
 
 

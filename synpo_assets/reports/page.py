@@ -9,14 +9,22 @@ import polars as pl
 
 from resources.common.text import visible
 from synpo_assets.graph.drawing import Plot
+from synpo_assets.graph.metrics import Metrics
+from synpo_assets.method.judging import KINDS
 from synpo_assets.reports.rows import FinishedIteration, Row, judge_labels
+from synpo_assets.reports.texts import count_text, rate_text
+from synpo_assets.stages.scorers import NULLS
 
 FOLDER = Path(__file__).parent
 SHOWN_CHARACTERS = 4000
 
 
 def report_html(
-    iterations: Sequence[FinishedIteration], rows: Sequence[Row], plots: Sequence[Plot], notes: Sequence[str]
+    iterations: Sequence[FinishedIteration],
+    rows: Sequence[Row],
+    plots: Sequence[Plot],
+    notes: Sequence[str],
+    judging: Sequence[Sequence[str]] = (),
 ) -> str:
     """The report as one page without scripts, links or outside resources; every text in it is escaped.
 
@@ -25,6 +33,7 @@ def report_html(
         rows: The table.
         plots: The pictures.
         notes: Sentences about what is missing.
+        judging: How often judge and scorer are right about held-out pairs, by kind.
     """
     template = _environment().get_template("boosting_report.html.jinja")
     return template.render(
@@ -32,6 +41,7 @@ def report_html(
         rows=rows,
         plots=plots,
         notes=notes,
+        judging=judging,
         judges=judge_labels(iterations),
         samples={iteration.key: sample_pairs(iteration.pairs) for iteration in reversed(iterations)},
     )
@@ -53,6 +63,18 @@ def sample_pairs(pairs: pl.DataFrame) -> list[dict[str, Any]]:
         figures = {name: row[name] for name in ("pair_id", "margin", "chosen_score", "rejected_score")}
         samples.append({"place": distinct[place], **figures, **texts})
     return samples
+
+
+def judging_rows(once: Metrics) -> list[tuple[str, ...]]:
+    """By kind of held-out pairs: their number, how often judge and scorer are right, and who cannot read."""
+    rows = []
+    for kind, label in KINDS.items():
+        judge, scorer = (once.find("held_out_accuracy", kind, asset=asset) for asset in ("judge_model", "reward_model"))
+        if judge is not None:
+            nulls = (once.find("held_out_accuracy", kind, by=by, asset="judge_model") for by in NULLS.values())
+            shares = map(rate_text, (judge, scorer, *nulls))
+            rows.append((label, count_text(judge.n), *shares))
+    return rows
 
 
 def shortened(text: str) -> str:

@@ -6,9 +6,11 @@ from typing import Any, Unpack
 
 import polars as pl
 
+from resources.judging.judge_choice import INDEPENDENT
 from resources.training.history import last_quarter
 from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName, Metrics, Which
 from synpo_assets.method.evaluation import LENGTH_BANDS
+from synpo_assets.method.judging import ANOTHER_GOLD
 from synpo_assets.reports.texts import (
     MISSING,
     count_text,
@@ -32,6 +34,8 @@ ENDED_LABELS = {
     "both_ended": "both ended", "only_candidate_ended": "only M_t ended", "only_initial_ended": "only M_0 ended",
     "neither_ended": "neither ended",
 }  # fmt: skip
+# In place of a win rate; a note says it in full.
+AT_CHANCE = "judge at chance"
 PROMOTED = {True: "yes", False: "no", None: MISSING}
 
 
@@ -48,6 +52,7 @@ class FinishedIteration:
         reward_axis: What the logged rewards are, which depends on the loss.
         manifest: The manifest of M_t; empty if the checkpoint is gone.
         refusal: Why M_t was not promoted, as a sentence; None if it was, or was not judged.
+        judge_doubt: Why the independent judge's win rates say nothing and are left out, as a sentence; None if they are not.
     """
 
     key: str
@@ -58,6 +63,7 @@ class FinishedIteration:
     reward_axis: str
     manifest: Mapping[str, Any]
     refusal: str | None
+    judge_doubt: str | None = None
 
     @property
     def sha(self) -> str | None:
@@ -129,6 +135,7 @@ def report_notes(iterations: Sequence[FinishedIteration], unfinished: Sequence[s
         for iteration in iterations
         if not iteration.rewards
     ]
+    notes += dict.fromkeys(iteration.judge_doubt for iteration in iterations if iteration.judge_doubt)
     for iteration in iterations:
         notes += dict.fromkeys(_extrapolations(iteration))
     notes += [iteration.refusal for iteration in iterations if iteration.refusal]
@@ -174,6 +181,9 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
     for metric in ("topics", "intentions"):
         for source, what in PROMPT_SOURCES.items():
             yield "Prompts", f"{metric} of {what}, named by a judge", _of(metric, count_text, source)
+    for whose, what in {"gold": "gold answers", ANOTHER_GOLD: "gold answers of other prompts"}.items():
+        label = f"{what} that pass the improver's filter, 95 % interval"
+        yield "Pairs", label, lambda it, whose=whose: rate_text(it.metrics.find("passing_share", whose))  # type: ignore[misc]
     yield "Pairs", "mean margin of scores", _of("mean_margin", number_text)
     yield "Pairs", "chosen length / rejected length", _of("chosen_to_rejected_length", number_text)
     yield "Pairs", "reward margin, last quarter of training", _last_quarter("rewards/margins", number_text)
@@ -223,7 +233,11 @@ def _win_rates(judge: str, opponent: str, compared: str) -> Iterator[tuple[str, 
         values = [iteration.metrics.value(name, **where) for name in names]
         return MISSING if values[0] is None else ", ".join(map(count_text, values))
 
-    yield "Held-out", f"{compared}: win rate, 95 % interval", lambda it: rate_text(it.metrics.find("win_rate", **where))
+    def rate(iteration: FinishedIteration) -> str:
+        doubted = judge == INDEPENDENT and iteration.judge_doubt is not None
+        return AT_CHANCE if doubted else rate_text(iteration.metrics.find("win_rate", **where))
+
+    yield "Held-out", f"{compared}: win rate, 95 % interval", rate
     # What a cut answer loses is no matter of content.
     label = f"{compared}: win rate where both answers ended, 95 % interval"
     yield "Held-out", label, lambda it: _rate_of_some(it.metrics.find("win_rate_both_ended", **where))

@@ -242,7 +242,9 @@ class _Home:
         if row.get("split") in HELD_OUT:
             trained = []
         elif split := row.get("split"):
-            trained = [node for node in trained if (node.id == "judge_model") == (split == "judge")]
+            # What is set aside for one model is read by no other.
+            aside = {"judge": "judge_model", "scorer": "reward_model"}
+            trained = [node for node in trained if aside.get(split) == (node.id if node.id in aside.values() else None)]
         return Node(kind, row[links.identity], facts, table, run_id, note, made_from, trained)
 
     def _follow(self, kind: str, asset: str, whole: str, key: str | None, text: str | None = None) -> Node:

@@ -4,7 +4,9 @@ Paper (section 2.2, algorithm 1 lines 2 to 4): the policy M_{t-1} answers the se
 by a margin, (prompt, own answer) -> gold trains the response improver R_t, from M_0 in every iteration. R_t then
 rewrites the policy's answers to the synthetic prompts. M_0's answers to them become the rejected side.
 Here: the same, with `preferences.rejected_from` as a setting because the paper states it in two ways. At t = 1 the
-policy is M_0, so its answers are found in the shards and not generated twice.
+policy is M_0, so its answers to synthetic prompts are found in the shards and not generated twice. A scorer that is trained
+here never saw the seed rows that are filtered (scorers.py), and how many gold answers pass stands beside how many would pass
+in whose place gold of another prompt is scored: if these are as many, the filter knows nothing of what was asked.
 """
 
 import dagster as dg
@@ -20,11 +22,15 @@ from synpo_assets.graph.presentation import checkpoint_output, made_by, table_ou
 from synpo_assets.graph.schemas import RefinedResponses, Responses, SeedResponses
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
+from synpo_assets.method.judging import ANOTHER_GOLD, other_answers
 from synpo_assets.method.responses import response_table
 from synpo_assets.method.templates import improver_instruction
 from synpo_assets.stages.responses import answer_prompts
 from synpo_assets.stages.scorers import comparison_tokens
 from synpo_assets.stages.training import train_from_initial
+
+# Whose margin over the policy's answer stands in which column.
+MARGINS = {"gold": "margin", ANOTHER_GOLD: "other_margin"}
 
 
 @Stage(
@@ -56,8 +62,8 @@ def rejected_responses(
     reads=("responses", "scorer.convention", "scorer.max_length"),
     samplings=lambda settings: [settings.responses.sampling],
     cost=lambda sizes: [
-        Work("generate", sizes.train * sizes.written, later_only=True),
-        Work("score", sizes.train * comparison_tokens(sizes, sizes.gold, sizes.written)),
+        Work("generate", sizes.train * sizes.written),
+        Work("score", 2 * sizes.train * comparison_tokens(sizes, sizes.gold, sizes.written)),
     ],
     made_from={"prompt_id": "seed_pairs"},
 )
@@ -71,15 +77,18 @@ def seed_responses(
     """M_{t-1}'s answers to the seed prompts, scored in comparison with the gold answers (algorithm 1, line 2)."""
     seed = seed_pairs.filter(split="train").select("prompt_id", "prompt", "answer")
     frame, usage = answer_prompts(context, services, seed, policy)
-    compared = services.scorer.compare(reward_model, frame.select("prompt", "answer", "response").rows())
+    others = frame.with_columns(answer=pl.Series(other_answers(frame["answer"].to_list()), dtype=pl.String))
+    rows = pl.concat([frame, others]).select("prompt", "answer", "response").rows()
+    compared = services.scorer.compare(reward_model, rows)
     scored = frame.with_columns(
-        answer_score=compared.first_scores,
-        response_score=compared.second_scores,
-        margin=compared.margins,
+        answer_score=compared.first_scores.head(frame.height),
+        response_score=compared.second_scores.head(frame.height),
+        margin=compared.margins.head(frame.height),
+        other_margin=compared.margins.tail(frame.height),
         scorer_sha=pl.lit(reward_model.sha),
     )
-    better = Metric("gold_better_share", metrics.mean(scored["margin"] > 0), n=scored.height)
-    measured = [better, *metrics.generating(usage), *metrics.scoring(compared.usage)]
+    better = [metrics.share("gold_better_share", scored[column] > 0, whose) for whose, column in MARGINS.items()]
+    measured = [*better, *metrics.generating(usage), *metrics.scoring(compared.usage)]
     return table_output(context, services, scored, measured, score_convention=compared.convention, **made_by(policy))
 
 
@@ -115,8 +124,11 @@ def response_improver(
     made, summary = train_from_initial(
         context, services, "supervised", initial_policy, examples, training, random_seed, seed_responses=seed_responses
     )
-    below = Metric("below_margin", seed_responses.height - valid.height, n=seed_responses.height)
-    return checkpoint_output(context, services, made, [below, *metrics.training(summary)], **training_log(summary))
+    passing = [
+        metrics.share("passing_share", seed_responses[column] > options.margin_threshold, whose)
+        for whose, column in MARGINS.items()
+    ]
+    return checkpoint_output(context, services, made, [*passing, *metrics.training(summary)], **training_log(summary))
 
 
 @Stage(

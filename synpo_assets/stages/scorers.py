@@ -1,9 +1,18 @@
 """The scorer F that filters pairs, and the judge that takes no part in training.
 
 Paper (section 2.3): PairRM or ArmoRM score the two sides of a pair; GPT-4 judges the result (section 3).
-Here: by default the scorer is a Bradley-Terry reward model trained on the seed (gold over M_0's own answer), which needs no
-download; PairRM and ArmoRM are settings. The judge is such a model too, always trained here, on rows of the seed that
-nothing else reads and with another random seed, so that the two do not share first weights and order of examples.
+Here: by default the scorer is a Bradley-Terry reward model trained on the seed, which needs no download; PairRM and ArmoRM
+are settings. The judge is such a model too, with another random seed, or a published reward model. What is trained here
+reads rows of the seed that nothing else reads:
+
+- The judge, because it must not share data with what it judges.
+- The scorer, because it also filters the improver's examples (improver.py): on its own training rows nearly all gold passes,
+  and the filter says nothing. Two half scorers, each for the rows that the other was trained on, would read every row, but
+  they cost a second training and a second checkpoint, have half the rows each, and their scores are in different units. So
+  rows of its own it is: they are lost to generator and improver. Where `train_limit` leaves rows unused, they cost nothing.
+
+Both learn that gold is better than M_0's answer, than gold of another prompt, and than damaged gold; what was cut is
+trimmed first. On held-out pairs of each kind their accuracy is reported beside that of judges that cannot read.
 """
 
 import dagster as dg
@@ -13,20 +22,33 @@ from resources.generation.language_model import Usage
 from resources.judging.judge_choice import judge_scorer
 from resources.scoring.published import fetch_reward_model
 from resources.scoring.scorer import SCORERS, RewardScorer
+from resources.settings.method import Scorer
 from resources.settings.settings import Settings
 from resources.settings.training import Training
 from resources.storage.checkpoint_store import Checkpoint
+from resources.storage.tables import table_metadata
 from resources.training.job import TrainingSummary
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work, training_work
-from synpo_assets.graph.metrics import Metric
+from synpo_assets.graph.metrics import Metric, recorded
 from synpo_assets.graph.presentation import checkpoint_output, training_log
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
-from synpo_assets.method.cut import whole_answers
+from synpo_assets.method.damage import DAMAGES
+from synpo_assets.method.judging import (
+    BOTH_ENDED,
+    TRAINED_PAIRS,
+    accuracy_by_kind,
+    doubt,
+    held_out_pairs,
+    training_pairs,
+)
 from synpo_assets.method.seed import HELD_OUT
 from synpo_assets.method.templates import prompt_requests
 from synpo_assets.stages.training import train_from_initial
+
+# The columns of the accuracy of judges that cannot read, and what they are called.
+NULLS = {"length_alone": "length alone", "ending_alone": "ending alone"}
 
 
 def reads_answers_alone(settings: Settings) -> bool:
@@ -41,14 +63,26 @@ def comparison_tokens(sizes: Sizes, first: float, second: float, judging: bool =
     return sum(sizes.asked + sum(lengths[side] for side in sides) for sides in convention.readings)
 
 
+def _made_cost(sizes: Sizes, training: Training | None, rows: int, scoring: float) -> list[Work]:
+    """What it takes to train a model on so many rows of the seed, and to try it on the held-out ones."""
+    length = 2 * sizes.asked + sizes.gold + sizes.written
+    trained = [training_work(training, TRAINED_PAIRS * rows, length)] if training else []
+    return [*trained, Work("generate", (rows + sizes.held_out) * sizes.written), Work("score", scoring)]
+
+
 def _reward_model_cost(sizes: Sizes) -> list[Work]:
-    scorer, length = sizes.settings.scorer, 2 * sizes.asked + sizes.gold + sizes.written
-    training = [training_work(scorer.training, sizes.train, length)] if scorer.kind == "trained" else []
-    return [
-        *training,
-        Work("generate", (sizes.train + sizes.held_out) * sizes.written),
-        Work("score", sizes.held_out * comparison_tokens(sizes, sizes.gold, sizes.written)),
-    ]
+    scorer = sizes.settings.scorer
+    training = scorer.training if scorer.kind == "trained" else None
+    if reads_answers_alone(sizes.settings):
+        return _made_cost(sizes, training, sizes.scorer, _held_out_tokens(sizes))
+    pairs = 2 * comparison_tokens(sizes, sizes.gold, sizes.written, judging=True)
+    pairs += (1 + len(DAMAGES)) * comparison_tokens(sizes, sizes.gold, sizes.gold, judging=True)
+    return _made_cost(sizes, training, sizes.scorer, sizes.held_out * pairs)
+
+
+def _held_out_tokens(sizes: Sizes) -> float:
+    """What a reward model reads of the held-out pairs: M_0's answers whole and trimmed, gold, another gold and its damages."""
+    return sizes.held_out * (2 * (sizes.asked + sizes.written) + (2 + len(DAMAGES)) * (sizes.asked + sizes.gold))
 
 
 @Stage(
@@ -66,26 +100,19 @@ def reward_model(
     seed_pairs: pl.DataFrame,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[Checkpoint]:
-    """The scorer F: trained on gold over M_0's own answers, or a published reward model (paper, section 2.3)."""
+    """The scorer F: trained on rows of the seed of its own, or a published reward model (paper, section 2.3)."""
     settings = services.settings
-    compared, usage = _seed_answers(services, initial_policy, seed_pairs, "train")
-    if settings.scorer.kind == "trained":
-        made, summary = _train(
-            context, services, initial_policy, seed_pairs, compared, settings.scorer.training, settings.random_seed
-        )
-    else:
-        weights, origin = fetch_reward_model(settings.scorer, settings.engine.trust_remote_code)
-        made, summary = services.checkpoints.adopt(context, weights, origin), None
-    return _scorer_output(context, services, made, summary, services.scorer, compared, usage)
+    answered, usage = _seed_answers(services, initial_policy, seed_pairs, "scorer")
+    made, summary = _made(
+        context, services, initial_policy, seed_pairs, answered, settings.scorer, settings.random_seed, "scorer"
+    )
+    return _scorer_output(context, services, made, summary, services.scorer, answered, usage)
 
 
 def _judge_model_cost(sizes: Sizes) -> list[Work]:
-    length = 2 * sizes.asked + sizes.gold + sizes.written
-    return [
-        training_work(sizes.settings.judge.training, sizes.judge, length),
-        Work("generate", sizes.judge * sizes.written),
-        Work("score", sizes.held_out * length),
-    ]
+    judge = sizes.settings.judge
+    training = judge.training if judge.kind == "trained" else None
+    return _made_cost(sizes, training, sizes.judge, _held_out_tokens(sizes))
 
 
 @Stage(
@@ -93,7 +120,7 @@ def _judge_model_cost(sizes: Sizes) -> list[Work]:
     checkpoint=True,
     once=True,
     work=("generates", "trains", "scores"),
-    reads=("judge.training", "judge.max_length", "responses"),
+    reads=("judge.scorer", "responses"),
     samplings=lambda settings: [settings.responses.sampling],
     cost=_judge_model_cost,
 )
@@ -103,39 +130,51 @@ def judge_model(
     seed_pairs: pl.DataFrame,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[Checkpoint]:
-    """The independent judge: gold over M_0's own answers, on rows of the seed that no other training reads."""
-    settings = services.settings
-    compared, usage = _seed_answers(services, initial_policy, seed_pairs, "judge")
-    made, summary = _train(
-        context, services, initial_policy, seed_pairs, compared, settings.judge.training, settings.random_seed + 1
+    """The independent judge: trained on rows of the seed that no other training reads, or a published reward model."""
+    judge = judge_scorer(services.settings.judge, services.scorer)
+    answered, usage = _seed_answers(services, initial_policy, seed_pairs, "judge")
+    random_seed = services.settings.random_seed + 1
+    made, summary = _made(
+        context, services, initial_policy, seed_pairs, answered, services.settings.judge.scorer, random_seed, "judge"
     )
-    judge = judge_scorer(settings.judge, services.scorer)
-    return _scorer_output(context, services, made, summary, judge, compared, usage)
+    return _scorer_output(context, services, made, summary, judge, answered, usage)
+
+
+def judge_doubt(services: Services) -> str | None:
+    """Why the independent judge's win rates say nothing, as a sentence; None if it can judge, or was never tried."""
+    found = recorded(services.metrics, None).find("held_out_accuracy", BOTH_ENDED, asset="judge_model")
+    return doubt(found.value, found.low, found.high, found.n) if found else None
 
 
 def _seed_answers(
     services: Services, initial_policy: Checkpoint, seed_pairs: pl.DataFrame, split: str
 ) -> tuple[pl.DataFrame, Usage]:
-    """M_0's own answers (`response`): to one split, on which gold is learned over them, and to the held-out prompts."""
-    compared = seed_pairs.filter(pl.col("split").is_in([split, *HELD_OUT]))
+    """M_0's answers (`response`) to the rows set aside for a model, and to dev and test, and whether they were cut."""
+    asked = seed_pairs.filter(pl.col("split").is_in([split, *HELD_OUT]))
     sampling = services.settings.responses.sampling
-    written, usage = services.language_model.answer(initial_policy, prompt_requests(compared), sampling)
-    return compared.with_columns(response=whole_answers(written)), usage
+    written, usage = services.language_model.answer(initial_policy, prompt_requests(asked), sampling)
+    return asked.with_columns(
+        response=written["text"].str.strip_chars(), cut=written["finish_reason"] == "length"
+    ), usage
 
 
-def _train(
+def _made(
     context: dg.AssetExecutionContext,
     services: Services,
     initial_policy: Checkpoint,
     seed_pairs: pl.DataFrame,
-    compared: pl.DataFrame,
-    training: Training,
+    answered: pl.DataFrame,
+    scorer: Scorer,
     random_seed: int,
-) -> tuple[Checkpoint, TrainingSummary]:
-    """A reward model from M_0 on gold over its own answers."""
-    pairs = compared.filter(~pl.col("split").is_in(HELD_OUT)).select("prompt", "answer", "response").rows()
+    section: str,
+) -> tuple[Checkpoint, TrainingSummary | None]:
+    """A reward model from M_0 on gold over worse answers, or the published one that the section names."""
+    if scorer.kind != "trained":
+        weights, origin = fetch_reward_model(scorer, services.settings.engine.trust_remote_code, section)
+        return services.checkpoints.adopt(context, weights, origin), None
+    pairs = training_pairs(answered.filter(~pl.col("split").is_in(HELD_OUT)), random_seed)
     return train_from_initial(
-        context, services, "reward", initial_policy, pairs, training, random_seed, seed_pairs=seed_pairs
+        context, services, "reward", initial_policy, pairs, scorer.training, random_seed, seed_pairs=seed_pairs
     )
 
 
@@ -145,17 +184,27 @@ def _scorer_output(
     made: Checkpoint,
     summary: TrainingSummary | None,
     scorer: RewardScorer,
-    compared: pl.DataFrame,
+    answered: pl.DataFrame,
     usage: Usage,
 ) -> dg.Output[Checkpoint]:
-    """The model with its accuracy on held-out pairs that it was not trained on."""
-    held_out = compared.filter(pl.col("split").is_in(HELD_OUT)).select("prompt", "answer", "response").rows()
-    judged = scorer.compare(made, held_out)
+    """The model with its accuracy on held-out pairs of each kind, which it was not trained on."""
+    pairs = held_out_pairs(answered.filter(pl.col("split").is_in(HELD_OUT)), services.settings.random_seed)
+    judged = scorer.compare(made, pairs.select("prompt", "better", "worse").rows(), judging=True)
+    accuracy = accuracy_by_kind(pairs, judged.margins)
     measured = [
-        Metric("held_out_accuracy", metrics.mean(judged.margins > 0), n=len(held_out)),
+        *_accuracy_metrics(accuracy),
         *metrics.generating(usage),
         *(metrics.training(summary) if summary else []),
         *metrics.scoring(judged.usage),
     ]
-    shown = training_log(summary) if summary else {}
+    shown = {"held_out_accuracy": table_metadata(accuracy)} | (training_log(summary) if summary else {})
     return checkpoint_output(context, services, made, measured, score_convention=judged.convention, **shown)
+
+
+def _accuracy_metrics(accuracy: pl.DataFrame) -> list[Metric]:
+    measured = []
+    for row in accuracy.iter_rows(named=True):
+        whose = {"of": row["kind"], "n": row["pairs"]}
+        measured.append(Metric("held_out_accuracy", row["accuracy"], low=row["low"], high=row["high"], **whose))
+        measured += [Metric("held_out_accuracy", row[column], by=label, **whose) for column, label in NULLS.items()]
+    return measured

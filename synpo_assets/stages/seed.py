@@ -3,9 +3,9 @@
 Paper (sections 2 and 3.1): M_0 is an SFT model; the seed is 18,000 prompts with gold answers; the keyword pool holds
 keywords of 1,000,000 RefinedWeb paragraphs, three of one paragraph each.
 Here: all three are settings. Held-out pairs that no training reads are required beside the seed, because the paper does not
-say what its runs were validated on. They are split once more: the gate, and whoever searches for settings, reads dev; tables report
-test. Some of the seed is set aside for a judge that shares no data with any
-other training. Where the paper drops a list of keywords that holds a personal name or
+say what its runs were validated on. They are split once more: the gate, and whoever searches for settings, reads dev; tables
+report test. Some of the seed is set aside for a judge and a scorer that are trained here and share no data with any other
+training. Where the paper drops a list of keywords that holds a personal name or
 a stopword, we drop the word.
 """
 
@@ -22,7 +22,6 @@ import dagster as dg
 import polars as pl
 
 from resources.models.model_source import fetch_initial_policy
-from resources.settings.data import SeedData
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
@@ -52,10 +51,14 @@ def initial_policy(context: dg.AssetExecutionContext, services: dg.ResourceParam
 
 
 @Stage(
-    SeedPairs, group="seed", once=True, kinds=("polars",), reads=("seed_data", "prompt_generator.decontamination_ngram")
+    SeedPairs,
+    group="seed",
+    once=True,
+    kinds=("polars",),
+    reads=("seed_data", "prompt_generator.decontamination_ngram", "scorer.kind", "judge.kind"),
 )
 def seed_pairs(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.Output[pl.DataFrame]:
-    """The seed: prompts with gold answers, rows for the judge alone, and dev and test, which no training reads (3.1)."""
+    """The seed: prompts with gold answers, rows for judge and scorer alone, and dev and test, which no training reads (3.1)."""
     frame, dropped = seed_table(services.settings)
     splits = [
         Metric("split_rows", rows, of=split) for split, rows in frame["split"].value_counts(sort=True).iter_rows()
@@ -141,12 +144,13 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
         raise SettingsError(
             f"seed_data.held_out has {len(evaluated)} usable rows; at least 2 are needed, one for dev and one for test."
         )
-    train_count, judge_count = _train_and_judge(seed, len(usable["train"]))
-    trained_on = _sample(usable["train"], train_count, f"{settings.random_seed}:train")
-    read = {row["prompt_id"] for row in trained_on}
-    left = [row for row in usable["train"] if row["prompt_id"] not in read]
-    set_aside = [row | {"split": "judge"} for row in _sample(left, judge_count, f"{settings.random_seed}:judge")]
-    return pl.DataFrame([*trained_on, *set_aside, *evaluated], schema=SeedPairs.empty().schema), bad
+    left, chosen = usable["train"], list[dict[str, Any]]()
+    for split, count in _split_sizes(settings, len(left)).items():
+        rows = _sample(left, count, f"{settings.random_seed}:{split}")
+        chosen += [row | {"split": split} for row in rows]
+        read = {row["prompt_id"] for row in rows}
+        left = [row for row in left if row["prompt_id"] not in read]
+    return pl.DataFrame([*chosen, *evaluated], schema=SeedPairs.empty().schema), bad
 
 
 def _dev_and_test(held_out: list[dict[str, Any]], settings: Settings) -> tuple[list[dict[str, Any]], list[BadRow]]:
@@ -182,15 +186,23 @@ def _with_splits(rows: list[dict[str, Any]], settings: Settings) -> list[dict[st
     return [row | {"split": "dev" if row["prompt_id"] in dev else "test"} for row in rows]
 
 
-def _train_and_judge(seed: SeedData, usable: int) -> tuple[int, int]:
-    """How many usable rows of the training file are trained on, and how many are set aside for the judge."""
-    if usable < 4:
-        raise SettingsError(
-            f"seed_data.train has {usable} usable rows; at least 4 are needed, 2 of them for the independent judge."
-        )
+def _split_sizes(settings: Settings, usable: int) -> dict[str, int]:
+    """How many usable rows of the training file are trained on, and how many are set aside for a judge and a scorer."""
+    seed, limits = settings.seed_data, dict[str, int | None]()
+    if settings.judge.kind == "trained":
+        limits["judge"] = seed.judge_limit
+    if settings.scorer.kind == "trained":
+        limits["scorer"] = seed.scorer_limit
+    if usable < (least := max(4, 4 * len(limits))):
+        whose = ", 2 of them for ".join(["", *(f"the {split}" for split in limits)])
+        raise SettingsError(f"seed_data.train has {usable} usable rows; at least {least} are needed{whose}.")
     wanted = min(seed.train_limit or usable, usable)
-    judge = min(seed.judge_limit or max(wanted // 4, 2), max(usable - wanted, usable // 2))
-    return min(wanted, usable - judge), judge
+    wishes = {split: limit or max(wanted // 4, 2) for split, limit in limits.items()}
+    spare, aside = max(usable - wanted, usable // 2), dict[str, int]()
+    # Who wants least goes first, so that nobody gets less than an equal share because another wants much.
+    for split in sorted(wishes, key=lambda split: wishes[split]):
+        aside[split] = min(wishes[split], (spare - sum(aside.values())) // (len(wishes) - len(aside)))
+    return {"train": min(wanted, usable - sum(aside.values()))} | {split: aside[split] for split in wishes}
 
 
 def _sample(rows: list[dict[str, Any]], limit: int | None, random_seed: str) -> list[dict[str, Any]]:

@@ -1,0 +1,218 @@
+"""Answers made worse in one known way, by their text alone (not in the paper).
+
+A judge that has seen gold only beside M_0's answers learns what M_0 writes like, and one that has seen it beside cut answers
+learns what a cut looks like. Here gold itself is made worse: it keeps its style, and it ends as before, so that neither
+tells the two apart. Each damage is deterministic under a seed, and whether it applies to a text does not depend on the seed.
+"""
+
+import itertools
+import random
+import re
+from collections.abc import Callable, Mapping
+
+MARKER = re.compile(r"\s*(?:[-*•]|(\d+)[.)])\s+")
+SENTENCE_END = re.compile(r"(?<=[.!?])(?P<quote>[\"')\]]*)(?P<gap> +)(?=[\"'(\[]?[A-Z0-9])")
+NUMBER = re.compile(r"(?<![\w.])\d+(?!\w)")
+WORD = re.compile(r"(?<!\w)[^\W\d_]{4,}(?!\w)")
+FEWEST_WORDS = 3
+
+
+def lost_item(text: str, _other: str, draw: random.Random) -> str | None:
+    r"""Leaves out one item of a list, or one sentence; the items that are left are numbered anew.
+
+    Examples:
+        >>> damaged("lost_item", "1. Boil water\n2. Add tea\n3. Wait", "", seed=0)
+        '1. Boil water\n2. Add tea'
+    """
+    parts, gap = parts_of(text)
+    places = [place for place in range(len(parts)) if ending(gap.join(_without(parts, place))) == ending(text)]
+    return gap.join(_renumbered(_without(parts, draw.choice(places)))) if len(parts) > 1 and places else None
+
+
+def shortened(text: str, _other: str, _draw: random.Random) -> str | None:
+    """Keeps the first half of the items or sentences, or fewer.
+
+    Examples:
+        >>> damaged("shortened", "It rains. It pours. It snows. It melts.", "", seed=0)
+        'It rains. It pours.'
+    """
+    parts, gap = parts_of(text)
+    kept = next((count for count in range(len(parts) // 2, 0, -1) if ending(parts[count - 1]) == ending(text)), None)
+    return None if kept is None else gap.join(parts[:kept])
+
+
+def repeated_item(text: str, _other: str, draw: random.Random) -> str | None:
+    r"""Says one item or sentence twice.
+
+    Examples:
+        >>> damaged("repeated_item", "1. Boil water", "", seed=0)
+        '1. Boil water\n2. Boil water'
+    """
+    parts, gap = parts_of(text)
+    place = draw.randrange(len(parts)) if parts else 0
+    return gap.join(_renumbered([*parts[: place + 1], *parts[place:]])) if parts else None
+
+
+def changed_number(text: str, _other: str, draw: random.Random) -> str | None:
+    """Writes another number of as many digits in the place of one, but leaves the numbers of list items alone.
+
+    Examples:
+        >>> damaged("changed_number", "1. Wait 20 minutes", "", seed=0)
+        '1. Wait 98 minutes'
+    """
+    markers = {match.start(1) for line in _lines(text) if (match := MARKER.match(text, line)) and match[1]}
+    numbers = [match for match in NUMBER.finditer(text) if match.start() not in markers]
+    if not numbers:
+        return None
+    number = draw.choice(numbers)
+    least = 10 ** (len(number[0]) - 1) if len(number[0]) > 1 else 0
+    # One of the values is left out, so the draw is from one fewer.
+    value = draw.randrange(least, 10 ** len(number[0]) - 1)
+    value += value >= int(number[0]) >= least
+    return f"{text[: number.start()]}{value}{text[number.end() :]}"
+
+
+def swapped_order(text: str, _other: str, draw: random.Random) -> str | None:
+    r"""Exchanges two sentences, or two items of a list whose order means something: numbered ones, or with numbers in each.
+
+    Examples:
+        >>> damaged("swapped_order", "1. Boil water\n2. Drink it", "", seed=0)
+        '1. Drink it\n2. Boil water'
+        >>> damaged("swapped_order", "- apples\n- pears", "", seed=0) is None
+        True
+    """
+    parts, gap = parts_of(text)
+    if any(map(MARKER.match, parts)) and not all(re.search(r"\d", part) for part in parts):
+        return None
+    bare = [part[match.end() :] if (match := MARKER.match(part)) else part for part in parts]
+    pairs = [
+        (one, other)
+        for one, other in itertools.combinations(range(len(parts)), 2)
+        if bare[one] != bare[other] and (other < len(parts) - 1 or ending(parts[one]) == ending(text))
+    ]
+    if not pairs:
+        return None
+    one, other = draw.choice(pairs)
+    parts[one], parts[other] = parts[other], parts[one]
+    return gap.join(_renumbered(parts))
+
+
+def off_topic_sentence(text: str, other: str, draw: random.Random) -> str | None:
+    r"""Puts an item or sentence of another answer among those of this one, but not at the end.
+
+    Examples:
+        >>> damaged("off_topic_sentence", "- apples\n- pears", "Pay your rent on time.", seed=0)
+        '- apples\n- Pay your rent on time\n- pears'
+    """
+    parts, gap = parts_of(text)
+    bare = [MARKER.sub("", part, count=1).strip() for part in parts_of(other)[0]]
+    foreign = [part for part in bare if len(part.split()) >= FEWEST_WORDS and part not in text]
+    if not parts or not foreign:
+        return None
+    place, added = draw.randrange(len(parts)), draw.choice(foreign)
+    match = MARKER.match(parts[place])
+    # Among items it is an item, and among sentences a sentence.
+    added = f"{match[0]}{added.rstrip('.')}" if match else added if ending(added) in ".!?" else f"{added}."
+    return gap.join(_renumbered([*parts[:place], added, *parts[place:]]))
+
+
+def swapped_words(text: str, _other: str, draw: random.Random) -> str | None:
+    """Exchanges two different words of four letters or more.
+
+    Examples:
+        >>> damaged("swapped_words", "Paris is in France.", "", seed=0)
+        'France is in Paris.'
+    """
+    words = list(WORD.finditer(text))
+    if len({word[0].lower() for word in words}) < 2:
+        return None
+    one = draw.choice(words)
+    other = draw.choice([word for word in words if word[0].lower() != one[0].lower()])
+    first, second = sorted((one, other), key=re.Match.start)
+    between = text[first.end() : second.start()]
+    ends = text[: first.start()], text[second.end() :]
+    return f"{ends[0]}{_cased(second[0], first[0])}{between}{_cased(first[0], second[0])}{ends[1]}"
+
+
+Damage = Callable[[str, str, random.Random], str | None]
+DAMAGES: Mapping[str, Damage] = {
+    damage.__name__: damage
+    for damage in (
+        lost_item, shortened, repeated_item, changed_number, swapped_order, off_topic_sentence, swapped_words,
+    )
+}  # fmt: skip
+
+
+def damaged(name: str, text: str, other: str, seed: int) -> str | None:
+    """A text with one damage; None if it does not apply.
+
+    Args:
+        name: The damage, a name in `DAMAGES`.
+        text: The answer.
+        other: An answer to another prompt, for what is off topic.
+        seed: Draws where the damage is done; the same for equal texts.
+    """
+    found = DAMAGES[name](text, other, random.Random(f"{seed}:{name}:{text}"))
+    return found if found is not None and found != text and ending(found) == ending(text) else None
+
+
+def all_damages(text: str, other: str, seed: int) -> dict[str, str]:
+    """A text with each damage that applies to it, by name; the arguments are those of `damaged`.
+
+    Examples:
+        >>> list(all_damages("Yes.", "", seed=0))
+        ['repeated_item']
+    """
+    found = {name: damaged(name, text, other, seed) for name in DAMAGES}
+    return {name: worse for name, worse in found.items() if worse is not None}
+
+
+def ending(text: str) -> str:
+    """How a text ends: its last character, where all letters and digits count as one.
+
+    Examples:
+        >>> ending("Done. "), ending("- pears"), ending("- 7 plums")
+        ('.', 'a', 'a')
+    """
+    last = text.rstrip()[-1:]
+    return "a" if last.isalnum() else last
+
+
+def parts_of(text: str) -> tuple[list[str], str]:
+    """The items or sentences of a text, and what stands between them: lines if there are several or it is an item.
+
+    Examples:
+        >>> parts_of("It rains. It pours.")
+        (['It rains.', 'It pours.'], ' ')
+    """
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lines) > 1 or (lines and MARKER.match(lines[0])):
+        return lines, "\n"
+    marked = SENTENCE_END.sub(lambda match: f"{match['quote']}\n", "".join(lines))
+    return [part for part in marked.split("\n") if part.strip()], " "
+
+
+def _without(parts: list[str], place: int) -> list[str]:
+    return [*parts[:place], *parts[place + 1 :]]
+
+
+def _renumbered(parts: list[str]) -> list[str]:
+    """Counts numbered items anew, from the lowest number among them."""
+    numbers = [int(match[1]) for part in parts if (match := MARKER.match(part)) and match[1]]
+    counted, renumbered = itertools.count(min(numbers, default=1)), []
+    for part in parts:
+        match = MARKER.match(part)
+        if match and match[1]:
+            part = f"{part[: match.start(1)]}{next(counted)}{part[match.end(1) :]}"
+        renumbered.append(part)
+    return renumbered
+
+
+def _lines(text: str) -> list[int]:
+    """Where lines begin."""
+    return [0, *(match.end() for match in re.finditer("\n", text))]
+
+
+def _cased(word: str, place: str) -> str:
+    """A word with a capital where the one had it in whose place it stands."""
+    return word[0].upper() + word[1:] if place[0].isupper() else word[0].lower() + word[1:]

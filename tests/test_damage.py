@@ -1,0 +1,66 @@
+"""Damages are worse in one known way, end as before, and are the same under one seed."""
+
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from synpo_assets.method.damage import DAMAGES, all_damages, damaged, ending
+from tests.nano import seed_rows
+
+SENTENCES = st.lists(
+    st.lists(st.sampled_from(["the", "salt", "river", "7", "12", "runs", "400", "Anna's"]), min_size=1, max_size=6).map(
+        lambda words: " ".join(words).capitalize() + "."
+    ),
+    min_size=1,
+    max_size=5,
+).map(" ".join)
+LISTS = st.tuples(
+    st.sampled_from(["-", "1.", "*"]),
+    st.lists(st.sampled_from(["boil 2 eggs", "wait", "eat it.", "rest 5 days"]), min_size=1),
+).map(lambda made: "\n".join(f"{made[0].replace('1', str(place))} {item}" for place, item in enumerate(made[1], 1)))
+ANSWERS = st.one_of(SENTENCES, LISTS, st.text(max_size=60))
+GOLD = [row["answer"] for row in seed_rows()]
+
+
+@given(ANSWERS, ANSWERS, st.integers(0, 9), st.integers(0, 9))
+def test_a_damage_changes_the_text_but_not_how_it_ends(text, other, seed, another):
+    for name in DAMAGES:
+        worse = damaged(name, text, other, seed)
+        assert worse == damaged(name, text, other, seed)
+        assert (worse is None) == (damaged(name, text, other, another) is None), "whether it applies is no draw"
+        if worse is not None:
+            assert worse != text
+            assert ending(worse) == ending(text)
+            assert name in all_damages(text, other, seed)
+
+
+def words(text):
+    return re.findall(r"\w+", text.lower())
+
+
+@given(st.sampled_from(GOLD), st.sampled_from(GOLD), st.integers(0, 9))
+def test_each_damage_of_a_gold_answer_is_the_one_that_it_is_called_by(text, other, seed):
+    found = all_damages(text, other, seed)
+    assert all(len(found[name]) < len(text) for name in ("lost_item", "shortened") if name in found)
+    if "shortened" in found:
+        assert text.startswith(found["shortened"])
+    assert len(found["repeated_item"]) > len(text)
+    assert set(words(found["repeated_item"])) >= set(words(text)) - {str(number) for number in range(99)}
+    if "changed_number" in found:
+        masked = [re.sub(r"\d", "0", each) for each in (text, found["changed_number"])]
+        assert masked[0] == masked[1]
+        changed = [re.findall(r"\d+", each) for each in (text, found["changed_number"])]
+        assert sum(one != now for one, now in zip(*changed, strict=True)) == 1
+    for name in ("swapped_order", "swapped_words"):
+        if name in found:
+            assert sorted(words(found[name])) == sorted(words(text))
+    if "off_topic_sentence" in found:
+        assert len(found["off_topic_sentence"].split()) >= len(text.split()) + 3
+
+
+def test_most_gold_answers_can_be_damaged_in_most_ways():
+    applied = [all_damages(text, other, 0) for text, other in zip(GOLD, GOLD[1:] + GOLD[:1], strict=True)]
+    counts = {name: sum(name in found for found in applied) for name in DAMAGES}
+    assert all(counts[name] >= 0.2 * len(GOLD) for name in DAMAGES), counts
+    assert counts["swapped_words"] > 0.9 * len(GOLD)
