@@ -26,7 +26,7 @@ CASES = {
     "preferences.margin_threshold": (0.5, {"preference_pairs"}),
     "preferences.rejected_from": ("previous", {"preference_pairs", "rejected_responses"}),
     "preferences.chosen_from": ("ranked_samples", {"preference_pairs", "rejected_responses", "chosen_responses"}),
-    "prompt_generator.min_words": (3, {"synthetic_prompts"}),
+    "prompt_generator.min_words": (3, {"synthetic_prompts", "self_instruct_prompts", "prompt_diversity"}),
     "prompt_generator.prompts_per_iteration": (9, {"synthetic_prompts", "keyword_sets", "self_instruct_prompts"}),
     "prompt_generator.sampling.temperature": (0.9, {"synthetic_prompts", "self_instruct_prompts"}),
     "diversity.sample_size": (7, {"prompt_diversity"}),
@@ -45,7 +45,8 @@ CASES = {
     "engine.dtype": (
         "bfloat16",
         GENERATED | TRAINED | {
-            "preference_pairs", "evaluation", "instruction_following", "gold_comparison", "benchmark_scores", "benchmark_answers"
+            "preference_pairs", "evaluation", "instruction_following", "gold_comparison", "prompt_diversity",
+            "benchmark_scores", "benchmark_answers",
         },
     ),
     "engine.kind": (

@@ -35,8 +35,8 @@ MetricName = Literal[
     "scored_tokens_per_second", "embedded_texts", "embedded_tokens", "texts_unread", "embedding_seconds",
     # Seed, keywords and prompts.
     "split_rows", "dropped", "pool_size", "examples_without_keywords", "prompts_wanted", "keyword_sets_used", "sources_used",
-    "prompts_compared", "mean_similarity", "effective_clusters", "topics", "topic_entropy", "intentions",
-    "intention_entropy", "not_labelled",
+    "prompts_compared", "mean_similarity", "effective_clusters", "ordered_share", "shuffled_ordered_share",
+    "answerable_share", "topics", "topic_entropy", "intentions", "intention_entropy", "not_labelled",
     # Responses, scorers and pairs.
     "gold_better_share", "below_margin", "unchanged_share", "samples_per_prompt", "mean_margin_over_first_sample",
     "held_out_accuracy", "held_out_pairs", "candidate_pairs", "mean_margin", "cut_share", "chosen_to_rejected_length",

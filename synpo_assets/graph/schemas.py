@@ -84,30 +84,6 @@ class SelfInstructPrompts(Table):
     finish_reason: str = pa.Field(isin=["stop", "length"], description="`stop`: ended by itself; `length`: cut.")
 
 
-class PromptDiversity(Table):
-    """How much the prompts of each source resemble each other, over samples of equal size."""
-
-    source: str = pa.Field(
-        isin=["synthetic", "seed", "self_instruct"],
-        unique=True,
-        description="`synthetic`: of this iteration; `seed`: of the train split; `self_instruct`: the baseline by M_0.",
-    )
-    available: int = pa.Field(ge=2, description="Prompts that the source has.")
-    prompts: int = pa.Field(ge=2, description="Prompts sampled and compared, as many of each source.")
-    mean: float = pa.Field(description="Mean over the prompts of their mean cosine similarity to all others.")
-    standard_deviation: float = pa.Field(ge=0, description="Of the prompts' mean similarities.")
-    percentile_5: float = pa.Field(description="5 % of the prompts have a lower mean similarity.")
-    median: float = pa.Field(description="Half of the prompts have a lower mean similarity.")
-    percentile_95: float = pa.Field(description="95 % of the prompts have a lower mean similarity.")
-    clusters_touched: int = pa.Field(
-        ge=1, description="Clusters, of all sources together, that hold a prompt of this one."
-    )
-    cluster_entropy: float = pa.Field(ge=0, description="Entropy of the source's shares in the clusters, in nats.")
-    effective_clusters: float = pa.Field(ge=1, description="Equally large clusters that would have this entropy.")
-    embedding_model: str = _text("The model that the figures belong to; those of two models cannot be compared.")
-    iteration: int = pa.Field(ge=1, description="The iteration.")
-
-
 class Responses(Table):
     """Answers to prompts."""
 
@@ -239,29 +215,6 @@ class InstructionFollowing(Table):
     iteration: int = pa.Field(ge=1, description="The iteration t.")
 
 
-class GoldComparison(Table):
-    """The held-out gold answers as M_t and M_0 see them, and how close their own answers are."""
-
-    prompt_id: str = _id("The held-out prompt.", unique=True)
-    prompt: str = _text("The instruction.")
-    answer: str = _text("The gold answer.")
-    candidate_log_likelihood: float = pa.Field(
-        le=0, description="Mean log-probability per token of gold's text under M_t, without the end of turn, in nats."
-    )
-    initial_log_likelihood: float = pa.Field(le=0, description="The same under M_0.")
-    candidate_end_log_likelihood: float = pa.Field(
-        le=0, description="Log-probability under M_t that the turn ends where gold ends, in nats."
-    )
-    initial_end_log_likelihood: float = pa.Field(le=0, description="The same under M_0.")
-    candidate_similarity: float = pa.Field(description="Cosine of the embeddings of M_t's answer and the gold answer.")
-    initial_similarity: float = pa.Field(description="The same for M_0's answer.")
-    candidate_length_ratio: float = pa.Field(ge=0, description="Characters of M_t's answer over those of gold.")
-    initial_length_ratio: float = pa.Field(ge=0, description="The same for M_0's answer.")
-    candidate_checkpoint_sha: str = _id("sha of M_t.")
-    initial_checkpoint_sha: str = _id("sha of M_0.")
-    iteration: int = pa.Field(ge=1, description="The iteration t.")
-
-
 class Promotion(Table):
     """What the gate says of M_t, one row per limited figure; no row where the gate has no limits."""
 
@@ -272,23 +225,6 @@ class Promotion(Table):
     passed: bool = pa.Field(description="Whether it was measured and keeps to its limits.")
     reason: str = pa.Field(nullable=True, description="Why it did not pass; empty if it did.")
     checkpoint_sha: str = _id("sha of M_t, which was judged.")
-    iteration: int = pa.Field(ge=1, description="The iteration t.")
-
-
-class BenchmarkScores(Table):
-    """What lm-eval measured of M_t, with the same of M_0 beside it."""
-
-    task: str = _text("The task or group of lm-eval.")
-    shots: int = pa.Field(ge=0, description="Solved examples that were shown before each question.")
-    metric: str = _text("The metric, by lm-eval's name.")
-    filter: str = _text("What lm-eval did to the answers before it compared them; `none`: nothing.")
-    questions: int = pa.Field(ge=1, description="Questions asked.")
-    value: float = pa.Field(description="The figure of M_t.")
-    stderr: float = pa.Field(nullable=True, description="Its standard error, where lm-eval states one.")
-    value_initial: float = pa.Field(description="The figure of M_0.")
-    stderr_initial: float = pa.Field(nullable=True, description="Its standard error, where lm-eval states one.")
-    checkpoint_sha: str = _id("sha of M_t.")
-    initial_checkpoint_sha: str = _id("sha of M_0.")
     iteration: int = pa.Field(ge=1, description="The iteration t.")
 
 

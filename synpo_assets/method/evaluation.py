@@ -1,6 +1,7 @@
 """Comparing two models on the same prompts: win rates, how certain they are, and what length has to do with them."""
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -73,6 +74,16 @@ def win_rate_interval(judged: pl.Series) -> tuple[float, float] | None:
         return None
     # Exchanging the sides exchanges the ends.
     return 1 - _highest_rate(losses, ties, wins), _highest_rate(wins, ties, losses)
+
+
+def share_interval(holds: Sequence[bool]) -> tuple[float, float] | None:
+    """Wilson's 95 % interval of a share over prompts; None if there are none.
+
+    Examples:
+        >>> [round(end, 3) for end in share_interval([True] * 9 + [False])]
+        [0.596, 0.982]
+    """
+    return win_rate_interval(pl.Series(["win" if each else "loss" for each in holds], dtype=pl.String))
 
 
 def bootstrap_mean(values: np.ndarray, random_seed: int) -> tuple[float, float]:

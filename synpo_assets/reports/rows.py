@@ -13,6 +13,7 @@ from synpo_assets.reports.texts import (
     MISSING,
     count_text,
     difference_text,
+    estimate_text,
     gain_text,
     number_text,
     rate_text,
@@ -165,7 +166,18 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
             yield "Dropped", f"{asset}: {reason.replace('_', ' ')}", _of("dropped", count_text, reason, asset=asset)
     yield "Prompts", "prompts compared, of each source", _of("prompts_compared", count_text)
     for source, what in PROMPT_SOURCES.items():
-        yield "Prompts", f"mean similarity of {what}", _of("mean_similarity", number_text, source)
+        yield "Prompts", f"mean similarity of {what}, 95 % interval", _found("mean_similarity", estimate_text, source)
+    for source, what in PROMPT_SOURCES.items():
+        label = f"{what} likelier under M_0 than their words shuffled, 95 % interval"
+        yield "Prompts", label, _found("ordered_share", rate_text, source)
+        yield (
+            "Prompts",
+            f"the same of {what} whose words were shuffled",
+            _of("shuffled_ordered_share", share_text, source),
+        )
+    for source, what in PROMPT_SOURCES.items():
+        label = f"{what} that can be answered, by a judge's word, 95 % interval"
+        yield "Prompts", label, _found("answerable_share", rate_text, source)
     for metric in ("topics", "intentions"):
         for source, what in PROMPT_SOURCES.items():
             yield "Prompts", f"{metric} of {what}, named by a judge", _of(metric, count_text, source)
@@ -290,6 +302,10 @@ def total(iteration: FinishedIteration, metric: MetricName) -> float:
 
 def _of(metric: MetricName, form: Format, of: str | None = None, **which: Unpack[Which]) -> Cell:
     return lambda iteration: form(iteration.metrics.value(metric, of, **which))
+
+
+def _found(metric: MetricName, form: Callable[[Metric | None], str], of: str, **which: Unpack[Which]) -> Cell:
+    return lambda iteration: form(iteration.metrics.find(metric, of, **which))
 
 
 def _ratio(part: str, whole: str) -> Cell:
