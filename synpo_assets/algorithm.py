@@ -19,6 +19,7 @@ from resources.settings.settings import Settings
 from synpo_assets.evaluation import (
     benchmarks,
     diversity,
+    equal_steps,
     gold_comparison,
     instruction_following,
     promotion,
@@ -56,4 +57,5 @@ MEASURES = (
 
 def stages_of(settings: Settings) -> list[Stage]:
     """The stages of an experiment, and what measures, reports and publishes what they made."""
-    return stages_in([SIDES[settings.preferences.chosen_from], *ALGORITHM, *MEASURES])
+    controls = [equal_steps] if settings.preference_optimization.equal_steps_control else []
+    return stages_in([SIDES[settings.preferences.chosen_from], *ALGORITHM, *MEASURES, *controls])

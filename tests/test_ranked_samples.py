@@ -24,7 +24,7 @@ from synpo_assets.graph.stage import MADE_FROM
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.ranking import beside_first, repeated_prompts, with_ranks
 from synpo_assets.publishing.cards import CardData, dataset_card
-from synpo_assets.reports.rows import FinishedIteration
+from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.stages.preferences import preference_pairs
 from synpo_assets.stages.ranked_samples import chosen_responses, rejected_responses
 from synpo_assets.stages.responses import base_responses

@@ -87,7 +87,9 @@ def recorded(iteration, kept=5):
             Metric("mean_margin", iteration + 0.4), Metric("chosen_to_rejected_length", 1.25),
             Metric("cut_share", 0.1, of="chosen"), Metric("cut_share", 0.5, of="rejected"), Metric("scored_tokens", 7),
         ],
-        "model_checkpoint": [Metric("examples", kept * iteration), Metric("trained_tokens", 2000)],
+        "model_checkpoint": [
+            Metric("examples", kept * iteration), Metric("training_steps", 24 * iteration), Metric("trained_tokens", 2000),
+        ],
         "evaluation": [
             Metric("held_out_prompts", 8), *sides("mean_repetition", 0.25, 0.125), *sides("cut_share", 0.75),
             *sides("held_out_reward", 0.1 + iteration, 0.1), Metric("held_out_reward", 3.5, of="gold"),
@@ -103,6 +105,10 @@ def recorded(iteration, kept=5):
             gain("gold_end_log_likelihood_gain", 2.5, 2.25, 2.75),
             Metric("gold_similarity", 0.6, of="candidate", by=LENGTH_BANDS[1], n=7),
             dataclasses.replace(gain("gold_similarity_gain", 0.1, -0.1, 0.2), by=LENGTH_BANDS[1], n=5),
+        ],
+        "equal_steps_evaluation": [
+            Metric("win_rate", 0.45, of="equal_steps", over=opponent, by=INDEPENDENT, low=0.3, high=0.6, n=8)
+            for opponent in ("initial", "candidate")
         ],
         "promotion": [Metric("promoted", 1, of="candidate")],
     }  # fmt: skip
@@ -196,6 +202,7 @@ def test_every_metric_is_in_its_place(instance, services):
         "candidate pairs": ("10", "10"),
         "pairs kept": ("5", "5"),
         "pairs that M_t was trained on": ("5", "10"),
+        "optimizer steps of M_t": ("24", "48"),
         "valid prompts per keyword set used": ("37.5%", "37.5%"),
         "pairs kept per candidate": ("50.0%", "50.0%"),
         "synthetic_prompts: near duplicate": ("1", "—"),
@@ -243,6 +250,13 @@ def test_every_metric_is_in_its_place(instance, services):
                 ("only M_0 ended", "6, 7, 8"),
                 ("neither ended", "9, 10, 11"),
             )
+        },
+        **{
+            f"independent judge, the pairs of iteration 1 for as many steps over {opponent}: win rate, 95 % interval": (
+                "45.0% (30.0 to 60.0)",
+            )
+            * 2
+            for opponent in ("M_0", "M_t")
         },
         "repeated 3-grams in M_t's answers": ("25.0%", "25.0%"),
         "repeated 3-grams in M_0's answers": ("12.5%", "12.5%"),

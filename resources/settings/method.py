@@ -209,3 +209,9 @@ class PreferenceOptimization(Section):
     )
     loss: Loss = Field(description="`kind` is simpo (paper), dpo, orpo or cpo_simpo; each has fields of its own.")
     training: PreferenceTraining = Field(description="The training on these pairs.")
+    equal_steps_control: bool = Field(
+        False,
+        description="In each iteration, also train a control from the start of M_t on the pairs of iteration 1 alone, for as many "
+        "optimizer steps as M_t took, and judge it on the held-out prompts. It doubles this training. Not in the paper, where M_4 "
+        "takes four times the steps of M_1.",
+    )

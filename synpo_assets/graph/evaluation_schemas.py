@@ -2,7 +2,7 @@
 
 import pandera.polars as pa
 
-from synpo_assets.graph.schemas import Table, _id, _text
+from synpo_assets.graph.schemas import Table, _id, _outcome, _text
 
 
 class PromptDiversity(Table):
@@ -88,4 +88,28 @@ class BenchmarkScores(Table):
     stderr_initial: float = pa.Field(nullable=True, description="Its standard error, where lm-eval states one.")
     checkpoint_sha: str = _id("sha of M_t.")
     initial_checkpoint_sha: str = _id("sha of M_0.")
+    iteration: int = pa.Field(ge=1, description="The iteration t.")
+
+
+class EqualSteps(Table):
+    """Held-out answers of the control of equal steps, and what each judge says of them beside those of M_0 and M_t."""
+
+    prompt_id: str = _id("The held-out prompt.", unique=True)
+    prompt: str = _text("The instruction.")
+    control_response: str = pa.Field(description="The control's answer; at t = 1 this is M_1's.")
+    initial_response: str = pa.Field(description="M_0's answer.")
+    candidate_response: str = pa.Field(description="M_t's answer.")
+    control_cut: bool = pa.Field(description="Whether the control's answer was cut at the token limit.")
+    judge_over_initial: str = _outcome("the independent judge", "M_0", whose="the control")
+    judge_over_candidate: str = _outcome("the independent judge", "M_t", whose="the control")
+    scorer_over_initial: str = _outcome("the scorer, which took part in training,", "M_0", whose="the control")
+    scorer_over_candidate: str = _outcome("the scorer, which took part in training,", "M_t", whose="the control")
+    server_over_initial: str = _outcome(
+        "the model of judge.server, if there is one,", "M_0", nullable=True, whose="the control"
+    )
+    server_over_candidate: str = _outcome(
+        "the model of judge.server, if there is one,", "M_t", nullable=True, whose="the control"
+    )
+    control_checkpoint_sha: str = _id("sha of the control.")
+    candidate_checkpoint_sha: str = _id("sha of M_t.")
     iteration: int = pa.Field(ge=1, description="The iteration t.")

@@ -148,11 +148,11 @@ class PreferenceHistory(PreferencePairs):
     prompt_id: str = _id("The prompt.")
 
 
-def _outcome(judge: str, opponent: str, nullable: bool = False) -> str:
+def _outcome(judge: str, opponent: str, nullable: bool = False, whose: str = "M_t") -> str:
     return pa.Field(
         isin=[*POINTS, NO_VERDICT],
         nullable=nullable,
-        description=f"What {judge} says of M_t's answer beside {opponent}'s: win, tie, loss or no verdict.",
+        description=f"What {judge} says of {whose}'s answer beside {opponent}'s: win, tie, loss or no verdict.",
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import polars as pl
 import yaml
 
-from synpo_assets.reports.rows import FinishedIteration, Row, report_rows
+from synpo_assets.reports.finished import FinishedIteration
+from synpo_assets.reports.rows import Row, report_rows
 
 FOLDER = Path(__file__).parent
 TAGS = ("synpo", "preference-optimization", "synthetic")

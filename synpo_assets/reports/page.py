@@ -9,7 +9,8 @@ import polars as pl
 
 from resources.common.text import visible
 from synpo_assets.graph.drawing import Plot
-from synpo_assets.reports.rows import FinishedIteration, Row, judge_labels
+from synpo_assets.reports.finished import FinishedIteration
+from synpo_assets.reports.rows import Row, judge_labels
 
 FOLDER = Path(__file__).parent
 SHOWN_CHARACTERS = 4000
