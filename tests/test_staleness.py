@@ -38,6 +38,8 @@ CASES = {
     "keyword_pool.keywords_per_set": (2, {"keyword_pool", "prompt_generator"}),
     "prompt_generator.noise_keywords": (0, {"prompt_generator", "synthetic_prompts"}),
     "response_improver.sampling.temperature": (0.9, {"refined_responses"}),
+    "response_improver.samples": (3, {"best_rewrites", "preference_pairs"}),
+    "preferences.max_length_ratio": (1.25, {"preference_pairs"}),
     "response_improver.margin_threshold": (0.3, {"response_improver"}),
     "responses.sampling.temperature": (
         0.9, {"reward_model", "judge_model", "seed_responses", "base_responses", "rejected_responses", "evaluation",

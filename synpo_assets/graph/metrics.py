@@ -39,6 +39,7 @@ MetricName = Literal[
     "answerable_share", "topics", "topic_entropy", "intentions", "intention_entropy", "not_labelled",
     # Responses, scorers and pairs.
     "gold_better_share", "below_margin", "unchanged_share", "samples_per_prompt", "mean_margin_over_first_sample",
+    "like_length_share",
     "held_out_accuracy", "held_out_pairs", "candidate_pairs", "mean_margin", "cut_share", "chosen_to_rejected_length",
     "pairs_of_iteration",
     # Held-out prompts.

@@ -27,7 +27,7 @@ def in_three_orders(prompt: str, random_seed: int) -> list[str]:
 
     Examples:
         >>> in_three_orders("Why is ice slippery?", random_seed=0)
-        ['Why is ice slippery?', 'slippery? ice Why is', 'ice Why slippery? is']
+        ['Why is ice slippery?', 'slippery? is ice Why', 'Why slippery? is ice']
     """
     draw, words = random.Random(f"{random_seed}:order:{prompt}"), prompt.split()
     return [prompt, *(" ".join(draw.sample(words, len(words))) for _ in range(ORDERS - 1))]

@@ -62,6 +62,7 @@ def published_dataset(context: dg.AssetExecutionContext, services: dg.ResourcePa
         columns={name: str(column.description) for name, column in PreferencePairs.to_schema().columns.items()},
         writers=list(_writers(services, iterations)),
         ranked_samples=None if settings.trains_improver else settings.preferences.ranked_samples,
+        rewrites=settings.response_improver.samples,
         settings=settings.model_dump(include=CARD_SETTINGS, exclude=unused),
     )
 

@@ -97,6 +97,7 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
     for asset, label in {
         "keyword_sets": "keyword sets drawn", "synthetic_prompts": "synthetic prompts", "base_responses": "base responses",
         "rejected_responses": "rejected responses", "refined_responses": "refined responses (chosen side)",
+        "best_rewrites": "best of several rewrites (chosen side)",
         "chosen_responses": "ranked samples (chosen side)", "preference_pairs": "pairs kept",
     }.items():  # fmt: skip
         yield "Rows", label, _of("rows", count_text, asset=asset)

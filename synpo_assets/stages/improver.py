@@ -2,9 +2,10 @@
 
 Paper (section 2.2, algorithm 1 lines 2 to 4): the policy M_{t-1} answers the seed prompts; where gold beats its answer
 by a margin, (prompt, own answer) -> gold trains the response improver R_t, from M_0 in every iteration. R_t then
-rewrites the policy's answers to the synthetic prompts. M_0's answers to them become the rejected side.
+rewrites the policy's answers to the synthetic prompts, once. M_0's answers to them become the rejected side.
 Here: the same, with `preferences.rejected_from` as a setting because the paper states it in two ways. At t = 1 the
-policy is M_0, so its answers are found in the shards and not generated twice.
+policy is M_0, so its answers are found in the shards and not generated twice. Several rewrites of an answer
+(`response_improver.samples`) are made and chosen from in best_rewrites.py.
 """
 
 import dagster as dg
