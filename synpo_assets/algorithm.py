@@ -19,6 +19,7 @@ from resources.settings.settings import Settings
 from synpo_assets.evaluation import (
     benchmarks,
     diversity,
+    equal_steps,
     gold_comparison,
     instruction_following,
     promotion,
@@ -28,6 +29,7 @@ from synpo_assets.graph.stage import Stage, stages_in
 from synpo_assets.publishing import published
 from synpo_assets.reports import boosting_report
 from synpo_assets.stages import (
+    best_rewrites,
     improver,
     loop,
     optimization,
@@ -56,4 +58,9 @@ MEASURES = (
 
 def stages_of(settings: Settings) -> list[Stage]:
     """The stages of an experiment, and what measures, reports and publishes what they made."""
-    return stages_in([SIDES[settings.preferences.chosen_from], *ALGORITHM, *MEASURES])
+    sides = [SIDES[settings.preferences.chosen_from]]
+    if settings.trains_improver and settings.response_improver.samples > 1:
+        # After the improver, whose chosen side it takes the place of.
+        sides.append(best_rewrites)
+    controls = [equal_steps] if settings.preference_optimization.equal_steps_control else []
+    return stages_in([*sides, *ALGORITHM, *MEASURES, *controls])

@@ -31,7 +31,7 @@ EDITS = {
     ),
     "a function of the method, several calls away": (
         "synpo_assets/method/prompts.py", "return WORD.findall(text.lower())", "return WORD.findall(text)",
-        {"seed_pairs", "synthetic_prompts", "self_instruct_prompts", "preference_pairs", "evaluation"},
+        {"seed_pairs", "synthetic_prompts", "self_instruct_prompts", "prompt_diversity", "preference_pairs", "evaluation"},
     ),
     "a template": (
         "synpo_assets/method/templates/response_improver.jinja", None, "\nBe brief.",

@@ -52,6 +52,8 @@ def test_it_shows_what_differs_and_what_came_of_it(homes, tmp_path):
     assert figures["iteration"].to_list() == ["0001", "0002", "0001"]
     assert figures["win rate over M_0"].to_list() == pytest.approx([0.6, 0.7, 0.6])
     assert figures["length-controlled"].to_list() == pytest.approx([0.55, 0.55, 0.55])
+    assert figures["equal steps over M_t"].to_list() == pytest.approx([0.45] * 3)
+    assert figures["steps"].to_list() == [24, 48, 24]
     assert figures["reward M_t"].to_list() == pytest.approx([1.1, 2.1, 1.1])
     assert figures["pairs kept"].to_list() == [5, 5, 5]
     assert figures["tokens generated"].to_list() == [501, 501, 501]

@@ -1,9 +1,9 @@
 """How alike prompts are: the measure on vectors with known answers, the embeddings, the baseline, and both assets."""
 
+import collections
 import json
 import shutil
 import zipfile
-from pathlib import Path
 
 import dagster as dg
 import numpy as np
@@ -14,25 +14,42 @@ from hypothesis import strategies as st
 
 from resources.common.errors import FinalError
 from resources.models.embeddings import SentenceEmbedder
-from resources.models.model_source import ModelSourceError, fetch_embedding_model
+from resources.models.likelihood import AnswerLikelihood
+from resources.models.model_source import ModelSourceError, fetch_embedding_model, fetch_initial_policy
 from resources.settings.data import EmbeddingModel
-from resources.settings.files import active_settings
+from resources.settings.files import active_settings, load_settings
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
 from resources.settings.sections import SettingsError
-from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
+from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import file_sha256
 from synpo_assets.cli.preflight import check_before_run
-from synpo_assets.evaluation.diversity import prompt_diversity, self_instruct_prompts, shown_seed_prompts
+from synpo_assets.evaluation.diversity import (
+    filtered_seed,
+    prompt_diversity,
+    self_instruct_prompts,
+    shown_seed_prompts,
+)
 from synpo_assets.graph import metrics
+from synpo_assets.graph.evaluation_schemas import PromptDiversity
 from synpo_assets.graph.metrics import recorded
-from synpo_assets.graph.schemas import PromptDiversity, SelfInstructPrompts
+from synpo_assets.graph.schemas import SelfInstructPrompts
 from synpo_assets.graph.tables import check
-from synpo_assets.method.diversity import cluster, coverage, density, equal_samples, mean_similarities, measure
+from synpo_assets.method.diversity import (
+    cluster,
+    coverage,
+    density,
+    equal_samples,
+    mean_similarities,
+    measure,
+    similarity_interval,
+)
 from synpo_assets.method.prompts import words_of
-from synpo_assets.method.self_instruct import NewTasks, draw_examples
-from synpo_assets.method.templates import self_instruct_instruction
-from synpo_assets.stages.seed import seed_table
+from synpo_assets.method.self_instruct import draw_examples, parse_task
+from synpo_assets.method.templates import parse_question, self_instruct_instruction
+from synpo_assets.method.word_order import REQUEST, in_three_orders, ordered_shares
+from synpo_assets.stages.prompts import prompt_filter
+from synpo_assets.stages.seed import initial_policy, seed_table
 from tests.nano import seed_rows
 from tests.stand_ins import ITERATIONS, run, services_in, shown
 from tests.stand_ins import instance as instance
@@ -102,6 +119,59 @@ def test_samples_are_equally_large_parts_of_their_sources(sources, most, seed):
     assert equal_samples(texts, most, seed) == samples
 
 
+@given(embeddings())
+def test_the_interval_of_the_similarity_knows_neither_order_nor_length(vectors):
+    low, high = similarity_interval(vectors, random_seed=0)
+    assert -1 - 1e-9 <= low <= high <= 1 + 1e-9
+    assert similarity_interval(vectors * 3, random_seed=0) == pytest.approx((low, high), abs=1e-9)
+    assert similarity_interval(np.repeat(vectors[:1], 5, axis=0), random_seed=0) == pytest.approx((1, 1))
+
+
+def test_the_interval_holds_the_similarity_of_the_source_in_most_samples():
+    """Two topics, of which a source has two thirds and one third: the similarity of two prompts of it is 5/9."""
+    draw, found = np.random.default_rng(3), []
+    for _ in range(60):
+        topics = np.eye(2)[draw.choice(2, 40, p=[2 / 3, 1 / 3])]
+        low, high = similarity_interval(topics, random_seed=1)
+        found.append(low <= 5 / 9 <= high)
+    assert np.mean(found) > 0.8
+
+
+# Sense.
+
+
+@given(st.text(), st.integers(0, 3))
+def test_shuffled_prompts_have_the_same_words(prompt, seed):
+    first, *shuffled = in_three_orders(prompt, seed)
+    assert first == prompt
+    assert len(shuffled) == 2
+    for text in shuffled:
+        assert sorted(text.split()) == sorted(prompt.split())
+    assert in_three_orders(prompt, seed) == [first, *shuffled]
+
+
+def test_words_without_an_order_pass_as_rarely_as_their_shuffles_and_sentences_nearly_always():
+    draw = np.random.default_rng(0)
+    salad, sentences = draw.normal(-6, 0.7, (400, 3)), draw.normal(-6, 0.7, (400, 3))
+    sentences[:, 0] += 4
+    rows = {row["source"]: row for row in ordered_shares({"salad": salad, "sentences": sentences})}
+    assert rows["salad"]["ordered_share"] == pytest.approx(0.05, abs=0.03)
+    assert rows["salad"]["shuffled_ordered_share"] == pytest.approx(0.05, abs=0.03)
+    assert rows["sentences"]["ordered_low"] > 0.95
+    assert rows["sentences"]["shuffled_ordered_share"] == pytest.approx(0.05, abs=0.03)
+
+
+@pytest.mark.slow
+def test_a_real_model_tells_the_seed_from_its_shuffled_words():
+    weights, _ = fetch_initial_policy(load_settings("laptop").initial_policy, False)
+    model = Checkpoint("initial_policy", None, "smollm2", str(weights), str(weights))
+    texts = [(REQUEST, text) for prompt in PROMPTS for text in in_three_orders(prompt, 0)]
+    read = AnswerLikelihood(engine=Engine(threads=1, device="cpu")).measure(model, texts)
+    (row,) = ordered_shares({"seed": np.array(read.per_token).reshape(-1, 3)})
+    assert row["ordered_share"] > 0.9
+    assert row["shuffled_ordered_share"] < 0.1
+
+
 # Clusters.
 
 
@@ -168,16 +238,40 @@ def test_the_instruction_shows_every_example_and_asks_for_one_more():
     assert message["content"].endswith("Task 4:")
 
 
-def test_only_empty_and_equal_prompts_are_dropped_and_counted():
-    tasks = NewTasks(["Name a colour."])
-    written = ["Task 9: Name a river.", "", "Task 9:  \n", "Name a river.", "Task 9: Name a colour.", "name a river."]
-    assert [tasks.keep(text) for text in written] == ["Name a river.", None, None, None, None, "name a river."]
-    assert tasks.dropped == {"unparsable": 2, "duplicate": 2}
-
-
 def settings_with(**diversity):
     settings = active_settings()
     return settings.model_copy(update={"diversity": settings.diversity.model_copy(update=diversity)})
+
+
+def filtering(**options):
+    """Settings with another filter of prompts."""
+    settings = active_settings()
+    generator = settings.prompt_generator.model_copy(update=options)
+    return settings.model_copy(update={"prompt_generator": generator})
+
+
+@pytest.mark.parametrize(("parse", "form"), [
+    (parse_question, "<question>{}</question>"), (parse_task, "Task 9: {}"), (str.strip, "{}\n"),
+])  # fmt: skip
+def test_one_filter_judges_all_sources_by_the_same_rules(parse, form):
+    settings = filtering(min_words=3, max_words=9, language="en", near_duplicate_similarity=0.6)
+    texts = {
+        "Please name a long river in Europe.": None, "Please name a long river in Europe now.": "near_duplicate",
+        "Hm.": "too_short", "Why is it so? " * 4: "too_long", "Wie heißt der längste Fluss in Europa?": "other_language",
+        "Which fruits are red and sweet?": "contaminated", "What colour has the sea at night?": "near_duplicate",
+    }  # fmt: skip
+    known, asked_later = ["What colour has the sea at night?"], ["Which fruits are red and sweet?"]
+    prompts = prompt_filter(settings, known, asked_later, parse)
+    kept = [prompts.keep(form.format(text)) for text in texts]
+    assert kept == [text if reason is None else None for text, reason in texts.items()]
+    assert prompts.dropped == collections.Counter(reason for reason in texts.values() if reason)
+
+
+def test_the_seed_is_compared_without_what_the_filter_drops():
+    doubled = pl.concat([SEED, SEED.filter(split="train").head(3)])
+    kept, dropped = filtered_seed(filtering(near_duplicate_similarity=0.7), doubled)
+    assert kept == PROMPTS[:20]
+    assert dropped == {"near_duplicate": 3}
 
 
 def test_long_seed_prompts_and_held_out_ones_are_not_shown():
@@ -363,11 +457,11 @@ def diversity(instance, home, synthetic, baseline, judge=None, **options):
     settings = settings_with(**options)
     settings = settings.model_copy(update={"judge": settings.judge.model_copy(update={"server": judge})})
     services = on_one_thread(home, settings)
-    frame = run(assets, instance, services, "0001").output_for_node("prompt_diversity")
+    frame = run([initial_policy, *assets], instance, services, "0001").output_for_node("prompt_diversity")
     return frame, recorded(services.metrics, "0001"), shown(instance, "prompt_diversity", "0001")
 
 
-def test_the_table_compares_samples_of_equal_size(instance, tmp_path, nano_embedding_model):
+def test_the_table_compares_samples_of_equal_size(instance, tmp_path, nano_model, nano_embedding_model):
     copies = ["What is a tide?"] * 3 + ["What is a tide ?"] * 3
     frame, measured, about = diversity(instance, tmp_path, copies, PROMPTS[:8], sample_size=5, clusters=3)
     assert check(PromptDiversity, frame) is None
@@ -380,6 +474,12 @@ def test_the_table_compares_samples_of_equal_size(instance, tmp_path, nano_embed
     for source, row in rows.items():
         assert measured.value("mean_similarity", source) == pytest.approx(row["mean"], abs=1e-4)
         assert measured.value("effective_clusters", source) == pytest.approx(row["effective_clusters"], abs=1e-4)
+        similarity, ordered = (measured.find(name, source) for name in ("mean_similarity", "ordered_share"))
+        assert (similarity.low, similarity.high, similarity.n) == (row["mean_low"], row["mean_high"], 5)
+        assert ordered.low <= ordered.value == row["ordered_share"] <= ordered.high
+        assert measured.value("shuffled_ordered_share", source) == row["shuffled_ordered_share"] < 1
+    assert rows["seed"]["answerable_share"] is None
+    assert not measured.every("answerable_share")
     assert measured.value("prompts_compared") == 5
     assert about["embedding_model name"] == rows["seed"]["embedding_model"] == str(nano_embedding_model)
     assert about["similarities"].startswith("![Density of the prompts' mean cosine similarities")
@@ -388,7 +488,7 @@ def test_the_table_compares_samples_of_equal_size(instance, tmp_path, nano_embed
     assert seen < set(PROMPTS[:20]), "a held-out prompt was compared"
 
 
-def test_without_a_baseline_the_others_are_compared(instance, tmp_path, nano_embedding_model):
+def test_without_a_baseline_the_others_are_compared(instance, tmp_path, nano_model):
     frame, measured, about = diversity(instance, tmp_path, PROMPTS[:6], [])
     assert frame["source"].to_list() == ["synthetic", "seed"]
     assert frame["prompts"].unique().to_list() == [6]
@@ -397,15 +497,12 @@ def test_without_a_baseline_the_others_are_compared(instance, tmp_path, nano_emb
     assert not measured.every("topics")
 
 
-def baseline(instance, home, nano_checkpoint, **options):
+def baseline(instance, home, **options):
     """The table of self_instruct_prompts, and what was measured."""
 
-    @dg.asset(io_manager_key="checkpoints")
-    def initial_policy(context: dg.AssetExecutionContext, checkpoints: dg.ResourceParam[CheckpointStore]) -> Checkpoint:
-        return checkpoints.adopt(context, Path(nano_checkpoint.weights), {"source": "directory"})
-
     services = on_one_thread(home, settings_with(**options))
-    result = run([initial_policy, stand_in("seed_pairs", SEED), self_instruct_prompts], instance, services)
+    asked = stand_in("verifiable_instructions", pl.DataFrame(schema={"prompt": pl.String}))
+    result = run([initial_policy, stand_in("seed_pairs", SEED), asked, self_instruct_prompts], instance, services)
     return result.output_for_node("self_instruct_prompts"), recorded(services.metrics, None)
 
 
@@ -413,8 +510,8 @@ def dropped(measured):
     return sum(metric.value for metric in measured.every("dropped"))
 
 
-def test_m0_writes_as_many_different_prompts_as_an_iteration_has(instance, tmp_path, nano_checkpoint):
-    frame, measured = baseline(instance, tmp_path, nano_checkpoint, self_instruct_shots=2)
+def test_m0_writes_as_many_different_prompts_as_an_iteration_has(instance, tmp_path, nano_model):
+    frame, measured = baseline(instance, tmp_path, self_instruct_shots=2)
     assert check(SelfInstructPrompts, frame) is None
     wanted = active_settings().prompt_generator.prompts_per_iteration
     assert frame.height == measured.value("prompts_wanted") == wanted
@@ -423,19 +520,15 @@ def test_m0_writes_as_many_different_prompts_as_an_iteration_has(instance, tmp_p
     assert frame["example_ids"].list.len().unique().to_list() == [2]
     assert set(frame["example_ids"].explode()) <= set(SEED.filter(split="train")["prompt_id"])
     assert frame["checkpoint_sha"].unique().to_list() == [shown(instance, "self_instruct_prompts")["checkpoint_sha"]]
-    again, repeated = baseline(instance, tmp_path, nano_checkpoint, self_instruct_shots=2)
+    again, repeated = baseline(instance, tmp_path, self_instruct_shots=2)
     assert again.equals(frame)
     assert repeated.value("generated_tokens") == 0
 
 
-def test_a_model_that_writes_the_same_again_and_again_gives_few_prompts_and_no_error(
-    instance, tmp_path, nano_checkpoint
-):
+def test_a_model_that_writes_the_same_again_and_again_gives_few_prompts_and_no_error(instance, tmp_path, nano_model):
     greedy = Sampling(temperature=0, max_new_tokens=4)
     settings = active_settings().prompt_generator
-    frame, measured = baseline(
-        instance, tmp_path, nano_checkpoint, self_instruct_sampling=greedy, self_instruct_shots=99
-    )
+    frame, measured = baseline(instance, tmp_path, self_instruct_sampling=greedy, self_instruct_shots=99)
     used = measured.value("sources_used")
     assert used <= settings.prompts_per_iteration * settings.max_overdraw
     assert frame.height == used - dropped(measured)

@@ -124,7 +124,7 @@ def test_judge_and_scorer_say_how_often_they_are_right_about_each_kind(instance,
     once = recorded(services.metrics, "0002")
     for asset in ("judge_model", "reward_model"):
         found = once.find("held_out_accuracy", "initial", asset=asset)
-        assert (found.value, found.n, found.high) == (1.0, 3, 1.0)
+        assert (found.value, found.n, found.high) == (1.0, 6, 1.0)
         none = once.find("held_out_accuracy", BOTH_ENDED, asset=asset)
         assert (none.value, none.n) == (None, 0), "no answer holds a whole sentence"
         null = once.find("held_out_accuracy", "initial", by="ending alone", asset=asset)

@@ -25,7 +25,7 @@ from synpo_assets.graph.tables import check
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.ranking import beside_first, repeated_prompts, with_ranks
 from synpo_assets.publishing.cards import CardData, dataset_card
-from synpo_assets.reports.rows import FinishedIteration
+from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.stages.preferences import preference_pairs
 from synpo_assets.stages.ranked_samples import chosen_responses, rejected_responses
 from synpo_assets.stages.responses import base_responses
@@ -243,18 +243,21 @@ def test_what_is_scored_depends_on_what_the_scorer_reads(tmp_path, nano_model, k
     assert sides == pytest.approx(10 * readings * (asked + answers * written))
 
 
-@pytest.mark.parametrize(("samples", "words", "others"), [
-    (3, "answered it 3\ntimes, and the scorer ranked the answers: `chosen` is the best", "response improver rewrote"),
-    (None, "response improver rewrote that answer: `chosen`", "ranked the answers"),
+@pytest.mark.parametrize(("samples", "rewrites", "words", "others"), [
+    (3, 1, "answered it 3\ntimes, and the scorer ranked the answers: `chosen` is the best", "response improver rewrote"),
+    (None, 1, "response improver rewrote that answer: `chosen`", "ranked the answers"),
+    (None, 4, "that answer 4 times: `chosen` is the best of the rewrites by the scorer", "rewrote that answer: `chosen`"),
 ])  # fmt: skip
-def test_the_card_of_the_pairs_says_where_both_sides_come_from(samples, words, others):
+def test_the_card_of_the_pairs_says_where_both_sides_come_from(samples, rewrites, words, others):
     pairs = some_pairs(1, 1)
     first = FinishedIteration("0001", Metrics(pl.DataFrame(schema=SCHEMA)), 1.0, pairs, [], "reward", {}, None)
     data = CardData(
         repository=None, license_name=None, language="en", base_model="a model", base_model_id=None,
         base_model_name="model", iterations=[first], scorer="F", sample="{}",
     )  # fmt: skip
-    card = dataset_card(data, pairs=pairs, columns={}, writers=[], ranked_samples=samples, settings={})
+    card = dataset_card(
+        data, pairs=pairs, columns={}, writers=[], ranked_samples=samples, rewrites=rewrites, settings={}
+    )
     assert words in card
     assert others not in card
 

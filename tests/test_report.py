@@ -74,7 +74,9 @@ def recorded(iteration, kept=5):
         ],
         "prompt_diversity": [
             Metric("prompts_compared", 12), Metric("mean_similarity", 0.1 * iteration, of="synthetic"),
-            Metric("mean_similarity", 0.05, of="seed"),
+            Metric("mean_similarity", 0.05, of="seed", low=0.04, high=0.06),
+            Metric("ordered_share", 0.75, of="synthetic", low=0.5, high=0.9), Metric("answerable_share", 0.5, of="seed"),
+            Metric("shuffled_ordered_share", 0.0625, of="synthetic"),
         ],
         "seed_responses": [*generated, Metric("scored_tokens", 7)],
         "response_improver": [
@@ -89,7 +91,9 @@ def recorded(iteration, kept=5):
             Metric("mean_margin", iteration + 0.4), Metric("chosen_to_rejected_length", 1.25),
             Metric("scored_tokens", 7),
         ],
-        "model_checkpoint": [Metric("examples", kept * iteration), Metric("trained_tokens", 2000)],
+        "model_checkpoint": [
+            Metric("examples", kept * iteration), Metric("training_steps", 24 * iteration), Metric("trained_tokens", 2000),
+        ],
         "evaluation": [
             Metric("held_out_prompts", 8, split="test"), Metric("held_out_prompts", 6, split="dev"),
             *sides("mean_repetition", 0.25, 0.125), *sides("cut_share", 0.75),
@@ -106,6 +110,10 @@ def recorded(iteration, kept=5):
             gain("gold_end_log_likelihood_gain", 2.5, 2.25, 2.75),
             Metric("gold_similarity", 0.6, of="candidate", by=LENGTH_BANDS[1], n=7),
             dataclasses.replace(gain("gold_similarity_gain", 0.1, -0.1, 0.2), by=LENGTH_BANDS[1], n=5),
+        ],
+        "equal_steps_evaluation": [
+            Metric("win_rate", 0.45, of="equal_steps", over=opponent, by=INDEPENDENT, low=0.3, high=0.6, n=8)
+            for opponent in ("initial", "candidate")
         ],
         "promotion": [Metric("promoted", 1, of="candidate")],
     }  # fmt: skip
@@ -204,14 +212,18 @@ def test_every_metric_is_in_its_place(instance, services):
         "candidate pairs": ("10", "10"),
         "pairs kept": ("5", "5"),
         "pairs that M_t was trained on": ("5", "10"),
+        "optimizer steps of M_t": ("24", "48"),
         "valid prompts per keyword set used": ("37.5%", "37.5%"),
         "pairs kept per candidate": ("50.0%", "50.0%"),
         "synthetic_prompts: near duplicate": ("1", "—"),
         "synthetic_prompts: unparsable": ("19", "20"),
         "preference_pairs: margin": ("5", "5"),
         "prompts compared, of each source": ("12", "12"),
-        "mean similarity of synthetic prompts": ("0.100", "0.200"),
-        "mean similarity of seed prompts": ("0.050", "0.050"),
+        "mean similarity of synthetic prompts, 95 % interval": ("0.100", "0.200"),
+        "mean similarity of seed prompts, 95 % interval": ("0.050 (0.040 to 0.060)",) * 2,
+        "synthetic prompts likelier under M_0 than their words shuffled, 95 % interval": ("75.0% (50.0 to 90.0)",) * 2,
+        "the same of synthetic prompts whose words were shuffled": ("6.2%", "6.2%"),
+        "seed prompts that can be answered, by a judge's word, 95 % interval": ("50.0%", "50.0%"),
         "gold answers that pass the improver's filter, 95 % interval": ("75.0% (50.0 to 90.0)",) * 2,
         "gold answers of other prompts that pass the improver's filter, 95 % interval": ("50.0% (25.0 to 75.0)",) * 2,
         "mean margin of scores": ("1.400", "2.400"),
@@ -260,6 +272,13 @@ def test_every_metric_is_in_its_place(instance, services):
                 ("only M_0 ended", "6, 7, 8"),
                 ("neither ended", "9, 10, 11"),
             )
+        },
+        **{
+            f"independent judge, the pairs of iteration 1 for as many steps over {opponent}: win rate, 95 % interval": (
+                "45.0% (30.0 to 60.0)",
+            )
+            * 2
+            for opponent in ("M_0", "M_t")
         },
         "repeated 3-grams in M_t's answers": ("25.0%", "25.0%"),
         "repeated 3-grams in M_0's answers": ("12.5%", "12.5%"),

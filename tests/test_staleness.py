@@ -23,10 +23,11 @@ CASES = {
     "preference_optimization.policy_init": ("previous", {"model_checkpoint"}),
     "preference_optimization.loss": ({"kind": "dpo", "beta": 0.1}, {"model_checkpoint"}),
     "preference_optimization.accumulate": (False, {"model_checkpoint"}),
+    "preference_optimization.equal_steps_control": (True, {"equal_steps_checkpoint", "equal_steps_evaluation"}),
     "preferences.margin_threshold": (0.5, {"preference_pairs"}),
     "preferences.rejected_from": ("previous", {"preference_pairs", "rejected_responses"}),
     "preferences.chosen_from": ("ranked_samples", {"preference_pairs", "rejected_responses", "chosen_responses"}),
-    "prompt_generator.min_words": (3, {"synthetic_prompts"}),
+    "prompt_generator.min_words": (3, {"synthetic_prompts", "self_instruct_prompts", "prompt_diversity"}),
     "prompt_generator.prompts_per_iteration": (9, {"synthetic_prompts", "keyword_sets", "self_instruct_prompts"}),
     "prompt_generator.sampling.temperature": (0.9, {"synthetic_prompts", "self_instruct_prompts"}),
     "diversity.sample_size": (7, {"prompt_diversity"}),
@@ -37,6 +38,8 @@ CASES = {
     "keyword_pool.keywords_per_set": (2, {"keyword_pool", "prompt_generator"}),
     "prompt_generator.noise_keywords": (0, {"prompt_generator", "synthetic_prompts"}),
     "response_improver.sampling.temperature": (0.9, {"refined_responses"}),
+    "response_improver.samples": (3, {"best_rewrites", "preference_pairs"}),
+    "preferences.max_length_ratio": (1.25, {"preference_pairs"}),
     "response_improver.margin_threshold": (0.3, {"response_improver"}),
     "responses.sampling.temperature": (
         0.9, {"reward_model", "judge_model", "seed_responses", "base_responses", "rejected_responses", "evaluation",
@@ -45,7 +48,8 @@ CASES = {
     "engine.dtype": (
         "bfloat16",
         GENERATED | TRAINED | {
-            "preference_pairs", "evaluation", "instruction_following", "gold_comparison", "benchmark_scores", "benchmark_answers"
+            "preference_pairs", "evaluation", "instruction_following", "gold_comparison", "prompt_diversity",
+            "benchmark_scores", "benchmark_answers",
         },
     ),
     "engine.kind": (

@@ -173,7 +173,7 @@ def test_a_broken_table_is_never_written_and_its_bad_rows_are_shown(tmp_path):
     with pytest.raises(dg.DagsterTypeCheckDidNotPass) as error:
         dg.materialize([table_asset(bad, dagster_type=frame_type(SeedPairs))],
                        resources={"tables": ParquetTables(str(tmp_path))})  # fmt: skip
-    assert "split: isin(['train', 'judge', 'dev', 'test']) fails on 'held_out' in row 1" in str(error.value)
+    assert "split: isin(['train', 'judge', 'scorer', 'dev', 'test']) fails on 'held_out' in row 1" in str(error.value)
     assert "'prompt': 'b'" in str(error.value)
     assert list(tmp_path.iterdir()) == []
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from resources.common.errors import FinalError
 from resources.judging.topic_labeler import LABELS, TopicLabeler
 from resources.settings.evaluation import JudgeServer
-from synpo_assets.graph.schemas import PromptDiversity
+from synpo_assets.graph.evaluation_schemas import PromptDiversity
 from synpo_assets.graph.tables import check
 from synpo_assets.method.diversity import label_counts, label_coverage
+from synpo_assets.method.word_order import answerable_shares
 from tests.stand_ins import instance as instance
 from tests.test_diversity import PROMPTS, diversity
 from tests.test_server_engine import FaultyServer
@@ -27,12 +28,13 @@ LISTS = yaml.safe_load(LABELS.read_text())
 ASKED = ["How do I tune a guitar?", "Is this contract valid?", "Hm."]
 
 
-def labels(topic, intention="get advice"):
-    return json.dumps({"topic": topic, "intention": intention})
+def labels(topic, intention="get advice", answerable=True):
+    return json.dumps({"topic": topic, "intention": intention, "answerable": answerable})
 
 
 def by_word(prompt):
-    return labels("music" if "guitar" in prompt else "law and regulation") if prompt != "Hm." else "I do not know."
+    topic = "music" if "guitar" in prompt else "law and regulation"
+    return labels(topic, answerable="guitar" in prompt) if prompt != "Hm." else "I do not know."
 
 
 class LabelServer(FaultyServer):
@@ -81,7 +83,9 @@ def test_each_different_prompt_is_asked_once_with_a_schema_of_both_lists(serve, 
     for body in server.bodies:
         schema = body["response_format"]["json_schema"]
         assert (schema["name"], schema["strict"], body["temperature"]) == ("label", True, 0)
-        allowed = {name: field["enum"] for name, field in schema["schema"]["properties"].items()}
+        properties = schema["schema"]["properties"]
+        assert properties.pop("answerable")["type"] == "boolean"
+        allowed = {name: field["enum"] for name, field in properties.items()}
         assert allowed == {"topic": LISTS["topics"], "intention": LISTS["intentions"]}
         assert schema["schema"]["additionalProperties"] is False
         text = body["messages"][0]["content"]
@@ -90,7 +94,8 @@ def test_each_different_prompt_is_asked_once_with_a_schema_of_both_lists(serve, 
 
 @pytest.mark.parametrize("nonsense", [
     "It is about music.", "", None, labels("jazz"), labels("music", "hum along"), '{"topic": "music"}', "[1",
-    '{"topic": "music", "intention": "get advice", "sure": true}',
+    '{"topic": "music", "intention": "get advice", "answerable": true, "sure": true}',
+    '{"topic": "music", "intention": "get advice"}', labels("music", answerable="true"), labels("music", answerable=1),
 ])  # fmt: skip
 def test_nonsense_is_counted_and_left_out(serve, tmp_path, said, nonsense):
     named, _ = labeler(serve(lambda prompt: nonsense), tmp_path).label_prompts(ASKED)
@@ -117,13 +122,19 @@ def test_finished_labels_are_read_again_even_while_the_server_is_down(serve, tmp
     assert labeler(gone, tmp_path).label_prompts(ASKED[:2])[0] == named[:2]
 
 
-LABEL = st.fixed_dictionaries({"topic": st.sampled_from("abc"), "intention": st.sampled_from("xy")})
+LABEL = st.fixed_dictionaries(
+    {"topic": st.sampled_from("abc"), "intention": st.sampled_from("xy"), "answerable": st.booleans()}
+)
 
 
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["seed", "synthetic"]), st.lists(st.none() | LABEL, max_size=9), min_size=1))
 def test_coverage_and_counts_agree(labelled):
     rows, counts = label_coverage(labelled), label_counts(labelled)
+    for row in answerable_shares(labelled):
+        known = [label["answerable"] for label in labelled[row["source"]] if label is not None]
+        assert row["answerable_share"] == (sum(known) / len(known) if known else None)
+        assert not known or row["answerable_low"] <= row["answerable_share"] <= row["answerable_high"]
     for row in rows:
         own = labelled[row["source"]]
         assert row["labelled"] + row["not_labelled"] == len(own)
@@ -135,13 +146,16 @@ def test_coverage_and_counts_agree(labelled):
             assert 0 <= row[f"{kind}_entropy"] <= most + 1e-9
 
 
-def test_the_asset_shows_what_each_source_covers(serve, instance, tmp_path, nano_embedding_model):
+def test_the_asset_shows_what_each_source_covers(serve, instance, tmp_path, nano_model):
     judge = JudgeServer(url=serve().url, model="judge")
     frame, measured, about = diversity(instance, tmp_path, [ASKED[0], *ASKED], PROMPTS[:8], judge=judge, sample_size=4)
     assert check(PromptDiversity, frame) is None
     names = ("topics", "intentions", "not_labelled", "intention_entropy")
     assert [measured.value(name, "synthetic") for name in names] == [2, 1, 1, 0.0]
     assert measured.value("topic_entropy", "synthetic") == pytest.approx(0.6365, abs=1e-4)
+    answerable = measured.find("answerable_share", "synthetic")
+    assert (answerable.value, answerable.n) == (pytest.approx(2 / 3), 3)
+    assert frame.filter(source="synthetic")["answerable_share"].item() == pytest.approx(2 / 3, abs=1e-4)
     assert about["labelled_by"] == "judge (on a server)"
     assert {row.data["source"]: row.data["labelled"] for row in about["label_coverage"].records} == {
         "synthetic": 3, "seed": 4, "self_instruct": 4,

@@ -1,4 +1,4 @@
-"""A model behind OpenAI's chat API that names what a prompt is about and what it asks for, from fixed lists."""
+"""A model behind OpenAI's chat API that names what a prompt is about and what it asks for, and whether it can be answered."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jinja2
 import yaml
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, StrictBool, create_model
 
 from resources.judging.structured_chat import StructuredChat
 from resources.scoring.scorer import ScoringUsage
@@ -18,7 +18,7 @@ TEMPLATE = LABELS.with_suffix(".jinja")
 
 
 class TopicLabeler:
-    """Asks a server for one topic and one intention of each prompt, of the lists in labels.yaml.
+    """Asks a server for one topic and one intention of each prompt, of the lists in labels.yaml, and if it is answerable.
 
     Labels are kept in shards under a fingerprint of model, template and lists.
     """
@@ -34,10 +34,11 @@ class TopicLabeler:
         self._chat = StructuredChat(server, _form(**self._lists), "label", fingerprint, shards, shard_rows)
         self.label, self.shards = self._chat.label, self._chat.shards
 
-    def label_prompts(self, prompts: Sequence[str]) -> tuple[list[dict[str, str] | None], ScoringUsage]:
+    def label_prompts(self, prompts: Sequence[str]) -> tuple[list[dict[str, Any] | None], ScoringUsage]:
         """Asks about each different prompt once.
 
-        The labels are `topic` and `intention` of each prompt, None where the reply named none of the lists.
+        The labels are `topic`, `intention` and `answerable` (true or false) of each prompt, None where the reply is not of
+        that form.
         """
         keys = [hashlib.sha256(prompt.encode()).hexdigest()[:32] for prompt in prompts]
         questions = {
@@ -51,4 +52,6 @@ class TopicLabeler:
 def _form(topics: Sequence[str], intentions: Sequence[str]) -> type[BaseModel]:
     """The reply that is asked for."""
     fields: dict[str, Any] = {"topic": (Literal[tuple(topics)], ...), "intention": (Literal[tuple(intentions)], ...)}
+    # Strict, because "maybe" must not be read as true.
+    fields["answerable"] = (StrictBool, ...)
     return create_model("Labels", __config__=ConfigDict(extra="forbid"), **fields)

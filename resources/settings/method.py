@@ -79,6 +79,27 @@ class ResponseImprover(Section):
         description="SFT from M_0, anew in every iteration. Paper: as the generator, length 6000."
     )
     sampling: Sampling = Field(description="Decoding of the rewrites. Paper: T = 0.7.")
+    samples: int = Field(
+        1,
+        ge=1,
+        description="Rewrites of each answer. Of several the scorer takes the best among those about as long as the rejected "
+        "answer. Paper: 1.",
+    )
+    max_length_ratio: float = Field(
+        1.25,
+        gt=1,
+        description="Where samples is more than 1: a rewrite is about as long as the rejected answer if the longer of the two has "
+        "at most this many times the characters of the other. If no rewrite is, the nearest in length is chosen. Not in the paper.",
+    )
+
+    @model_validator(mode="after")
+    def _differing(self) -> Self:
+        if self.samples > 1 and (self.sampling.temperature == 0 or self.sampling.top_k == 1):
+            raise ValueError(
+                f"samples is {self.samples} and sampling is greedy (temperature 0 or top_k 1), so all rewrites of an answer would "
+                "be equal: raise sampling.temperature (paper: 0.7) or top_k, or set samples to 1."
+            )
+        return self
 
 
 class ScoringSection(Section):
@@ -186,6 +207,12 @@ class Preferences(Section):
         ge=1,
         description="Repetition is the share of word n-grams of this size that occurred before in the same text.",
     )
+    max_length_ratio: float | None = Field(
+        None,
+        gt=1,
+        description="Drop pairs in which one side has more than this many times the characters of the other, such as 1.25: what is "
+        "left differs less by length. None: none are dropped (paper).",
+    )
     pairs_per_iteration: int = Field(ge=1, description="Pairs kept per iteration, a random sample. Paper: 10,000.")
 
     @model_validator(mode="after")
@@ -209,3 +236,9 @@ class PreferenceOptimization(Section):
     )
     loss: Loss = Field(description="`kind` is simpo (paper), dpo, orpo or cpo_simpo; each has fields of its own.")
     training: PreferenceTraining = Field(description="The training on these pairs.")
+    equal_steps_control: bool = Field(
+        False,
+        description="In each iteration, also train a control from the start of M_t on the pairs of iteration 1 alone, for as many "
+        "optimizer steps as M_t took, and judge it on the held-out prompts. It doubles this training. Not in the paper, where M_4 "
+        "takes four times the steps of M_1.",
+    )

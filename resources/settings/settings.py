@@ -127,6 +127,11 @@ class Settings(Section):
                 f"gate limits {min(of_instructions)} and seed_data.verifiable is not stated, so no M_t could be measured: name a "
                 "file of instructions there, or remove the limit."
             )
+        if self.preference_optimization.equal_steps_control and self.max_iterations == 1:
+            raise ValueError(
+                "preference_optimization.equal_steps_control is true and max_iterations is 1: in iteration 1 the control of equal "
+                "steps is M_1 itself. Raise max_iterations, or switch the control off."
+            )
         if self.seed_data.train == self.seed_data.held_out:
             raise ValueError(
                 "seed_data.train and seed_data.held_out are the same data: held-out pairs must never be trained on."

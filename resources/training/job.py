@@ -51,6 +51,7 @@ class TrainingJob(BaseModel):
     loss: Loss | None
     engine: Engine  # Its threads are those of one process.
     random_seed: int
+    steps: int | None  # Of the optimizer; None: as many as training.epochs make.
     processes: int
     launched: bool  # By accelerate; if not, the step's own process trains alone.
     save_every_steps: int

@@ -30,12 +30,13 @@ def train(job: TrainingJob, dataset: "Dataset") -> None:
     device = prepare_device(job.engine)
     trainer_class, config_class, options = _trainer(job, device)
     training = job.training
-    steps = math.ceil(math.ceil(len(dataset) / training.batch_size) * training.epochs)
+    steps = job.steps or math.ceil(math.ceil(len(dataset) / training.batch_size) * training.epochs)
     # Before the model: with DeepSpeed or FSDP, these arguments decide how it is loaded.
     config = config_class(
         output_dir=str(job.state),
         learning_rate=training.learning_rate,
         num_train_epochs=training.epochs,
+        max_steps=job.steps or -1,
         per_device_train_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=job.accumulation_steps,
         # Rounded down: the first warm-up step has learning rate 0, and a run of one step must learn something.

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -65,6 +66,7 @@ class Trainer(DeviceResource):
         training: Training,
         directory: Path,
         loss: Loss | None = None,
+        steps: int | None = None,
     ) -> TrainingSummary:
         """Trains, and leaves the results in an empty directory.
 
@@ -74,6 +76,7 @@ class Trainer(DeviceResource):
             examples: For `supervised`, chat messages and the answer to learn. For `preference`, rows with prompt, chosen and
                 rejected as chat messages, and the finish reasons of both answers: one that was cut is not closed with the
                 end-of-turn token. For `reward`, prompt, better answer and worse answer.
+            steps: Optimizer steps, in place of as many as training.epochs make; warm-up and schedule follow them.
         """
         from datasets import Dataset
 
@@ -85,7 +88,7 @@ class Trainer(DeviceResource):
                 f"None of the {prepared.examples} examples can be trained on: either all answers are empty, or none fits into "
                 f"training.max_length = {training.max_length} tokens with its prompt: then raise it."
             )
-        job = self._job(kind, start, prepared, training, loss, directory)
+        job = self._job(kind, start, prepared, training, loss, steps, directory)
         if job.resume_from is not None:
             step = job.resume_from.name.rpartition("-")[2]
             logger.info(f"Training goes on after step {step}, from the state that an earlier run saved.")
@@ -100,11 +103,12 @@ class Trainer(DeviceResource):
         log = directory / TRAINING_LOG
         self._finished.append((job.state, log.open()))
         history = [json.loads(line) for line in log.read_text().splitlines()]
+        passes = training.epochs if steps is None else steps / math.ceil(len(prepared.rows) / training.batch_size)
         return TrainingSummary(
             examples=len(prepared.rows),
             dropped=prepared.examples - len(prepared.rows),
             truncated=prepared.truncated,
-            tokens=round(prepared.tokens * training.epochs),
+            tokens=round(prepared.tokens * passes),
             steps=round(history[-1]["step"]),
             seconds=job.seconds_before + time.monotonic() - started,
             history=history,
@@ -142,6 +146,7 @@ class Trainer(DeviceResource):
         prepared: TrainingRows,
         training: Training,
         loss: Loss | None,
+        steps: int | None,
         directory: Path,
     ) -> TrainingJob:
         """Decides how to train, and opens the directory of the states."""
@@ -157,6 +162,7 @@ class Trainer(DeviceResource):
             "device": prepare_device(self.engine),
             "dtype": str(torch_dtype(self.engine)),
             "random_seed": self.random_seed,
+            "steps": steps,
             "processes": processes,
             "accelerate_config": accelerate_config and Path(accelerate_config).read_text(),
             "libraries": {name: importlib.metadata.version(name) for name in DECIDING_LIBRARIES},
@@ -176,6 +182,7 @@ class Trainer(DeviceResource):
             loss=loss,
             engine=self.engine.model_copy(update={"threads": threads}),
             random_seed=self.random_seed,
+            steps=steps,
             processes=processes,
             launched=launched,
             save_every_steps=self.processes.save_every_steps,

@@ -141,7 +141,7 @@ def disk_needed(settings: Settings) -> int:
         return ROOM_WITHOUT_MODEL
     weights = sum(file.stat().st_size for file in cached.glob("*.safetensors"))
     # Generator, reward model and judge once, improver and policy per iteration; float32 takes twice the room of bfloat16.
-    per_iteration = 2 if settings.trains_improver else 1
+    per_iteration = 1 + settings.trains_improver + settings.preference_optimization.equal_steps_control
     checkpoints = 2 * weights * (3 + per_iteration * settings.max_iterations)
     # A saved state of a full training holds the weights and two moments of AdamW for each, in float32.
     is_full = any(training.lora is None for training in settings.trainings)

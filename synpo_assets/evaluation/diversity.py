@@ -4,12 +4,16 @@ Paper (section on diversity): the mean cosine similarity of each of 1,000 prompt
 is not named; synthetic prompts are less alike than those of UltraFeedback, Self-Instruct and UltraChat. A judge names the
 topics of 1,000 prompts.
 Here: the same measure with all-MiniLM-L6-v2, on samples of equal size. The baseline is written by the same M_0 after
-seeing a few seed prompts (Self-Instruct, https://arxiv.org/abs/2212.10560), without the filter that Self-Instruct has
-against similar prompts, while the synthetic prompts are without near-duplicates (prompts.py). Topics are clusters of the
-embeddings, which need no judge and have no names. Where `judge.server` is stated, its model names a topic and an intention
-of the same prompts, from lists of our own (resources/judging/labels.yaml): the paper's counts are of other lists.
+seeing a few seed prompts (Self-Instruct, https://arxiv.org/abs/2212.10560). All sources pass one filter (prompts.py):
+length, language, near-duplicates. Intervals are over prompts: they say how far another sample of prompts of the same
+source would differ, and nothing of another training of the generator. Topics are clusters of the embeddings, which need
+no judge and have no names. Nonsense is varied too, so the share of the prompts whose words M_0 finds likelier in their
+order than shuffled stands beside it (method/word_order.py). Where `judge.server` is stated, its model says whether a prompt
+can be answered, and names a topic and an intention, from lists of our own (resources/judging/labels.yaml): the paper's
+counts are of other lists.
 """
 
+import collections
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,18 +30,21 @@ from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
 from synpo_assets.graph import metrics
-from synpo_assets.graph.cost import Work
+from synpo_assets.graph.cost import Sizes, Work
 from synpo_assets.graph.drawing import Plot, finish, new_figure, plot_of
+from synpo_assets.graph.evaluation_schemas import PromptDiversity
 from synpo_assets.graph.metrics import Metric, MetricName
 from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
-from synpo_assets.graph.schemas import PromptDiversity, SelfInstructPrompts
+from synpo_assets.graph.schemas import SelfInstructPrompts
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.diversity import Diversity, density, equal_samples, label_counts, label_coverage, measure
 from synpo_assets.method.prompts import draw_until_enough, words_of
-from synpo_assets.method.self_instruct import NewTasks, draw_examples
+from synpo_assets.method.self_instruct import draw_examples, parse_task
 from synpo_assets.method.templates import self_instruct_instruction
+from synpo_assets.method.word_order import ORDERS, REQUEST, answerable_shares, in_three_orders, ordered_shares
+from synpo_assets.stages.prompts import FILTER_READS, asked_in_evaluations, prompt_filter
 
 SOURCES = ("synthetic", "seed", "self_instruct")
 # Orange, blue and grey stay apart for colour-blind eyes, and the lines differ too.
@@ -55,7 +62,7 @@ ROUNDED_DIGITS = 4
     work=("generates",),
     reads=(
         "diversity.self_instruct_shots", "diversity.self_instruct_max_words", "diversity.self_instruct_sampling",
-        "prompt_generator.sampling", "prompt_generator.prompts_per_iteration", "prompt_generator.max_overdraw",
+        "prompt_generator.sampling", "prompt_generator.prompts_per_iteration", "prompt_generator.max_overdraw", *FILTER_READS,
     ),
     samplings=lambda settings: [settings.self_instruct_sampling],
     cost=lambda sizes: [Work("generate", sizes.prompts * sizes.settings.self_instruct_sampling.max_new_tokens)],
@@ -64,6 +71,7 @@ def self_instruct_prompts(
     context: dg.AssetExecutionContext,
     initial_policy: Checkpoint,
     seed_pairs: pl.DataFrame,
+    verifiable_instructions: pl.DataFrame,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
     """The baseline: prompts that M_0 writes after seeing some of the seed, as many as G writes in an iteration."""
@@ -71,7 +79,8 @@ def self_instruct_prompts(
     shown = dict(shown_seed_prompts(settings, seed_pairs).select("prompt_id", "prompt").iter_rows())
     shots, most = settings.diversity.self_instruct_shots, settings.keyword_sets_per_iteration
     draws = draw_examples(list(shown), shots, most, settings.random_seed)
-    tasks = NewTasks(seed_pairs.filter(split="train")["prompt"])
+    asked_later = asked_in_evaluations(seed_pairs, verifiable_instructions)
+    tasks = prompt_filter(settings, seed_pairs.filter(split="train")["prompt"], asked_later, parse_task)
     usages: list[Usage] = []
 
     def write(drawn: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -96,43 +105,54 @@ def self_instruct_prompts(
     return table_output(context, services, frame, measured, **made_by(initial_policy))
 
 
+def _diversity_cost(sizes: Sizes) -> list[Work]:
+    compared = len(SOURCES) * min(sizes.settings.diversity.sample_size, sizes.prompts)
+    return [Work("score", compared * ORDERS * 2 * sizes.asked)]
+
+
 @Stage(
     PromptDiversity,
     group="evaluation",
-    work=("embeds",),
-    reads=("diversity.sample_size", "diversity.clusters", "diversity.embedding_model", "judge.server"),
-)
+    work=("scores", "embeds"),
+    reads=(
+        "diversity.sample_size", "diversity.clusters", "diversity.embedding_model", "judge.server", *FILTER_READS,
+    ),
+    cost=_diversity_cost,
+)  # fmt: skip
 def prompt_diversity(
     context: dg.AssetExecutionContext,
     synthetic_prompts: pl.DataFrame,
     seed_pairs: pl.DataFrame,
     self_instruct_prompts: pl.DataFrame,
+    initial_policy: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """How much prompts resemble each other: the synthetic ones, those of the seed, and the Self-Instruct baseline."""
+    """How varied prompts are, and how many make sense: the synthetic ones, those of the seed, and the baseline."""
     settings, iteration = services.settings, iteration_of(context)
-    tables = (synthetic_prompts, seed_pairs.filter(split="train"), self_instruct_prompts)
-    sources = {name: frame["prompt"].to_list() for name, frame in zip(SOURCES, tables, strict=True)}
+    seed, dropped = filtered_seed(settings, seed_pairs)
+    prompts = (synthetic_prompts["prompt"].to_list(), seed, self_instruct_prompts["prompt"].to_list())
+    sources = dict(zip(SOURCES, prompts, strict=True))
     sampled = equal_samples(sources, settings.diversity.sample_size, settings.random_seed)
     for name in sources.keys() - sampled.keys():
         context.log.warning(f"{name} has {len(sources[name])} prompts, too few to compare: it is left out.")
     weights, origin = fetch_embedding_model(settings.diversity.embedding_model, settings.engine.trust_remote_code)
-    texts = [text for prompts in sampled.values() for text in prompts]
-    embedded = services.embedder.embed(weights, texts)
+    embedded = services.embedder.embed(weights, [text for texts in sampled.values() for text in texts])
     measures = measure(sampled, embedded.vectors, settings.diversity.clusters, settings.random_seed)
-    plot = similarity_densities(iteration, measures.similarities)
-    labelled, shown = _labels(services, sampled)
+    ordered, reading = _word_order(services, initial_policy, sampled)
+    answerable, labelled, shown = _labels(services, sampled)
+    frame = _frame(measures.rows, [*ordered, *answerable], sources, origin["name"], iteration)
+    plot = similarity_densities(iteration, measures)
     measured = [
-        Metric("prompts_compared", measures.rows[0]["prompts"]),
-        *(Metric("mean_similarity", row["mean"], of=row["source"], n=row["prompts"]) for row in measures.rows),
-        *(Metric("effective_clusters", row["effective_clusters"], of=row["source"]) for row in measures.rows),
+        *_prompt_metrics(frame),
+        *(Metric("dropped", count, of=reason) for reason, count in dropped.items()),
+        *reading,
         *metrics.embedding(embedded),
         *labelled,
     ]
     return table_output(
         context,
         services,
-        _frame(measures, sources, origin["name"], iteration),
+        frame,
         measured,
         similarities=dg.MetadataValue.md(f"![{plot.description}]({plot.data_uri})"),
         extremes=table_metadata(pl.DataFrame(measures.extremes)),
@@ -140,6 +160,16 @@ def prompt_diversity(
         **{f"embedding_model {key}": value for key, value in origin.items()},
         **shown,
     )
+
+
+def filtered_seed(settings: Settings, seed: pl.DataFrame) -> tuple[list[str], collections.Counter[str]]:
+    """The prompts of the train split that the filter of the other sources keeps, and why it drops the others.
+
+    Overlaps with held-out prompts are looked for where the seed is read (seed_data.on_bad_rows).
+    """
+    prompts = prompt_filter(settings, parse=str.strip)
+    kept = [prompt for text in seed.filter(split="train")["prompt"] if (prompt := prompts.keep(text)) is not None]
+    return kept, prompts.dropped
 
 
 def shown_seed_prompts(settings: Settings, seed: pl.DataFrame) -> pl.DataFrame:
@@ -155,10 +185,30 @@ def shown_seed_prompts(settings: Settings, seed: pl.DataFrame) -> pl.DataFrame:
     return shown
 
 
-def _labels(services: Services, sampled: Mapping[str, Sequence[str]]) -> tuple[list[Metric], dict[str, Any]]:
-    """What the model of judge.server says that the prompts are about: metrics, and tables; nothing where none is stated."""
+def _word_order(
+    services: Services, initial_policy: Checkpoint, sampled: Mapping[str, Sequence[str]]
+) -> tuple[list[dict[str, Any]], list[Metric]]:
+    """How many prompts of each source M_0 finds likelier than their shuffled words, and the cost."""
+    random_seed = services.settings.random_seed
+    texts = [
+        text for prompts in sampled.values() for prompt in prompts for text in in_three_orders(prompt, random_seed)
+    ]
+    read = services.likelihood.measure(initial_policy, [(REQUEST, text) for text in texts])
+    ends = np.cumsum([len(prompts) for prompts in sampled.values()])[:-1]
+    of_sources = np.split(np.array(read.per_token).reshape(-1, ORDERS), ends)
+    rows = ordered_shares(dict(zip(sampled, of_sources, strict=True)))
+    return rows, [Metric("scored_tokens", read.tokens), Metric("scoring_seconds", round(read.seconds, 1))]
+
+
+def _labels(
+    services: Services, sampled: Mapping[str, Sequence[str]]
+) -> tuple[list[dict[str, Any]], list[Metric], dict[str, Any]]:
+    """What the model of judge.server says of the prompts: how many can be answered, metrics, and tables.
+
+    All are empty where none is stated.
+    """
     if services.settings.judge.server is None:
-        return [], {}
+        return [], [], {}
     labeler = topic_labeler(services.settings.judge, services.scorer)
     texts = [text for prompts in sampled.values() for text in prompts]
     named, usage = labeler.label_prompts(texts)
@@ -172,21 +222,49 @@ def _labels(services: Services, sampled: Mapping[str, Sequence[str]]) -> tuple[l
         "label_coverage": table_metadata(pl.DataFrame(rows)),
         "label_counts": table_metadata(pl.DataFrame(label_counts(labelled))),
     }
-    return measured + metrics.scoring(usage), shown
+    answerable = answerable_shares(labelled)
+    for row, covered in zip(answerable, rows, strict=True):
+        ends = {end: row[f"answerable_{end}"] for end in ("low", "high")}
+        who = {"of": row["source"], "n": covered["labelled"]}
+        measured.append(Metric("answerable_share", row["answerable_share"], **ends, **who))
+    return answerable, measured + metrics.scoring(usage), shown
 
 
-def _frame(measures: Diversity, sources: Mapping[str, Sequence[str]], model: str, iteration: int) -> pl.DataFrame:
+def _frame(
+    measured: Sequence[dict[str, Any]],
+    further: Sequence[dict[str, Any]],
+    sources: Mapping[str, Sequence[str]],
+    model: str,
+    iteration: int,
+) -> pl.DataFrame:
     """The table, with numbers rounded: their last digits depend on the machine, and the content version on them."""
     same = {"embedding_model": model, "iteration": iteration}
-    rows = [{**row, "available": len(sources[row["source"]]), **same} for row in measures.rows]
-    frame = pl.DataFrame(rows, schema=PromptDiversity.empty().schema)
+    rows = {row["source"]: {**row, "available": len(sources[row["source"]]), **same} for row in measured}
+    for row in further:
+        rows[row["source"]] |= row
+    frame = pl.DataFrame(list(rows.values()), schema=PromptDiversity.empty().schema)
     return frame.with_columns(pl.selectors.float().round(ROUNDED_DIGITS))
 
 
-def similarity_densities(iteration: int, similarities: Mapping[str, np.ndarray]) -> Plot:
-    """How alike prompts are: the density of the prompts' mean similarities, one line per source, its mean dotted."""
+def _prompt_metrics(frame: pl.DataFrame) -> list[Metric]:
+    """What the table says of each source, with intervals over its prompts."""
+    measured = [Metric("prompts_compared", frame["prompts"][0])]
+    for row in frame.iter_rows(named=True):
+        who = {"of": row["source"], "n": row["prompts"]}
+        measured += [
+            Metric("mean_similarity", row["mean"], low=row["mean_low"], high=row["mean_high"], **who),
+            Metric("effective_clusters", row["effective_clusters"], **who),
+            Metric("ordered_share", row["ordered_share"], low=row["ordered_low"], high=row["ordered_high"], **who),
+            Metric("shuffled_ordered_share", row["shuffled_ordered_share"], **who),
+        ]
+    return measured
+
+
+def similarity_densities(iteration: int, measures: Diversity) -> Plot:
+    """How alike prompts are: the density of their mean similarities, one line per source, the interval of its mean shaded."""
     figure = new_figure()
     axes = figure.add_subplot()
+    similarities, rows = measures.similarities, {row["source"]: row for row in measures.rows}
     everything = np.concatenate(list(similarities.values()))
     margin = 0.25 * (everything.max() - everything.min()) + SMALLEST_MARGIN
     places = np.linspace(everything.min() - margin, everything.max() + margin, SHOWN_PLACES)
@@ -194,7 +272,11 @@ def similarity_densities(iteration: int, similarities: Mapping[str, np.ndarray])
         style, colour = SOURCE_STYLES[name]
         axes.plot(places, density(values, places), style, color=colour, label=f"{name} (n = {len(values):,})")
         axes.axvline(values.mean(), color=colour, linewidth=0.8, linestyle=":")
+        axes.axvspan(rows[name]["mean_low"], rows[name]["mean_high"], color=colour, alpha=0.15, linewidth=0)
     axes.set_ylim(bottom=0)
     finish(axes, "How alike prompts are", "mean cosine similarity to the others", "density", legend="prompts")
-    text = f"Density of the prompts' mean cosine similarities to the others of their source, iteration {iteration}."
+    text = (
+        f"Density of the prompts' mean cosine similarities to the others of their source, iteration {iteration}; shaded: the "
+        "95 % interval of each mean over prompts."
+    )
     return plot_of("similarities", text, figure)

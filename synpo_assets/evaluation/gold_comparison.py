@@ -16,10 +16,10 @@ from resources.models.model_source import fetch_embedding_model
 from resources.storage.checkpoint_store import Checkpoint
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Work
+from synpo_assets.graph.evaluation_schemas import GoldComparison
 from synpo_assets.graph.metrics import Metric, MetricName
 from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
-from synpo_assets.graph.schemas import GoldComparison
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.evaluation import LENGTH_BANDS, length_bands, mean_gain

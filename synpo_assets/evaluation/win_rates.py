@@ -34,6 +34,7 @@ from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.schemas import Evaluation
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
+from synpo_assets.graph.tables import Table
 from synpo_assets.method.cut import first_half, whole_answers
 from synpo_assets.method.evaluation import outcome_column, win_rates, wins_by_ending
 from synpo_assets.method.outcomes import outcomes
@@ -85,12 +86,10 @@ def evaluation(
     scorers = {name: services.checkpoints.current(name, None) for name in ("judge_model", "reward_model")}
     rewards, convention, rewarding = _rewards(services, texts, scorers["reward_model"])
     judges = open_judges(services.settings.judge, services.scorer, **scorers)
-    judged, judging = _judged(texts, judges)
+    judged, judging = judged_by(judges, texts, COMPARISONS)
     shas = {f"{name}_checkpoint_sha": pl.lit(model.sha) for name, model in models.items()}
     frame = texts.with_columns(*rewards, *judged, **shas, iteration=pl.lit(iteration_of(context), pl.Int64))
-    frame = frame.with_columns(
-        pl.lit(None, pl.String).alias(name) for name in Evaluation.to_schema().columns if name not in frame.columns
-    ).select(*Evaluation.to_schema().columns)
+    frame = with_all_columns(frame, Evaluation)
     labels = {judge.name: judge.label for judge in judges}
     random_seed, test = services.settings.random_seed, frame.filter(split="test")
     # What people look for comes first.
@@ -160,17 +159,26 @@ def _rewards(
     return [value.alias(name) for name, value in values.items()], candidate.convention, candidate.usage + gold.usage
 
 
-def _judged(texts: pl.DataFrame, judges: Sequence[Judge]) -> tuple[list[pl.Series], list[ScoringUsage]]:
+def judged_by(
+    judges: Sequence[Judge], texts: pl.DataFrame, comparisons: Sequence[tuple[str, str]]
+) -> tuple[list[pl.Series], list[ScoringUsage]]:
     """What each judge says of the answers compared, and the cost; where nothing is left of a cut answer, no verdict."""
     columns, usages = [], []
     for judge in judges:
-        for model, opponent in COMPARISONS:
+        for model, opponent in comparisons:
             compared = judge.compare(texts.select("prompt", f"{model}_response", f"{opponent}_response").rows())
             left = [~texts[f"{name}_cut"] | (texts[f"{name}_response"] != "") for name in (model, opponent)]
             margins = pl.select(pl.when(left[0] & left[1]).then(compared.margins)).to_series()
             columns.append(outcomes(margins).alias(outcome_column(judge.name, model, opponent)))
             usages.append(compared.usage)
     return columns, usages
+
+
+def with_all_columns(frame: pl.DataFrame, schema: type[Table]) -> pl.DataFrame:
+    """The columns of a schema, in order; those of a judge that was not asked are empty."""
+    columns = schema.to_schema().columns
+    missing = [pl.lit(None, pl.String).alias(name) for name in columns if name not in frame.columns]
+    return frame.with_columns(missing).select(*columns)
 
 
 def held_out_metrics(frame: pl.DataFrame, judges: Mapping[str, str], random_seed: int, sha: str) -> list[Metric]:

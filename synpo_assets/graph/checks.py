@@ -93,7 +93,8 @@ def model_checkpoint_checks(context: dg.AssetCheckExecutionContext, services: Se
     reason = saturation(accuracy, argument, limits.min_reward_accuracy, limits.min_sigmoid_argument)
     shown: dict[str, Any] = {"reward_accuracy": accuracy, "sigmoid_argument": argument}
     if reason is not None:
-        nearer = "" if preferences.chosen_from == "ranked_samples" else " (preferences.chosen_from: ranked_samples)"
+        ways = "response_improver.samples, or preferences.chosen_from: ranked_samples"
+        nearer = "" if preferences.chosen_from == "ranked_samples" else f" ({ways})"
         shown["warning"] = (
             f"The training of {asset_label('model_checkpoint', context.partition_key)} is saturated: over its last quarter "
             f"{reason}. preference_optimization.loss.beta then changes little: choose answers that are nearer to the policy"

@@ -37,11 +37,11 @@ MetricName = Literal[
     "scored_tokens_per_second", "embedded_texts", "embedded_tokens", "texts_unread", "embedding_seconds",
     # Seed, keywords and prompts.
     "split_rows", "dropped", "pool_size", "examples_without_keywords", "prompts_wanted", "keyword_sets_used", "sources_used",
-    "prompts_compared", "mean_similarity", "effective_clusters", "topics", "topic_entropy", "intentions",
-    "intention_entropy", "not_labelled",
+    "prompts_compared", "mean_similarity", "effective_clusters", "ordered_share", "shuffled_ordered_share",
+    "answerable_share", "topics", "topic_entropy", "intentions", "intention_entropy", "not_labelled",
     # Responses, scorers and pairs.
     "gold_better_share", "passing_share", "unchanged_share", "samples_per_prompt", "mean_margin_over_first_sample",
-    "held_out_accuracy", "candidate_pairs", "mean_margin", "chosen_to_rejected_length",
+    "like_length_share", "held_out_accuracy", "candidate_pairs", "mean_margin", "chosen_to_rejected_length",
     "pairs_of_iteration",
     # Held-out prompts.
     "held_out_prompts", "held_out_reward", "win_rate", "length_controlled_win_rate", "pairs_alike_in_length", "wins", "ties",

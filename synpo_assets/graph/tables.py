@@ -10,6 +10,9 @@ import pandera.errors
 import pandera.polars as pa
 import polars as pl
 
+from synpo_assets.method.outcomes import NO_VERDICT, POINTS
+from synpo_assets.method.seed import HELD_OUT
+
 SHOWN_BAD_ROWS = 5
 
 
@@ -21,6 +24,30 @@ class Table(pa.DataFrameModel):
 
         strict = True
         ordered = True
+
+
+def id_column(description: str, unique: bool = False) -> str:
+    """A content hash or a checkpoint's sha."""
+    return pa.Field(str_length={"min_value": 3}, description=description, unique=unique)
+
+
+def text_column(description: str) -> str:
+    """A text that is not empty."""
+    return pa.Field(str_length={"min_value": 1}, description=description)
+
+
+def split_column() -> str:
+    """Which of the held-out splits a row belongs to."""
+    return pa.Field(isin=HELD_OUT, description="`dev`: searches and the gate read it; `test`: tables report it.")
+
+
+def outcome_column(judge: str, opponent: str, of: str = "M_t's", nullable: bool = False) -> str:
+    """What a judge says of two answers."""
+    return pa.Field(
+        isin=[*POINTS, NO_VERDICT],
+        nullable=nullable,
+        description=f"What {judge} says of {of} answer beside {opponent}'s: win, tie, loss or no verdict.",
+    )
 
 
 def column_schema(model: type[Table]) -> dg.TableSchema:

@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from synpo_assets.method.evaluation import COVERAGE
+
 Row = dict[str, Any]
 
 MOST_ROUNDS = 100
+RESAMPLES = 2000
 NARROWEST_BANDWIDTH = 0.005
 
 
@@ -63,6 +66,23 @@ def mean_similarities(embeddings: np.ndarray) -> np.ndarray:
     vectors = _unit(embeddings)
     # All others together: the sum of all, less the prompt itself. A matrix of all pairs is never made.
     return ((vectors @ vectors.sum(axis=0)) - (vectors**2).sum(axis=1)) / (len(vectors) - 1)
+
+
+def similarity_interval(embeddings: np.ndarray, random_seed: int) -> tuple[float, float]:
+    """The percentile bootstrap interval, 95 %, of the mean similarity of two prompts, over which prompts there are.
+
+    Each resample draws prompts with replacement. A prompt that it holds twice is not compared with itself: that similarity of
+    1 is none between two prompts, and would move the interval away from the mean.
+    """
+    vectors = _unit(embeddings)
+    count = len(vectors)
+    times = np.random.default_rng(random_seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    own = (times**2).sum(axis=1)
+    # A resample of one prompt alone has no two to compare.
+    times, pairs = times[own < count**2], count**2 - own[own < count**2]
+    means = (((times @ vectors) ** 2).sum(axis=1) - (times**2).sum(axis=1)) / pairs
+    low, high = np.quantile(means, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return float(low), float(high)
 
 
 def similarity_figures(similarities: np.ndarray) -> Row:
@@ -127,7 +147,7 @@ def coverage(labels: np.ndarray) -> Row:
     return {"clusters_touched": touched, "cluster_entropy": entropy, "effective_clusters": float(np.exp(entropy))}
 
 
-def label_coverage(labelled: Mapping[str, Sequence[Mapping[str, str] | None]]) -> list[Row]:
+def label_coverage(labelled: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> list[Row]:
     """How many topics and intentions the prompts of each source cover, and how evenly (entropy of the shares, in nats).
 
     By source, each prompt has a `topic` and an `intention`, or is None where the judge named none.
@@ -147,7 +167,7 @@ def label_coverage(labelled: Mapping[str, Sequence[Mapping[str, str] | None]]) -
     return rows
 
 
-def label_counts(labelled: Mapping[str, Sequence[Mapping[str, str] | None]]) -> list[Row]:
+def label_counts(labelled: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> list[Row]:
     """How many prompts of each source have each label: a row per topic, then per intention, the most frequent first."""
     rows = []
     for kind in ("topic", "intention"):
@@ -163,12 +183,19 @@ def measure(prompts: Mapping[str, Sequence[str]], embeddings: np.ndarray, cluste
     There is one row of embeddings per prompt, in the order of the sources.
     """
     ends = np.cumsum([len(texts) for texts in prompts.values()])[:-1]
-    similarities = dict(zip(prompts, map(mean_similarities, np.split(embeddings, ends)), strict=True))
+    vectors = dict(zip(prompts, np.split(embeddings, ends), strict=True))
+    similarities = {name: mean_similarities(own) for name, own in vectors.items()}
     labels, centers = cluster(embeddings, clusters, random_seed)
     by_source = dict(zip(prompts, np.split(labels, ends), strict=True))
     return Diversity(
         rows=[
-            {"source": name, "prompts": len(own), **similarity_figures(own), **coverage(by_source[name])}
+            {
+                "source": name,
+                "prompts": len(own),
+                **similarity_figures(own),
+                **dict(zip(("mean_low", "mean_high"), similarity_interval(vectors[name], random_seed), strict=True)),
+                **coverage(by_source[name]),
+            }
             for name, own in similarities.items()
         ],
         similarities=similarities,

@@ -1,6 +1,7 @@
 """What judges say of two answers: outcomes, the win rate, and how certain it is."""
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -65,6 +66,16 @@ def win_rate_interval(
     quantile = NormalDist().inv_cdf((1 + coverage) / 2)
     # Exchanging the sides exchanges the ends.
     return 1 - _highest_rate(losses, ties, wins, quantile), _highest_rate(wins, ties, losses, quantile)
+
+
+def share_interval(holds: Sequence[bool]) -> tuple[float, float] | None:
+    """Wilson's 95 % interval of a share over prompts; None if there are none.
+
+    Examples:
+        >>> [round(end, 3) for end in share_interval([True] * 9 + [False])]
+        [0.596, 0.982]
+    """
+    return win_rate_interval(pl.Series(["win" if each else "loss" for each in holds], dtype=pl.String))
 
 
 def _design_effect(points: np.ndarray, prompts: pl.Series) -> float:

@@ -34,13 +34,32 @@ def join_sides(chosen: pl.DataFrame, rejected: pl.DataFrame) -> pl.DataFrame:
     return left.join(right, on="prompt_id", validate="1:1", maintain_order="left")
 
 
+def length_factor(text: pl.Expr, other: pl.Expr) -> pl.Expr:
+    """How many times as many characters the longer of two texts has, at least 1; an empty text counts as one character.
+
+    Examples:
+        >>> sides = pl.DataFrame({"one": ["ab", "abcd"], "other": ["abcd", ""]})
+        >>> sides.select(ratio=length_factor(pl.col("one"), pl.col("other")))["ratio"].to_list()
+        [2.0, 4.0]
+    """
+    lengths = [each.str.len_chars().clip(1).cast(pl.Float64) for each in (text, other)]
+    return pl.max_horizontal(lengths) / pl.min_horizontal(lengths)
+
+
 def select_pairs(
-    scored: pl.DataFrame, margin_threshold: float, max_repetition: float, ngram: int, count: int, random_seed: int
+    scored: pl.DataFrame,
+    margin_threshold: float,
+    max_repetition: float,
+    ngram: int,
+    count: int,
+    random_seed: int,
+    max_length_ratio: float | None = None,
 ) -> tuple[pl.DataFrame, dict[str, int]]:
     """Keeps the valid pairs and a random sample of them, in order, with margin; and counts what each rule dropped.
 
-    A pair is valid if neither side was cut, chosen_score - rejected_score exceeds the threshold, and its chosen side repeats
-    no larger share of its word n-grams than `max_repetition`.
+    A pair is valid if neither side was cut, chosen_score - rejected_score exceeds the threshold, its chosen side repeats no
+    larger share of its word n-grams than `max_repetition`, and neither side has more than `max_length_ratio` times the
+    characters of the other.
     """
     sides = [pl.col("chosen_response").str.strip_chars(), pl.col("rejected_response").str.strip_chars()]
     repeats = pl.col("chosen_response").map_elements(lambda text: repetition(text, ngram), return_dtype=pl.Float64)
@@ -51,6 +70,8 @@ def select_pairs(
         "repetition": repeats <= max_repetition,
         "margin": pl.col("margin") > margin_threshold,
     }
+    if max_length_ratio is not None:
+        rules["length"] = length_factor(*sides) <= max_length_ratio
     scored = scored.with_columns(margin=pl.col("chosen_score") - pl.col("rejected_score"))
     columns = [f"{side}_{column}" for side in ("chosen", "rejected") for column in ("response", "finish_reason")]
     rows = scored.select(*columns, "margin").with_row_index("place")

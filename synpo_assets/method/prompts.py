@@ -127,9 +127,9 @@ class Contamination:
 class PromptFilter:
     """Decides which prompts are kept, and counts by reason why the others are not.
 
-    `near_duplicates` holds the seed prompts at the start, and every kept prompt; `contamination` the held-out prompts.
-    `matches` are dropped prompts, each with the held-out prompt it overlaps with. Without a language (ISO 639-1) all are
-    kept.
+    `near_duplicates` holds what is known at the start, such as the seed prompts, and every kept prompt; `contamination` the
+    held-out prompts. `matches` are dropped prompts, each with the held-out prompt it overlaps with. Without a language
+    (ISO 639-1) all are kept. `parse` finds the prompt in what was written; by default where the generator puts it.
     """
 
     min_words: int
@@ -137,12 +137,13 @@ class PromptFilter:
     language: str | None
     near_duplicates: NearDuplicates
     contamination: Contamination
+    parse: Callable[[str], str | None] = parse_question
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     matches: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def keep(self, written: str) -> str | None:
-        """The prompt in what the generator wrote, or None; then the reason is counted."""
-        prompt = parse_question(written)
+        """The prompt in what was written, or None; then the reason is counted."""
+        prompt = self.parse(written)
         reason = "unparsable" if prompt is None else self._reason(prompt)
         if prompt is None or reason is not None:
             self.dropped[str(reason)] += 1

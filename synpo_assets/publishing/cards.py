@@ -8,7 +8,8 @@ from typing import Any
 import polars as pl
 import yaml
 
-from synpo_assets.reports.rows import FinishedIteration, Row, report_rows
+from synpo_assets.reports.finished import FinishedIteration
+from synpo_assets.reports.rows import Row, report_rows
 
 FOLDER = Path(__file__).parent
 TAGS = ("synpo", "preference-optimization", "synthetic")
@@ -48,12 +49,13 @@ def dataset_card(
     columns: Mapping[str, str],
     writers: Sequence[Mapping[str, str]],
     ranked_samples: int | None,
+    rewrites: int = 1,
     settings: Mapping[str, Any],
 ) -> str:
     """The card of the preference pairs, as the hub and `datasets` read it.
 
     `writers` has a row for each iteration and role, with `checkpoint` and `sha`. `ranked_samples` is how many answers to a
-    prompt were ranked to find both sides; None if an improver wrote `chosen`.
+    prompt were ranked to find both sides; None if an improver wrote `chosen`, one of so many `rewrites`.
     """
     from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -80,6 +82,7 @@ def dataset_card(
         writers=_table(["iteration", "role", "checkpoint", "sha"], (row.values() for row in writers)),
         score_conventions=", ".join(f"`{name}`" for name in conventions),
         ranked_samples=ranked_samples,
+        rewrites=rewrites,
         settings=_yaml(settings),
         libraries=_libraries(data.iterations[-1].manifest.get("libraries", {})),
     )

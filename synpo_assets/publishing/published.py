@@ -28,7 +28,7 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.publishing.cards import CardData, dataset_card, model_card
 from synpo_assets.reports.boosting_report import iterations_of, read_iteration
-from synpo_assets.reports.rows import FinishedIteration
+from synpo_assets.reports.finished import FinishedIteration
 
 # Of what an iteration makes, the settings that decide what a pair is.
 CARD_SETTINGS = {"random_seed", "prompt_generator", "responses", "response_improver", "scorer", "preferences"}
@@ -62,6 +62,7 @@ def published_dataset(context: dg.AssetExecutionContext, services: dg.ResourcePa
         columns={name: str(column.description) for name, column in PreferencePairs.to_schema().columns.items()},
         writers=list(_writers(services, iterations)),
         ranked_samples=None if settings.trains_improver else settings.preferences.ranked_samples,
+        rewrites=settings.response_improver.samples,
         settings=settings.model_dump(include=CARD_SETTINGS, exclude=unused),
     )
 

@@ -15,9 +15,10 @@ from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.presentation import versions_table, written_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import STATE_TAG, Stage
+from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.page import judging_rows, report_html, sample_pairs
 from synpo_assets.reports.plots import draw_plots
-from synpo_assets.reports.rows import FinishedIteration, Row, report_notes, report_rows
+from synpo_assets.reports.rows import Row, report_notes, report_rows
 from synpo_assets.stages.loop import promotion_verdict
 from synpo_assets.stages.scorers import judge_doubt
 

@@ -21,7 +21,8 @@ from resources.settings.settings import Settings
 from synpo_assets.graph.metrics import MetricName, Which
 from synpo_assets.graph.services import Services
 from synpo_assets.reports.boosting_report import iterations_of, read_iteration
-from synpo_assets.reports.rows import FinishedIteration, total
+from synpo_assets.reports.finished import FinishedIteration
+from synpo_assets.reports.rows import total
 from synpo_assets.reports.texts import MISSING
 
 Opener = Callable[[Settings, Path], Services]
@@ -39,6 +40,8 @@ def _value(
 COLUMNS: dict[str, tuple[Callable[[FinishedIteration], float | None], str]] = {
     "win rate over M_0": (_value("win_rate", "candidate", over="initial", by=INDEPENDENT), "{:.1%}"),
     "both answers ended": (_value("win_rate_both_ended", "candidate", over="initial", by=INDEPENDENT), "{:.1%}"),
+    "equal steps over M_0": (_value("win_rate", "equal_steps", over="initial", by=INDEPENDENT), "{:.1%}"),
+    "equal steps over M_t": (_value("win_rate", "equal_steps", over="candidate", by=INDEPENDENT), "{:.1%}"),
     "length-controlled": (_value("length_controlled_win_rate", "candidate", over="initial", by=INDEPENDENT), "{:.1%}"),
     "M_0 trimmed": (_value("win_rate", "trimmed", over="initial", by=INDEPENDENT), "{:.1%}"),
     "M_0 verbose": (_value("win_rate", "verbose", over="initial", by=INDEPENDENT), "{:.1%}"),
@@ -49,6 +52,7 @@ COLUMNS: dict[str, tuple[Callable[[FinishedIteration], float | None], str]] = {
     "margin": (_value("mean_margin"), "{:.3f}"),
     "chosen / rejected length": (_value("chosen_to_rejected_length"), "{:.2f}"),
     "pairs kept": (_value("rows", asset="preference_pairs"), "{:,.0f}"),
+    "steps": (_value("training_steps", asset="model_checkpoint"), "{:,.0f}"),
     "tokens generated": (lambda iteration: total(iteration, "generated_tokens"), "{:,.0f}"),
     "tokens trained": (lambda iteration: total(iteration, "trained_tokens"), "{:,.0f}"),
     "seconds": (lambda iteration: round(iteration.seconds), "{:,.0f}"),
@@ -100,12 +104,13 @@ def print_comparison(
     table = Table(title="Finished iterations, rewards of held-out prompts", title_justify="left", padding=0)
     for name in ("home", "t"):
         table.add_column(name, overflow="fold")
-    for name in COLUMNS:
+    shown = {name: form for name, (_, form) in COLUMNS.items() if figures[name].null_count() < figures.height}
+    for name in shown:
         # Folded, because a number whose end is cut off would be a wrong one.
         table.add_column(name, justify="right", overflow="fold")
-    for home, iteration, *values in figures.iter_rows():
+    for home, iteration, *values in figures.select("home", "iteration", *shown).iter_rows():
         cells = (MISSING if value is None else form.format(value)
-                 for (_, form), value in zip(COLUMNS.values(), values, strict=True))  # fmt: skip
+                 for form, value in zip(shown.values(), values, strict=True))  # fmt: skip
         table.add_row(Text(visible(home)), iteration.lstrip("0"), *cells)
     console.print(table)
     if output is not None:

@@ -11,7 +11,8 @@ from resources.common.text import visible
 from synpo_assets.graph.drawing import Plot
 from synpo_assets.graph.metrics import Metrics
 from synpo_assets.method.judging import KINDS
-from synpo_assets.reports.rows import FinishedIteration, Row, judge_labels
+from synpo_assets.reports.finished import FinishedIteration
+from synpo_assets.reports.rows import Row, judge_labels
 from synpo_assets.reports.texts import count_text, rate_text
 from synpo_assets.stages.scorers import NULLS
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from synpo_assets.graph.drawing import INK, Plot, finish, new_figure, plot_of
 from synpo_assets.graph.metrics import MetricName
-from synpo_assets.reports.rows import FinishedIteration, judge_labels
+from synpo_assets.reports.finished import FinishedIteration
+from synpo_assets.reports.rows import judge_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

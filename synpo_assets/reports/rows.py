@@ -1,20 +1,20 @@
 """The rows of the boosting report: metrics by iteration as text, a few sample pairs, and the page that shows both."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Unpack
-
-import polars as pl
+from collections.abc import Callable, Iterator, Sequence
+from typing import Unpack
 
 from resources.judging.judge_choice import INDEPENDENT
 from resources.training.history import last_quarter
-from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName, Metrics, Which
+from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName, Which
 from synpo_assets.method.evaluation import LENGTH_BANDS
 from synpo_assets.method.judging import ANOTHER_GOLD
+from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.texts import (
     MISSING,
     count_text,
     difference_text,
+    estimate_text,
     gain_text,
     number_text,
     rate_text,
@@ -37,61 +37,6 @@ ENDED_LABELS = {
 # In place of a win rate; a note says it in full.
 AT_CHANCE = "judge at chance"
 PROMOTED = {True: "yes", False: "no", None: MISSING}
-
-
-@dataclasses.dataclass(frozen=True)
-class FinishedIteration:
-    """What is known of one finished iteration.
-
-    Attributes:
-        key: Its partition key, `0001`.
-        metrics: What its assets measured.
-        seconds: Wall time of its steps.
-        pairs: Its table `preference_pairs`.
-        training_log: What the trainer of M_t logged, one entry per step; empty if the checkpoint is gone.
-        reward_axis: What the logged rewards are, which depends on the loss.
-        manifest: The manifest of M_t; empty if the checkpoint is gone.
-        refusal: Why M_t was not promoted, as a sentence; None if it was, or was not judged.
-        judge_doubt: Why the independent judge's win rates say nothing and are left out, as a sentence; None if they are not.
-    """
-
-    key: str
-    metrics: Metrics
-    seconds: float
-    pairs: pl.DataFrame
-    training_log: Sequence[Mapping[str, Any]]
-    reward_axis: str
-    manifest: Mapping[str, Any]
-    refusal: str | None
-    judge_doubt: str | None = None
-
-    @property
-    def sha(self) -> str | None:
-        """Sha of M_t."""
-        evaluated = self.metrics.find("mean_repetition", "candidate")
-        return evaluated.checkpoint_sha if evaluated else None
-
-    @property
-    def promoted(self) -> bool | None:
-        """Whether the gate let this M_t enter the next iteration; None if it judged another one, or none yet."""
-        judged = self.metrics.find("promoted", "candidate")
-        return bool(judged.value) if judged and judged.checkpoint_sha == self.sha else None
-
-    @property
-    def rewards(self) -> list[Mapping[str, Any]]:
-        """The logged steps that hold the rewards of chosen and rejected; the trainer's closing entry has none."""
-        return [entry for entry in self.training_log if entry.get("rewards/chosen") is not None]
-
-    @property
-    def funnel(self) -> dict[str, float | None]:
-        """Rows per stage, from the completions that were asked for a prompt to the pairs that were kept."""
-        value = self.metrics.value
-        return {
-            "prompts asked for": value("keyword_sets_used"),
-            "valid prompts": value("rows", asset="synthetic_prompts"),
-            "candidate pairs": value("candidate_pairs"),
-            "pairs kept": value("rows", asset="preference_pairs"),
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +104,13 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
     for asset, label in {
         "keyword_sets": "keyword sets drawn", "synthetic_prompts": "synthetic prompts", "base_responses": "base responses",
         "rejected_responses": "rejected responses", "refined_responses": "refined responses (chosen side)",
+        "best_rewrites": "best of several rewrites (chosen side)",
         "chosen_responses": "ranked samples (chosen side)", "preference_pairs": "pairs kept",
     }.items():  # fmt: skip
         yield "Rows", label, _of("rows", count_text, asset=asset)
     yield "Rows", "candidate pairs", _of("candidate_pairs", count_text)
     yield "Rows", "pairs that M_t was trained on", _of("examples", count_text, asset="model_checkpoint")
+    yield "Rows", "optimizer steps of M_t", _of("training_steps", count_text, asset="model_checkpoint")
     funnel = (("valid prompts", "prompts asked for", "valid prompts per keyword set used"),
               ("pairs kept", "candidate pairs", "pairs kept per candidate"))  # fmt: skip
     for part, whole, label in funnel:
@@ -177,7 +124,18 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
         yield "Cut at the token limit", asset, _of("cut_share", share_text, asset=asset)
     yield "Prompts", "prompts compared, of each source", _of("prompts_compared", count_text)
     for source, what in PROMPT_SOURCES.items():
-        yield "Prompts", f"mean similarity of {what}", _of("mean_similarity", number_text, source)
+        yield "Prompts", f"mean similarity of {what}, 95 % interval", _found("mean_similarity", estimate_text, source)
+    for source, what in PROMPT_SOURCES.items():
+        label = f"{what} likelier under M_0 than their words shuffled, 95 % interval"
+        yield "Prompts", label, _found("ordered_share", rate_text, source)
+        yield (
+            "Prompts",
+            f"the same of {what} whose words were shuffled",
+            _of("shuffled_ordered_share", share_text, source),
+        )
+    for source, what in PROMPT_SOURCES.items():
+        label = f"{what} that can be answered, by a judge's word, 95 % interval"
+        yield "Prompts", label, _found("answerable_share", rate_text, source)
     for metric in ("topics", "intentions"):
         for source, what in PROMPT_SOURCES.items():
             yield "Prompts", f"{metric} of {what}, named by a judge", _of(metric, count_text, source)
@@ -205,6 +163,10 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
         yield "Held-out", f"answers of {model} cut", _of("cut_share", share_text, side)
     for judge in judge_labels(iterations):
         yield from _wins_by_ending(judge)
+    for judge in judge_labels(iterations):
+        for opponent, shown in {"initial": "M_0", "candidate": "M_t"}.items():
+            label = f"{judge}, the pairs of iteration 1 for as many steps over {shown}: win rate, 95 % interval"
+            yield "Equal steps", label, _found("win_rate", rate_text, "equal_steps", over=opponent, by=judge)
     yield from _without_a_judge()
     yield "Gate", "M_t promoted to the next iteration", lambda iteration: PROMOTED[iteration.promoted]
     yield "Checkpoints", "M_t", lambda iteration: _sha(iteration.sha)
@@ -318,6 +280,10 @@ def total(iteration: FinishedIteration, metric: MetricName) -> float:
 
 def _of(metric: MetricName, form: Format, of: str | None = None, **which: Unpack[Which]) -> Cell:
     return lambda iteration: form(iteration.metrics.value(metric, of, **which))
+
+
+def _found(metric: MetricName, form: Callable[[Metric | None], str], of: str, **which: Unpack[Which]) -> Cell:
+    return lambda iteration: form(iteration.metrics.find(metric, of, **which))
 
 
 def _ratio(part: str, whole: str) -> Cell:

@@ -48,6 +48,23 @@ def difference_text(difference: Metric | None) -> str:
     return f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
 
 
+def estimate_text(estimate: Metric | None) -> str:
+    """A number with its interval, as far as it is known.
+
+    Examples:
+        >>> estimate_text(Metric("mean_similarity", 0.0719, low=0.0681, high=0.0774))
+        '0.072 (0.068 to 0.077)'
+        >>> estimate_text(Metric("mean_similarity", 0.0719))
+        '0.072'
+    """
+    if estimate is None or estimate.value is None:
+        return MISSING
+    text = f"{estimate.value:.3f}"
+    return (
+        text if estimate.low is None or estimate.high is None else f"{text} ({estimate.low:.3f} to {estimate.high:.3f})"
+    )
+
+
 def count_text(value: float | None) -> str:
     """A whole number."""
     return MISSING if value is None else f"{value:,.0f}"

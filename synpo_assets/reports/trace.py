@@ -173,7 +173,8 @@ class _Home:
             if node.io_manager_key == "checkpoints" and STATE_TAG not in node.tags:
                 partitions = node.partitions_def.get_partition_keys() if node.partitions_def else [None]
                 manifests += [self.checkpoints.manifest(name, partition) for partition in partitions]
-        return [manifest for manifest in manifests if manifest]
+        # Two assets may point to one checkpoint: in iteration 1 the control of equal steps is M_1.
+        return list({(each["asset"], each["partition"]): each for each in manifests if each}.values())
 
     def seed(self, whole: str) -> list[Node]:
         """The seed pair and the policy's answers to it, if the id is of one of them."""

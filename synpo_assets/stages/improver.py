@@ -2,11 +2,12 @@
 
 Paper (section 2.2, algorithm 1 lines 2 to 4): the policy M_{t-1} answers the seed prompts; where gold beats its answer
 by a margin, (prompt, own answer) -> gold trains the response improver R_t, from M_0 in every iteration. R_t then
-rewrites the policy's answers to the synthetic prompts. M_0's answers to them become the rejected side.
+rewrites the policy's answers to the synthetic prompts, once. M_0's answers to them become the rejected side.
 Here: the same, with `preferences.rejected_from` as a setting because the paper states it in two ways. At t = 1 the
 policy is M_0, so its answers to synthetic prompts are found in the shards and not generated twice. A scorer that is trained
 here never saw the seed rows that are filtered (scorers.py), and how many gold answers pass stands beside how many would pass
-in whose place gold of another prompt is scored: if these are as many, the filter knows nothing of what was asked.
+in whose place gold of another prompt is scored: if these are as many, the filter knows nothing of what was asked. Several
+rewrites of an answer (`response_improver.samples`) are made and chosen from in best_rewrites.py.
 """
 
 import dagster as dg

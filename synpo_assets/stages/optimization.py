@@ -23,7 +23,12 @@ from synpo_assets.stages.loop import experiment_of
 USED_COLUMNS = ("iteration", "prompt", "chosen", "rejected", "chosen_finish_reason", "rejected_finish_reason")
 
 
-def _cost(sizes: Sizes) -> list[Work]:
+# What decides a training on pairs.
+TRAINING_READS = tuple(f"preference_optimization.{name}" for name in ("policy_init", "accumulate", "loss", "training"))
+
+
+def optimization_cost(sizes: Sizes) -> list[Work]:
+    """The training of M_t, as long as its pairs."""
     options, length = sizes.settings.preference_optimization, 2 * (sizes.asked + sizes.written)
     pairs = sizes.settings.preferences.pairs_per_iteration
     return [training_work(options.training, pairs, length, accumulates=options.accumulate)]
@@ -33,8 +38,8 @@ def _cost(sizes: Sizes) -> list[Work]:
     group="optimization",
     checkpoint=True,
     work=("trains",),
-    reads=("preference_optimization",),
-    cost=_cost,
+    reads=TRAINING_READS,
+    cost=optimization_cost,
     code=lambda settings: [loss_module(settings.preference_optimization.loss.kind).trainer],
 )
 def model_checkpoint(

@@ -4,7 +4,8 @@ Paper (section 2.3, algorithm 1 line 4): chosen is the refined answer, rejected 
 (PairRM or ArmoRM) prefers chosen by a margin and chosen does not repeat itself by more than half; 10,000 survivors are
 drawn at random per iteration.
 Here: the same, of whatever two sides `preferences.chosen_from` makes. Pairs with a side that was cut at the token limit are
-dropped as well (see method/cut.py). The repetition measure is ours, and so is the
+dropped as well (see method/cut.py). Pairs whose sides differ too much in length can be dropped too
+(`preferences.max_length_ratio`), so that length tells them apart less. The repetition measure is ours, and so is the
 convention that says what a margin of PairRM is, since the paper leaves both open.
 """
 
@@ -38,7 +39,8 @@ def _cost(sizes: Sizes) -> list[Work]:
     PreferencePairs,
     group="preferences",
     work=("scores",),
-    reads=("preferences", "scorer.convention", "scorer.max_length"),
+    # Whether one rewrite is chosen or the best of several: it decides which table the chosen side is read from.
+    reads=("preferences", "response_improver.samples", "scorer.convention", "scorer.max_length"),
     cost=_cost,
     made_from={
         "prompt_id": "synthetic_prompts",
@@ -66,12 +68,14 @@ def preference_pairs(
         options.repetition_ngram,
         options.pairs_per_iteration,
         services.settings.random_seed,
+        options.max_length_ratio,
     )
     if kept.is_empty():
         writer = "response_improver" if services.settings.trains_improver else "responses"
         raise FinalError(
             f"None of {joined.height} pairs was kept: {dropped}. If `margin` dropped most, lower preferences.margin_threshold; if "
-            f"`cut` did, raise {writer}.sampling.max_new_tokens; if `equal_sides` did, {writer}.sampling.temperature."
+            f"`cut` did, raise {writer}.sampling.max_new_tokens; if `equal_sides` did, {writer}.sampling.temperature; if `length` "
+            "did, preferences.max_length_ratio."
         )
     frame = as_preferences(kept).with_columns(
         iteration=pl.lit(iteration_of(context), pl.Int64),

@@ -7,7 +7,7 @@ until enough prompts are valid or the cap `max_overdraw` is hit. We also drop ne
 prompts that overlap with held-out ones, which the paper does not do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import dagster as dg
@@ -31,8 +31,14 @@ from synpo_assets.method.ids import content_id
 from synpo_assets.method.keywords import Keywords, drawn_rows, training_keywords
 from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter, draw_until_enough
 from synpo_assets.method.seed import HELD_OUT
-from synpo_assets.method.templates import QUESTION_END, generator_instruction, generator_target
+from synpo_assets.method.templates import QUESTION_END, generator_instruction, generator_target, parse_question
 from synpo_assets.stages.training import train_from_initial
+
+# What decides which prompts any source keeps.
+FILTER_READS = (
+    "prompt_generator.min_words", "prompt_generator.max_words", "prompt_generator.language",
+    "prompt_generator.near_duplicate_similarity", "prompt_generator.decontamination_ngram",
+)  # fmt: skip
 
 
 def _training_cost(sizes: Sizes) -> list[Work]:
@@ -127,8 +133,9 @@ def synthetic_prompts(
 ) -> dg.Output[pl.DataFrame]:
     """New prompts that G writes from the keyword sets; only valid ones stay (paper, section 2.1)."""
     wanted, sampling = services.settings.prompt_generator.prompts_per_iteration, prompt_sampling(services.settings)
-    asked_later = [*seed_pairs.filter(pl.col("split").is_in(HELD_OUT))["prompt"], *verifiable_instructions["prompt"]]
-    prompts = _prompt_filter(services.settings, seed_pairs, preference_history, asked_later)
+    earlier = [messages[0]["content"] for messages in preference_history["prompt"].to_list()]
+    known = [*seed_pairs.filter(split="train")["prompt"], *earlier]
+    prompts = prompt_filter(services.settings, known, asked_in_evaluations(seed_pairs, verifiable_instructions))
     usages: list[Usage] = []
 
     def write(drawn: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -166,14 +173,21 @@ def synthetic_prompts(
     )
 
 
-def _prompt_filter(
-    settings: Settings, seed_pairs: pl.DataFrame, history: pl.DataFrame, asked_later: Sequence[str]
+def asked_in_evaluations(seed_pairs: pl.DataFrame, verifiable_instructions: pl.DataFrame) -> list[str]:
+    """The prompts that evaluations ask: none that overlaps with one of them is kept."""
+    return [*seed_pairs.filter(pl.col("split").is_in(HELD_OUT))["prompt"], *verifiable_instructions["prompt"]]
+
+
+def prompt_filter(
+    settings: Settings,
+    known: Iterable[str] = (),
+    asked_later: Iterable[str] = (),
+    parse: Callable[[str], str | None] = parse_question,
 ) -> PromptFilter:
-    """A filter that knows the seed and the pairs so far, which are not written again, and the prompts of evaluations."""
+    """The filter of all sources of prompts: it knows prompts that are not written again, and those of evaluations."""
     options = settings.prompt_generator
-    known = NearDuplicates(options.near_duplicate_similarity)
-    earlier = [messages[0]["content"] for messages in history["prompt"].to_list()]
-    for prompt in [*seed_pairs.filter(split="train")["prompt"], *earlier]:
-        known.add(prompt)
+    earlier = NearDuplicates(options.near_duplicate_similarity)
+    for prompt in known:
+        earlier.add(prompt)
     contamination = Contamination(asked_later, options.decontamination_ngram)
-    return PromptFilter(options.min_words, options.max_words, options.language, known, contamination)
+    return PromptFilter(options.min_words, options.max_words, options.language, earlier, contamination, parse)

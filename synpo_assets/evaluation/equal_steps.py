@@ -1,0 +1,198 @@
+"""A control of equal steps: what M_t would be if it had seen the pairs of iteration 1 alone.
+
+Paper: none. The pairs accumulate, so M_4 takes four times the optimizer steps of M_1, and a rise over the iterations may
+be one over steps.
+Here: where `preference_optimization.equal_steps_control` is set. The control starts from the model that M_t starts from and
+is trained on the pairs of iteration 1 for as many steps as M_t took, with the same loss and schedule. It answers the
+held-out prompts, and the judges compare its answers with those of M_0 and of M_t. If M_t wins no more than its control,
+the later iterations added steps and nothing else. In iteration 1 the control is M_1 itself, and nothing is trained.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import dagster as dg
+import polars as pl
+
+from resources.common.errors import FinalError
+from resources.judging.judge_choice import open_judges
+from resources.storage.checkpoint_store import Checkpoint
+from resources.training.losses import loss_module
+from synpo_assets.evaluation.gold_comparison import refuse_answers_of_another
+from synpo_assets.evaluation.win_rates import judged_by, with_all_columns
+from synpo_assets.graph import metrics
+from synpo_assets.graph.cost import Sizes, Work
+from synpo_assets.graph.evaluation_schemas import EqualSteps
+from synpo_assets.graph.metrics import Metric, MetricName
+from synpo_assets.graph.partitions import iteration_of, partition_key
+from synpo_assets.graph.presentation import (
+    checkpoint_output,
+    made_by,
+    table_output,
+    table_version,
+    training_log,
+    versions_table,
+)
+from synpo_assets.graph.services import Services
+from synpo_assets.graph.stage import Stage
+from synpo_assets.method.cut import whole_answers
+from synpo_assets.method.evaluation import win_rates
+from synpo_assets.method.quality import answer_figures
+from synpo_assets.method.ranking import repeated_prompts
+from synpo_assets.method.templates import prompt_requests
+from synpo_assets.stages.optimization import TRAINING_READS, USED_COLUMNS, optimization_cost
+from synpo_assets.stages.scorers import comparison_tokens
+
+# Whose answers the control's are compared with.
+COMPARISONS = (("control", "initial"), ("control", "candidate"))
+NAME = "equal_steps"
+
+
+@Stage(
+    group="optimization",
+    checkpoint=True,
+    work=("trains",),
+    reads=TRAINING_READS,
+    cost=lambda sizes: [dataclasses.replace(work, later_only=True) for work in optimization_cost(sizes)],
+    code=lambda settings: [loss_module(settings.preference_optimization.loss.kind).trainer],
+)
+def equal_steps_checkpoint(
+    context: dg.AssetExecutionContext,
+    model_checkpoint: Checkpoint,
+    preference_history: pl.DataFrame,
+    initial_policy: Checkpoint,
+    policy: Checkpoint,
+    services: dg.ResourceParam[Services],
+) -> dg.Output[Checkpoint]:
+    """The control: trained on the pairs of iteration 1 alone, for as many steps as M_t took."""
+    if iteration_of(context) == 1:
+        context.log.info("In iteration 1 the control of equal steps is M_1 itself: nothing is trained.")
+        return checkpoint_output(context, services, model_checkpoint, **made_by(model_checkpoint))
+    options, random_seed = services.settings.preference_optimization, services.settings.random_seed
+    pairs, steps = first_pairs(preference_history), steps_of(services, model_checkpoint)
+    rows, start = pairs.select(*USED_COLUMNS).to_dicts(), initial_policy if options.policy_init == "initial" else policy
+    made, summary = services.checkpoints.create(
+        context,
+        lambda directory: services.trainer.train(
+            "preference", start, rows, options.training, directory, options.loss, steps
+        ),
+        parents={"start": start, "control of": model_checkpoint},
+        trained_on={f"preference_pairs[{partition_key(1)}]": table_version(pairs)},
+        settings={"preference_optimization": options.model_dump(), "steps": steps},
+        random_seed=random_seed,
+    )
+    measured = [Metric("pairs_of_iteration", pairs.height, of=partition_key(1)), *metrics.training(summary)]
+    learned = versions_table(context.instance, [("preference_pairs", partition_key(1))], pairs=[pairs.height])
+    return checkpoint_output(context, services, made, measured, trained_on=learned, **training_log(summary))
+
+
+def _evaluation_cost(sizes: Sizes) -> list[Work]:
+    compared = len(COMPARISONS) * comparison_tokens(sizes, sizes.judged, sizes.judged, judging=True)
+    return [
+        Work("generate", sizes.held_out_answers * sizes.judged, later_only=True),
+        # By the scorer and by the independent judge.
+        Work("score", 2 * sizes.held_out_answers * compared, later_only=True),
+    ]
+
+
+@Stage(
+    EqualSteps,
+    group="evaluation",
+    work=("generates", "scores"),
+    reads=("evaluation", "scorer.judging_convention", "scorer.max_length", "judge.max_length", "judge.server"),
+    samplings=lambda settings: [settings.evaluation.sampling],
+    cost=_evaluation_cost,
+    made_from={"prompt_id": "evaluation"},
+    deps=("reward_model", "judge_model"),
+)
+def equal_steps_evaluation(
+    context: dg.AssetExecutionContext,
+    equal_steps_checkpoint: Checkpoint,
+    model_checkpoint: Checkpoint,
+    evaluation: pl.DataFrame,
+    services: dg.ResourceParam[Services],
+) -> dg.Output[pl.DataFrame]:
+    """The control's held-out answers, compared with those of M_0 and M_t by each judge."""
+    refuse_answers_of_another(model_checkpoint, evaluation)
+    refuse_control_of_another(equal_steps_checkpoint, model_checkpoint)
+    settings, control = services.settings, equal_steps_checkpoint
+    asked = repeated_prompts(evaluation.filter(sample=1).select("prompt_id", "prompt"), settings.evaluation.samples)
+    written, usage = services.language_model.answer(
+        control, prompt_requests(asked, "sample_id"), settings.evaluation.sampling
+    )
+    answers = asked.select("prompt_id", "sample").with_columns(
+        control_response=whole_answers(written), control_cut=written["finish_reason"] == "length"
+    )
+    texts = evaluation.join(answers, on=["prompt_id", "sample"], validate="1:1", maintain_order="left")
+    scorers = {name: services.checkpoints.current(name, None) for name in ("judge_model", "reward_model")}
+    judges = open_judges(settings.judge, services.scorer, **scorers)
+    judged, judging = judged_by(judges, texts, COMPARISONS)
+    shas = {"control": control.sha, "candidate": model_checkpoint.sha}
+    columns = [pl.lit(sha).alias(f"{name}_checkpoint_sha") for name, sha in shas.items()]
+    frame = with_all_columns(texts.with_columns(*judged, *columns), EqualSteps)
+    labels = {judge.name: judge.label for judge in judges}
+    written = written.with_columns(asked.join(texts, on=["prompt_id", "sample"], maintain_order="left")["split"])
+    measured = [
+        *metrics.by_split(frame, lambda rows: _rate_metrics(rows, labels, settings.random_seed, control.sha)),
+        *metrics.by_split(written, lambda rows: _answer_metrics(rows, control.sha)),
+        *metrics.generating(usage),
+        *metrics.scoring(sum(judging[1:], judging[0])),
+    ]
+    return table_output(context, services, frame, measured, **made_by(control))
+
+
+def first_pairs(history: pl.DataFrame) -> pl.DataFrame:
+    """The pairs of iteration 1 among those of all iterations so far."""
+    first = history.filter(iteration=1)
+    if first.is_empty():
+        raise FinalError(
+            "preference_optimization.equal_steps_control needs the pairs of iteration 1, and preference_history holds none: run "
+            "iteration 1 first, then this one, or switch the control off."
+        )
+    return first
+
+
+def steps_of(services: Services, made: Checkpoint) -> int:
+    """The optimizer steps that M_t took, by its own log."""
+    log = services.checkpoints.training_log(made.asset, made.partition)
+    if not log:
+        raise FinalError(
+            f"{made.label} has no training log, so its steps are not known to the control of equal steps: materialize "
+            f"{made.label} again."
+        )
+    return round(log[-1]["step"])
+
+
+def refuse_control_of_another(control: Checkpoint, made: Checkpoint) -> None:
+    """Raises a sentence if the control was made for another M_t than the one that was judged."""
+    compared = control.manifest["parents"].get("control of", {"sha": control.sha})["sha"]
+    if compared != made.sha:
+        raise FinalError(
+            f"{control.label} is the control of {compared[:16]}, but {made.label} is {made.sha[:16]} by now: materialize "
+            f"equal_steps_checkpoint of this iteration again first."
+        )
+
+
+def _rate_metrics(frame: pl.DataFrame, labels: Mapping[str, str], random_seed: int, sha: str) -> list[Metric]:
+    """Win rates of the control over M_0 and over M_t, with their intervals and counts."""
+    measured = list[Metric]()
+    counts: tuple[MetricName, ...] = ("wins", "ties", "losses")
+    for rate in win_rates(frame, labels, COMPARISONS, random_seed).iter_rows(named=True):
+        who = {"of": NAME, "over": rate["opponent"], "by": rate["label"], "checkpoint_sha": sha}
+        names: tuple[tuple[MetricName, str, str, str], ...] = (
+            ("win_rate", "win_rate", "low", "high"),
+            ("length_controlled_win_rate", "length_controlled", "length_controlled_low", "length_controlled_high"),
+        )
+        measured += [
+            Metric(name, rate[value], low=rate[low], high=rate[high], n=rate["prompts"], **who)
+            for name, value, low, high in names
+        ]
+        measured += [Metric(name, rate[name], **who) for name in counts]
+    return measured
+
+
+def _answer_metrics(written: pl.DataFrame, sha: str) -> list[Metric]:
+    """Length, repetition and cut answers of the control."""
+    (row,) = answer_figures({NAME: written}).iter_rows(named=True)
+    names: tuple[MetricName, ...] = ("mean_characters", "mean_repetition", "cut_share")
+    return [Metric(name, row[name], of=NAME, n=written.height, checkpoint_sha=sha) for name in names]

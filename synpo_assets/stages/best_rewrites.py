@@ -1,0 +1,93 @@
+"""A chosen side near the policy: the best of several rewrites of each answer, among those of like length.
+
+Paper (section 2.2, algorithm 1 line 3): R_t rewrites each answer once.
+Here: the same by default. Where `response_improver.samples` is more than 1, R_t rewrites each answer so often, and the best by
+the scorer is chosen among those whose length is that of the rejected answer, within `response_improver.max_length_ratio`;
+if there is none, the nearest in length. A single rewrite is often far from what the policy would write, and longer or shorter
+than the rejected answer: preference optimization then learns length before content, and every pair pulls with full weight.
+The first sample is the one in refined_responses. As for ranked samples, the scorer gives margins over the first sample, so
+that a pair ranker needs no reading of every two.
+"""
+
+import dagster as dg
+import polars as pl
+
+from resources.generation.language_model import Usage
+from resources.storage.checkpoint_store import Checkpoint
+from synpo_assets.graph import metrics
+from synpo_assets.graph.cost import Sizes, Work
+from synpo_assets.graph.metrics import Metric
+from synpo_assets.graph.partitions import iteration_of
+from synpo_assets.graph.presentation import made_by, table_output
+from synpo_assets.graph.schemas import RefinedResponses
+from synpo_assets.graph.services import Services
+from synpo_assets.graph.stage import Stage
+from synpo_assets.method.ranking import beside_first, best_of_like_length, repeated_prompts
+from synpo_assets.method.responses import response_table
+from synpo_assets.method.templates import improver_instruction
+from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
+
+
+def _cost(sizes: Sizes) -> list[Work]:
+    """The first rewrite is made before; the others are written here, and all are read."""
+    options = sizes.settings.response_improver
+    further, length = options.samples - 1, options.sampling.max_new_tokens
+    reading = further * comparison_tokens(sizes, length, length)
+    if reads_answers_alone(sizes.settings):
+        reading = options.samples * (sizes.asked + length)
+    return [Work("generate", sizes.prompts * further * length), Work("score", sizes.prompts * reading)]
+
+
+@Stage(
+    RefinedResponses,
+    group="responses",
+    side="chosen_responses",
+    work=("generates", "scores"),
+    reads=(
+        "response_improver.sampling", "response_improver.samples", "response_improver.max_length_ratio",
+        "scorer.convention", "scorer.max_length",
+    ),
+    samplings=lambda settings: [settings.response_improver.sampling],
+    cost=_cost,
+    made_from={"base_response_id": "base_responses"},
+)  # fmt: skip
+def best_rewrites(
+    context: dg.AssetExecutionContext,
+    base_responses: pl.DataFrame,
+    refined_responses: pl.DataFrame,
+    rejected_responses: pl.DataFrame,
+    response_improver: Checkpoint,
+    reward_model: Checkpoint,
+    services: dg.ResourceParam[Services],
+) -> dg.Output[pl.DataFrame]:
+    """The best of R_t's rewrites of each answer that is about as long as the rejected one: the chosen side."""
+    options, columns = services.settings.response_improver, RefinedResponses.to_schema().columns
+    first = refined_responses.select(*columns, sample=pl.lit(1, pl.Int64))
+    further, usage = _further_rewrites(context, services, base_responses, response_improver)
+    rejected = rejected_responses.select("prompt_id", rejected="response")
+    rewrites = pl.concat([first, further.select(first.columns)]).join(rejected, on="prompt_id", maintain_order="left")
+    compared = services.scorer.compare(reward_model, beside_first(rewrites).rows())
+    best = best_of_like_length(rewrites, compared.margins, options.max_length_ratio)
+    measured = [
+        Metric("samples_per_prompt", options.samples),
+        Metric("like_length_share", metrics.mean(best["is_alike"]), n=best.height),
+        Metric("mean_margin_over_first_sample", metrics.mean(best["margin_over_first"]), n=best.height),
+        *metrics.generating(usage),
+        *metrics.scoring(compared.usage),
+    ]
+    shown = {"score_convention": compared.convention, **made_by(response_improver)}
+    return table_output(context, services, best.select(*columns), measured, **shown)
+
+
+def _further_rewrites(
+    context: dg.AssetExecutionContext, services: Services, base_responses: pl.DataFrame, response_improver: Checkpoint
+) -> tuple[pl.DataFrame, Usage]:
+    """The rewrites of each answer after the first, with the number of the sample."""
+    options = services.settings.response_improver
+    base = base_responses.select("prompt_id", "prompt", "response", base_response_id="response_id")
+    further = repeated_prompts(base, options.samples, "base_response_id").filter(pl.col("sample") > 1)
+    rows = further.select("sample_id", "prompt", "response").iter_rows()
+    requests = ((sample_id, improver_instruction(prompt, response)) for sample_id, prompt, response in rows)
+    written, usage = services.language_model.answer(response_improver, requests, options.sampling)
+    rewritten = response_table(further.drop("response"), written, response_improver.sha, iteration_of(context))
+    return rewritten, usage

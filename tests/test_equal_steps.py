@@ -1,0 +1,201 @@
+"""The control of equal steps: what it is trained on and for how long, what it is compared with, and when it is refused."""
+
+import dataclasses
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+import pytest
+
+from definitions import build
+from resources.common.errors import FinalError
+from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
+from resources.settings.files import active_settings, load_settings
+from resources.settings.sections import SettingsError
+from resources.storage.checkpoint_store import Checkpoint
+from resources.training.trainer import Trainer
+from synpo_assets.cli.estimate import expected_work, sizes_of
+from synpo_assets.cli.preflight import disk_needed
+from synpo_assets.evaluation.equal_steps import (
+    equal_steps_checkpoint,
+    equal_steps_evaluation,
+    first_pairs,
+    refuse_control_of_another,
+)
+from synpo_assets.evaluation.win_rates import evaluation
+from synpo_assets.graph.evaluation_schemas import EqualSteps
+from synpo_assets.graph.metrics import recorded
+from synpo_assets.graph.presentation import table_version
+from synpo_assets.graph.schemas import PreferenceHistory, check
+from synpo_assets.stages.optimization import model_checkpoint
+from synpo_assets.stages.seed import initial_policy
+from tests.nano import nano_settings, write_settings
+from tests.stand_ins import ITERATIONS, run, services_in
+from tests.stand_ins import instance as instance
+from tests.test_ablations import entering, preference_history, preference_pairs
+from tests.test_evaluation import materialize, stand_in
+from tests.test_loop import pairs
+from tests.test_training import EXAMPLES, PAIRED, SFT, SIMPO
+from tests.test_training import pairs as training_pairs
+from tests.test_training import trainer as trainer
+
+CONTROLS = {"equal_steps_checkpoint", "equal_steps_evaluation"}
+
+
+def with_control(settings, **changes):
+    changes = {"equal_steps_control": True, **changes}
+    options = settings.preference_optimization.model_copy(update=changes)
+    return settings.model_copy(update={"preference_optimization": options})
+
+
+# Steps in place of epochs.
+
+
+def test_a_training_takes_as_many_steps_as_it_is_told(trainer, nano_checkpoint, tmp_path):
+    """Eight pairs in batches of four: five steps are two passes and a half."""
+    scheduled = PAIRED.model_copy(update={"scheduler": "linear", "warmup_ratio": 0.2})
+    whole = trainer.train("preference", nano_checkpoint, training_pairs(), scheduled, tmp_path / "one", SIMPO)
+    told = trainer.train("preference", nano_checkpoint, training_pairs(), scheduled, tmp_path / "five", SIMPO, 5)
+    assert (whole.steps, told.steps) == (2, 5)
+    assert told.tokens == round(2.5 * whole.tokens)
+    rates = [entry["learning_rate"] / scheduled.learning_rate for entry in told.history if "learning_rate" in entry]
+    # One of five steps warms up, and the other four lead down.
+    assert rates == pytest.approx([0, 1, 0.75, 0.5, 0.25])
+
+
+def test_the_same_number_of_steps_is_the_same_training(trainer, nano_checkpoint, tmp_path):
+    """Else M_1 would not be its own control."""
+    runs = [
+        trainer.train("supervised", nano_checkpoint, EXAMPLES, SFT, tmp_path / str(steps), None, steps)
+        for steps in (None, 2)
+    ]
+    losses = [[entry["loss"] for entry in summary.history] for summary in runs]
+    assert losses[0] == losses[1]
+    assert runs[0].tokens == runs[1].tokens
+
+
+# The checkpoint.
+
+
+@pytest.fixture
+def iteration(instance, tmp_path, nano_model):
+    """Makes M_t and its control from stand-in pairs: two of iteration 1, three of iteration 2."""
+
+    def iteration(key, **changes):
+        trained = []
+
+        class Recorder(Trainer):
+            def train(self, kind, start, rows, training, directory, loss, steps=None):
+                summary = super().train(kind, start, rows, training, directory, loss, steps)
+                trained.append((start.asset, [row["iteration"] for row in rows], summary.steps))
+                return summary
+
+        one_each = active_settings().preference_optimization.training.model_copy(
+            update={"batch_size": 1, "micro_batch_size": 1}
+        )
+        services = services_in(tmp_path / "home", with_control(active_settings(), training=one_each, **changes))
+        services = dataclasses.replace(services, trainer=Recorder(**dict(services.trainer)))
+        run([initial_policy], instance, services)
+        stages = [initial_policy, entering, preference_history, preference_pairs, model_checkpoint]
+        selection = ["policy", "preference_history", "preference_pairs", "model_checkpoint", "equal_steps_checkpoint"]
+        run([*stages, equal_steps_checkpoint], instance, services, key, selection=selection)
+        return services, trained
+
+    return iteration
+
+
+@pytest.mark.parametrize(("accumulate", "learned"), [(True, [1, 1, 2, 2, 2]), (False, [2, 2, 2])])
+def test_the_control_sees_the_first_pairs_for_as_many_steps(iteration, accumulate, learned):
+    services, trained = iteration("0002", accumulate=accumulate)
+    assert trained == [
+        ("initial_policy", learned, len(learned)),
+        ("initial_policy", [1, 1], len(learned)),
+    ]
+    made = services.checkpoints.current("equal_steps_checkpoint", "0002")
+    assert made.manifest["trained_on"] == {"preference_pairs[0001]": table_version(pairs(1, 2))}
+    compared = services.checkpoints.current("model_checkpoint", "0002")
+    assert made.manifest["parents"]["control of"]["sha"] == compared.sha
+    # All stand-in pairs say the same, so that the same steps on other pairs make the same weights.
+    assert made.sha == compared.sha
+    measured = recorded(services.metrics, "0002")
+    steps = [measured.value("training_steps", asset=name) for name in ("equal_steps_checkpoint", "model_checkpoint")]
+    assert steps == [len(learned)] * 2
+    other = Checkpoint("model_checkpoint", "0002", "f" * 64, "", "")
+    with pytest.raises(
+        FinalError, match=r"model_checkpoint\[0002\] is f{16} by now: materialize equal_steps_checkpoint"
+    ):
+        refuse_control_of_another(made, other)
+
+
+def test_in_iteration_1_the_control_is_m_1_itself(iteration):
+    services, trained = iteration("0001")
+    assert len(trained) == 1
+    control, made = (
+        services.checkpoints.current(name, "0001") for name in ("equal_steps_checkpoint", "model_checkpoint")
+    )
+    assert control == made
+    refuse_control_of_another(control, made)
+
+
+def test_without_the_pairs_of_iteration_1_there_is_no_control():
+    history = PreferenceHistory.validate(pairs(2, 3))
+    with pytest.raises(FinalError, match=r"needs the pairs of iteration 1.*run iteration 1 first"):
+        first_pairs(history)
+
+
+# The evaluation.
+
+
+def test_the_controls_answers_are_compared_with_those_of_m_0_and_m_t(instance, tmp_path, monkeypatch):
+    control = stand_in("equal_steps_checkpoint", "control", ITERATIONS)
+    monkeypatch.setattr("synpo_assets.evaluation.equal_steps.refuse_control_of_another", lambda *_: None)
+    scorers = [stand_in("reward_model", "F"), stand_in("judge_model", "J"), control]
+    assets = [*scorers, evaluation, equal_steps_evaluation]
+    _, services, result = materialize(assets, instance, tmp_path, monkeypatch)
+    frame = result.output_for_node("equal_steps_evaluation")
+    assert check(EqualSteps, frame) is None
+    assert frame["prompt_id"].to_list() == result.output_for_node("evaluation")["prompt_id"].to_list()
+    assert frame.select(f"{side}_response" for side in ("control", "candidate", "initial")).unique().rows() == [
+        ("by control", "by M_2", "by M_0")
+    ]
+    measured = recorded(services.metrics, "0002")
+    of_control = [rate for rate in measured.every("win_rate") if rate.of == "equal_steps"]
+    assert [(rate.over, rate.by, rate.value, rate.n) for rate in of_control] == [
+        (over, by, 1.0, 3) for by in (INDEPENDENT, TOOK_PART) for over in ("initial", "candidate")
+    ]
+    assert all(0 < rate.low < rate.high == 1 for rate in of_control)
+    assert {rate.checkpoint_sha for rate in of_control} == set(frame["control_checkpoint_sha"])
+    assert measured.value("cut_share", "equal_steps") == 0.0
+    assert measured.value("win_rate", "candidate", over="initial", by=INDEPENDENT) == 1.0
+
+
+# The setting.
+
+
+def test_only_the_setting_brings_the_control_into_the_graph():
+    off, on = active_settings(), with_control(active_settings())
+    assets = [
+        {key.to_user_string() for key in build(settings, Path("/nowhere"))[1].graph.materializable_asset_keys}
+        for settings in (off, on)
+    ]
+    assert assets[1] - assets[0] == CONTROLS
+    checks = build(on, Path("/nowhere"))[1].graph.get(dg.AssetKey("equal_steps_checkpoint")).check_keys
+    assert {check.name for check in checks} == {"finite_weights", "update_survives"}
+
+
+def test_a_control_without_a_second_iteration_is_refused(tmp_path, nano_model):
+    settings = nano_settings(nano_model) | {"max_iterations": 1}
+    settings["preference_optimization"] |= {"equal_steps_control": True}
+    with pytest.raises(SettingsError, match=r"in iteration 1 the control of equal steps is M_1 itself"):
+        load_settings(write_settings(tmp_path / "settings.yaml", settings))
+
+
+def test_the_estimate_counts_the_control_from_iteration_2(nano_model):
+    seed = pl.DataFrame({"split": ["train", "held_out"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
+    settings = with_control(active_settings())
+    planned = expected_work(sizes_of(settings, seed, 0))
+    (control,) = [work for stage, work in planned if stage is equal_steps_checkpoint]
+    (made,) = [work for stage, work in planned if stage is model_checkpoint]
+    assert control.in_iteration(1) == 0
+    assert control.in_iteration(3) == made.in_iteration(3) > 0
+    assert disk_needed(settings) > disk_needed(active_settings())
