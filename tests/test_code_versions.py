@@ -21,8 +21,8 @@ TRAINED = {"prompt_generator", "reward_model", "judge_model", "response_improver
 EDITS = {
     "the body of a stage": (
         "synpo_assets/stages/improver.py",
-        "margin=compared.margins,",
-        "margin=-compared.margins,",
+        " margin=compared.margins.head(",
+        " margin=-compared.margins.head(",
         {"seed_responses"},
     ),
     "a helper in the same file": (
