@@ -13,8 +13,9 @@ from resources.settings.files import active_settings, load_settings
 from resources.settings.sections import SettingsError
 from synpo_assets.cli.estimate import CHAT_TOKENS, TOKENS_PER_WORD, expected_work, sizes_of
 from synpo_assets.graph.metrics import recorded
-from synpo_assets.graph.schemas import RefinedResponses, check
+from synpo_assets.graph.schemas import RefinedResponses
 from synpo_assets.graph.stage import MADE_FROM
+from synpo_assets.graph.tables import check
 from synpo_assets.method.pairs import join_sides, select_pairs
 from synpo_assets.method.ranking import best_of_like_length, repeated_prompts
 from synpo_assets.stages.best_rewrites import best_rewrites

@@ -26,7 +26,8 @@ from synpo_assets.evaluation.win_rates import evaluation
 from synpo_assets.graph.evaluation_schemas import EqualSteps
 from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.presentation import table_version
-from synpo_assets.graph.schemas import PreferenceHistory, check
+from synpo_assets.graph.schemas import PreferenceHistory
+from synpo_assets.graph.tables import check
 from synpo_assets.stages.optimization import model_checkpoint
 from synpo_assets.stages.seed import initial_policy
 from tests.nano import nano_settings, write_settings

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from synpo_assets.method.evaluation import COVERAGE
+from synpo_assets.method.outcomes import COVERAGE
 
 Row = dict[str, Any]
 
