@@ -66,7 +66,8 @@ def test_the_best_of_like_length_is_taken_or_else_the_nearest(prompts, most):
         for name, each in (("response", lengths), ("rejected", others))
     }
     margins = pl.Series([margin for _, _, own in prompts for margin in own])
-    best = best_of_like_length(answered.with_columns(**texts), margins, most)
+    answered = answered.with_columns(**texts, finish_reason=pl.lit("stop"))
+    best = best_of_like_length(answered, margins, most)
     assert best["prompt_id"].to_list() == names["prompt_id"].to_list()
     for (other, own, further), row in zip(prompts, best.to_dicts(), strict=True):
         factors = [max(length, other, 1) / max(min(length, other), 1) for length in own]

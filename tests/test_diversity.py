@@ -515,7 +515,7 @@ def test_m0_writes_as_many_different_prompts_as_an_iteration_has(instance, tmp_p
     assert check(SelfInstructPrompts, frame) is None
     wanted = active_settings().prompt_generator.prompts_per_iteration
     assert frame.height == measured.value("prompts_wanted") == wanted
-    assert measured.value("sources_used") == frame.height + dropped(measured)
+    assert measured.value("sources_used") >= frame.height + dropped(measured)
     assert not set(frame["prompt"]) & set(PROMPTS)
     assert frame["example_ids"].list.len().unique().to_list() == [2]
     assert set(frame["example_ids"].explode()) <= set(SEED.filter(split="train")["prompt_id"])
@@ -531,5 +531,6 @@ def test_a_model_that_writes_the_same_again_and_again_gives_few_prompts_and_no_e
     frame, measured = baseline(instance, tmp_path, self_instruct_sampling=greedy, self_instruct_shots=99)
     used = measured.value("sources_used")
     assert used <= settings.prompts_per_iteration * settings.max_overdraw
-    assert frame.height == used - dropped(measured)
+    assert frame.height == min(used - dropped(measured), settings.prompts_per_iteration)
+    assert dropped(measured) > 0
     assert frame.height == frame["prompt"].n_unique()

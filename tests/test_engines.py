@@ -176,7 +176,7 @@ def test_the_stop_text_does_not_change_counts_with_the_batch(tmp_path, nano_chec
     from synpo_assets.method.templates import generator_instruction
 
     asked = [(str(n), generator_instruction(["pan", "oil", "heat"])) for n in range(8)]
-    sampling = Sampling(temperature=0.8, top_k=40, max_new_tokens=30, stop=["<question>"])
+    sampling = Sampling(temperature=0.8, top_k=40, max_new_tokens=60, stop=["</question>"])
     together, _ = model(tmp_path / "a").answer(nano_checkpoint, asked, sampling)
     alone, _ = model(tmp_path / "b", batch_tokens=64).answer(nano_checkpoint, asked, sampling)
     assert together["output_tokens"].to_list() == alone["output_tokens"].to_list()

@@ -157,7 +157,7 @@ def test_the_controls_answers_are_compared_with_those_of_m_0_and_m_t(instance, t
     assert check(EqualSteps, frame) is None
     assert frame["prompt_id"].to_list() == result.output_for_node("evaluation")["prompt_id"].to_list()
     assert frame.select(f"{side}_response" for side in ("control", "candidate", "initial")).unique().rows() == [
-        ("by control", "by M_2", "by M_0")
+        ("by control", "by M_2", "By M_0.")
     ]
     measured = recorded(services.metrics, "0002")
     of_control = [rate for rate in measured.every("win_rate") if rate.of == "equal_steps"]

@@ -125,15 +125,15 @@ def test_judge_and_scorer_say_how_often_they_are_right_about_each_kind(instance,
     for asset in ("judge_model", "reward_model"):
         found = once.find("held_out_accuracy", "initial", asset=asset)
         assert (found.value, found.n, found.high) == (1.0, 6, 1.0)
-        none = once.find("held_out_accuracy", BOTH_ENDED, asset=asset)
-        assert (none.value, none.n) == (None, 0), "no answer holds a whole sentence"
+        ended = once.find("held_out_accuracy", BOTH_ENDED, asset=asset)
+        assert (ended.value, ended.n) == (1.0, 6), "trimmed"
         null = once.find("held_out_accuracy", "initial", by="ending alone", asset=asset)
-        assert (null.value, null.n) == (1.0, 3), "all of M_0's answers are cut"
+        assert (null.value, null.n) == (1.0, 6), "all of M_0's answers are cut"
         assert len(shown(instance, asset)["held_out_accuracy"].records) == len(KINDS)
     rows = {label: cells for label, *cells in judging_rows(once)}
     assert list(rows) == list(KINDS.values())
-    assert rows[KINDS["initial"]] == ["3", "100.0% (43.9 to 100.0)", "100.0% (43.9 to 100.0)", "100.0%", "100.0%"]
-    assert rows[KINDS[BOTH_ENDED]] == ["0", "—", "—", "—", "—"]
+    assert rows[KINDS["initial"]] == ["6", "100.0% (61.0 to 100.0)", "100.0% (61.0 to 100.0)", "100.0%", "100.0%"]
+    assert rows[KINDS[BOTH_ENDED]][-1] == "50.0%", "the cut is gone"
 
 
 def test_in_place_of_the_win_rates_of_a_judge_at_chance_stands_a_sentence(instance, tmp_path, monkeypatch):

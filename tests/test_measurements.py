@@ -12,6 +12,7 @@ from resources.settings.sections import SettingsError
 from synpo_assets.evaluation.gold_comparison import gold_metrics, refuse_answers_of_another
 from synpo_assets.evaluation.instruction_following import following_metrics
 from synpo_assets.graph.metrics import Metric, recorded
+from synpo_assets.graph.schemas import InstructionFollowing
 from synpo_assets.method.evaluation import LENGTH_BANDS, length_bands
 from synpo_assets.method.verifiable import RULES, meets, rates_by_rule
 from synpo_assets.stages.seed import seed_table, verifiable_table
@@ -73,7 +74,7 @@ def test_the_difference_has_an_interval_and_rules_are_shown_apart():
             "initial_met": [[True, True]] * 5 + [[False, True]] * 15,
         }
     )
-    *rates, gain = following_metrics(answered, "sha", random_seed=0)
+    *rates, gain = [each for each in following_metrics(answered, "sha", random_seed=0) if each.by is None]
     assert [(rate.metric, rate.of, rate.value) for rate in rates] == [
         ("verifiable_rate", "candidate", 0.75), ("verifiable_rate", "initial", 0.25),
         ("constraint_rate", "candidate", 0.875), ("constraint_rate", "initial", 0.625),
@@ -83,12 +84,16 @@ def test_the_difference_has_an_interval_and_rules_are_shown_apart():
     )
     assert 0.2 < gain.low < 0.5 < gain.high < 0.8
     assert rates_by_rule(answered).rows() == [("contains", 20, 1.0, 0.25), ("json_list_of", 20, 0.75, 1.0)]
+    of_rules = [each for each in following_metrics(answered, "sha", random_seed=0) if each.by is not None]
+    assert [(each.metric, each.of, each.by, each.value, each.n) for each in of_rules] == [
+        ("rule_rate", "candidate", "contains", 1.0, 20), ("rule_rate", "initial", "contains", 0.25, 20),
+        ("rule_rate_gain", "candidate", "contains", 0.75, 20), ("rule_rate", "candidate", "json_list_of", 0.75, 20),
+        ("rule_rate", "initial", "json_list_of", 1.0, 20), ("rule_rate_gain", "candidate", "json_list_of", -0.25, 20),
+    ]  # fmt: skip
 
 
 def test_without_instructions_the_metrics_are_missing():
-    empty = pl.DataFrame(
-        schema={"prompt_id": pl.String} | {f"{side}_met": pl.List(pl.Boolean) for side in ("candidate", "initial")}
-    )
+    empty = InstructionFollowing.empty()
     found = following_metrics(empty, "sha", random_seed=0)
     assert {(metric.value, metric.low, metric.high) for metric in found} == {(None, None, None)}
 

@@ -19,11 +19,12 @@ from resources.storage.checkpoint_store import CheckpointError, CheckpointStore
 from synpo_assets.algorithm import stages_of
 from synpo_assets.evaluation.promotion import gate_metrics, lowest_rates, promotion, training_metrics
 from synpo_assets.graph.history import data_version_of, input_version_of
-from synpo_assets.graph.metrics import Metric, recorded
+from synpo_assets.graph.metrics import Metric, record, recorded
 from synpo_assets.graph.missing import asset_names, missing_assets, outdated_assets
 from synpo_assets.graph.schemas import Promotion
 from synpo_assets.graph.tables import check
 from synpo_assets.method.gate import judge as gate_rows
+from synpo_assets.method.judging import BOTH_ENDED
 from synpo_assets.method.length_control import length_controlled_win_rate
 from synpo_assets.method.outcomes import win_rate_interval
 from synpo_assets.stages.loop import promotion_refusal
@@ -388,3 +389,23 @@ def test_a_run_stops_after_an_iteration_that_was_not_promoted(nano_run, tmp_path
         run([promotion], persistent, with_gate(services, minimum={"pairs_kept": 1}), "0002")
         assert promotion_refusal(services, "0002") is None
         assert data_version_of(persistent, "policy", "0003") == shown(persistent, "policy", "0003")["sha"][:16]
+
+
+def test_a_judge_at_chance_promotes_nothing(instance, services):
+    """Whatever it says of M_t; limits that do not ask it are judged as ever."""
+    make(instance, services, metrics=LOOPS)
+    accuracy = {"of": BOTH_ENDED, "n": 32, "low": 0.42, "high": 0.76}
+    record(services.metrics, "judge_model", None, [Metric("held_out_accuracy", 0.6, **accuracy)])
+    table, about = judge(instance, services, minimum=GATE.minimum, maximum={"mean_repetition": 0.5})
+    assert table.select("metric", "value", "passed").rows() == [
+        ("length_controlled_win_rate_over_initial_low", None, False), ("win_rate_over_previous_low", None, False),
+        ("mean_repetition", 0.4, True),
+    ]  # fmt: skip
+    assert (
+        "win_rate_over_previous_low was not measured (The judge is right about 60.0% (42.0 to 76.0) of 32"
+        in about["verdict"]
+    )
+    record(services.metrics, "judge_model", None, [Metric("held_out_accuracy", 0.9, **accuracy | {"low": 0.8})])
+    table, about = judge(instance, services, minimum=GATE.minimum, maximum={})
+    assert table["passed"].all()
+    assert about["power"].startswith("With 20 dev prompts, a model that truly wins 65 % of them passes the gate in")

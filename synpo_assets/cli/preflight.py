@@ -28,7 +28,8 @@ from synpo_assets.cli.calibration import Calibration, calibrate, known_calibrati
 from synpo_assets.cli.estimate import Rate, expected_work, parameter_count, rates_on_cpu, seconds, sizes_of
 from synpo_assets.evaluation.diversity import shown_seed_prompts
 from synpo_assets.graph.cost import Kind, Sizes
-from synpo_assets.method.seed import BadRow
+from synpo_assets.method.gate import gate_power
+from synpo_assets.method.seed import HELD_OUT, BadRow
 from synpo_assets.stages.seed import seed_table, verifiable_table
 
 CONNECT_SECONDS = 10
@@ -158,13 +159,14 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     disk = check_disk(settings, home)
     cached = cached_initial_policy(settings.initial_policy)
     device = prepare_device(settings.engine)
-    counts = {split: seed.filter(split=split).height for split in ("train", "scorer", "judge", "held_out")}
+    counts = dict.fromkeys(("train", "scorer", "judge", *HELD_OUT), 0) | dict(seed["split"].value_counts().iter_rows())
     where = f"on this machine, {cached}" if cached else "not on this machine yet: the first run downloads it"
     facts = Table.grid(padding=(0, 2))
     facts.add_row("settings", f"valid (preset {settings.preset}), home {home}")
     aside = "".join(f", {counts[split]} for the {split}" for split in ("scorer", "judge") if counts[split])
-    shares = f"{counts['train']} train{aside}, {counts['held_out']} held out"
+    shares = f"{counts['train']} train{aside}, {counts['dev']} dev, {counts['test']} test"
     facts.add_row("seed", f"{shares}, {len(dropped)} dropped; {instructions} verifiable instructions")
+    facts.add_row("gate", gate_power(counts["dev"], settings.gate))
     facts.add_row("M_0", f"{settings.initial_policy.name}, {where}")
     facts.add_row("device", f"{device}, {os.cpu_count()} cores")
     room = f"about {disk / 1e9:.1f} GB for all iterations" if cached else "unknown until M_0 is downloaded"

@@ -3,11 +3,12 @@
 Paper (section 3): four iterations, "until performance no longer improves"; people watch the benchmarks. Its own runs show
 why one metric is not enough: Arena-Hard falls at iteration 4 while AlpacaEval rises, and GSM8k of Mistral falls by nine
 points.
-Here: the section `gate` of the settings holds limits for several metrics of the dev split. By default M_t must be better than
-M_0 at equal length, and better than M_{t-1}, each by the low end of an interval: a model that did not change passes in a share
-of gate.error_rate at most. Where all metrics keep to their limits, M_t is reported as
-`policy[t+1]`; where one does not, or was not measured, nothing is reported and the next iteration refuses with the
-sentence that stands here. The verdict is data: a refused M_t stays, and may be judged again under other limits.
+Here: the section `gate` of the settings holds limits for several metrics of the dev split. By default M_t must be better
+than M_0 at equal length, and better than M_{t-1}, each by the low end of an interval: a model that did not change passes
+in a share of gate.error_rate at most. A judge that is right about held-out gold no more often than chance has measured
+nothing. Where all metrics keep to their limits, M_t is reported as `policy[t+1]`; where one does not, or was not
+measured, nothing is reported and the next iteration refuses with the sentence that stands here. The verdict is data: a
+refused M_t stays, and may be judged again under other limits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,11 +31,17 @@ from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.schemas import Promotion
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
-from synpo_assets.method.gate import judge, verdict
+from synpo_assets.method.gate import gate_power, judge, verdict
 from synpo_assets.method.length_control import length_controlled_interval
 from synpo_assets.method.outcomes import win_rate_interval
 from synpo_assets.stages.loop import report_policy
+from synpo_assets.stages.scorers import judge_doubt
 
+# Metrics that are the independent judge's word.
+BY_JUDGE: frozenset[str] = frozenset({
+    "win_rate_over_initial", "win_rate_over_initial_low", "win_rate_over_previous", "win_rate_over_previous_low",
+    "length_controlled_win_rate_over_initial", "length_controlled_win_rate_over_initial_low",
+})  # fmt: skip
 # Metrics of prompt_diversity.
 OF_PROMPTS: frozenset[GateMetric] = frozenset({"prompt_similarity", "prompt_similarity_to_seed"})
 
@@ -49,7 +56,7 @@ OF_PROMPTS: frozenset[GateMetric] = frozenset({"prompt_similarity", "prompt_simi
 def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.Output[pl.DataFrame]:
     """Each metric of M_t that the gate limits; if all pass, M_t is reported as the policy of the next iteration."""
     gate, judged = services.settings.gate, services.checkpoints.current("model_checkpoint", context.partition_key)
-    measured = recorded(services.metrics, context.partition_key)
+    measured, doubt = recorded(services.metrics, context.partition_key), judge_doubt(services)
     refuse_other_evaluation(measured, judged)
     refuse_other_pairs(context.instance, judged)
     if OF_PROMPTS & (gate.minimum.keys() | gate.maximum.keys()):
@@ -57,7 +64,10 @@ def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Serv
     answers = services.tables.read("evaluation", context.partition_key).filter(split="dev")
     log = services.checkpoints.training_log("model_checkpoint", context.partition_key)
     certain = lowest_rates(answers, gate.error_rate, services.settings.random_seed)
-    rows = judge(gate_metrics(measured) | certain | training_metrics(log), gate.minimum, gate.maximum)
+    values = gate_metrics(measured) | certain | training_metrics(log)
+    # A judge that cannot judge has measured nothing.
+    unmeasured = dict.fromkeys(BY_JUDGE, doubt.rstrip(".")) if doubt else {}
+    rows = judge(values | dict.fromkeys(unmeasured), gate.minimum, gate.maximum, unmeasured)
     sentence = verdict(rows, judged.label, asset_label("policy", partition_key(iteration_of(context) + 1)))
     promoted = all(row["passed"] for row in rows)
     if promoted:
@@ -67,8 +77,9 @@ def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Serv
         [{**row, "checkpoint_sha": judged.sha, "iteration": iteration_of(context)} for row in rows],
         schema=Promotion.empty().schema,
     )
+    power = gate_power(answers["prompt_id"].n_unique(), gate)
     outcome = Metric("promoted", float(promoted), of="candidate", checkpoint_sha=judged.sha)
-    return table_output(context, services, frame, [outcome], verdict=sentence, **made_by(judged))
+    return table_output(context, services, frame, [outcome], verdict=sentence, power=power, **made_by(judged))
 
 
 def refuse_other_evaluation(measured: Metrics, judged: Checkpoint) -> None:

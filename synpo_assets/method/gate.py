@@ -4,13 +4,25 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import polars as pl
+
+from resources.settings.evaluation import Gate
+from synpo_assets.method.outcomes import win_rate_interval
+
 COMPARED_DIGITS = 9
+# The true win rate of a clearly better model, and how often it should pass.
+BETTER, PROMISED = 0.65, 0.8
 
 
 def judge(
-    measured: Mapping[str, float | None], minimum: Mapping[str, float], maximum: Mapping[str, float]
+    measured: Mapping[str, float | None],
+    minimum: Mapping[str, float],
+    maximum: Mapping[str, float],
+    unmeasured: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Holds metrics against their limits, with the reason where one did not pass; those without a limit are left out.
+
+    `unmeasured` says why metrics were not measured, where that is known.
 
     Examples:
         >>> [(row["passed"], row["reason"]) for row in judge({"win_rate": 0.61}, {"win_rate": 0.5}, {})]
@@ -24,6 +36,8 @@ def judge(
     for metric in dict.fromkeys([*minimum, *maximum]):
         limits = {"minimum": minimum.get(metric), "maximum": maximum.get(metric)}
         reason = _reason(metric, measured.get(metric), **limits)
+        if reason is not None and metric in (unmeasured or {}):
+            reason = f"{reason} ({(unmeasured or {})[metric]})"
         row = {"metric": metric, "value": measured.get(metric), **limits, "passed": reason is None, "reason": reason}
         rows.append(row)
     return rows
@@ -44,6 +58,38 @@ def verdict(rows: Iterable[Mapping[str, Any]], checkpoint: str, following: str) 
     names = ", ".join(row["metric"] for row in rows)
     why = f"within the limits of the gate: {names}" if rows else "the gate has no limits"
     return f"{checkpoint} was promoted to {following}: {why}."
+
+
+def gate_power(prompts: int, gate: Gate) -> str:
+    """How often a clearly better model passes the gate's low ends with so many dev prompts, as a sentence.
+
+    Of the win rate over M_0, without ties; control for length takes some of it away.
+
+    Examples:
+        >>> gate_power(100, Gate())
+        'With 100 dev prompts, a model that truly wins 65 % of them passes the gate in 91 % of the cases.'
+        >>> gate_power(16, Gate()).endswith("in 29 % of the cases: raise seed_data.held_out_limit or seed_data.dev_share.")
+        True
+        >>> gate_power(16, Gate(minimum={}))
+        'The gate asks for no certain improvement.'
+    """
+    if not any(name.endswith("_low") for name in gate.minimum):
+        return "The gate asks for no certain improvement."
+    passing = (wins for wins in range(prompts + 1) if _is_certain(wins, prompts, gate.error_rate))
+    least = next(passing, prompts + 1)
+    chances = (
+        math.comb(prompts, wins) * BETTER**wins * (1 - BETTER) ** (prompts - wins) for wins in range(least, prompts + 1)
+    )
+    share = sum(chances)
+    remedy = "" if share >= PROMISED else ": raise seed_data.held_out_limit or seed_data.dev_share"
+    cases = f"in {100 * share:.0f} % of the cases{remedy}."
+    return f"With {prompts} dev prompts, a model that truly wins 65 % of them passes the gate {cases}"
+
+
+def _is_certain(wins: int, prompts: int, error_rate: float) -> bool:
+    outcomes = pl.Series(["win"] * wins + ["loss"] * (prompts - wins))
+    interval = win_rate_interval(outcomes, coverage=1 - 2 * error_rate)
+    return interval is not None and interval[0] >= 0.5
 
 
 def _reason(metric: str, value: float | None, minimum: float | None, maximum: float | None) -> str | None:
