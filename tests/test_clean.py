@@ -72,7 +72,9 @@ def test_right_after_a_run_everything_is_in_use(home):
 
 def test_another_sampling_leaves_exactly_its_shards_behind(home):
     old = load_settings(home / "settings.yaml").responses.sampling.model_dump()
-    change(home, "responses", "sampling", old | {"temperature": 0.9})
+    # The home's settings are stated in full, that of evaluation too.
+    for section in ("responses", "evaluation"):
+        change(home, section, "sampling", old | {"temperature": 0.9})
     expected = shards_that(home, lambda told: told.get("sampling") == old)
     assert expected
     assert places(home, clean.SHARDS) == expected

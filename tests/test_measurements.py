@@ -246,7 +246,7 @@ def test_both_models_are_measured_in_each_iteration(nano_run):
                 expected = [meets(each["rule"], each["value"], row[f"{side}_response"]) for each in row["constraints"]]
                 assert row[f"{side}_met"] == expected
         assert metrics.value("instructions") * metrics.value("samples_each") == following.height
-        rate = (following["candidate_met"].list.all()).mean()
+        rate = following.filter(split="test")["candidate_met"].list.all().mean()
         assert metrics.value("verifiable_rate", "candidate") == pytest.approx(rate)
         gain = metrics.find("verifiable_gain", "candidate", over="initial")
         assert gain.low <= gain.value <= gain.high

@@ -12,7 +12,9 @@ import pytest
 
 from resources.settings.files import active_settings
 from synpo_assets.algorithm import stages_of
+from synpo_assets.evaluation.win_rates import COMPARISONS
 from synpo_assets.graph.tables import check
+from synpo_assets.method.evaluation import outcome_column
 from synpo_assets.method.seed import HELD_OUT
 from synpo_assets.stages.scorers import judge_doubt
 from tests.conftest import synpo_here
@@ -184,13 +186,17 @@ def test_the_evaluation_compares_with_m0_and_the_policy_before_by_both_judges(ho
         assert {name: frame[f"{name}_checkpoint_sha"].unique().to_list() for name in wanted} == {
             name: [sha] for name, sha in wanted.items()
         }
-        rates = {(row.data["judge"], row.data["opponent"]): row.data for row in about["win_rates"].records}
-        assert rates.keys() == {(judge, over) for judge in ("judge", "scorer") for over in ("initial", "previous")}
-        for (judge, over), rate in rates.items():
-            judged = frame[f"{judge}_over_{over}"]
+        frame = frame.filter(split="test")
+        rates = {
+            tuple(row.data[name] for name in ("judge", "model", "opponent")): row.data
+            for row in about["win_rates"].records
+        }
+        assert rates.keys() == {(judge, *compared) for judge in ("judge", "scorer") for compared in COMPARISONS}
+        for (judge, model, over), rate in rates.items():
+            judged = frame[outcome_column(judge, model, over)]
             assert rate["wins"] == (judged == "win").sum()
             assert rate["low"] <= rate["win_rate"] <= rate["high"]
-        rate = pytest.approx(rates["judge", "initial"]["win_rate"], abs=1e-4)
+        rate = pytest.approx(rates["judge", "candidate", "initial"]["win_rate"], abs=1e-4)
         assert about["win_rate of candidate over initial by independent judge"] == (
             judge_doubt(services_in(home)) or rate
         )

@@ -26,6 +26,7 @@ from synpo_assets.graph.services import Services
 from synpo_assets.method.evaluation import LENGTH_BANDS
 from synpo_assets.method.judging import ANOTHER_GOLD, BOTH_ENDED, KINDS
 from synpo_assets.reports.boosting_report import boosting_report, iterations_of, read_iteration
+from synpo_assets.reports.plots import draw_plots
 from synpo_assets.reports.rows import report_rows
 from tests.stand_ins import ITERATIONS, measured, run, services_in
 from tests.stand_ins import instance as instance
@@ -53,6 +54,19 @@ def pairs(iteration, count=5, text="x"):
         return {name: f"{name}-{iteration}-{place}" for name in strings} | messages | scores | shas
 
     return pl.DataFrame([row(place) for place in range(count)], schema=PreferencePairs.empty().schema)
+
+
+@pytest.fixture(autouse=True)
+def plots_drawn_once(monkeypatch, drawn={}):  # noqa: B006
+    """Plots take a second each: those of the same iterations are drawn once, whatever was measured in them."""
+
+    def draw(iterations):
+        which = tuple((iteration.key, bool(iteration.rewards)) for iteration in iterations)
+        if which not in drawn:
+            drawn[which] = draw_plots(iterations)
+        return drawn[which]
+
+    monkeypatch.setattr("synpo_assets.reports.boosting_report.draw_plots", draw)
 
 
 def recorded(iteration, kept=5):

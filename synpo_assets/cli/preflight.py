@@ -166,7 +166,7 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     aside = "".join(f", {counts[split]} for the {split}" for split in ("scorer", "judge") if counts[split])
     shares = f"{counts['train']} train{aside}, {counts['dev']} dev, {counts['test']} test"
     facts.add_row("seed", f"{shares}, {len(dropped)} dropped; {instructions} verifiable instructions")
-    facts.add_row("gate", gate_power(counts["dev"], settings.gate))
+    facts.add_row("gate", gate_power(counts["dev"], settings.gate.minimum, settings.gate.error_rate))
     facts.add_row("M_0", f"{settings.initial_policy.name}, {where}")
     facts.add_row("device", f"{device}, {os.cpu_count()} cores")
     room = f"about {disk / 1e9:.1f} GB for all iterations" if cached else "unknown until M_0 is downloaded"

@@ -77,7 +77,7 @@ def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Serv
         [{**row, "checkpoint_sha": judged.sha, "iteration": iteration_of(context)} for row in rows],
         schema=Promotion.empty().schema,
     )
-    power = gate_power(answers["prompt_id"].n_unique(), gate)
+    power = gate_power(answers["prompt_id"].n_unique(), gate.minimum, gate.error_rate)
     outcome = Metric("promoted", float(promoted), of="candidate", checkpoint_sha=judged.sha)
     return table_output(context, services, frame, [outcome], verdict=sentence, power=power, **made_by(judged))
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import polars as pl
 
-from resources.settings.evaluation import Gate
 from synpo_assets.method.outcomes import win_rate_interval
 
 COMPARED_DIGITS = 9
@@ -60,22 +59,22 @@ def verdict(rows: Iterable[Mapping[str, Any]], checkpoint: str, following: str) 
     return f"{checkpoint} was promoted to {following}: {why}."
 
 
-def gate_power(prompts: int, gate: Gate) -> str:
+def gate_power(prompts: int, minimum: Mapping[str, float], error_rate: float) -> str:
     """How often a clearly better model passes the gate's low ends with so many dev prompts, as a sentence.
 
     Of the win rate over M_0, without ties; control for length takes some of it away.
 
     Examples:
-        >>> gate_power(100, Gate())
+        >>> gate_power(100, {"win_rate_over_previous_low": 0.5}, 0.05)
         'With 100 dev prompts, a model that truly wins 65 % of them passes the gate in 91 % of the cases.'
-        >>> gate_power(16, Gate()).endswith("in 29 % of the cases: raise seed_data.held_out_limit or seed_data.dev_share.")
-        True
-        >>> gate_power(16, Gate(minimum={}))
+        >>> gate_power(16, {"win_rate_over_previous_low": 0.5}, 0.05)[74:]
+        'in 29 % of the cases: raise seed_data.held_out_limit or seed_data.dev_share.'
+        >>> gate_power(16, {}, 0.05)
         'The gate asks for no certain improvement.'
     """
-    if not any(name.endswith("_low") for name in gate.minimum):
+    if not any(name.endswith("_low") for name in minimum):
         return "The gate asks for no certain improvement."
-    passing = (wins for wins in range(prompts + 1) if _is_certain(wins, prompts, gate.error_rate))
+    passing = (wins for wins in range(prompts + 1) if _is_certain(wins, prompts, error_rate))
     least = next(passing, prompts + 1)
     chances = (
         math.comb(prompts, wins) * BETTER**wins * (1 - BETTER) ** (prompts - wins) for wins in range(least, prompts + 1)
