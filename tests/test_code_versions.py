@@ -37,7 +37,7 @@ EDITS = {
         "synpo_assets/method/templates/response_improver.jinja", None, "\nBe brief.",
         {"response_improver", "refined_responses"},
     ),
-    "a constant": ("synpo_assets/method/verifiable.py", "SAMPLES = 3", "SAMPLES = 2", {"instruction_following"}),
+    "a constant": ("synpo_assets/method/evaluation.py", "(0.5, 2.0)", "(0.5, 3.0)", {"gold_comparison"}),
     "a constant that another constant is made of": (
         "synpo_assets/method/verifiable.py", '"words_at_most": lambda answer, value: len(_words(answer)) <=',
         '"words_at_most": lambda answer, value: len(_words(answer)) <',

@@ -48,6 +48,12 @@ class Evaluation(Section):
         description="Answers of each model to a held-out prompt; the intervals are then over prompts, each with all its answers. "
         "Paper: 1.",
     )
+    instruction_samples: int = Field(
+        3,
+        ge=1,
+        description="Answers of each model to a verifiable instruction. With one, the share that M_0 follows moves by ten points "
+        "with the random seed. Not in the paper.",
+    )
 
 
 class JudgeServer(ServerAccess):

@@ -22,17 +22,19 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.evaluation import mean_gain
 from synpo_assets.method.templates import user_message
-from synpo_assets.method.verifiable import SAMPLES, followed, rates_by_rule, shares_followed
+from synpo_assets.method.verifiable import followed, rates_by_rule, shares_followed
 
 
 @Stage(
     InstructionFollowing,
     group="evaluation",
     work=("generates",),
-    reads=("evaluation.sampling",),
+    reads=("evaluation.sampling", "evaluation.instruction_samples"),
     samplings=lambda settings: [settings.evaluation.sampling],
     # M_0's answers are found in the shards from the second iteration on.
-    cost=lambda sizes: [Work("generate", 2 * SAMPLES * sizes.instructions * sizes.judged)],
+    cost=lambda sizes: [
+        Work("generate", 2 * sizes.settings.evaluation.instruction_samples * sizes.instructions * sizes.judged)
+    ],
     made_from={"prompt_id": "verifiable_instructions"},
 )
 def instruction_following(
@@ -44,7 +46,8 @@ def instruction_following(
 ) -> dg.Output[pl.DataFrame]:
     """Which of the verifiable instructions M_t follows, compared with M_0."""
     models = {"candidate": model_checkpoint, "initial": initial_policy}
-    samples = pl.DataFrame({"sample": range(1, SAMPLES + 1)}, schema={"sample": pl.Int64})
+    samples_each = services.settings.evaluation.instruction_samples
+    samples = pl.DataFrame({"sample": range(1, samples_each + 1)}, schema={"sample": pl.Int64})
     frame, usages = verifiable_instructions.join(samples, how="cross"), list[Usage]()
     requests = [
         (f"{prompt_id} sample {sample}", user_message(prompt))
@@ -61,7 +64,7 @@ def instruction_following(
     frame = frame.with_columns(**shas, iteration=pl.lit(iteration_of(context), pl.Int64))
     measured = [
         Metric("instructions", verifiable_instructions.height),
-        Metric("samples_each", SAMPLES),
+        Metric("samples_each", samples_each),
         *metrics.by_split(
             frame, lambda rows: following_metrics(rows, model_checkpoint.sha, services.settings.random_seed)
         ),

@@ -13,8 +13,6 @@ import polars as pl
 
 from synpo_assets.method.ids import content_id
 
-# Answers to each instruction: with one, chance moves the share by several points.
-SAMPLES = 3
 DASHED = re.compile(r"\s*[-\u2013\u2014]\s*[^\s\-\u2013\u2014]")
 # A full stop after these, or between their letters, ends no sentence.
 ABBREVIATION = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|e\.g|i\.e)\.", re.IGNORECASE)
