@@ -280,20 +280,26 @@ def test_damaged_held_out_gold_is_edited_by_both_models_and_counted(instance, tm
     assert len([label for label in cells if "R_t less M_0" in label]) == len(EDIT_SHARES)
 
 
-def test_a_trained_nano_model_is_measured(instance, tmp_path, nano_checkpoint):
-    sampling = active_settings().response_improver.sampling.model_copy(update={"max_new_tokens": 8})
+def test_an_improver_that_is_m_0_itself_gains_nothing(instance, tmp_path, nano_checkpoint):
+    """Real generation: the same weights are asked the same, so that the second model is found in the shards."""
+    sampling = active_settings().response_improver.sampling.model_copy(update={"max_new_tokens": 4})
     services = services_in(tmp_path, editing(1, sampling=sampling))
-    initial = stand_in_checkpoint("initial_policy", nano_checkpoint.weights)
-    result = run([initial, seed_pairs, seed_responses, response_improver, improver_edits], instance, services, "0001")
+    models = [
+        stand_in_checkpoint(name, nano_checkpoint.weights, partitions)
+        for name, partitions in (("initial_policy", None), ("response_improver", ITERATIONS))
+    ]
+    result = run([*models, seed_pairs, improver_edits], instance, services, "0001")
     frame, measured = result.output_for_node("improver_edits"), recorded(services.metrics, "0001")
-    assert frame["improver_checkpoint_sha"][0] != frame["initial_checkpoint_sha"][0]
-    assert measured.value("examples", asset="response_improver") == 3 + 4
-    for model in ("improver", "initial"):
-        shares = [measured.value(share, model) for share, _ in EDIT_SHARES.values()]
+    assert frame["improver_response"].to_list() == frame["initial_response"].to_list()
+    usage = measured.find("reused_completions", asset="improver_edits")
+    assert (usage.value, usage.n) == (frame.height, 2 * frame.height)
+    for split in ("dev", "test"):
+        shares = [measured.value(share, "improver", split=split) for share, _ in EDIT_SHARES.values()]
         assert sum(shares) == pytest.approx(1)
-        # Nonsense of eight tokens.
-        assert measured.value("edits_worse", model) > 0.5
-    assert measured.find("reused_completions", asset="improver_edits").n == 2 * frame.height
+        gains = [measured.find(gain, "improver", over="initial", split=split) for _, gain in EDIT_SHARES.values()]
+        assert all(gain.value == 0 and gain.low < 0 < gain.high for gain in gains)
+    # Nonsense of four tokens.
+    assert measured.value("edits_worse", "initial") > 0.5
 
 
 # The setting.
