@@ -21,6 +21,7 @@ from synpo_assets.evaluation import (
     diversity,
     equal_steps,
     gold_comparison,
+    improver_edits,
     instruction_following,
     promotion,
     win_rates,
@@ -63,4 +64,6 @@ def stages_of(settings: Settings) -> list[Stage]:
         # After the improver, whose chosen side it takes the place of.
         sides.append(best_rewrites)
     controls = [equal_steps] if settings.preference_optimization.equal_steps_control else []
+    if settings.trains_improver and settings.response_improver.damaged_copies:
+        controls.append(improver_edits)
     return stages_in([*sides, *ALGORITHM, *MEASURES, *controls])

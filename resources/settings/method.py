@@ -79,6 +79,13 @@ class ResponseImprover(Section):
         description="SFT from M_0, anew in every iteration. Paper: as the generator, length 6000."
     )
     sampling: Sampling = Field(description="Decoding of the rewrites. Paper: T = 0.7.")
+    damaged_copies: int = Field(
+        0,
+        ge=0,
+        description="Besides the own answers, train R_t to turn damaged gold into gold: so many copies of each gold answer, each "
+        "with another damage, such as a lost item or a changed number. What it makes of damaged held-out gold is then measured. "
+        "With training.max_examples, copies and own answers are drawn from alike. Paper: 0.",
+    )
     samples: int = Field(
         1,
         ge=1,

@@ -3,6 +3,8 @@
 import pandera.polars as pa
 
 from synpo_assets.graph.tables import Table, id_column, outcome_column, split_column, text_column
+from synpo_assets.method.damage import DAMAGES
+from synpo_assets.method.edits import EDIT_OUTCOMES
 
 
 class PromptDiversity(Table):
@@ -124,4 +126,31 @@ class EqualSteps(Table):
     )
     control_checkpoint_sha: str = id_column("sha of the control.")
     candidate_checkpoint_sha: str = id_column("sha of M_t.")
+    iteration: int = pa.Field(ge=1, description="The iteration t.")
+
+
+class ImproverEdits(Table):
+    """Damaged held-out gold answers, and what R_t and M_0, asked the same, made of them."""
+
+    class Config(Table.Config):
+        """Checked of the whole table."""
+
+        unique = ("prompt_id", "damage")
+
+    prompt_id: str = id_column("The held-out prompt.")
+    split: str = split_column()
+    prompt: str = text_column("The instruction.")
+    answer: str = text_column("The gold answer.")
+    damage: str = pa.Field(isin=list(DAMAGES), description="What was done to it, by its name in method/damage.py.")
+    damaged: str = text_column("The damaged answer, which both models were shown.")
+    improver_response: str = pa.Field(description="R_t's rewrite.")
+    initial_response: str = pa.Field(description="M_0's rewrite, with R_t's template.")
+    improver_outcome: str = pa.Field(
+        isin=EDIT_OUTCOMES,
+        description="What R_t's rewrite is: `right`: gold; `nearer`: nearer to gold than the damaged answer; `left`: the "
+        "damaged answer; `worse`: anything else.",
+    )
+    initial_outcome: str = pa.Field(isin=EDIT_OUTCOMES, description="The same of M_0's rewrite.")
+    improver_checkpoint_sha: str = id_column("sha of R_t.")
+    initial_checkpoint_sha: str = id_column("sha of M_0.")
     iteration: int = pa.Field(ge=1, description="The iteration t.")

@@ -53,6 +53,9 @@ MetricName = Literal[
     "constraint_rate", "rule_rate", "rule_rate_gain", "gold_log_likelihood", "gold_log_likelihood_gain", "gold_end_log_likelihood",
     "gold_end_log_likelihood_gain", "gold_similarity", "gold_similarity_gain", "promoted", "leaderboard_average",
     "answers_written",
+    # What became of damaged answers.
+    "edits_right", "edits_right_gain", "edits_nearer", "edits_nearer_gain", "edits_left", "edits_left_gain", "edits_worse",
+    "edits_worse_gain",
 ]  # fmt: skip
 
 # Wins, ties and losses by which of the two answers ended by itself.
@@ -61,6 +64,13 @@ ENDING_COUNTS: dict[str, tuple[MetricName, MetricName, MetricName]] = {
     "only_candidate_ended": ("wins_only_candidate_ended", "ties_only_candidate_ended", "losses_only_candidate_ended"),
     "only_initial_ended": ("wins_only_initial_ended", "ties_only_initial_ended", "losses_only_initial_ended"),
     "neither_ended": ("wins_neither_ended", "ties_neither_ended", "losses_neither_ended"),
+}
+# What a rewrite makes of a damaged answer: the share, and R_t's less M_0's.
+EDIT_SHARES: dict[str, tuple[MetricName, MetricName]] = {
+    "right": ("edits_right", "edits_right_gain"),
+    "nearer": ("edits_nearer", "edits_nearer_gain"),
+    "left": ("edits_left", "edits_left_gain"),
+    "worse": ("edits_worse", "edits_worse_gain"),
 }
 
 
@@ -72,12 +82,12 @@ class MetricRows(Table):
     metric: str = pa.Field(isin=get_args(MetricName), description="What was measured.")
     of: str = pa.Field(
         nullable=True,
-        description="Whose it is: a model, a side or kind of pairs, a source of prompts, a reason.",
+        description="Whose it is: a model, a side or kind of pairs, a source of prompts or examples, a reason.",
     )
     over: str = pa.Field(nullable=True, description="The model that it is compared with.")
     by: str = pa.Field(
         nullable=True,
-        description="The judge, what a judge goes by, the band of lengths, or the rule that it is taken over.",
+        description="The judge, what a judge goes by, the band of lengths, the rule, or the damage that it is taken over.",
     )
     value: float = pa.Field(nullable=True, description="The value; empty: it could not be measured.")
     low: float = pa.Field(nullable=True, description="Lower end of its 95 % interval.")
@@ -120,7 +130,7 @@ class Which(TypedDict, total=False):
     """Which row of a metric is meant, besides whose it is."""
 
     over: str | None  # The model that it is compared with.
-    by: str | None  # The judge, the band of lengths, or the rule.
+    by: str | None  # The judge, the band of lengths, the rule, or the damage.
     split: str  # If left out, test, which reports are of.
     asset: str | None  # The asset that measured it; if left out, the first that did.
 

@@ -9,6 +9,7 @@ from resources.training.history import last_quarter
 from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName, Which
 from synpo_assets.method.evaluation import LENGTH_BANDS
 from synpo_assets.method.judging import ANOTHER_GOLD
+from synpo_assets.reports.edits import edit_lines
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.texts import (
     MISSING,
@@ -168,6 +169,7 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
             label = f"{judge}, the pairs of iteration 1 for as many steps over {shown}: win rate, 95 % interval"
             yield "Equal steps", label, _found("win_rate", rate_text, "equal_steps", over=opponent, by=judge)
     yield from _without_a_judge()
+    yield from edit_lines()
     yield "Gate", "M_t promoted to the next iteration", lambda iteration: PROMOTED[iteration.promoted]
     yield "Checkpoints", "M_t", lambda iteration: _sha(iteration.sha)
     update = _of("surviving_update", share_text, asset="model_checkpoint")

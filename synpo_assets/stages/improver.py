@@ -8,6 +8,9 @@ policy is M_0, so its answers to synthetic prompts are found in the shards and n
 here never saw the seed rows that are filtered (scorers.py), and how many gold answers pass stands beside how many would pass
 in whose place gold of another prompt is scored: if these are as many, the filter knows nothing of what was asked. Several
 rewrites of an answer (`response_improver.samples`) are made and chosen from in best_rewrites.py.
+Where `response_improver.damaged_copies` is more than 0, R_t is also trained on damaged gold -> gold, so that it learns to edit what
+it is shown and not only to answer anew; the paper trains on own answers alone. Damaged gold needs no filter, because gold is the
+better one by construction. What R_t makes of damaged answers is measured in evaluation/improver_edits.py.
 """
 
 import dagster as dg
@@ -23,9 +26,10 @@ from synpo_assets.graph.presentation import checkpoint_output, made_by, table_ou
 from synpo_assets.graph.schemas import RefinedResponses, Responses, SeedResponses
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
+from synpo_assets.method.edits import damaged_copies
 from synpo_assets.method.judging import ANOTHER_GOLD, other_answers
 from synpo_assets.method.responses import response_table
-from synpo_assets.method.templates import improver_instruction
+from synpo_assets.method.templates import Message, improver_instruction
 from synpo_assets.stages.responses import answer_prompts
 from synpo_assets.stages.scorers import comparison_tokens
 from synpo_assets.stages.training import train_from_initial
@@ -94,15 +98,18 @@ def seed_responses(
 
 
 def _training_cost(sizes: Sizes) -> list[Work]:
-    length = sizes.improver_instruction + sizes.asked + sizes.written + sizes.gold
-    return [training_work(sizes.settings.response_improver.training, sizes.train, length)]
+    options = sizes.settings.response_improver
+    # A damaged answer is about as long as gold.
+    shown = (sizes.written + options.damaged_copies * sizes.gold) / (1 + options.damaged_copies)
+    length = sizes.improver_instruction + sizes.asked + shown + sizes.gold
+    return [training_work(options.training, (1 + options.damaged_copies) * sizes.train, length)]
 
 
 @Stage(
     group="responses",
     checkpoint=True,
     work=("trains",),
-    reads=("response_improver.training", "response_improver.margin_threshold"),
+    reads=("response_improver.training", "response_improver.margin_threshold", "response_improver.damaged_copies"),
     cost=_training_cost,
 )
 def response_improver(
@@ -112,24 +119,43 @@ def response_improver(
     services: dg.ResourceParam[Services],
 ) -> dg.Output[Checkpoint]:
     """R_t, fine-tuned from M_0 to turn the policy's own answer into the gold answer (algorithm 1, line 2)."""
-    options = services.settings.response_improver
+    options, random_seed = services.settings.response_improver, services.settings.random_seed
     valid = seed_responses.filter(pl.col("margin") > options.margin_threshold, pl.col("response") != "")
     if valid.is_empty():
         raise TrainingError(
             f"No gold answer beats an answer of the policy's own by more than response_improver.margin_threshold = "
             f"{options.margin_threshold}: lower it."
         )
-    rows = valid.select("prompt", "response", "answer").rows()
-    examples = [(improver_instruction(prompt, response), answer) for prompt, response, answer in rows]
-    training, random_seed = options.training, services.settings.random_seed
+    damaged = damaged_copies(seed_responses.select("prompt", "answer"), options.damaged_copies, random_seed)
+    examples = [*_examples(valid, "response"), *_examples(damaged, "damaged")]
     made, summary = train_from_initial(
-        context, services, "supervised", initial_policy, examples, training, random_seed, seed_responses=seed_responses
-    )
+        context, services, "supervised", initial_policy, examples, options.training, random_seed,
+        seed_responses=seed_responses,
+    )  # fmt: skip
     passing = [
         metrics.share("passing_share", seed_responses[column] > options.margin_threshold, whose)
         for whose, column in MARGINS.items()
     ]
-    return checkpoint_output(context, services, made, [*passing, *metrics.training(summary)], **training_log(summary))
+    measured = [*passing, *_origin_metrics(valid, damaged), *metrics.training(summary)]
+    return checkpoint_output(context, services, made, measured, **training_log(summary))
+
+
+def _examples(rows: pl.DataFrame, shown: str) -> list[tuple[list[Message], str]]:
+    """What R_t is trained on: the prompt with the answer in the column `shown`, and gold."""
+    texts = rows.select("prompt", shown, "answer").rows()
+    return [(improver_instruction(prompt, response), answer) for prompt, response, answer in texts]
+
+
+def _origin_metrics(valid: pl.DataFrame, damaged: pl.DataFrame) -> list[Metric]:
+    """How many examples there are of each origin, and of each damage; nothing where all are own answers."""
+    if damaged.is_empty():
+        return []
+    counts = damaged["damage"].value_counts(sort=True).rows()
+    return [
+        Metric("examples", valid.height, of="own_answers"),
+        Metric("examples", damaged.height, of="damaged_gold"),
+        *(Metric("examples", count, of="damaged_gold", by=damage) for damage, count in counts),
+    ]
 
 
 @Stage(
