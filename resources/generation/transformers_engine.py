@@ -1,9 +1,11 @@
 """Generation with Hugging Face transformers: one batch at a time, runs anywhere."""
 
 import itertools
+import logging
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
+from resources.common.progress import Progress
 from resources.generation.completions import completion, end_ids, longest_sequence
 from resources.generation.engine import Completion, Request, Requests
 from resources.models.chat import load_tokenizer
@@ -13,6 +15,8 @@ from resources.settings.method import Sampling
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger("synpo.generation")
 
 
 class TransformersEngine:
@@ -95,11 +99,14 @@ class RowSampler:
 
         self._sampling = sampling
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        # A batch may take minutes on a CPU, and only then its completions are counted.
+        self._progress = Progress(sampling.max_new_tokens, f"tokens at most, of {len(seeds)} answers each", logger)
 
     def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
         """Returns scores of shape (rows, vocabulary) whose largest entry in each row is the sampled token."""
         import torch
 
+        self._progress.add(1, len(scores))
         if self._sampling.temperature == 0:
             return scores
         width = self._sampling.top_k or scores.shape[-1]
