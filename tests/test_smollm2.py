@@ -13,7 +13,7 @@ def test_one_iteration_on_a_real_language_model(tmp_path):
     few = {"max_examples": 16, "epochs": 1}
     settings = {
         "preset": "laptop",
-        "seed_data": {"train_limit": 40, "held_out_limit": 4},
+        "seed_data": {"train_limit": 40, "judge_limit": 16, "scorer_limit": 16, "held_out_limit": 4},
         # Below about twenty steps the generator does not learn the output format, and no prompt is valid.
         "prompt_generator": {
             "prompts_per_iteration": 8,

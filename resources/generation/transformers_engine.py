@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("synpo.generation")
 
+# Tokens after which finished rows leave their batch.
+PIECE = 64
+
 
 class TransformersEngine:
     """A loaded model that completes requests."""
@@ -60,11 +63,35 @@ class TransformersEngine:
             yield completions
 
     def _complete(self, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """Completes a batch piece by piece, so that a few long answers do not keep the finished ones in the batch."""
         import torch
 
-        padded = self._tokenizer.pad(
-            {"input_ids": [request.token_ids for request in batch]}, padding_side="left", return_tensors="pt"
-        ).to(self._model.device)
+        generators = [torch.Generator().manual_seed(request.seed) for request in batch]
+        # A batch may take minutes on a CPU, and only then its completions are counted.
+        progress = Progress(sampling.max_new_tokens, f"tokens at most, of {len(batch)} answers each", logger)
+        written, finished = [list[int]() for _ in batch], dict[int, Completion]()
+        for done in range(0, sampling.max_new_tokens, PIECE):
+            waiting = [place for place in range(len(batch)) if place not in finished]
+            texts = [[*batch[place].token_ids, *written[place]] for place in waiting]
+            sampler = RowSampler(sampling, [generators[place] for place in waiting], progress)
+            pieces = self._write(texts, sampling, sampler, min(PIECE, sampling.max_new_tokens - done)) if texts else []
+            for place, piece in zip(waiting, pieces, strict=True):
+                written[place] += piece
+                key, asked = batch[place].key, len(batch[place].token_ids)
+                made = completion(key, asked, written[place], sampling, self._tokenizer, self._end_ids)
+                if made.finish_reason == "stop" or done + PIECE >= sampling.max_new_tokens:
+                    finished[place] = made
+        return [finished[place] for place in range(len(batch))]
+
+    def _write(
+        self, texts: Sequence[Sequence[int]], sampling: Sampling, sampler: "RowSampler", tokens: int
+    ) -> list[list[int]]:
+        """The next tokens of each text, so many at most, padded to the longest."""
+        import torch
+
+        padded = self._tokenizer.pad({"input_ids": texts}, padding_side="left", return_tensors="pt").to(
+            self._model.device
+        )
         with torch.inference_mode():
             output = self._model.generate(
                 **padded,
@@ -73,34 +100,25 @@ class TransformersEngine:
                 temperature=None,
                 top_k=None,
                 top_p=None,
-                logits_processor=[RowSampler(sampling, [request.seed for request in batch])],
-                max_new_tokens=sampling.max_new_tokens,
+                logits_processor=[sampler],
+                max_new_tokens=tokens,
                 eos_token_id=self._end_ids,
                 pad_token_id=self._tokenizer.pad_token_id,
                 stop_strings=sampling.stop or None,
                 tokenizer=self._tokenizer,
             )
-        written = output[:, padded["input_ids"].shape[1] :].tolist()
-        return [
-            completion(request.key, len(request.token_ids), ids, sampling, self._tokenizer, self._end_ids)
-            for request, ids in zip(batch, written, strict=True)
-        ]
+        return output[:, padded["input_ids"].shape[1] :].tolist()
 
 
 class RowSampler:
-    """Samples each row from its own seed, so that a completion does not depend on the batch it was in.
+    """Samples each row from its own random stream, so that a completion does not depend on the batch it was in.
 
     Adding Gumbel noise to log-probabilities and taking the largest is the same as sampling from them
     (https://arxiv.org/abs/1411.0030, section 2); greedy decoding then takes the largest.
     """
 
-    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
-        import torch
-
-        self._sampling = sampling
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        # A batch may take minutes on a CPU, and only then its completions are counted.
-        self._progress = Progress(sampling.max_new_tokens, f"tokens at most, of {len(seeds)} answers each", logger)
+    def __init__(self, sampling: Sampling, generators: Sequence["torch.Generator"], progress: Progress) -> None:
+        self._sampling, self._generators, self._progress = sampling, generators, progress
 
     def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
         """Returns scores of shape (rows, vocabulary) whose largest entry in each row is the sampled token."""
