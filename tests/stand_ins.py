@@ -11,6 +11,7 @@ from synpo_assets.graph.metrics import Metric, record
 from synpo_assets.graph.partitions import iterations
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
+from synpo_assets.method.verifiable import CONSTRAINTS
 
 ITERATIONS = iterations(active_settings())
 
@@ -42,6 +43,17 @@ def measured(services, asset, *metrics, partition="0001"):
 def win_rates(value, by, over="initial", **more):
     """The metric that says how often M_t wins."""
     return Metric("win_rate", value, of="candidate", over=over, by=by, **more)
+
+
+def without_rules(prompts):
+    """The same prompts, none of which has rules."""
+    return prompts.with_columns(constraints=pl.lit([], CONSTRAINTS))
+
+
+def scored(joined, chosen, rejected):
+    """Two sides with their scores by a reward model."""
+    scores = {"chosen_score": chosen, "rejected_score": rejected, "score_convention": pl.lit("reward_difference")}
+    return without_rules(joined).with_columns(**scores)
 
 
 def judged_answers(over_initial, over_previous=None, lengths=None, split="dev"):

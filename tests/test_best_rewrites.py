@@ -22,7 +22,7 @@ from synpo_assets.stages.best_rewrites import best_rewrites
 from synpo_assets.stages.improver import refined_responses, rejected_responses
 from synpo_assets.stages.responses import base_responses
 from tests.nano import nano_settings, write_settings
-from tests.stand_ins import ITERATIONS, run, services_in
+from tests.stand_ins import ITERATIONS, run, scored, services_in
 from tests.stand_ins import instance as instance
 from tests.test_method import responses
 from tests.test_ranked_samples import ASKED, PrefersLong, stand_in_checkpoint, synthetic_prompts
@@ -161,8 +161,7 @@ def test_the_estimate_counts_further_rewrites_and_what_is_read(tmp_path, nano_mo
 def test_pairs_whose_sides_differ_too_much_in_length_are_dropped_and_counted(most, kept):
     chosen = ["abcd", "abcde", " abcdefghijkl ", "a"]
     joined = join_sides(responses("r", chosen), responses("0", ["wxyz"] * 4))
-    scored = joined.with_columns(chosen_score=1.0, rejected_score=0.0)
-    pairs, dropped = select_pairs(scored, 0, 1, 3, 9, 0, most)
+    pairs, dropped = select_pairs(scored(joined, 1.0, 0.0), 0, 1, 3, 9, 0, most)
     assert pairs.height == kept
     assert dropped.get("length") == (None if most is None else 4 - kept)
     assert pairs.height + sum(dropped.values()) == 4

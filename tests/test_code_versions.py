@@ -21,8 +21,8 @@ TRAINED = {"prompt_generator", "reward_model", "judge_model", "response_improver
 EDITS = {
     "the body of a stage": (
         "synpo_assets/stages/improver.py",
-        " margin=compared.margins.head(",
-        " margin=-compared.margins.head(",
+        " margin=found[",
+        " margin=-found[",
         {"seed_responses"},
     ),
     "a helper in the same file": (
@@ -41,7 +41,10 @@ EDITS = {
     "a constant that another constant is made of": (
         "synpo_assets/method/verifiable.py", '"words_at_most": lambda answer, value: len(_words(answer)) <=',
         '"words_at_most": lambda answer, value: len(_words(answer)) <',
-        {"instruction_following", "verifiable_instructions", "seed_pairs"},
+        {
+            "instruction_following", "verifiable_instructions", "seed_pairs", "seed_responses", "preference_pairs",
+            "synthetic_prompts", "self_instruct_prompts", "prompt_diversity",
+        },
     ),
     "how training rows are built": (
         "resources/training/rows.py", "cut = int(len(prompt) > training.max_prompt_length)",

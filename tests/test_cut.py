@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from synpo_assets.method.cut import first_half, whole_answers, whole_sentences
 from synpo_assets.method.pairs import join_sides, select_pairs
 from synpo_assets.method.ranking import repeated_prompts, with_ranks
+from tests.stand_ins import scored
 from tests.test_method import responses
 
 SENTENCES = st.lists(
@@ -62,8 +63,7 @@ def test_a_cut_answer_cannot_be_told_from_an_ended_one_with_the_same_words():
 def test_pairs_with_a_cut_side_are_dropped_and_counted():
     chosen = pl.concat([responses("r", ["Good."] * 3), responses("r", ["Good. Y"], ending="length", first=3)])
     rejected = pl.concat([responses("0", ["Bad. X"], ending="length"), responses("0", ["Bad."] * 3, first=1)])
-    scored = join_sides(chosen, rejected).with_columns(chosen_score=1.0, rejected_score=0.0)
-    kept, dropped = select_pairs(scored, 0, 1, 3, 9, 0)
+    kept, dropped = select_pairs(scored(join_sides(chosen, rejected), 1.0, 0.0), 0, 1, 3, 9, 0)
     assert kept["prompt_id"].to_list() == ["prompt-1", "prompt-2"]
     assert dropped == {"cut": 2, "empty_side": 0, "equal_sides": 0, "repetition": 0, "margin": 0, "not_sampled": 0}
 

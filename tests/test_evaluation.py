@@ -42,7 +42,7 @@ from synpo_assets.stages.prompts import prompt_generator
 from synpo_assets.stages.scorers import judge_model, reward_model
 from synpo_assets.stages.seed import seed_table
 from tests.nano import write_settings
-from tests.stand_ins import ITERATIONS, run, services_in, shown
+from tests.stand_ins import ITERATIONS, run, services_in, shown, without_rules
 from tests.stand_ins import instance as instance
 from tests.test_server_engine import FaultyServer
 
@@ -506,7 +506,7 @@ def stand_in(name, text, partitions=None):
 
 @dg.asset(io_manager_key="tables")
 def seed_pairs() -> pl.DataFrame:
-    return SEED
+    return without_rules(SEED)
 
 
 MODELS = [stand_in("initial_policy", "M_0"), stand_in("policy", "M_1", ITERATIONS),

@@ -29,7 +29,7 @@ def pairs(iteration, count):
     rows = [
         {name: f"{name}-{iteration}-{place}" for name in strings}
         | {"prompt": message("user", "p"), "chosen": message("assistant", "c"), "rejected": message("assistant", "r")}
-        | {"chosen_score": 1.5, "rejected_score": 0.25, "margin": 1.25, "iteration": iteration}
+        | {"chosen_score": 1.5, "rejected_score": 0.25, "margin": 1.25, "iteration": iteration, "rules": ""}
         for place in range(count)
     ]
     return pl.DataFrame(rows, schema=PreferencePairs.empty().schema)

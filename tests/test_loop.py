@@ -325,7 +325,7 @@ def pairs(iteration, count):
     rows = [
         {name: texts[name][n] if name in texts else messages[n] if name in ("prompt", "chosen", "rejected")
          else iteration if name == "iteration" else 0.5 for name in columns}
-        | {"chosen_finish_reason": "stop", "rejected_finish_reason": "length"}
+        | {"chosen_finish_reason": "stop", "rejected_finish_reason": "length", "rules": ""}
         for n in range(count)
     ]  # fmt: skip
     return frame.vstack(type(frame)(rows, schema=frame.schema))

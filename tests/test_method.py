@@ -26,6 +26,7 @@ from synpo_assets.method.templates import (
     parse_question,
 )
 from tests.nano import seed_rows
+from tests.stand_ins import scored
 
 PARAGRAPHS = [row["text"] for row in seed_rows("corpus")]
 PROMPTS = [row["prompt"] for row in seed_rows()]
@@ -273,29 +274,27 @@ def test_sides_are_joined_by_prompt_and_not_by_place():
 @settings(deadline=None, max_examples=50)
 def test_kept_pairs_obey_every_rule_and_every_other_one_is_counted(rows, threshold, count):
     joined = join_sides(responses("r", [text for text, _, _ in rows]), responses("0", ["same"] * len(rows)))
-    scored = joined.with_columns(
-        chosen_score=pl.Series([score for _, score, _ in rows]), rejected_score=pl.Series([s for _, _, s in rows])
-    )
-    kept, dropped = select_pairs(scored, threshold, 0.5, 1, count, random_seed=3)
+    asked = scored(joined, pl.Series([score for _, score, _ in rows]), pl.Series([s for _, _, s in rows]))
+    kept, dropped = select_pairs(asked, threshold, 0.5, 1, count, random_seed=3)
     assert kept.height + sum(dropped.values()) == len(rows)
     assert kept.height <= count
     for row in kept.to_dicts():
         assert row["margin"] == row["chosen_score"] - row["rejected_score"] > threshold
         assert row["chosen_response"] == "good words here"
-    again, _ = select_pairs(scored, threshold, 0.5, 1, count, random_seed=3)
+    again, _ = select_pairs(asked, threshold, 0.5, 1, count, random_seed=3)
     assert again.equals(kept)
 
 
 def test_the_margin_must_exceed_the_threshold():
     joined = join_sides(responses("r", ["good words"]), responses("0", ["other"]))
-    scored = joined.with_columns(chosen_score=1.0, rejected_score=0.5)
-    assert select_pairs(scored, 0.5, 0.5, 3, 9, 0)[0].is_empty()
-    assert select_pairs(scored, 0.4, 0.5, 3, 9, 0)[0].height == 1
+    asked = scored(joined, 1.0, 0.5)
+    assert select_pairs(asked, 0.5, 0.5, 3, 9, 0)[0].is_empty()
+    assert select_pairs(asked, 0.4, 0.5, 3, 9, 0)[0].height == 1
 
 
 def test_preferences_are_conversational():
     joined = join_sides(responses("r", ["better"]), responses("0", ["worse"]))
-    kept, _ = select_pairs(joined.with_columns(chosen_score=1.0, rejected_score=0.0), 0, 1, 3, 1, 0)
+    kept, _ = select_pairs(scored(joined, 1.0, 0.0), 0, 1, 3, 1, 0)
     row = as_preferences(kept).row(0, named=True)
     assert row["prompt"] == [{"role": "user", "content": "question 0"}]
     assert row["chosen"] == [{"role": "assistant", "content": "better"}]
@@ -305,8 +304,8 @@ def test_preferences_are_conversational():
 def test_the_sample_and_its_ids_never_change():
     chosen, rejected = ([f" {side} {n}\t" for n in range(8)] for side in ("better", "worse"))
     joined = join_sides(responses("r", chosen), responses("0", rejected))
-    scored = joined.with_columns(chosen_score=pl.Series(range(8), dtype=pl.Float64), rejected_score=1.5)
-    kept, dropped = select_pairs(scored, 0, 1, 3, 3, random_seed=5)
+    asked = scored(joined, pl.Series(range(8), dtype=pl.Float64), 1.5)
+    kept, dropped = select_pairs(asked, 0, 1, 3, 3, random_seed=5)
     assert dropped == {"cut": 0, "empty_side": 0, "equal_sides": 0, "repetition": 0, "margin": 2, "not_sampled": 3}
     frame = as_preferences(kept)
     assert frame.select("prompt_id", "pair_id").rows() == [

@@ -49,7 +49,7 @@ def pairs(iteration, count=5, text="x"):
     def row(place):
         margin = iteration + place / count
         messages = {side: [{"role": "user", "content": f"{side} {text}"}] for side in ("prompt", "chosen", "rejected")}
-        scores = {"chosen_score": margin, "rejected_score": 0.0, "margin": margin, "iteration": iteration}
+        scores = {"chosen_score": margin, "rejected_score": 0.0, "margin": margin, "iteration": iteration, "rules": ""}
         shas = {"chosen_checkpoint_sha": WRITER, "rejected_checkpoint_sha": WRITER, "scorer_sha": SCORER}
         return {name: f"{name}-{iteration}-{place}" for name in strings} | messages | scores | shas
 

@@ -32,7 +32,7 @@ from synpo_assets.graph.tables import check
 from synpo_assets.method.ids import content_id
 from synpo_assets.stages.preferences import preference_pairs
 from tests.nano import seed_rows
-from tests.stand_ins import ITERATIONS, run, services_in, shown
+from tests.stand_ins import ITERATIONS, run, services_in, shown, without_rules
 from tests.stand_ins import instance as instance
 
 ROWS = seed_rows()[:8]
@@ -498,6 +498,10 @@ def test_the_pairs_of_an_iteration_are_those_that_a_pair_ranker_prefers(instance
         return made
 
     @dg.asset(partitions_def=ITERATIONS, io_manager_key="tables")
+    def synthetic_prompts():
+        return without_rules(pl.DataFrame({"prompt_id": [content_id("prompt", prompt) for prompt in prompts]}))
+
+    @dg.asset(partitions_def=ITERATIONS, io_manager_key="tables")
     def preference_history():
         return pl.DataFrame(schema={name: c.dtype.type for name, c in PreferencePairs.to_schema().columns.items()})
 
@@ -511,7 +515,10 @@ def test_the_pairs_of_an_iteration_are_those_that_a_pair_ranker_prefers(instance
     services = services_in(tmp_path, settings.model_copy(update={"preferences": preferences}))
     services = dataclasses.replace(services, scorer=pair_scorer(tmp_path / "shards", "sum_of_both_orders"))
     result = run(
-        [*map(stand_in, texts), preference_history, reward_model, preference_pairs], instance, services, "0001"
+        [*map(stand_in, texts), synthetic_prompts, preference_history, reward_model, preference_pairs],
+        instance,
+        services,
+        "0001",
     )
     pairs = result.output_for_node("preference_pairs")
     assert check(PreferencePairs, pairs) is None

@@ -90,7 +90,7 @@ def changed(tmp_path, **changes):
         ({"scorer": {"kind": "pretrained", "name": "a/b", "training": {}}},
          "`scorer.training` is not a setting of `kind: pretrained`"),
         ({"scorer": {"kind": "trainde"}},
-         "`scorer.kind` is 'trainde': input should be one of 'trained', 'pretrained', 'pair_ranker'"),
+         "`scorer.kind` is 'trainde': input should be one of 'trained', 'verifier', 'pretrained', 'pair_ranker'"),
         ({"scorer": {"pair_convention": "one_order"}}, "`scorer.pair_convention` is not a setting of `kind: trained`"),
         ({"preference_optimization": {"loss": {"kind": "cpo_simpo", "beta": 2, "gamma": 1}}},
          "`preference_optimization.loss.alpha` is missing"),

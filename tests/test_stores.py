@@ -15,7 +15,8 @@ from synpo_assets.graph.schemas import KeywordPool, PreferencePairs, SeedPairs
 from synpo_assets.graph.tables import check, column_schema, frame_type
 
 SEED = pl.DataFrame({"prompt_id": ["prompt-1", "prompt-2"], "prompt": ["a", "b"], "answer": ["x", "y"],
-                     "split": ["train", "test"], "line": [1, 1]})  # fmt: skip
+                     "constraints": [[{"rule": "all_lowercase", "value": ""}], []], "split": ["train", "test"],
+                     "line": [1, 1]})  # fmt: skip
 
 
 def test_a_file_is_replaced_whole(tmp_path):

@@ -15,9 +15,10 @@ from synpo_assets.graph.presentation import table_version
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.pairs import as_preferences, join_sides, select_pairs
 from synpo_assets.method.responses import response_table
+from synpo_assets.method.verifiable import CONSTRAINTS
 from synpo_assets.reports.trace import TraceError, as_tree, trace
 from tests.conftest import synpo_here
-from tests.stand_ins import services_in
+from tests.stand_ins import scored, services_in
 
 ASKED = {"keywords-aa11": "What is a tide?", "keywords-aa22": "Why is the sky blue?"}
 DROPPED = "Why is the sky blue?"
@@ -31,6 +32,7 @@ class Home:
         self.services = services_in(path)
         self.tables, self.checkpoints = self.services.tables, self.services.checkpoints
         self.instance = DagsterInstance.ephemeral()
+        self.rules = []
 
     def once(self, asset, rows):
         (self.path / "tables").mkdir(parents=True, exist_ok=True)
@@ -46,7 +48,7 @@ class Home:
         prompts = pl.DataFrame(
             [{"prompt_id": content_id("prompt", prompt), "keyword_set_id": name, "prompt": prompt, **at,
               "checkpoint_sha": "generator", "input_tokens": 5, "output_tokens": 6} for name, prompt in ASKED.items()]
-        )  # fmt: skip
+        ).with_columns(constraints=pl.Series([self.rules] * len(ASKED), dtype=CONSTRAINTS))  # fmt: skip
         answers = {name: self.answers(prompts, texts, sha, number) for name, texts, sha in (
             ("rejected_responses", ["It is water.", "Air."], "start"),
             ("base_responses", ["It is water.", "Air."], "start" if number == 1 else "first"),
@@ -54,8 +56,9 @@ class Home:
         )}  # fmt: skip
         base = answers["base_responses"]
         refined = answers["refined_responses"].with_columns(base_response_id=base["response_id"])
-        scored = join_sides(refined, answers["rejected_responses"]).with_columns(chosen_score=1.5, rejected_score=0.25)
-        pairs = as_preferences(select_pairs(scored, 0.0, 1.0, 3, 10, 42)[0]).with_columns(
+        sides = join_sides(refined, answers["rejected_responses"])
+        asked = scored(sides, 1.5, 0.25).with_columns(constraints=pl.Series([self.rules] * 2, dtype=CONSTRAINTS))
+        pairs = as_preferences(select_pairs(asked, 0.0, 1.0, 3, 10, 42)[0]).with_columns(
             iteration=pl.lit(number), scorer_sha=pl.lit("scorer")
         )
         written = {"keyword_sets": pl.DataFrame(sets), "synthetic_prompts": prompts, "base_responses": base,

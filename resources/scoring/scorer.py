@@ -25,7 +25,9 @@ from resources.storage.shards import Shards
 
 logger = logging.getLogger("synpo.scoring")
 
-SCORERS: dict[str, type[ScoringModel]] = {"trained": RewardModel, "pretrained": RewardModel, "pair_ranker": PairRanker}
+SCORERS: dict[str, type[ScoringModel]] = {
+    "trained": RewardModel, "verifier": RewardModel, "pretrained": RewardModel, "pair_ranker": PairRanker,
+}  # fmt: skip
 SCORE_COLUMNS = {
     "key": pl.String,
     "scores": pl.List(pl.Float64),

@@ -85,7 +85,8 @@ class SeedData(Section):
     """The seed: prompts with gold answers. Paper: 18,000 UltraFeedback prompts with GPT-4 Turbo answers."""
 
     train: DataSource = Field(
-        description="Pairs that generator and improver are trained on, and scorer and judge on rows of their own."
+        description="Pairs that generator and improver are trained on, and scorer and judge on rows of their own. With scorer.kind "
+        "`verifier`, rows may have `constraints`, as those of seed_data.verifiable: rules that the prompt states and gold follows."
     )
     held_out: DataSource = Field(description="Pairs that no training ever reads; used for evaluation only.")
     dev_share: float = Field(
@@ -126,7 +127,7 @@ class SeedData(Section):
         ge=2,
         description="As judge_limit, for the scorer: its filter of the improver's examples would say nothing about pairs that it "
         "was trained on. Judge and scorer together take half of all pairs at most, or what train_limit leaves. Not in the paper, "
-        "whose scorers are published ones. Read only where scorer.kind is `trained`.",
+        "whose scorers are published ones. Read only where scorer.kind is `trained` or `verifier`.",
     )
     held_out_limit: int | None = Field(
         None, ge=2, description="Use this many held-out pairs, dev and test together. None: all."

@@ -87,6 +87,9 @@ def _read(path: Path) -> dict[str, Any]:
     if path.name == "settings.yaml" and set(Settings.model_fields) <= set(values):
         return values
     base = _read(preset_path(preset))
+    if section_of(values, "scorer").get("kind") == "verifier" and section_of(base, "scorer").get("kind") == "trained":
+        # A verifier trains the same reward model beside its rules.
+        base["scorer"]["kind"] = "verifier"
     merged = merge(base, values, [Settings])
     training = section_of(base, "scorer").get("training")
     judge = section_of(merged, "judge")

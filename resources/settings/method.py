@@ -141,11 +141,25 @@ class PublishedScorer(ScoringSection):
     revision: str | None = Field(None, description="Revision of the hub model named here. None: main.")
 
 
-class TrainedScorer(ScoringSection):
+class RewardTraining(ScoringSection):
+    """A Bradley-Terry reward model, trained here on gold over M_0's answers."""
+
+    training: Training = Field(description="The training of the reward model. Not in the paper.")
+
+
+class TrainedScorer(RewardTraining):
     """A Bradley-Terry reward model, trained here on gold over M_0's answers."""
 
     kind: Literal["trained"] = "trained"
-    training: Training = Field(description="The training of the reward model. Not in the paper.")
+
+
+class VerifierScorer(RewardTraining):
+    """A program where a prompt has rules that it can check (`constraints` of seed rows), elsewhere a model as of kind `trained`.
+
+    Of two answers to such a prompt, chosen follows all rules and rejected does not; no margin_threshold is read there.
+    """
+
+    kind: Literal["verifier"] = "verifier"
 
 
 class PretrainedScorer(PublishedScorer):
@@ -177,7 +191,7 @@ class PairRankerScorer(PublishedScorer):
         return "mean_of_both_orders" if self.pair_convention == "one_order" else self.pair_convention
 
 
-Scorer = Annotated[TrainedScorer | PretrainedScorer | PairRankerScorer, Field(discriminator="kind")]
+Scorer = Annotated[TrainedScorer | VerifierScorer | PretrainedScorer | PairRankerScorer, Field(discriminator="kind")]
 
 
 class Preferences(Section):

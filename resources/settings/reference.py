@@ -34,7 +34,9 @@ def reference(settings: type[BaseModel]) -> str:
         variant = f" of kind `{kinds[0]}`" if len(kinds) == 1 else ""
         names.setdefault(section, []).append(f"`{name}`{variant}" if name else "Top level")
     tables = {section: "".join(_row(*item) for item in section.model_fields.items()) for section in names}
-    return HEAD + "".join(f"\n## {', '.join(names[s])}\n\n{_summary(s)}\n\n{COLUMNS}{tables[s]}" for s in tables)
+    return HEAD + "".join(
+        f"\n## {', '.join(dict.fromkeys(names[s]))}\n\n{_summary(s)}\n\n{COLUMNS}{tables[s]}" for s in tables
+    )
 
 
 def _row(name: str, field: FieldInfo) -> str:

@@ -26,10 +26,10 @@ from resources.settings.method import (
     PromptGenerator,
     ResponseImprover,
     Responses,
+    RewardTraining,
     Sampling,
     Scorer,
     ScoringSection,
-    TrainedScorer,
 )
 from resources.settings.publishing import Automation, Publishing
 from resources.settings.sections import Section, merge, section_of
@@ -49,7 +49,9 @@ class Settings(Section):
     diversity: Diversity = Field(default_factory=Diversity)
     responses: Responses
     response_improver: ResponseImprover
-    scorer: Scorer = Field(description="`kind` is trained, pretrained or pair_ranker; each has fields of its own.")
+    scorer: Scorer = Field(
+        description="`kind` is trained, verifier, pretrained or pair_ranker; each has fields of its own."
+    )
     preferences: Preferences
     preference_optimization: PreferenceOptimization
     evaluation: Evaluation
@@ -144,7 +146,7 @@ class Settings(Section):
         trainings = [self.prompt_generator.training, self.preference_optimization.training]
         if self.trains_improver:
             trainings.append(self.response_improver.training)
-        trainings += [self.scorer.training] if isinstance(self.scorer, TrainedScorer) else []
+        trainings += [self.scorer.training] if isinstance(self.scorer, RewardTraining) else []
         return trainings + ([self.judge.training] if isinstance(self.judge, TrainedJudge) else [])
 
     @property

@@ -17,6 +17,7 @@ from resources.models.model_source import cached_initial_policy, fetch_embedding
 from resources.scoring.published import fetch_reward_model
 from resources.settings.files import refuse_earlier_version
 from resources.settings.machine import Storage
+from resources.settings.method import PublishedScorer
 from resources.settings.sections import SettingsError, nearest
 from resources.settings.settings import Settings
 from resources.storage.files import storage_root
@@ -30,6 +31,7 @@ from synpo_assets.evaluation.diversity import shown_seed_prompts
 from synpo_assets.graph.cost import Kind, Sizes
 from synpo_assets.method.gate import gate_power
 from synpo_assets.method.seed import HELD_OUT, BadRow
+from synpo_assets.method.verifiable import has_rules
 from synpo_assets.stages.seed import seed_table, verifiable_table
 
 CONNECT_SECONDS = 10
@@ -48,7 +50,7 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> Non
     check_disk(settings, home)
     fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
     fetch_embedding_model(settings.diversity.embedding_model, settings.engine.trust_remote_code)
-    if settings.scorer.kind != "trained":
+    if isinstance(settings.scorer, PublishedScorer):
         fetch_reward_model(settings.scorer, settings.engine.trust_remote_code)
     if settings.judge.kind != "trained":
         fetch_reward_model(settings.judge.scorer, settings.engine.trust_remote_code, "judge")
@@ -165,7 +167,8 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     facts.add_row("settings", f"valid (preset {settings.preset}), home {home}")
     aside = "".join(f", {counts[split]} for the {split}" for split in ("scorer", "judge") if counts[split])
     shares = f"{counts['train']} train{aside}, {counts['dev']} dev, {counts['test']} test"
-    facts.add_row("seed", f"{shares}, {len(dropped)} dropped; {instructions} verifiable instructions")
+    ruled = f" {count} rows with rules;" if (count := has_rules(seed).sum()) else ""
+    facts.add_row("seed", f"{shares}, {len(dropped)} dropped;{ruled} {instructions} verifiable instructions")
     facts.add_row("gate", gate_power(counts["dev"], settings.gate.minimum, settings.gate.error_rate))
     facts.add_row("M_0", f"{settings.initial_policy.name}, {where}")
     facts.add_row("device", f"{device}, {os.cpu_count()} cores")

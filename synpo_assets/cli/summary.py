@@ -78,6 +78,8 @@ def _sample_pair(tables: ParquetTables, iterations: int) -> Panel:
     pairs = tables.read("preference_pairs", partition_key(iterations)).sort("margin")
     pair = pairs.row(pairs.height // 2, named=True)
     text = Text()
+    if pair["rules"]:
+        text.append(f"rules {visible(pair['rules'])}\n", style="dim")
     for side, score in (("prompt", None), ("chosen", "chosen_score"), ("rejected", "rejected_score")):
         title = side if score is None else f"{side} (score {pair[score]:.2f})"
         text.append(f"{title}\n", style="bold")

@@ -20,12 +20,13 @@ from resources.models.weights import tensors_not_finite
 from resources.settings.settings import Settings
 from resources.training.history import last_quarter
 from resources.training.losses import sigmoid_argument
-from synpo_assets.graph.metrics import recorded
+from synpo_assets.graph.metrics import mean, recorded
 from synpo_assets.graph.partitions import iterations, partition_key, partition_of
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.quality import length_ratio, mean_repetition, mean_similarity
 from synpo_assets.method.saturation import saturation
+from synpo_assets.method.verifiable import BY_RULES
 
 # Partitions of asset checks are marked preview; the pinned Dagster minor version is the one they were tested with.
 warnings.filterwarnings("ignore", category=dg.PreviewWarning)
@@ -59,8 +60,9 @@ def preference_pairs_checks(context: dg.AssetCheckExecutionContext, services: Se
     yield _result("enough_pairs", pairs.height >= least, pairs=pairs.height, least_allowed=least)
     empty = sum(not text.strip() for text in chosen + rejected)
     yield _result("no_empty_side", empty == 0, empty_answers=empty)
-    margin, least = sum(pairs["margin"]) / pairs.height, limits.min_mean_margin
-    yield _result("score_margin", margin >= least, mean_margin=margin, least_allowed=least)
+    # Where rules decide, every margin is 1.
+    margin, least = mean(pairs.filter(~BY_RULES)["margin"]), limits.min_mean_margin
+    yield _result("score_margin", margin is None or margin >= least, mean_margin=margin, least_allowed=least)
     ratio, most = length_ratio(chosen, rejected), limits.max_length_ratio
     within = 1 / most <= ratio <= most
     yield _result("length_ratio", within, chosen_to_rejected_length=ratio, least_allowed=1 / most, most_allowed=most)

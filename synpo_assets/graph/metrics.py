@@ -20,6 +20,7 @@ from resources.training.job import TrainingSummary
 from synpo_assets.graph.tables import Table
 from synpo_assets.method.outcomes import outcomes, win_rate_interval
 from synpo_assets.method.seed import HELD_OUT
+from synpo_assets.method.verifiable import has_rules
 
 ONCE = "once"
 
@@ -36,8 +37,8 @@ MetricName = Literal[
     "readings", "reused_readings", "scored_tokens", "prompts_unread", "answers_unread", "scoring_seconds",
     "scored_tokens_per_second", "embedded_texts", "embedded_tokens", "texts_unread", "embedding_seconds",
     # Seed, keywords and prompts.
-    "split_rows", "dropped", "pool_size", "examples_without_keywords", "prompts_wanted", "keyword_sets_used", "sources_used",
-    "prompts_compared", "mean_similarity", "effective_clusters", "ordered_share", "shuffled_ordered_share",
+    "split_rows", "with_rules", "dropped", "pool_size", "examples_without_keywords", "prompts_wanted", "keyword_sets_used",
+    "sources_used", "prompts_compared", "mean_similarity", "effective_clusters", "ordered_share", "shuffled_ordered_share",
     "answerable_share", "topics", "topic_entropy", "intentions", "intention_entropy", "not_labelled",
     # Responses, scorers and pairs.
     "gold_better_share", "passing_share", "unchanged_share", "samples_per_prompt", "mean_margin_over_first_sample",
@@ -267,6 +268,12 @@ def share(metric: MetricName, true: pl.Series, of: str) -> Metric:
     """The share of truths, with its score interval."""
     low, high = win_rate_interval(outcomes(true.cast(pl.Int64) * 2 - 1)) or (None, None)
     return Metric(metric, mean(true), of=of, low=low, high=high, n=len(true))
+
+
+def with_rules(prompts: pl.DataFrame) -> list[Metric]:
+    """How many prompts have rules; nothing where none has."""
+    count = int(has_rules(prompts).sum())
+    return [Metric("with_rules", count, n=prompts.height)] if count else []
 
 
 def _rate(metric: MetricName, tokens: int, seconds: float) -> list[Metric]:

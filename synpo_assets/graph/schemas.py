@@ -6,6 +6,7 @@ import polars as pl
 from synpo_assets.graph.tables import Table, id_column, outcome_column, split_column, text_column
 from synpo_assets.method.pairs import MESSAGES
 from synpo_assets.method.seed import HELD_OUT
+from synpo_assets.method.verifiable import CONSTRAINTS
 
 
 class SeedPairs(Table):
@@ -14,6 +15,9 @@ class SeedPairs(Table):
     prompt_id: str = id_column("Content hash of the prompt.", unique=True)
     prompt: str = text_column("The instruction.")
     answer: str = text_column("The gold answer.")
+    constraints: CONSTRAINTS = pa.Field(  # type: ignore[valid-type]
+        description="With scorer.kind `verifier`: rules that the prompt states and gold follows; empty if there are none."
+    )
     split: str = pa.Field(
         isin=["train", "judge", "scorer", *HELD_OUT],
         description="`judge` rows are read by the independent judge alone, `scorer` rows by the scorer alone; `dev` and `test` "
@@ -42,6 +46,9 @@ class SyntheticPrompts(Table):
     prompt_id: str = id_column("Content hash of the prompt.", unique=True)
     keyword_set_id: str = id_column("The keyword set that it was written from.", unique=True)
     prompt: str = text_column("The instruction.")
+    constraints: CONSTRAINTS = pa.Field(  # type: ignore[valid-type]
+        description="Rules that the generator wrote with the prompt, which an answer must follow; empty if there are none."
+    )
     iteration: int = pa.Field(ge=1, description="The iteration.")
     checkpoint_sha: str = id_column("sha of the prompt generator.")
     input_tokens: int = pa.Field(ge=1, description="Tokens of the rendered keywords template.")
@@ -93,6 +100,7 @@ class SeedResponses(Responses):
     other_margin: float = pa.Field(
         description="What the margin would be with the gold answer of another prompt in the place of this one's."
     )
+    score_convention: str = text_column("What the margins are, as of preference pairs.")
     scorer_sha: str = id_column("sha of the scorer.")
 
 
@@ -110,7 +118,11 @@ class PreferencePairs(Table):
     rejected_score: float = pa.Field(description="The scorer's value of the rejected answer.")
     margin: float = pa.Field(description="chosen_score - rejected_score.")
     score_convention: str = text_column(
-        "What a margin is: `reward_difference` of a reward model, or a pair ranker's scorer.pair_convention."
+        "What a margin is: `reward_difference` of a reward model, a pair ranker's scorer.pair_convention, or `rules_hold`: 1, "
+        "because chosen follows all rules of the prompt and rejected does not."
+    )
+    rules: str = pa.Field(
+        description="Rules of the prompt as JSON, a list of `rule` and `value`; empty if it has none."
     )
     scorer_sha: str = id_column("sha of the scorer.")
     chosen_finish_reason: str = pa.Field(isin=["stop", "length"], description="`length`: the chosen answer was cut.")
@@ -181,7 +193,7 @@ class VerifiableInstructions(Table):
     prompt_id: str = id_column("Content hash of the prompt.", unique=True)
     split: str = split_column()
     prompt: str = text_column("The instruction.")
-    constraints: pl.List(pl.Struct({"rule": pl.String, "value": pl.String})) = pa.Field(  # type: ignore[valid-type]
+    constraints: CONSTRAINTS = pa.Field(  # type: ignore[valid-type]
         description="What an answer must meet: a rule of method/verifiable.py, and the value it compares with."
     )
 
@@ -197,7 +209,7 @@ class InstructionFollowing(Table):
     prompt_id: str = id_column("The instruction.")
     split: str = split_column()
     prompt: str = text_column("The instruction's text.")
-    constraints: pl.List(pl.Struct({"rule": pl.String, "value": pl.String})) = pa.Field(  # type: ignore[valid-type]
+    constraints: CONSTRAINTS = pa.Field(  # type: ignore[valid-type]
         description="What an answer must meet."
     )
     sample: int = pa.Field(ge=1, description="Which of the answers to this instruction, counted from 1.")

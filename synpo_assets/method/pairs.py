@@ -6,6 +6,7 @@ import polars as pl
 
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.prompts import words_of
+from synpo_assets.method.verifiable import BY_RULES, rules_text
 
 
 def repetition(text: str, size: int) -> float:
@@ -55,11 +56,11 @@ def select_pairs(
     random_seed: int,
     max_length_ratio: float | None = None,
 ) -> tuple[pl.DataFrame, dict[str, int]]:
-    """Keeps the valid pairs and a random sample of them, in order, with margin; and counts what each rule dropped.
+    """Keeps the valid pairs and a random sample of them, in order, with margin; and counts what each filter dropped.
 
     A pair is valid if neither side was cut, chosen_score - rejected_score exceeds the threshold, its chosen side repeats no
     larger share of its word n-grams than `max_repetition`, and neither side has more than `max_length_ratio` times the
-    characters of the other.
+    characters of the other. Where its prompt has rules, no threshold is read: chosen must follow all, and rejected must not.
     """
     sides = [pl.col("chosen_response").str.strip_chars(), pl.col("rejected_response").str.strip_chars()]
     repeats = pl.col("chosen_response").map_elements(lambda text: repetition(text, ngram), return_dtype=pl.Float64)
@@ -68,13 +69,15 @@ def select_pairs(
         "empty_side": (sides[0] != "") & (sides[1] != ""),
         "equal_sides": sides[0] != sides[1],
         "repetition": repeats <= max_repetition,
-        "margin": pl.col("margin") > margin_threshold,
+        "margin": BY_RULES | (pl.col("margin") > margin_threshold),
     }
+    if scored.select(BY_RULES.any()).item():
+        rules["rules"] = ~BY_RULES | (pl.col("margin") > 0)
     if max_length_ratio is not None:
         rules["length"] = length_factor(*sides) <= max_length_ratio
     scored = scored.with_columns(margin=pl.col("chosen_score") - pl.col("rejected_score"))
     columns = [f"{side}_{column}" for side in ("chosen", "rejected") for column in ("response", "finish_reason")]
-    rows = scored.select(*columns, "margin").with_row_index("place")
+    rows = scored.select(*columns, "margin", "score_convention").with_row_index("place")
     dropped: collections.Counter[str] = collections.Counter()
     for reason, rule in rules.items():
         # Streamed, because a rule that strips the texts copies them.
@@ -89,12 +92,14 @@ def select_pairs(
 def as_preferences(pairs: pl.DataFrame) -> pl.DataFrame:
     """Turns selected pairs into TRL's conversational preference format, with ids; other columns stay as they are."""
     sides = pairs.select("chosen_response_id", "rejected_response_id").iter_rows()
+    rules = (rules_text(constraints) for constraints in pairs["constraints"].to_list())
     return pairs.with_columns(
         pair_id=pl.Series((content_id("pair", *ids) for ids in sides), dtype=pl.String),
         prompt=_message("user", "prompt"),
         chosen=_message("assistant", "chosen_response"),
         rejected=_message("assistant", "rejected_response"),
-    ).drop("chosen_response", "rejected_response")
+        rules=pl.Series(rules, dtype=pl.String),
+    ).drop("chosen_response", "rejected_response", "constraints")
 
 
 MESSAGES = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))

@@ -13,7 +13,7 @@ from typing import Any
 
 from rensa import RMinHash, RMinHashLSH
 
-from synpo_assets.method.templates import parse_question
+from synpo_assets.method.templates import parse_question, parse_rules
 
 Row = dict[str, Any]
 
@@ -129,7 +129,9 @@ class PromptFilter:
 
     `near_duplicates` holds what is known at the start, such as the seed prompts, and every kept prompt; `contamination` the
     held-out prompts. `matches` are dropped prompts, each with the held-out prompt it overlaps with. Without a language
-    (ISO 639-1) all are kept. `parse` finds the prompt in what was written; by default where the generator puts it.
+    (ISO 639-1) all are kept. `parse` finds the prompt in what was written; by default where the generator puts it. With rules, a
+    prompt whose rules do not parse is dropped: its words probably state one, which then nothing would check, and a reward model
+    would choose between its answers by style.
     """
 
     min_words: int
@@ -138,13 +140,15 @@ class PromptFilter:
     near_duplicates: NearDuplicates
     contamination: Contamination
     parse: Callable[[str], str | None] = parse_question
+    with_rules: bool = False
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     matches: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def keep(self, written: str) -> str | None:
         """The prompt in what was written, or None; then the reason is counted."""
         prompt = self.parse(written)
-        reason = "unparsable" if prompt is None else self._reason(prompt)
+        bad_rules = self.with_rules and parse_rules(written) is None
+        reason = "unparsable" if prompt is None else "bad_rules" if bad_rules else self._reason(prompt)
         if prompt is None or reason is not None:
             self.dropped[str(reason)] += 1
             return None

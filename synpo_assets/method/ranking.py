@@ -22,9 +22,9 @@ def repeated_prompts(prompts: pl.DataFrame, samples: int, asked_by: str = "promp
 
 
 def beside_first(answered: pl.DataFrame) -> pl.DataFrame:
-    """What the scorer compares: each further answer to a prompt with the first one, which stands before the others."""
-    beside = answered.with_columns(first_response=pl.col("response").first().over("prompt_id"))
-    return beside.filter(pl.col("sample") > 1).select("prompt", "response", "first_response")
+    """What is compared: each further answer to a prompt (`first`) with the first one (`second`), which stands before the others."""
+    beside = answered.with_columns(second=pl.col("response").first().over("prompt_id"))
+    return beside.filter(pl.col("sample") > 1).select("prompt", "second", "constraints", first="response")
 
 
 def with_ranks(answered: pl.DataFrame, margins: pl.Series) -> pl.DataFrame:

@@ -6,6 +6,7 @@ from typing import Any
 
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.prompts import Contamination, words_of
+from synpo_assets.method.verifiable import constraints_problem, followed, read_constraints
 
 # The splits of the held-out pairs: searches and the gate read dev, tables report test.
 HELD_OUT = ("dev", "test")
@@ -25,11 +26,12 @@ def seed_rows(
     held_out: Sequence[tuple[int, Mapping[str, Any]]],
     prompt_column: str,
     answer_column: str,
+    with_rules: bool = False,
 ) -> tuple[list[dict[str, Any]], list[BadRow]]:
     """Splits seed rows, whose cells hold text or chat messages, into good ones, with ids, and bad ones, with reasons.
 
     A held-out prompt that also stands in train is bad in train, so that the held-out split never shrinks silently and no
-    training reads it.
+    training reads it. With rules, the column `constraints` is read of the rows that have it, and gold must follow its own.
 
     Examples:
         >>> good, bad = seed_rows([(1, {"q": "Why?", "a": "Because."}), (2, {"q": " ", "a": "x"})], [], "q", "a")
@@ -44,6 +46,8 @@ def seed_rows(
             prompt, answer = _text(row.get(prompt_column), "user"), _text(row.get(answer_column), "assistant")
             reason = None if row else "the line is no JSON object, or an empty one"
             reason = reason or _reason("prompt", prompt) or _reason("answer", answer)
+            constraints = (row.get("constraints") or []) if with_rules else []
+            reason = reason or constraints_problem(constraints) or _broken_rule(constraints, str(answer))
             key = " ".join(prompt.lower().split()) if prompt else ""
             if reason is None and key in seen:
                 other_split, other_line = seen[key]
@@ -53,7 +57,8 @@ def seed_rows(
                 continue
             seen[key] = (split, line)
             prompt_id = content_id("prompt", prompt)
-            good.append({"prompt_id": prompt_id, "prompt": prompt, "answer": answer, "split": split, "line": line})
+            stated = {"prompt": prompt, "answer": answer, "constraints": read_constraints(constraints)}
+            good.append({"prompt_id": prompt_id, **stated, "split": split, "line": line})
     return good, bad
 
 
@@ -91,3 +96,10 @@ def _reason(name: str, text: str | None) -> str | None:
     if text is None:
         return f"the {name} is missing or not text"
     return None if text else f"the {name} is empty"
+
+
+def _broken_rule(stated: Sequence[Mapping[str, Any]], answer: str) -> str | None:
+    constraints = read_constraints(stated)
+    broken = [each for each, met in zip(constraints, followed(constraints, answer), strict=True) if not met]
+    rule = " ".join(broken[0].values()).strip() if broken else ""
+    return f"the answer does not follow its own rule `{rule}`" if broken else None

@@ -5,17 +5,21 @@ in the files of the folder `templates`.
 """
 
 import functools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
 import polars as pl
+
+from synpo_assets.method.verifiable import constraints_problem, read_constraints, rules_text
 
 Message = dict[str, str]
 
 FOLDER = Path(__file__).parent / "templates"
 QUESTION_START, QUESTION_END = "<question>", "</question>"
 SOLUTION_START = "<solution>"
+RULES_START, RULES_END = "<rules>", "</rules>"
 
 
 def user_message(text: str) -> list[Message]:
@@ -28,14 +32,22 @@ def prompt_requests(prompts: pl.DataFrame, ids: str = "prompt_id") -> list[tuple
     return [(row_id, user_message(prompt)) for row_id, prompt in prompts.select(ids, "prompt").iter_rows()]
 
 
-def generator_instruction(keywords: Sequence[str]) -> list[Message]:
-    """What the prompt generator is asked: background, requirements, the keywords, the output format."""
-    return user_message(_environment().get_template("prompt_generator.jinja").render(keywords=list(keywords)))
+def generator_instruction(keywords: Sequence[str], with_rules: bool = False) -> list[Message]:
+    """What the prompt generator is asked: background, requirements, the keywords, the output format.
+
+    With rules, the format has a place for the rules of a question, as some questions of the seed have them.
+    """
+    template = _environment().get_template("prompt_generator.jinja")
+    return user_message(template.render(keywords=list(keywords), with_rules=with_rules))
 
 
-def generator_target(prompt: str, answer: str) -> str:
-    """What the prompt generator learns to write: the question with its solution."""
-    return _environment().get_template("prompt_generator_target.jinja").render(prompt=prompt, answer=answer)
+def generator_target(prompt: str, answer: str, constraints: Sequence[Mapping[str, str]] = ()) -> str:
+    """What the prompt generator learns to write: the rules of a question if it has any, the question, its solution.
+
+    The rules come first because writing stops where the question ends.
+    """
+    template = _environment().get_template("prompt_generator_target.jinja")
+    return template.render(prompt=prompt, answer=answer, rules=rules_text(constraints))
 
 
 def improver_instruction(prompt: str, response: str) -> list[Message]:
@@ -68,6 +80,31 @@ def parse_question(text: str) -> str | None:
     question = question.strip()
     nested = QUESTION_START in question or SOLUTION_START in question
     return question if start and end and question and not nested else None
+
+
+def parse_rules(text: str) -> list[dict[str, str]] | None:
+    r"""The rules that the generator wrote before the question; none if it wrote no such tag, None if they do not parse.
+
+    Examples:
+        >>> parse_rules('OUTPUT\n<rules>[{"rule": "words_at_most", "value": 9}]</rules>\n<question>Why?</question>')
+        [{'rule': 'words_at_most', 'value': '9'}]
+        >>> parse_rules("<question>Why?</question>")
+        []
+        >>> parse_rules("<rules>be brief</rules><question>Why?</question>") is None
+        True
+    """
+    before, _, question = text.partition(QUESTION_START)
+    _, start, rest = before.partition(RULES_START)
+    written, end, _ = rest.partition(RULES_END)
+    if not start and not any(tag in text for tag in (RULES_START, RULES_END)):
+        return []
+    try:
+        stated = json.loads(written)
+    except (ValueError, RecursionError):
+        return None
+    if not end or RULES_START in question or constraints_problem(stated):
+        return None
+    return read_constraints(stated)
 
 
 @functools.cache

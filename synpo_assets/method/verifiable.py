@@ -1,7 +1,8 @@
 """Instructions whose answers a program can check: no judge, no opinion, so a regression shows as what it is.
 
 The idea is IFEval's (https://arxiv.org/abs/2311.07911); rules, names and prompts are our own. An answer counts as
-followed when it meets all constraints of its prompt; an empty answer meets none.
+followed when it meets all constraints of its prompt; an empty answer meets none. Evaluations ask such instructions, and with
+`scorer.kind: verifier` the same rules decide between two answers to a prompt of the seed, or of the generator, that has some.
 """
 
 import json
@@ -13,6 +14,12 @@ import polars as pl
 
 from synpo_assets.method.ids import content_id
 
+CONSTRAINTS = pl.List(pl.Struct({"rule": pl.String, "value": pl.String}))
+# What a margin is where rules decide: 1 if the first answer alone follows all of them, -1 if the second one alone does, else 0.
+RULES_HOLD = "rules_hold"
+BY_RULES = pl.col("score_convention") == RULES_HOLD
+# A number with more digits is no count of words or lines.
+MOST_DIGITS = 6
 DASHED = re.compile(r"\s*[-\u2013\u2014]\s*[^\s\-\u2013\u2014]")
 # A full stop after these, or between their letters, ends no sentence.
 ABBREVIATION = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|e\.g|i\.e)\.", re.IGNORECASE)
@@ -34,6 +41,43 @@ def meets(rule: str, value: str, answer: str) -> bool:
 def followed(constraints: Sequence[Mapping[str, str]], answer: str) -> list[bool]:
     """Whether an answer meets each constraint of its prompt."""
     return [meets(constraint["rule"], constraint["value"], answer) for constraint in constraints]
+
+
+def has_rules(prompts: pl.DataFrame) -> pl.Series:
+    """Of each prompt, whether it has constraints."""
+    return prompts["constraints"].list.len() > 0
+
+
+def rule_scores(rows: pl.DataFrame) -> pl.DataFrame:
+    """What the rules say of the answers `first` and `second`: 1 where one follows all constraints of its prompt, else 0.
+
+    Examples:
+        >>> rules = [{"rule": "words_at_most", "value": "1"}, {"rule": "all_lowercase", "value": ""}]
+        >>> rows = pl.DataFrame({"first": ["yes"], "second": ["Yes"], "constraints": [rules]})
+        >>> rule_scores(rows).row(0)
+        (1.0, 0.0)
+    """
+    scores = {
+        f"{side}_score": [float(all(followed(*row))) for row in rows.select("constraints", side).iter_rows()]
+        for side in ("first", "second")
+    }
+    return pl.DataFrame(scores, schema=dict.fromkeys(scores, pl.Float64))
+
+
+def preferred(margin: str, threshold: float) -> pl.Expr:
+    """Whether F prefers the first answer: by the rules where there are some, else by more than a threshold."""
+    return pl.when(BY_RULES).then(pl.col(margin) > 0).otherwise(pl.col(margin) > threshold)
+
+
+def rules_text(constraints: Sequence[Mapping[str, str]]) -> str:
+    """Constraints as the prompt generator writes them, JSON in one line; nothing if there are none.
+
+    Examples:
+        >>> rules_text([{"rule": "words_at_most", "value": "20"}, {"rule": "all_lowercase", "value": ""}])
+        '[{"rule": "words_at_most", "value": "20"}, {"rule": "all_lowercase"}]'
+    """
+    stated = [{name: text for name, text in constraint.items() if text} for constraint in constraints]
+    return json.dumps(stated, ensure_ascii=False) if stated else ""
 
 
 def shares_followed(answered: pl.DataFrame) -> pl.DataFrame:
@@ -80,15 +124,31 @@ def instruction_rows(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> tuple[lis
             bad.append(f"line {line}: the prompt is missing or empty")
         elif not isinstance(constraints, list) or not constraints:
             bad.append(f"line {line}: `constraints` is no list, or empty")
-        elif reason := next(filter(None, map(_problem, constraints)), None):
+        elif reason := constraints_problem(constraints):
             bad.append(f"line {line}: {reason}")
         elif prompt.strip() in good:
             bad.append(f"line {line}: the same prompt stands in an earlier line")
         else:
-            stated = [{"rule": each["rule"], "value": str(each.get("value", ""))} for each in constraints]
-            prompt_id = content_id("prompt", prompt.strip())
-            good[prompt.strip()] = {"prompt_id": prompt_id, "prompt": prompt.strip(), "constraints": stated}
+            row_id = {"prompt_id": content_id("prompt", prompt.strip())}
+            good[prompt.strip()] = row_id | {"prompt": prompt.strip(), "constraints": read_constraints(constraints)}
     return list(good.values()), bad
+
+
+def constraints_problem(stated: Any) -> str | None:
+    """What is wrong with constraints as written, if anything is.
+
+    Examples:
+        >>> constraints_problem([{"rule": "words_at_most", "value": "a few"}])
+        "the rule `words_at_most` needs a whole number as value, not 'a few'"
+    """
+    if not isinstance(stated, list):
+        return "`constraints` is no list"
+    return next(filter(None, map(_problem, stated)), None)
+
+
+def read_constraints(stated: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Constraints in which nothing is wrong, in the form of the tables."""
+    return [{"rule": each["rule"], "value": "" if each["rule"] in ALONE else str(each["value"])} for each in stated]
 
 
 def _problem(constraint: Any) -> str | None:
@@ -98,10 +158,12 @@ def _problem(constraint: Any) -> str | None:
     rule, value = constraint["rule"], constraint.get("value")
     if rule not in RULES:
         return f"there is no rule `{rule}`"
-    if rule in COUNTING and not (str(value).isascii() and str(value).isdecimal()):
+    digits = str(value)
+    if rule in COUNTING and not (digits.isascii() and digits.isdecimal() and len(digits) <= MOST_DIGITS):
         return f"the rule `{rule}` needs a whole number as value, not {value!r}"
-    if rule in COMPARING and not (isinstance(value, str | int) and str(value)):
-        return f"the rule `{rule}` needs a text as value"
+    # A text with half of a surrogate pair, which JSON can spell, fits in no table.
+    if rule in COMPARING and not (isinstance(value, str | int) and str(value) and str(value).isprintable()):
+        return f"the rule `{rule}` needs a text as value, in one line"
     return None
 
 

@@ -81,6 +81,7 @@ def dataset_card(
         columns=_table(["column", "meaning"], columns.items()),
         writers=_table(["iteration", "role", "checkpoint", "sha"], (row.values() for row in writers)),
         score_conventions=", ".join(f"`{name}`" for name in conventions),
+        with_rules=int((pairs["rules"] != "").sum()),
         ranked_samples=ranked_samples,
         rewrites=rewrites,
         settings=_yaml(settings),

@@ -15,6 +15,7 @@ import polars as pl
 
 from resources.common.errors import FinalError
 from resources.common.text import asset_label, visible
+from resources.settings.method import RewardTraining
 from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.storage.files import replace_directory, temporary_directory_beside
@@ -176,8 +177,10 @@ def _base_model(checkpoints: CheckpointStore) -> tuple[str, str | None, str]:
 
 
 def _scorer(settings: Settings) -> str:
-    if settings.scorer.kind == "trained":
-        return "a reward model trained from M_0 on seed prompts, gold answers over M_0's own"
+    if isinstance(settings.scorer, RewardTraining):
+        trained = "a reward model trained from M_0 on seed prompts, gold answers over M_0's own"
+        rules = "a program where a prompt states rules that it can check, elsewhere "
+        return f"{rules if settings.scorer.kind == 'verifier' else ''}{trained}"
     name = Path(settings.scorer.name).name if Path(settings.scorer.name).is_dir() else settings.scorer.name
     return f"`{name}` ({settings.scorer.kind})"
 

@@ -52,7 +52,7 @@ def sample_pairs(pairs: pl.DataFrame) -> list[dict[str, Any]]:
     """The pairs with the largest, the median and the smallest margin, fewer if there are fewer pairs.
 
     Returns:
-        Rows with place, pair_id, margin, and for chosen and rejected the text and its score, and the prompt's text.
+        Rows with place, pair_id, margin, for chosen and rejected the text and its score, and the prompt's text and rules.
     """
     ordered = pairs.sort("margin", "pair_id", descending=[True, False])
     places = {"largest margin": 0, "median margin": pairs.height // 2, "smallest margin": pairs.height - 1}
@@ -61,7 +61,7 @@ def sample_pairs(pairs: pl.DataFrame) -> list[dict[str, Any]]:
     for place in sorted(distinct):
         row = ordered.row(place, named=True)
         texts = {side: row[side][-1]["content"] for side in ("prompt", "chosen", "rejected")}
-        figures = {name: row[name] for name in ("pair_id", "margin", "chosen_score", "rejected_score")}
+        figures = {name: row[name] for name in ("pair_id", "margin", "chosen_score", "rejected_score", "rules")}
         samples.append({"place": distinct[place], **figures, **texts})
     return samples
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from synpo_assets.graph.drawing import INK, Plot, finish, new_figure, plot_of
 from synpo_assets.graph.metrics import MetricName
+from synpo_assets.method.verifiable import BY_RULES
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.rows import judge_labels
 
@@ -60,18 +61,19 @@ def reward_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], axis: str) ->
 
 
 def margin_histogram(iterations: Sequence[FinishedIteration]) -> "Figure":
-    """How the margins of the kept pairs are distributed, one outline per iteration over the same bins."""
+    """How the margins of the kept pairs that no rules decide are distributed, one outline per iteration over the same bins."""
     figure = new_figure()
     axes = figure.add_subplot()
-    margins = {iteration.key: iteration.pairs["margin"].to_list() for iteration in iterations}
+    # Where rules decide, every margin is 1, in other units.
+    margins = {iteration.key: iteration.pairs.filter(~BY_RULES)["margin"].to_list() for iteration in iterations}
     everything = [margin for values in margins.values() for margin in values]
-    bounds = (min(everything), max(everything))
+    bounds = (min(everything), max(everything)) if everything else None
     for (key, values), colour in zip(margins.items(), _colours(len(margins)), strict=True):
         axes.hist(
             values,
             bins=BINS,
             range=bounds,
-            weights=[100 / len(values)] * len(values),
+            weights=[100 / max(len(values), 1)] * len(values),
             color=colour,
             label=f"{_shown_key(key, list(margins))} (n = {len(values):,})",
             histtype="step",

@@ -109,6 +109,8 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
         "chosen_responses": "ranked samples (chosen side)", "preference_pairs": "pairs kept",
     }.items():  # fmt: skip
         yield "Rows", label, _of("rows", count_text, asset=asset)
+    yield "Rows", "synthetic prompts with rules", _of("with_rules", count_text, asset="synthetic_prompts")
+    yield "Rows", "pairs kept whose prompt has rules", _of("with_rules", count_text, asset="preference_pairs")
     yield "Rows", "candidate pairs", _of("candidate_pairs", count_text)
     yield "Rows", "pairs that M_t was trained on", _of("examples", count_text, asset="model_checkpoint")
     yield "Rows", "optimizer steps of M_t", _of("training_steps", count_text, asset="model_checkpoint")

@@ -23,6 +23,7 @@ from synpo_assets.graph.presentation import table_version
 from synpo_assets.graph.services import AssetGraph, Services
 from synpo_assets.graph.stage import MADE_FROM, STATE_TAG
 from synpo_assets.method.seed import HELD_OUT
+from synpo_assets.method.verifiable import rules_text
 
 ID_COLUMNS = {"keywords": "keyword_set_id", "prompt": "prompt_id", "response": "response_id", "pair": "pair_id"}
 LONG_FACTS = ("paragraph", "prompt", "answer", "response", "text")
@@ -238,6 +239,8 @@ class _Home:
                 self.shown.add((below, row[name]))
                 made_from.append(self._follow(role.replace("_", " "), below, row[name], key, text))
         record, facts = newest(self.instance, asset, key), {name: row[name] for name in links.facts if name in row}
+        if rules := facts.pop("rules", rules_text(row.get("constraints", ()))):
+            facts["rules"] = rules
         table, run_id = asset_label(asset, key), record and record.run_id
         trained = self._trained(asset, key)
         if row.get("split") in HELD_OUT:

@@ -25,7 +25,7 @@ from synpo_assets.graph.stage import Stage
 from synpo_assets.method.ranking import beside_first, best_of_like_length, repeated_prompts
 from synpo_assets.method.responses import response_table
 from synpo_assets.method.templates import improver_instruction
-from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
+from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone, scored_answers
 
 
 def _cost(sizes: Sizes) -> list[Work]:
@@ -53,6 +53,7 @@ def _cost(sizes: Sizes) -> list[Work]:
 )  # fmt: skip
 def best_rewrites(
     context: dg.AssetExecutionContext,
+    synthetic_prompts: pl.DataFrame,
     base_responses: pl.DataFrame,
     refined_responses: pl.DataFrame,
     rejected_responses: pl.DataFrame,
@@ -65,9 +66,10 @@ def best_rewrites(
     first = refined_responses.select(*columns, sample=pl.lit(1, pl.Int64))
     further, usage = _further_rewrites(context, services, base_responses, response_improver)
     rejected = rejected_responses.select("prompt_id", rejected="response")
-    rewrites = pl.concat([first, further.select(first.columns)]).join(rejected, on="prompt_id", maintain_order="left")
-    compared = services.scorer.compare(reward_model, beside_first(rewrites).rows())
-    best = best_of_like_length(rewrites, compared.margins, options.max_length_ratio)
+    beside = synthetic_prompts.select("prompt_id", "constraints").join(rejected, on="prompt_id")
+    rewrites = pl.concat([first, further.select(first.columns)]).join(beside, on="prompt_id", maintain_order="left")
+    compared = scored_answers(services, reward_model, beside_first(rewrites))
+    best = best_of_like_length(rewrites, compared.rows["margin"], options.max_length_ratio)
     measured = [
         Metric("samples_per_prompt", options.samples),
         Metric("like_length_share", metrics.mean(best["is_alike"]), n=best.height),
@@ -75,7 +77,7 @@ def best_rewrites(
         *metrics.generating(usage),
         *metrics.scoring(compared.usage),
     ]
-    shown = {"score_convention": compared.convention, **made_by(response_improver)}
+    shown = {"score_convention": compared.conventions, **made_by(response_improver)}
     return table_output(context, services, best.select(*columns), measured, **shown)
 
 

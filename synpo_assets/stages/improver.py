@@ -30,8 +30,9 @@ from synpo_assets.method.edits import damaged_copies
 from synpo_assets.method.judging import ANOTHER_GOLD, other_answers
 from synpo_assets.method.responses import response_table
 from synpo_assets.method.templates import Message, improver_instruction
+from synpo_assets.method.verifiable import preferred
 from synpo_assets.stages.responses import answer_prompts
-from synpo_assets.stages.scorers import comparison_tokens
+from synpo_assets.stages.scorers import comparison_tokens, scored_answers
 from synpo_assets.stages.training import train_from_initial
 
 # Whose margin over the policy's answer stands in which column.
@@ -80,21 +81,23 @@ def seed_responses(
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
     """M_{t-1}'s answers to the seed prompts, scored in comparison with the gold answers (algorithm 1, line 2)."""
-    seed = seed_pairs.filter(split="train").select("prompt_id", "prompt", "answer")
+    seed = seed_pairs.filter(split="train").select("prompt_id", "prompt", "answer", "constraints")
     frame, usage = answer_prompts(context, services, seed, policy)
     others = frame.with_columns(answer=pl.Series(other_answers(frame["answer"].to_list()), dtype=pl.String))
-    rows = pl.concat([frame, others]).select("prompt", "answer", "response").rows()
-    compared = services.scorer.compare(reward_model, rows)
-    scored = frame.with_columns(
-        answer_score=compared.first_scores.head(frame.height),
-        response_score=compared.second_scores.head(frame.height),
-        margin=compared.margins.head(frame.height),
-        other_margin=compared.margins.tail(frame.height),
+    asked = pl.concat([frame, others]).select("prompt", "constraints", first="answer", second="response")
+    compared = scored_answers(services, reward_model, asked)
+    found = compared.rows.head(frame.height)
+    scored = frame.drop("constraints").with_columns(
+        answer_score=found["first_score"],
+        response_score=found["second_score"],
+        margin=found["margin"],
+        other_margin=compared.rows["margin"].tail(frame.height),
+        score_convention=found["score_convention"],
         scorer_sha=pl.lit(reward_model.sha),
     )
     better = [metrics.share("gold_better_share", scored[column] > 0, whose) for whose, column in MARGINS.items()]
     measured = [*better, *metrics.generating(usage), *metrics.scoring(compared.usage)]
-    return table_output(context, services, scored, measured, score_convention=compared.convention, **made_by(policy))
+    return table_output(context, services, scored, measured, score_convention=compared.conventions, **made_by(policy))
 
 
 def _training_cost(sizes: Sizes) -> list[Work]:
@@ -120,7 +123,7 @@ def response_improver(
 ) -> dg.Output[Checkpoint]:
     """R_t, fine-tuned from M_0 to turn the policy's own answer into the gold answer (algorithm 1, line 2)."""
     options, random_seed = services.settings.response_improver, services.settings.random_seed
-    valid = seed_responses.filter(pl.col("margin") > options.margin_threshold, pl.col("response") != "")
+    valid = seed_responses.filter(preferred("margin", options.margin_threshold), pl.col("response") != "")
     if valid.is_empty():
         raise TrainingError(
             f"No gold answer beats an answer of the policy's own by more than response_improver.margin_threshold = "
@@ -133,8 +136,8 @@ def response_improver(
         seed_responses=seed_responses,
     )  # fmt: skip
     passing = [
-        metrics.share("passing_share", seed_responses[column] > options.margin_threshold, whose)
-        for whose, column in MARGINS.items()
+        metrics.share("passing_share", seed_responses.select(passes).to_series(), whose)
+        for whose, passes in ((whose, preferred(column, options.margin_threshold)) for whose, column in MARGINS.items())
     ]
     measured = [*passing, *_origin_metrics(valid, damaged), *metrics.training(summary)]
     return checkpoint_output(context, services, made, measured, **training_log(summary))

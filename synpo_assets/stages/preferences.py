@@ -4,7 +4,8 @@ Paper (section 2.3, algorithm 1 line 4): chosen is the refined answer, rejected 
 (PairRM or ArmoRM) prefers chosen by a margin and chosen does not repeat itself by more than half; 10,000 survivors are
 drawn at random per iteration.
 Here: the same, of whatever two sides `preferences.chosen_from` makes. Pairs with a side that was cut at the token limit are
-dropped as well (see method/cut.py). Pairs whose sides differ too much in length can be dropped too
+dropped as well (see method/cut.py). Where a prompt has rules (`scorer.kind: verifier`), a pair is kept if chosen follows all
+of them and rejected does not. Pairs whose sides differ too much in length can be dropped too
 (`preferences.max_length_ratio`), so that length tells them apart less. The repetition measure is ours, and so is the
 convention that says what a margin of PairRM is, since the paper leaves both open.
 """
@@ -24,8 +25,9 @@ from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.pairs import as_preferences, join_sides, select_pairs
+from synpo_assets.method.verifiable import BY_RULES
 from synpo_assets.stages.loop import report_history
-from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
+from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone, scored_answers
 
 
 def _cost(sizes: Sizes) -> list[Work]:
@@ -50,6 +52,7 @@ def _cost(sizes: Sizes) -> list[Work]:
 )
 def preference_pairs(
     context: dg.AssetExecutionContext,
+    synthetic_prompts: pl.DataFrame,
     chosen_responses: pl.DataFrame,
     rejected_responses: pl.DataFrame,
     preference_history: pl.DataFrame,
@@ -57,10 +60,11 @@ def preference_pairs(
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
     """This iteration's pairs: chosen over rejected answer, scored, filtered, sampled (algorithm 1, line 4)."""
-    options, joined = services.settings.preferences, join_sides(chosen_responses, rejected_responses)
-    rows = joined.select("prompt", "chosen_response", "rejected_response").rows()
-    compared = services.scorer.compare(reward_model, rows)
-    scored = joined.with_columns(chosen_score=compared.first_scores, rejected_score=compared.second_scores)
+    options, rules = services.settings.preferences, synthetic_prompts.select("prompt_id", "constraints")
+    joined = join_sides(chosen_responses, rejected_responses).join(rules, on="prompt_id", maintain_order="left")
+    asked = joined.select("prompt", "constraints", first="chosen_response", second="rejected_response")
+    compared = scored_answers(services, reward_model, asked)
+    scored = joined.hstack(compared.rows.rename({"first_score": "chosen_score", "second_score": "rejected_score"}))
     kept, dropped = select_pairs(
         scored,
         options.margin_threshold,
@@ -74,13 +78,13 @@ def preference_pairs(
         writer = "response_improver" if services.settings.trains_improver else "responses"
         raise FinalError(
             f"None of {joined.height} pairs was kept: {dropped}. If `margin` dropped most, lower preferences.margin_threshold; if "
-            f"`cut` did, raise {writer}.sampling.max_new_tokens; if `equal_sides` did, {writer}.sampling.temperature; if `length` "
+            f"`cut` did, raise {writer}.sampling.max_new_tokens; if `rules` did, write more seed rows with such rules, or raise "
+            f"response_improver.samples; if `equal_sides` did, {writer}.sampling.temperature; if `length` "
             "did, preferences.max_length_ratio."
         )
     frame = as_preferences(kept).with_columns(
         iteration=pl.lit(iteration_of(context), pl.Int64),
         scorer_sha=pl.lit(reward_model.sha),
-        score_convention=pl.lit(compared.convention),
     )
     frame = frame.select(*PreferencePairs.to_schema().columns)
     report_history(context, services, preference_history, frame)
@@ -96,14 +100,17 @@ def preference_pairs(
         frame,
         measured,
         checkpoints=checkpoints_table(_checkpoints(services, frame, reward_model)),
-        score_convention=compared.convention,
+        score_convention=compared.conventions,
     )
 
 
 def _pair_metrics(kept: pl.DataFrame) -> list[Metric]:
+    by_scorer = kept.filter(~BY_RULES)
     lengths = kept.select(pl.col("chosen_response", "rejected_response").str.len_chars().mean()).row(0)
     return [
-        Metric("mean_margin", metrics.mean(kept["margin"]), n=kept.height),
+        # A margin of rules is in other units.
+        Metric("mean_margin", metrics.mean(by_scorer["margin"]), n=by_scorer.height),
+        *metrics.with_rules(kept),
         Metric("chosen_to_rejected_length", lengths[0] / max(lengths[1], 1), n=kept.height),
     ]
 

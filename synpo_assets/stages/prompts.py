@@ -4,7 +4,8 @@ Paper (section 2.1): G is trained once, from M_0, to turn two keywords of a seed
 prompt and its answer; at generation three keywords of one paragraph go in, and only the question is used.
 Here: the prompt is masked in the SFT loss (not stated). Keyword sets are drawn without repetition across iterations,
 until enough prompts are valid or the cap `max_overdraw` is hit. We also drop near-duplicates, other languages and
-prompts that overlap with held-out ones, which the paper does not do.
+prompts that overlap with held-out ones, which the paper does not do. Where seed rows have rules that a program checks
+(`scorer.kind: verifier`), G also learns to write the rules of a prompt, in front of it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +32,14 @@ from synpo_assets.method.ids import content_id
 from synpo_assets.method.keywords import Keywords, drawn_rows, training_keywords
 from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter, draw_until_enough
 from synpo_assets.method.seed import HELD_OUT
-from synpo_assets.method.templates import QUESTION_END, generator_instruction, generator_target, parse_question
+from synpo_assets.method.templates import (
+    QUESTION_END,
+    generator_instruction,
+    generator_target,
+    parse_question,
+    parse_rules,
+)
+from synpo_assets.method.verifiable import CONSTRAINTS, has_rules
 from synpo_assets.stages.training import train_from_initial
 
 # What decides which prompts any source keeps.
@@ -69,9 +77,10 @@ def prompt_generator(
     extractor = Keywords(pool.language, pool.drop_personal_names)
     counts = (settings.keywords_from_seed_prompt, generator.noise_keywords)
     drawn = training_keywords(seed["prompt"].to_list(), extractor, *counts, settings.random_seed)
+    written = map(generator_target, seed["prompt"], seed["answer"], seed["constraints"].to_list())
     examples = [
-        (generator_instruction(keywords), generator_target(prompt, answer))
-        for keywords, prompt, answer in zip(drawn, seed["prompt"], seed["answer"], strict=True)
+        (generator_instruction(keywords, writes_rules(seed_pairs)), target)
+        for keywords, target in zip(drawn, written, strict=True)
         if keywords is not None
     ]
     training, random_seed = generator.training, settings.random_seed
@@ -135,13 +144,14 @@ def synthetic_prompts(
     wanted, sampling = services.settings.prompt_generator.prompts_per_iteration, prompt_sampling(services.settings)
     earlier = [messages[0]["content"] for messages in preference_history["prompt"].to_list()]
     known = [*seed_pairs.filter(split="train")["prompt"], *earlier]
-    prompts = prompt_filter(services.settings, known, asked_in_evaluations(seed_pairs, verifiable_instructions))
+    with_rules, asked_later = writes_rules(seed_pairs), asked_in_evaluations(seed_pairs, verifiable_instructions)
+    prompts = prompt_filter(services.settings, known, asked_later, with_rules=with_rules)
     usages: list[Usage] = []
 
     def write(drawn: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         # With the iteration in its id, a keyword set that is drawn again later gives another prompt.
         requests = [
-            (f"{row['keyword_set_id']} {context.partition_key}", generator_instruction(row["keywords"]))
+            (f"{row['keyword_set_id']} {context.partition_key}", generator_instruction(row["keywords"], with_rules))
             for row in drawn
         ]
         written, usage = services.language_model.answer(prompt_generator, requests, sampling)
@@ -154,7 +164,9 @@ def synthetic_prompts(
             f"None of {used} completions of the prompt generator held a valid prompt: {dict(prompts.dropped)}. "
             "If most are unparsable, train longer (prompt_generator.training); else loosen the filter that dropped them."
         )
+    constraints = [parse_rules(row["text"]) if with_rules else [] for row in kept]
     frame = pl.DataFrame(kept).with_columns(
+        constraints=pl.Series(constraints, dtype=CONSTRAINTS),
         prompt_id=pl.Series([content_id("prompt", row["prompt"]) for row in kept]),
         checkpoint_sha=pl.lit(prompt_generator.sha),
     )
@@ -165,12 +177,18 @@ def synthetic_prompts(
         [
             Metric("prompts_wanted", wanted),
             Metric("keyword_sets_used", used),
+            *metrics.with_rules(frame),
             *(Metric("dropped", count, of=reason) for reason, count in prompts.dropped.items()),
             *metrics.generating(*usages),
         ],
         contaminated=table_metadata(pl.DataFrame(prompts.matches, schema=["prompt", "held_out_prompt"], orient="row")),
         **made_by(prompt_generator),
     )
+
+
+def writes_rules(seed_pairs: pl.DataFrame) -> bool:
+    """Whether G learns to write rules with its prompts."""
+    return bool(has_rules(seed_pairs.filter(split="train")).any())
 
 
 def asked_in_evaluations(seed_pairs: pl.DataFrame, verifiable_instructions: pl.DataFrame) -> list[str]:
@@ -183,6 +201,7 @@ def prompt_filter(
     known: Iterable[str] = (),
     asked_later: Iterable[str] = (),
     parse: Callable[[str], str | None] = parse_question,
+    with_rules: bool = False,
 ) -> PromptFilter:
     """The filter of all sources of prompts: it knows prompts that are not written again, and those of evaluations."""
     options = settings.prompt_generator
@@ -190,4 +209,6 @@ def prompt_filter(
     for prompt in known:
         earlier.add(prompt)
     contamination = Contamination(asked_later, options.decontamination_ngram)
-    return PromptFilter(options.min_words, options.max_words, options.language, earlier, contamination, parse)
+    return PromptFilter(
+        options.min_words, options.max_words, options.language, earlier, contamination, parse, with_rules
+    )

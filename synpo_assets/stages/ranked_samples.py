@@ -25,7 +25,7 @@ from synpo_assets.graph.stage import Stage
 from synpo_assets.method.ranking import beside_first, repeated_prompts, with_ranks
 from synpo_assets.method.responses import response_table
 from synpo_assets.method.templates import prompt_requests
-from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
+from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone, scored_answers
 
 READS = ("responses", "preferences.ranked_samples", "scorer.convention", "scorer.max_length")
 # Which sample is taken, by the columns of `with_ranks`.
@@ -52,13 +52,14 @@ def _cost(sizes: Sizes) -> list[Work]:
 )
 def chosen_responses(
     context: dg.AssetExecutionContext,
+    synthetic_prompts: pl.DataFrame,
     base_responses: pl.DataFrame,
     policy: Checkpoint,
     reward_model: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
     """The best of M_{t-1}'s answers to each prompt by the scorer: the chosen side."""
-    return _ranked(context, BEST, RefinedResponses, base_responses, policy, reward_model, services)
+    return _ranked(context, BEST, RefinedResponses, synthetic_prompts, base_responses, policy, reward_model, services)
 
 
 @Stage(
@@ -71,19 +72,21 @@ def chosen_responses(
 )
 def rejected_responses(
     context: dg.AssetExecutionContext,
+    synthetic_prompts: pl.DataFrame,
     base_responses: pl.DataFrame,
     policy: Checkpoint,
     reward_model: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
     """The worst of M_{t-1}'s answers to each prompt by the scorer: the rejected side."""
-    return _ranked(context, WORST, Responses, base_responses, policy, reward_model, services)
+    return _ranked(context, WORST, Responses, synthetic_prompts, base_responses, policy, reward_model, services)
 
 
 def _ranked(
     context: dg.AssetExecutionContext,
     rank: pl.Expr,
     schema: type[Responses],
+    synthetic_prompts: pl.DataFrame,
     base_responses: pl.DataFrame,
     policy: Checkpoint,
     reward_model: Checkpoint,
@@ -91,12 +94,14 @@ def _ranked(
 ) -> dg.Output[pl.DataFrame]:
     """The samples that hold one rank, and what sampling and scoring all of them cost."""
     samples, sampling = services.settings.preferences.ranked_samples, services.settings.responses.sampling
-    prompts = base_responses.select("prompt_id", "prompt", base_response_id="response_id")
+    prompts = base_responses.select("prompt_id", "prompt", base_response_id="response_id").join(
+        synthetic_prompts.select("prompt_id", "constraints"), on="prompt_id", maintain_order="left"
+    )
     repeated = repeated_prompts(prompts, samples)
     written, usage = services.language_model.answer(policy, prompt_requests(repeated, "sample_id"), sampling)
     answered = response_table(repeated, written, policy.sha, iteration_of(context))
-    compared = services.scorer.compare(reward_model, beside_first(answered).rows())
-    taken = with_ranks(answered, compared.margins).filter(pl.col("rank") == rank)
+    compared = scored_answers(services, reward_model, beside_first(answered))
+    taken = with_ranks(answered, compared.rows["margin"]).filter(pl.col("rank") == rank)
     measured = [
         Metric("samples_per_prompt", samples),
         Metric("mean_margin_over_first_sample", metrics.mean(taken["margin_over_first"]), n=taken.height),
@@ -104,4 +109,4 @@ def _ranked(
         *metrics.scoring(compared.usage),
     ]
     frame = taken.select(*schema.to_schema().columns)
-    return table_output(context, services, frame, measured, score_convention=compared.convention, **made_by(policy))
+    return table_output(context, services, frame, measured, score_convention=compared.conventions, **made_by(policy))

@@ -11,9 +11,14 @@ reads rows of the seed that nothing else reads:
   they cost a second training and a second checkpoint, have half the rows each, and their scores are in different units. So
   rows of its own it is: they are lost to generator and improver. Where `train_limit` leaves rows unused, they cost nothing.
 
+With `scorer.kind: verifier` a program decides where a prompt has rules (method/verifiable.py), and the trained reward model
+elsewhere. The judge stays what it is: a program that checks rules takes part in training, and judges nothing else.
+
 Both learn that gold is better than M_0's answer, than gold of another prompt, and than damaged gold; what was cut is
 trimmed first. On held-out pairs of each kind their accuracy is reported beside that of judges that cannot read.
 """
+
+import dataclasses
 
 import dagster as dg
 import polars as pl
@@ -21,8 +26,8 @@ import polars as pl
 from resources.generation.language_model import Usage
 from resources.judging.judge_choice import judge_scorer
 from resources.scoring.published import fetch_reward_model
-from resources.scoring.scorer import SCORERS, RewardScorer
-from resources.settings.method import Scorer
+from resources.scoring.scorer import SCORERS, RewardScorer, ScoringUsage
+from resources.settings.method import PublishedScorer, Scorer
 from resources.settings.settings import Settings
 from resources.settings.training import Training
 from resources.storage.checkpoint_store import Checkpoint
@@ -45,10 +50,38 @@ from synpo_assets.method.judging import (
 )
 from synpo_assets.method.seed import HELD_OUT
 from synpo_assets.method.templates import prompt_requests
+from synpo_assets.method.verifiable import RULES_HOLD, has_rules, rule_scores
 from synpo_assets.stages.training import train_from_initial
 
 # The columns of the accuracy of judges that cannot read, and what they are called.
 NULLS = {"length_alone": "length alone", "ending_alone": "ending alone"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What F says of two answers to each prompt, and what that cost."""
+
+    rows: pl.DataFrame  # first_score, second_score, margin and score_convention, in the order asked.
+    usage: ScoringUsage
+
+    @property
+    def conventions(self) -> str:
+        """What the margins are, as the UI shows it."""
+        return ", ".join(self.rows["score_convention"].unique().sort())
+
+
+def scored_answers(services: Services, reward_model: Checkpoint, asked: pl.DataFrame) -> Scored:
+    """F: compares the answers `first` and `second` to each prompt, by its `constraints` where it has some, else by the scorer."""
+    ruled, order = has_rules(asked), pl.int_range(asked.height, eager=True)
+    compared = services.scorer.compare(reward_model, asked.filter(~ruled).select("prompt", "first", "second").rows())
+    by_scorer = pl.DataFrame({"first_score": compared.first_scores, "second_score": compared.second_scores})
+    by_rules = rule_scores(asked.filter(ruled))
+    found = pl.concat([
+        by_scorer.with_columns(place=order.filter(~ruled), score_convention=pl.lit(compared.convention)),
+        by_rules.with_columns(place=order.filter(ruled), score_convention=pl.lit(RULES_HOLD)),
+    ])  # fmt: skip
+    margin = pl.col("first_score") - pl.col("second_score")
+    return Scored(found.sort("place").drop("place").with_columns(margin=margin), compared.usage)
 
 
 def reads_answers_alone(settings: Settings) -> bool:
@@ -72,7 +105,7 @@ def _made_cost(sizes: Sizes, training: Training | None, rows: int, scoring: floa
 
 def _reward_model_cost(sizes: Sizes) -> list[Work]:
     scorer = sizes.settings.scorer
-    training = scorer.training if scorer.kind == "trained" else None
+    training = None if isinstance(scorer, PublishedScorer) else scorer.training
     if reads_answers_alone(sizes.settings):
         return _made_cost(sizes, training, sizes.scorer, _held_out_tokens(sizes))
     pairs = 2 * comparison_tokens(sizes, sizes.gold, sizes.written, judging=True)
@@ -169,7 +202,7 @@ def _made(
     section: str,
 ) -> tuple[Checkpoint, TrainingSummary | None]:
     """A reward model from M_0 on gold over worse answers, or the published one that the section names."""
-    if scorer.kind != "trained":
+    if isinstance(scorer, PublishedScorer):
         weights, origin = fetch_reward_model(scorer, services.settings.engine.trust_remote_code, section)
         return services.checkpoints.adopt(context, weights, origin), None
     pairs = training_pairs(answered.filter(~pl.col("split").is_in(HELD_OUT)), random_seed)

@@ -2,7 +2,8 @@
 
 Paper (sections 2 and 3.1): M_0 is an SFT model; the seed is 18,000 prompts with gold answers; the keyword pool holds
 keywords of 1,000,000 RefinedWeb paragraphs, three of one paragraph each.
-Here: all three are settings. Held-out pairs that no training reads are required beside the seed, because the paper does not
+Here: all three are settings. With `scorer.kind: verifier`, seed rows may have rules that a program checks, and gold must
+follow its own. Held-out pairs that no training reads are required beside the seed, because the paper does not
 say what its runs were validated on. They are split once more: the gate, and whoever searches for settings, reads dev; tables
 report test. Some of the seed is set aside for a judge and a scorer that are trained here and share no data with any other
 training. Where the paper drops a list of keywords that holds a personal name or
@@ -22,11 +23,13 @@ import dagster as dg
 import polars as pl
 
 from resources.models.model_source import fetch_initial_policy
+from resources.settings.method import PublishedScorer
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.seed_source import read_rows
 from resources.storage.tables import table_metadata
+from synpo_assets.graph import metrics
 from synpo_assets.graph.metrics import Metric, record
 from synpo_assets.graph.presentation import checkpoint_output, table_output
 from synpo_assets.graph.schemas import KeywordPool, SeedPairs, VerifiableInstructions
@@ -64,7 +67,8 @@ def seed_pairs(context: dg.AssetExecutionContext, services: dg.ResourceParam[Ser
         Metric("split_rows", rows, of=split) for split, rows in frame["split"].value_counts(sort=True).iter_rows()
     ]
     reasons = "\n".join(f"{row.split} line {row.line}: {row.reason}" for row in dropped) or "none"
-    return table_output(context, services, frame, [*splits, Metric("dropped", len(dropped))], dropped_rows=reasons)
+    measured = [*splits, *metrics.with_rules(frame), Metric("dropped", len(dropped))]
+    return table_output(context, services, frame, measured, dropped_rows=reasons)
 
 
 @Stage(VerifiableInstructions, group="seed", once=True, kinds=("polars",), reads=("seed_data",))
@@ -120,7 +124,7 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
     columns = (seed.prompt_column, seed.answer_column)
     train = list(read_rows(seed.train, "seed_data.train", columns))
     held_out = list(read_rows(seed.held_out, "seed_data.held_out", columns))
-    good, bad = seed_rows(train, held_out, *columns)
+    good, bad = seed_rows(train, held_out, *columns, with_rules=settings.scorer.kind == "verifier")
     ngram, files = settings.prompt_generator.decontamination_ngram, [seed.train.path, seed.held_out.path]
     prompts = [row["prompt"] for row in good if row["split"] == "held_out"]
     instructions = verifiable_table(settings)["prompt"].to_list()
@@ -150,6 +154,12 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
         chosen += [row | {"split": split} for row in rows]
         read = {row["prompt_id"] for row in rows}
         left = [row for row in left if row["prompt_id"] not in read]
+    if settings.scorer.kind == "verifier" and not any(row["constraints"] for row in chosen if row["split"] == "train"):
+        raise SettingsError(
+            f"scorer.kind is `verifier` and no row of {seed.train.path} that generator and improver are trained on has "
+            "`constraints`, so there is nothing to verify: add the column, raise seed_data.train_limit, or set scorer.kind to "
+            "`trained`."
+        )
     return pl.DataFrame([*chosen, *evaluated], schema=SeedPairs.empty().schema), bad
 
 
@@ -191,7 +201,7 @@ def _split_sizes(settings: Settings, usable: int) -> dict[str, int]:
     seed, limits = settings.seed_data, dict[str, int | None]()
     if settings.judge.kind == "trained":
         limits["judge"] = seed.judge_limit
-    if settings.scorer.kind == "trained":
+    if not isinstance(settings.scorer, PublishedScorer):
         limits["scorer"] = seed.scorer_limit
     if usable < (least := max(4, 4 * len(limits))):
         whose = ", 2 of them for ".join(["", *(f"the {split}" for split in limits)])

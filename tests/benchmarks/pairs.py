@@ -29,6 +29,7 @@ from synpo_assets.method.ids import content_id
 from synpo_assets.method.pairs import as_preferences, join_sides, select_pairs
 from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter
 from synpo_assets.method.templates import QUESTION_END, QUESTION_START
+from synpo_assets.method.verifiable import CONSTRAINTS
 
 STEPS = ("prompts", "pairs")
 WARM_UP_ROWS = 100
@@ -111,7 +112,10 @@ def filter_prompts(written: pl.Series, held_out: list[str]) -> dict[str, int]:
 
 def build_pairs(chosen: pl.DataFrame, rejected: pl.DataFrame, scores: pl.Series) -> dict[str, int]:
     """What the asset of the pairs does with the two sides, without the scorer."""
-    scored = join_sides(chosen, rejected).with_columns(chosen_score=scores, rejected_score=pl.lit(0.0))
+    scored = join_sides(chosen, rejected).with_columns(
+        chosen_score=scores, rejected_score=pl.lit(0.0), score_convention=pl.lit("reward_difference"),
+        constraints=pl.lit([], CONSTRAINTS),
+    )  # fmt: skip
     kept, dropped = select_pairs(scored, 0.1, 0.5, 3, chosen.height // 2, random_seed=1)
     return {"kept": as_preferences(kept).height, **dropped}
 
