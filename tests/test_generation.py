@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import logging
 import shutil
 
 import polars as pl
@@ -10,6 +11,7 @@ import pytest
 
 import resources.storage.shards
 from resources.common.errors import FinalError
+from resources.common.progress import Progress
 from resources.generation.language_model import LanguageModel
 from resources.generation.transformers_engine import RowSampler
 from resources.settings.machine import Engine
@@ -147,10 +149,22 @@ def test_the_fingerprint_says_what_the_shards_are_of(tmp_path, nano_checkpoint):
 def frequencies(sampling, probabilities, draws=4000):
     import torch
 
-    sampler = RowSampler(sampling, list(range(draws)))
+    streams = [torch.Generator().manual_seed(seed) for seed in range(draws)]
+    sampler = RowSampler(sampling, streams, Progress(1, "tokens", logging.getLogger()))
     logits = torch.tensor(probabilities).log().repeat(draws, 1) * (sampling.temperature or 1)
     chosen = sampler(torch.zeros(draws, 1), logits).argmax(-1)
     return [(chosen == token).float().mean().item() for token in range(len(probabilities))]
+
+
+def test_completions_do_not_depend_on_when_finished_rows_leave_their_batch(tmp_path, nano_checkpoint, monkeypatch):
+    sampling, found = Sampling(temperature=0.8, top_k=40, max_new_tokens=40, stop=["</question>", "rs."]), []
+    for piece in (1000, 7, 1):
+        monkeypatch.setattr("resources.generation.transformers_engine.PIECE", piece)
+        answers, _ = model(tmp_path / str(piece)).answer(nano_checkpoint, PROMPTS, sampling)
+        found.append(answers)
+    assert found[0]["finish_reason"].n_unique() == 2
+    assert found[0].equals(found[1])
+    assert found[0].equals(found[2])
 
 
 @pytest.mark.parametrize(("options", "expected"), [

@@ -59,10 +59,10 @@ CASES = {
     ),
     # What a margin is, with a judge that is trained as before.
     "scorer, judge": (
-        [{"kind": "pair_ranker", "name": "some/ranker", "max_length": 288}, {"training": SCORER_TRAINING, "max_length": 288}],
+        [{"kind": "pair_ranker", "name": "some/ranker", "max_length": 320}, {"training": SCORER_TRAINING, "max_length": 320}],
         {"seed_pairs", "reward_model", "seed_responses", "preference_pairs", "evaluation"},
     ),
-    "judge": ({"kind": "pretrained", "name": "some/model", "max_length": 288}, {"seed_pairs", "judge_model"}),
+    "judge": ({"kind": "pretrained", "name": "some/model", "max_length": 320}, {"seed_pairs", "judge_model"}),
     # The file leaves the judge out, so it is trained like the scorer.
     "scorer.training.epochs": (2, {"reward_model", "judge_model"}),
     "judge.training.epochs": (2, {"judge_model"}),
