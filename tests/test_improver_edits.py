@@ -177,7 +177,12 @@ def seed_responses() -> pl.DataFrame:
     """The second answer does not pass the filter."""
     answered = SEED.filter(split="train").drop("split")
     margins = pl.Series([1.0, -200.0, 1.0, 1.0])
-    return answered.with_columns(response=pl.lit("Own answer."), margin=margins, other_margin=-margins)
+    return answered.with_columns(
+        response=pl.lit("Own answer."),
+        margin=margins,
+        other_margin=-margins,
+        score_convention=pl.lit("reward_difference"),
+    )
 
 
 class RecordingTrainer:
