@@ -408,4 +408,6 @@ def test_a_judge_at_chance_promotes_nothing(instance, services):
     record(services.metrics, "judge_model", None, [Metric("held_out_accuracy", 0.9, **accuracy | {"low": 0.8})])
     table, about = judge(instance, services, minimum=GATE.minimum, maximum={})
     assert table["passed"].all()
-    assert about["power"].startswith("With 20 dev prompts, a model that truly wins 65 % of them passes the gate in")
+    assert about["power"].startswith(
+        "With 20 dev prompts, a model that truly wins 65 % of them reaches the gate's low ends in"
+    )

@@ -42,7 +42,7 @@ def with_system_prompt(directory: Path, text: str, trust_remote_code: bool) -> P
         ModelSourceError: The template shows no system turn.
     """
     template = load_tokenizer(str(directory), trust_remote_code).get_chat_template()
-    turn = f"[{{'role': 'system', 'content': {json.dumps(text)}}}]"
+    turn = f"[{{'role': 'system', 'content': {json.dumps(text, ensure_ascii=False)}}}]"
     named = hashlib.sha256(json.dumps([str(directory.absolute()), template, text]).encode()).hexdigest()[:12]
     place = Path(platformdirs.user_cache_dir("synpo")) / "models" / f"{directory.name}-{named}"
     if not place.exists():

@@ -39,6 +39,7 @@ from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.schemas import SelfInstructPrompts
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
+from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.diversity import Diversity, density, equal_samples, label_counts, label_coverage, measure
 from synpo_assets.method.prompts import draw_until_enough, words_of
 from synpo_assets.method.self_instruct import draw_examples, parse_task
@@ -90,7 +91,7 @@ def self_instruct_prompts(
         ]
         written, usage = services.language_model.answer(initial_policy, requests, settings.self_instruct_sampling)
         usages.append(usage)
-        return written.to_dicts()
+        return written.with_columns(text=whole_answers(written)).to_dicts()
 
     kept, used = draw_until_enough(draws, wanted, write, tasks.keep)
     # There may be no rows, from a model that writes nothing: prompt_diversity then goes without the baseline.

@@ -63,14 +63,13 @@ def instruction_following(
     shas = {f"{name}_checkpoint_sha": pl.lit(model.sha) for name, model in models.items()}
     frame = frame.with_columns(**shas, iteration=pl.lit(iteration_of(context), pl.Int64))
     measured = [
-        Metric("instructions", verifiable_instructions.height),
         Metric("samples_each", samples_each),
         *metrics.by_split(
             frame, lambda rows: following_metrics(rows, model_checkpoint.sha, services.settings.random_seed)
         ),
         *metrics.generating(*usages),
     ]
-    by_rule = table_metadata(rates_by_rule(frame))
+    by_rule = table_metadata(rates_by_rule(frame.filter(split="test")))
     columns = InstructionFollowing.to_schema().columns
     return table_output(
         context, services, frame.select(*columns), measured, by_rule=by_rule, **made_by(model_checkpoint)
@@ -82,6 +81,7 @@ def following_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[M
     shares, sides = shares_followed(frame), ("candidate", "initial")
     gain, low, high = mean_gain(shares["candidate"] - shares["initial"], random_seed)
     return [
+        Metric("instructions", shares.height),
         *(Metric("verifiable_rate", metrics.mean(shares[side]), of=side, n=shares.height) for side in sides),
         *(Metric("constraint_rate", metrics.mean(frame[f"{side}_met"].explode()), of=side) for side in sides),
         Metric("verifiable_gain", gain, "candidate", "initial", None, low, high, shares.height, sha),

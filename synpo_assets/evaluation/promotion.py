@@ -167,7 +167,8 @@ def lowest_rates(answers: pl.DataFrame, error_rate: float, random_seed: int) -> 
             judged, lengths, others, random_seed, prompts, coverage
         ),
     }
-    return {name: ends[0] if ends else None for name, ends in intervals.items()}
+    # With a continuity correction, without which an unchanged model passes more often at some numbers of prompts.
+    return {name: ends[0] - 0.5 / prompts.n_unique() if ends else None for name, ends in intervals.items()}
 
 
 def training_metrics(log: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

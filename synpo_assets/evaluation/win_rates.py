@@ -14,6 +14,7 @@ sentences, and M_0's answers when it is asked for long ones. All is measured on 
 test.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -95,14 +96,15 @@ def evaluation(
     # What people look for comes first.
     measured = metrics.by_split(frame, lambda rows: held_out_metrics(rows, labels, random_seed, model_checkpoint.sha))
     measured += [*by_split, *metrics.generating(usage), *metrics.scoring(sum(judging, rewarding))]
-    tables = {
-        "win_rates": table_metadata(win_rates(test, labels, COMPARISONS, random_seed)),
-        "wins_by_ending": table_metadata(wins_by_ending(test, labels)),
-    }
+    doubt = judge_doubt(services)
+    rates = {
+        "win_rates": win_rates(test, labels, COMPARISONS, random_seed), "wins_by_ending": wins_by_ending(test, labels),
+    }  # fmt: skip
+    tables = {name: table_metadata(_without_doubtful(table) if doubt else table) for name, table in rates.items()}
     shown = tables | {"judges": "; ".join(labels.values()), "score_convention": convention}
-    if sentence := judge_doubt(services):
+    if doubt:
         labels_of_rates = [each.label for each in measured if each.by == INDEPENDENT and "win_rate" in each.metric]
-        shown |= {key: sentence for label in labels_of_rates for key in (label, f"{label}: 95 % interval")}
+        shown |= {key: doubt for label in labels_of_rates for key in (label, f"{label}: 95 % interval")}
     return table_output(context, services, frame, measured, **shown, **made_by(model_checkpoint))
 
 
@@ -126,13 +128,15 @@ def _answers(
     columns = {f"{name}_response": whole_answers(answers) for name, answers in every.items()}
     columns["trimmed_response"] = pl.Series(map(first_half, columns["initial_response"]), dtype=pl.String)
     columns |= {f"{name}_cut": answers["finish_reason"] == "length" for name, answers in every.items()}
-    columns["trimmed_cut"] = columns["initial_cut"]
+    # Where there is nothing to leave out, nothing is compared.
+    columns["trimmed_cut"] = columns["trimmed_response"] == ""
     measured = [
         metric
         for name, answers in written.items()
         for metric in metrics.by_split(answers, partial(_form_metrics, name, models[name].sha))
     ]
-    return frame.with_columns(**columns), measured, sum(usages, usage)
+    # What was asked to be long may be cut; that is no fault of the token limit.
+    return frame.with_columns(**columns), measured, sum(usages, dataclasses.replace(usage, cut=0))
 
 
 def _form_metrics(model: str, sha: str, answers: pl.DataFrame) -> list[Metric]:
@@ -157,6 +161,12 @@ def _rewards(
         "initial_score": candidate.second_scores,
     }
     return [value.alias(name) for name, value in values.items()], candidate.convention, candidate.usage + gold.usage
+
+
+def _without_doubtful(table: pl.DataFrame) -> pl.DataFrame:
+    """The table without the rates of the independent judge; its counts stay."""
+    rates = pl.col(pl.Float64)
+    return table.with_columns(pl.when(pl.col("label") != INDEPENDENT).then(rates))
 
 
 def judged_by(

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 import dagster as dg
 import polars as pl
+from pydantic import BaseModel
 
 from resources.settings.method import Sampling
 from resources.settings.settings import Settings
@@ -105,14 +106,14 @@ class Stage:
 
     def sampling_setting(self, settings: Settings) -> str | None:
         """The setting of `reads` by which it samples answers; None where it does not, or in several ways."""
-        if "generates" in self.work:
-            for name in self.reads:
-                value = operator.attrgetter(name)(settings)
-                if isinstance(value, Sampling):
-                    return name
-                if isinstance(getattr(value, "sampling", None), Sampling):
-                    return f"{name}.sampling"
-        return None
+        named = list[str]()
+        for name in self.reads if "generates" in self.work else ():
+            value = operator.attrgetter(name)(settings)
+            if isinstance(value, Sampling):
+                named.append(name)
+            elif isinstance(value, BaseModel):
+                named += [f"{name}.{field}" for field, each in value if isinstance(each, Sampling)]
+        return named[0] if len(named) == 1 else None
 
     def asset(self, settings: Settings, sides: Mapping[str, str], deps: Sequence[str]) -> dg.AssetsDefinition:
         """The asset for some settings.

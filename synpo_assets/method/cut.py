@@ -49,16 +49,20 @@ def whole_sentences(text: str) -> str:
 
 
 def first_half(text: str) -> str:
-    """The first half of a text's sentences, at least one: what an answer is when only its form is shortened.
+    """The first half of a text's sentences or lines, at least one: an answer of which only the form is shortened.
+
+    Empty if there is nothing to leave out.
 
     Examples:
         >>> first_half("Tea is hot. It is made of leaves. Drink it.")
         'Tea is hot. It is made of leaves.'
         >>> first_half("Tea is hot.")
-        'Tea is hot.'
+        ''
     """
     ends = _sentence_ends(text)
-    return text[: ends[(len(ends) - 1) // 2]] if ends else text
+    if not ends or ends[-1] < len(text.rstrip()):
+        ends.append(len(text))
+    return text[: ends[(len(ends) - 1) // 2]] if len(ends) > 1 else ""
 
 
 def whole_answers(completions: pl.DataFrame) -> pl.Series:

@@ -8,7 +8,7 @@ tells the two apart. Each damage is deterministic under a seed, and whether it a
 import itertools
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 MARKER = re.compile(r"\s*(?:[-*•]|(\d+)[.)])\s+")
 SENTENCE_END = re.compile(r"(?<=[.!?])(?P<quote>[\"')\]]*)(?P<gap> +)(?=[\"'(\[]?[A-Z0-9])")
@@ -24,9 +24,17 @@ def lost_item(text: str, _other: str, draw: random.Random) -> str | None:
         >>> damaged("lost_item", "1. Boil water\n2. Add tea\n3. Wait", "", seed=0)
         '1. Boil water\n2. Add tea'
     """
-    parts, gap = parts_of(text)
-    places = [place for place in range(len(parts)) if ending(gap.join(_without(parts, place))) == ending(text)]
-    return gap.join(_renumbered(_without(parts, draw.choice(places)))) if len(parts) > 1 and places else None
+    parts, gaps = parts_of(text)
+    last = len(parts) - 1
+    places = [place for place in range(last + 1) if place < last or (last and ending(parts[-2]) == ending(text))]
+    if last < 1 or not places:
+        return None
+    place = draw.choice(places)
+    # The numbers stay where they are, and the last one of the list goes.
+    while place < last and (here := _numbered(parts[place])) and (following := _numbered(parts[place + 1])):
+        parts[place] = f"{here[0]}{parts[place + 1][following.end() :]}"
+        place += 1
+    return _joined([*parts[:place], *parts[place + 1 :]], ["", *[*gaps[:place], *gaps[place + 1 :]][1:]])
 
 
 def shortened(text: str, _other: str, _draw: random.Random) -> str | None:
@@ -36,9 +44,9 @@ def shortened(text: str, _other: str, _draw: random.Random) -> str | None:
         >>> damaged("shortened", "It rains. It pours. It snows. It melts.", "", seed=0)
         'It rains. It pours.'
     """
-    parts, gap = parts_of(text)
+    parts, gaps = parts_of(text)
     kept = next((count for count in range(len(parts) // 2, 0, -1) if ending(parts[count - 1]) == ending(text)), None)
-    return None if kept is None else gap.join(parts[:kept])
+    return None if kept is None else _joined(parts[:kept], gaps)
 
 
 def repeated_item(text: str, _other: str, draw: random.Random) -> str | None:
@@ -48,9 +56,11 @@ def repeated_item(text: str, _other: str, draw: random.Random) -> str | None:
         >>> damaged("repeated_item", "1. Boil water", "", seed=0)
         '1. Boil water\n2. Boil water'
     """
-    parts, gap = parts_of(text)
-    place = draw.randrange(len(parts)) if parts else 0
-    return gap.join(_renumbered([*parts[: place + 1], *parts[place:]])) if parts else None
+    parts, gaps = parts_of(text)
+    if not parts:
+        return None
+    place = draw.randrange(len(parts))
+    return _joined(_renumbered([*parts[: place + 1], *parts[place:]]), _with_one_more(gaps, place, parts))
 
 
 def changed_number(text: str, _other: str, draw: random.Random) -> str | None:
@@ -81,7 +91,7 @@ def swapped_order(text: str, _other: str, draw: random.Random) -> str | None:
         >>> damaged("swapped_order", "- apples\n- pears", "", seed=0) is None
         True
     """
-    parts, gap = parts_of(text)
+    parts, gaps = parts_of(text)
     if any(map(MARKER.match, parts)) and not all(re.search(r"\d", part) for part in parts):
         return None
     bare = [part[match.end() :] if (match := MARKER.match(part)) else part for part in parts]
@@ -94,7 +104,7 @@ def swapped_order(text: str, _other: str, draw: random.Random) -> str | None:
         return None
     one, other = draw.choice(pairs)
     parts[one], parts[other] = parts[other], parts[one]
-    return gap.join(_renumbered(parts))
+    return _joined(_renumbered(parts), gaps)
 
 
 def off_topic_sentence(text: str, other: str, draw: random.Random) -> str | None:
@@ -104,16 +114,17 @@ def off_topic_sentence(text: str, other: str, draw: random.Random) -> str | None
         >>> damaged("off_topic_sentence", "- apples\n- pears", "Pay your rent on time.", seed=0)
         '- apples\n- Pay your rent on time\n- pears'
     """
-    parts, gap = parts_of(text)
+    parts, gaps = parts_of(text)
     bare = [MARKER.sub("", part, count=1).strip() for part in parts_of(other)[0]]
     foreign = [part for part in bare if len(part.split()) >= FEWEST_WORDS and part not in text]
     if not parts or not foreign:
         return None
     place, added = draw.randrange(len(parts)), draw.choice(foreign)
     match = MARKER.match(parts[place])
-    # Among items it is an item, and among sentences a sentence.
-    added = f"{match[0]}{added.rstrip('.')}" if match else added if ending(added) in ".!?" else f"{added}."
-    return gap.join(_renumbered([*parts[:place], added, *parts[place:]]))
+    # Among items it is an item that ends as they do, and among sentences a sentence.
+    stop = "." if match is None or ending(parts[place]) == "." else ""
+    added = f"{match[0] if match else ''}{added.rstrip('.')}{'' if ending(added) in '!?' else stop}"
+    return _joined(_renumbered([*parts[:place], added, *parts[place:]]), _with_one_more(gaps, place, parts))
 
 
 def swapped_words(text: str, _other: str, draw: random.Random) -> str | None:
@@ -178,33 +189,52 @@ def ending(text: str) -> str:
     return "a" if last.isalnum() else last
 
 
-def parts_of(text: str) -> tuple[list[str], str]:
-    """The items or sentences of a text, and what stands between them: lines if there are several or it is an item.
+def parts_of(text: str) -> tuple[list[str], list[str]]:
+    r"""The items or sentences of a text, and what stands before each: lines if there are several or it is an item.
 
     Examples:
         >>> parts_of("It rains. It pours.")
-        (['It rains.', 'It pours.'], ' ')
+        (['It rains.', 'It pours.'], ['', ' '])
+        >>> parts_of("First:\n\n- one\n- two")
+        (['First:', '- one', '- two'], ['', '\n\n', '\n'])
     """
-    lines = [line for line in text.split("\n") if line.strip()]
-    if len(lines) > 1 or (lines and MARKER.match(lines[0])):
-        return lines, "\n"
-    marked = SENTENCE_END.sub(lambda match: f"{match['quote']}\n", "".join(lines))
-    return [part for part in marked.split("\n") if part.strip()], " "
+    lines = re.split(r"(\n\s*\n|\n)", text.strip("\n"))
+    if len(lines) > 1 or MARKER.match(lines[0]):
+        return lines[::2], ["", *lines[1::2]]
+    marked = SENTENCE_END.sub(lambda match: f"{match['quote']}\n{match['gap']}\n", lines[0])
+    parts = marked.split("\n")
+    return ([], []) if not text.strip() else (parts[::2], ["", *parts[1::2]])
 
 
-def _without(parts: list[str], place: int) -> list[str]:
-    return [*parts[:place], *parts[place + 1 :]]
+def _numbered(part: str) -> re.Match[str] | None:
+    match = MARKER.match(part)
+    return match if match and match[1] else None
 
 
-def _renumbered(parts: list[str]) -> list[str]:
-    """Counts numbered items anew, from the lowest number among them."""
-    numbers = [int(match[1]) for part in parts if (match := MARKER.match(part)) and match[1]]
-    counted, renumbered = itertools.count(min(numbers, default=1)), []
-    for part in parts:
-        match = MARKER.match(part)
-        if match and match[1]:
-            part = f"{part[: match.start(1)]}{next(counted)}{part[match.end(1) :]}"
-        renumbered.append(part)
+def _joined(parts: Sequence[str], gaps: Sequence[str]) -> str:
+    return "".join(f"{gap}{part}" for gap, part in zip(gaps, parts, strict=False))
+
+
+def _with_one_more(gaps: Sequence[str], place: int, parts: Sequence[str]) -> list[str]:
+    """What stands before each part once another one stands at a place: the new gap is like those around it."""
+    default = "\n" if MARKER.match(parts[0]) else " "
+    gap = gaps[place + 1] if place + 1 < len(gaps) else gaps[place] or default
+    return [*gaps[: place + 1], gap, *gaps[place + 1 :]]
+
+
+def _renumbered(parts: Sequence[str]) -> list[str]:
+    """Counts numbered items anew, those of each list from the lowest number among them."""
+    renumbered = list[str]()
+    for is_numbered, group in itertools.groupby(parts, lambda part: _numbered(part) is not None):
+        items = list(group)
+        if is_numbered:
+            found = [match for item in items if (match := _numbered(item))]
+            counted = itertools.count(min(int(match[1]) for match in found))
+            items = [
+                f"{item[: match.start(1)]}{next(counted)}{item[match.end(1) :]}"
+                for item, match in zip(items, found, strict=True)
+            ]
+        renumbered += items
     return renumbered
 
 

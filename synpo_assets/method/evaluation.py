@@ -84,7 +84,7 @@ def win_rates(
                     "length_controlled": length_controlled_win_rate(judged, lengths, others),
                     "length_controlled_low": low,
                     "length_controlled_high": high,
-                    "alike_in_length": alike_in_length(judged, lengths, others),
+                    "alike_in_length": alike_in_length(judged, lengths, others, prompts),
                 }
             )
     numbers = dict.fromkeys(

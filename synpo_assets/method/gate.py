@@ -66,15 +66,16 @@ def gate_power(prompts: int, minimum: Mapping[str, float], error_rate: float) ->
 
     Examples:
         >>> gate_power(100, {"win_rate_over_previous_low": 0.5}, 0.05)
-        'With 100 dev prompts, a model that truly wins 65 % of them passes the gate in 91 % of the cases.'
-        >>> gate_power(16, {"win_rate_over_previous_low": 0.5}, 0.05)[74:]
+        "With 100 dev prompts, a model that truly wins 65 % of them reaches the gate's low ends in 91 % of the cases."
+        >>> gate_power(16, {"win_rate_over_previous_low": 0.5}, 0.05)[84:]
         'in 29 % of the cases: raise seed_data.held_out_limit or seed_data.dev_share.'
         >>> gate_power(16, {}, 0.05)
         'The gate asks for no certain improvement.'
     """
-    if not any(name.endswith("_low") for name in minimum):
+    limits = [limit for name, limit in minimum.items() if name.endswith("_low")]
+    if not limits:
         return "The gate asks for no certain improvement."
-    passing = (wins for wins in range(prompts + 1) if _is_certain(wins, prompts, error_rate))
+    passing = (wins for wins in range(prompts + 1) if _is_certain(wins, prompts, error_rate, max(limits)))
     least = next(passing, prompts + 1)
     chances = (
         math.comb(prompts, wins) * BETTER**wins * (1 - BETTER) ** (prompts - wins) for wins in range(least, prompts + 1)
@@ -82,13 +83,13 @@ def gate_power(prompts: int, minimum: Mapping[str, float], error_rate: float) ->
     share = sum(chances)
     remedy = "" if share >= PROMISED else ": raise seed_data.held_out_limit or seed_data.dev_share"
     cases = f"in {100 * share:.0f} % of the cases{remedy}."
-    return f"With {prompts} dev prompts, a model that truly wins 65 % of them passes the gate {cases}"
+    return f"With {prompts} dev prompts, a model that truly wins 65 % of them reaches the gate's low ends {cases}"
 
 
-def _is_certain(wins: int, prompts: int, error_rate: float) -> bool:
+def _is_certain(wins: int, prompts: int, error_rate: float, limit: float) -> bool:
     outcomes = pl.Series(["win"] * wins + ["loss"] * (prompts - wins))
     interval = win_rate_interval(outcomes, coverage=1 - 2 * error_rate)
-    return interval is not None and interval[0] >= 0.5
+    return interval is not None and interval[0] - 0.5 / prompts >= limit
 
 
 def _reason(metric: str, value: float | None, minimum: float | None, maximum: float | None) -> str | None:

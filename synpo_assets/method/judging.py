@@ -12,8 +12,7 @@ import polars as pl
 
 from synpo_assets.method.cut import whole_sentences
 from synpo_assets.method.damage import DAMAGES, all_damages
-from synpo_assets.method.evaluation import mean_gain
-from synpo_assets.method.outcomes import POINTS, outcomes, win_rate, win_rate_interval
+from synpo_assets.method.outcomes import outcomes, win_rate, win_rate_interval
 
 ANOTHER_GOLD = "another_gold"
 BOTH_ENDED = "both_ended"
@@ -25,7 +24,7 @@ KINDS: Mapping[str, str] = {
     BOTH_ENDED: "M_0's answer, both sides ended",
     "initial_trimmed": "M_0's cut answer, trimmed to whole sentences",
     ANOTHER_GOLD: "gold of another prompt",
-    "damaged": "gold with a damage, mean of each prompt's",
+    "damaged": "gold with a damage, over prompts",
 } | {name: f"gold: {name.replace('_', ' ')}" for name in DAMAGES}
 COLUMNS = {"kind": pl.String, "prompt": pl.String, "better": pl.String, "worse": pl.String, "cut": pl.Boolean}
 
@@ -124,14 +123,11 @@ def _kind_row(kind: str, judged: pl.DataFrame) -> dict[str, str | float | None]:
 
 
 def _of_prompts(judged: pl.DataFrame) -> dict[str, float | None]:
-    """Means over prompts of what was right about their pairs, which are not independent, with a bootstrap interval."""
-    points = judged.select(
-        "prompt", pl.col("judge", "length", "ending").replace_strict(POINTS, return_dtype=pl.Float64)
-    )
-    means = points.group_by("prompt", maintain_order=True).mean()
-    accuracy, low, high = mean_gain(means["judge"], 0)
-    nulls = {f"{name}_alone": mean_gain(means[name], 0)[0] for name in ("length", "ending")}
-    return {"pairs": means.height, "accuracy": accuracy, "low": low, "high": high, **nulls}
+    """What was right about the pairs of each prompt, which are not independent: the interval is over prompts."""
+    low, high = win_rate_interval(judged["judge"], judged["prompt"]) or (None, None)
+    rates = {"accuracy": win_rate(judged["judge"]), "low": low, "high": high}
+    nulls = {f"{name}_alone": win_rate(judged[name]) for name in ("length", "ending")}
+    return {"pairs": judged["prompt"].n_unique(), **rates, **nulls}
 
 
 def _worse_answers(rows: pl.DataFrame, seed: int) -> Iterator[tuple[str, str, dict[str, str]]]:

@@ -78,8 +78,10 @@ def length_controlled_interval(
     return min(float(low), rate), max(float(high), rate)
 
 
-def alike_in_length(judged: pl.Series, lengths: pl.Series, other_lengths: pl.Series) -> int:
-    """How many pairs with a verdict have answers of about the same length, at a ratio from 0.8 to 1.25.
+def alike_in_length(
+    judged: pl.Series, lengths: pl.Series, other_lengths: pl.Series, prompts: pl.Series | None = None
+) -> int:
+    """How many prompts have a pair with a verdict whose answers are about as long, at a ratio from 0.8 to 1.25.
 
     Where there are few, the length-controlled win rate is read off a fitted curve and was hardly seen.
 
@@ -88,7 +90,8 @@ def alike_in_length(judged: pl.Series, lengths: pl.Series, other_lengths: pl.Ser
         2
     """
     within = (5 * lengths >= 4 * other_lengths) & (5 * other_lengths >= 4 * lengths)
-    return int((within & (judged != NO_VERDICT)).sum())
+    alike = within & (judged != NO_VERDICT)
+    return int(alike.sum()) if prompts is None else prompts.filter(alike).n_unique()
 
 
 def _length_differences(judged: pl.Series, lengths: pl.Series, other_lengths: pl.Series) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Figures that tell good data from bad: how repetitive, how alike, how long."""
+"""Metrics that tell good data from bad: how repetitive, how alike, how long."""
 
 import itertools
 import random
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import polars as pl
 
+from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.pairs import repetition
 from synpo_assets.method.prompts import words_of
 
@@ -26,18 +27,19 @@ def mean_repetition(texts: Sequence[str], size: int) -> float:
 def answer_figures(written: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     """What can be said of answers without asking any model, a row per model: length, repetition, and how many were cut.
 
-    The answers have columns text and finish_reason. Repetition is the share of repeated word 3-grams.
+    The answers have columns text and finish_reason. Length is that of what is compared (see cut.py). Repetition is the share of
+    repeated word 3-grams.
 
     Examples:
         >>> answers = pl.DataFrame({"text": ["so so so so", "fine"], "finish_reason": ["length", "stop"]})
         >>> answer_figures({"M_0": answers}).row(0)
-        ('M_0', 7.5, 0.25, 0.5)
+        ('M_0', 2.0, 0.25, 0.5)
     """
     return pl.DataFrame(
         [
             {
                 "model": model,
-                "mean_characters": answers["text"].str.len_chars().mean(),
+                "mean_characters": whole_answers(answers).str.len_chars().mean(),
                 "mean_repetition": mean_repetition(answers["text"].to_list(), REPETITION_NGRAM),
                 "cut_share": (answers["finish_reason"] == "length").mean(),
             }

@@ -30,7 +30,13 @@ def in_three_orders(prompt: str, random_seed: int) -> list[str]:
         ['Why is ice slippery?', 'slippery? is ice Why', 'Why slippery? is ice']
     """
     draw, words = random.Random(f"{random_seed}:order:{prompt}"), prompt.split()
-    return [prompt, *(" ".join(draw.sample(words, len(words))) for _ in range(ORDERS - 1))]
+    others = list[str]()
+    while len(others) < ORDERS - 1:
+        order = draw.sample(words, len(words))
+        # An order that is the prompt's own says nothing; of equal words there is no other.
+        if order != words or len(set(words)) == 1:
+            others.append(" ".join(order))
+    return [prompt, *others]
 
 
 def ordered_shares(likelihoods: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

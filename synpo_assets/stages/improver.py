@@ -135,8 +135,9 @@ def response_improver(
         context, services, "supervised", initial_policy, examples, options.training, random_seed,
         seed_responses=seed_responses,
     )  # fmt: skip
+    answered = seed_responses.filter(pl.col("response") != "")
     passing = [
-        metrics.share("passing_share", seed_responses.select(passes).to_series(), whose)
+        metrics.share("passing_share", answered.select(passes).to_series(), whose)
         for whose, passes in ((whose, preferred(column, options.margin_threshold)) for whose, column in MARGINS.items())
     ]
     measured = [*passing, *_origin_metrics(valid, damaged), *metrics.training(summary)]

@@ -75,11 +75,13 @@ def preference_pairs(
         options.max_length_ratio,
     )
     if kept.is_empty():
-        writer = "response_improver" if services.settings.trains_improver else "responses"
+        is_improved = services.settings.trains_improver
+        writer = "response_improver" if is_improved else "responses"
+        samples = "response_improver.samples" if is_improved else "preferences.ranked_samples"
         raise FinalError(
             f"None of {joined.height} pairs was kept: {dropped}. If `margin` dropped most, lower preferences.margin_threshold; if "
             f"`cut` did, raise {writer}.sampling.max_new_tokens; if `rules` did, write more seed rows with such rules, or raise "
-            f"response_improver.samples; if `equal_sides` did, {writer}.sampling.temperature; if `length` "
+            f"{samples}; if `equal_sides` did, {writer}.sampling.temperature; if `length` "
             "did, preferences.max_length_ratio."
         )
     frame = as_preferences(kept).with_columns(

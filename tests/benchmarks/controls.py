@@ -6,13 +6,15 @@ HOME is a home with a finished iteration 1. Every control is judged by its indep
 prompts, dev and test: nothing is chosen here.
 
 - `M_0 trimmed`, `M_0 verbose`: the rows of `evaluation` that show what form alone wins.
-- `sham`: M_0 trained on its own answers to seed and synthetic prompts, cut at a low limit: chosen is what is left of an answer
-  after trimming, closed, and rejected is the answer as it was cut. No pair has new content.
-- `M_1`, and `D_1, four times the steps`: the pairs of iteration 1, as M_1 and as long as M_4 would be trained.
-- `gold`, `gold, damaged`, `gold of another prompt`: gold over M_0 and over what is known to be worse.
+- `sham`, and `sham longer`, four times the steps: M_0 trained on its own answers to seed and synthetic prompts, cut at a low
+  limit: chosen is what is left of an answer after trimming, closed, and rejected is the answer as it was cut. No pair has new
+  content.
+- `M_1`, and `D_1`, four times the steps: the pairs of iteration 1, as M_1 and as long as M_4 would be trained.
+- `gold`, `gold over damaged gold`, `gold over gold of another prompt`: gold over M_0, and over what is known to be worse.
 """
 
 import os
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +24,7 @@ import polars as pl
 
 from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
+from resources.storage.files import file_sha256
 
 SHAM_TOKENS = 24
 LONGER = 4
@@ -72,7 +75,8 @@ class Controls:
         made = self.services.trainer.train(
             "preference", self.initial, pairs, options.training, place, options.loss, steps
         )
-        model = Checkpoint(name, None, f"{name}, {made.steps} steps", str(place / "merged"), str(place))
+        sha = file_sha256(next((place / "merged").glob("*.safetensors")))
+        model = Checkpoint(name, None, sha, str(place / "merged"), str(place))
         answers, _ = self.services.language_model.answer(model, prompt_requests(self.held_out), self.options.sampling)
         cut = (answers["finish_reason"] == "length").mean()
         self.compare(f"{name}, {made.steps} steps", whole_answers(answers), cut=float(cut or 0))
@@ -89,7 +93,7 @@ class Controls:
         answers, _ = self.services.language_model.answer(self.initial, prompt_requests(prompts), limited)
         whole = whole_answers(answers)
         rows = zip(prompts["prompt"], whole, answers["text"].str.strip_chars(), answers["finish_reason"], strict=True)
-        return [
+        pairs = [
             {
                 "prompt": user_message(prompt), "iteration": 1,
                 "chosen": [{"role": "assistant", "content": trimmed}], "chosen_finish_reason": "stop",
@@ -98,6 +102,7 @@ class Controls:
             for prompt, trimmed, raw, reason in rows
             if reason == "length" and trimmed
         ]  # fmt: skip
+        return random.Random(0).sample(pairs, len(pairs))
 
 
 def run(home: Path, file: Path) -> None:
@@ -116,7 +121,9 @@ def run(home: Path, file: Path) -> None:
     controls.compare("M_1", held_out["candidate_response"], cut=float(held_out["candidate_cut"].mean() or 0))
     controls.compare("gold", held_out["answer"], cut=0.0)
     controls.compare("gold over gold of another prompt", held_out["answer"], pl.Series(others))
-    damages = [next(iter(all_damages(gold, other, 0).values()), "") for gold, other in zip(texts, others, strict=True)]
+    draw = random.Random(0)
+    found = [list(all_damages(gold, other, 0).values()) for gold, other in zip(texts, others, strict=True)]
+    damages = [draw.choice(each) if each else "" for each in found]
     controls.compare("gold over damaged gold", held_out["answer"], pl.Series(damages))
     with tempfile.TemporaryDirectory() as folder:
         pairs = services.tables.read("preference_pairs", "0001").select(*USED_COLUMNS).to_dicts()
