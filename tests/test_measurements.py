@@ -74,7 +74,7 @@ def test_the_difference_has_an_interval_and_rules_are_shown_apart():
             "initial_met": [[True, True]] * 5 + [[False, True]] * 15,
         }
     )
-    *rates, gain = [each for each in following_metrics(answered, "sha", random_seed=0) if each.by is None]
+    *rates, gain = [each for each in following_metrics(answered, "sha", random_seed=0)[1:] if each.by is None]
     assert [(rate.metric, rate.of, rate.value) for rate in rates] == [
         ("verifiable_rate", "candidate", 0.75), ("verifiable_rate", "initial", 0.25),
         ("constraint_rate", "candidate", 0.875), ("constraint_rate", "initial", 0.625),
@@ -94,7 +94,8 @@ def test_the_difference_has_an_interval_and_rules_are_shown_apart():
 
 def test_without_instructions_the_metrics_are_missing():
     empty = InstructionFollowing.empty()
-    found = following_metrics(empty, "sha", random_seed=0)
+    count, *found = following_metrics(empty, "sha", random_seed=0)
+    assert count.value == 0
     assert {(metric.value, metric.low, metric.high) for metric in found} == {(None, None, None)}
 
 
@@ -245,7 +246,7 @@ def test_both_models_are_measured_in_each_iteration(nano_run):
             for side in ("candidate", "initial"):
                 expected = [meets(each["rule"], each["value"], row[f"{side}_response"]) for each in row["constraints"]]
                 assert row[f"{side}_met"] == expected
-        assert metrics.value("instructions") * metrics.value("samples_each") == following.height
+        assert metrics.value("instructions") * metrics.value("samples_each") == following.filter(split="test").height
         rate = following.filter(split="test")["candidate_met"].list.all().mean()
         assert metrics.value("verifiable_rate", "candidate") == pytest.approx(rate)
         gain = metrics.find("verifiable_gain", "candidate", over="initial")

@@ -106,14 +106,14 @@ class Stage:
 
     def sampling_setting(self, settings: Settings) -> str | None:
         """The setting of `reads` by which it samples answers; None where it does not, or in several ways."""
-        named = list[str]()
         for name in self.reads if "generates" in self.work else ():
             value = operator.attrgetter(name)(settings)
-            if isinstance(value, Sampling):
-                named.append(name)
-            elif isinstance(value, BaseModel):
-                named += [f"{name}.{field}" for field, each in value if isinstance(each, Sampling)]
-        return named[0] if len(named) == 1 else None
+            fields = [(name, value)]
+            if isinstance(value, BaseModel) and not isinstance(value, Sampling):
+                fields = [(f"{name}.{field}", each) for field, each in value]
+            if named := [place for place, each in fields if isinstance(each, Sampling)]:
+                return named[0] if len(named) == 1 else None
+        return None
 
     def asset(self, settings: Settings, sides: Mapping[str, str], deps: Sequence[str]) -> dg.AssetsDefinition:
         """The asset for some settings.

@@ -67,7 +67,7 @@ def gate_power(prompts: int, minimum: Mapping[str, float], error_rate: float) ->
     Examples:
         >>> gate_power(100, {"win_rate_over_previous_low": 0.5}, 0.05)
         "With 100 dev prompts, a model that truly wins 65 % of them reaches the gate's low ends in 91 % of the cases."
-        >>> gate_power(16, {"win_rate_over_previous_low": 0.5}, 0.05)[84:]
+        >>> gate_power(16, {"win_rate_over_previous_low": 0.5}, 0.05)[86:]
         'in 29 % of the cases: raise seed_data.held_out_limit or seed_data.dev_share.'
         >>> gate_power(16, {}, 0.05)
         'The gate asks for no certain improvement.'

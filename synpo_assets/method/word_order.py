@@ -34,7 +34,7 @@ def in_three_orders(prompt: str, random_seed: int) -> list[str]:
     while len(others) < ORDERS - 1:
         order = draw.sample(words, len(words))
         # An order that is the prompt's own says nothing; of equal words there is no other.
-        if order != words or len(set(words)) == 1:
+        if order != words or len(set(words)) <= 1:
             others.append(" ".join(order))
     return [prompt, *others]
 
