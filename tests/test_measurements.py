@@ -257,7 +257,7 @@ def test_both_models_are_measured_in_each_iteration(nano_run):
             gold["initial_log_likelihood"].to_list()
             == tables.read("gold_comparison", "0001")["initial_log_likelihood"].to_list()
         )
-        gold = gold.filter(split="test")
+        gold, evaluated = gold.filter(split="test"), evaluated.filter(split="test")
         after, before = (metrics.value("gold_log_likelihood", side) for side in ("candidate", "initial"))
         assert after == pytest.approx(gold["candidate_log_likelihood"].mean())
         gain = metrics.find("gold_log_likelihood_gain", "candidate", over="initial")
