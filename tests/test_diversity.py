@@ -31,9 +31,8 @@ from synpo_assets.evaluation.diversity import (
     shown_seed_prompts,
 )
 from synpo_assets.graph import metrics
-from synpo_assets.graph.evaluation_schemas import PromptDiversity
+from synpo_assets.graph.evaluation_schemas import PromptDiversity, SelfInstructPrompts
 from synpo_assets.graph.metrics import recorded
-from synpo_assets.graph.schemas import SelfInstructPrompts
 from synpo_assets.graph.tables import check
 from synpo_assets.method.diversity import (
     cluster,

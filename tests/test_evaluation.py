@@ -30,8 +30,8 @@ from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.training.job import TrainingSummary
 from synpo_assets.cli.preflight import check_before_run
 from synpo_assets.evaluation.win_rates import COMPARISONS, evaluation
+from synpo_assets.graph.evaluation_schemas import Evaluation
 from synpo_assets.graph.metrics import recorded
-from synpo_assets.graph.schemas import Evaluation
 from synpo_assets.graph.tables import check
 from synpo_assets.method.evaluation import win_rates, wins_by_ending
 from synpo_assets.method.length_control import alike_in_length, length_controlled_interval, length_controlled_win_rate

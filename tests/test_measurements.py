@@ -11,8 +11,8 @@ from resources.settings.machine import Engine
 from resources.settings.sections import SettingsError
 from synpo_assets.evaluation.gold_comparison import gold_metrics, refuse_answers_of_another
 from synpo_assets.evaluation.instruction_following import following_metrics
+from synpo_assets.graph.evaluation_schemas import InstructionFollowing
 from synpo_assets.graph.metrics import Metric, recorded
-from synpo_assets.graph.schemas import InstructionFollowing
 from synpo_assets.method.evaluation import LENGTH_BANDS, length_bands
 from synpo_assets.method.verifiable import RULES, meets, rates_by_rule
 from synpo_assets.stages.seed import seed_table, verifiable_table

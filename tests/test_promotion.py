@@ -18,10 +18,10 @@ from resources.settings.files import load_settings
 from resources.storage.checkpoint_store import CheckpointError, CheckpointStore
 from synpo_assets.algorithm import stages_of
 from synpo_assets.evaluation.promotion import gate_metrics, lowest_rates, promotion, training_metrics
+from synpo_assets.graph.evaluation_schemas import Promotion
 from synpo_assets.graph.history import data_version_of, input_version_of
 from synpo_assets.graph.metrics import Metric, record, recorded
 from synpo_assets.graph.missing import asset_names, missing_assets, outdated_assets
-from synpo_assets.graph.schemas import Promotion
 from synpo_assets.graph.tables import check
 from synpo_assets.method.gate import judge as gate_rows
 from synpo_assets.method.judging import BOTH_ENDED

@@ -72,9 +72,11 @@ class TransformersEngine:
         written, finished = [list[int]() for _ in batch], dict[int, Completion]()
         for done in range(0, sampling.max_new_tokens, PIECE):
             waiting = [place for place in range(len(batch)) if place not in finished]
+            if not waiting:
+                break
             texts = [[*batch[place].token_ids, *written[place]] for place in waiting]
             sampler = RowSampler(sampling, [generators[place] for place in waiting], progress)
-            pieces = self._write(texts, sampling, sampler, min(PIECE, sampling.max_new_tokens - done)) if texts else []
+            pieces = self._write(texts, sampling, sampler, min(PIECE, sampling.max_new_tokens - done))
             for place, piece in zip(waiting, pieces, strict=True):
                 written[place] += piece
                 key, asked = batch[place].key, len(batch[place].token_ids)

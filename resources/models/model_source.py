@@ -44,7 +44,7 @@ def with_system_prompt(directory: Path, text: str, trust_remote_code: bool) -> P
     template = load_tokenizer(str(directory), trust_remote_code).get_chat_template()
     turn = f"[{{'role': 'system', 'content': {json.dumps(text, ensure_ascii=False)}}}]"
     named = hashlib.sha256(json.dumps([str(directory.absolute()), template, text]).encode()).hexdigest()[:12]
-    place = Path(platformdirs.user_cache_dir("synpo")) / "models" / f"{directory.name}-{named}"
+    place = _models_folder() / f"{directory.name}-{named}"
     if not place.exists():
         with temporary_directory_beside(place) as temporary:
             for file in directory.iterdir():
@@ -159,7 +159,11 @@ def loading_explained(directory: Path) -> Iterator[None]:
 def _wheel_place(source: ModelSource) -> Path:
     """Models out of wheels are kept in the user's cache directory, for all experiments."""
     name = f"{source.name.replace('==', '-')}-{(source.wheel_sha256 or '')[:12]}"
-    return Path(platformdirs.user_cache_dir("synpo")) / "models" / name
+    return _models_folder() / name
+
+
+def _models_folder() -> Path:
+    return Path(platformdirs.user_cache_dir("synpo")) / "models"
 
 
 def _from_wheel(source: ModelSource, section: str) -> Path:

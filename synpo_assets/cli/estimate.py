@@ -11,7 +11,7 @@ from resources.settings.settings import Settings
 from synpo_assets.algorithm import stages_of
 from synpo_assets.graph.cost import Kind, Sizes, Work
 from synpo_assets.graph.stage import Stage
-from synpo_assets.method.seed import HELD_OUT
+from synpo_assets.method.seed import IS_HELD_OUT
 from synpo_assets.method.templates import generator_instruction, generator_target, improver_instruction
 
 TOKENS_PER_WORD = 1.4
@@ -41,7 +41,7 @@ def sizes_of(settings: Settings, seed: pl.DataFrame, instructions: int) -> Sizes
         train=train.height,
         judge=judge.height,
         scorer=scorer.height,
-        held_out=seed.filter(pl.col("split").is_in(HELD_OUT)).height,
+        held_out=seed.filter(IS_HELD_OUT).height,
         instructions=instructions,
         asked=CHAT_TOKENS + prompt,
         gold=answer,

@@ -32,11 +32,10 @@ from resources.storage.tables import table_metadata
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
 from synpo_assets.graph.drawing import Plot, finish, new_figure, plot_of
-from synpo_assets.graph.evaluation_schemas import PromptDiversity
+from synpo_assets.graph.evaluation_schemas import PromptDiversity, SelfInstructPrompts
 from synpo_assets.graph.metrics import Metric, MetricName
 from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
-from synpo_assets.graph.schemas import SelfInstructPrompts
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.cut import whole_answers

@@ -10,6 +10,7 @@ the later iterations added steps and nothing else. In iteration 1 the control is
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 
 import dagster as dg
 import polars as pl
@@ -19,11 +20,17 @@ from resources.judging.judge_choice import open_judges
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.losses import loss_module
 from synpo_assets.evaluation.gold_comparison import refuse_answers_of_another
-from synpo_assets.evaluation.win_rates import judged_by, with_all_columns
+from synpo_assets.evaluation.win_rates import (
+    OUTCOME_COUNTS,
+    form_metrics,
+    judged_by,
+    rate_metrics,
+    with_all_columns,
+)
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
 from synpo_assets.graph.evaluation_schemas import EqualSteps
-from synpo_assets.graph.metrics import Metric, MetricName
+from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.partitions import iteration_of, partition_key
 from synpo_assets.graph.presentation import (
     checkpoint_output,
@@ -37,7 +44,6 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.evaluation import win_rates
-from synpo_assets.method.quality import answer_figures
 from synpo_assets.method.ranking import repeated_prompts
 from synpo_assets.method.templates import prompt_requests
 from synpo_assets.stages.optimization import TRAINING_READS, USED_COLUMNS, optimization_cost
@@ -134,7 +140,7 @@ def equal_steps_evaluation(
     written = written.with_columns(asked.join(texts, on=["prompt_id", "sample"], maintain_order="left")["split"])
     measured = [
         *metrics.by_split(frame, lambda rows: _rate_metrics(rows, labels, settings.random_seed, control.sha)),
-        *metrics.by_split(written, lambda rows: _answer_metrics(rows, control.sha)),
+        *metrics.by_split(written, partial(form_metrics, NAME, control.sha)),
         *metrics.generating(usage),
         *metrics.scoring(sum(judging[1:], judging[0])),
     ]
@@ -175,24 +181,5 @@ def refuse_control_of_another(control: Checkpoint, made: Checkpoint) -> None:
 
 def _rate_metrics(frame: pl.DataFrame, labels: Mapping[str, str], random_seed: int, sha: str) -> list[Metric]:
     """Win rates of the control over M_0 and over M_t, with their intervals and counts."""
-    measured = list[Metric]()
-    counts: tuple[MetricName, ...] = ("wins", "ties", "losses")
-    for rate in win_rates(frame, labels, COMPARISONS, random_seed).iter_rows(named=True):
-        who = {"of": NAME, "over": rate["opponent"], "by": rate["label"], "checkpoint_sha": sha}
-        names: tuple[tuple[MetricName, str, str, str], ...] = (
-            ("win_rate", "win_rate", "low", "high"),
-            ("length_controlled_win_rate", "length_controlled", "length_controlled_low", "length_controlled_high"),
-        )
-        measured += [
-            Metric(name, rate[value], low=rate[low], high=rate[high], n=rate["prompts"], **who)
-            for name, value, low, high in names
-        ]
-        measured += [Metric(name, rate[name], **who) for name in counts]
-    return measured
-
-
-def _answer_metrics(written: pl.DataFrame, sha: str) -> list[Metric]:
-    """Length, repetition and cut answers of the control."""
-    (row,) = answer_figures({NAME: written}).iter_rows(named=True)
-    names: tuple[MetricName, ...] = ("mean_characters", "mean_repetition", "cut_share")
-    return [Metric(name, row[name], of=NAME, n=written.height, checkpoint_sha=sha) for name in names]
+    rates = win_rates(frame, labels, COMPARISONS, random_seed).iter_rows(named=True)
+    return [metric for rate in rates for metric in rate_metrics(rate, NAME, sha, OUTCOME_COUNTS)]

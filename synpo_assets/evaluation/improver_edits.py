@@ -25,7 +25,7 @@ from synpo_assets.graph.stage import Stage
 from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.damage import DAMAGES
 from synpo_assets.method.edits import damaged_copies, edit_outcome, edit_shares
-from synpo_assets.method.seed import HELD_OUT
+from synpo_assets.method.seed import IS_HELD_OUT
 from synpo_assets.method.templates import improver_instruction
 
 
@@ -52,7 +52,7 @@ def improver_edits(
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
     """Damaged held-out gold answers as R_t rewrites them, compared with M_0's rewrites and with gold."""
-    held_out = seed_pairs.filter(pl.col("split").is_in(HELD_OUT)).select("prompt_id", "split", "prompt", "answer")
+    held_out = seed_pairs.filter(IS_HELD_OUT).select("prompt_id", "split", "prompt", "answer")
     damaged = damaged_copies(held_out, len(DAMAGES), services.settings.random_seed)
     edited, usage = _edited(services, response_improver, damaged, "improver")
     edited_untrained, usage_untrained = _edited(services, initial_policy, damaged, "initial")

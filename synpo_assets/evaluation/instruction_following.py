@@ -14,10 +14,10 @@ from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Work
+from synpo_assets.graph.evaluation_schemas import InstructionFollowing
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
-from synpo_assets.graph.schemas import InstructionFollowing
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.evaluation import mean_gain

@@ -24,11 +24,11 @@ from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
 from resources.settings.evaluation import RULE_GAIN, GateMetric
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.history import last_quarter
+from synpo_assets.graph.evaluation_schemas import Promotion
 from synpo_assets.graph.history import data_version_of, input_version_of
 from synpo_assets.graph.metrics import Metric, Metrics, recorded
 from synpo_assets.graph.partitions import iteration_of, partition_key
 from synpo_assets.graph.presentation import made_by, table_output
-from synpo_assets.graph.schemas import Promotion
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.gate import gate_power, judge, verdict

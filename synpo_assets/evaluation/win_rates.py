@@ -17,6 +17,7 @@ test.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import dagster as dg
 import polars as pl
@@ -29,10 +30,10 @@ from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
+from synpo_assets.graph.evaluation_schemas import Evaluation
 from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName
 from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
-from synpo_assets.graph.schemas import Evaluation
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.graph.tables import Table
@@ -41,12 +42,17 @@ from synpo_assets.method.evaluation import outcome_column, win_rates, wins_by_en
 from synpo_assets.method.outcomes import outcomes
 from synpo_assets.method.quality import answer_figures
 from synpo_assets.method.ranking import repeated_prompts
-from synpo_assets.method.seed import HELD_OUT
+from synpo_assets.method.seed import IS_HELD_OUT
 from synpo_assets.method.templates import prompt_requests, verbose_message
 from synpo_assets.stages.scorers import comparison_tokens, judge_doubt, reads_answers_alone
 
 # Whose answers are compared with whose.
 COMPARISONS = (("candidate", "initial"), ("candidate", "previous"), ("trimmed", "initial"), ("verbose", "initial"))
+
+OUTCOME_COUNTS: tuple[tuple[MetricName, str], ...] = (("wins", "wins"), ("ties", "ties"), ("losses", "losses"))
+EVERY_COUNT: tuple[tuple[MetricName, str], ...] = (
+    ("pairs_alike_in_length", "alike_in_length"), *OUTCOME_COUNTS, ("no_verdicts", "no_verdict"),
+)  # fmt: skip
 
 
 def _cost(sizes: Sizes) -> list[Work]:
@@ -92,15 +98,22 @@ def evaluation(
     frame = texts.with_columns(*rewards, *judged, **shas, iteration=pl.lit(iteration_of(context), pl.Int64))
     frame = with_all_columns(frame, Evaluation)
     labels = {judge.name: judge.label for judge in judges}
-    random_seed, test = services.settings.random_seed, frame.filter(split="test")
+    random_seed = services.settings.random_seed
+    counted = {
+        str(split): {
+            "win_rates": win_rates(rows, labels, COMPARISONS, random_seed), "wins_by_ending": wins_by_ending(rows, labels),
+        }
+        for (split,), rows in frame.group_by("split")
+    }  # fmt: skip
     # What people look for comes first.
-    measured = metrics.by_split(frame, lambda rows: held_out_metrics(rows, labels, random_seed, model_checkpoint.sha))
+    measured = metrics.by_split(
+        frame, lambda rows: held_out_metrics(rows, counted[rows["split"][0]], model_checkpoint.sha)
+    )
     measured += [*by_split, *metrics.generating(usage), *metrics.scoring(sum(judging, rewarding))]
     doubt = judge_doubt(services)
-    rates = {
-        "win_rates": win_rates(test, labels, COMPARISONS, random_seed), "wins_by_ending": wins_by_ending(test, labels),
-    }  # fmt: skip
-    tables = {name: table_metadata(_without_doubtful(table) if doubt else table) for name, table in rates.items()}
+    tables = {
+        name: table_metadata(_without_doubtful(table) if doubt else table) for name, table in counted["test"].items()
+    }
     shown = tables | {"judges": "; ".join(labels.values()), "score_convention": convention}
     if doubt:
         labels_of_rates = [each.label for each in measured if each.by == INDEPENDENT and "win_rate" in each.metric]
@@ -113,7 +126,7 @@ def _answers(
 ) -> tuple[pl.DataFrame, list[Metric], Usage]:
     """The held-out rows with the answers of each model, what needs no judge to measure, and the cost."""
     options = services.settings.evaluation
-    held_out = seed_pairs.filter(pl.col("split").is_in(HELD_OUT)).select("prompt_id", "split", "prompt", "answer")
+    held_out = seed_pairs.filter(IS_HELD_OUT).select("prompt_id", "split", "prompt", "answer")
     frame = repeated_prompts(held_out, options.samples)
     usages, written = list[Usage](), dict[str, pl.DataFrame]()
     for name, model in models.items():
@@ -133,16 +146,15 @@ def _answers(
     measured = [
         metric
         for name, answers in written.items()
-        for metric in metrics.by_split(answers, partial(_form_metrics, name, models[name].sha))
+        for metric in metrics.by_split(answers, partial(form_metrics, name, models[name].sha))
     ]
     # What was asked to be long may be cut; that is no fault of the token limit.
     return frame.with_columns(**columns), measured, sum(usages, dataclasses.replace(usage, cut=0))
 
 
-def _form_metrics(model: str, sha: str, answers: pl.DataFrame) -> list[Metric]:
-    """What can be said of answers as they were written, without asking any model."""
-    names: tuple[MetricName, ...] = ("mean_characters", "mean_repetition", "cut_share")
-    (found,) = answer_figures({model: answers}).iter_rows(named=True)
+def form_metrics(model: str, sha: str, answers: pl.DataFrame) -> list[Metric]:
+    """What can be said of a model's answers without asking any model."""
+    found, names = answer_figures(answers), tuple[MetricName, ...](("mean_characters", "mean_repetition", "cut_share"))
     return [Metric(name, found[name], of=model, n=answers.height, checkpoint_sha=sha) for name in names]
 
 
@@ -191,31 +203,40 @@ def with_all_columns(frame: pl.DataFrame, schema: type[Table]) -> pl.DataFrame:
     return frame.with_columns(missing).select(*columns)
 
 
-def held_out_metrics(frame: pl.DataFrame, judges: Mapping[str, str], random_seed: int, sha: str) -> list[Metric]:
+def held_out_metrics(frame: pl.DataFrame, counted: Mapping[str, pl.DataFrame], sha: str) -> list[Metric]:
     """Of one split: win rates with their intervals and counts, also by ending, and mean rewards."""
     sides, prompts = {"gold": "answer", "candidate": "candidate", "initial": "initial"}, frame["prompt_id"].n_unique()
     measured = [Metric("held_out_prompts", prompts)]
-    for rate in win_rates(frame, judges, COMPARISONS, random_seed).iter_rows(named=True):
+    for rate in counted["win_rates"].iter_rows(named=True):
         # M_t's sha with M_t alone: the other answers are M_0's.
-        who = {"of": rate["model"], "over": rate["opponent"], "by": rate["label"]}
-        who |= {"checkpoint_sha": sha} if rate["model"] == "candidate" else {}
-        measured += [
-            Metric("win_rate", rate["win_rate"], low=rate["low"], high=rate["high"], n=rate["prompts"], **who),
-            Metric(
-                "length_controlled_win_rate", rate["length_controlled"], low=rate["length_controlled_low"],
-                high=rate["length_controlled_high"], n=rate["prompts"], **who,
-            ),
-            Metric("pairs_alike_in_length", rate["alike_in_length"], n=rate["prompts"], **who),
-            Metric("wins", rate["wins"], **who),
-            Metric("ties", rate["ties"], **who),
-            Metric("losses", rate["losses"], **who),
-            Metric("no_verdicts", rate["no_verdict"], **who),
-        ]  # fmt: skip
+        model = rate["model"]
+        measured += rate_metrics(rate, model, sha if model == "candidate" else None, EVERY_COUNT)
     rewards = [
         Metric("held_out_reward", metrics.mean(frame[f"{column}_score"]), of=side, n=prompts)
         for side, column in sides.items()
     ]
-    return [*measured, *rewards, *_ending_metrics(wins_by_ending(frame, judges), sha)]
+    return [*measured, *rewards, *_ending_metrics(counted["wins_by_ending"], sha)]
+
+
+def rate_metrics(
+    rate: Mapping[str, Any], model: str, sha: str | None, counts: Sequence[tuple[MetricName, str]]
+) -> list[Metric]:
+    """A row of `win_rates`: both rates with their intervals, and counts, each by the column that holds it."""
+    who = {"of": model, "over": rate["opponent"], "by": rate["label"], "checkpoint_sha": sha}
+    rates: tuple[tuple[MetricName, str, str, str], ...] = (
+        ("win_rate", "win_rate", "low", "high"),
+        ("length_controlled_win_rate", "length_controlled", "length_controlled_low", "length_controlled_high"),
+    )
+    return [
+        *(
+            Metric(name, rate[value], low=rate[low], high=rate[high], n=rate["prompts"], **who)
+            for name, value, low, high in rates
+        ),
+        *(
+            Metric(name, rate[column], n=rate["prompts"] if name == "pairs_alike_in_length" else None, **who)
+            for name, column in counts
+        ),
+    ]
 
 
 def _ending_metrics(by_ending: pl.DataFrame, sha: str) -> list[Metric]:

@@ -1,7 +1,7 @@
 """Asset checks: blocking where going on would waste a GPU, warnings where people should look.
 
 Paper: none; it watches AlpacaEval between iterations. Here: the schema of a table is checked before it is written
-(schemas.py); these checks judge what was written, per iteration, each time it is materialized. Thresholds are the section
+(tables.py); these checks judge what was written, per iteration, each time it is materialized. Thresholds are the section
 `checks` of the settings. A blocking check that failed ends its iteration, and the next one refuses to start.
 """
 
@@ -139,7 +139,7 @@ def answers_ended_checks(context: dg.AssetCheckExecutionContext, services: Servi
 
 
 @dataclasses.dataclass(frozen=True)
-class Checks:
+class CheckGroup:
     """Checks that are made together of one asset."""
 
     make: Callable[[dg.AssetCheckExecutionContext, Services, Stage], Results]
@@ -152,7 +152,7 @@ def _named(name: str) -> Callable[[Stage, Settings], bool]:
 
 
 CHECKS = (
-    Checks(
+    CheckGroup(
         synthetic_prompts_checks,
         _named("synthetic_prompts"),
         {
@@ -160,7 +160,7 @@ CHECKS = (
             "varied_prompts": "Similarity of two prompts, compared with iteration 1.",
         },
     ),
-    Checks(
+    CheckGroup(
         preference_pairs_checks,
         _named("preference_pairs"),
         {
@@ -171,7 +171,7 @@ CHECKS = (
             "repetition": "Mean share of repeated word n-grams in chosen answers.",
         },
     ),
-    Checks(
+    CheckGroup(
         trained_weights_checks,
         lambda stage, settings: stage.checkpoint and "trains" in stage.work,
         {
@@ -179,12 +179,12 @@ CHECKS = (
             "update_survives": "How much of the training's update is left in the number format that generation reads.",
         },
     ),
-    Checks(
+    CheckGroup(
         model_checkpoint_checks,
         _named("model_checkpoint"),
         {"loss_not_saturated": "Reward accuracy and argument of the loss's sigmoid over the last quarter of training."},
     ),
-    Checks(
+    CheckGroup(
         evaluation_checks,
         _named("evaluation"),
         {
@@ -192,7 +192,7 @@ CHECKS = (
             "answers_without_loops": "Mean share of repeated word n-grams in M_t's answers.",
         },
     ),
-    Checks(
+    CheckGroup(
         answers_ended_checks,
         lambda stage, settings: stage.sampling_setting(settings) is not None,
         {"answers_ended": "Share of answers that were cut at the token limit."},
@@ -206,7 +206,7 @@ def checks_of(stages: Sequence[Stage], settings: Settings) -> list[dg.AssetCheck
     return [_checks(stage, settings, checks) for stage, checks in concerning.items() if checks]
 
 
-def _checks(stage: Stage, settings: Settings, parts: Sequence[Checks]) -> dg.AssetChecksDefinition:
+def _checks(stage: Stage, settings: Settings, parts: Sequence[CheckGroup]) -> dg.AssetChecksDefinition:
     partitions = None if stage.once else iterations(settings)
     specs = [
         dg.AssetCheckSpec(

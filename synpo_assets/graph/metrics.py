@@ -18,7 +18,7 @@ from resources.scoring.scorer import ScoringUsage
 from resources.storage.tables import ParquetTables
 from resources.training.job import TrainingSummary
 from synpo_assets.graph.tables import Table
-from synpo_assets.method.outcomes import outcomes, win_rate_interval
+from synpo_assets.method.outcomes import share_interval
 from synpo_assets.method.seed import HELD_OUT
 from synpo_assets.method.verifiable import has_rules
 
@@ -266,7 +266,7 @@ def mean(values: pl.Series) -> float | None:
 
 def share(metric: MetricName, true: pl.Series, of: str) -> Metric:
     """The share of truths, with its score interval."""
-    low, high = win_rate_interval(outcomes(true.cast(pl.Int64) * 2 - 1)) or (None, None)
+    low, high = share_interval(true.to_list()) or (None, None)
     return Metric(metric, mean(true), of=of, low=low, high=high, n=len(true))
 
 

@@ -3,7 +3,7 @@
 import pandera.polars as pa
 import polars as pl
 
-from synpo_assets.graph.tables import Table, id_column, outcome_column, split_column, text_column
+from synpo_assets.graph.tables import Table, id_column, text_column
 from synpo_assets.method.pairs import MESSAGES
 from synpo_assets.method.seed import HELD_OUT
 from synpo_assets.method.verifiable import CONSTRAINTS
@@ -53,17 +53,6 @@ class SyntheticPrompts(Table):
     checkpoint_sha: str = id_column("sha of the prompt generator.")
     input_tokens: int = pa.Field(ge=1, description="Tokens of the rendered keywords template.")
     output_tokens: int = pa.Field(ge=1, description="Tokens written.")
-
-
-class SelfInstructPrompts(Table):
-    """Prompts that M_0 wrote after seeing some of the seed: the baseline of prompt_diversity."""
-
-    prompt: str = pa.Field(str_length={"min_value": 1}, unique=True, description="The instruction.")
-    example_ids: pl.List(pl.String) = pa.Field(description="prompt_id of the seed prompts that were shown.")  # type: ignore[valid-type]
-    checkpoint_sha: str = id_column("sha of M_0.")
-    input_tokens: int = pa.Field(ge=1, description="Tokens of the rendered instruction.")
-    output_tokens: int = pa.Field(ge=1, description="Tokens written.")
-    finish_reason: str = pa.Field(isin=["stop", "length"], description="`stop`: ended by itself; `length`: cut.")
 
 
 class Responses(Table):
@@ -140,96 +129,3 @@ class PreferenceHistory(PreferencePairs):
     """Preference pairs of several iterations, in which a prompt may come back."""
 
     prompt_id: str = id_column("The prompt.")
-
-
-class Evaluation(Table):
-    """Answers of M_t, M_{t-1} and M_0 to held-out prompts, with scores and what each judge says of them."""
-
-    class Config(Table.Config):
-        """Checked of the whole table."""
-
-        unique = ("prompt_id", "sample")
-
-    prompt_id: str = id_column("The held-out prompt.")
-    split: str = split_column()
-    sample: int = pa.Field(ge=1, description="Which of the answers to this prompt, counted from 1.")
-    prompt: str = text_column("The instruction.")
-    answer: str = text_column("The gold answer.")
-    candidate_response: str = pa.Field(description="M_t's answer.")
-    previous_response: str = pa.Field(description="M_{t-1}'s answer; at t = 1 this is M_0's.")
-    initial_response: str = pa.Field(description="M_0's answer.")
-    trimmed_response: str = pa.Field(description="The first half of M_0's sentences: what a shorter form alone wins.")
-    verbose_response: str = pa.Field(
-        description="M_0's answer when it is asked for a long one: what length alone wins."
-    )
-    candidate_cut: bool = pa.Field(description="Whether M_t's answer was cut at the token limit.")
-    initial_cut: bool = pa.Field(
-        description="Whether M_0's answer was cut at the token limit; answers that were stand here without their unfinished end."
-    )
-    answer_score: float = pa.Field(description="initial_score plus the margin of the gold answer over M_0's.")
-    candidate_score: float = pa.Field(description="The scorer's value of M_t's answer, beside M_0's.")
-    initial_score: float = pa.Field(description="The scorer's value of M_0's answer, beside M_t's.")
-    judge_over_initial: str = outcome_column("the independent judge", "M_0")
-    judge_over_previous: str = outcome_column("the independent judge", "M_{t-1}")
-    judge_trimmed_over_initial: str = outcome_column("the independent judge", "M_0", of="M_0's trimmed")
-    judge_verbose_over_initial: str = outcome_column("the independent judge", "M_0", of="M_0's verbose")
-    scorer_over_initial: str = outcome_column("the scorer, which took part in training,", "M_0")
-    scorer_over_previous: str = outcome_column("the scorer, which took part in training,", "M_{t-1}")
-    scorer_trimmed_over_initial: str = outcome_column("the scorer", "M_0", of="M_0's trimmed")
-    scorer_verbose_over_initial: str = outcome_column("the scorer", "M_0", of="M_0's verbose")
-    server_over_initial: str = outcome_column("the model of judge.server, if there is one,", "M_0", nullable=True)
-    server_over_previous: str = outcome_column("the model of judge.server, if there is one,", "M_{t-1}", nullable=True)
-    server_trimmed_over_initial: str = outcome_column("the same model", "M_0", of="M_0's trimmed", nullable=True)
-    server_verbose_over_initial: str = outcome_column("the same model", "M_0", of="M_0's verbose", nullable=True)
-    candidate_checkpoint_sha: str = id_column("sha of M_t.")
-    previous_checkpoint_sha: str = id_column("sha of M_{t-1}.")
-    initial_checkpoint_sha: str = id_column("sha of M_0.")
-    iteration: int = pa.Field(ge=1, description="The iteration t.")
-
-
-class VerifiableInstructions(Table):
-    """Instructions whose answers a program can check."""
-
-    prompt_id: str = id_column("Content hash of the prompt.", unique=True)
-    split: str = split_column()
-    prompt: str = text_column("The instruction.")
-    constraints: CONSTRAINTS = pa.Field(  # type: ignore[valid-type]
-        description="What an answer must meet: a rule of method/verifiable.py, and the value it compares with."
-    )
-
-
-class InstructionFollowing(Table):
-    """Answers of M_t and M_0 to the verifiable instructions, several to each, and the constraints that they meet."""
-
-    class Config(Table.Config):
-        """Checked of the whole table."""
-
-        unique = ("prompt_id", "sample")
-
-    prompt_id: str = id_column("The instruction.")
-    split: str = split_column()
-    prompt: str = text_column("The instruction's text.")
-    constraints: CONSTRAINTS = pa.Field(  # type: ignore[valid-type]
-        description="What an answer must meet."
-    )
-    sample: int = pa.Field(ge=1, description="Which of the answers to this instruction, counted from 1.")
-    candidate_response: str = pa.Field(description="M_t's answer.")
-    candidate_met: pl.List(pl.Boolean) = pa.Field(description="Whether M_t's answer meets each constraint, in order.")  # type: ignore[valid-type]
-    initial_response: str = pa.Field(description="M_0's answer.")
-    initial_met: pl.List(pl.Boolean) = pa.Field(description="Whether M_0's answer meets each constraint, in order.")  # type: ignore[valid-type]
-    candidate_checkpoint_sha: str = id_column("sha of M_t.")
-    initial_checkpoint_sha: str = id_column("sha of M_0.")
-    iteration: int = pa.Field(ge=1, description="The iteration t.")
-
-
-class Promotion(Table):
-    """What the gate says of M_t, one row per limited figure; no row where the gate has no limits."""
-
-    metric: str = pa.Field(unique=True, description="The figure, by its name in the section `gate` of the settings.")
-    value: float = pa.Field(nullable=True, description="What was measured of this iteration; empty: nothing was.")
-    minimum: float = pa.Field(nullable=True, description="gate.minimum; empty: there is none.")
-    maximum: float = pa.Field(nullable=True, description="gate.maximum; empty: there is none.")
-    passed: bool = pa.Field(description="Whether it was measured and keeps to its limits.")
-    reason: str = pa.Field(nullable=True, description="Why it did not pass; empty if it did.")
-    checkpoint_sha: str = id_column("sha of M_t, which was judged.")
-    iteration: int = pa.Field(ge=1, description="The iteration t.")

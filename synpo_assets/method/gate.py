@@ -31,12 +31,12 @@ def judge(
         >>> judge({"gain": 0.35 - 0.40}, {"gain": -0.05}, {})[0]["passed"]
         True
     """
-    rows = []
+    rows, known = [], unmeasured or {}
     for metric in dict.fromkeys([*minimum, *maximum]):
         limits = {"minimum": minimum.get(metric), "maximum": maximum.get(metric)}
         reason = _reason(metric, measured.get(metric), **limits)
-        if reason is not None and metric in (unmeasured or {}):
-            reason = f"{reason} ({(unmeasured or {})[metric]})"
+        if reason is not None and metric in known:
+            reason = f"{reason} ({known[metric]})"
         row = {"metric": metric, "value": measured.get(metric), **limits, "passed": reason is None, "reason": reason}
         rows.append(row)
     return rows

@@ -84,8 +84,8 @@ def accuracy_by_kind(pairs: pl.DataFrame, margins: pl.Series) -> pl.DataFrame:
     judged = pairs.with_columns(
         judge=outcomes(margins), length=outcomes(direction * longer), ending=outcomes(pairs["cut"].cast(pl.Int64))
     )
-    rows = [_kind_row(kind, judged.filter(kind=kind)) for kind in KINDS]
-    rows[list(KINDS).index("damaged")] |= _of_prompts(judged.filter(pl.col("kind").is_in(list(DAMAGES))))
+    held = {kind: list(DAMAGES) if kind == "damaged" else [kind] for kind in KINDS}
+    rows = [_kind_row(kind, judged.filter(pl.col("kind").is_in(kinds))) for kind, kinds in held.items()]
     numbers = dict.fromkeys(("accuracy", "low", "high", "length_alone", "ending_alone"), pl.Float64)
     return pl.DataFrame(rows, schema_overrides=numbers)
 
@@ -116,18 +116,11 @@ def doubt(accuracy: float | None, low: float | None, high: float | None, pairs: 
 
 
 def _kind_row(kind: str, judged: pl.DataFrame) -> dict[str, str | float | None]:
-    low, high = win_rate_interval(judged["judge"]) or (None, None)
-    rates = {"accuracy": win_rate(judged["judge"]), "low": low, "high": high}
-    nulls = {f"{name}_alone": win_rate(judged[name]) for name in ("length", "ending")}
-    return {"kind": kind, "pairs": judged.height, **rates, **nulls}
-
-
-def _of_prompts(judged: pl.DataFrame) -> dict[str, float | None]:
-    """What was right about the pairs of each prompt, which are not independent: the interval is over prompts."""
+    """What was right about the pairs of a kind; several of one prompt are not independent, so the interval is over prompts."""
     low, high = win_rate_interval(judged["judge"], judged["prompt"]) or (None, None)
     rates = {"accuracy": win_rate(judged["judge"]), "low": low, "high": high}
     nulls = {f"{name}_alone": win_rate(judged[name]) for name in ("length", "ending")}
-    return {"pairs": judged["prompt"].n_unique(), **rates, **nulls}
+    return {"kind": kind, "pairs": judged["prompt"].n_unique(), **rates, **nulls}
 
 
 def _worse_answers(rows: pl.DataFrame, seed: int) -> Iterator[tuple[str, str, dict[str, str]]]:

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import polars as pl
 
@@ -24,28 +24,23 @@ def mean_repetition(texts: Sequence[str], size: int) -> float:
     return sum(repetition(text, size) for text in texts) / len(texts)
 
 
-def answer_figures(written: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
-    """What can be said of answers without asking any model, a row per model: length, repetition, and how many were cut.
+def answer_figures(answers: pl.DataFrame) -> dict[str, float]:
+    """What can be said of a model's answers without asking any model: length, repetition, and how many were cut.
 
     The answers have columns text and finish_reason. Length is that of what is compared (see cut.py). Repetition is the share of
     repeated word 3-grams.
 
     Examples:
         >>> answers = pl.DataFrame({"text": ["so so so so", "fine"], "finish_reason": ["length", "stop"]})
-        >>> answer_figures({"M_0": answers}).row(0)
-        ('M_0', 2.0, 0.25, 0.5)
+        >>> answer_figures(answers)
+        {'mean_characters': 2.0, 'mean_repetition': 0.25, 'cut_share': 0.5}
     """
-    return pl.DataFrame(
-        [
-            {
-                "model": model,
-                "mean_characters": whole_answers(answers).str.len_chars().mean(),
-                "mean_repetition": mean_repetition(answers["text"].to_list(), REPETITION_NGRAM),
-                "cut_share": (answers["finish_reason"] == "length").mean(),
-            }
-            for model, answers in written.items()
-        ]
-    )
+    characters, was_cut = whole_answers(answers).str.len_chars(), answers["finish_reason"] == "length"
+    return {
+        "mean_characters": int(characters.sum()) / answers.height,
+        "mean_repetition": mean_repetition(answers["text"].to_list(), REPETITION_NGRAM),
+        "cut_share": int(was_cut.sum()) / answers.height,
+    }
 
 
 def length_ratio(texts: Sequence[str], others: Sequence[str]) -> float:

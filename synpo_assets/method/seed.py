@@ -4,12 +4,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import polars as pl
+
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.prompts import Contamination, words_of
 from synpo_assets.method.verifiable import constraints_problem, followed, read_constraints
 
 # The splits of the held-out pairs: searches and the gate read dev, tables report test.
 HELD_OUT = ("dev", "test")
+IS_HELD_OUT = pl.col("split").is_in(HELD_OUT)
 
 
 @dataclasses.dataclass(frozen=True)

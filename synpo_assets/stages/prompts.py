@@ -31,7 +31,7 @@ from synpo_assets.graph.stage import Stage
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.keywords import Keywords, drawn_rows, training_keywords
 from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter, draw_until_enough
-from synpo_assets.method.seed import HELD_OUT
+from synpo_assets.method.seed import IS_HELD_OUT
 from synpo_assets.method.templates import (
     QUESTION_END,
     generator_instruction,
@@ -193,7 +193,7 @@ def writes_rules(seed_pairs: pl.DataFrame) -> bool:
 
 def asked_in_evaluations(seed_pairs: pl.DataFrame, verifiable_instructions: pl.DataFrame) -> list[str]:
     """The prompts that evaluations ask: none that overlaps with one of them is kept."""
-    return [*seed_pairs.filter(pl.col("split").is_in(HELD_OUT))["prompt"], *verifiable_instructions["prompt"]]
+    return [*seed_pairs.filter(IS_HELD_OUT)["prompt"], *verifiable_instructions["prompt"]]
 
 
 def prompt_filter(

@@ -48,7 +48,7 @@ from synpo_assets.method.judging import (
     held_out_pairs,
     training_pairs,
 )
-from synpo_assets.method.seed import HELD_OUT
+from synpo_assets.method.seed import IS_HELD_OUT
 from synpo_assets.method.templates import prompt_requests
 from synpo_assets.method.verifiable import RULES_HOLD, has_rules, rule_scores
 from synpo_assets.stages.training import train_from_initial
@@ -183,7 +183,7 @@ def _seed_answers(
     services: Services, initial_policy: Checkpoint, seed_pairs: pl.DataFrame, split: str
 ) -> tuple[pl.DataFrame, Usage]:
     """M_0's answers (`response`) to the rows set aside for a model, and to dev and test, and whether they were cut."""
-    asked = seed_pairs.filter(pl.col("split").is_in([split, *HELD_OUT]))
+    asked = seed_pairs.filter(IS_HELD_OUT | (pl.col("split") == split))
     sampling = services.settings.responses.sampling
     written, usage = services.language_model.answer(initial_policy, prompt_requests(asked), sampling)
     return asked.with_columns(
@@ -205,7 +205,7 @@ def _made(
     if isinstance(scorer, PublishedScorer):
         weights, origin = fetch_reward_model(scorer, services.settings.engine.trust_remote_code, section)
         return services.checkpoints.adopt(context, weights, origin), None
-    pairs = training_pairs(answered.filter(~pl.col("split").is_in(HELD_OUT)), random_seed)
+    pairs = training_pairs(answered.filter(~IS_HELD_OUT), random_seed)
     return train_from_initial(
         context, services, "reward", initial_policy, pairs, scorer.training, random_seed, seed_pairs=seed_pairs
     )
@@ -221,7 +221,7 @@ def _scorer_output(
     usage: Usage,
 ) -> dg.Output[Checkpoint]:
     """The model with its accuracy on held-out pairs of each kind, which it was not trained on."""
-    pairs = held_out_pairs(answered.filter(pl.col("split").is_in(HELD_OUT)), services.settings.random_seed)
+    pairs = held_out_pairs(answered.filter(IS_HELD_OUT), services.settings.random_seed)
     judged = scorer.compare(made, pairs.select("prompt", "better", "worse").rows(), judging=True)
     accuracy = accuracy_by_kind(pairs, judged.margins)
     measured = [

@@ -30,9 +30,10 @@ from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.seed_source import read_rows
 from resources.storage.tables import table_metadata
 from synpo_assets.graph import metrics
+from synpo_assets.graph.evaluation_schemas import VerifiableInstructions
 from synpo_assets.graph.metrics import Metric, record
 from synpo_assets.graph.presentation import checkpoint_output, table_output
-from synpo_assets.graph.schemas import KeywordPool, SeedPairs, VerifiableInstructions
+from synpo_assets.graph.schemas import KeywordPool, SeedPairs
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.graph.tables import check
