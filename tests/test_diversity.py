@@ -162,7 +162,7 @@ def test_words_without_an_order_pass_as_rarely_as_their_shuffles_and_sentences_n
 
 @pytest.mark.slow
 def test_a_real_model_tells_the_seed_from_its_shuffled_words():
-    weights, _ = fetch_initial_policy(load_settings("laptop").initial_policy, False)
+    weights, _ = fetch_initial_policy(load_settings(preset_path("laptop")).initial_policy, False)
     model = Checkpoint("initial_policy", None, "smollm2", str(weights), str(weights))
     texts = [(REQUEST, text) for prompt in PROMPTS for text in in_three_orders(prompt, 0)]
     read = AnswerLikelihood(engine=Engine(threads=1, device="cpu")).measure(model, texts)
