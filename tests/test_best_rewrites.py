@@ -18,6 +18,7 @@ from synpo_assets.graph.stage import MADE_FROM
 from synpo_assets.graph.tables import check
 from synpo_assets.method.pairs import join_sides, select_pairs
 from synpo_assets.method.ranking import best_of_like_length, repeated_prompts
+from synpo_assets.method.verifiable import CONSTRAINTS
 from synpo_assets.stages.best_rewrites import best_rewrites
 from synpo_assets.stages.improver import refined_responses, rejected_responses
 from synpo_assets.stages.responses import base_responses
@@ -27,6 +28,7 @@ from tests.stand_ins import instance as instance
 from tests.test_method import responses
 from tests.test_ranked_samples import ASKED, PrefersLong, stand_in_checkpoint, synthetic_prompts
 
+RULES = [{"rule": "all_lowercase", "value": ""}]
 LENGTH, MARGIN = st.integers(0, 12), st.integers(-3, 3).map(float)
 
 
@@ -50,8 +52,8 @@ def rewrites(draw):
 
 
 @settings(deadline=None)
-@given(rewrites(), st.sampled_from([1.1, 1.25, 2.0, 100.0]))
-def test_the_best_of_like_length_is_taken_or_else_the_nearest(prompts, most):
+@given(rewrites(), st.sampled_from([1.1, 1.25, 2.0, 100.0]), st.booleans())
+def test_the_best_of_like_length_is_taken_or_else_the_nearest_and_rules_go_first(prompts, most, has_rules):
     samples = len(prompts[0][1])
     names = pl.DataFrame({"prompt_id": [f"prompt-{number}" for number in range(len(prompts))]})
     # As the stage lays them out: the first samples of all prompts, then the further ones prompt by prompt.
@@ -66,16 +68,18 @@ def test_the_best_of_like_length_is_taken_or_else_the_nearest(prompts, most):
         for name, each in (("response", lengths), ("rejected", others))
     }
     margins = pl.Series([margin for _, _, own in prompts for margin in own])
-    answered = answered.with_columns(**texts, finish_reason=pl.lit("stop"))
+    rules = pl.Series([RULES if has_rules else []] * answered.height, dtype=CONSTRAINTS)
+    answered = answered.with_columns(**texts, finish_reason=pl.lit("stop"), constraints=rules)
     best = best_of_like_length(answered, margins, most)
     assert best["prompt_id"].to_list() == names["prompt_id"].to_list()
     for (other, own, further), row in zip(prompts, best.to_dicts(), strict=True):
         factors = [max(length, other, 1) / max(min(length, other), 1) for length in own]
         ranks = [
-            (1.0 if factor <= most else factor, -margin, sample)
+            (-margin if has_rules else 0.0, 1.0 if factor <= most else factor, -margin, sample)
             for sample, (factor, margin) in enumerate(zip(factors, [0.0, *further], strict=True), 1)
         ]
-        assert (row["sample"], row["is_alike"]) == (min(ranks)[2], min(factors) <= most)
+        taken = min(ranks)[-1]
+        assert (row["sample"], row["is_alike"]) == (taken, factors[taken - 1] <= most)
 
 
 # The asset.

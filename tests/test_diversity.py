@@ -17,7 +17,7 @@ from resources.models.embeddings import SentenceEmbedder
 from resources.models.likelihood import AnswerLikelihood
 from resources.models.model_source import ModelSourceError, fetch_embedding_model, fetch_initial_policy
 from resources.settings.data import EmbeddingModel
-from resources.settings.files import active_settings, load_settings
+from resources.settings.files import active_settings, load_settings, preset_path
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
 from resources.settings.sections import SettingsError

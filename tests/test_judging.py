@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from resources.judging.judge_choice import INDEPENDENT
 from synpo_assets.evaluation.win_rates import evaluation
 from synpo_assets.graph import metrics
-from synpo_assets.graph.metrics import Metric, Metrics, record, recorded
+from synpo_assets.graph.metrics import Metric, Metrics, judge_doubt, record, recorded
 from synpo_assets.method.damage import ending
 from synpo_assets.method.judging import (
     ANOTHER_GOLD,
@@ -25,7 +25,7 @@ from synpo_assets.method.judging import (
 )
 from synpo_assets.method.outcomes import win_rate_interval
 from synpo_assets.reports.page import judging_rows
-from synpo_assets.stages.scorers import judge_doubt, judge_model, reward_model
+from synpo_assets.stages.scorers import judge_model, reward_model
 from tests.benchmarks.judge_agreement import PEOPLE, agreements, decided_pairs
 from tests.nano import seed_rows
 from tests.stand_ins import instance as instance
@@ -144,11 +144,11 @@ def test_in_place_of_the_win_rates_of_a_judge_at_chance_stands_a_sentence(instan
         found = Metric("held_out_accuracy", accuracy, of=BOTH_ENDED, low=low, high=0.96, n=32)
         _, services, _ = materialize(scorers, instance, tmp_path / str(accuracy), monkeypatch)
         record(services.metrics, "judge_model", None, [found])
-        assert (judge_doubt(services) is None) == (low > 0.5)
+        assert (judge_doubt(services.metrics) is None) == (low > 0.5)
         materialize([*scorers, evaluation], instance, tmp_path / str(accuracy), monkeypatch)
         about = shown(instance, "evaluation", "0002")
         rate = about[f"win_rate of candidate over initial by {INDEPENDENT}"]
-        assert (rate == judge_doubt(services)) if low < 0.5 else (rate == 1.0)
+        assert (rate == judge_doubt(services.metrics)) if low < 0.5 else (rate == 1.0)
         by_scorer = about["win_rate of candidate over initial by scorer (took part in training)"]
         assert by_scorer == 1.0, "whoever took part is shown as before"
 

@@ -13,10 +13,10 @@ import pytest
 from resources.settings.files import active_settings
 from synpo_assets.algorithm import stages_of
 from synpo_assets.evaluation.win_rates import COMPARISONS
+from synpo_assets.graph.metrics import judge_doubt
 from synpo_assets.graph.tables import check
 from synpo_assets.method.evaluation import outcome_column
 from synpo_assets.method.seed import HELD_OUT
-from synpo_assets.stages.scorers import judge_doubt
 from tests.conftest import synpo_here
 from tests.nano import nano_settings, write_settings
 from tests.stand_ins import services_in
@@ -197,7 +197,7 @@ def test_the_evaluation_compares_with_m0_and_the_policy_before_by_both_judges(ho
             assert rate["wins"] == (judged == "win").sum()
             # Of a judge at chance no rate is shown.
             assert rate["win_rate"] is None or rate["low"] <= rate["win_rate"] <= rate["high"]
-        doubt, rate = judge_doubt(services_in(home)), rates["judge", "candidate", "initial"]["win_rate"]
+        doubt, rate = judge_doubt(services_in(home).metrics), rates["judge", "candidate", "initial"]["win_rate"]
         shown = about["win_rate of candidate over initial by independent judge"]
         assert (rate is None and shown == doubt) if doubt else shown == pytest.approx(rate, abs=1e-4)
         by_scorer = (frame["candidate_score"] > frame["initial_score"]).mean()

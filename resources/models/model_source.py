@@ -55,7 +55,12 @@ def with_system_prompt(directory: Path, text: str, trust_remote_code: bool) -> P
                 f"{missing}{{% set messages = {turn} + messages %}}{{% endif %}}{template}", encoding="utf-8"
             )
             _refuse_hidden_system_turn(temporary, directory, text, trust_remote_code)
-            temporary.rename(place)
+            try:
+                temporary.rename(place)
+            except OSError:
+                # Another process made the same meanwhile.
+                if not place.exists():
+                    raise
     return place
 
 

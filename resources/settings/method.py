@@ -142,13 +142,13 @@ class PublishedScorer(ScoringSection):
 
 
 class RewardTraining(ScoringSection):
-    """A Bradley-Terry reward model, trained here on gold over M_0's answers."""
+    """What a reward model that is trained here needs."""
 
     training: Training = Field(description="The training of the reward model. Not in the paper.")
 
 
 class TrainedScorer(RewardTraining):
-    """A Bradley-Terry reward model, trained here on gold over M_0's answers."""
+    """A Bradley-Terry reward model, trained here on gold over M_0's answers, gold of other prompts and damaged gold."""
 
     kind: Literal["trained"] = "trained"
 

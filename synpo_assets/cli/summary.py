@@ -10,13 +10,12 @@ from resources.common.text import asset_label, visible
 from resources.judging.judge_choice import INDEPENDENT
 from resources.storage.tables import ParquetTables
 from synpo_assets.graph.history import seconds_of
-from synpo_assets.graph.metrics import MetricName, Metrics, recorded
+from synpo_assets.graph.metrics import MetricName, Metrics, judge_doubt, recorded
 from synpo_assets.graph.missing import asset_names
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
 from synpo_assets.reports.texts import gain_text, number_text, rate_text, share_text
 from synpo_assets.stages.loop import promotion_refusal, promotion_verdict
-from synpo_assets.stages.scorers import judge_doubt
 
 # The win rates of each judge: whose over whom, and what is made equal. The last two show what form alone wins.
 COMPARED: tuple[tuple[str, MetricName, str, str], ...] = (
@@ -92,7 +91,7 @@ def _held_out(services: Services, iterations: int) -> Table:
     table.add_column("compared", no_wrap=True)
     for column in ("win rate", "prompts"):
         table.add_column(column, justify="right", no_wrap=True)
-    rewards, followings, sentence = [], [], judge_doubt(services)
+    rewards, followings, sentence = [], [], judge_doubt(services.metrics)
     for number in range(1, iterations + 1):
         measured = recorded(services.metrics, partition_key(number))
         measured = measured.without_rates_by(INDEPENDENT) if sentence else measured

@@ -22,6 +22,7 @@ from resources.training.losses import loss_module
 from synpo_assets.evaluation.gold_comparison import refuse_answers_of_another
 from synpo_assets.evaluation.win_rates import (
     OUTCOME_COUNTS,
+    doubted_rates,
     form_metrics,
     judged_by,
     rate_metrics,
@@ -30,7 +31,7 @@ from synpo_assets.evaluation.win_rates import (
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
 from synpo_assets.graph.evaluation_schemas import EqualSteps
-from synpo_assets.graph.metrics import Metric
+from synpo_assets.graph.metrics import Metric, judge_doubt
 from synpo_assets.graph.partitions import iteration_of, partition_key
 from synpo_assets.graph.presentation import (
     checkpoint_output,
@@ -144,7 +145,8 @@ def equal_steps_evaluation(
         *metrics.generating(usage),
         *metrics.scoring(sum(judging[1:], judging[0])),
     ]
-    return table_output(context, services, frame, measured, **made_by(control))
+    shown = doubted_rates(measured, judge_doubt(services.metrics))
+    return table_output(context, services, frame, measured, **shown, **made_by(control))
 
 
 def first_pairs(history: pl.DataFrame) -> pl.DataFrame:

@@ -26,16 +26,16 @@ from resources.storage.checkpoint_store import Checkpoint
 from resources.training.history import last_quarter
 from synpo_assets.graph.evaluation_schemas import Promotion
 from synpo_assets.graph.history import data_version_of, input_version_of
-from synpo_assets.graph.metrics import Metric, Metrics, recorded
+from synpo_assets.graph.metrics import Metric, Metrics, judge_doubt, recorded
 from synpo_assets.graph.partitions import iteration_of, partition_key
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.gate import gate_power, judge, verdict
+from synpo_assets.method.judging import doubt
 from synpo_assets.method.length_control import length_controlled_interval
 from synpo_assets.method.outcomes import win_rate_interval
 from synpo_assets.stages.loop import report_policy
-from synpo_assets.stages.scorers import judge_doubt
 
 # Metrics that are the independent judge's word.
 BY_JUDGE: frozenset[str] = frozenset({
@@ -52,11 +52,12 @@ OF_PROMPTS: frozenset[GateMetric] = frozenset({"prompt_similarity", "prompt_simi
     kinds=("polars",),
     reads=("gate",),
     deps=("evaluation", "instruction_following", "gold_comparison", "prompt_diversity"),
+    code=lambda settings: [doubt],
 )
 def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.Output[pl.DataFrame]:
     """Each metric of M_t that the gate limits; if all pass, M_t is reported as the policy of the next iteration."""
     gate, judged = services.settings.gate, services.checkpoints.current("model_checkpoint", context.partition_key)
-    measured, doubt = recorded(services.metrics, context.partition_key), judge_doubt(services)
+    measured, doubted = recorded(services.metrics, context.partition_key), judge_doubt(services.metrics)
     refuse_other_evaluation(measured, judged)
     refuse_other_pairs(context.instance, judged)
     if OF_PROMPTS & (gate.minimum.keys() | gate.maximum.keys()):
@@ -66,7 +67,7 @@ def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Serv
     certain = lowest_rates(answers, gate.error_rate, services.settings.random_seed)
     values = gate_metrics(measured) | certain | training_metrics(log)
     # A judge that cannot judge has measured nothing.
-    unmeasured = dict.fromkeys(BY_JUDGE, doubt.rstrip(".")) if doubt else {}
+    unmeasured = dict.fromkeys(BY_JUDGE, doubted.rstrip(".")) if doubted else {}
     rows = judge(values | dict.fromkeys(unmeasured), gate.minimum, gate.maximum, unmeasured)
     sentence = verdict(rows, judged.label, asset_label("policy", partition_key(iteration_of(context) + 1)))
     promoted = all(row["passed"] for row in rows)

@@ -31,7 +31,7 @@ from resources.storage.tables import table_metadata
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
 from synpo_assets.graph.evaluation_schemas import Evaluation
-from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName
+from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName, judge_doubt
 from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.services import Services
@@ -44,7 +44,7 @@ from synpo_assets.method.quality import answer_figures
 from synpo_assets.method.ranking import repeated_prompts
 from synpo_assets.method.seed import IS_HELD_OUT
 from synpo_assets.method.templates import prompt_requests, verbose_message
-from synpo_assets.stages.scorers import comparison_tokens, judge_doubt, reads_answers_alone
+from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
 
 # Whose answers are compared with whose.
 COMPARISONS = (("candidate", "initial"), ("candidate", "previous"), ("trimmed", "initial"), ("verbose", "initial"))
@@ -110,14 +110,12 @@ def evaluation(
         frame, lambda rows: held_out_metrics(rows, counted[rows["split"][0]], model_checkpoint.sha)
     )
     measured += [*by_split, *metrics.generating(usage), *metrics.scoring(sum(judging, rewarding))]
-    doubt = judge_doubt(services)
+    doubt = judge_doubt(services.metrics)
     tables = {
         name: table_metadata(_without_doubtful(table) if doubt else table) for name, table in counted["test"].items()
     }
     shown = tables | {"judges": "; ".join(labels.values()), "score_convention": convention}
-    if doubt:
-        labels_of_rates = [each.label for each in measured if each.by == INDEPENDENT and "win_rate" in each.metric]
-        shown |= {key: doubt for label in labels_of_rates for key in (label, f"{label}: 95 % interval")}
+    shown |= doubted_rates(measured, doubt)
     return table_output(context, services, frame, measured, **shown, **made_by(model_checkpoint))
 
 
@@ -179,6 +177,12 @@ def _without_doubtful(table: pl.DataFrame) -> pl.DataFrame:
     """The table without the rates of the independent judge; its counts stay."""
     rates = pl.col(pl.Float64)
     return table.with_columns(pl.when(pl.col("label") != INDEPENDENT).then(rates))
+
+
+def doubted_rates(measured: Sequence[Metric], doubt: str | None) -> dict[str, str]:
+    """What stands in the metadata in place of the independent judge's rates where it cannot judge."""
+    rates = [each.label for each in measured if doubt and each.by == INDEPENDENT and "win_rate" in each.metric]
+    return {key: str(doubt) for label in rates for key in (label, f"{label}: 95 % interval")}
 
 
 def judged_by(

@@ -20,7 +20,7 @@ from resources.models.weights import tensors_not_finite
 from resources.settings.settings import Settings
 from resources.training.history import last_quarter
 from resources.training.losses import sigmoid_argument
-from synpo_assets.graph.metrics import mean, recorded
+from synpo_assets.graph.metrics import judge_doubt, mean, recorded
 from synpo_assets.graph.partitions import iterations, partition_key, partition_of
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
@@ -114,9 +114,10 @@ def evaluation_checks(context: dg.AssetCheckExecutionContext, services: Services
     measured = recorded(services.metrics, context.partition_key)
     who = {"of": "candidate", "over": "initial"}
     wins, by_scorer = (measured.value("win_rate", **who, by=judge) for judge in (INDEPENDENT, TOOK_PART))
-    least = limits.min_win_rate
-    won = wins is not None and wins >= least
-    yield _result("win_rate", won, win_rate=wins, by_the_scorer=by_scorer, least_allowed=least)
+    least, doubt = limits.min_win_rate, judge_doubt(services.metrics)
+    won = doubt is None and wins is not None and wins >= least
+    shown = {"win_rate": wins if doubt is None else doubt, "by_the_scorer": by_scorer, "least_allowed": least}
+    yield _result("win_rate", won, **shown)
     repeated, before = (measured.value("mean_repetition", side) for side in ("candidate", "initial"))
     most = limits.max_mean_repetition
     shown = {"mean_repetition": repeated, "of_the_initial_policy": before, "most_allowed": most}

@@ -18,6 +18,7 @@ from resources.scoring.scorer import ScoringUsage
 from resources.storage.tables import ParquetTables
 from resources.training.job import TrainingSummary
 from synpo_assets.graph.tables import Table
+from synpo_assets.method.judging import BOTH_ENDED, doubt
 from synpo_assets.method.outcomes import share_interval
 from synpo_assets.method.seed import HELD_OUT
 from synpo_assets.method.verifiable import has_rules
@@ -194,6 +195,12 @@ def recorded(store: ParquetTables, partition: str | None) -> Metrics:
     return Metrics(pl.concat([pl.DataFrame(schema=SCHEMA), *tables]))
 
 
+def judge_doubt(store: ParquetTables) -> str | None:
+    """Why the independent judge's win rates say nothing, as a sentence; None if it can judge, or was never tried."""
+    found = recorded(store, None).find("held_out_accuracy", BOTH_ENDED, asset="judge_model")
+    return doubt(found.value, found.low, found.high, found.n) if found else None
+
+
 def by_split(frame: pl.DataFrame, measure: Callable[[pl.DataFrame], Iterable[Metric]]) -> list[Metric]:
     """What is measured of the rows of each split, test first."""
     return [
@@ -274,6 +281,12 @@ def with_rules(prompts: pl.DataFrame) -> list[Metric]:
     """How many prompts have rules; nothing where none has."""
     count = int(has_rules(prompts).sum())
     return [Metric("with_rules", count, n=prompts.height)] if count else []
+
+
+def margin_over_first(taken: pl.DataFrame) -> Metric:
+    """Mean margin by the scorer of the samples taken over the first ones; where rules decide, it is in other units."""
+    by_scorer = taken.filter(~has_rules(taken))
+    return Metric("mean_margin_over_first_sample", mean(by_scorer["margin_over_first"]), n=by_scorer.height)
 
 
 def _rate(metric: MetricName, tokens: int, seconds: float) -> list[Metric]:

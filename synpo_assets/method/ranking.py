@@ -54,11 +54,13 @@ def best_of_like_length(answered: pl.DataFrame, margins: pl.Series, max_ratio: f
 
     An answer is about as long if the longer of the two has at most `max_ratio` times the characters of the other; `is_alike`
     says whether it is. The margins are those of the rows of `beside_first`. Of equal answers the earlier sample is taken, and
-    one that was cut only where all were. The prompts keep the order of their first samples.
+    one that was cut only where all were. Where a prompt has rules, an answer that follows them goes before length. The prompts
+    keep the order of their first samples.
 
     Examples:
         >>> answered = pl.DataFrame({"prompt_id": ["a"] * 3, "sample": [1, 2, 3], "rejected": ["four"] * 3,
-        ...                          "response": ["five!", "much longer", "for"], "finish_reason": ["stop"] * 3})
+        ...                          "response": ["five!", "much longer", "for"], "finish_reason": ["stop"] * 3,
+        ...                          "constraints": [[]] * 3})
         >>> best_of_like_length(answered, pl.Series([9.0, -1.0]), 1.25)["response"].to_list()
         ['five!']
         >>> best_of_like_length(answered, pl.Series([9.0, -1.0]), 1.1)["response"].to_list()
@@ -70,7 +72,10 @@ def best_of_like_length(answered: pl.DataFrame, margins: pl.Series, max_ratio: f
     compared = _with_margins(answered, margins).with_columns(ratio=ratio, is_alike=ratio <= max_ratio)
     distance = pl.when("is_alike").then(1.0).otherwise("ratio")
     cut = pl.col("finish_reason") == "length"
-    order = pl.struct(cut, distance.alias("distance"), -pl.col("margin_over_first"), "sample")
+    by_rules = pl.when(pl.col("constraints").list.len() > 0).then(-pl.col("margin_over_first")).otherwise(0.0)
+    order = pl.struct(
+        cut, by_rules.alias("by_rules"), distance.alias("distance"), -pl.col("margin_over_first"), "sample"
+    )
     best = compared.filter(order.rank("ordinal").over("prompt_id") == 1)
     return answered.select(pl.col("prompt_id").unique(maintain_order=True)).join(
         best, on="prompt_id", maintain_order="left"

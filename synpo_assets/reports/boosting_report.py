@@ -11,7 +11,7 @@ from resources.judging.judge_choice import INDEPENDENT
 from resources.storage.files import json_sha256, write_atomically
 from resources.training.losses import loss_module
 from synpo_assets.graph.history import data_version_of, seconds_of
-from synpo_assets.graph.metrics import recorded
+from synpo_assets.graph.metrics import judge_doubt, recorded
 from synpo_assets.graph.presentation import versions_table, written_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import STATE_TAG, Stage
@@ -20,7 +20,6 @@ from synpo_assets.reports.page import judging_rows, report_html, sample_pairs
 from synpo_assets.reports.plots import draw_plots
 from synpo_assets.reports.rows import Row, report_notes, report_rows
 from synpo_assets.stages.loop import promotion_verdict
-from synpo_assets.stages.scorers import judge_doubt
 
 READ_ASSETS = ("preference_pairs", "model_checkpoint", "evaluation", "promotion")
 
@@ -74,7 +73,7 @@ def iterations_of(instance: dg.DagsterInstance, services: Services) -> tuple[lis
 
 def read_iteration(instance: dg.DagsterInstance, services: Services, key: str) -> FinishedIteration:
     """What is known of a finished iteration; its checkpoints may be gone."""
-    metrics, sentence = recorded(services.metrics, key), judge_doubt(services)
+    metrics, sentence = recorded(services.metrics, key), judge_doubt(services.metrics)
     manifest = services.checkpoints.manifest("model_checkpoint", key) or {}
     refused = (promoted := metrics.find("promoted", "candidate")) is not None and not promoted.value
     return FinishedIteration(

@@ -73,7 +73,7 @@ def best_rewrites(
     measured = [
         Metric("samples_per_prompt", options.samples),
         Metric("like_length_share", metrics.mean(best["is_alike"]), n=best.height),
-        Metric("mean_margin_over_first_sample", metrics.mean(best["margin_over_first"]), n=best.height),
+        metrics.margin_over_first(best),
         *metrics.generating(usage),
         *metrics.scoring(compared.usage),
     ]

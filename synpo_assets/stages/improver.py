@@ -84,7 +84,10 @@ def seed_responses(
     seed = seed_pairs.filter(split="train").select("prompt_id", "prompt", "answer", "constraints")
     frame, usage = answer_prompts(context, services, seed, policy)
     others = frame.with_columns(answer=pl.Series(other_answers(frame["answer"].to_list()), dtype=pl.String))
-    asked = pl.concat([frame, others]).select("prompt", "constraints", first="answer", second="response")
+    # Trimming can make an answer short enough for a rule, so what was cut follows none.
+    by_rules = (pl.col("finish_reason") == "length") & (pl.col("constraints").list.len() > 0)
+    second = pl.when(by_rules).then(pl.lit("")).otherwise("response")
+    asked = pl.concat([frame, others]).select("prompt", "constraints", first="answer", second=second)
     compared = scored_answers(services, reward_model, asked)
     found = compared.rows.head(frame.height)
     scored = frame.drop("constraints").with_columns(
@@ -126,8 +129,8 @@ def response_improver(
     valid = seed_responses.filter(preferred("margin", options.margin_threshold), pl.col("response") != "")
     if valid.is_empty():
         raise TrainingError(
-            f"No gold answer beats an answer of the policy's own by more than response_improver.margin_threshold = "
-            f"{options.margin_threshold}: lower it."
+            "No gold answer beats an answer of the policy's own by more than response_improver.margin_threshold = "
+            f"{options.margin_threshold}, or by rules that it breaks: lower the threshold."
         )
     damaged = damaged_copies(seed_responses.select("prompt", "answer"), options.damaged_copies, random_seed)
     examples = [*_examples(valid, "response"), *_examples(damaged, "damaged")]

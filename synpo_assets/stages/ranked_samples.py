@@ -104,7 +104,7 @@ def _ranked(
     taken = with_ranks(answered, compared.rows["margin"]).filter(pl.col("rank") == rank)
     measured = [
         Metric("samples_per_prompt", samples),
-        Metric("mean_margin_over_first_sample", metrics.mean(taken["margin_over_first"]), n=taken.height),
+        metrics.margin_over_first(taken),
         *metrics.generating(usage),
         *metrics.scoring(compared.usage),
     ]

@@ -35,19 +35,12 @@ from resources.storage.tables import table_metadata
 from resources.training.job import TrainingSummary
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work, training_work
-from synpo_assets.graph.metrics import Metric, recorded
+from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.presentation import checkpoint_output, training_log
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.damage import DAMAGES
-from synpo_assets.method.judging import (
-    BOTH_ENDED,
-    TRAINED_PAIRS,
-    accuracy_by_kind,
-    doubt,
-    held_out_pairs,
-    training_pairs,
-)
+from synpo_assets.method.judging import TRAINED_PAIRS, accuracy_by_kind, held_out_pairs, training_pairs
 from synpo_assets.method.seed import IS_HELD_OUT
 from synpo_assets.method.templates import prompt_requests
 from synpo_assets.method.verifiable import RULES_HOLD, has_rules, rule_scores
@@ -171,12 +164,6 @@ def judge_model(
         context, services, initial_policy, seed_pairs, answered, services.settings.judge.scorer, random_seed, "judge"
     )
     return _scorer_output(context, services, made, summary, judge, answered, usage)
-
-
-def judge_doubt(services: Services) -> str | None:
-    """Why the independent judge's win rates say nothing, as a sentence; None if it can judge, or was never tried."""
-    found = recorded(services.metrics, None).find("held_out_accuracy", BOTH_ENDED, asset="judge_model")
-    return doubt(found.value, found.low, found.high, found.n) if found else None
 
 
 def _seed_answers(
