@@ -137,13 +137,8 @@ def working_processes(home):
 
 
 def test_a_cancelled_run_ends_all_its_processes_within_30_seconds_and_leaves_nothing_half_made(ui):
-    change_settings(
-        ui,
-        preference_optimization={
-            "training": nano_settings(Path())["preference_optimization"]["training"] | {"epochs": 2000},
-            "loss": {"beta": 6.0},
-        },
-    )
+    short = nano_settings(Path())["preference_optimization"]["training"]
+    change_settings(ui, preference_optimization={"training": short | {"epochs": 2000}})
     before, checkpoint = working_processes(ui.home), ui.metadata("model_checkpoint", "0001")
     run = ui.launch("0001", ["model_checkpoint"])
     training = ui.home / "checkpoints" / "model_checkpoint"
@@ -155,7 +150,7 @@ def test_a_cancelled_run_ends_all_its_processes_within_30_seconds_and_leaves_not
     wait_for(lambda: working_processes(ui.home) <= before, max(1.0, 30 - (time.monotonic() - started)))
     assert list(training.glob(".*tmp")) == []
     assert ui.metadata("model_checkpoint", "0001") == checkpoint
-    change_settings(ui, preference_optimization={"loss": {"beta": 6.0}})
+    change_settings(ui, preference_optimization={"training": short})
     again = ui.launch("0001", ["model_checkpoint"])
     assert ui.wait_for_run(again) == "SUCCESS", "the slot of the pool was not given back"
 

@@ -137,7 +137,7 @@ def test_training_prompts_that_overlap_with_an_instruction_are_refused_or_droppe
         seed_table(settings)
     said = str(refused.value)
     assert f"it has the words of the verifiable instruction {prompts[0][:80]!r}" in said
-    assert "words in a row with the verifiable instruction 'In JSON: " in said
+    assert "words in a row (prompt_generator.decontamination_ngram) with the verifiable instruction 'In JSON: " in said
     assert f"and {tmp_path / 'instructions.jsonl'}, or set seed_data.on_bad_rows" in said
     assert "held-out prompt" not in said
     seed = settings.seed_data.model_copy(update={"on_bad_rows": "drop"})

@@ -317,15 +317,16 @@ def test_the_sample_and_its_ids_never_change():
 
 def test_bad_seed_rows_are_named_by_line():
     train = [
-        {"prompt": "good", "answer": "a"}, {"prompt": "", "answer": "a"}, {"prompt": "x"}, {"prompt": 5, "answer": "a"},
+        {"prompt": "good", "answer": "a"}, {"prompt": "", "answer": "a"}, {"prompt": "x"}, {"prompt": True, "answer": "a"},
         {"prompt": "Good ", "answer": "b"}, {"prompt": "shared", "answer": "a"}, {},
     ]  # fmt: skip
     good, bad = check_seed(list(enumerate(train, 1)), [(1, {"prompt": "shared", "answer": "a"})], "prompt", "answer")
     assert [(row["split"], row["prompt"]) for row in good] == [("held_out", "shared"), ("train", "good")]
     assert [(row.line, row.reason) for row in bad] == [
-        (2, "the prompt is empty"), (3, "the answer is missing or not text"), (4, "the prompt is missing or not text"),
+        (2, "the prompt is empty"), (3, "the answer is missing"),
+        (4, "the prompt is a truth value, where text or chat messages are needed"),
         (5, "the same prompt stands in line 1 of train"), (6, "the same prompt stands in line 1 of held_out"),
-        (7, "the line is no JSON object, or an empty one"),
+        (7, "the line is no JSON object in UTF-8, or an empty one"),
     ]  # fmt: skip
 
 
@@ -335,5 +336,6 @@ def test_seed_rows_may_be_chat_messages():
     assert bad == []
     assert (good[0]["prompt"], good[0]["answer"]) == ("hi", "hello")
     second_round = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "no"}]
-    good, _ = check_seed([(1, {"m": chat + second_round})], [], "m", "m")
-    assert good[0]["answer"] == "hello", "the answer must belong to the question"
+    good, bad = check_seed([(1, {"m": chat + second_round})], [], "m", "m")
+    assert good == []
+    assert bad[0].reason == "the prompt is a conversation of 4 turns: a row is one question and its answer"

@@ -49,7 +49,7 @@ def test_bad_rows_are_dropped_and_counted_where_the_setting_says_so(tmp_path):
     asked = {"train": {"path": "train.jsonl"}}
     frame, bad = seed_table(settings_with(tmp_path, **asked, on_bad_rows="drop"))
     assert sorted(frame.filter(~pl.col("split").is_in(HELD_OUT))["prompt"]) == list("acdefghi")
-    assert [row.reason for row in bad] == ["the answer is missing or not text"]
+    assert [row.reason for row in bad] == ["the answer is missing"]
     with pytest.raises(SettingsError, match="1 seed rows cannot be used"):
         seed_table(settings_with(tmp_path, **asked))
 

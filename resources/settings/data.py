@@ -1,5 +1,6 @@
 """Where models and data come from."""
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -68,17 +69,19 @@ class EmbeddingModel(ModelSource):
 
 
 class DataSource(Section):
-    """A file or a Hugging Face dataset."""
+    """A file, a folder or a Hugging Face dataset."""
 
     path: str = Field(
-        description="A .jsonl or .parquet file (relative to the settings file) or a Hugging Face dataset id."
+        description="A .jsonl or .parquet file, a folder of them, or one that `save_to_disk` wrote (relative to the settings "
+        "file), or a Hugging Face dataset id."
     )
-    split: str = Field("train", description="Split of a Hugging Face dataset; ignored for files.")
+    configuration: str | None = Field(None, description="Configuration of a Hugging Face dataset that has several.")
+    split: str = Field("train", description="Split of a Hugging Face dataset; not read for files.")
 
     @property
-    def is_file(self) -> bool:
-        """Whether `path` is a file rather than a dataset id."""
-        return self.path.endswith(SEED_DATA_SUFFIXES)
+    def is_local(self) -> bool:
+        """Whether `path` is a file or folder rather than a dataset id."""
+        return Path(self.path).is_absolute() or Path(self.path).suffix.lower() in SEED_DATA_SUFFIXES
 
 
 class SeedData(Section):
@@ -101,9 +104,13 @@ class SeedData(Section):
         description="Instructions with constraints that a program can check (columns prompt and constraints, as in "
         "resources/seed/verifiable.jsonl); used for evaluation only. None: none are asked.",
     )
-    prompt_column: str = Field("prompt", description="Column with the prompt: text, or chat messages.")
+    prompt_column: str = Field(
+        "prompt",
+        description="Column with the prompt: text, or chat messages (OpenAI's or ShareGPT's) with one user turn.",
+    )
     answer_column: str = Field(
-        "answer", description="Column with the gold answer: text, or chat messages whose first assistant turn is taken."
+        "answer",
+        description="Column with the gold answer: text, or chat messages; the same column as the prompt's if that holds both.",
     )
     on_bad_rows: Literal["refuse", "drop"] = Field(
         "refuse",

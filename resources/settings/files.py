@@ -118,12 +118,19 @@ def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
     sources = map(at, ("seed_data.train", "seed_data.held_out", "seed_data.verifiable", "keyword_pool.corpus"))
     models = map(at, ("initial_policy", "diversity.embedding_model"))
     published = [section for section in map(at, ("scorer", "judge")) if section.get("name")]
-    named = [(source, "path") for source in sources if str(source.get("path", "")).endswith(SEED_DATA_SUFFIXES)]
+    named = [(source, "path") for source in sources if _is_local(folder, str(source.get("path", "")))]
     named += [(model, "name") for model in models if model.get("source") == "directory" and "name" in model]
     named += [(section, "name") for section in published if (folder / str(section["name"])).is_dir()]
     named += [(at(place), name) for place, name in FILES if at(place).get(name)]
     for section, name in named:
-        section[name] = str((folder / str(section[name])).resolve())
+        section[name] = str((folder / Path(str(section[name])).expanduser()).resolve())
+
+
+def _is_local(folder: Path, path: str) -> bool:
+    """Whether a data source is a file or folder; what is neither, and is not written like one, is a dataset id."""
+    place = Path(path).expanduser()
+    written_so = path.startswith(("~", ".", "/")) or place.suffix.lower() in SEED_DATA_SUFFIXES
+    return bool(path) and (written_so or (folder / place).exists())
 
 
 def _sentence(path: Path, error: ValidationError) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import polars as pl
 
+from synpo_assets.method.chat_rows import UnusableCellError, cell_text, turns_of
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.prompts import Contamination, words_of
 from synpo_assets.method.verifiable import constraints_problem, followed, read_constraints
@@ -46,12 +47,14 @@ def seed_rows(
     seen: dict[str, tuple[str, int]] = {}
     for split, rows in (("held_out", held_out), ("train", train)):
         for line, row in rows:
-            prompt, answer = _text(row.get(prompt_column), "user"), _text(row.get(answer_column), "assistant")
-            reason = None if row else "the line is no JSON object, or an empty one"
-            reason = reason or _reason("prompt", prompt) or _reason("answer", answer)
+            try:
+                stated = _question_and_answer(row, prompt_column, answer_column)
+            except UnusableCellError as error:
+                bad.append(BadRow(split, line, str(error)))
+                continue
             constraints = (row.get("constraints") or []) if with_rules else []
-            reason = reason or constraints_problem(constraints) or _broken_rule(constraints, str(answer))
-            key = " ".join(prompt.lower().split()) if prompt else ""
+            reason = constraints_problem(constraints) or _broken_rule(constraints, stated["answer"])
+            key = " ".join(stated["prompt"].lower().split())
             if reason is None and key in seen:
                 other_split, other_line = seen[key]
                 reason = f"the same prompt stands in line {other_line} of {other_split}"
@@ -59,9 +62,8 @@ def seed_rows(
                 bad.append(BadRow(split, line, reason))
                 continue
             seen[key] = (split, line)
-            prompt_id = content_id("prompt", prompt)
-            stated = {"prompt": prompt, "answer": answer, "constraints": read_constraints(constraints)}
-            good.append({"prompt_id": prompt_id, **stated, "split": split, "line": line})
+            ids = {"prompt_id": content_id("prompt", stated["prompt"])}
+            good.append(ids | stated | {"constraints": read_constraints(constraints), "split": split, "line": line})
     return good, bad
 
 
@@ -74,31 +76,45 @@ def overlapping_rows(
 
     Examples:
         >>> rows = [{"split": "train", "line": 7, "prompt": "Quick: name four red fruits!"}]
-        >>> overlapping_rows(rows, ["Name four red fruits, please."], 4, "held-out prompt")[0].reason
-        "it shares 4 words in a row with the held-out prompt 'Name four red fruits, please.'"
+        >>> overlapping_rows(rows, ["Name four red fruits."], 4, "test prompt")[0].reason
+        "it shares 4 words in a row (prompt_generator.decontamination_ngram) with the test prompt 'Name four red fruits.'"
     """
     contamination, bad = Contamination(later_prompts, ngram), list[BadRow]()
     for row in good:
         if row["split"] == "held_out" or (found := contamination.find(row["prompt"])) is None:
             continue
         equal = words_of(row["prompt"]) == words_of(found)
-        shared = "has the words of" if equal else f"shares {ngram} words in a row with"
+        shared = (
+            "has the words of"
+            if equal
+            else f"shares {ngram} words in a row (prompt_generator.decontamination_ngram) with"
+        )
         bad.append(BadRow(row["split"], row["line"], f"it {shared} the {kind} {found[:80]!r}"))
     return bad
 
 
-def _text(value: Any, role: str) -> str | None:
-    """The text of a cell: itself, or the turn of `role` in chat messages (the first of that role)."""
-    if isinstance(value, list):
-        turns = [turn.get("content") for turn in value if isinstance(turn, dict) and turn.get("role") == role]
-        value = turns[0] if turns else None
-    return value.strip() if isinstance(value, str) else None
+def _question_and_answer(row: Mapping[str, Any], prompt_column: str, answer_column: str) -> dict[str, str]:
+    """The texts of a row.
 
-
-def _reason(name: str, text: str | None) -> str | None:
-    if text is None:
-        return f"the {name} is missing or not text"
-    return None if text else f"the {name} is empty"
+    Raises:
+        UnusableCellError: One of them is none, or the answer's messages answer another question.
+    """
+    if not row:
+        raise UnusableCellError("the line is no JSON object in UTF-8, or an empty one")
+    texts = dict[str, str]()
+    for name, column, role in (("prompt", prompt_column, "user"), ("answer", answer_column, "assistant")):
+        try:
+            texts[name] = cell_text(row.get(column), role)
+        except UnusableCellError as error:
+            raise UnusableCellError(f"the {name} {error}") from None
+    for column, role, name in ((prompt_column, "assistant", "answer"), (answer_column, "user", "prompt")):
+        messages = row.get(column)
+        other = turns_of(messages).get(role) if isinstance(messages, list) else None
+        if other is not None and str(other).strip() != texts[name]:
+            raise UnusableCellError(
+                f"the messages in `{column}` have another {name} than `{prompt_column}` and `{answer_column}`"
+            )
+    return texts
 
 
 def _broken_rule(stated: Sequence[Mapping[str, Any]], answer: str) -> str | None:

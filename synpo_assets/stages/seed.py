@@ -10,12 +10,13 @@ training. Where the paper drops a list of keywords that holds a personal name or
 a stopword, we drop the word.
 """
 
+import collections
 import dataclasses
 import hashlib
 import itertools
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from synpo_assets.graph.schemas import KeywordPool, SeedPairs
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.graph.tables import check
+from synpo_assets.method.chat_rows import unwritable
 from synpo_assets.method.keywords import Keywords, keyword_set, paragraph_keyword_sets
 from synpo_assets.method.seed import HELD_OUT, BadRow, overlapping_rows, seed_rows
 from synpo_assets.method.verifiable import instruction_rows
@@ -83,13 +85,14 @@ def verifiable_instructions(
 
 
 @Stage(KeywordPool, group="seed", lazy=True, once=True, kinds=("polars",), reads=("keyword_pool",))
-def keyword_pool(services: dg.ResourceParam[Services]) -> Iterator[dg.Output[pl.LazyFrame]]:
+def keyword_pool(
+    context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]
+) -> Iterator[dg.Output[pl.LazyFrame]]:
     """The keyword pool K: keywords of one corpus paragraph each, streamed to disk (paper, section 2.1)."""
     pool = services.settings.keyword_pool
-    rows = read_rows(pool.corpus, "keyword_pool.corpus", (pool.text_column,))
-    paragraphs = (text for _, row in rows if isinstance(text := row.get(pool.text_column), str) and text.strip())
+    rows, unusable = read_rows(pool.corpus, "keyword_pool.corpus", (pool.text_column,)), list[int]()
     sets = paragraph_keyword_sets(
-        paragraphs,
+        _paragraphs(rows, pool.text_column, unusable),
         Keywords(pool.language, pool.drop_personal_names),
         pool.keywords_per_set,
         pool.sets_per_paragraph,
@@ -98,10 +101,25 @@ def keyword_pool(services: dg.ResourceParam[Services]) -> Iterator[dg.Output[pl.
     limited = itertools.islice(sets, pool.max_sets)
     with tempfile.TemporaryDirectory() as directory:
         version, rows_written = _write_batches(itertools.starmap(keyword_set, limited), Path(directory))
-        record(services.metrics, "keyword_pool", None, [Metric("rows", rows_written)])
+        record(services.metrics, "keyword_pool", None, [Metric("rows", rows_written), Metric("dropped", len(unusable))])
+        if unusable:
+            named = ", ".join(map(str, unusable[:SHOWN_BAD_ROWS]))
+            context.log.warning(
+                f"{len(unusable)} rows of keyword_pool.corpus hold no text and were left out, the first in lines {named}."
+            )
         frame = pl.scan_parquet(Path(directory) / "*.parquet")
         # Yielded, not returned: the table is stored while the batches still exist.
         yield dg.Output(frame, data_version=dg.DataVersion(version))
+
+
+def _paragraphs(rows: Iterable[tuple[int, Mapping[str, Any]]], column: str, unusable: list[int]) -> Iterator[str]:
+    """The paragraphs of corpus rows; the lines of those without one are added to `unusable`."""
+    for line, row in rows:
+        text = row.get(column)
+        if isinstance(text, str) and text.strip() and unwritable(text) is None:
+            yield text
+        else:
+            unusable.append(line)
 
 
 def _write_batches(rows: Iterator[dict[str, object]], directory: Path) -> tuple[str, int]:
@@ -150,7 +168,7 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
             f"seed_data.held_out has {len(evaluated)} usable rows; at least 2 are needed, one for dev and one for test."
         )
     left, chosen = usable["train"], list[dict[str, Any]]()
-    for split, count in _split_sizes(settings, len(left)).items():
+    for split, count in _split_sizes(settings, len(left), bad).items():
         rows = _sample(left, count, f"{settings.random_seed}:{split}")
         chosen += [row | {"split": split} for row in rows]
         read = {row["prompt_id"] for row in rows}
@@ -197,7 +215,17 @@ def _with_splits(rows: list[dict[str, Any]], settings: Settings) -> list[dict[st
     return [row | {"split": "dev" if row["prompt_id"] in dev else "test"} for row in rows]
 
 
-def _split_sizes(settings: Settings, usable: int) -> dict[str, int]:
+def _most_frequent(bad: Sequence[BadRow]) -> str:
+    """Why most rows were dropped, by one of them; nothing if none was."""
+    kinds = collections.Counter(row.reason.partition("'")[0] for row in bad)
+    if not kinds:
+        return ""
+    kind, count = kinds.most_common(1)[0]
+    example = next(row for row in bad if row.reason.startswith(kind))
+    return f" {len(bad)} were dropped, {count} of them like {example.split} line {example.line}: {example.reason}."
+
+
+def _split_sizes(settings: Settings, usable: int, bad: Sequence[BadRow]) -> dict[str, int]:
     """How many usable rows of the training file are trained on, and how many are set aside for a judge and a scorer."""
     seed, limits = settings.seed_data, dict[str, int | None]()
     if settings.judge.kind == "trained":
@@ -206,7 +234,9 @@ def _split_sizes(settings: Settings, usable: int) -> dict[str, int]:
         limits["scorer"] = seed.scorer_limit
     if usable < (least := max(4, 4 * len(limits))):
         whose = ", 2 of them for ".join(["", *(f"the {split}" for split in limits)])
-        raise SettingsError(f"seed_data.train has {usable} usable rows; at least {least} are needed{whose}.")
+        raise SettingsError(
+            f"seed_data.train has {usable} usable rows; at least {least} are needed{whose}.{_most_frequent(bad)}"
+        )
     wanted = min(seed.train_limit or usable, usable)
     wishes = {split: limit or max(wanted // 4, 2) for split, limit in limits.items()}
     spare, aside = max(usable - wanted, usable // 2), dict[str, int]()

@@ -1,0 +1,102 @@
+"""What a cell of a seed row may be: text, or the chat messages of one question and its answer.
+
+A row is one user turn and one assistant turn. A conversation of several turns, a system turn and a tool's turn are refused by name,
+because taking one turn out of them would change what was asked: a system prompt is a setting (`initial_policy.system_prompt`), and
+a conversation can be split into rows. Messages may be OpenAI's (role, content; content as text parts) or ShareGPT's (from, value).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# ShareGPT's names of roles.
+ROLES = {"human": "user", "gpt": "assistant"}
+SURROGATES = range(0xD800, 0xE000)
+
+
+class UnusableCellError(ValueError):
+    """What is wrong with a cell, as the end of a sentence that starts with its name."""
+
+
+def cell_text(value: Any, role: str) -> str:
+    """The text of a cell: itself, or the turn of `role` in chat messages.
+
+    Raises:
+        UnusableCellError: It holds no such text.
+
+    Examples:
+        >>> cell_text(" Why? ", "user"), cell_text(42, "assistant")
+        ('Why?', '42')
+        >>> cell_text([{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}], "assistant")
+        'Because.'
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        turns = turns_of(value)
+        if role not in turns:
+            raise UnusableCellError(f"has no turn of role `{role}`")
+        value = turns[role]
+    if value is None:
+        raise UnusableCellError("is missing")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UnusableCellError(f"is a {_kind(value)}, where text or chat messages are needed")
+    text = str(value).strip()
+    if not text:
+        raise UnusableCellError("is empty")
+    if problem := unwritable(text):
+        raise UnusableCellError(problem)
+    return text
+
+
+def unwritable(text: str) -> str | None:
+    r"""What no file or tokenizer takes in a text, if there is something: half of a surrogate pair, or NUL.
+
+    Examples:
+        >>> unwritable("A party \ud83d"), unwritable("fine \U0001f389")
+        ('holds half of a surrogate pair (U+D83D), which is no character', None)
+    """
+    half = next((letter for letter in text if ord(letter) in SURROGATES), None)
+    if half is not None:
+        return f"holds half of a surrogate pair (U+{ord(half):04X}), which is no character"
+    return "holds the character NUL" if "\0" in text else None
+
+
+def turns_of(messages: Sequence[Any]) -> dict[str, Any]:
+    """The content of each role in chat messages, which have one user turn and one assistant turn at most.
+
+    Raises:
+        UnusableCellError: They are no chat messages, or more than a question and its answer.
+    """
+    turns = dict[str, Any]()
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise UnusableCellError("is a list, but not of chat messages (objects with role and content)")
+        role = message.get("role") or message.get("from")
+        role = ROLES.get(str(role), role)
+        content = message.get("content") if message.get("content") is not None else message.get("value")
+        if role == "system" and not content:
+            continue
+        if role == "system":
+            raise UnusableCellError(
+                "has a system turn: state it once, in initial_policy.system_prompt, and leave it out of the rows"
+            )
+        if role not in ("user", "assistant"):
+            raise UnusableCellError(f"has a turn of role `{role}`, which is neither a question nor an answer")
+        if role in turns:
+            raise UnusableCellError(f"is a conversation of {len(messages)} turns: a row is one question and its answer")
+        if role == "user" and "assistant" in turns:
+            raise UnusableCellError("has the answer before the question")
+        turns[role] = _content(content)
+    return turns
+
+
+def _content(content: Any) -> Any:
+    """The content of a message; OpenAI's parts joined where all are text."""
+    if not isinstance(content, Sequence) or isinstance(content, str):
+        return content
+    kinds = [part.get("type") if isinstance(part, Mapping) else _kind(part) for part in content]
+    if other := next((kind for kind in kinds if kind != "text"), None):
+        raise UnusableCellError(f"has a part of type `{other}`: only text can be learned from")
+    return "".join(str(part["text"]) for part in content)
+
+
+def _kind(value: Any) -> str:
+    return {bool: "truth value", dict: "JSON object", list: "list"}.get(type(value), type(value).__name__)

@@ -1,0 +1,79 @@
+"""What a seed row may be: one question and one answer, in any of the usual forms, or a reason by line."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from synpo_assets.method.seed import seed_rows as check_seed
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
+
+
+def openai(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def sharegpt(*turns):
+    return [{"from": {"user": "human", "assistant": "gpt"}[role], "value": content} for role, content in turns]
+
+
+def read(row, prompt_column="prompt", answer_column="answer"):
+    good, bad = check_seed([(9, row)], [], prompt_column, answer_column)
+    return (good[0]["prompt"], good[0]["answer"]) if good else bad[0].reason
+
+
+@given(TEXT, TEXT)
+def test_every_form_of_a_question_and_its_answer_is_read_alike(question, answer):
+    expected = (question.strip(), answer.strip())
+    turns = (("user", question), ("assistant", answer))
+    parts = [("user", [{"type": "text", "text": question}]), ("assistant", [{"type": "text", "text": answer}])]
+    empty_system = [{"role": "system", "content": ""}, *openai(*turns)]
+    for chat in (openai(*turns), sharegpt(*turns), openai(*parts), empty_system):
+        assert read({"chat": chat}, "chat", "chat") == expected
+        assert read({"prompt": question, "answer": chat}) == expected
+    assert read({"prompt": openai(turns[0]), "answer": openai(turns[1])}) == expected
+    assert read({"prompt": question, "answer": answer}) == expected
+
+
+CONVERSATION = [("user", "Opening turn 1: say hello."), ("assistant", "Hello."), ("user", "Plan my week.")]
+# What a row holds beside a question and an answer, and what is said of it.
+REFUSED = [
+    ({"prompt": openai(*CONVERSATION), "answer": "Monday: rest."}, "the prompt is a conversation of 3 turns"),
+    ({"prompt": openai(("system", "Be brief."), ("user", "Why?")), "answer": "So."}, "the prompt has a system turn"),
+    ({"prompt": "Why?", "answer": openai(("user", "How?"), ("assistant", "So."))}, "have another prompt than"),
+    ({"prompt": openai(("user", "Why?"), ("assistant", "No.")), "answer": "So."}, "have another answer than"),
+    ({"prompt": openai(("assistant", "So."), ("user", "Why?")), "answer": "So."}, "the answer before the question"),
+    ({"prompt": "Why?", "answer": openai(("tool", "{}"))}, "the answer has a turn of role `tool`"),
+    ({"prompt": openai(("assistant", "So.")), "answer": "So."}, "the prompt has no turn of role `user`"),
+    ({"prompt": "Why?", "answer": openai(("assistant", [{"type": "image_url"}]))}, "a part of type `image_url`"),
+    ({"prompt": "Why?", "answer": openai(("assistant", None))}, "the answer is missing"),
+    ({"prompt": "Why?", "answer": None}, "the answer is missing"),
+    ({"prompt": "Why?", "answer": {"text": "So."}}, "the answer is a JSON object"),
+    ({"prompt": ["Why?"], "answer": "So."}, "the prompt is a list, but not of chat messages"),
+    ({"prompt": True, "answer": "So."}, "the prompt is a truth value"),
+    ({"prompt": "Why?", "answer": " \n"}, "the answer is empty"),
+    (json.loads('{"prompt": "A party \\ud83d", "answer": "So."}'), "half of a surrogate pair (U+D83D)"),
+    ({"prompt": "Why?", "answer": "So\0."}, "the answer holds the character NUL"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), REFUSED, ids=[reason for _, reason in REFUSED])
+def test_what_is_no_question_with_its_answer_is_named(row, reason):
+    assert reason in read(row)
+
+
+def test_a_number_is_an_answer():
+    assert read({"prompt": "Six times seven?", "answer": 42}) == ("Six times seven?", "42")
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(
+    st.sampled_from(["role", "content", "from", "value", "type", "text"]), inner)))  # fmt: skip
+def test_whatever_a_cell_holds_is_read_or_named(cell):
+    row = {"prompt": "Why?", "answer": cell}
+    found = read(row)
+    if isinstance(found, tuple):
+        assert found[1].strip() == found[1] != ""
+    else:
+        assert found.startswith(("the answer ", "the messages in "))
