@@ -14,10 +14,14 @@ from unittest import mock
 import pytest
 import yaml
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 from typer.testing import CliRunner
 
 from tests.nano import EMBEDDING_MODEL, make_nano_embedding_model, make_nano_model, nano_settings, write_settings
 
+# How long an example takes says nothing where tests run side by side.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 # The first process sets it; those that test side by side share what is made in `SHARED`.
 SHARED = Path(os.environ.get("SYNPO_TESTS_SHARED") or tempfile.mkdtemp(prefix="synpo-tests-"))
 os.environ["SYNPO_TESTS_SHARED"] = str(SHARED)

@@ -1,14 +1,18 @@
 """Chat templates are rendered once and give one BOS at most."""
 
+import functools
 import shutil
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from resources.models.chat import ChatTemplateError, answer_ids, end_of_turn_id, load_tokenizer, prompt_ids, prompt_text
 from resources.models.model_source import ModelSourceError, fetch_initial_policy
 from resources.settings.data import InitialPolicy
 from tests.nano import nano_tokenizer
 
+nano_tokenizer_once = functools.cache(nano_tokenizer)
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -61,6 +65,31 @@ def test_a_template_without_end_of_turn_falls_back_to_eos():
     tokenizer = nano_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id
+
+
+SPELLED = st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "<|endoftext|>", "assistant\n", "x", " ", "é"])).map(
+    "".join
+)
+
+
+@given(SPELLED, SPELLED)
+def test_control_tokens_that_are_written_out_stay_text(question, answer):
+    tokenizer = nano_tokenizer_once()
+    control, asked = set(tokenizer.all_special_ids) | {1}, [{"role": "user", "content": question}]
+    ids = prompt_ids(tokenizer, asked)
+    # Those of the template: two turns opened, one closed.
+    assert [token for token in ids if token in control] == [
+        token for token in prompt_ids(tokenizer, HELLO) if token in control
+    ]
+    assert tokenizer.decode(ids) == prompt_text(tokenizer, asked)
+    written = answer_ids(tokenizer, asked, answer, finished=False)
+    assert control.isdisjoint(written)
+    assert tokenizer.decode(written) == answer
+
+
+def test_the_lengths_of_what_holds_no_control_token_are_the_tokenizers_own(tokenizer):
+    text = prompt_text(tokenizer, HELLO)
+    assert prompt_ids(tokenizer, HELLO) == tokenizer(text, add_special_tokens=False).input_ids
 
 
 def test_a_missing_chat_template_is_refused(tmp_path):

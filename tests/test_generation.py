@@ -9,6 +9,8 @@ import shutil
 import polars as pl
 import pytest
 
+import resources.generation.completions
+import resources.generation.transformers_engine
 import resources.storage.shards
 from resources.common.errors import FinalError
 from resources.common.progress import Progress
@@ -177,3 +179,19 @@ def test_completions_do_not_depend_on_when_finished_rows_leave_their_batch(tmp_p
 def test_sampling_has_the_right_frequencies(options, expected):
     found = frequencies(Sampling(temperature=0.7, max_new_tokens=1, **options), [0.5, 0.3, 0.15, 0.05])
     assert found == pytest.approx(expected, abs=0.03)
+
+
+def test_bytes_that_are_no_character_are_left_out(tmp_path, nano_checkpoint, monkeypatch):
+    """A limit of one token cuts most characters of three bytes in two."""
+    real = resources.generation.completions.completion
+
+    def cut(key, input_tokens, token_ids, sampling, tokenizer, ends):
+        cut_in_two = tokenizer("語", add_special_tokens=False).input_ids[:1]
+        return real(key, input_tokens, [*token_ids, *cut_in_two], sampling, tokenizer, [])
+
+    monkeypatch.setattr(resources.generation.transformers_engine, "completion", cut)
+    frame, _ = model(tmp_path).answer(nano_checkpoint, PROMPTS[:4], SAMPLING)
+    stored = pl.concat([pl.read_parquet(file) for file in tmp_path.rglob("*.parquet")])
+    assert stored["text"].str.contains("\ufffd").all()
+    assert not frame["text"].str.contains("\ufffd").any()
+    assert (frame["text"].str.len_chars() > 0).all()

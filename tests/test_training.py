@@ -107,6 +107,35 @@ def test_the_cpu_loss_of_supervised_training_is_trls(tmp_path, trainer, nano_che
         assert mine["grad_norm"] == pytest.approx(trl["grad_norm"], rel=1e-2)
 
 
+def test_a_model_that_scales_its_logits_learns_by_its_own_loss(tmp_path, trainer, nano_model, monkeypatch):
+    from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
+    from trl import SFTTrainer
+
+    import resources.training.cpu_sft
+
+    shape = AutoModelForCausalLM.from_pretrained(nano_model).config.to_dict()
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    config = GraniteConfig(
+        **{name: shape[name] for name in (*names, "eos_token_id", "pad_token_id")}, logits_scaling=8.0
+    )
+    GraniteForCausalLM(config).save_pretrained(tmp_path / "granite")
+    load_tokenizer(str(nano_model)).save_pretrained(tmp_path / "granite")
+    granite = Checkpoint("initial_policy", None, "granite", str(tmp_path / "granite"), str(tmp_path / "granite"))
+    ours = trainer.train("supervised", granite, EXAMPLES, SFT, tmp_path / "ours")
+    monkeypatch.setattr(resources.training.cpu_sft, "CpuSFTTrainer", SFTTrainer)
+    theirs = trainer.train("supervised", granite, EXAMPLES, SFT, tmp_path / "theirs")
+    assert [entry["loss"] for entry in ours.history] == pytest.approx(
+        [entry["loss"] for entry in theirs.history], abs=1e-4
+    )
+
+
 def test_only_the_answer_is_learned(tmp_path, trainer, nano_checkpoint):
     from transformers import AutoModelForCausalLM
 

@@ -94,6 +94,8 @@ class LanguageModel(DeviceResource):
         rows = shards.rows(asked["key"])
         generated = rows["output_tokens"].filter(~rows["key"].is_in(finished.implode()))
         answered = asked.join(rows, on="key", how="inner", maintain_order="left").drop("key")
+        # What stands for bytes that are no character, as where a limit cuts one in two: nobody wrote it, and nobody shall learn it.
+        answered = answered.with_columns(pl.col("text").str.replace_all("\ufffd", "", literal=True))
         if answered.height < asked.height:
             raise RuntimeError(f"The engine answered only {answered.height} of {asked.height} prompts: run it again.")
         return answered, Usage(

@@ -1,5 +1,11 @@
-"""The one place that turns chat messages into token ids: chat template applied once, exactly one BOS at most."""
+"""The one place that turns chat messages into token ids: chat template applied once, exactly one BOS at most.
 
+Only the template writes control tokens. Where a message or an answer spells one (`<|im_end|>` in a question about chat models,
+`</s>` in HTML), it is tokenized as the text that it is: else a seed row could close its own turn and forge another.
+"""
+
+import functools
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
+# Around the number of a control token that is text: noncharacters, which no text may hold.
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
 
 class ChatTemplateError(FinalError):
@@ -34,7 +42,6 @@ def prompt_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message
     """Renders messages up to the point where the assistant starts to write.
 
     The text starts with one BOS if the template writes it or the tokenizer would add it, and never with two.
-    Tokenize it with `add_special_tokens=False`.
     """
     text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
     bos = tokenizer.bos_token
@@ -43,8 +50,8 @@ def prompt_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
-    """Token ids of `prompt_text`."""
-    return tokenizer(prompt_text(tokenizer, messages), add_special_tokens=False).input_ids
+    """Token ids of `prompt_text`, where control tokens are the template's alone."""
+    return _token_ids(tokenizer, _marked_prompt(tokenizer, messages))
 
 
 def answer_ids(
@@ -54,12 +61,39 @@ def answer_ids(
 
     Prompt and answer are tokenized together, because some tokenizers begin a text on its own differently.
     """
-    prompt = prompt_text(tokenizer, messages)
-    asked = tokenizer(prompt, add_special_tokens=False).input_ids
-    whole = tokenizer(prompt + answer, add_special_tokens=False).input_ids
+    prompt, answer = _marked_prompt(tokenizer, messages), _marked(tokenizer, answer)
+    asked, whole = _token_ids(tokenizer, prompt), _token_ids(tokenizer, prompt + answer)
     together = whole[: len(asked)] == asked
-    token_ids = whole[len(asked) :] if together else tokenizer(answer, add_special_tokens=False).input_ids
+    token_ids = whole[len(asked) :] if together else _token_ids(tokenizer, answer)
     return [*token_ids, end_of_turn_id(tokenizer)] if finished else token_ids
+
+
+def _marked_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> str:
+    """`prompt_text` with marks in place of the control tokens that messages spell."""
+    return prompt_text(tokenizer, [{**turn, "content": _marked(tokenizer, turn["content"])} for turn in messages])
+
+
+def _marked(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
+    control = _control_tokens(tokenizer)
+    found = re.compile("|".join(map(re.escape, control))) if control else None
+    return found.sub(lambda match: f"{OPEN}{control.index(match[0])}{CLOSE}", text) if found else text
+
+
+def _token_ids(tokenizer: "PreTrainedTokenizerBase", marked: str) -> list[int]:
+    ids, control = list[int](), _control_tokens(tokenizer)
+    # The odd parts are the numbers of control tokens that are text.
+    for place, part in enumerate(re.split(f"{OPEN}(\\d+){CLOSE}", marked)):
+        text = control[int(part)] if place % 2 else part
+        if text:
+            ids += tokenizer(text, add_special_tokens=False, split_special_tokens=bool(place % 2)).input_ids
+    return ids
+
+
+@functools.lru_cache(maxsize=8)
+def _control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
+    """The texts of all control tokens, longer ones first, so that none is taken for another's beginning."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(added | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token)))
 
 
 def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -1,6 +1,7 @@
 """Turns texts into sentence embeddings: vectors whose cosine says how alike two texts are."""
 
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -46,8 +47,10 @@ class SentenceEmbedder(DeviceResource):
         model = AutoModel.from_pretrained(weights, dtype=torch.float32, use_safetensors=True, trust_remote_code=trusted)
         model = model.to(device).eval()
         longest = min(tokenizer.model_max_length, model.config.max_position_embeddings, _stated_length(weights))
-        cut = sum(len(token_ids) > longest for token_ids in tokenizer(list(texts)).input_ids)
-        token_ids = tokenizer(list(texts), truncation=True, max_length=longest).input_ids
+        # A text that spells a control token is tokenized as text.
+        tokenize = functools.partial(tokenizer, list(texts), split_special_tokens=True)
+        cut = sum(len(token_ids) > longest for token_ids in tokenize().input_ids)
+        token_ids = tokenize(truncation=True, max_length=longest).input_ids
         vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
         progress = Progress(len(texts), "embeddings", logger)
         for places in longest_first([len(each) for each in token_ids], self.engine.batch_tokens):
