@@ -19,7 +19,7 @@ from synpo_assets.graph.stage import assets_of
 
 # Progress bars fill the logs of the UI; assets log count, rate and time left instead.
 os.environ["TQDM_DISABLE"] = "1"
-# Threads that wait for each other by spinning make a step ten times slower as soon as another program needs a core.
+# Threads that wait for each other by spinning make a step several times slower as soon as another program needs a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # SimPO lives in trl.experimental, which is why trl is pinned exactly.
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"

@@ -4,13 +4,22 @@ import functools
 import shutil
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from resources.models.chat import ChatTemplateError, answer_ids, end_of_turn_id, load_tokenizer, prompt_ids, prompt_text
-from resources.models.model_source import ModelSourceError, fetch_initial_policy
+from resources.models.chat import (
+    ChatTemplateError,
+    answer_ids,
+    end_of_turn_id,
+    load_tokenizer,
+    prompt_ids,
+    prompt_text,
+    turns_text,
+)
+from resources.models.chat_template import refuse_other_text
+from resources.models.model_source import fetch_initial_policy
 from resources.settings.data import InitialPolicy
-from tests.nano import nano_tokenizer
+from tests.nano import copy_that_adds_bos, nano_tokenizer
 
 nano_tokenizer_once = functools.cache(nano_tokenizer)
 HELLO = [{"role": "user", "content": "hello"}]
@@ -132,12 +141,12 @@ def with_prompt(nano_model, tmp_path, monkeypatch):
     """M_0 with a system prompt, for a chat template; and its tokenizer."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def fetched(text, template=None):
+    def fetched(text, template=None, **stated):
         directory = tmp_path / "model"
         shutil.copytree(nano_model, directory, dirs_exist_ok=True)
         if template:
             (directory / "chat_template.jinja").write_text(template)
-        source = InitialPolicy(source="directory", name=str(directory), system_prompt=text)
+        source = InitialPolicy(source="directory", name=str(directory), system_prompt=text, **stated)
         return fetch_initial_policy(source, trust_remote_code=False)
 
     return fetched
@@ -166,6 +175,60 @@ def test_a_system_prompt_stands_in_every_chat_that_has_none(with_prompt, nano_mo
 ])  # fmt: skip
 def test_a_template_that_takes_no_system_turn_is_named(with_prompt, template, reason):
     with pytest.raises(
-        ModelSourceError, match=rf"takes no system turn \({reason}\): remove initial_policy.system_prompt"
+        ChatTemplateError, match=rf"takes no system turn \({reason}\): remove initial_policy.system_prompt"
     ):
         with_prompt("Be brief.", template)
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+OPENED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+INSTRUCTIONS = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}"
+    "<|im_end|>{% endif %}{% endfor %}"
+)
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>"
+    "\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}"
+    "{% endif %}"
+)
+DATED = "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.<|im_end|>\n" + TURNS + OPENED
+
+
+@pytest.mark.parametrize(("template", "problem"), [
+    (TURNS, "a prompt is"),  # The generation prompt is ignored.
+    (THINKING, "a prompt is"),
+    (TURNS.replace("<|im_end|>", "</turn>") + OPENED, "it closes an answer with '</turn>'"),
+], ids=["no generation prompt", "open think block", "end that is no token"])  # fmt: skip
+def test_a_template_that_renders_other_text_than_is_trained_is_refused(with_prompt, template, problem):
+    with pytest.raises(
+        ChatTemplateError, match=f"renders other text than would be trained: {problem}.*template_arguments"
+    ):
+        with_prompt(None, template)
+
+
+def test_text_before_the_bos_is_refused(nano_model, tmp_path):
+    directory = copy_that_adds_bos(nano_model, tmp_path / "model")
+    refuse_other_text(directory, trust_remote_code=False)
+    template = directory / "chat_template.jinja"
+    template.write_text(f"Hello {template.read_text()}")
+    with pytest.raises(ChatTemplateError, match=r"it writes <\|endoftext\|> elsewhere than once at the start"):
+        refuse_other_text(directory, trust_remote_code=False)
+
+
+@pytest.mark.parametrize(("template", "stated"), [
+    (TURNS + OPENED, {}), (INSTRUCTIONS, {}), (THINKING, {"template_arguments": {"enable_thinking": False}}), (DATED, {}),
+], ids=["ChatML", "space before the answer", "empty think block", "date"])  # fmt: skip
+@given(question=st.text("ab \n<|im_end|>", min_size=1), answer=st.text("ab \n", min_size=1).filter(str.strip))
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_what_is_trained_is_what_the_template_renders(with_prompt, template, stated, question, answer):
+    directory, _ = with_prompt(None, template, **stated)
+    tokenizer, asked = load_tokenizer(str(directory)), [{"role": "user", "content": question.replace("<|im_end|>", "")}]
+    trained = prompt_ids(tokenizer, asked) + answer_ids(tokenizer, asked, answer.strip())
+    whole = turns_text(tokenizer, [*asked, {"role": "assistant", "content": answer.strip()}])
+    assert tokenizer(whole, add_special_tokens=False).input_ids[: len(trained)] == trained
+
+
+def test_the_date_is_the_settings(with_prompt):
+    directory, _ = with_prompt(None, DATED, template_date="2024-02-29")
+    assert "Today is 29 Feb 2024." in prompt_text(load_tokenizer(str(directory)), HELLO)

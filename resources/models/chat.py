@@ -43,7 +43,16 @@ def prompt_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message
 
     The text starts with one BOS if the template writes it or the tokenizer would add it, and never with two.
     """
-    text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    return turns_text(tokenizer, messages, add_generation_prompt=True)
+
+
+def turns_text(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], add_generation_prompt: bool = False
+) -> str:
+    """Renders messages as the template does, with one BOS at most."""
+    text = str(
+        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+    )
     bos = tokenizer.bos_token
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     return bos + text if adds_bos and not text.startswith(bos) else text
@@ -59,13 +68,15 @@ def answer_ids(
 ) -> list[int]:
     """Token ids of an assistant's answer as they follow `prompt_ids`; one that was cut has no end-of-turn token.
 
-    Prompt and answer are tokenized together, because some tokenizers begin a text on its own differently.
+    Prompt and answer are tokenized together, because some tokenizers begin a text on its own differently, and with the space
+    that the template puts between them.
     """
-    prompt, answer = _marked_prompt(tokenizer, messages), _marked(tokenizer, answer)
+    before, end = _around_answers(tokenizer, str(tokenizer.chat_template))
+    prompt, answer = _marked_prompt(tokenizer, messages), before + _marked(tokenizer, answer)
     asked, whole = _token_ids(tokenizer, prompt), _token_ids(tokenizer, prompt + answer)
     together = whole[: len(asked)] == asked
     token_ids = whole[len(asked) :] if together else _token_ids(tokenizer, answer)
-    return [*token_ids, end_of_turn_id(tokenizer)] if finished else token_ids
+    return [*token_ids, end] if finished else token_ids
 
 
 def _marked_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> str:
@@ -98,9 +109,17 @@ def _control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
 
 def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The token that closes an assistant's turn in the chat template; the EOS token if the template writes none."""
-    marker = "answer"
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": marker}]
-    rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    after = tokenizer(rendered.rpartition(marker)[2].strip(), add_special_tokens=False).input_ids
+    return _around_answers(tokenizer, str(tokenizer.chat_template))[1]
+
+
+@functools.lru_cache(maxsize=8)
+def _around_answers(tokenizer: "PreTrainedTokenizerBase", _template: str) -> tuple[str, int]:
+    """The space that the template puts between a prompt and its answer, and the token that closes the answer."""
+    marker, asked = "answer", [{"role": "user", "content": "question"}]
+    rendered = turns_text(tokenizer, [*asked, {"role": "assistant", "content": marker}])
+    before, _, after = rendered.rpartition(marker)
+    between = before.removeprefix(prompt_text(tokenizer, asked))
+    closing = tokenizer(after.strip(), add_special_tokens=False).input_ids
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return after[0] if after and after[0] in special else tokenizer.eos_token_id
+    end = closing[0] if closing and closing[0] in special else tokenizer.eos_token_id
+    return ("" if between.strip() else between), end

