@@ -43,10 +43,10 @@ from synpo_assets.method.diversity import (
     measure,
     similarity_interval,
 )
-from synpo_assets.method.prompts import words_of
 from synpo_assets.method.self_instruct import draw_examples, parse_task
 from synpo_assets.method.templates import parse_question, self_instruct_instruction
 from synpo_assets.method.word_order import REQUEST, in_three_orders, ordered_shares
+from synpo_assets.method.words import words_of
 from synpo_assets.stages.prompts import prompt_filter
 from synpo_assets.stages.seed import initial_policy, seed_table
 from tests.nano import seed_rows

@@ -16,7 +16,7 @@ from synpo_assets.method.keywords import (
     training_keywords,
 )
 from synpo_assets.method.pairs import MESSAGES, as_preferences, join_sides, repetition, select_pairs
-from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter, draw_until_enough, ngrams, words_of
+from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter, draw_until_enough, ngrams
 from synpo_assets.method.responses import response_table
 from synpo_assets.method.seed import seed_rows as check_seed
 from synpo_assets.method.templates import (
@@ -25,6 +25,7 @@ from synpo_assets.method.templates import (
     improver_instruction,
     parse_question,
 )
+from synpo_assets.method.words import words_of
 from tests.nano import seed_rows
 from tests.stand_ins import scored
 

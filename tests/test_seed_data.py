@@ -6,8 +6,9 @@ import pytest
 
 from resources.settings.files import load_settings, preset_path
 from synpo_assets.cli.preflight import seed_table, verifiable_table
-from synpo_assets.method.prompts import Contamination, NearDuplicates, words_of
+from synpo_assets.method.prompts import Contamination, NearDuplicates
 from synpo_assets.method.verifiable import RULES
+from synpo_assets.method.words import words_of
 from tests.nano import SEED, seed_rows
 
 

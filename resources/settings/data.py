@@ -4,10 +4,11 @@ import datetime
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from resources.settings.sections import Section
 
+WITHOUT_KEYWORDS = ("lo", "km", "my")
 SEED_DATA_SUFFIXES = (".jsonl", ".parquet")
 
 
@@ -161,5 +162,17 @@ class KeywordPool(Section):
     max_sets: int = Field(1_000_000, ge=1, description="Stop after this many keyword sets. Paper: 1,000,000.")
     drop_personal_names: bool = Field(True, description="Drop keywords that are names of people. Paper: yes.")
     language: str = Field(
-        "en", pattern="^[a-z]{2}$", description="ISO 639-1 code of the corpus; chooses the stopword list."
+        "en",
+        pattern="^[a-z]{2}$",
+        description="ISO 639-1 code of the corpus; chooses the stopword list, and how words are found where there are no spaces.",
     )
+
+    @field_validator("language")
+    @classmethod
+    def _has_words(cls, language: str) -> str:
+        if language in WITHOUT_KEYWORDS:
+            raise ValueError(
+                f"`{language}` is written without spaces between words, and nothing here tells its words apart, so that no "
+                "keywords could be drawn. Of such languages zh, ja and th can be used."
+            )
+        return language

@@ -157,6 +157,9 @@ def _sentence(path: Path, error: ValidationError) -> str:
         elif problem["type"] == "value_error":
             place = f"`{where}`: " if where else ""
             sentences.append(place + str(context["error"]))
+        elif problem["type"] == "string_type" and isinstance(problem["input"], bool):
+            # `no` is Norwegian.
+            sentences.append(f"`{where}` is a word that YAML reads as {problem['input']}: put it in quotes.")
         else:
             sentences.append(f"`{where}` is {problem['input']!r}: {problem['msg'].lower()}.")
     return f"Settings file {path}: " + " ".join(sentences)

@@ -40,10 +40,11 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.diversity import Diversity, density, equal_samples, label_counts, label_coverage, measure
-from synpo_assets.method.prompts import draw_until_enough, words_of
+from synpo_assets.method.prompts import draw_until_enough
 from synpo_assets.method.self_instruct import draw_examples, parse_task
 from synpo_assets.method.templates import self_instruct_instruction
 from synpo_assets.method.word_order import ORDERS, REQUEST, answerable_shares, in_three_orders, ordered_shares
+from synpo_assets.method.words import words_of
 from synpo_assets.stages.prompts import FILTER_READS, asked_in_evaluations, prompt_filter
 
 SOURCES = ("synthetic", "seed", "self_instruct")

@@ -9,36 +9,51 @@ Where the paper drops a whole list, we drop the offending word, so that short co
 import functools
 import importlib
 import random
-import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import regex
+
 from synpo_assets.method.ids import content_id
+from synpo_assets.method.words import SEGMENTED, segments
 
 if TYPE_CHECKING:
     from yake import KeywordExtractor
 
 NAME_LOCALES = ("en_US", "en_GB", "de_DE", "es_ES", "fr_FR", "it_IT", "pt_BR", "pl_PL", "en_IN")
-WORD = re.compile(r"[^\W\d_]{3,}")
+# Of letters and their marks.
+WORD = regex.compile(r"[\p{L}\p{M}]+")
+SHORTEST, SHORTEST_SEGMENT = 3, 2
+# A letter that no text holds. YAKE leaves out words of two letters, which most Chinese words are.
+FILLER = "\ua78f"
 
 
 class Keywords:
-    """Extracts single-word keywords of a text, best first."""
+    """Extracts single-word keywords of a text, best first; in a language without spaces, what a parser takes for words."""
 
     def __init__(self, language: str = "en", drop_personal_names: bool = True) -> None:
         """Takes the stopwords of a language by its ISO 639-1 code; names of people can be left out."""
+        self._language = language
         self._extractor = _extractor(language)
         self._names = _personal_names() if drop_personal_names else frozenset()
 
     def of(self, text: str, count: int) -> list[str]:
         """The best keywords, in lower case.
 
-        Stopwords, words of less than three letters and personal names are left out. A word counts as a name if it is on a
-        list of names and never written in lower case in the text: `Maria Lopez` is dropped, `rose` is kept.
+        Stopwords, words of less than three letters (two, without spaces) and personal names are left out. A word counts as a
+        name if it is on a list of names and never written in lower case in the text: `Maria Lopez` is dropped, `rose` is kept.
         """
-        words = set(WORD.findall(text))
-        ranked = dict.fromkeys(surface.lower() for surface, _score in self._extractor.extract_keywords(text))
-        kept = [word for word in ranked if WORD.fullmatch(word) and (word in words or word not in self._names)]
+        words, shortest = set(WORD.findall(text)), SHORTEST
+        if self._language in SEGMENTED:
+            parts = segments(text, self._language).split()
+            words, shortest = set(parts), SHORTEST_SEGMENT
+            text = " ".join(part if part in self._extractor.stopword_set else f"{part}{FILLER}" for part in parts)
+        found = (surface.lower().removesuffix(FILLER) for surface, _score in self._extractor.extract_keywords(text))
+        kept = [
+            word
+            for word in dict.fromkeys(found)
+            if len(word) >= shortest and WORD.fullmatch(word) and (word in words or word not in self._names)
+        ]
         return kept[:count]
 
 

@@ -5,8 +5,8 @@ import collections
 import polars as pl
 
 from synpo_assets.method.ids import content_id
-from synpo_assets.method.prompts import words_of
 from synpo_assets.method.verifiable import BY_RULES, rules_text
+from synpo_assets.method.words import words_of
 
 
 def repetition(text: str, size: int) -> float:

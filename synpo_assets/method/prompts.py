@@ -7,33 +7,22 @@ of a seed prompt or of an earlier prompt, or that have the words of a held-out p
 import collections
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rensa import RMinHash, RMinHashLSH
 
 from synpo_assets.method.templates import parse_question, parse_rules
+from synpo_assets.method.words import words_of
 
 Row = dict[str, Any]
 
-WORD = re.compile(r"\w+")
 SMALLEST_ROUND = 8
 
 # Texts are compared if they agree in all hashes of a band. Memory grows with the bands, about 100 bytes each per text.
 BANDS = 10
 BAND_HASHES = range(1, 17)
 LEAST_FOUND = 0.5
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a text in lower case.
-
-    Examples:
-        >>> words_of("Don't over-mix!")
-        ['don', 't', 'over', 'mix']
-    """
-    return WORD.findall(text.lower())
 
 
 def ngrams(words: Sequence[str], size: int) -> set[tuple[str, ...]]:

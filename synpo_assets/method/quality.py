@@ -8,7 +8,7 @@ import polars as pl
 
 from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.pairs import repetition
-from synpo_assets.method.prompts import words_of
+from synpo_assets.method.words import words_of
 
 SAMPLED_TEXTS = 300
 REPETITION_NGRAM = 3

@@ -8,8 +8,9 @@ import polars as pl
 
 from synpo_assets.method.chat_rows import UnusableCellError, cell_text, turns_of
 from synpo_assets.method.ids import content_id
-from synpo_assets.method.prompts import Contamination, words_of
+from synpo_assets.method.prompts import Contamination
 from synpo_assets.method.verifiable import constraints_problem, followed, read_constraints
+from synpo_assets.method.words import words_of
 
 # The splits of the held-out pairs: searches and the gate read dev, tables report test.
 HELD_OUT = ("dev", "test")

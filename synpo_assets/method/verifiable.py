@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 
 from synpo_assets.method.ids import content_id
+from synpo_assets.method.words import UNSPACED_CHARACTER
 
 CONSTRAINTS = pl.List(pl.Struct({"rule": pl.String, "value": pl.String}))
 # What a margin is where rules decide: 1 if the first answer alone follows all of them, -1 if the second one alone does, else 0.
@@ -168,7 +169,8 @@ def _problem(constraint: Any) -> str | None:
 
 
 def _words(answer: str) -> list[str]:
-    return [word for word in answer.split() if any(letter.isalnum() for letter in word)]
+    spaced = UNSPACED_CHARACTER.sub(r" \g<0> ", answer)
+    return [word for word in spaced.split() if any(letter.isalnum() for letter in word)]
 
 
 def _sentences(answer: str) -> int:

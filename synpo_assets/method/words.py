@@ -1,0 +1,53 @@
+"""Words, in every script: what limits, n-grams, repetition and overlaps count.
+
+In scripts that put no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character with its marks counts as
+a word, so that a run of words is a run of characters there. Elsewhere a word is a run of letters with their marks, digits and
+underscores: vowel signs of Hindi do not cut it.
+"""
+
+import functools
+from typing import TYPE_CHECKING
+
+import regex
+
+if TYPE_CHECKING:
+    from budoux import Parser
+
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+# Combining marks of an unspaced script belong to the character before them.
+UNSPACED_CHARACTER = regex.compile(rf"[[{UNSPACED}]--\p{{M}}]\p{{M}}*", regex.VERSION1)
+WORD = regex.compile(
+    rf"{UNSPACED_CHARACTER.pattern}|[[\p{{L}}\p{{M}}\p{{N}}_]--[[{UNSPACED}]--\p{{M}}]]+", regex.VERSION1
+)
+LETTERS = regex.compile(r"[\p{L}\p{M}]+")
+# Parsers that know where words begin, by language.
+SEGMENTED = {"zh": "simplified_chinese", "ja": "japanese", "th": "thai"}
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case.
+
+    Examples:
+        >>> words_of("Don't over-mix!"), words_of("हिन्दी भाषा"), words_of("猫はGPT-4が好き")
+        (['don', 't', 'over', 'mix'], ['हिन्दी', 'भाषा'], ['猫', 'は', 'gpt', '4', 'が', '好', 'き'])
+    """
+    return WORD.findall(text.lower())
+
+
+def segments(text: str, language: str) -> str:
+    """A text with spaces between its words where the language has none; other languages as they are.
+
+    Examples:
+        >>> segments("太阳能电池板把阳光变成电能。", "zh"), segments("Made of light.", "en")
+        ('太阳能 电池 板 把 阳光 变成 电能', 'Made of light.')
+    """
+    if language not in SEGMENTED:
+        return text
+    return " ".join(word for phrase in _parser(language).parse(text) for word in LETTERS.findall(phrase))
+
+
+@functools.cache
+def _parser(language: str) -> "Parser":
+    import budoux
+
+    return getattr(budoux, f"load_default_{SEGMENTED[language]}_parser")()
