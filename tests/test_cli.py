@@ -167,6 +167,15 @@ def test_a_home_that_is_a_file(tmp_path, nano_model):
     assert "is a file" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["what?", "a%20b", "no#1"])
+@pytest.mark.parametrize("command", ["run", "ui", "check"])
+def test_a_home_whose_path_a_url_would_read_otherwise(tmp_path, command, name):
+    result = synpo_here(command, "--home", tmp_path / name / "home")
+    assert result.returncode == 2
+    assert "name a home without ?, #, % with --home" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_runs_of_one_home_are_refused(tmp_path):
     from resources.settings.sections import SettingsError
     from synpo_assets.cli.runs import locked

@@ -35,7 +35,6 @@ class TransformersEngine:
             weights,
             dtype=torch_dtype(engine),
             use_safetensors=True,
-            attn_implementation="sdpa",
             trust_remote_code=engine.trust_remote_code,
         ).to(device)
         self._model.eval()

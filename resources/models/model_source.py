@@ -97,11 +97,29 @@ def check_tokenizer(directory: Path, trust_remote_code: bool) -> None:
         config = json.loads((directory / "config.json").read_text())
     import transformers
 
-    known = any(hasattr(transformers, name) for name in config.get("architectures") or [])
+    known = [getattr(transformers, name) for name in config.get("architectures") or [] if hasattr(transformers, name)]
+    if any(getattr(model, "_is_stateful", False) for model in known):
+        raise ModelSourceError(
+            f"The model in {directory} is a {known[0].__name__}, which keeps a state where others attend to all they have read: "
+            "neither batches of prompts of several lengths nor LoRA work with it here. Choose a transformer."
+        )
     if "auto_map" in config and not known and not trust_remote_code:
         raise ModelSourceError(
             f"The model in {directory} brings Python code of its own. Read it, then set engine.trust_remote_code to true, "
             "or choose another model."
+        )
+
+
+def refuse_without_classifier(directory: Path, section: str) -> None:
+    """Raises a sentence if transformers knows no sequence classifier of a model's family, which a reward model is."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    family = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    if type(family) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ModelSourceError(
+            f"transformers has no sequence classifier for models of the family `{family.model_type}`, so no reward model can be "
+            f"trained from {directory}: set {section}.kind to `pretrained` and name a published one."
         )
 
 

@@ -153,18 +153,29 @@ def _lora(job: TrainingJob, model: "PreTrainedModel") -> Any:
     lora = job.training.lora
     if lora is None:
         return None
-    layers = model.config.get_text_config().num_hidden_layers
-    first = 0 if lora.last_layers is None else max(0, layers - lora.last_layers)
     return LoraConfig(
         task_type="SEQ_CLS" if job.kind == "reward" else "CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules="all-linear"
-        if first == 0
-        else rf".*layers\.({'|'.join(map(str, range(first, layers)))})\..*_proj",
+        target_modules="all-linear" if lora.last_layers is None else _linear_in_last_layers(model, lora.last_layers),
         modules_to_save=["score"] if job.kind == "reward" else None,
     )
+
+
+def _linear_in_last_layers(model: Any, count: int) -> list[str]:
+    """The names of the linear modules in the last layers, whatever the family calls its modules."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    length = model.config.get_text_config().num_hidden_layers
+    modules = dict(model.named_modules())
+    layers = next(
+        name for name, module in modules.items() if isinstance(module, torch.nn.ModuleList) and len(module) == length
+    )
+    last = tuple(f"{layers}.{place}." for place in range(max(0, length - count), length))
+    linear = (torch.nn.Linear, Conv1D)
+    return [name for name, module in modules.items() if name.startswith(last) and isinstance(module, linear)]
 
 
 def _adapters_in_float32(model: Any) -> None:

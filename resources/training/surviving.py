@@ -66,6 +66,8 @@ class _Products:
     def __init__(self, adapter: Path) -> None:
         config = json.loads((adapter / "adapter_config.json").read_text())
         self._scale, self._factors = config["lora_alpha"] / config["r"], _Weights(adapter)
+        # GPT-2 keeps its weights with inputs first.
+        self._inputs_first = config.get("fan_in_fan_out", False)
         firsts = (name.partition(".lora_A.")[0] for name in self._factors.names if ".lora_A." in name)
         self._paths = {f"{path.removeprefix('base_model.model.')}.weight": path for path in firsts}
 
@@ -75,4 +77,5 @@ class _Products:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         first, second = (self._factors[f"{self._paths[name]}.lora_{side}.weight"].float() for side in "AB")
-        return self._scale * (second @ first)
+        product = self._scale * (second @ first)
+        return product.T if self._inputs_first else product

@@ -14,6 +14,7 @@ from resources.settings.settings import Settings
 from resources.storage.files import write_atomically
 
 SHOWN_DIFFERENCES = 5
+UNUSABLE_IN_PATHS = ("?", "#", "%")
 PROJECT = Path(__file__).parents[2]
 STORAGE_COMMENT = "# Written by synpo from storage.dagster_database in settings.yaml: change it there."
 
@@ -29,6 +30,11 @@ def chosen_settings(home: Path, preset: str | None, file: Path | None) -> Settin
     Raises:
         SettingsError: Both are given; something is wrong with them; or the home was made with other settings.
     """
+    if found := [letter for letter in UNUSABLE_IN_PATHS if letter in str(home.absolute())]:
+        # In the URL of the history's database they mean something else, and files would lie beside the home.
+        raise SettingsError(
+            f"The path {home} holds `{found[0]}`: name a home without {', '.join(UNUSABLE_IN_PATHS)} with --home."
+        )
     if preset and file:
         raise SettingsError("Give --preset or --settings, not both: a settings file can name its preset inside.")
     stored, kept = home / "settings.yaml", home_settings(home)

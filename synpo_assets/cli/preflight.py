@@ -13,7 +13,12 @@ from rich.table import Table
 
 from resources.judging.server_judge import load_template
 from resources.models.device import prepare_device
-from resources.models.model_source import cached_initial_policy, fetch_embedding_model, fetch_initial_policy
+from resources.models.model_source import (
+    cached_initial_policy,
+    fetch_embedding_model,
+    fetch_initial_policy,
+    refuse_without_classifier,
+)
 from resources.scoring.published import fetch_reward_model
 from resources.settings.files import refuse_earlier_version
 from resources.settings.machine import Storage
@@ -48,7 +53,10 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> Non
     _check_data_and_training(settings)
     check_storage(settings.storage)
     check_disk(settings, home)
-    fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
+    initial, _ = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
+    for section, chosen in (("scorer", settings.scorer), ("judge", settings.judge)):
+        if chosen.kind in ("trained", "verifier") and not settings.engine.trust_remote_code:
+            refuse_without_classifier(initial, section)
     fetch_embedding_model(settings.diversity.embedding_model, settings.engine.trust_remote_code)
     if isinstance(settings.scorer, PublishedScorer):
         fetch_reward_model(settings.scorer, settings.engine.trust_remote_code)
