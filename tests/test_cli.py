@@ -1,5 +1,6 @@
 """What the command line says to input that cannot work: one sentence, exit code 2, nothing half-written."""
 
+import json
 import shutil
 
 import pytest
@@ -53,6 +54,15 @@ def test_bad_seed_rows_by_line(tmp_path, nano_model):
         "train line 7: the line is no JSON object", "train line 8: the same prompt stands in line 1 of held_out",
         "on_bad_rows",
     )  # fmt: skip
+
+
+def test_a_prompt_longer_than_the_context_is_named_before_anything_is_generated(tmp_path, nano_model):
+    rows = (SEED / "train.jsonl").read_text().splitlines()
+    long = json.dumps({"prompt": "Why? " * 4000, "answer": "So."})
+    (tmp_path / "train.jsonl").write_text("\n".join([*rows[:60], long]))
+    settings = nano_settings(nano_model)
+    settings["seed_data"] |= {"train": {"path": "train.jsonl"}, "train_limit": None}
+    refused(tmp_path, settings, " row of line 61 takes ", "more than M_0's context of 1024: shorten it or leave it out")
 
 
 def test_model_directory_without_safetensors(tmp_path, nano_model):

@@ -90,7 +90,7 @@ def _stated(source: InitialPolicy, template: str) -> Iterator[str]:
         yield f"{{%- set {name} = {_literal(value)} -%}}"
     if "strftime_now" in template:
         # Else prompts change at midnight: other answers of M_0 and M_t, and finished ones are not found again.
-        yield _fixed_date(source.template_date, template)
+        yield _fixed_date(datetime.date.fromisoformat(source.template_date), template)
     if source.system_prompt is not None:
         turn = f"[{{'role': 'system', 'content': {_literal(source.system_prompt)}}}]"
         yield f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {turn} + messages %}}{{% endif %}}"

@@ -4,7 +4,7 @@ import datetime
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from resources.settings.sections import Section
 
@@ -53,8 +53,10 @@ class InitialPolicy(ModelSource):
     template_arguments: dict[Annotated[str, Field(pattern=r"^[a-z_]\w*$")], bool | int | str] = Field(
         {}, description="Variables for the chat template, written into it likewise, such as `enable_thinking: false`."
     )
-    template_date: datetime.date = Field(
-        datetime.date(2025, 1, 1),
+    template_date: Annotated[
+        str, BeforeValidator(lambda stated: datetime.date.fromisoformat(str(stated)).isoformat())
+    ] = Field(
+        "2025-01-01",
         description="The date that a chat template shows which would show today's: one for the whole experiment.",
     )
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resources.judging.server_judge import load_template
+from resources.models.chat import load_tokenizer, prompt_ids
 from resources.models.device import prepare_device
 from resources.models.model_source import (
     cached_initial_policy,
@@ -36,6 +37,7 @@ from synpo_assets.evaluation.diversity import shown_seed_prompts
 from synpo_assets.graph.cost import Kind, Sizes
 from synpo_assets.method.gate import gate_power
 from synpo_assets.method.seed import HELD_OUT, BadRow
+from synpo_assets.method.templates import improver_instruction, user_message
 from synpo_assets.method.verifiable import has_rules
 from synpo_assets.stages.seed import seed_table, verifiable_table
 
@@ -54,6 +56,7 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> Non
     check_storage(settings.storage)
     check_disk(settings, home)
     initial, _ = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
+    _refuse_long_prompts(settings, initial)
     for section, chosen in (("scorer", settings.scorer), ("judge", settings.judge)):
         if chosen.kind in ("trained", "verifier") and not settings.engine.trust_remote_code:
             refuse_without_classifier(initial, section)
@@ -85,6 +88,30 @@ def _check_data_and_training(settings: Settings) -> tuple[pl.DataFrame, list[Bad
         load_template(settings.judge.server.template)
     _check_server(settings)
     return seed, dropped, instructions
+
+
+def _refuse_long_prompts(settings: Settings, weights: Path) -> None:
+    """Raises a sentence if M_0's context does not hold a prompt of the seed and what is written after it."""
+    from transformers import AutoConfig
+
+    trusted = settings.engine.trust_remote_code
+    tokenizer, config = (
+        load_tokenizer(str(weights), trusted),
+        AutoConfig.from_pretrained(weights, trust_remote_code=trusted),
+    )
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    written = max(section.sampling.max_new_tokens for section in (settings.responses, settings.evaluation))
+    if settings.trains_improver:
+        written += settings.response_improver.sampling.max_new_tokens
+    for split, line, prompt in seed_table(settings)[0].select("split", "line", "prompt").iter_rows():
+        asked = improver_instruction(prompt, "") if settings.trains_improver else user_message(prompt)
+        tokens = len(prompt_ids(tokenizer, asked))
+        if context is not None and tokens + written > context:
+            raise SettingsError(
+                f"The seed's {split} row of line {line} takes {tokens} tokens, with up to {written} that are written after them "
+                f"more than M_0's context of {context}: shorten it or leave it out, or lower the max_new_tokens of responses, "
+                "evaluation or response_improver."
+            )
 
 
 def _check_server(settings: Settings) -> None:
