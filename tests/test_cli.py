@@ -138,8 +138,15 @@ def test_check_prints_an_estimate_and_writes_nothing(tmp_path, nano_model):
     (b"preset: laptop\ninitial_policy: foo\n", "`initial_policy` is 'foo'"),
     (b"preset: 3\n", "There is no preset `3`"),
     (b"preset: laptop # \xe9\n", "is not valid YAML"),
+    (b"preset: laptop\npreset: single_gpu\n", "`preset` stands there twice"),
+    (b"scorer: {training: {epochs: 1, epochs: 2}}\n", "`epochs` stands there twice"),
+    (b"".join(b"a%d: &a%d [%s]\n" % (n, n, b", ".join([b"*a%d" % (n - 1) if n else b"x"] * 9)) for n in range(12)),
+     "holds more than 100,000 values once its aliases are written out"),
+    (b"a: &a [*a]\n", "holds more than 100,000 values"),
+    (b"[" * 5000, "is not valid YAML"),
+    (b"random_seed: " + b"9" * 5000, "is not valid YAML"),
     (b"preset: laptop\nprompt_generator: {language: english}\n", "`prompt_generator.language` is 'english'"),
-])  # fmt: skip
+], ids=lambda value: str(value)[:30])  # fmt: skip
 def test_settings_files_that_are_not_what_they_should_be(tmp_path, content, words):
     file = tmp_path / "mine.yaml"
     file.write_bytes(content)

@@ -757,6 +757,14 @@ def test_a_template_that_cannot_be_used_is_refused_before_the_run(tmp_path, text
         check_before_run(stored, tmp_path / "home")
 
 
+def test_a_template_computes_nothing_beside_its_text(tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text(SHOWN + f"{{{{ cycler.__init__.__globals__.os.system('touch {tmp_path}/ran') }}}}")
+    with pytest.raises(SettingsError, match="cannot be used: SecurityError"):
+        load_template(str(file))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_template_may_lay_texts_out(tmp_path):
     file = tmp_path / "mine.jinja"
     file.write_text(

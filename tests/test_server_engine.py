@@ -332,9 +332,9 @@ def test_what_is_no_such_server_is_said_with_the_setting(tmp_path, faulty, nano_
 
 
 def test_the_key_comes_from_the_environment(tmp_path, faulty, nano_checkpoint, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "a key")
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
     asking(tmp_path, faulty.url).answer(nano_checkpoint, PROMPTS[:1], PLAIN)
-    assert faulty.keys == ["Bearer a key"]
+    assert faulty.keys == ["Bearer a-key"]
 
 
 def test_what_is_finished_is_read_while_the_server_is_down_or_elsewhere(tmp_path, faulty, nano_checkpoint):

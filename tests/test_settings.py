@@ -2,6 +2,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from resources.settings.data import ModelSource
 from resources.settings.evaluation import PretrainedJudge
 from resources.settings.files import PRESETS, load_settings, preset_path
 from resources.settings.method import PretrainedScorer
@@ -114,7 +115,7 @@ def changed(tmp_path, **changes):
         ({"engine": {"device": "tpu"}}, "`engine.device` is 'tpu'"),
         ({"responses": {"sampling": {"stop": [""]}}}, "`responses.sampling.stop.0` is ''"),
         ({"responses": {"sampling": {"temperature": float("inf")}}}, "`responses.sampling.temperature` is inf"),
-        ({"engine": {"kind": "server", "server": {"url": "localhost:8000"}}}, "`engine.server.url` is 'localhost:8000'"),
+        ({"engine": {"kind": "server", "server": {"url": "localhost:8000"}}}, "`engine.server.url`: A server's URL starts"),
         ({"automation": {"minimum": {}}}, "`automation.minimum` is not a setting; did you mean `gate.minimum`?"),
         ({"gate": {"minimum": {"win_rate": 0.5}}}, "`gate.minimum.win_rate"),
         ({"gate": {"minimum": {"cut_share": 0.5}, "maximum": {"cut_share": 0.4}}}, "minimum.cut_share (0.5) is more than"),
@@ -227,3 +228,17 @@ def test_files_that_are_not_settings(tmp_path, text, words):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(SettingsError, match=r"nowhere\.yaml does not exist"):
         load_settings(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    "name", ["evil @ file:///elsewhere/package#x==1.0", "-r x==1", "a/../b==1.0", "git+https://h/x==1.0", "x>=1"]
+)
+def test_a_wheel_is_a_name_with_its_version_and_nothing_that_pip_would_run(name):
+    with pytest.raises(ValueError, match="a name with an exact version and nothing else"):
+        ModelSource(source="wheel", name=name, wheel_sha256="0" * 64, wheel_member="model")
+
+
+@pytest.mark.parametrize("member", ["/etc/model", "../model", "package/../../model"])
+def test_a_member_of_a_wheel_stays_inside(member):
+    with pytest.raises(ValueError, match="wheel_member is a path inside the wheel"):
+        ModelSource(source="wheel", name="x==1.0", wheel_sha256="0" * 64, wheel_member=member)

@@ -19,6 +19,7 @@ import httpx2
 import openai
 
 from resources.common.errors import FinalError
+from resources.common.text import visible
 from resources.generation.adapters import Adapter
 from resources.settings.machine import ServerAccess
 
@@ -28,6 +29,9 @@ CONNECT_SECONDS = 10
 # The list of models needs no computing: a server that keeps it back hangs.
 LIST_SECONDS = 30
 LOG_EVERY_SECONDS = 10
+# What no answer needs: a completion of a million tokens with their ids.
+MOST_BYTES = 32_000_000
+MOST_TOKENS = 2**31
 LOAD_ADAPTER = "/load_lora_adapter"
 # Besides 5xx, what passes by itself: request timeout, conflict, too many requests.
 PASSING = (408, 409, 429)
@@ -45,10 +49,13 @@ class Client(openai.OpenAI):
         super().__init__(
             base_url=server.url,
             # Its servers want some key even where none is checked.
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            api_key=api_key() or "none",
             timeout=openai.Timeout(server.timeout_seconds, connect=min(CONNECT_SECONDS, server.timeout_seconds)),
             max_retries=server.attempts - 1,
-            http_client=openai.DefaultHttpxClient(event_hooks={"response": [_examine]}),
+            # A redirect would take the prompts to another server.
+            http_client=openai.DefaultHttpxClient(
+                follow_redirects=False, event_hooks={"request": [_note_start], "response": [self._bound, _examine]}
+            ),
         )
 
     def close(self) -> None:
@@ -59,7 +66,11 @@ class Client(openai.OpenAI):
     def _sleep_for_retry(self, *, retries_taken: int, max_retries: int, options: Any, response: Any) -> None:
         # The client's own is a time.sleep, which closing cannot end, and its log names neither server nor reason.
         headers = None if response is None else response.headers
-        pause = self._calculate_retry_timeout(max_retries - retries_taken, options, headers)
+        try:
+            pause = self._calculate_retry_timeout(max_retries - retries_taken, options, headers)
+        except OverflowError:
+            # The server asks for a pause until a year that no calendar has.
+            pause = self._calculate_retry_timeout(max_retries - retries_taken, options, None)
         if time.monotonic() - self._logged >= LOG_EVERY_SECONDS:
             self._logged = time.monotonic()
             error = sys.exception() if response is None else self._make_status_error_from_response(response)
@@ -69,6 +80,11 @@ class Client(openai.OpenAI):
             )
         if self._closed.wait(pause):
             raise concurrent.futures.CancelledError
+
+    def _bound(self, response: httpx2.Response) -> None:
+        """Lets an answer take no longer in all than the settings say, however its bytes come, and be no larger than one can be."""
+        deadline = response.request.extensions["started"] + self._server.timeout_seconds
+        response.stream = _BoundedStream(response.stream, deadline, response.request)
 
     def served(self) -> dict[str, openai.types.Model]:
         """What the server serves, by name."""
@@ -133,6 +149,43 @@ class Client(openai.OpenAI):
         return FinalError(f"{where} refuses a request. {_said(error)} {cure} Finished shards are kept.")
 
 
+def api_key() -> str:
+    """The key in OPENAI_API_KEY without white space around it; empty if there is none.
+
+    Raises:
+        FinalError: It holds what no key can hold; the message does not repeat it.
+    """
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise FinalError(
+            "The environment variable OPENAI_API_KEY holds a character that no key has, such as a line end or a blank inside: set "
+            "it anew."
+        )
+    return key
+
+
+class _BoundedStream(httpx2.SyncByteStream):
+    def __init__(self, stream: Any, deadline: float, request: httpx2.Request) -> None:
+        self._stream, self._deadline, self._request = stream, deadline, request
+
+    def __iter__(self) -> Iterator[bytes]:
+        size = 0
+        for part in self._stream:
+            size += len(part)
+            if time.monotonic() > self._deadline:
+                raise httpx2.ReadTimeout("the answer came too slowly", request=self._request)
+            if size > MOST_BYTES:
+                raise httpx2.DecodingError(f"more than {MOST_BYTES:,} bytes", request=self._request)
+            yield part
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _note_start(request: httpx2.Request) -> None:
+    request.extensions["started"] = time.monotonic()
+
+
 def side_by_side(
     ask: Callable[[Asked], Got], asked: Iterable[Asked], concurrency: int
 ) -> Generator[list[Got], None, None]:
@@ -195,7 +248,7 @@ def _examine(response: httpx2.Response) -> None:
         if _is_complete(path, response.json()):
             return
     # The last is for JSON that is nested too deeply.
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration):
         pass
     if path.endswith("/models"):
         # Not asked again: it is the first thing that is asked, and most likely the URL is not the base URL.
@@ -208,8 +261,12 @@ def _is_complete(path: str, answer: Any) -> bool:
     """May also raise what reading an incomplete answer raises."""
     if path.endswith("/models"):
         return all(isinstance(model["id"], str) for model in answer["data"])
-    choice, usage = answer["choices"][0], answer.get("usage")
-    is_counted = usage and all(isinstance(usage[name], int) for name in ("prompt_tokens", "completion_tokens"))
+    usage = answer.get("usage")
+    choice = next(each for each in answer["choices"] if each.get("index", 0) == 0)
+    is_counted = usage and all(
+        isinstance(usage[name], int) and 0 <= usage[name] < MOST_TOKENS
+        for name in ("prompt_tokens", "completion_tokens")
+    )
     if path.endswith("/chat/completions"):
         # No text where the model refused; some servers count nothing.
         return isinstance(choice["message"].get("content"), str | None) and (is_counted or not usage)
@@ -235,6 +292,9 @@ def _said(error: BaseException | None) -> str:
 
 
 def _shortened(text: str) -> str:
-    text = " ".join(text.split())
+    """What a server says, fit for a log: in one line, without escape sequences, and without the key if it repeats it."""
+    if key := os.environ.get("OPENAI_API_KEY", "").strip():
+        text = text.replace(key, "[OPENAI_API_KEY]")
+    text = visible(" ".join(text.split()))
     text = text if len(text) <= 400 else text[:400] + "..."
     return text if text.endswith((".", "!", "?")) else text + "."

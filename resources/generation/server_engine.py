@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.common.errors import FinalError
+from resources.common.text import visible
 from resources.generation.adapters import adapter_of
 from resources.generation.completions import completion, end_ids, longest_sequence
 from resources.generation.engine import Completion, Request, Requests
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("synpo.generation")
 
+# A text may be cut into other tokens than those that were written, but not into twice as many.
+ROOM = 2
+MOST_CHARACTERS = 100
 SERVE = "python -m vllm.entrypoints.openai.api_server --model {weights} --served-model-name {name}"
 
 
@@ -68,6 +72,11 @@ class ServerEngine:
                         temperature=sampling.temperature,
                         top_p=sampling.top_p,
                         extra_body=_vllm_fields(sampling, ends) if is_vllm else None,
+                    )
+                if is_vllm and answer.model != name:
+                    raise FinalError(
+                        f"The server at {self._server.url} answers as {visible(str(answer.model))[:80]} where {name} was asked, "
+                        "whose text it would be taken for: ask the server itself, and no gateway that chooses a model."
                     )
                 return _as_completion(request, answer, sampling, tokenizer, ends)
 
@@ -127,11 +136,17 @@ def _as_completion(
     tokenizer: "PreTrainedTokenizerBase",
     ends: list[int],
 ) -> Completion:
-    choice, tokens = answer.choices[0], answer.usage
+    choice, tokens = next(each for each in answer.choices if (each.index or 0) == 0), answer.usage
     assert tokens is not None
     if token_ids := getattr(choice, "token_ids", None):
-        return completion(request.key, tokens.prompt_tokens, token_ids, sampling, tokenizer, ends)
-    text, stopped = choice.text, getattr(choice, "finish_reason", None) != "length"
+        # What no tokenizer knows has no text, and what is more than was asked for was not asked for.
+        known = [token for token in token_ids if 0 <= token < len(tokenizer)][: sampling.max_new_tokens]
+        return completion(request.key, tokens.prompt_tokens, known, sampling, tokenizer, ends)
+    # Half of a surrogate pair, which JSON can spell, is no character.
+    text, stopped = choice.text.encode(errors="ignore").decode(), getattr(choice, "finish_reason", None) != "length"
+    written = tokenizer(text[: MOST_CHARACTERS * sampling.max_new_tokens], add_special_tokens=False).input_ids
+    if len(written) > ROOM * sampling.max_new_tokens or len(text) > MOST_CHARACTERS * sampling.max_new_tokens:
+        text, stopped = tokenizer.decode(written[: sampling.max_new_tokens], skip_special_tokens=True), False
     for stop in sampling.stop:
         if stop in text:
             text, stopped = text[: text.index(stop) + len(stop)], True
@@ -139,7 +154,7 @@ def _as_completion(
         key=request.key,
         text=text,
         input_tokens=tokens.prompt_tokens,
-        output_tokens=tokens.completion_tokens,
+        output_tokens=min(tokens.completion_tokens, sampling.max_new_tokens),
         finish_reason="stop" if stopped else "length",
     )
 

@@ -8,6 +8,7 @@ from typing import Literal
 import jinja2
 import jinja2.meta
 import polars as pl
+from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, ConfigDict
 
 from resources.judging.structured_chat import StructuredChat
@@ -70,7 +71,7 @@ def load_template(path: str | None) -> tuple[jinja2.Template, str]:
     """The template of the request and its text; the shipped one for None."""
     file = Path(path) if path else SHIPPED_TEMPLATE
     # The texts are for a model, not for a browser.
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+    environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
     cannot_be_used = f"The template {file} (judge.server.template) cannot be used"
     try:
         text = file.read_text(encoding="utf-8")

