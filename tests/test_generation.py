@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import logging
+import random
 import shutil
 
 import polars as pl
@@ -18,6 +19,7 @@ from resources.generation.language_model import LanguageModel
 from resources.generation.transformers_engine import RowSampler
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
+from resources.storage.shards import checksum
 
 PROMPTS = [(f"prompt-{n}", [{"role": "user", "content": f"Tell me about topic {n} " + "please " * (n % 5)}])
            for n in range(24)]  # fmt: skip
@@ -88,16 +90,24 @@ def test_other_settings_never_mix(tmp_path, nano_checkpoint):
     assert len(list(tmp_path.glob("*/fingerprint.json"))) == 2
 
 
-def test_a_shard_that_was_damaged_is_named_and_made_anew_when_it_is_gone(tmp_path, nano_checkpoint):
-    whole, _ = model(tmp_path, shard_rows=4).answer(nano_checkpoint, PROMPTS, SAMPLING)
-    damaged = min(tmp_path.glob("*/*.parquet"))
-    damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(FinalError, match=rf"The shard .*{damaged.name} cannot be read.* Remove it and run it again"):
-        model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING)
-    damaged.unlink()
-    again, usage = model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING)
-    assert again.equals(whole)
-    assert usage.reused == len(PROMPTS) - 4
+def test_a_shard_with_a_flipped_bit_is_set_aside_and_its_rows_are_made_anew(tmp_path, nano_checkpoint, said):
+    prompts, draw = PROMPTS[:8], random.Random(0)
+    undisturbed, _ = model(tmp_path / "whole", shard_rows=8).answer(nano_checkpoint, prompts, SAMPLING)
+    (shard,) = tmp_path.glob("whole/*/*.parquet")
+    content = shard.read_bytes()
+    for _ in range(100):
+        damaged = bytearray(content)
+        damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        assert checksum(damaged) != shard.stem
+    for name, broken in (("flipped", bytes(damaged)), ("cut", content[:-9]), ("empty", b"")):
+        shard.write_bytes(broken)
+        again, usage = model(tmp_path / "whole", shard_rows=8).answer(nano_checkpoint, prompts, SAMPLING)
+        assert again.equals(undisturbed), name
+        assert usage.reused == 0
+        assert any("is not as it was written, so the disk damaged it" in line for line in said)
+        said.clear()
+        assert shard.read_bytes() == content
+        assert shard.with_suffix(".damaged").exists()
 
 
 def test_equal_rows_are_generated_once_and_are_not_reused_ones(tmp_path, nano_checkpoint):
