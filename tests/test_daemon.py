@@ -12,6 +12,9 @@ import polars as pl
 import pytest
 import yaml
 
+from definitions import build
+from resources.settings.files import active_settings
+from tests.conftest import HOME
 from tests.nano import nano_settings, write_settings
 from tests.test_structure import ROOT
 from tests.ui import processes_of, running_ui, wait_for
@@ -78,9 +81,8 @@ def test_the_backfill_again_makes_everything_in_order_with_one_run_per_iteration
 
 def test_steps_on_the_gpu_never_overlap(ui):
     """Over all runs so far, whichever iteration and backfill they belong to."""
-    from definitions import defs
-
-    on_gpu = {asset.key.to_user_string() for asset in defs.assets if asset.op.pool == "gpu"}
+    definitions, _ = build(active_settings(), HOME)
+    on_gpu = {asset.key.to_user_string() for asset in definitions.assets if asset.op.pool == "gpu"}
     spans = sorted(
         (step["startTime"], step["endTime"], step["stepKey"])
         for run in ui.runs() for step in run["stepStats"]
