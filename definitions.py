@@ -2,17 +2,21 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 
 from resources.common.processes import end_with_parent
-from resources.settings.files import active_settings, home_directory
+from resources.settings.files import home_directory
 from resources.settings.settings import Settings
 from synpo_assets.algorithm import stages_of
 from synpo_assets.cli import automation
+from synpo_assets.cli.home import last_valid_settings
+from synpo_assets.cli.settings_watch import with_settings_check
 from synpo_assets.cli.terminal import terminal_logger
+from synpo_assets.graph.changes import run_resources
 from synpo_assets.graph.checks import checks_of
 from synpo_assets.graph.services import Services, open_services
 from synpo_assets.graph.stage import assets_of
@@ -33,19 +37,15 @@ PRELOADED = ["synpo_assets.cli.preload", "transformers", "trl", "peft"]
 executor = dg.multiprocess_executor.configured({"start_method": {"forkserver": {"preload_modules": PRELOADED}}})
 
 
-def build(settings: Settings, home: Path) -> tuple[dg.Definitions, Services]:
-    """The graph of an experiment, and the services that its assets work with."""
+def build(settings: Settings, home: Path, changes: Sequence[str] = ()) -> tuple[dg.Definitions, Services]:
+    """The graph of an experiment, and the services that its assets work with, given what one run changes in words."""
     stages = stages_of(settings)
     assets, checks = assets_of(stages, settings), checks_of(stages, settings)
-    services = open_services(settings, home, AssetGraph.from_assets([*assets, *checks]))
+    services = open_services(settings, home, AssetGraph.from_assets([*assets, *checks]), changes)
     definitions = dg.Definitions(
         assets=assets,
         asset_checks=checks,
-        resources={
-            "services": services.resource(),
-            "tables": services.tables,
-            "checkpoints": services.checkpoints,
-        },
+        resources=run_resources(services, lambda changed, words: build(changed, home, words)[1]),
         jobs=automation.JOBS,
         sensors=[automation.next_iteration],
         executor=executor,
@@ -54,4 +54,7 @@ def build(settings: Settings, home: Path) -> tuple[dg.Definitions, Services]:
     return definitions, services
 
 
-defs, services = build(active_settings(), home_directory())
+home = home_directory()
+# While the settings are wrong, the graph is that of the last valid ones, if there are any.
+settings = last_valid_settings(home)
+defs = with_settings_check(build(settings, home)[0] if settings else dg.Definitions(), home)

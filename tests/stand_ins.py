@@ -13,6 +13,7 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.verifiable import CONSTRAINTS
 
+EMPTY_JOB = dg.Definitions([dg.AssetSpec("anything")]).resolve_implicit_global_asset_job_def()
 ITERATIONS = iterations(active_settings())
 
 
@@ -33,6 +34,13 @@ def run(stages, instance, services, partition=None, **options):
     assets = [each.asset(services.settings, sides, []) if isinstance(each, Stage) else each for each in stages]
     resources = {"services": services, "tables": services.tables, "checkpoints": services.checkpoints}
     return dg.materialize(assets, instance=instance, resources=resources, partition_key=partition, **options)
+
+
+def begun_run(instance, status, tags=None):
+    """A run one step of which has started."""
+    begun = instance.create_run_for_job(EMPTY_JOB, status=status, tags=tags)
+    instance.report_dagster_event(dg.DagsterEvent("STEP_START", EMPTY_JOB.name, step_key="anything"), begun.run_id)
+    return begun
 
 
 def measured(services, asset, *metrics, partition="0001"):

@@ -22,6 +22,7 @@ from resources.settings.training import Lora, PreferenceTraining, SimPO, Trainin
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.processes import refuse_pieces
 from resources.training.trainer import Trainer, TrainingError
+from synpo_assets.graph.changes import run_resources
 from synpo_assets.graph.services import Services
 from tests.conftest import heard_by
 from tests.nano import seed_rows
@@ -178,7 +179,7 @@ def test_states_are_removed_when_the_result_is_in_its_place(tmp_path, nano_check
         (tmp_path / "built").rename(tmp_path / "final")
 
     services = dataclasses.replace(services_in(tmp_path), trainer=trainer(tmp_path / "states", save_every_steps=3))
-    resources = {"services": services.resource()}
+    resources = run_resources(services, lambda *_: services)
     result = dg.materialize([some_model], resources=resources, partition_key="0001", raise_on_error=False)
     assert result.success != fails
     assert seen["asset"] == "some_model[0001]"

@@ -7,11 +7,13 @@ import pytest
 from resources.settings.files import active_settings
 from resources.storage.files import write_atomically
 from synpo_assets.cli.automation import next_iteration, reason_to_wait
+from synpo_assets.graph.history import never_began
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.missing import asset_names
 from synpo_assets.stages.loop import PARTITION_TAG
+from tests.nano import write_settings
+from tests.stand_ins import EMPTY_JOB, begun_run, measured, services_in
 from tests.stand_ins import instance as instance
-from tests.stand_ins import measured, services_in
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def tick(instance, services, **automation):
     settings = settings.model_copy(update={"automation": settings.automation.model_copy(update=automation)})
     definitions, services = build(settings, services.home)
     context = dg.build_sensor_context(
-        instance=instance, resources={"services": services}, repository_def=definitions.get_repository_def()
+        instance=instance, resources={"experiment": services}, repository_def=definitions.get_repository_def()
     )
     return next_iteration(context)
 
@@ -103,6 +105,17 @@ def test_it_stops_at_the_target(instance, services):
     (dg.DagsterRunStatus.CANCELED, "ended as CANCELED"),
 ])  # fmt: skip
 def test_it_waits_for_runs_and_does_not_repeat_failed_ones(instance, services, status, reason):
-    job = dg.Definitions([dg.AssetSpec("anything")]).resolve_implicit_global_asset_job_def()
-    instance.create_run_for_job(job, tags={PARTITION_TAG: "0001"}, status=status)
+    begun_run(instance, status, {PARTITION_TAG: "0001"})
     assert reason in reason_to_wait(instance, services, 1)
+
+
+def test_a_run_that_ended_before_any_step_does_not_hold_it(instance, services):
+    run = instance.create_run_for_job(EMPTY_JOB, tags={PARTITION_TAG: "0001"}, status=dg.DagsterRunStatus.FAILURE)
+    assert reason_to_wait(instance, services, 1) is None
+    assert never_began(instance, run.run_id)
+
+
+def test_it_waits_while_the_settings_are_wrong_and_says_what_is_wrong(instance, services):
+    write_settings(services.home / "settings.yaml", {"preset": "laptop", "max_iterations": "two"})
+    skipped = tick(instance, services)
+    assert "`max_iterations` is 'two'" in skipped.skip_message

@@ -12,6 +12,9 @@ import polars as pl
 import pytest
 import yaml
 
+from definitions import build
+from resources.settings.files import active_settings
+from tests.conftest import HOME
 from tests.nano import nano_settings, write_settings
 from tests.test_structure import ROOT
 from tests.ui import processes_of, running_ui, wait_for
@@ -78,9 +81,8 @@ def test_the_backfill_again_makes_everything_in_order_with_one_run_per_iteration
 
 def test_steps_on_the_gpu_never_overlap(ui):
     """Over all runs so far, whichever iteration and backfill they belong to."""
-    from definitions import defs
-
-    on_gpu = {asset.key.to_user_string() for asset in defs.assets if asset.op.pool == "gpu"}
+    definitions, _ = build(active_settings(), HOME)
+    on_gpu = {asset.key.to_user_string() for asset in definitions.assets if asset.op.pool == "gpu"}
     spans = sorted(
         (step["startTime"], step["endTime"], step["stepKey"])
         for run in ui.runs() for step in run["stepStats"]
@@ -208,3 +210,49 @@ def test_dg_launch_makes_one_iteration(ui):
     newest = [run for run in ui.runs() if run["partition"] == "0003"][-1]
     assert newest["status"] == "SUCCESS"
     assert {step["stepKey"] for step in newest["stepStats"]} >= {"policy", "model_checkpoint", "boosting_report"}
+
+
+def test_the_launchpad_and_a_backfill_change_settings_for_their_runs_alone(ui):
+    """Needs no model, so that it can be run by itself."""
+    assert ui.wait_for_run(ui.launch(None, ["initial_policy", "seed_pairs", "keyword_pool"])) == "SUCCESS"
+    draw, fewer = ["policy", "keyword_sets"], {"prompt_generator.max_overdraw": 2}
+    assert ui.wait_for_run(ui.launch("0001", draw, fewer)) == "SUCCESS"
+    assert ui.metadata("keyword_sets", "0001")["made_with"] == "prompt_generator.max_overdraw 2 instead of 4"
+    assert ui.stale("keyword_sets", ["0001"]) == {"0001": "STALE"}
+    assert ui.wait_for_run(ui.launch("0001", draw)) == "SUCCESS"
+    assert "made_with" not in ui.metadata("keyword_sets", "0001")
+    assert ui.stale("keyword_sets", ["0001"]) == {"0001": "FRESH"}
+    assert ui.wait_for_backfill(ui.backfill(["0001"], draw, fewer)) == "COMPLETED_SUCCESS"
+    assert ui.stale("keyword_sets", ["0001"]) == {"0001": "STALE"}
+    assert ui.wait_for_run(ui.launch("0001", draw)) == "SUCCESS"
+    before = len(ui.runs())
+    with pytest.raises(AssertionError, match="is not a setting; did you mean `max_overdraw`"):
+        ui.launch("0001", draw, {"prompt_generator.max_overdrw": 2})
+    assert len(ui.runs()) == before
+
+
+def test_wrong_settings_keep_the_graph_start_no_run_and_are_mended_by_a_reload(ui):
+    """In the file, during the reload and after it; a run that was launched before ends at once and counts for nothing."""
+    file, assets = ui.home / "settings.yaml", set(ui.assets())
+    valid, sentence = file.read_text(), "prompt_generator.min_words is larger than max_words: no prompt could pass."
+    values = yaml.safe_load(valid)
+    launched = ui.launch(None, ["seed_pairs"])
+    write_settings(file, values | {"prompt_generator": values["prompt_generator"] | {"min_words": 99, "max_words": 9}})
+    assert ui.wait_for_run(launched) == "FAILURE"
+    assert [message for message in ui.events(launched) if message and sentence in message]
+    assert next(run for run in ui.runs() if run["id"] == launched)["stepStats"] == []
+    runs = len(ui.runs())
+    with pytest.raises(AssertionError, match=sentence):
+        ui.launch(None, ["seed_pairs"])
+    ui.reload()
+    assert set(ui.assets()) == assets
+    with pytest.raises(AssertionError, match=sentence):
+        ui.launch(None, ["seed_pairs"])
+    assert ui.wait_for_backfill(ui.backfill(["0001"], ["policy", "keyword_sets"])) == "FAILED"
+    assert len(ui.runs()) == runs
+    _, said = wait_for(lambda: (found := ui.check("settings")) and not found[0] and found, 60)
+    assert sentence in said
+    file.write_text(valid)
+    ui.reload()
+    wait_for(lambda: ui.check("settings")[0], 60)
+    assert ui.wait_for_run(ui.launch(None, ["seed_pairs"])) == "SUCCESS"

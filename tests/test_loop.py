@@ -21,7 +21,7 @@ from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.services import Services
 from synpo_assets.stages import loop
 from synpo_assets.stages.loop import experiment_of, policy, preference_history, report_history
-from tests.stand_ins import ITERATIONS, judged_answers, measured, run, services_in, win_rates
+from tests.stand_ins import ITERATIONS, begun_run, judged_answers, measured, run, services_in, win_rates
 from tests.stand_ins import instance as instance
 from tests.test_stores import write_weights
 
@@ -229,8 +229,7 @@ def test_it_waits_for_the_blocking_check_of_a_live_run(instance, services, monke
     """The checkpoint is materialized before its check has run, in a run that is still alive."""
     assert make(instance, services).success
     key = dg.AssetCheckKey(dg.AssetKey("model_checkpoint"), "finite_weights")
-    job = dg.Definitions([dg.AssetSpec("anything")]).resolve_implicit_global_asset_job_def()
-    live = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+    live = begun_run(instance, dg.DagsterRunStatus.STARTED)
     instance.event_log_storage.store_event(planned_check(live, key, "0001"))
     waits = []
 

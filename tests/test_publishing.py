@@ -7,14 +7,16 @@ import dagster as dg
 import polars as pl
 import pytest
 
+from definitions import build
 from resources.common.errors import FinalError
-from resources.settings.files import load_settings
+from resources.settings.files import active_settings, load_settings
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import CheckpointStore
 from synpo_assets.cli.automation import ALL_ASSETS_JOB, next_iteration
 from synpo_assets.graph.missing import asset_names, missing_assets
 from synpo_assets.publishing.cards import TAGS
 from synpo_assets.publishing.published import published_dataset, published_model
+from tests.conftest import HOME
 from tests.nano import nano_settings, write_settings
 from tests.stand_ins import run, services_in, shown
 from tests.test_report import WRITER, make_iteration
@@ -307,10 +309,8 @@ def test_a_wrong_hub_id_is_refused_in_a_sentence(tmp_path, name):
 
 
 def test_nothing_else_makes_what_is_opt_in():
-    from definitions import defs, services
-
-    repository = defs.get_repository_def()
-    graph = repository.asset_graph
+    definitions, services = build(active_settings(), HOME)
+    repository, graph = definitions.get_repository_def(), services.graph
     for job in ("made_once", "iteration", ALL_ASSETS_JOB):
         selected = {key.to_user_string() for key in repository.get_job(job).asset_layer.selected_asset_keys}
         assert not selected & OPT_IN, job
@@ -326,11 +326,10 @@ def test_nothing_else_makes_what_is_opt_in():
 
 
 def test_the_sensor_never_asks_for_it(nano_model, tmp_path):
-    from definitions import defs, services
-
+    definitions, services = build(active_settings(), HOME)
     with dg.DagsterInstance.ephemeral() as empty:
         context = dg.build_sensor_context(
-            instance=empty, resources={"services": services}, repository_def=defs.get_repository_def()
+            instance=empty, resources={"experiment": services}, repository_def=definitions.get_repository_def()
         )
         request = next_iteration(context)
     assert not {key.to_user_string() for key in request.asset_selection} & OPT_IN

@@ -3,9 +3,12 @@
 import dagster as dg
 import pytest
 
+from definitions import build
+from resources.settings.files import active_settings
 from resources.storage.checkpoint_store import CheckpointError
 from resources.training.trainer import TrainingError
 from synpo_assets.graph.stage import GPU_POOL, RETRIES
+from tests.conftest import HOME
 
 
 def attempts(error, failures):
@@ -37,9 +40,8 @@ def test_what_would_fail_again_is_not_tried_again(error):
 
 
 def test_every_asset_is_retried_and_those_that_use_a_model_share_a_pool():
-    from definitions import defs
-
-    assets = {asset.key.to_user_string(): asset for asset in defs.assets}
+    definitions, _ = build(active_settings(), HOME)
+    assets = {asset.key.to_user_string(): asset for asset in definitions.assets}
     assert all(asset.op.retry_policy == RETRIES for asset in assets.values())
     without_models = {name for name, asset in assets.items() if asset.op.pool != GPU_POOL}
     assert without_models == {

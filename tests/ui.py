@@ -26,6 +26,11 @@ def wait_for(what, seconds=60.0, pause=0.5):
     raise TimeoutError(f"not within {seconds} s")
 
 
+def changed(changes):
+    """What the Launchpad sends for settings of one run, by dotted name."""
+    return {"resources": {"changes": {"config": changes or {}}}}
+
+
 class Ui:
     def __init__(self, home: Path, port: int) -> None:
         self.home = home
@@ -67,13 +72,13 @@ class Ui:
         )
         assert found["reloadRepositoryLocation"] == {"loadStatus": "LOADED"}
 
-    def backfill(self, partitions, assets=None):
+    def backfill(self, partitions, assets=None, changes=None):
         """`Materialize` in the dialog, for iterations; returns the id of the backfill."""
         found = self.query(
             """mutation Launch($params: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $params) {
                  __typename ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } } }""",
             params={"assetSelection": [{"path": [name]} for name in assets or self.assets()],
-                    "partitionNames": partitions, "tags": []},
+                    "partitionNames": partitions, "tags": [], "runConfigData": changed(changes)},
         )["launchPartitionBackfill"]  # fmt: skip
         return found["backfillId"]
 
@@ -99,8 +104,8 @@ class Ui:
             run["partition"] = {tag["key"]: tag["value"] for tag in run["tags"]}.get("dagster/partition")
         return found[::-1]
 
-    def launch(self, partition, assets):
-        """A single run of some assets of an iteration; returns its id."""
+    def launch(self, partition, assets, changes=None):
+        """A single run of some assets, of an iteration or made once (None), as the Launchpad starts it; returns its id."""
         found = self.query(
             """mutation L($params: ExecutionParams!) { launchRun(executionParams: $params) {
                  __typename ... on LaunchRunSuccess { run { id } } ... on PythonError { message } } }""",
@@ -111,7 +116,8 @@ class Ui:
                     "jobName": "synpo",
                     "assetSelection": [{"path": [name]} for name in assets],
                 },
-                "executionMetadata": {"tags": [{"key": "dagster/partition", "value": partition}]},
+                "runConfigData": changed(changes),
+                "executionMetadata": {"tags": [{"key": "dagster/partition", "value": partition}] if partition else []},
             },
         )["launchRun"]
         return found["run"]["id"]
@@ -144,6 +150,25 @@ class Ui:
             " ".join([event["error"]["message"], *(cause["message"] for cause in event["error"]["causes"])])
             for event in found if event.get("error")
         )  # fmt: skip
+
+    def events(self, run):
+        """The messages of a run's events with those of their errors."""
+        found = self.query(
+            """query E($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events {
+                 ... on MessageEvent { message } ... on EngineEvent { error { message } } } } } }""",
+            id=run,
+        )["logsForRun"]["events"]
+        return [(event.get("error") or event)["message"] for event in found if event]
+
+    def check(self, asset):
+        """Whether the first check of an asset passed when it was last evaluated, and what it says."""
+        found = self.query(
+            """query C($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {
+                 assetChecksOrError { ... on AssetChecks { checks {
+                 executionForLatestMaterialization { evaluation { success description } } } } } } } }""",
+            key={"path": [asset]},
+        )["assetNodeOrError"]["assetChecksOrError"]["checks"][0]["executionForLatestMaterialization"]  # fmt: skip
+        return (found["evaluation"]["success"], found["evaluation"]["description"]) if found else None
 
     def stale(self, asset, partitions):
         found = self.query(

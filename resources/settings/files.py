@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from upath import UPath
 
 from resources.settings.data import SEED_DATA_SUFFIXES
-from resources.settings.sections import SettingsError, merge, nearest, section_of, sections_in
+from resources.settings.sections import SettingsError, flattened, merge, nearest, section_of, sections_in
 from resources.settings.settings import Settings
 
 # A few lines of aliases of aliases would be written out until memory ends.
@@ -21,6 +21,11 @@ PRESETS = Path(__file__).parents[1] / "presets"
 FILES = (
     ("judge.server", "template"), ("training_processes", "accelerate_config"), ("publishing", "directory"),
     ("benchmarks", "task_folder"), ("benchmarks", "alpaca_eval"), ("benchmarks", "arena_hard"), ("benchmarks", "mt_bench"),
+)  # fmt: skip
+
+# Settings that all runs of a home share.
+OF_THE_HOME = (
+    "preset", "random_seed", "max_iterations", "initial_policy", "seed_data", "keyword_pool", "storage", "automation",
 )  # fmt: skip
 
 EARLIER_VERSION = (
@@ -34,7 +39,39 @@ def load_settings(path: Path) -> Settings:
     try:
         return Settings.model_validate(_read(path))
     except ValidationError as error:
-        raise SettingsError(_sentence(path, error)) from None
+        raise SettingsError(_sentence(f"Settings file {path}", error)) from None
+
+
+def changed_settings(settings: Settings, changes: Mapping[str, Any], folder: Path) -> Settings:
+    """Settings of which some are changed for one run, by dotted name; relative paths are relative to a folder.
+
+    Raises:
+        SettingsError: There is no such setting, all runs of a home share it, or its value is wrong.
+    """
+    values = settings.model_dump()
+    for name, value in changes.items():
+        if name.split(".")[0] in OF_THE_HOME:
+            raise SettingsError(
+                f"Changes of this run: `{name}` is the same for all runs of a home. Change it in settings.yaml, or name another "
+                "home for another experiment."
+            )
+        change = functools.reduce(lambda inner, part: {part: inner}, reversed(name.split(".")), value)
+        _make_paths_absolute(change, folder)
+        values = merge(values, change, [Settings])
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError(_sentence("Changes of this run", error)) from None
+
+
+def changes_between(before: Settings, after: Settings) -> list[str]:
+    """What differs in settings, as `preference_optimization.loss.beta 3 instead of 2`."""
+    old, new = (dict(flattened(settings.model_dump())) for settings in (before, after))
+    return [
+        f"{name} {_written(value)}" + (f" instead of {_written(old[name])}" if name in old else "")
+        for name, value in new.items()
+        if name not in old or value != old[name]
+    ]
 
 
 def preset_path(name: str) -> Path:
@@ -67,6 +104,18 @@ def home_settings(home: Path) -> Settings:
     if not section_of(values, "storage").get("artifacts"):
         refuse_earlier_version(home)
     return load_settings(stored)
+
+
+def settings_problem(home: Path) -> str | None:
+    """What is wrong with the settings of a home, and what follows from that, as sentences; None if they are valid."""
+    try:
+        home_settings(home)
+    except SettingsError as error:
+        return (
+            f"{error} Until the settings are valid and *Reload definitions* was pressed, no run starts, and the graph is that of "
+            "the last valid settings."
+        )
+    return None
 
 
 def refuse_earlier_version(root: Path | UPath) -> None:
@@ -159,7 +208,11 @@ def _is_local(folder: Path, path: str) -> bool:
     return bool(path) and (written_so or (folder / place).exists())
 
 
-def _sentence(path: Path, error: ValidationError) -> str:
+def _written(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _sentence(source: str, error: ValidationError) -> str:
     sentences = []
     for problem in error.errors():
         where, _ = _place(problem["loc"])
@@ -188,7 +241,7 @@ def _sentence(path: Path, error: ValidationError) -> str:
             sentences.append(f"`{where}` is a word that YAML reads as {problem['input']}: put it in quotes.")
         else:
             sentences.append(f"`{where}` is {problem['input']!r}: {problem['msg'].lower()}.")
-    return f"Settings file {path}: " + " ".join(sentences)
+    return f"{source}: " + " ".join(sentences)
 
 
 def _place(location: Sequence[int | str]) -> tuple[str, list[type[BaseModel]]]:

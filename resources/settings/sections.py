@@ -1,7 +1,7 @@
 """What all sections of the settings have in common, and how two of them are merged."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict
@@ -30,18 +30,30 @@ def sections_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any], sections: Sequence[type[BaseModel]]) -> dict[str, Any]:
-    """Puts changes over a base, section by section; of another variant of a section, nothing in the base applies."""
+    """Puts changes over a base, section by section; of another variant of a section, nothing in the base applies.
+
+    A setting whose value is a mapping is replaced as a whole.
+    """
     merged = dict(base)
     for key, value in changes.items():
         known = merged.get(key)
         fields = [section.model_fields[key] for section in sections if key in section.model_fields]
         if isinstance(value, dict) and isinstance(known, dict):
             tags = [field.discriminator for field in fields if isinstance(field.discriminator, str)]
-            if all(value.get(tag, known.get(tag)) == known.get(tag) for tag in tags):
-                inner = [section for field in fields for section in sections_in(field.annotation)]
+            inner = [section for field in fields for section in sections_in(field.annotation)]
+            if inner and all(value.get(tag, known.get(tag)) == known.get(tag) for tag in tags):
                 value = merge(known, value, inner)
         merged[key] = value
     return merged
+
+
+def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of sections by dotted name."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,16 @@ class CheckpointStore(dg.IOManager):
     built in a local cache and uploaded, its manifest last, and fetched into the cache by whoever lacks it.
     """
 
-    def __init__(self, root: str, cache: str | None = None) -> None:
-        """Takes a local directory, or a URL that fsspec knows and a local cache of the checkpoints in use."""
+    def __init__(self, root: str, cache: str | None = None, changes: Sequence[str] = ()) -> None:
+        """Takes a local directory, or a URL that fsspec knows and a local cache of the checkpoints in use.
+
+        Args:
+            changes: Settings of this run alone, in words, that manifests record.
+        """
         self._root = storage_root(root)
         self._local = Path(cache or root)
         self._is_remote = cache is not None
+        self._changes = changes
 
     def create(
         self,
@@ -108,6 +113,7 @@ class CheckpointStore(dg.IOManager):
                 },
                 "trained_on": dict(trained_on),
                 "settings": dict(settings),
+                "changes": list(self._changes),
                 "random_seed": random_seed,
                 "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -7,6 +7,8 @@ newest M_t was promoted decides (promotion.py), and the reason to stop is shown 
 import dagster as dg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
+from resources.settings.files import settings_problem
+from synpo_assets.graph.history import CONSIDERED, never_began
 from synpo_assets.graph.missing import missing_assets
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
@@ -48,14 +50,16 @@ UNFINISHED = [
     description="Starts the next iteration until automation.target_iterations, or until M_t is not promoted.",
 )
 def next_iteration(
-    context: dg.SensorEvaluationContext, services: dg.ResourceParam[Services]
+    context: dg.SensorEvaluationContext, experiment: dg.ResourceParam[Services]
 ) -> dg.RunRequest | dg.SkipReason:
     """Asks for the first iteration that is not finished, or says why it does not."""
-    iteration = first_unfinished(context.instance, services)
-    if (reason := reason_to_wait(context.instance, services, iteration)) is not None:
+    if (problem := settings_problem(experiment.home)) is not None:
+        return dg.SkipReason(problem)
+    iteration = first_unfinished(context.instance, experiment)
+    if (reason := reason_to_wait(context.instance, experiment, iteration)) is not None:
         return dg.SkipReason(reason)
     key = partition_key(iteration)
-    names = missing_assets(context.instance, services, None) + missing_assets(context.instance, services, key)
+    names = missing_assets(context.instance, experiment, None) + missing_assets(context.instance, experiment, key)
     return dg.RunRequest(
         partition_key=key, asset_selection=[dg.AssetKey(name) for name in names], tags={"synpo/automation": "true"}
     )
@@ -76,10 +80,11 @@ def reason_to_wait(instance: DagsterInstance, services: Services, iteration: int
         return f"Stopped: iteration {target} is finished, which is the target (automation.target_iterations)."
     if live := instance.get_runs(RunsFilter(statuses=UNFINISHED), limit=1):
         return f"Run {live[0].run_id} is at work."
-    newest = instance.get_runs(RunsFilter(tags={PARTITION_TAG: partition_key(iteration)}), limit=1)
-    if newest and not newest[0].is_success:
+    of_iteration = instance.get_runs(RunsFilter(tags={PARTITION_TAG: partition_key(iteration)}), limit=CONSIDERED)
+    newest = next((run for run in of_iteration if not never_began(instance, run.run_id)), None)
+    if newest and not newest.is_success:
         return (
-            f"Stopped: the newest run of iteration {iteration} ({newest[0].run_id}) ended as {newest[0].status.value}. "
+            f"Stopped: the newest run of iteration {iteration} ({newest.run_id}) ended as {newest.status.value}. "
             "Mend the cause and run it again; this sensor goes on after it."
         )
     if iteration > 1 and (refusal := promotion_refusal(services, partition_key(iteration - 1))):

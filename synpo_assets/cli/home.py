@@ -1,5 +1,6 @@
 """The home directory of one experiment: its settings, Dagster's history, tables, shards and checkpoints."""
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -7,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from resources.settings.files import home_settings, load_settings, preset_path
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from resources.storage.files import write_atomically
 
+LAST_VALID = "last_valid_settings.json"
 SHOWN_DIFFERENCES = 5
 UNUSABLE_IN_PATHS = ("?", "#", "%")
 PROJECT = Path(__file__).parents[2]
@@ -48,6 +51,22 @@ def chosen_settings(home: Path, preset: str | None, file: Path | None) -> Settin
             "another directory with --home to start another experiment."
         )
     return asked
+
+
+def last_valid_settings(home: Path) -> Settings | None:
+    """The settings of a home; while those are wrong, the last ones that were valid, or None if there never were any."""
+    kept = home / LAST_VALID
+    try:
+        settings = home_settings(home)
+    except SettingsError:
+        # An earlier version of the project may have kept them.
+        with contextlib.suppress(OSError, ValidationError):
+            return Settings.model_validate_json(kept.read_bytes())
+        return None
+    written = settings.model_dump_json(indent=2).encode()
+    if (home / "settings.yaml").exists() and (not kept.exists() or kept.read_bytes() != written):
+        write_atomically(kept, written)
+    return settings
 
 
 def prepare_home(home: Path, settings: Settings) -> None:

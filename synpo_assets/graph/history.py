@@ -1,11 +1,17 @@
 """What Dagster's event log knows about an asset: its newest materialization, its run and time, and its checks."""
 
+import itertools
+from collections.abc import Iterator
+
 import dagster as dg
 from dagster import DagsterInstance
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 from dagster._core.event_api import PartitionKeyFilter
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus as CheckStatus
+
+# So many attempts are looked at, newest first; more in a row that never began are not expected.
+CONSIDERED = 100
 
 
 def newest(instance: DagsterInstance, asset: str, partition: str | None) -> dg.EventLogRecord | None:
@@ -42,11 +48,22 @@ def input_version_of(instance: DagsterInstance, asset: str, partition: str | Non
 
 def unfinished_attempt(instance: DagsterInstance, asset: str, partition: str | None) -> str | None:
     """The run that was last to start on an asset and has not made it (yet); None if the newest attempt succeeded."""
-    planned = instance.get_latest_planned_materialization_info(dg.AssetKey(asset), partition)
     record = newest(instance, asset, partition)
-    if planned is None or (record is not None and planned.storage_id < record.storage_id):
-        return None
-    return planned.run_id
+    since = dg.AssetRecordsFilter(
+        asset_key=dg.AssetKey(asset),
+        asset_partitions=None if partition is None else [partition],
+        after_storage_id=record.storage_id if record else None,
+    )
+    planned = instance.fetch_planned_materializations(since, limit=CONSIDERED).records
+    return next((each.run_id for each in planned if not never_began(instance, each.run_id)), None)
+
+
+def never_began(instance: DagsterInstance, run_id: str) -> bool:
+    """Whether a run ended before any of its steps started, such as one that was refused: it counts for nothing."""
+    run = instance.get_run_by_id(run_id)
+    if run is None or not run.is_finished or run.is_success:
+        return False
+    return not instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.STEP_START, limit=1).records
 
 
 def seconds_of(instance: DagsterInstance, asset: str, partition: str | None) -> float:
@@ -72,9 +89,15 @@ def unfinished_checks(instance: DagsterInstance, graph: AssetGraph, asset: str, 
 
 def _latest_checks(
     instance: DagsterInstance, graph: AssetGraph, asset: str, partition: str | None
-) -> list[tuple[str, AssetCheckExecutionRecord]]:
-    keys = [key for key in sorted(graph.get(dg.AssetKey(asset)).check_keys, key=str) if graph.get(key).blocking]
-    latest = instance.event_log_storage.get_latest_asset_check_execution_by_key(
-        keys, partition_filter=PartitionKeyFilter(key=partition)
-    )
-    return [(key.name, record) for key, record in latest.items()]
+) -> Iterator[tuple[str, AssetCheckExecutionRecord]]:
+    for key in sorted(graph.get(dg.AssetKey(asset)).check_keys, key=str):
+        if graph.get(key).blocking:
+            records = instance.event_log_storage.get_asset_check_execution_history(
+                key, limit=CONSIDERED, partition_filter=PartitionKeyFilter(key=partition)
+            )
+            # What a run evaluated, it has begun.
+            counting = (
+                each for each in records
+                if each.status != CheckStatus.PLANNED or not never_began(instance, each.run_id)
+            )  # fmt: skip
+            yield from ((key.name, record) for record in itertools.islice(counting, 1))

@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 from dagster import DagsterInstance
+from dagster._core.definitions.data_version import CODE_VERSION_TAG
 
 from resources.common.text import asset_label
 from resources.models.device import peak_memory
@@ -36,7 +37,8 @@ def table_output(
 ) -> dg.Output[pl.DataFrame]:
     """A table with its content version; row count and memory join its metrics, sample rows are added where it is stored."""
     metadata = _recorded(context, services, [Metric("rows", frame.height), *metrics]) | shown
-    return dg.Output(frame, data_version=dg.DataVersion(table_version(frame)), metadata=metadata)
+    tags = _version_tags(context, services)
+    return dg.Output(frame, data_version=dg.DataVersion(table_version(frame)), metadata=metadata, tags=tags)
 
 
 def checkpoint_output(
@@ -54,7 +56,8 @@ def checkpoint_output(
             (role, parent["asset"], parent["sha"], parent["run_id"]) for role, parent in parents.items()
         )
     metadata |= _recorded(context, services, metrics) | shown
-    return dg.Output(made, data_version=dg.DataVersion(made.sha[:16]), metadata=metadata)
+    tags = _version_tags(context, services)
+    return dg.Output(made, data_version=dg.DataVersion(made.sha[:16]), metadata=metadata, tags=tags)
 
 
 def written_output(
@@ -62,7 +65,17 @@ def written_output(
 ) -> dg.MaterializeResult:
     """Files that an asset has written by itself, with their content version."""
     metadata = _recorded(context, services, metrics) | shown
-    return dg.MaterializeResult(data_version=dg.DataVersion(version), metadata=metadata)
+    tags = _version_tags(context, services)
+    return dg.MaterializeResult(data_version=dg.DataVersion(version), metadata=metadata, tags=tags)
+
+
+def _version_tags(context: dg.AssetExecutionContext, services: Services) -> dict[str, str]:
+    """The code version where the changes of this run decide something of the running asset; else Dagster's is right."""
+    if not services.changes:
+        return {}
+    version = services.graph.get(context.asset_key).code_version
+    of_the_home = context.job_def.asset_layer.get(context.asset_key).code_version
+    return {CODE_VERSION_TAG: version} if version and version != of_the_home else {}
 
 
 def _recorded(context: dg.AssetExecutionContext, services: Services, metrics: Sequence[Metric]) -> dict[str, Any]:
@@ -77,6 +90,8 @@ def _recorded(context: dg.AssetExecutionContext, services: Services, metrics: Se
         shown[metric.label] = None if metric.value is None else round(metric.value, 4)
         if metric.low is not None and metric.high is not None:
             shown[f"{metric.label}: 95 % interval"] = f"{metric.low:.3f} to {metric.high:.3f} (n = {metric.n})"
+    if _version_tags(context, services):
+        shown["made_with"] = ", ".join(services.changes)
     return shown | {"made_from": made_from(context)}
 
 

@@ -1,13 +1,11 @@
 """Everything that stages work with, in one bundle: settings, models, storage, and the graph that they are part of."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
-import dagster as dg
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 
-from resources.common.processes import end_soon_after_interrupt, end_with_run
 from resources.generation.language_model import LanguageModel
 from resources.models.embeddings import SentenceEmbedder
 from resources.models.evaluation_harness import EvaluationHarness
@@ -35,21 +33,11 @@ class Services:
     tables: ParquetTables
     metrics: ParquetTables
     checkpoints: CheckpointStore
-
-    def resource(self) -> dg.ResourceDefinition:
-        """The bundle as a Dagster resource, which nothing but the settings configures."""
-
-        @dg.resource
-        def services(_: dg.InitResourceContext) -> Iterator[Services]:
-            end_with_run()
-            end_soon_after_interrupt()
-            yield self
-            self.trainer.forget_finished()
-
-        return services
+    # What differs from the settings of the home, in words, for one run alone.
+    changes: Sequence[str] = ()
 
 
-def open_services(settings: Settings, home: Path, graph: AssetGraph) -> Services:
+def open_services(settings: Settings, home: Path, graph: AssetGraph, changes: Sequence[str] = ()) -> Services:
     """Opens the services of an experiment; no model is loaded, and nothing is written."""
     root = settings.storage.root(home)
     engine, shards, random_seed = settings.engine, f"{root}/shards", settings.random_seed
@@ -68,6 +56,7 @@ def open_services(settings: Settings, home: Path, graph: AssetGraph) -> Services
         tables=ParquetTables(f"{root}/tables"),
         metrics=ParquetTables(f"{root}/metrics"),
         checkpoints=CheckpointStore(
-            f"{root}/checkpoints", str(home / "cache" / "checkpoints") if settings.storage.artifacts else None
+            f"{root}/checkpoints", str(home / "cache" / "checkpoints") if settings.storage.artifacts else None, changes
         ),
+        changes=changes,
     )

@@ -3,7 +3,7 @@
 Each home is read by its own settings and its own history, so the settings of this process do not matter.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -16,7 +16,7 @@ from rich.text import Text
 from resources.common.text import visible
 from resources.judging.judge_choice import INDEPENDENT
 from resources.settings.files import home_settings
-from resources.settings.sections import SettingsError
+from resources.settings.sections import SettingsError, flattened
 from resources.settings.settings import Settings
 from synpo_assets.graph.metrics import MetricName, Which
 from synpo_assets.graph.services import Services
@@ -74,7 +74,7 @@ def compared(homes: Sequence[Path], open_experiment: Opener) -> tuple[dict[str, 
 
 def differing_settings(settings: Sequence[Settings]) -> dict[str, list[str]]:
     """The settings that are not the same in all experiments, by dotted name, with the value in each as text."""
-    flat = [dict(_flattened(one.model_dump())) for one in settings]
+    flat = [dict(flattened(one.model_dump())) for one in settings]
     names = dict.fromkeys(name for one in flat for name in one)
     values = {name: [str(one.get(name, MISSING)) for one in flat] for name in names}
     # The address of a database may hold a password.
@@ -137,11 +137,3 @@ def _iterations(home: Path, settings: Settings, open_experiment: Opener) -> list
         {"home": str(home), "iteration": each.key} | {name: value(each) for name, (value, _) in COLUMNS.items()}
         for each in iterations
     ]
-
-
-def _flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flattened(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
