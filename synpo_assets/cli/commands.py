@@ -163,13 +163,15 @@ def trace(
 
 @app.command()
 def compare(
-    homes: Annotated[list[Path], typer.Argument(metavar="HOME...", help="Homes of two experiments or more.")],
+    homes: Annotated[
+        list[Path], typer.Argument(metavar="HOME...", help="Homes of experiments; of a single one, its iterations.")
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Write the figures of the iterations into this .csv file.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Put finished iterations of several homes beside each other: settings that differ, and figures."""
+    """Put finished iterations of one home or several beside each other: settings that differ, and figures."""
     from synpo_assets.reports.compare import print_comparison
 
     print_comparison(homes, _services, output, overwrite)

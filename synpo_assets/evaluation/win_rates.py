@@ -29,6 +29,7 @@ from resources.scoring.scorer import ScoringUsage
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
 from synpo_assets.graph import metrics
+from synpo_assets.graph.boosting import boosting_table
 from synpo_assets.graph.cost import Sizes, Work
 from synpo_assets.graph.evaluation_schemas import Evaluation
 from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName
@@ -111,10 +112,11 @@ def evaluation(
     )
     measured += [*by_split, *metrics.generating(usage), *metrics.scoring(sum(judging, rewarding))]
     doubt = judge_doubt(services)
+    boosting = boosting_table(context, services, measured, doubt)
     tables = {
         name: table_metadata(_without_doubtful(table) if doubt else table) for name, table in counted["test"].items()
     }
-    shown = tables | {"judges": "; ".join(labels.values()), "score_convention": convention}
+    shown = {"boosting": boosting, **tables, "judges": "; ".join(labels.values()), "score_convention": convention}
     if doubt:
         labels_of_rates = [each.label for each in measured if each.by == INDEPENDENT and "win_rate" in each.metric]
         shown |= {key: doubt for label in labels_of_rates for key in (label, f"{label}: 95 % interval")}

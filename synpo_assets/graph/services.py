@@ -34,6 +34,7 @@ class Services:
     harness: EvaluationHarness
     tables: ParquetTables
     metrics: ParquetTables
+    used_settings: ParquetTables
     checkpoints: CheckpointStore
 
     def resource(self) -> dg.ResourceDefinition:
@@ -67,6 +68,7 @@ def open_services(settings: Settings, home: Path, graph: AssetGraph) -> Services
         harness=EvaluationHarness(scores=f"{root}/benchmarks/scores", engine=engine),
         tables=ParquetTables(f"{root}/tables"),
         metrics=ParquetTables(f"{root}/metrics"),
+        used_settings=ParquetTables(f"{root}/settings"),
         checkpoints=CheckpointStore(
             f"{root}/checkpoints", str(home / "cache" / "checkpoints") if settings.storage.artifacts else None
         ),
