@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 # So wide that 10 points are still read on a phone.
 INCHES = (4.6, 3.2)
+# Two labels of this many characters stand beside each other.
+LONG_LABEL = 27
 INK, GRID = "#333333", "#dddddd"
 # What is looked at, and what it is compared with: apart for colour-blind eyes, and seen on white and on black.
 BLUE, ORANGE, PINK = "#0d7fc0", "#d55e00", "#c2679f"
@@ -49,7 +51,7 @@ def plot_of(name: str, description: str, figure: "Figure") -> Plot:
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = file.getvalue()
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :])
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
     # Ink and grid are the page's.
     return Plot(name, description, svg.replace(INK, "currentColor").replace(GRID, f"var(--line, {GRID})"))
 
@@ -70,5 +72,5 @@ def finish(axes: "Axes", title: str, across: str, up: str, legend: str | None = 
     if len(labels) > 1:
         figure.legend(  # type: ignore[union-attr]
             handles, labels, title=legend, fontsize=10, title_fontsize=10, frameon=False, labelcolor=INK,
-            loc="outside lower left", ncols=2, columnspacing=1, handlelength=1.6,
+            loc="outside lower left", ncols=1 if max(map(len, labels)) > LONG_LABEL else 2, columnspacing=1, handlelength=1.6,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from resources.storage.tables import ParquetTables
 from synpo_assets.graph.metrics import ONCE
 from synpo_assets.graph.partitions import partition_key, partition_of
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import READS
+from synpo_assets.graph.stage import LAST, READS
 from synpo_assets.graph.texts import MISSING
 
 SCHEMA = {"asset": pl.String, "setting": pl.String, "value": pl.String}
@@ -49,15 +49,22 @@ def record_settings(context: dg.AssetExecutionContext, services: Services) -> di
 
 def used_in(store: ParquetTables, partition: str) -> dict[str, str]:
     """The settings that an iteration was made with, as text; all values of one that its assets do not agree on."""
-    values = _recorded(store, partition).group_by("setting", maintain_order=True).agg(pl.col("value").unique().sort())
+    # The report does not report itself.
+    rows = _recorded(store, partition).filter(pl.col("asset") != LAST)
+    values = rows.group_by("setting", maintain_order=True).agg(pl.col("value").unique().sort())
     return {setting: " and ".join(each) for setting, each in values.iter_rows()}
 
 
-def differing_settings(experiments: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
-    """The settings that are not the same everywhere, by name, with the value in each place."""
-    experiments = list(experiments)
-    names = dict.fromkeys(name for one in experiments for name in one)
-    values = {name: [one.get(name, MISSING) for one in experiments] for name in names}
+def differing_settings(places: Iterable[Mapping[str, str]], in_all: bool = False) -> dict[str, list[str]]:
+    """The settings that are not the same in all places, by name, with the value in each.
+
+    Args:
+        places: The settings of iterations or homes, as text.
+        in_all: Whether what one of them lacks is left out: what was not made in an iteration has no settings there.
+    """
+    places = list(places)
+    names = dict.fromkeys(name for one in places for name in one if not in_all or all(name in each for each in places))
+    values = {name: [one.get(name, MISSING) for one in places] for name in names}
     return {name: each for name, each in values.items() if len(set(each)) > 1}
 
 

@@ -20,6 +20,7 @@ from synpo_assets.graph.presentation import versions_table, written_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import LAST, STATE_TAG, Stage
 from synpo_assets.graph.used_settings import used_in
+from synpo_assets.reports import FOLDER
 from synpo_assets.reports.answers import same_prompts
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.identity import identity_of, telling_settings
@@ -30,7 +31,6 @@ from synpo_assets.reports.verdict import verdict
 from synpo_assets.stages.loop import promotion_verdict
 from synpo_assets.stages.scorers import judge_doubt
 
-FOLDER = "reports"
 READ_ASSETS = ("preference_pairs", "model_checkpoint", "evaluation", "promotion")
 
 

@@ -79,7 +79,7 @@ def compared(homes: Sequence[Path], open_experiment: Opener) -> tuple[dict[str, 
         for each in iterations
     ]
     if len(homes) == 1:
-        differing = differing_settings(each.settings for each in made[homes[0]])
+        differing = differing_settings((each.settings for each in made[homes[0]]), in_all=True)
     else:
         differing = differing_settings(values_of(Settings.model_fields, each) for each in settings)
     if DATABASE in differing:

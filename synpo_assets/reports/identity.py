@@ -23,7 +23,7 @@ def identity_of(services: Services, iterations: Sequence[FinishedIteration]) -> 
     """M_0, home, preset, dates, machine and versions, by name."""
     settings, manifest = services.settings, services.checkpoints.manifest("initial_policy", None)
     name = settings.initial_policy.name
-    made = sorted(str(each.manifest["created"]) for each in iterations if "created" in each.manifest)
+    made = sorted(str(each.manifest["created"])[:16].replace("T", " ") for each in iterations if each.manifest)
     libraries = iterations[-1].manifest.get("libraries", {})
     versions = {"synpo": importlib.metadata.version("synpo")} | libraries
     return {
@@ -32,7 +32,7 @@ def identity_of(services: Services, iterations: Sequence[FinishedIteration]) -> 
         + (f", sha {manifest['sha'][:16]}" if manifest else ""),
         "Home": str(services.home),
         "Preset": settings.preset,
-        "Checkpoints made": " to ".join(dict.fromkeys([made[0], made[-1]])) if made else "unknown",
+        "Checkpoints made": f"{' to '.join(dict.fromkeys([made[0], made[-1]]))} UTC" if made else "unknown",
         "Machine of this report": device_name(settings.engine),
         "Versions": ", ".join(f"{library} {version}" for library, version in versions.items()),
     }

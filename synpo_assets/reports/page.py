@@ -15,7 +15,6 @@ from synpo_assets.graph.texts import count_text, rate_text, share_text
 from synpo_assets.method.judging import KINDS
 from synpo_assets.reports.answers import Answers
 from synpo_assets.reports.finished import FinishedIteration
-from synpo_assets.reports.plots import HOW_TO_READ_REWARDS
 from synpo_assets.reports.rows import Row, judge_labels
 from synpo_assets.reports.verdict import cards, verdict
 from synpo_assets.stages.scorers import NULLS
@@ -64,7 +63,6 @@ class Page:
                 models=[f"M_{iteration.number}" for iteration in reversed(self.iterations)],
                 sections=sections,
                 funnel=funnel_rows(self.iterations),
-                how_to_read_rewards=HOW_TO_READ_REWARDS,
                 judges=judge_labels(self.iterations),
                 samples={iteration.number: sample_pairs(iteration.pairs) for iteration in reversed(self.iterations)},
             )

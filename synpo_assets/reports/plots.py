@@ -24,9 +24,8 @@ FAINTEST = 0.35
 # Each point of a smoothed line is the mean of this share of the steps, around it.
 SMOOTHED_SHARE = 8
 HOW_TO_READ_REWARDS = (
-    "Above zero, the model being trained finds the chosen answers likelier than the rejected ones, in the units of the loss; a line "
-    "that rises has learned to, also where it stays below zero. Each point is the mean over an eighth of the training, "
-    "around it."
+    "Above zero the model being trained finds chosen answers likelier than rejected ones; a line that rises has learned to, "
+    "also where it stays below zero. Each point is the mean over an eighth of the training, around it. Unit: {axis}."
 )
 STYLES = (("o-", BLUE), ("s--", ORANGE), ("^:", INK), ("v-.", PINK))
 
@@ -42,8 +41,9 @@ def draw_plots(iterations: Sequence[FinishedIteration]) -> list[Plot]:
         )
         plots.append(plot_of("win_rates", text, win_rates(iterations)))
     if any(logs.values()):
-        text = f"Reward margin over the training steps, up to {t}. {HOW_TO_READ_REWARDS}"
-        plots.append(plot_of("rewards", text, reward_margins(logs, iterations[-1].reward_axis)))
+        reading = HOW_TO_READ_REWARDS.format(axis=iterations[-1].reward_axis)
+        text = f"Reward of chosen less that of rejected answers over the training steps, up to {t}. {reading}"
+        plots.append(plot_of("rewards", text, reward_margins(logs)))
     text = f"Score margins of the preference pairs, up to iteration {iterations[-1].number}."
     plots.append(plot_of("margins", text, margin_histogram(iterations)))
     text = f"Mean reward by the scorer on the test split, up to {t}: M_t between M_0 and gold."
@@ -59,7 +59,7 @@ def win_rates(iterations: Sequence[FinishedIteration]) -> "Figure":
     return _rates_figure("Win rate over M_0", iterations, _over_initial(iterations))
 
 
-def reward_margins(logs: Mapping[int, Sequence[Mapping[str, Any]]], axis: str) -> "Figure":
+def reward_margins(logs: Mapping[int, Sequence[Mapping[str, Any]]]) -> "Figure":
     """The reward of chosen less that of rejected over training steps, smoothed, one line per iteration."""
     figure = new_figure()
     axes = figure.add_subplot()
@@ -72,7 +72,7 @@ def reward_margins(logs: Mapping[int, Sequence[Mapping[str, Any]]], axis: str) -
     axes.axhline(0, color=INK, linewidth=1)
     axes.margins(x=0.08)
     _count_in_whole_steps(axes)
-    finish(axes, "Reward margin while training", "optimizer step", f"chosen less rejected\n({axis})")
+    finish(axes, "Reward margin while training", "optimizer step", "chosen less rejected")
     return figure
 
 
@@ -154,6 +154,7 @@ def _rates_figure(title: str, iterations: Sequence[FinishedIteration], lines: Ra
     figure = new_figure()
     axes = figure.add_subplot()
     numbers = [iteration.number for iteration in iterations]
+    lines = {label: rates for label, rates in lines.items() if any(rates)}
     for place, (label, rates) in enumerate(lines.items()):
         known = [(number, rate) for number, rate in zip(numbers, rates, strict=True) if rate is not None]
         values = [100 * rate.value for _, rate in known if rate.value is not None]

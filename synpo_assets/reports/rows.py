@@ -62,7 +62,7 @@ def report_rows(iterations: Sequence[FinishedIteration]) -> list[Row]:
         Row(section, label, tuple(cell(iteration) for iteration in iterations))
         for section, label, cell in _lines(iterations)
     ]
-    differing = differing_settings(iteration.settings for iteration in iterations)
+    differing = differing_settings((iteration.settings for iteration in iterations), in_all=True)
     settings = [Row("Settings that differ", name, tuple(values)) for name, values in differing.items()]
     return settings + [row for row in rows if set(row.cells) != {MISSING}]
 

@@ -27,7 +27,7 @@ def verdict(newest: FinishedIteration) -> str:
     """Whether the newest M_t is better than M_0, as far as the independent judge's win rates on the test split show it."""
     t, rate, controlled = f"M_{newest.number}", win_rate(newest.metrics), win_rate(newest.metrics, controlled=True)
     if newest.judge_doubt is not None:
-        return newest.judge_doubt
+        return f"Whether {t} is better than M_0 is not known. {newest.judge_doubt}"
     if rate is None or rate.low is None or rate.high is None:
         return f"Whether {t} is better than M_0 is not known: no independent judge's win rate with an interval was recorded."
     found = f"the independent judge prefers its answers in {rate_text(rate)} of {rate.n} test prompts"
