@@ -5,6 +5,8 @@ server with one route more. Started in any other way, Dagster's own server answe
 """
 
 import os
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,8 @@ def serve(host: str, port: int) -> None:
     dg(["dev", "--host", host, "--port", str(port)])
 
 
-def _start(command: list[str], **options: Any) -> Any:
-    return open_ipc_subprocess([__name__ if part == "dagster_webserver" else part for part in command], **options)
+def _start(parts: Sequence[str], **kwargs: Any) -> subprocess.Popen[Any]:
+    return open_ipc_subprocess([__name__ if part == "dagster_webserver" else part for part in parts], **kwargs)
 
 
 def app_with_reports(*arguments: Any, **options: Any) -> Starlette:

@@ -70,7 +70,7 @@ def finish(axes: "Axes", title: str, across: str, up: str, legend: str | None = 
         spine.set_color(INK)
     figure, (handles, labels) = axes.figure, axes.get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(  # type: ignore[union-attr]
+        figure.legend(
             handles, labels, title=legend, fontsize=10, title_fontsize=10, frameon=False, labelcolor=INK,
             loc="outside lower left", ncols=1 if max(map(len, labels)) > LONG_LABEL else 2, columnspacing=1, handlelength=1.6,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """What an asset shows about itself in the UI, and the content version that staleness is judged by."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import dagster as dg
@@ -20,7 +20,7 @@ from synpo_assets.graph.used_settings import record_settings
 
 SHOWN_STEPS = 50
 # What people look for comes first.
-HEADLINES = ("boosting", "report")
+HEADLINES = ("verdict", "boosting", "report")
 SHOWN_LOG_VALUES = {"loss", "learning_rate", "step", "rewards", "logps", "accuracy", "margin", "mean_token_accuracy"}
 
 
@@ -69,7 +69,7 @@ def written_output(
 
 
 def _recorded(
-    context: dg.AssetExecutionContext, services: Services, metrics: Sequence[Metric], shown: Mapping[str, Any]
+    context: dg.AssetExecutionContext, services: Services, metrics: Sequence[Metric], shown: dict[str, Any]
 ) -> dict[str, Any]:
     """Keeps the metrics and settings of the running asset, and shows them with what it was made from; headlines first."""
     memory = peak_memory()
