@@ -56,7 +56,7 @@ def plot_of(name: str, description: str, figure: "Figure") -> Plot:
     return Plot(name, description, svg.replace(INK, "currentColor").replace(GRID, f"var(--line, {GRID})"))
 
 
-def finish(axes: "Axes", title: str, across: str, up: str, legend: str | None = None) -> None:
+def finish(axes: "Axes", title: str, across: str, up: str) -> None:
     """Titles, labels, grid and, below it, the legend in the one style."""
     axes.set_title(title, fontsize=11, color=INK, loc="left", fontweight="bold")
     axes.set_xlabel(across, fontsize=10, color=INK)
@@ -71,6 +71,6 @@ def finish(axes: "Axes", title: str, across: str, up: str, legend: str | None = 
     figure, (handles, labels) = axes.figure, axes.get_legend_handles_labels()
     if len(labels) > 1:
         figure.legend(
-            handles, labels, title=legend, fontsize=10, title_fontsize=10, frameon=False, labelcolor=INK,
+            handles, labels, fontsize=10, frameon=False, labelcolor=INK,
             loc="outside lower left", ncols=1 if max(map(len, labels)) > LONG_LABEL else 2, columnspacing=1, handlelength=1.6,
         )  # fmt: skip

@@ -105,7 +105,7 @@ def print_comparison(
             settings.add_row("" if number else name, Text(visible(str(place))), Text(visible(value)))
     console.print(settings if differing else "All settings are the same.")
     table = Table(title="Finished iterations, rewards of held-out prompts", title_justify="left", padding=0)
-    for name in ("home", "t"):
+    for name in ("home", "t")[len(homes) == 1 :]:
         table.add_column(name, overflow="fold")
     shown = {name: form for name, (_, form) in COLUMNS.items() if figures[name].null_count() < figures.height}
     for name in shown:
@@ -114,7 +114,7 @@ def print_comparison(
     for home, iteration, *values in figures.select("home", "iteration", *shown).iter_rows():
         cells = (MISSING if value is None else form.format(value)
                  for form, value in zip(shown.values(), values, strict=True))  # fmt: skip
-        table.add_row(Text(visible(home)), iteration.lstrip("0"), *cells)
+        table.add_row(*[Text(visible(home))][len(homes) == 1 :], iteration.lstrip("0"), *cells)
     console.print(table)
     if output is not None:
         try:

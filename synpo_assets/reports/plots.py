@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 24
-FAINTEST = 0.35
+FAINTEST = 0.45
 # Each point of a smoothed line is the mean of this share of the steps, around it.
 SMOOTHED_SHARE = 8
 HOW_TO_READ_REWARDS = (
@@ -42,8 +42,7 @@ def draw_plots(iterations: Sequence[FinishedIteration]) -> list[Plot]:
         plots.append(plot_of("win_rates", text, win_rates(iterations)))
     if any(logs.values()):
         reading = HOW_TO_READ_REWARDS.format(axis=iterations[-1].reward_axis)
-        text = f"Reward of chosen less that of rejected answers over the training steps, up to {t}. {reading}"
-        plots.append(plot_of("rewards", text, reward_margins(logs)))
+        plots.append(plot_of("rewards", reading, reward_margins(logs)))
     text = f"Score margins of the preference pairs, up to iteration {iterations[-1].number}."
     plots.append(plot_of("margins", text, margin_histogram(iterations)))
     text = f"Mean reward by the scorer on the test split, up to {t}: M_t between M_0 and gold."

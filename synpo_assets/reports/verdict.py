@@ -52,7 +52,7 @@ def cards(newest: FinishedIteration) -> list[Card]:
     return [
         _card("Win rate over M_0", win_rate(newest.metrics), newest),
         _card("The same at equal length", win_rate(newest.metrics, controlled=True), newest, extrapolated),
-        Card("Instructions followed", *_parts(gain_text(gain), "more than M_0, checked by a program")),
+        Card("Instructions followed", *_parts(gain_text(gain), "M_t less M_0, checked by a program")),
         Card("Promoted", PROMOTED[newest.metrics.promoted], "by the gate, on the dev split"),
     ]
 
