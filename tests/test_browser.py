@@ -112,13 +112,24 @@ def test_checks_show_their_figures_by_partition(page, ui, screenshot):
     page.get_by_text("0002").first.wait_for()
 
 
-def test_the_report_shows_its_table_and_plots(page, ui, screenshot):
+def test_the_report_is_made_of_each_iteration_and_shows_headlines_plots_and_a_link_to_its_page(page, ui, screenshot):
+    for asset in ("boosting_report", "evaluation", "promotion"):
+        open_partition(page, ui, asset, "0001")
+        row(page, "boosting").get_by_role("cell", name="0001").wait_for()
     page.goto(f"{ui.url}/assets/boosting_report?view=events")
     row(page, "table").get_by_text("win rate").first.wait_for()
-    row(page, "rewards").get_by_text("Show Markdown").click()
-    image = page.locator('img[src^="data:image/png;base64,"]').first
+    row(page, "plots").get_by_text("Show Markdown").click()
+    image = page.locator('img[src^="data:image/svg+xml;base64,"]').first
     image.wait_for()
-    assert wait_for(lambda: image.evaluate("picture => picture.naturalWidth"), 20) >= 600
+    assert wait_for(lambda: image.evaluate("picture => picture.naturalWidth"), 20) >= 400
+    page.goto(f"{ui.url}/assets/boosting_report?view=events")
+    page.goto(ui.url + row(page, "report").get_by_role("link").first.get_attribute("href"))
+    page.get_by_role("heading", name="Which experiment").wait_for()
+
+
+def test_an_asset_shows_the_settings_that_it_was_made_with(page, ui, screenshot):
+    open_partition(page, ui, "promotion", "0002")
+    row(page, "settings").get_by_text("random_seed").wait_for()
 
 
 def test_generated_text_with_scripts_and_markup_is_shown_as_text(page, ui, screenshot):

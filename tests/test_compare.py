@@ -1,5 +1,7 @@
 """`synpo compare` on real Dagster histories of stand-in iterations."""
 
+import shutil
+
 import dagster as dg
 import polars as pl
 import pytest
@@ -7,8 +9,9 @@ import yaml
 from typer.testing import CliRunner
 
 from resources.settings.files import load_settings
-from synpo_assets.cli.commands import app
-from synpo_assets.reports.compare import differing_settings
+from synpo_assets.cli.commands import _services, app
+from synpo_assets.graph.used_settings import SCHEMA
+from synpo_assets.reports.compare import compared
 from tests.nano import nano_settings, write_settings
 from tests.stand_ins import services_in
 from tests.test_report import make_iteration
@@ -28,6 +31,13 @@ def make_home(place, model, iterations, **changes):
         for iteration in range(1, iterations + 1):
             make_iteration(instance, services_in(place, settings), iteration)
     return place
+
+
+def made_with(place, iteration, **settings):
+    """Records what the checkpoint of an iteration was made with."""
+    store = services_in(place, load_settings(place / "settings.yaml")).used_settings
+    rows = [("model_checkpoint", name.replace("__", "."), value) for name, value in settings.items()]
+    store.write("model_checkpoint", iteration, pl.DataFrame(rows, schema=SCHEMA, orient="row"))
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +70,25 @@ def test_it_shows_what_differs_and_what_came_of_it(homes, tmp_path):
     assert figures["tokens trained"].to_list() == [3000, 3000, 3000]
 
 
-def test_a_password_is_not_shown(homes):
-    one = load_settings(homes[0] / "settings.yaml")
-    storage = one.storage.model_copy(update={"dagster_database": "postgresql://u:secret@h/d"})
-    assert differing_settings([one, one]) == {}
-    differing = differing_settings([one, one.model_copy(update={"storage": storage})])
+def test_a_password_is_not_shown(homes, tmp_path):
+    place = shutil.copytree(homes[1], tmp_path / "c")
+    settings = yaml.safe_load((place / "settings.yaml").read_text())
+    assert compared([homes[1], place], _services)[0] == {}
+    settings["storage"]["dagster_database"] = "postgresql://u:secret@h/d"
+    write_settings(place / "settings.yaml", settings)
+    differing, _ = compared([homes[1], place], _services)
     assert differing == {"storage.dagster_database": ["not shown", "not shown"]}
+
+
+def test_the_iterations_of_one_home_are_compared_by_what_they_were_made_with(homes):
+    assert "All settings are the same." in compare(homes[0]).output
+    for iteration, beta in (("0001", "2.0"), ("0002", "3.0")):
+        made_with(homes[0], iteration, random_seed="42", preference_optimization__loss__beta=beta)
+    result = compare(homes[0])
+    assert result.exit_code == 0, result.output
+    table = result.output.partition("Settings that differ")[2].partition("Finished iterations")[0]
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if line.startswith("│")]
+    assert cells == [["preference_optimization.loss.beta", "0001", "2.0"], ["", "0002", "3.0"]]
 
 
 @pytest.mark.parametrize(("second", "words"), [

@@ -54,6 +54,14 @@ def test_the_graph_is_the_one_that_was_agreed(way):
     assert described(WAYS[way]()) == agreed[way]
 
 
+def test_the_report_is_made_when_all_else_of_an_iteration_is():
+    settings = active_settings()
+    improver = settings.response_improver.model_copy(update={"damaged_copies": 1})
+    optimization = settings.preference_optimization.model_copy(update={"equal_steps_control": True})
+    changed = settings.model_copy(update={"response_improver": improver, "preference_optimization": optimization})
+    assert described(changed)["boosting_report"]["deps"] == ["equal_steps_evaluation", "improver_edits", "promotion"]
+
+
 def test_two_graphs_with_different_settings_live_in_one_process(tmp_path):
     fewer = with_ranked_samples().model_copy(update={"max_iterations": 2})
     one, other = build(active_settings(), tmp_path / "one"), build(fewer, tmp_path / "other")

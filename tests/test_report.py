@@ -2,11 +2,13 @@
 
 import base64
 import dataclasses
+import html
 import io
 import json
 import re
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import dagster as dg
 import polars as pl
@@ -19,19 +21,27 @@ from resources.settings.files import load_settings
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.history import last_quarter
 from synpo_assets.cli.summary import _held_out
-from synpo_assets.graph.metrics import ENDING_COUNTS, Metric
+from synpo_assets.graph import used_settings
+from synpo_assets.graph.metrics import ENDING_COUNTS, SCHEMA, Metric, Metrics
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.services import Services
+from synpo_assets.graph.texts import MISSING
 from synpo_assets.method.evaluation import LENGTH_BANDS
 from synpo_assets.method.judging import ANOTHER_GOLD, BOTH_ENDED, KINDS
 from synpo_assets.reports.boosting_report import boosting_report, iterations_of, read_iteration
+from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.plots import draw_plots
 from synpo_assets.reports.rows import report_rows
+from synpo_assets.reports.verdict import cards, verdict
 from tests.stand_ins import ITERATIONS, measured, run, services_in
 from tests.stand_ins import instance as instance
 
-PLOTS = {"rewards", "margins", "funnel", "held_out"}
+TITLES = {
+    "win_rates": "Win rate over M_0", "rewards": "Reward margin while training", "margins": "Margins of the pairs kept",
+    "held_out": "Held-out reward, by the scorer", "judges": "By each judge",
+}  # fmt: skip
+PLOTS = TITLES.keys()
 NASTY = "<script>alert(1)</script>\x1b[31m\x00\n| a | b |\n|---|---|\n| <b>c</b> | \u202ed |"
 WRITER, SCORER = "0123456789abcdef-and-more", "feedfacefeedface-and-more"
 
@@ -200,9 +210,9 @@ def make_iteration(instance, services, iteration, text="x", without=(), log=None
     return sha
 
 
-def report(instance, services, **options):
+def report(instance, services):
     """Materializes the report and returns its metadata, its content version and its page."""
-    result = run([boosting_report], instance, services, **options)
+    result = run([boosting_report], instance, services, "0001")
     made = result.asset_materializations_for_node("boosting_report")[0]
     metadata = {name: entry.value for name, entry in made.metadata.items()}
     return metadata, made.tags["dagster/data_version"], Path(metadata["path"]).read_text()
@@ -258,7 +268,7 @@ def test_every_metric_is_in_its_place(instance, services):
         **{
             f"{judge}, over {opponent}: {metric}": cells
             for place, judge in enumerate(("independent judge", "scorer (took part in training)"))
-            for opponent in ("M_0", "M_{t-1}")
+            for opponent in ("M_0", "M_t-1")
             for metric, cells in (
                 ("win rate, 95 % interval", (f"{6 - place}0.0% (40.0 to 90.0)", f"{7 - place}0.0% (40.0 to 90.0)")),
                 ("length-controlled win rate, 95 % interval", ("55.0% (30.0 to 75.0)",) * 2),
@@ -355,21 +365,30 @@ def test_the_ui_shows_table_plots_and_sources(instance, services):
         assert text in page
 
 
-def test_the_plots_are_small_pictures_with_something_on_them(instance, services):
-    from PIL import Image
-
+def test_the_plots_are_small_drawings_in_the_colours_of_the_page(instance, services):
     for iteration in (1, 2):
         make_iteration(instance, services, iteration)
     metadata, _, page = report(instance, services)
-    assert metadata.keys() >= PLOTS
-    for name in PLOTS:
-        encoded = re.fullmatch(r"!\[[^\]]+\]\(data:image/png;base64,(.+)\)", metadata[name]).group(1)
-        assert encoded in page
-        content = base64.b64decode(encoded)
-        picture = Image.open(io.BytesIO(content))
-        assert picture.size == (640, 360)
-        assert len(picture.convert("RGB").getcolors(100_000)) > 50, f"{name} is blank"
-        assert len(content) < 60_000
+    pictures = re.findall(r"!\[[^\]]+\]\(data:image/svg\+xml;base64,([^)]+)\)", metadata["plots"])
+    drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(drawings) == len(pictures) == len(PLOTS)
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
+        assert "currentColor" in drawing
+        assert "<text" in drawing
+        assert "#000000" not in drawing
+        assert len(drawing) < 40_000
+    # By name, so that no drawing takes what another one defines.
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    # In the UI, which has a theme of its own, they bring their colours along.
+    assert {base64.b64decode(each).decode().partition(" xmlns")[0] for each in pictures} == {
+        '<svg style="color: #333333; background: white"'
+    }
+
+
+def shown_plots(page):
+    return {title for title in TITLES if f">{TITLES[title]}</text>" in page}
 
 
 def test_generated_text_is_shown_as_text(instance, services):
@@ -380,7 +399,8 @@ def test_generated_text_is_shown_as_text(instance, services):
     assert "| a | b |" in page
     assert "&lt;b&gt;c&lt;/b&gt; | ⟨U+202E⟩d" in page
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202e]", page)
-    assert not re.search(r"<(link|iframe|object|a)\b|\shref=|\ssrc=\"(?!data:image/png;base64,)|url\(|@import", page)
+    assert not re.search(r"<(link|iframe|object|a|img)\b|\shref=|\ssrc=|url\((?!#)|@import|xlink:href=\"(?!#)", page)
+    assert "default-src 'none'; style-src 'unsafe-inline'" in page
 
 
 def test_a_length_controlled_rate_that_is_extrapolated_is_named(instance, services):
@@ -395,8 +415,120 @@ def test_a_length_controlled_rate_that_is_extrapolated_is_named(instance, servic
         "length-controlled win rate is extrapolated."
     )
     # Once for both judges.
-    assert metadata["notes"] == " ".join(sentence.format(name) for name in ("M_0", "M_{t-1}"))
+    assert metadata["notes"] == " ".join(sentence.format(name) for name in ("M_0", "M_t-1"))
     assert sentence.format("M_0") in page
+
+
+def finished_iteration(rate=None, controlled=None, alike=20, doubt=None):
+    """M_3, judged so on 84 prompts; rates as value, low and high."""
+    who = {"of": "candidate", "over": "initial", "by": INDEPENDENT, "n": 84}
+    rates = {"win_rate": rate, "length_controlled_win_rate": controlled}
+    metrics = [
+        Metric(name, value, low=low, high=high, **who)
+        for name, found in rates.items()
+        if found
+        for value, low, high in [found]
+    ]
+    frame = Metrics(pl.DataFrame(schema=SCHEMA)).with_metrics_of(
+        "evaluation", "0003", [*metrics, Metric("pairs_alike_in_length", alike, **who)]
+    )
+    return FinishedIteration("0003", frame, 1.0, pl.DataFrame(), [], "", {}, {}, None, doubt)
+
+
+ABOVE, ACROSS, BELOW = (0.7, 0.6, 0.8), (0.55, 0.45, 0.65), (0.3, 0.2, 0.4)
+
+
+@pytest.mark.parametrize(("judged_so", "words"), [
+    ({"rate": ABOVE, "controlled": ABOVE}, "M_3 is better than M_0: the independent judge prefers its answers in 70.0%"),
+    ({"rate": ABOVE, "controlled": ACROSS}, "length may be all of it"),
+    ({"rate": ABOVE, "controlled": BELOW}, "length may be all of it"),
+    ({"rate": ABOVE, "controlled": ABOVE, "alike": 9}, "length may be all of it"),
+    ({"rate": ABOVE}, "length may be all of it"),
+    ({"rate": ACROSS, "controlled": ABOVE}, "M_3 is not shown to be better than M_0"),
+    ({"rate": (0.9, 0.5, 1.0), "controlled": ABOVE}, "M_3 is not shown to be better than M_0"),
+    ({"rate": BELOW, "controlled": ABOVE}, "M_3 is worse than M_0"),
+    ({"rate": (0.9, None, None), "controlled": ABOVE}, "is not known: no independent judge's win rate with an interval"),
+    ({}, "is not known: no independent judge's win rate with an interval"),
+    ({"rate": ABOVE, "controlled": ABOVE, "doubt": "The judge cannot judge."}, "is not known. The judge cannot judge."),
+])  # fmt: skip
+def test_the_verdict_claims_no_more_than_the_intervals_show(judged_so, words):
+    newest = finished_iteration(**judged_so)
+    assert words in verdict(newest)
+    assert ("is better than M_0:" in verdict(newest)) == (words.startswith("M_3 is better"))
+    shown = [card.value for card in cards(newest)[:2]]
+    assert (
+        shown == [MISSING] * 2 if "doubt" in judged_so or not judged_so else shown[0] == f"{judged_so['rate'][0]:.1%}"
+    )
+
+
+def evaluated(iteration, verdicts, prompts=6):
+    """The table `evaluation` of an iteration, as far as the report reads it."""
+    return pl.DataFrame([
+        {"iteration": iteration, "prompt_id": f"prompt-{number}", "split": split, "sample": sample,
+         "prompt": f"{split} question {number}", "answer": f"gold {number}", "initial_response": f"M_0 on {number}",
+         "candidate_response": f"M_{iteration} on {number}, {sample}", "judge_over_initial": verdicts[number % len(verdicts)]}
+        for number in range(prompts) for split in ("dev", "test") for sample in (1, 2)
+    ])  # fmt: skip
+
+
+def test_the_same_test_prompts_are_shown_with_the_answers_of_all_models(instance, services):
+    for iteration in (1, 2):
+        make_iteration(instance, services, iteration)
+        services.tables.write(
+            "evaluation", partition_key(iteration), evaluated(iteration, ["win", "loss"][:: 3 - 2 * iteration])
+        )
+    _, first, page = report(instance, services)
+    answers = page.partition("<h2>The same prompts")[2].partition("<h2>Sample pairs")[0]
+    assert re.findall(r"<summary>(.*?)</summary>", answers) == [f"test question {number}" for number in range(4)]
+    texts = re.findall(r"<h4>(.*?)</h4>\s*<pre>\s*(.*?)</pre>", answers)
+    assert texts[:4] == [
+        ("M_2: M_0&#39;s is preferred", "M_2 on 0, 1"), ("M_1: preferred to M_0&#39;s", "M_1 on 0, 1"),
+        ("M_0", "M_0 on 0"), ("Gold", "gold 0"),
+    ]  # fmt: skip
+    judge_that_is_right(services, 0.5, 0.3)
+    assert "preferred to M_0&#39;s" not in report(instance, services)[2]
+    services.tables.write("evaluation", "0002", evaluated(2, ["tie"], prompts=3))
+    assert report(instance, services)[1] != first
+
+
+def test_the_newest_iteration_comes_first_and_the_first_screen_has_the_headlines(instance, services):
+    for iteration in (1, 2):
+        make_iteration(instance, services, iteration)
+    metadata, _, page = report(instance, services)
+    assert re.findall(r'<th scope="col">(M_\d)</th>', page)[:2] == ["M_2", "M_1"]
+    first = page.partition("<h2>")[0]
+    assert f"<h1>{metadata['verdict']}</h1>" in first.replace("&#39;", "'")
+    assert re.findall(r'<dd class="value">(.*?)</dd>', first) == ["70.0%", "55.0%", "+12.5 points", "yes"]
+    assert "figures of the test split" in first
+    assert list(metadata)[:3] == ["verdict", "boosting", "report"]
+    assert metadata["report"].startswith("/reports/boosting_report.html?")
+    assert metadata["boosting"].splitlines()[2:4] == [
+        "| 0001 | 60.0% (40.0 to 90.0) | 55.0% (30.0 to 75.0) | +12.5 points (-1.0 to +25.0) | yes |",
+        "| 0002 | 70.0% (40.0 to 90.0) | 55.0% (30.0 to 75.0) | +12.5 points (-1.0 to +25.0) | yes |",
+    ]
+    # Dagster's UI shows so much in place.
+    assert len(metadata["boosting"]) < 1000
+
+
+def test_the_report_has_the_settings_in_which_iterations_differ_and_says_which_experiment_it_is(instance, services):
+    for iteration, beta in ((1, "2.0"), (2, "3.0")):
+        make_iteration(instance, services, iteration)
+        used = [
+            ("model_checkpoint", "preference_optimization.loss.beta", beta),
+            ("model_checkpoint", "random_seed", "42"),
+        ]
+        used += [("benchmark_scores", "benchmarks.tasks", "[]")] * (iteration - 1)
+        frame = pl.DataFrame(used, schema=used_settings.SCHEMA, orient="row")
+        services.used_settings.write("model_checkpoint", partition_key(iteration), frame)
+    metadata, _, page = report(instance, services)
+    rows = [
+        tuple(each.data.values())
+        for each in metadata["table"].records
+        if each.data["section"] == "Settings that differ"
+    ]
+    assert rows == [("Settings that differ", "preference_optimization.loss.beta", "2.0", "3.0")]
+    for text in ("nano", str(services.home), "laptop", "torch 2.", "UTC", "preference_optimization.loss.beta"):
+        assert text in page.partition("<h2>Which experiment")[2].partition("<h2>Sample")[0]
 
 
 def judge_that_is_right(services, accuracy, low):
@@ -520,14 +652,14 @@ def test_an_iteration_without_recorded_rewards_has_a_dash_and_a_note(instance, s
     metadata, _, page = report(instance, services)
     assert metadata["notes"] == note
     assert note in page
-    assert PLOTS - metadata.keys() == {"rewards"}
+    assert PLOTS - shown_plots(page) == {"rewards"}
     make_iteration(instance, services, 2)
-    metadata, _, _ = report(instance, services)
+    metadata, _, page = report(instance, services)
     records = {record.data["metric"]: record.data for record in metadata["table"].records}
     margins = records["reward margin, last quarter of training"]
     assert (margins["0001"], margins["0002"]) == ("—", "0.900")
     assert metadata["notes"] == note
-    assert metadata.keys() >= PLOTS
+    assert shown_plots(page) == PLOTS
 
 
 def test_what_was_never_recorded_is_a_dash_where_another_iteration_has_it(instance, services):
@@ -551,7 +683,7 @@ def test_each_judge_has_rows_where_it_judged(instance, services):
         [True, False, False], [True, False, True], [True, True, False]
     ]  # fmt: skip
     assert "independent judge; scorer (took part in training); m (on a server)" in page
-    assert metadata.keys() >= PLOTS
+    assert shown_plots(page) == PLOTS
 
 
 def test_equal_content_gives_an_equal_version_and_other_content_another(instance, services):
@@ -582,7 +714,7 @@ def test_it_runs_in_the_run_of_one_iteration_and_covers_all(instance, services):
     assert made.metadata["iterations"].value == "0001, 0002"
     records = {record.data["metric"]: record.data for record in made.metadata["table"].value.records}
     assert records["M_t promoted to the next iteration"]["0002"] == "yes"
-    assert made.partition is None
+    assert made.partition == "0002"
 
 
 def test_it_reports_two_real_iterations(nano_run, tmp_path):
@@ -595,7 +727,14 @@ def test_it_reports_two_real_iterations(nano_run, tmp_path):
     assert metadata["iterations"] == "0001, 0002"
     # Six held-out prompts are too few for a length-controlled rate.
     assert metadata["notes"].count("is extrapolated.") == metadata["notes"].count("Iteration ") == 4
-    assert metadata.keys() >= PLOTS
+    # Where so few pairs leave the judge in doubt, there is no win rate to draw.
+    doubted = "is not known. The judge is right about" in metadata["verdict"]
+    assert PLOTS - shown_plots(page) == ({"win_rates"} if doubted else set())
+    texts = [
+        pl.read_parquet(home / "tables" / "evaluation" / f"{key}.parquet").filter(split="test")
+        for key in ("0001", "0002")
+    ]
+    assert all(row["prompt"] in html.unescape(page) for row in texts[1].sort("prompt_id").head(3).to_dicts())
     records = {(record.data["section"], record.data["metric"]): record.data for record in metadata["table"].records}
     for (_, label), record in records.items():
         # A band of lengths may have answers in one iteration alone, and perhaps no two answers to a prompt both ended.

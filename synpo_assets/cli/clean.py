@@ -26,7 +26,8 @@ from synpo_assets.graph.services import Services
 AT_WORK = [DagsterRunStatus.QUEUED, DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
 # Where things are written under a temporary name first; Dagster's own folders are left alone.
 WRITTEN_FOLDERS = (
-    "tables", "metrics", "shards", "checkpoints", "cache/checkpoints", "training", "reports", "published", "benchmarks",
+    "tables", "metrics", "settings", "shards", "checkpoints", "cache/checkpoints", "training", "reports", "published",
+    "benchmarks",
 )  # fmt: skip
 TRAINING_KEPT = timedelta(days=1)
 SHARDS, TRAININGS, HALVES, CHECKPOINTS = (

@@ -1,7 +1,6 @@
 """The command `synpo`: run, check, export, clean, trace, compare, ui."""
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -163,13 +162,15 @@ def trace(
 
 @app.command()
 def compare(
-    homes: Annotated[list[Path], typer.Argument(metavar="HOME...", help="Homes of two experiments or more.")],
+    homes: Annotated[
+        list[Path], typer.Argument(metavar="HOME...", help="Homes of experiments; of a single one, its iterations.")
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Write the figures of the iterations into this .csv file.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Put finished iterations of several homes beside each other: settings that differ, and figures."""
+    """Put finished iterations of one home or several beside each other: settings that differ, and figures."""
     from synpo_assets.reports.compare import print_comparison
 
     print_comparison(homes, _services, output, overwrite)
@@ -181,15 +182,16 @@ def ui(
     port: Annotated[int, typer.Option(help="Port of the web server.")] = 3000,
     host: Annotated[str, typer.Option(help="Address that the web server listens on.")] = "127.0.0.1",
 ) -> None:
-    """Open the Dagster UI, with its daemon, on the same home."""
+    """Open the Dagster UI, with its daemon, on the same home; the report is below its address, at /reports."""
     settings, place = _chosen(home)
     from synpo_assets.cli.preflight import check_storage
 
     check_storage(settings.storage)
     prepare_home(place, settings)
-    command = [str(Path(sys.executable).with_name("dg")), "dev", "--host", host, "--port", str(port)]
+    from synpo_assets.cli.webserver import serve
+
     os.chdir(PROJECT)
-    os.execv(command[0], command)
+    serve(host, port)
 
 
 def opened(home: Path | None) -> "Services":

@@ -14,7 +14,7 @@ from synpo_assets.graph.metrics import MetricName, Metrics, judge_doubt, recorde
 from synpo_assets.graph.missing import asset_names
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
-from synpo_assets.reports.texts import gain_text, number_text, rate_text, share_text
+from synpo_assets.graph.texts import gain_text, number_text, rate_text, share_text
 from synpo_assets.stages.loop import promotion_refusal, promotion_verdict
 
 # The win rates of each judge: whose over whom, and what is made equal. The last two show what form alone wins.

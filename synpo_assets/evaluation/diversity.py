@@ -275,7 +275,7 @@ def similarity_densities(iteration: int, measures: Diversity) -> Plot:
         axes.axvline(values.mean(), color=colour, linewidth=0.8, linestyle=":")
         axes.axvspan(rows[name]["mean_low"], rows[name]["mean_high"], color=colour, alpha=0.15, linewidth=0)
     axes.set_ylim(bottom=0)
-    finish(axes, "How alike prompts are", "mean cosine similarity to the others", "density", legend="prompts")
+    finish(axes, "How alike prompts are", "mean cosine similarity to the others", "density")
     text = (
         f"Density of the prompts' mean cosine similarities to the others of their source, iteration {iteration}; shaded: the "
         "95 % interval of each mean over prompts."

@@ -24,6 +24,7 @@ from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
 from resources.settings.evaluation import RULE_GAIN, GateMetric
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.history import last_quarter
+from synpo_assets.graph.boosting import boosting_table
 from synpo_assets.graph.evaluation_schemas import Promotion
 from synpo_assets.graph.history import data_version_of, input_version_of
 from synpo_assets.graph.metrics import Metric, Metrics, judge_doubt, recorded
@@ -80,7 +81,10 @@ def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Serv
     )
     power = gate_power(answers["prompt_id"].n_unique(), gate.minimum, gate.error_rate)
     outcome = Metric("promoted", float(promoted), of="candidate", checkpoint_sha=judged.sha)
-    return table_output(context, services, frame, [outcome], verdict=sentence, power=power, **made_by(judged))
+    boosting = boosting_table(context, services, [outcome], doubted)
+    return table_output(
+        context, services, frame, [outcome], boosting=boosting, verdict=sentence, power=power, **made_by(judged)
+    )
 
 
 def refuse_other_evaluation(measured: Metrics, judged: Checkpoint) -> None:

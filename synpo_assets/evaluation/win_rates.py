@@ -29,6 +29,7 @@ from resources.scoring.scorer import ScoringUsage
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
 from synpo_assets.graph import metrics
+from synpo_assets.graph.boosting import boosting_table
 from synpo_assets.graph.cost import Sizes, Work
 from synpo_assets.graph.evaluation_schemas import Evaluation
 from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName, judge_doubt
@@ -111,10 +112,11 @@ def evaluation(
     )
     measured += [*by_split, *metrics.generating(usage), *metrics.scoring(sum(judging, rewarding))]
     doubt = judge_doubt(services.metrics)
+    boosting = boosting_table(context, services, measured, doubt)
     tables = {
         name: table_metadata(_without_doubtful(table) if doubt else table) for name, table in counted["test"].items()
     }
-    shown = tables | {"judges": "; ".join(labels.values()), "score_convention": convention}
+    shown = {"boosting": boosting, **tables, "judges": "; ".join(labels.values()), "score_convention": convention}
     shown |= doubted_rates(measured, doubt)
     return table_output(context, services, frame, measured, **shown, **made_by(model_checkpoint))
 

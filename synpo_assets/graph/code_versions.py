@@ -49,7 +49,7 @@ def code_version(
         reads: The settings that decide the result, by dotted name (`preferences`, `engine.dtype`).
         settings: The experiment.
     """
-    read = {name: to_jsonable_python(operator.attrgetter(name)(settings)) for name in sorted({*reads, "random_seed"})}
+    read = {name: to_jsonable_python(operator.attrgetter(name)(settings)) for name in reads}
     decided = {
         "code": sorted(set().union(*(reached_code(Definition(each.__module__, each.__name__)) for each in functions))),
         "schema": schema and _constraints(schema),

@@ -172,6 +172,26 @@ class Metrics:
         shown = (pl.when(of_judge).then(None).otherwise(pl.col(name)).alias(name) for name in ("value", "low", "high"))
         return Metrics(self.frame.with_columns(shown))
 
+    def without(self, asset: str) -> "Metrics":
+        """The same without what an asset measured."""
+        return Metrics(self.frame.filter(pl.col("asset") != asset))
+
+    def with_metrics_of(self, asset: str, partition: str, metrics: Iterable[Metric]) -> "Metrics":
+        """The same with metrics of an asset in place of what it measured before."""
+        return Metrics(pl.concat([self.without(asset).frame, _rows(asset, partition, metrics)]))
+
+    @property
+    def candidate(self) -> str | None:
+        """Sha of the M_t that was evaluated; None if none was."""
+        evaluated = self.find("mean_repetition", "candidate", asset="evaluation")
+        return evaluated.checkpoint_sha if evaluated else None
+
+    @property
+    def promoted(self) -> bool | None:
+        """Whether the gate let this M_t enter the next iteration; None if it judged another one, or none yet."""
+        judged = self.find("promoted", "candidate")
+        return bool(judged.value) if judged and judged.checkpoint_sha == self.candidate else None
+
     @property
     def assets(self) -> set[str]:
         """The assets that have recorded something."""
@@ -184,9 +204,7 @@ class Metrics:
 
 def record(store: ParquetTables, asset: str, partition: str | None, metrics: Iterable[Metric]) -> None:
     """Writes the metrics of an asset and iteration, in place of earlier ones."""
-    about = {"asset": asset, "iteration": None if partition is None else int(partition)}
-    frame = pl.DataFrame([about | dataclasses.asdict(metric) for metric in metrics], schema=SCHEMA)
-    store.write(asset, partition or ONCE, MetricRows.validate(frame))
+    store.write(asset, partition or ONCE, MetricRows.validate(_rows(asset, partition, metrics)))
 
 
 def recorded(store: ParquetTables, partition: str | None) -> Metrics:
@@ -291,6 +309,11 @@ def margin_over_first(taken: pl.DataFrame) -> Metric:
 
 def _rate(metric: MetricName, tokens: int, seconds: float) -> list[Metric]:
     return [Metric(metric, round(tokens / seconds, 1))] if tokens else []
+
+
+def _rows(asset: str, partition: str | None, metrics: Iterable[Metric]) -> pl.DataFrame:
+    about = {"asset": asset, "iteration": None if partition is None else int(partition)}
+    return pl.DataFrame([about | dataclasses.asdict(metric) for metric in metrics], schema=SCHEMA)
 
 
 def _as_metrics(rows: pl.DataFrame) -> Iterator[Metric]:

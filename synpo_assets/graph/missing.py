@@ -2,7 +2,7 @@
 
 import dagster as dg
 from dagster import DagsterInstance
-from dagster._core.definitions.assets.graph.asset_graph import AssetGraph, AssetNode
+from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 
 from resources.common.text import asset_label
 from synpo_assets.graph.history import failed_checks, newest, tag_of, unfinished_attempt, unfinished_checks
@@ -18,18 +18,11 @@ def asset_names(graph: AssetGraph, partitioned: bool) -> list[str]:
     """
     ordered = [graph.get(key) for keys in graph.toposorted_asset_keys_by_level for key in sorted(keys)]
     own = [node for node in ordered if OPT_IN_TAG not in node.tags]
-    return [
-        node.key.to_user_string() for node in own if node.is_partitioned == partitioned and not _is_report(graph, node)
-    ]
-
-
-def _is_report(graph: AssetGraph, node: AssetNode) -> bool:
-    """Whether an asset is made from all iterations, and so again at the end of each."""
-    return not node.is_partitioned and any(graph.get(key).is_partitioned for key in node.parent_keys)
+    return [node.key.to_user_string() for node in own if node.is_partitioned == partitioned]
 
 
 def missing_assets(instance: DagsterInstance, services: Services, partition: str | None) -> list[str]:
-    """The assets of an iteration (or, for None, those made once) to be made, in order; the report ends an iteration.
+    """The assets of an iteration (or, for None, those made once) to be made, in order.
 
     An asset is missing if it was never materialized, if the newest attempt to make or check it has ended without a
     result, or if it failed a blocking check. So is a promotion that was refused under other limits than those of now.
@@ -40,10 +33,7 @@ def missing_assets(instance: DagsterInstance, services: Services, partition: str
     missing |= {name for name in names if _is_to_be_judged_again(instance, services, name, partition)}
     if partition is None or not missing:
         return [name for name in names if name in missing]
-    wanted = {name for name in names if name in missing or STATE_TAG in graph.get(dg.AssetKey(name)).tags}
-    nodes = [graph.get(key) for key in sorted(graph.materializable_asset_keys)]
-    reports = [node.key.to_user_string() for node in nodes if _is_report(graph, node) and OPT_IN_TAG not in node.tags]
-    return [*(name for name in names if name in wanted), *reports]
+    return [name for name in names if name in missing or STATE_TAG in graph.get(dg.AssetKey(name)).tags]
 
 
 def _is_missing(instance: DagsterInstance, graph: AssetGraph, name: str, partition: str | None) -> bool:

@@ -17,8 +17,11 @@ from synpo_assets.graph.history import data_version_of, newest
 from synpo_assets.graph.metrics import Metric, record
 from synpo_assets.graph.partitions import partition_of
 from synpo_assets.graph.services import Services
+from synpo_assets.graph.used_settings import record_settings
 
 SHOWN_STEPS = 50
+# What people look for comes first.
+HEADLINES = ("verdict", "boosting", "report")
 SHOWN_LOG_VALUES = {"loss", "learning_rate", "step", "rewards", "logps", "accuracy", "margin", "mean_token_accuracy"}
 
 
@@ -36,7 +39,7 @@ def table_output(
     **shown: Any,
 ) -> dg.Output[pl.DataFrame]:
     """A table with its content version; row count and memory join its metrics, sample rows are added where it is stored."""
-    metadata = _recorded(context, services, [Metric("rows", frame.height), *metrics]) | shown
+    metadata = _recorded(context, services, [Metric("rows", frame.height), *metrics], shown)
     tags = _version_tags(context, services)
     return dg.Output(frame, data_version=dg.DataVersion(table_version(frame)), metadata=metadata, tags=tags)
 
@@ -55,7 +58,7 @@ def checkpoint_output(
         metadata["parents"] = checkpoints_table(
             (role, parent["asset"], parent["sha"], parent["run_id"]) for role, parent in parents.items()
         )
-    metadata |= _recorded(context, services, metrics) | shown
+    metadata |= _recorded(context, services, metrics, shown)
     tags = _version_tags(context, services)
     return dg.Output(made, data_version=dg.DataVersion(made.sha[:16]), metadata=metadata, tags=tags)
 
@@ -64,7 +67,7 @@ def written_output(
     context: dg.AssetExecutionContext, services: Services, version: str, metrics: Sequence[Metric] = (), /, **shown: Any
 ) -> dg.MaterializeResult:
     """Files that an asset has written by itself, with their content version."""
-    metadata = _recorded(context, services, metrics) | shown
+    metadata = _recorded(context, services, metrics, shown)
     tags = _version_tags(context, services)
     return dg.MaterializeResult(data_version=dg.DataVersion(version), metadata=metadata, tags=tags)
 
@@ -78,21 +81,22 @@ def _version_tags(context: dg.AssetExecutionContext, services: Services) -> dict
     return {CODE_VERSION_TAG: version} if version and version != of_the_home else {}
 
 
-def _recorded(context: dg.AssetExecutionContext, services: Services, metrics: Sequence[Metric]) -> dict[str, Any]:
-    """Keeps the metrics of the running asset, and shows them with what the asset was made from."""
+def _recorded(
+    context: dg.AssetExecutionContext, services: Services, metrics: Sequence[Metric], shown: dict[str, Any]
+) -> dict[str, Any]:
+    """Keeps the metrics and settings of the running asset, and shows them with what it was made from; headlines first."""
     memory = peak_memory()
     rows = [*metrics, Metric("peak_memory_gb", memory["peak_memory_gb"])]
     if (of_gpu := memory.get("peak_gpu_memory_gb")) is not None:
         rows.append(Metric("peak_gpu_memory_gb", of_gpu))
     record(services.metrics, context.asset_key.to_user_string(), partition_of(context), rows)
-    shown: dict[str, Any] = {}
+    metadata = {name: shown[name] for name in HEADLINES if name in shown}
     for metric in rows:
-        shown[metric.label] = None if metric.value is None else round(metric.value, 4)
+        metadata[metric.label] = None if metric.value is None else round(metric.value, 4)
         if metric.low is not None and metric.high is not None:
-            shown[f"{metric.label}: 95 % interval"] = f"{metric.low:.3f} to {metric.high:.3f} (n = {metric.n})"
-    if _version_tags(context, services):
-        shown["made_with"] = ", ".join(services.changes)
-    return shown | {"made_from": made_from(context)}
+            metadata[f"{metric.label}: 95 % interval"] = f"{metric.low:.3f} to {metric.high:.3f} (n = {metric.n})"
+    made_with = {"made_with": ", ".join(services.changes)} if _version_tags(context, services) else {}
+    return metadata | made_with | record_settings(context, services) | {"made_from": made_from(context)} | shown
 
 
 def made_by(checkpoint: Checkpoint) -> dict[str, Any]:

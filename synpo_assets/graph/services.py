@@ -32,6 +32,7 @@ class Services:
     harness: EvaluationHarness
     tables: ParquetTables
     metrics: ParquetTables
+    used_settings: ParquetTables
     checkpoints: CheckpointStore
     # What differs from the settings of the home, in words, for one run alone.
     changes: Sequence[str] = ()
@@ -55,6 +56,7 @@ def open_services(settings: Settings, home: Path, graph: AssetGraph, changes: Se
         harness=EvaluationHarness(scores=f"{root}/benchmarks/scores", engine=engine),
         tables=ParquetTables(f"{root}/tables"),
         metrics=ParquetTables(f"{root}/metrics"),
+        used_settings=ParquetTables(f"{root}/settings"),
         checkpoints=CheckpointStore(
             f"{root}/checkpoints", str(home / "cache" / "checkpoints") if settings.storage.artifacts else None, changes
         ),

@@ -25,11 +25,14 @@ from synpo_assets.graph.tables import Table, column_schema, frame_type
 GPU_POOL = "gpu"
 # What is made only when it is asked for by name has this tag: no job, no sensor and no `synpo run` makes it.
 OPT_IN_TAG = "synpo/opt_in"
-# What looks up the iteration before, and so runs whenever anything of its iteration does.
+# What looks up other iterations, and so runs whenever anything of its iteration does.
 STATE_TAG = "synpo/state"
 MADE_FROM = "synpo/made_from"
+READS = "synpo/reads"
 # The asset that all others of its iteration descend from.
 FIRST = "policy"
+# The asset that is made when all others of its iteration are.
+LAST = "boosting_report"
 # A download, a server or a device may fail for a while; finished shards are kept between the tries.
 RETRIES = dg.RetryPolicy(max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL)
 
@@ -61,7 +64,7 @@ class Stage:
         side: The name that other stages have for the side of a pair that it makes. The last stage that makes it counts.
         deps: Assets that it depends on without reading them as arguments.
         once: Whether it is made once and not in each iteration.
-        state: Whether it looks up what the iteration before left.
+        state: Whether it looks up what other iterations left.
         opt_in: Whether it is made only when it is asked for by name.
         kinds: How the UI marks it where it does no work with models.
     """
@@ -124,8 +127,10 @@ class Stage:
             deps: Assets that it depends on beside its own inputs.
         """
         engine = [name for kind in self.work for name in ENGINE_READS[kind]]
+        reads = sorted({*self.reads, *engine, "random_seed"})
         metadata: dict[str, Any] = {
-            MADE_FROM: {column: sides.get(name, name) for column, name in self.made_from.items()}
+            MADE_FROM: {column: sides.get(name, name) for column, name in self.made_from.items()},
+            READS: reads,
         }
         if self.schema:
             metadata["dagster/column_schema"] = column_schema(self.schema)
@@ -140,7 +145,7 @@ class Stage:
             kinds={"huggingface"} if self.work else set(self.kinds),
             tags=dict.fromkeys(tags, "true"),
             metadata=metadata,
-            code_version=code_version(self.functions(settings), self.schema, [*self.reads, *engine], settings),
+            code_version=code_version(self.functions(settings), self.schema, reads, settings),
             retry_policy=RETRIES,
             io_manager_key="tables" if self.schema else "checkpoints" if self.checkpoint else None,
             dagster_type=frame_type(self.schema, pl.LazyFrame if self.lazy else pl.DataFrame) if self.schema else None,
@@ -158,11 +163,13 @@ def assets_of(stages: Sequence[Stage], settings: Settings) -> list[dg.AssetsDefi
     """The assets of an experiment.
 
     The first asset of an iteration depends on all that is made once, or the daemon would split an iteration into several
-    runs. What another asset made once already depends on is left out.
+    runs. What another asset made once already depends on is left out. The last one depends on all that nothing else reads.
     """
     sides = {each.side: each.name for each in stages if each.side}
     repeated = {each.name for each in stages if not each.once}
     once = [each for each in stages if each.once and repeated.isdisjoint([*each.inputs, *each.deps])]
     used = {name for each in [*once, *(each for each in stages if each.name == FIRST)] for name in each.inputs}
-    ends = [each.name for each in once if each.name not in used]
-    return [each.asset(settings, sides, ends if each.name == FIRST else []) for each in stages]
+    read = {sides.get(name, name) for each in stages if not each.opt_in for name in [*each.inputs, *each.deps]}
+    ends = [each.name for each in stages if not each.once and not each.opt_in and each.name not in {*read, LAST}]
+    deps = {FIRST: [each.name for each in once if each.name not in used], LAST: ends}
+    return [each.asset(settings, sides, deps.get(each.name, [])) for each in stages]

@@ -4,28 +4,37 @@ Paper: tables and figures over four iterations (section 3). Here: the metrics, t
 the report can be made again at any time without a model.
 """
 
+import dataclasses
+from collections.abc import Sequence
+
 import dagster as dg
 
 from resources.common.errors import FinalError
 from resources.judging.judge_choice import INDEPENDENT
 from resources.storage.files import json_sha256, write_atomically
 from resources.training.losses import loss_module
+from synpo_assets.graph.boosting import boosting_table
 from synpo_assets.graph.history import data_version_of, seconds_of
 from synpo_assets.graph.metrics import judge_doubt, recorded
 from synpo_assets.graph.presentation import versions_table, written_output
 from synpo_assets.graph.services import Services
-from synpo_assets.graph.stage import STATE_TAG, Stage
+from synpo_assets.graph.stage import LAST, STATE_TAG, Stage
+from synpo_assets.graph.used_settings import used_in
+from synpo_assets.reports import FOLDER
+from synpo_assets.reports.answers import same_prompts
 from synpo_assets.reports.finished import FinishedIteration
-from synpo_assets.reports.page import judging_rows, report_html, sample_pairs
+from synpo_assets.reports.identity import identity_of, telling_settings
+from synpo_assets.reports.page import Page, judging_rows, sample_pairs
 from synpo_assets.reports.plots import draw_plots
 from synpo_assets.reports.rows import Row, report_notes, report_rows
+from synpo_assets.reports.verdict import verdict
 from synpo_assets.stages.loop import promotion_verdict
 
 READ_ASSETS = ("preference_pairs", "model_checkpoint", "evaluation", "promotion")
 
 
-# It reads more than `promotion`; the last asset of an iteration stands for all of it in the graph.
-@Stage(group="evaluation", once=True, deps=("promotion",), kinds=("matplotlib",))
+# In the graph it depends on all that its iteration ends with (graph/stage.py); of the others it reads what was recorded.
+@Stage(group="evaluation", state=True, kinds=("matplotlib",))
 def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.MaterializeResult:
     """All finished iterations side by side: rows, pass rates, margins, rewards, cost (paper, section 3)."""
     finished, unfinished = iterations_of(context.instance, services)
@@ -34,20 +43,33 @@ def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourcePara
             "No iteration is finished, so there is nothing to report: materialize an iteration up to its evaluation first."
         )
     iterations = [read_iteration(context.instance, services, key) for key in finished]
-    drawn, rows, notes = draw_plots(iterations), report_rows(iterations), report_notes(iterations, unfinished)
-    judging = judging_rows(recorded(services.metrics, None))
-    path = services.home / "reports" / "boosting_report.html"
-    write_atomically(path, report_html(iterations, rows, drawn, notes, judging).encode())
+    page = Page(
+        iterations=iterations,
+        rows=report_rows(iterations),
+        plots={plot.name: plot for plot in draw_plots(iterations)},
+        notes=report_notes(iterations, unfinished),
+        judging=judging_rows(recorded(services.metrics, None)),
+        identity=identity_of(services, iterations),
+        settings=telling_settings(services, iterations[-1]),
+        answers=same_prompts(services.tables.scan("evaluation"), iterations),
+    )
+    path, version = services.home / FOLDER / "boosting_report.html", _content_version(page)
+    write_atomically(path, page.html().encode())
+    pictures = [f"![{plot.description}]({plot.data_uri})" for plot in page.plots.values()]
     return written_output(
         context,
         services,
-        _content_version(iterations, rows, [*notes, *map(str, judging)]),
+        version,
+        boosting=boosting_table(context, services, [], iterations[-1].judge_doubt),
+        # An address below that of the UI (cli/webserver.py); the version makes a browser ask for the newest.
+        report=dg.MetadataValue.url(f"/{FOLDER}/{path.name}?{version}"),
+        verdict=verdict(iterations[-1]),
+        plots=dg.MetadataValue.md("\n\n".join(pictures)),
         path=dg.MetadataValue.path(path),
         iterations=", ".join(finished),
-        notes=" ".join(notes) or "none",
-        **{plot.name: dg.MetadataValue.md(f"![{plot.description}]({plot.data_uri})") for plot in drawn},
+        notes=" ".join(page.notes) or "none",
         made_of=versions_table(context.instance, [(asset, key) for key in finished for asset in READ_ASSETS]),
-        table=_table(rows, finished),
+        table=_table(page.rows, finished),
     )
 
 
@@ -64,16 +86,16 @@ def iterations_of(instance: dg.DagsterInstance, services: Services) -> tuple[lis
         measured = recorded(services.metrics, key)
         if own.isdisjoint(measured.assets):
             continue
-        evaluated = measured.find("mean_repetition", "candidate", asset="evaluation")
-        made = data_version_of(instance, "model_checkpoint", key)
-        done = evaluated is not None and made is not None and str(evaluated.checkpoint_sha).startswith(made)
+        evaluated, made = measured.candidate, data_version_of(instance, "model_checkpoint", key)
+        done = evaluated is not None and made is not None and evaluated.startswith(made)
         (finished if done else begun).append(key)
     return finished, begun
 
 
 def read_iteration(instance: dg.DagsterInstance, services: Services, key: str) -> FinishedIteration:
     """What is known of a finished iteration; its checkpoints may be gone."""
-    metrics, sentence = recorded(services.metrics, key), judge_doubt(services.metrics)
+    # The report does not report itself.
+    metrics, sentence = recorded(services.metrics, key).without(LAST), judge_doubt(services.metrics)
     manifest = services.checkpoints.manifest("model_checkpoint", key) or {}
     refused = (promoted := metrics.find("promoted", "candidate")) is not None and not promoted.value
     return FinishedIteration(
@@ -84,22 +106,24 @@ def read_iteration(instance: dg.DagsterInstance, services: Services, key: str) -
         training_log=services.checkpoints.training_log("model_checkpoint", key),
         reward_axis=loss_module(services.settings.preference_optimization.loss.kind).REWARD_AXIS,
         manifest=manifest,
+        settings=used_in(services.used_settings, key),
         refusal=promotion_verdict(services, key) if refused else None,
         judge_doubt=sentence,
     )
 
 
-def _content_version(iterations: list[FinishedIteration], rows: list[Row], notes: list[str]) -> str:
-    """A hash of what the report says; how long it took and what was computed again do not count."""
+def _content_version(page: Page) -> str:
+    """A hash of what the report says; how long it took, what was computed again and where it is do not count."""
     content: dict[str, object] = {
-        "rows": [(row.section, row.label, row.cells) for row in rows if row.section != "Work"],
-        "samples": [sample_pairs(iteration.pairs) for iteration in iterations],
-        "notes": notes,
+        "rows": [(row.section, row.label, row.cells) for row in page.rows if row.section != "Work"],
+        "samples": [sample_pairs(iteration.pairs) for iteration in page.iterations],
+        "notes": [*page.notes, *map(str, page.judging)],
+        "answers": list(map(dataclasses.asdict, page.answers)),
     }
     return json_sha256(content)[:16]
 
 
-def _table(rows: list[Row], keys: list[str]) -> dg.TableMetadataValue:
+def _table(rows: Sequence[Row], keys: list[str]) -> dg.TableMetadataValue:
     names = ["section", "metric", *keys]
     records = [dg.TableRecord(dict(zip(names, (row.section, row.label, *row.cells), strict=True))) for row in rows]
     return dg.MetadataValue.table(records, schema=dg.TableSchema([dg.TableColumn(name) for name in names]))

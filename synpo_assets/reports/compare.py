@@ -1,11 +1,12 @@
-"""Finished iterations of several homes side by side: the settings that differ, and the metrics of each iteration.
+"""Finished iterations of one home or several side by side: the settings that differ, and the metrics of each iteration.
 
-Each home is read by its own settings and its own history, so the settings of this process do not matter.
+Each home is read by its own settings and its own history, so the settings of this process do not matter. What differs between
+homes is what their settings files say; what differs between the iterations of one home is what these were made with.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import polars as pl
 from dagster import DagsterInstance
@@ -16,18 +17,21 @@ from rich.text import Text
 from resources.common.text import visible
 from resources.judging.judge_choice import INDEPENDENT
 from resources.settings.files import home_settings
-from resources.settings.sections import SettingsError, flattened
+from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from synpo_assets.graph.metrics import MetricName, Which
 from synpo_assets.graph.services import Services
+from synpo_assets.graph.texts import MISSING
+from synpo_assets.graph.used_settings import differing_settings, values_of
 from synpo_assets.reports.boosting_report import iterations_of, read_iteration
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.rows import total
-from synpo_assets.reports.texts import MISSING
 
 Opener = Callable[[Settings, Path], Services]
 
 WIDTH = 100
+# Its address may hold a password.
+DATABASE = "storage.dagster_database"
 
 
 def _value(
@@ -60,30 +64,27 @@ COLUMNS: dict[str, tuple[Callable[[FinishedIteration], float | None], str]] = {
 
 
 def compared(homes: Sequence[Path], open_experiment: Opener) -> tuple[dict[str, list[str]], pl.DataFrame]:
-    """Reads the settings and the finished iterations of two homes or more.
+    """Reads the settings and the finished iterations of homes.
 
-    Returns the settings that differ, by dotted name, each with its value in every home; and a table with home, iteration and
-    the columns, a row for each finished iteration.
+    Returns the settings that differ, by dotted name, with the value in every home, or in every iteration of a single home; and
+    a table with home, iteration and the columns, a row for each finished iteration.
     """
-    if len({home.resolve() for home in homes}) < max(2, len(homes)):
-        raise SettingsError("Name two homes or more to compare, each once.")
+    if len({home.resolve() for home in homes}) < len(homes):
+        raise SettingsError("Name the homes to compare, each once.")
     settings = [_settings_of(home) for home in homes]
-    rows = [row for home, own in zip(homes, settings, strict=True) for row in _iterations(home, own, open_experiment)]
-    return differing_settings(settings), pl.DataFrame(rows, infer_schema_length=None)
-
-
-def differing_settings(settings: Sequence[Settings]) -> dict[str, list[str]]:
-    """The settings that are not the same in all experiments, by dotted name, with the value in each as text."""
-    flat = [dict(flattened(one.model_dump())) for one in settings]
-    names = dict.fromkeys(name for one in flat for name in one)
-    values = {name: [str(one.get(name, MISSING)) for one in flat] for name in names}
-    # The address of a database may hold a password.
-    hidden = "storage.dagster_database"
-    return {
-        name: ["not shown"] * len(flat) if name == hidden else each
-        for name, each in values.items()
-        if len(set(each)) > 1
-    }
+    made = {home: _iterations(home, own, open_experiment) for home, own in zip(homes, settings, strict=True)}
+    rows = [
+        {"home": str(home), "iteration": each.key} | {name: value(each) for name, (value, _) in COLUMNS.items()}
+        for home, iterations in made.items()
+        for each in iterations
+    ]
+    if len(homes) == 1:
+        differing = differing_settings((each.settings for each in made[homes[0]]), in_all=True)
+    else:
+        differing = differing_settings(values_of(Settings.model_fields, each) for each in settings)
+    if DATABASE in differing:
+        differing[DATABASE] = ["not shown"] * len(homes)
+    return differing, pl.DataFrame(rows, infer_schema_length=None)
 
 
 def print_comparison(
@@ -96,13 +97,15 @@ def print_comparison(
         raise SettingsError(f"{output} exists: choose another --output, or replace it with --overwrite.")
     differing, figures = compared(homes, open_experiment)
     console = Console(width=WIDTH)
-    settings = Table("setting", "home", "value", title="Settings that differ", title_justify="left")
+    where = homes if len(homes) > 1 else figures["iteration"].to_list()
+    of_what = "home" if len(homes) > 1 else "iteration"
+    settings = Table("setting", of_what, "value", title="Settings that differ", title_justify="left")
     for name, values in differing.items():
-        for place, (home, value) in enumerate(zip(homes, values, strict=True)):
-            settings.add_row("" if place else name, Text(visible(str(home))), Text(visible(value)))
+        for number, (place, value) in enumerate(zip(where, values, strict=True)):
+            settings.add_row("" if number else name, Text(visible(str(place))), Text(visible(value)))
     console.print(settings if differing else "All settings are the same.")
     table = Table(title="Finished iterations, rewards of held-out prompts", title_justify="left", padding=0)
-    for name in ("home", "t"):
+    for name in ("home", "t")[len(homes) == 1 :]:
         table.add_column(name, overflow="fold")
     shown = {name: form for name, (_, form) in COLUMNS.items() if figures[name].null_count() < figures.height}
     for name in shown:
@@ -111,7 +114,7 @@ def print_comparison(
     for home, iteration, *values in figures.select("home", "iteration", *shown).iter_rows():
         cells = (MISSING if value is None else form.format(value)
                  for form, value in zip(shown.values(), values, strict=True))  # fmt: skip
-        table.add_row(Text(visible(home)), iteration.lstrip("0"), *cells)
+        table.add_row(*[Text(visible(home))][len(homes) == 1 :], iteration.lstrip("0"), *cells)
     console.print(table)
     if output is not None:
         try:
@@ -126,14 +129,10 @@ def _settings_of(home: Path) -> Settings:
     return home_settings(home)
 
 
-def _iterations(home: Path, settings: Settings, open_experiment: Opener) -> list[dict[str, Any]]:
+def _iterations(home: Path, settings: Settings, open_experiment: Opener) -> list[FinishedIteration]:
     services = open_experiment(settings, home.absolute())
     with DagsterInstance.from_config(str(home.absolute())) as instance:
         finished, _ = iterations_of(instance, services)
         if not finished:
             raise SettingsError(f"{home} has no finished iteration: make one with `synpo run --home {home}`.")
-        iterations = [read_iteration(instance, services, key) for key in finished]
-    return [
-        {"home": str(home), "iteration": each.key} | {name: value(each) for name, (value, _) in COLUMNS.items()}
-        for each in iterations
-    ]
+        return [read_iteration(instance, services, key) for key in finished]

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 
 from synpo_assets.graph.metrics import EDIT_SHARES, MetricName
+from synpo_assets.graph.texts import MISSING, count_text, gain_text, rate_text
 from synpo_assets.method.damage import DAMAGES
 from synpo_assets.reports.finished import FinishedIteration
-from synpo_assets.reports.texts import MISSING, count_text, gain_text, rate_text
 
 SECTION = "The improver as an editor"
 ORIGINS = {"own_answers": "the policy's own answers", "damaged_gold": "damaged gold"}

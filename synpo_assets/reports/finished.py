@@ -6,7 +6,11 @@ from typing import Any
 
 import polars as pl
 
+from resources.judging.judge_choice import INDEPENDENT
 from synpo_assets.graph.metrics import Metrics
+
+# With fewer pairs alike in length, a length-controlled win rate is extrapolated.
+FEWEST_ALIKE = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +25,7 @@ class FinishedIteration:
         training_log: What the trainer of M_t logged, one entry per step; empty if the checkpoint is gone.
         reward_axis: What the logged rewards are, which depends on the loss.
         manifest: The manifest of M_t; empty if the checkpoint is gone.
+        settings: What its assets read of the settings, by dotted name.
         refusal: Why M_t was not promoted, as a sentence; None if it was, or was not judged.
         judge_doubt: Why the independent judge's win rates say nothing and are left out, as a sentence; None if they are not.
     """
@@ -32,20 +37,20 @@ class FinishedIteration:
     training_log: Sequence[Mapping[str, Any]]
     reward_axis: str
     manifest: Mapping[str, Any]
+    settings: Mapping[str, str]
     refusal: str | None
     judge_doubt: str | None = None
 
     @property
-    def sha(self) -> str | None:
-        """Sha of M_t."""
-        evaluated = self.metrics.find("mean_repetition", "candidate")
-        return evaluated.checkpoint_sha if evaluated else None
+    def number(self) -> int:
+        """The iteration, as in M_t."""
+        return int(self.key)
 
     @property
-    def promoted(self) -> bool | None:
-        """Whether the gate let this M_t enter the next iteration; None if it judged another one, or none yet."""
-        judged = self.metrics.find("promoted", "candidate")
-        return bool(judged.value) if judged and judged.checkpoint_sha == self.sha else None
+    def extrapolated(self) -> bool:
+        """Whether so few pairs of answers are alike in length that the length-controlled win rate over M_0 says little."""
+        alike = self.metrics.value("pairs_alike_in_length", "candidate", over="initial", by=INDEPENDENT)
+        return alike is not None and alike < FEWEST_ALIKE
 
     @property
     def rewards(self) -> list[Mapping[str, Any]]:

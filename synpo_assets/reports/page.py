@@ -1,6 +1,7 @@
-"""The page of the boosting report: rows, plots and a few sample pairs, without scripts, links or outside resources."""
+"""The page of the boosting report, without scripts, links or outside resources: the newest iteration first."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,42 +11,74 @@ import polars as pl
 from resources.common.text import visible
 from synpo_assets.graph.drawing import Plot
 from synpo_assets.graph.metrics import Metrics
+from synpo_assets.graph.texts import count_text, rate_text, share_text
 from synpo_assets.method.judging import KINDS
+from synpo_assets.reports.answers import Answers
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.rows import Row, judge_labels
-from synpo_assets.reports.texts import count_text, rate_text
+from synpo_assets.reports.verdict import cards, verdict
 from synpo_assets.stages.scorers import NULLS
 
 FOLDER = Path(__file__).parent
 SHOWN_CHARACTERS = 4000
 
 
-def report_html(
-    iterations: Sequence[FinishedIteration],
-    rows: Sequence[Row],
-    plots: Sequence[Plot],
-    notes: Sequence[str],
-    judging: Sequence[Sequence[str]] = (),
-) -> str:
-    """The report as one page without scripts, links or outside resources; every text in it is escaped.
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """What the report shows.
 
-    Args:
+    Attributes:
         iterations: The finished iterations, in order.
-        rows: The table.
-        plots: The pictures.
+        rows: The figures by iteration.
+        plots: The pictures, by name.
         notes: Sentences about what is missing.
         judging: How often judge and scorer are right about held-out pairs, by kind.
+        identity: Which experiment it is, by name.
+        settings: The settings that matter most, by dotted name.
+        answers: The same held-out prompts, answered by all models.
     """
-    template = _environment().get_template("boosting_report.html.jinja")
-    return template.render(
-        keys=[iteration.key for iteration in iterations],
-        rows=rows,
-        plots=plots,
-        notes=notes,
-        judging=judging,
-        judges=judge_labels(iterations),
-        samples={iteration.key: sample_pairs(iteration.pairs) for iteration in reversed(iterations)},
-    )
+
+    iterations: Sequence[FinishedIteration]
+    rows: Sequence[Row]
+    plots: Mapping[str, Plot]
+    notes: Sequence[str]
+    judging: Sequence[Sequence[str]]
+    identity: Mapping[str, str]
+    settings: Mapping[str, str]
+    answers: Sequence[Answers]
+
+    def html(self) -> str:
+        """The report as one page without scripts, links or outside resources; every text in it is escaped."""
+        newest = self.iterations[-1]
+        sections: dict[str, list[tuple[str, Sequence[str]]]] = {}
+        for row in self.rows:
+            sections.setdefault(row.section, []).append((row.label, row.cells))
+        return (
+            _environment()
+            .get_template("boosting_report.html.jinja")
+            .render(
+                page=self,
+                verdict=verdict(newest),
+                cards=cards(newest),
+                models=[f"M_{iteration.number}" for iteration in reversed(self.iterations)],
+                sections=sections,
+                funnel=funnel_rows(self.iterations),
+                judges=judge_labels(self.iterations),
+                samples={iteration.number: sample_pairs(iteration.pairs) for iteration in reversed(self.iterations)},
+            )
+        )
+
+
+def funnel_rows(iterations: Sequence[FinishedIteration]) -> list[tuple[str, list[str]]]:
+    """What each stage left in each iteration, and what share of the stage before that is."""
+    names = list(iterations[0].funnel)
+    rows = []
+    for before, name in zip([None, *names], names, strict=False):
+        counts = [(each.funnel[name], each.funnel[before] if before else None) for each in iterations]
+        shares = [f" ({share_text(left / of)})" if left is not None and of else "" for left, of in counts]
+        cells = [f"{count_text(left)}{share}" for (left, _), share in zip(counts, shares, strict=True)]
+        rows.append((name, cells))
+    return rows
 
 
 def sample_pairs(pairs: pl.DataFrame) -> list[dict[str, Any]]:

@@ -1,14 +1,16 @@
-"""The pictures of the boosting report, as small PNGs.
+"""The pictures of the boosting report.
 
-Iterations are ordered, so their colours are too: from dark to light in viridis, which people who are colour-blind can
-read as well.
+Iterations are ordered, so older ones are fainter; the number at the end of a line is its iteration.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from synpo_assets.graph.drawing import INK, Plot, finish, new_figure, plot_of
-from synpo_assets.graph.metrics import MetricName
+import polars as pl
+
+from resources.judging.judge_choice import INDEPENDENT
+from synpo_assets.graph.drawing import BLUE, INK, ORANGE, PINK, Plot, finish, new_figure, plot_of
+from synpo_assets.graph.metrics import Metric, MetricName
 from synpo_assets.method.verifiable import BY_RULES
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.rows import judge_labels
@@ -18,46 +20,72 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 24
-SHOWN_MARKERS = 20
-SHOWN_NUMBERS = 4
-SHOWN_KEYS = 8
+FAINTEST = 0.45
+# Each point of a smoothed line is the mean of this share of the steps, around it.
+SMOOTHED_SHARE = 8
+HOW_TO_READ_REWARDS = (
+    "Above zero the model being trained finds chosen answers likelier than rejected ones; a line that rises has learned to, "
+    "also where it stays below zero. Each point is the mean over an eighth of the training, around it. Unit: {axis}."
+)
+STYLES = (("o-", BLUE), ("s--", ORANGE), ("^:", INK), ("v-.", PINK))
 
 
 def draw_plots(iterations: Sequence[FinishedIteration]) -> list[Plot]:
-    """Reward curves (where rewards were recorded), margins, funnel and held-out results of the iterations."""
-    keys = [iteration.key for iteration in iterations]
-    which = f"iteration {keys[0]}" if len(keys) == 1 else f"iterations {', '.join(keys)}"
-    logs = {iteration.key: iteration.rewards for iteration in iterations}
+    """Win rates first; then the reward margins of training (where rewards were recorded), margins of pairs, rewards, judges."""
+    t = f"M_{iterations[-1].number}"
+    logs = {iteration.number: iteration.rewards for iteration in iterations}
     plots = []
+    if any(rate for line in _over_initial(iterations).values() for rate in line):
+        text = (
+            f"Win rates over M_0 by the independent judge on the test split, up to {t}: M_t, and what form alone wins."
+        )
+        plots.append(plot_of("win_rates", text, win_rates(iterations)))
     if any(logs.values()):
-        text = f"Rewards of chosen and rejected answers over the training steps of {which}."
-        plots.append(plot_of("rewards", text, reward_curves(logs, iterations[-1].reward_axis)))
-    text = f"Held-out rewards, and win rates of M_t by each judge, {which}."
-    return [
-        *plots,
-        plot_of("margins", f"Score margins of the preference pairs of {which}.", margin_histogram(iterations)),
-        plot_of("funnel", f"Rows that each stage left, {which}.", stage_funnel(iterations)),
-        plot_of("held_out", text, held_out_results(iterations)),
-    ]
+        reading = HOW_TO_READ_REWARDS.format(axis=iterations[-1].reward_axis)
+        plots.append(plot_of("rewards", reading, reward_margins(logs)))
+    text = f"Score margins of the preference pairs, up to iteration {iterations[-1].number}."
+    plots.append(plot_of("margins", text, margin_histogram(iterations)))
+    text = f"Mean reward by the scorer on the test split, up to {t}: M_t between M_0 and gold."
+    plots.append(plot_of("held_out", text, held_out_rewards(iterations)))
+    if any(rate for line in _other_judges(iterations).values() for rate in line):
+        text = f"Win rates on the test split by each judge, up to {t}, over M_0 and over the model before."
+        plots.append(plot_of("judges", text, _rates_figure("By each judge", iterations, _other_judges(iterations))))
+    return plots
 
 
-def reward_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], axis: str) -> "Figure":
-    """The rewards of chosen (solid) and rejected (dashed) over training steps, one colour per iteration."""
+def win_rates(iterations: Sequence[FinishedIteration]) -> "Figure":
+    """How often the independent judge prefers M_t, and M_0 in another form, to M_0."""
+    return _rates_figure("Win rate over M_0", iterations, _over_initial(iterations))
+
+
+def reward_margins(logs: Mapping[int, Sequence[Mapping[str, Any]]]) -> "Figure":
+    """The reward of chosen less that of rejected over training steps, smoothed, one line per iteration."""
     figure = new_figure()
     axes = figure.add_subplot()
-    few = max(len(log) for log in logs.values()) <= SHOWN_MARKERS
-    styles = {"chosen": "o-" if few else "-", "rejected": "x--" if few else "--"}
-    for (key, log), colour in zip(logs.items(), _colours(len(logs)), strict=True):
-        steps = [entry["step"] for entry in log]
-        for side, style in styles.items():
-            rewards = [entry[f"rewards/{side}"] for entry in log]
-            axes.plot(steps, rewards, style, markersize=5, color=colour, linewidth=1.6)
-        axes.plot([], [], "-", color=colour, linewidth=4, label=_shown_key(key, list(logs)))
-    for side, style in styles.items():
-        axes.plot([], [], style, markersize=5, color=INK, label=side)
+    for (number, log), strength in zip(logs.items(), _strengths(len(logs)), strict=True):
+        if log:
+            steps = [entry["step"] for entry in log]
+            margins = smoothed([entry["rewards/chosen"] - entry["rewards/rejected"] for entry in log])
+            axes.plot(steps, margins, "-", color=BLUE, alpha=strength, linewidth=1.8)
+            axes.annotate(f" {number}", (steps[-1], margins[-1]), fontsize=10, color=INK, va="center")
+    axes.axhline(0, color=INK, linewidth=1)
+    axes.margins(x=0.08)
     _count_in_whole_steps(axes)
-    finish(axes, "Rewards while training", "optimizer step", axis)
+    finish(axes, "Reward margin while training", "optimizer step", "chosen less rejected")
     return figure
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Each value as the mean of those around it, an eighth of all.
+
+    Examples:
+        >>> smoothed([1.0, 2.0])
+        [1.0, 2.0]
+        >>> smoothed([0.0, 3.0] * 12)[1:4]
+        [1.0, 2.0, 1.0]
+    """
+    window = max(1, len(values) // SMOOTHED_SHARE)
+    return pl.Series(values, dtype=pl.Float64).rolling_mean(window, min_samples=1, center=True).to_list()
 
 
 def margin_histogram(iterations: Sequence[FinishedIteration]) -> "Figure":
@@ -65,113 +93,110 @@ def margin_histogram(iterations: Sequence[FinishedIteration]) -> "Figure":
     figure = new_figure()
     axes = figure.add_subplot()
     # Where rules decide, every margin is 1, in other units.
-    margins = {iteration.key: iteration.pairs.filter(~BY_RULES)["margin"].to_list() for iteration in iterations}
+    margins = {iteration.number: iteration.pairs.filter(~BY_RULES)["margin"].to_list() for iteration in iterations}
     everything = [margin for values in margins.values() for margin in values]
     bounds = (min(everything), max(everything)) if everything else None
-    for (key, values), colour in zip(margins.items(), _colours(len(margins)), strict=True):
+    for (number, values), strength in zip(margins.items(), _strengths(len(margins)), strict=True):
         axes.hist(
-            values,
-            bins=BINS,
-            range=bounds,
-            weights=[100 / max(len(values), 1)] * len(values),
-            color=colour,
-            label=f"{_shown_key(key, list(margins))} (n = {len(values):,})",
-            histtype="step",
-            linewidth=1.8,
-        )
-    axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
+            values, bins=BINS, range=bounds, weights=[100 / max(len(values), 1)] * len(values), color=BLUE, alpha=strength,
+            label=f"iteration {number} (n = {len(values):,})", histtype="step", linewidth=1.8,
+        )  # fmt: skip
+    axes.axvline(0, color=INK, linewidth=1)
     finish(axes, "Margins of the pairs kept", "score(chosen) - score(rejected)", "pairs (%)")
     return figure
 
 
-def stage_funnel(iterations: Sequence[FinishedIteration]) -> "Figure":
-    """How many rows each stage left, as groups of bars with one bar per iteration."""
+def held_out_rewards(iterations: Sequence[FinishedIteration]) -> "Figure":
+    """Mean reward of M_t between those of M_0 and gold."""
     figure = new_figure()
     axes = figure.add_subplot()
-    stages = list(iterations[0].funnel)
-    thickness = 0.8 / len(iterations)
-    keys = [iteration.key for iteration in iterations]
-    for place, (iteration, colour) in enumerate(zip(iterations, _colours(len(iterations)), strict=True)):
-        rows = [iteration.funnel[stage] or 0 for stage in stages]
-        heights = [stage - 0.4 + thickness * (place + 0.5) for stage in range(len(stages))]
-        bars = axes.barh(heights, rows, thickness * 0.9, color=colour, label=_shown_key(iteration.key, keys))
-        if len(iterations) <= SHOWN_NUMBERS:
-            axes.bar_label(bars, [f"{number:,}" for number in rows], padding=3, fontsize=7, color=INK)
-    axes.set_yticks(range(len(stages)), stages)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    finish(axes, "Rows that each stage left", "rows", "")
-    axes.grid(visible=False, axis="y")
+    numbers = [iteration.number for iteration in iterations]
+    for side, label, (style, colour) in zip(
+        ("candidate", "gold", "initial"), ("M_t", "gold", "M_0"), STYLES, strict=False
+    ):
+        values = [iteration.metrics.value("held_out_reward", side) for iteration in iterations]
+        shown = [float("nan") if value is None else value for value in values]
+        axes.plot(numbers, shown, style, label=label, color=colour, markersize=5)
+    _by_iteration(axes, numbers)
+    finish(axes, "Held-out reward, by the scorer", "iteration", "mean reward")
     return figure
 
 
-def held_out_results(iterations: Sequence[FinishedIteration]) -> "Figure":
-    """Mean reward of M_t between M_0 and gold, and its win rates by each judge with intervals."""
+Rates = Mapping[str, Sequence[Metric | None]]
+
+
+def _over_initial(iterations: Sequence[FinishedIteration]) -> Rates:
+    shown: dict[str, tuple[MetricName, str]] = {
+        "M_t": ("win_rate", "candidate"), "M_t, length-controlled": ("length_controlled_win_rate", "candidate"),
+        "M_0 asked for long answers": ("win_rate", "verbose"), "M_0 cut to half": ("win_rate", "trimmed"),
+    }  # fmt: skip
+    return {label: _rates(iterations, name, of, "initial", INDEPENDENT) for label, (name, of) in shown.items()}
+
+
+def _other_judges(iterations: Sequence[FinishedIteration]) -> Rates:
+    before = {"over M_t-1: independent judge": _rates(iterations, "win_rate", "candidate", "previous", INDEPENDENT)}
+    return before | {
+        f"over M_0: {label}": _rates(iterations, "win_rate", "candidate", "initial", label)
+        for label in judge_labels(iterations)
+    }
+
+
+def _rates(
+    iterations: Sequence[FinishedIteration], name: MetricName, of: str, over: str, by: str
+) -> list[Metric | None]:
+    found = (iteration.metrics.find(name, of, over=over, by=by) for iteration in iterations)
+    return [rate if rate is not None and rate.value is not None else None for rate in found]
+
+
+def _rates_figure(title: str, iterations: Sequence[FinishedIteration], lines: Rates) -> "Figure":
+    """Win rates by iteration with their intervals, one line each."""
     figure = new_figure()
-    rewards, wins = figure.subplots(1, 2)
-    numbers = [int(iteration.key) for iteration in iterations]
-
-    def values(metric: MetricName, of: str) -> list[float]:
-        measured = [iteration.metrics.value(metric, of) for iteration in iterations]
-        return [float("nan") if value is None else value for value in measured]
-
-    # Orange, blue and grey stay apart for colour-blind eyes, and the markers differ too.
-    for side, label, style, colour in (
-        ("gold", "gold", "s:", "#e69f00"), ("candidate", "M_t", "o-", "#0072b2"), ("initial", "M_0", "^--", "#666666"),
-    ):  # fmt: skip
-        rewards.plot(numbers, values("held_out_reward", side), style, label=label, color=colour, markersize=5)
-    _win_rates(wins, iterations)
-    wins.axhline(50, color=INK, linewidth=0.8, linestyle=":")
-    wins.set_ylim(0, 100)
-    for axes in (rewards, wins):
-        axes.set_xlim(numbers[0] - 0.5, numbers[-1] + 0.5)
-        _count_in_whole_steps(axes)
-    finish(rewards, "Held-out reward", "iteration", "mean reward", legend="")
-    finish(wins, "Win rate of M_t", "iteration", "prompts won (%), 95 % interval", legend=None)
-    figure.legend(*wins.get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside lower center", ncols=2)
+    axes = figure.add_subplot()
+    numbers = [iteration.number for iteration in iterations]
+    lines = {label: rates for label, rates in lines.items() if any(rates)}
+    for place, (label, rates) in enumerate(lines.items()):
+        known = [(number, rate) for number, rate in zip(numbers, rates, strict=True) if rate is not None]
+        values = [100 * rate.value for _, rate in known if rate.value is not None]
+        bars = [
+            [
+                value - 100 * rate.low if rate.low is not None else 0
+                for value, (_, rate) in zip(values, known, strict=True)
+            ],
+            [
+                100 * rate.high - value if rate.high is not None else 0
+                for value, (_, rate) in zip(values, known, strict=True)
+            ],
+        ]
+        # Side by side, so that the bars of one iteration do not cover each other.
+        across = [number + 0.08 * (place - (len(lines) - 1) / 2) for number, _ in known]
+        style, colour = STYLES[place % len(STYLES)]
+        axes.errorbar(
+            across,
+            values,
+            bars,
+            fmt=style,
+            color=colour,
+            markersize=4,
+            linewidth=1.4,
+            elinewidth=1,
+            capsize=2,
+            label=label,
+        )
+    axes.axhline(50, color=INK, linewidth=1)
+    axes.set_ylim(0, 100)
+    _by_iteration(axes, numbers)
+    finish(axes, title, "iteration", "prompts won (%)")
     return figure
 
 
-def _win_rates(axes: "Axes", iterations: Sequence[FinishedIteration]) -> None:
-    """A line with error bars for each judge's comparison with M_0, and for the independent judge's with M_{t-1}."""
-    first, *others = judge_labels(iterations) or [""]
-    shown = [(first, "initial", "M_0"), (first, "previous", "M_{t-1}")]
-    shown += [(label, "initial", "M_0") for label in others]
-    # Orange, blues and grey stay apart for colour-blind eyes, and the markers differ too.
-    styles = (("o-", "#0072b2"), ("v:", "#56b4e9"), ("^--", "#666666"), ("s-.", "#e69f00"))
-    for place, (label, opponent, name) in enumerate(shown):
-        rates = [
-            (int(iteration.key), rate.value, rate.low, rate.high)
-            for iteration in iterations
-            if (rate := iteration.metrics.find("win_rate", "candidate", over=opponent, by=label)) is not None
-            and rate.value is not None and rate.low is not None and rate.high is not None
-        ]  # fmt: skip
-        style, colour = styles[place % len(styles)]
-        # Side by side, so that the bars of one iteration do not cover each other.
-        across = [number + 0.08 * (place - (len(shown) - 1) / 2) for number, *_ in rates]
-        up = [100 * value for _, value, _, _ in rates]
-        bars = [
-            [100 * (value - low) for _, value, low, _ in rates],
-            [100 * (high - value) for _, value, _, high in rates],
-        ]
-        axes.errorbar(
-            across, up, bars, fmt=style, color=colour, markersize=4, linewidth=1.4, elinewidth=0.8, capsize=2,
-            label=f"over {name}: {label}",
-        )  # fmt: skip
+def _strengths(count: int) -> list[float]:
+    """How strong the line of each iteration is: the newest is the strongest."""
+    return [1 - (1 - FAINTEST) * (count - 1 - place) / max(count - 1, 1) for place in range(count)]
 
 
-def _colours(count: int) -> list[tuple[float, float, float, float]]:
-    from matplotlib import colormaps
-
-    # The lightest fifth of the scale is hard to see on white.
-    return [colormaps["viridis"](0.8 * place / max(count - 1, 1)) for place in range(count)]
-
-
-def _shown_key(key: str, keys: Sequence[str]) -> str:
-    """The legend's label of an iteration; of many iterations only some get one (matplotlib skips a leading `_`)."""
-    every = -(-len(keys) // SHOWN_KEYS)
-    return key if keys.index(key) % every == 0 or key == keys[-1] else f"_{key}"
+def _by_iteration(axes: "Axes", numbers: Sequence[int]) -> None:
+    axes.set_xlim(numbers[0] - 0.5, numbers[-1] + 0.5)
+    _count_in_whole_steps(axes)
 
 
 def _count_in_whole_steps(axes: "Axes") -> None:

@@ -6,12 +6,9 @@ from typing import Unpack
 
 from resources.judging.judge_choice import INDEPENDENT
 from resources.training.history import last_quarter
+from synpo_assets.graph.boosting import AT_CHANCE, PROMOTED
 from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName, Which
-from synpo_assets.method.evaluation import LENGTH_BANDS
-from synpo_assets.method.judging import ANOTHER_GOLD
-from synpo_assets.reports.edits import edit_lines
-from synpo_assets.reports.finished import FinishedIteration
-from synpo_assets.reports.texts import (
+from synpo_assets.graph.texts import (
     MISSING,
     count_text,
     difference_text,
@@ -21,23 +18,23 @@ from synpo_assets.reports.texts import (
     rate_text,
     share_text,
 )
+from synpo_assets.graph.used_settings import differing_settings
+from synpo_assets.method.evaluation import LENGTH_BANDS
+from synpo_assets.method.judging import ANOTHER_GOLD
+from synpo_assets.reports.edits import edit_lines
+from synpo_assets.reports.finished import FEWEST_ALIKE, FinishedIteration
 
 PROMPT_SOURCES = {
     "synthetic": "synthetic prompts", "seed": "seed prompts", "self_instruct": "Self-Instruct prompts by M_0",
 }  # fmt: skip
 MODELS = {"candidate": "M_t", "initial": "M_0"}
-OPPONENT_LABELS = {"initial": "M_0", "previous": "M_{t-1}"}
+OPPONENT_LABELS = {"initial": "M_0", "previous": "M_t-1"}
 # What form alone wins: M_0's answers with half of their sentences, and when it is asked for long ones.
 FORM_LABELS = {"trimmed": "M_0 trimmed, over M_0", "verbose": "M_0 verbose, over M_0"}
-# With fewer pairs alike in length, a length-controlled win rate is extrapolated.
-FEWEST_ALIKE = 10
 ENDED_LABELS = {
     "both_ended": "both ended", "only_candidate_ended": "only M_t ended", "only_initial_ended": "only M_0 ended",
     "neither_ended": "neither ended",
 }  # fmt: skip
-# In place of a win rate; a note says it in full.
-AT_CHANCE = "judge at chance"
-PROMOTED = {True: "yes", False: "no", None: MISSING}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +62,9 @@ def report_rows(iterations: Sequence[FinishedIteration]) -> list[Row]:
         Row(section, label, tuple(cell(iteration) for iteration in iterations))
         for section, label, cell in _lines(iterations)
     ]
-    return [row for row in rows if set(row.cells) != {MISSING}]
+    differing = differing_settings((iteration.settings for iteration in iterations), in_all=True)
+    settings = [Row("Settings that differ", name, tuple(values)) for name, values in differing.items()]
+    return settings + [row for row in rows if set(row.cells) != {MISSING}]
 
 
 def judge_labels(iterations: Sequence[FinishedIteration]) -> list[str]:
@@ -172,8 +171,8 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
             yield "Equal steps", label, _found("win_rate", rate_text, "equal_steps", over=opponent, by=judge)
     yield from _without_a_judge()
     yield from edit_lines()
-    yield "Gate", "M_t promoted to the next iteration", lambda iteration: PROMOTED[iteration.promoted]
-    yield "Checkpoints", "M_t", lambda iteration: _sha(iteration.sha)
+    yield "Gate", "M_t promoted to the next iteration", lambda iteration: PROMOTED[iteration.metrics.promoted]
+    yield "Checkpoints", "M_t", lambda iteration: _sha(iteration.metrics.candidate)
     update = _of("surviving_update", share_text, asset="model_checkpoint")
     yield "Checkpoints", "update of M_t left in the number format of generation", update
     yield "Checkpoints", "policy that answered", lambda iteration: _sha(_parent(iteration, "policy"))

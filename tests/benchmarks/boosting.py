@@ -32,7 +32,7 @@ def collect(home: Path, folder: Path) -> None:
     rows = [(row.section, row.label, *row.cells) for row in report_rows(iterations)]
     pl.DataFrame(rows, schema=["section", "figure", *keys], orient="row").write_csv(folder / "figures.csv")
     for name, data_uri in pictures.items():
-        (folder / f"{name}.png").write_bytes(base64.b64decode(data_uri.partition(",")[2]))
+        (folder / f"{name}.svg").write_bytes(base64.b64decode(data_uri.partition(",")[2]))
     for key in keys:
         texts = ["prompt", "answer", "initial_response", "candidate_response", "judge_over_initial"]
         answers = services.tables.read("evaluation", key).select(texts).head(20)

@@ -1,0 +1,53 @@
+"""Is it boosting? The headline figures of each iteration in a short table, which the UI shows without a click."""
+
+from collections.abc import Sequence
+
+import dagster as dg
+
+from resources.judging.judge_choice import INDEPENDENT
+from synpo_assets.graph.metrics import Metric, Metrics, recorded
+from synpo_assets.graph.services import Services
+from synpo_assets.graph.texts import MISSING, gain_text, rate_text
+
+# The UI shows markdown of less than 1,000 characters in place.
+SHOWN_ITERATIONS = 8
+# In place of a win rate; a sentence says it in full.
+AT_CHANCE = "judge at chance"
+PROMOTED = {True: "yes", False: "no", None: MISSING}
+
+
+def boosting_table(
+    context: dg.AssetExecutionContext, services: Services, measured: Sequence[Metric], doubt: str | None
+) -> dg.MarkdownMetadataValue:
+    """The newest iterations with what the test split says of each M_t, what the running asset has just measured included.
+
+    Args:
+        measured: The metrics of the running asset.
+        doubt: Why the win rates say nothing, as a sentence; None if they do.
+    """
+    asset, running = context.asset_key.to_user_string(), context.partition_key
+    keys = sorted({*services.metrics.partitions(), running})
+    found = {key: recorded(services.metrics, key) for key in keys}
+    found[running] = found[running].with_metrics_of(asset, running, measured)
+    lines = ["| iteration | win rate over M_0 | length-controlled | instructions | promoted |", "|---|---|---|---|---|"]
+    evaluated = [key for key in keys if found[key].candidate]
+    lines += [_line(key, found[key], doubt) for key in evaluated[-SHOWN_ITERATIONS:]]
+    note = doubt or "Test split, independent judge, 95 % intervals; instructions: followed by M_t less by M_0."
+    return dg.MetadataValue.md("\n".join([*lines, "", note]))
+
+
+def win_rate(measured: Metrics, controlled: bool = False, of: str = "candidate") -> Metric | None:
+    """How often the independent judge prefers a model's answers to M_0's, as it is or for answers of equal length."""
+    name = "length_controlled_win_rate" if controlled else "win_rate"
+    return measured.find(name, of, over="initial", by=INDEPENDENT)  # type: ignore[arg-type]
+
+
+def instructions_gain(measured: Metrics) -> Metric | None:
+    """How many more of the verifiable instructions M_t follows than M_0; None where another M_t was measured."""
+    gain = measured.find("verifiable_gain", "candidate", over="initial")
+    return gain if gain and gain.checkpoint_sha == measured.candidate else None
+
+
+def _line(key: str, measured: Metrics, doubt: str | None) -> str:
+    rates = [AT_CHANCE if doubt else rate_text(win_rate(measured, controlled)) for controlled in (False, True)]
+    return f"| {' | '.join([key, *rates, gain_text(instructions_gain(measured)), PROMOTED[measured.promoted]])} |"

@@ -1,0 +1,41 @@
+"""The report beside Dagster's UI; the UI itself stands in as an app that takes every address, as Dagster's does."""
+
+import inspect
+
+import pytest
+from dagster._cli import dev
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from synpo_assets.cli import webserver
+
+
+@pytest.fixture
+def client(tmp_path, monkeypatch):
+    monkeypatch.setenv("SYNPO_HOME", str(tmp_path))
+    ui = Starlette(routes=[Route("/{path:path}", lambda request: PlainTextResponse("the UI"))])
+    monkeypatch.setattr(webserver, "create_app_from_workspace_process_context", lambda: ui)
+    return TestClient(webserver.app_with_reports())
+
+
+def test_the_report_can_be_read_once_it_is_made_and_nothing_else(client, tmp_path):
+    (tmp_path / "settings.yaml").write_text("secret")
+    assert client.get("/reports/boosting_report.html").status_code == 404
+    (tmp_path / "reports" / "boosting_report.html").write_text("<p>made</p>")
+    answer = client.get("/reports/boosting_report.html?version")
+    assert (answer.text, answer.headers["content-type"]) == ("<p>made</p>", "text/html; charset=utf-8")
+    assert client.get("/reports/%2e%2e/settings.yaml").status_code == 404
+    assert client.get("/reports/").status_code == 404
+    assert client.put("/reports/boosting_report.html").status_code == 405
+    assert client.get("/assets").text == "the UI"
+
+
+def test_dagsters_own_command_starts_it_in_place_of_its_web_server(monkeypatch):
+    started = []
+    monkeypatch.setattr(webserver, "open_ipc_subprocess", lambda command, **options: started.append((command, options)))
+    webserver._start(["python", "-m", "dagster_webserver", "--port", "3000"], pass_fds=[7])
+    assert started == [(["python", "-m", "synpo_assets.cli.webserver", "--port", "3000"], {"pass_fds": [7]})]
+    # What is replaced is what that command calls.
+    assert 'open_ipc_subprocess(\n                [sys.executable, "-m", "dagster_webserver"]' in inspect.getsource(dev)
