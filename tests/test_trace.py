@@ -11,12 +11,13 @@ from rich.console import Console
 
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import ParquetTables
+from synpo_assets.graph.lineage import TraceError, trace
 from synpo_assets.graph.presentation import table_version
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.pairs import as_preferences, join_sides, select_pairs
 from synpo_assets.method.responses import response_table
 from synpo_assets.method.verifiable import CONSTRAINTS
-from synpo_assets.reports.trace import TraceError, as_tree, trace
+from synpo_assets.reports.trace import as_tree
 from tests.conftest import synpo_here
 from tests.stand_ins import scored, services_in
 
@@ -237,7 +238,7 @@ def test_a_checkpoint_that_was_replaced_is_named_by_its_own_manifest(home):
     home.checkpoint("model_checkpoint", 1, "second")
     model = below(home.trace("keywords-aa11")[0], "chosen", "base", "written by")
     assert (model.id, model.facts, model.run_id) == ("model_checkpoint[0001]", {"sha": "first"}, "run of first")
-    assert "model_checkpoint[0001]: not a current checkpoint any more, sha first" in home.shown("keywords-aa11")
+    assert "model_checkpoint[0001]: not a current checkpoint any more, sha=first" in home.shown("keywords-aa11")
 
 
 def test_forward_to_the_checkpoints_that_were_trained_on_it(home):
@@ -252,7 +253,7 @@ def test_forward_to_the_checkpoints_that_were_trained_on_it(home):
         ("model_checkpoint[0001]", None),
         ("model_checkpoint[0002]", "on an earlier version of preference_pairs[0001]"),
     ]
-    assert "trained model_checkpoint[0001]: sha first, run run of" in home.shown(pair.id)
+    assert "trained model_checkpoint[0001]: sha=first, run=run of" in home.shown(pair.id)
 
 
 def test_a_seed_prompt_and_what_policies_answered(home):

@@ -9,8 +9,10 @@ from typing import get_args
 
 import polars as pl
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
+from resources.common.text import duration
 from resources.judging.server_judge import load_template
 from resources.models.device import prepare_device
 from resources.models.model_source import cached_initial_policy, fetch_embedding_model, fetch_initial_policy
@@ -131,7 +133,7 @@ def check_disk(settings: Settings, home: Path) -> int:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise SettingsError(
-            f"{home} has {free / 1e9:.1f} GB free and the run needs about {needed / 1e9:.1f} GB: free some space, lower "
+            f"{home} has {decimal(free)} free and the run needs about {decimal(needed)}: free some space, lower "
             "max_iterations, or choose another directory with --home."
         )
     return needed
@@ -162,6 +164,7 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     cached = cached_initial_policy(settings.initial_policy)
     device = prepare_device(settings.engine)
     counts = dict.fromkeys(("train", "scorer", "judge", *HELD_OUT), 0) | dict(seed["split"].value_counts().iter_rows())
+    named = "" if str(cached) == settings.initial_policy.name else f"{settings.initial_policy.name}, "
     where = f"on this machine, {cached}" if cached else "not on this machine yet: the first run downloads it"
     facts = Table.grid(padding=(0, 2))
     facts.add_row("settings", f"valid (preset {settings.preset}), home {home}")
@@ -170,10 +173,9 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     ruled = f" {count} rows with rules;" if (count := has_rules(seed).sum()) else ""
     facts.add_row("seed", f"{shares}, {len(dropped)} dropped;{ruled} {instructions} verifiable instructions")
     facts.add_row("gate", gate_power(counts["dev"], settings.gate.minimum, settings.gate.error_rate))
-    facts.add_row("M_0", f"{settings.initial_policy.name}, {where}")
+    facts.add_row("M_0", f"{named}{where}")
     facts.add_row("device", f"{device}, {os.cpu_count()} cores")
-    room = f"about {disk / 1e9:.1f} GB for all iterations" if cached else "unknown until M_0 is downloaded"
-    facts.add_row("disk", room)
+    facts.add_row("disk", f"about {decimal(disk)} for all iterations" if cached else "unknown until M_0 is downloaded")
     console.print(facts)
     console.print(_cost(sizes_of(settings, seed, instructions), *known_rates(calibration, cached, device)))
 
@@ -200,13 +202,13 @@ def _cost(sizes: Sizes, rates: Mapping[Kind, Rate] | None, basis: str) -> Table:
     # The last iteration is the longest: M_t is trained on the pairs of all iterations so far.
     phases = {"made once": (once, [1]), "iteration 1": (repeated, [1]), f"iteration {last}": (repeated, [last])}
     phases[f"all {last} iterations"] = (repeated, list(range(1, last + 1)))
-    caption = f"Tokens are upper bounds (every completion as long as allowed). Minutes: {basis}"
+    caption = f"Tokens are upper bounds (every completion as long as allowed). Time: {basis}"
     table = Table(title="Expected work", title_justify="left", caption=caption, caption_justify="left")
-    for column in ("", "tokens written", "tokens trained on", "tokens scored", "minutes"):
+    for column in ("", "tokens written", "tokens trained on", "tokens scored", "time"):
         table.add_column(column, justify="right")
     for phase, (items, iterations) in phases.items():
         every = [(item, iteration) for item in items for iteration in iterations]
         tokens = [sum(item.in_iteration(t) for item, t in every if item.kind == kind) for kind in get_args(Kind)]
-        minutes = "?" if rates is None else f"{sum(seconds(item, rates, t) for item, t in every) / 60:.0f}"
-        table.add_row(phase, *(f"{count:,.0f}" for count in tokens), minutes)
+        time = "?" if rates is None else duration(sum(seconds(item, rates, t) for item, t in every))
+        table.add_row(phase, *(f"{count:,.0f}" for count in tokens), time)
     return table

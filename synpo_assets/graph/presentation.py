@@ -86,7 +86,7 @@ def made_by(checkpoint: Checkpoint) -> dict[str, Any]:
         "checkpoint": checkpoint.label,
         "checkpoint_sha": checkpoint.sha,
         "checkpoint_asset": dg.MetadataValue.asset(dg.AssetKey(checkpoint.asset)),
-        "checkpoint_page": dg.MetadataValue.url(_page(checkpoint.asset, checkpoint.partition)),
+        "checkpoint_page": dg.MetadataValue.url(asset_page(checkpoint.asset, checkpoint.partition)),
         "checkpoint_run": dg.MetadataValue.dagster_run(checkpoint.manifest["run_id"]),
     }
 
@@ -96,7 +96,7 @@ def checkpoints_table(checkpoints: Iterable[tuple[str, str, str, str]]) -> dg.Ma
     lines = [["role", "checkpoint", "sha", "run"], ["---"] * 4]
     for role, label, sha, run_id in checkpoints:
         asset, _, partition = label.removesuffix("]").partition("[")
-        lines.append([role, f"[{label}]({_page(asset, partition or None)})", f"`{sha[:16]}`", _run(run_id)])
+        lines.append([role, f"[{label}]({asset_page(asset, partition or None)})", f"`{sha[:16]}`", run_link(run_id)])
     return _markdown(lines)
 
 
@@ -116,9 +116,14 @@ def versions_table(
     lines = [["asset", *columns, "content version", "run"]]
     for (asset, partition), *values in zip(inputs, *columns.values(), strict=True):
         version, record = data_version_of(instance, asset, partition), newest(instance, asset, partition)
-        run = _run(record.run_id) if record else "none"
+        run = run_link(record.run_id) if record else "none"
         lines.append(
-            [f"[{asset_label(asset, partition)}]({_page(asset, partition)})", *map(str, values), f"`{version}`", run]
+            [
+                f"[{asset_label(asset, partition)}]({asset_page(asset, partition)})",
+                *map(str, values),
+                f"`{version}`",
+                run,
+            ]
         )
     lines.insert(1, ["---"] * len(lines[0]))
     return _markdown(lines)
@@ -135,7 +140,8 @@ def training_log(summary: TrainingSummary) -> dict[str, Any]:
     return {"training_log": dg.MetadataValue.table(records)}
 
 
-def _run(run_id: str) -> str:
+def run_link(run_id: str) -> str:
+    """A link to the page of a run in the UI."""
     return f"[{run_id[:8]}](/runs/{run_id})"
 
 
@@ -143,7 +149,7 @@ def _markdown(lines: list[list[str]]) -> dg.MarkdownMetadataValue:
     return dg.MetadataValue.md("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
-def _page(asset: str, partition: str | None) -> str:
+def asset_page(asset: str, partition: str | None) -> str:
     """The address of an asset or iteration in the UI."""
     return f"/assets/{asset}" + (f"?view=partitions&partition={partition}" if partition else "")
 

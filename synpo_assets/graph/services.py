@@ -1,6 +1,7 @@
 """Everything that stages work with, in one bundle: settings, models, storage, and the graph that they are part of."""
 
 import dataclasses
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def open_services(settings: Settings, home: Path, graph: AssetGraph) -> Services
         embedder=SentenceEmbedder(engine=engine),
         likelihood=AnswerLikelihood(engine=engine),
         harness=EvaluationHarness(scores=f"{root}/benchmarks/scores", engine=engine),
-        tables=ParquetTables(f"{root}/tables"),
+        tables=ParquetTables(f"{root}/tables", f"synpo trace {{}} --home {shlex.quote(str(home))}"),
         metrics=ParquetTables(f"{root}/metrics"),
         checkpoints=CheckpointStore(
             f"{root}/checkpoints", str(home / "cache" / "checkpoints") if settings.storage.artifacts else None
