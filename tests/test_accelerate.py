@@ -92,9 +92,7 @@ class Stopped(Exception):
 @pytest.fixture
 def stop_after(monkeypatch):
     """Stops the training after a step, which is a `Stopped`."""
-    import resources.training.run
-
-    monkeypatch.setattr(resources.training.run, "LOG_EVERY_SECONDS", -1)
+    monkeypatch.setattr("resources.common.progress.LOG_EVERY_SECONDS", -1)
 
     @contextmanager
     def stopped(step):

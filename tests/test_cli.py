@@ -100,7 +100,7 @@ def test_no_disk_space(tmp_path, nano_model, monkeypatch):
 
     settings = load_settings(write_settings(tmp_path / "mine.yaml", nano_settings(nano_model)))
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1000))
-    with pytest.raises(SettingsError, match="1.0 kB free and the run needs about .* MB"):
+    with pytest.raises(SettingsError, match=r"1\.0 kB free and the run needs about .* MB"):
         preflight.check_before_run(settings, tmp_path / "home")
     assert not (tmp_path / "home").exists()
 
@@ -239,7 +239,7 @@ def test_an_interrupted_run_says_so_and_what_continues_it(tmp_path, nano_model, 
     settings = write_settings(tmp_path / "mine.yaml", nano_settings(nano_model))
     home = tmp_path / "a home"
     before = signal.getsignal(signal.SIGTERM)
-    with mock.patch("synpo_assets.cli.runs.run_missing", lambda *_: os.kill(os.getpid(), how)):
+    with mock.patch("synpo_assets.cli.runs.run_missing", side_effect=lambda *_: os.kill(os.getpid(), how)):
         result = synpo_here("run", "--settings", settings, "--home", home, "--iterations", "2")
     assert result.returncode == 130
     assert result.stderr == (

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from resources.common.processes import GRACE_SECONDS, end_with_this_parent
+from resources.common.progress import tell
 from resources.models.device import visible_gpus
 from resources.settings.machine import Engine
 from resources.settings.training import Training, TrainingProcesses
@@ -101,7 +102,7 @@ def run_in_processes(job: TrainingJob, dataset: "Dataset", accelerate_config: st
     ):
         try:
             for line in launcher.stdout or ():
-                logger.info(line.rstrip())
+                tell(logger, line.rstrip())
             launcher.wait()
         finally:
             _end(launcher)

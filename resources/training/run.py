@@ -7,6 +7,8 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from resources.common.progress import is_silent, tell
+from resources.common.text import duration
 from resources.models.chat import load_tokenizer
 from resources.models.device import memory_explained, prepare_device, torch_dtype
 from resources.storage.checkpoint_store import TRAINING_LOG
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 logger = logging.getLogger("synpo.training")
-
-LOG_EVERY_SECONDS = 10
 
 
 def train(job: TrainingJob, dataset: "Dataset") -> None:
@@ -193,11 +193,11 @@ def _progress_callback(job: TrainingJob) -> "TrainerCallback":
     class Progress(TrainerCallback):
         """Logs steps with rate and time left, and stops on a loss that is not a number."""
 
-        started = reported = 0.0
+        started = 0.0
         first_step = 0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.started = self.reported = time.monotonic()
+            self.started = time.monotonic()
             self.first_step = state.global_step
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -209,15 +209,13 @@ def _progress_callback(job: TrainingJob) -> "TrainerCallback":
                     f"The training loss became {loss} at step {state.global_step}: the run has diverged and nothing was "
                     "saved. Lower training.learning_rate (or loss.beta, for SimPO)."
                 )
-            now = time.monotonic()
-            due = now - self.reported > LOG_EVERY_SECONDS or state.global_step == state.max_steps
-            if due and state.is_world_process_zero:
-                self.reported = now
-                pace = (now - self.started) / (state.global_step - self.first_step)
-                left = pace * (state.max_steps - state.global_step)
-                logger.info(
+            if (is_silent() or state.global_step == state.max_steps) and state.is_world_process_zero:
+                pace = (time.monotonic() - self.started) / (state.global_step - self.first_step)
+                left = duration(pace * (state.max_steps - state.global_step))
+                tell(
+                    logger,
                     f"Step {state.global_step} of {state.max_steps}, loss {float(loss):.3f}{pairs_text(job.loss, logs or {})}, "
-                    f"{pace:.1f} s/step, {left:.0f} s left."
+                    f"{pace:.1f} s/step, {left} left.",
                 )
 
     return Progress()

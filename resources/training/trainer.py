@@ -16,6 +16,7 @@ from typing import IO, Any
 import dagster as dg
 from pydantic import PrivateAttr
 
+from resources.common.progress import Progress
 from resources.common.text import asset_label
 from resources.models.chat import load_tokenizer
 from resources.models.device import DeviceResource, prepare_device, torch_dtype
@@ -93,13 +94,15 @@ class Trainer(DeviceResource):
             step = job.resume_from.name.rpartition("-")[2]
             logger.info(f"Training goes on after step {step}, from the state that an earlier run saved.")
         dataset = Dataset.from_list(prepared.rows)
-        if job.launched:
-            run_in_processes(job, dataset, self.processes.accelerate_config)
-        else:
-            train(job, dataset)
-        if training.lora is not None:
-            merge_adapter(job)
-        surviving = self._surviving(job)
+        with Progress(None, "Training", logger):
+            if job.launched:
+                run_in_processes(job, dataset, self.processes.accelerate_config)
+            else:
+                train(job, dataset)
+        with Progress(None, "Merging and measuring what was trained", logger):
+            if training.lora is not None:
+                merge_adapter(job)
+            surviving = self._surviving(job)
         log = directory / TRAINING_LOG
         self._finished.append((job.state, log.open()))
         history = [json.loads(line) for line in log.read_text().splitlines()]

@@ -101,10 +101,11 @@ def run(
 ) -> None:
     """Materialize whatever of iterations 1 to N is missing, in order, in the foreground."""
     settings, place = _chosen(home, preset, settings_file)
-    from synpo_assets.cli.preflight import check_before_run
+    from synpo_assets.cli.preflight import check_before_run, keep_expected_seconds
 
     check_before_run(settings, place, iterations)
     prepare_home(place, settings)
+    keep_expected_seconds(settings, place)
     from dagster import DagsterInstance
 
     from synpo_assets.cli.runs import locked, run_missing
@@ -253,10 +254,13 @@ def ui(
 ) -> None:
     """Open the Dagster UI, with its daemon, on the same home."""
     settings, place = _chosen(home)
-    from synpo_assets.cli.preflight import check_storage
+    from synpo_assets.cli.preflight import check_storage, keep_expected_seconds
 
     check_storage(settings.storage)
     prepare_home(place, settings)
+    # What is wrong with the data is shown in the UI.
+    with contextlib.suppress(SettingsError, ModelSourceError, FinalError):
+        keep_expected_seconds(settings, place)
     command = [str(Path(sys.executable).with_name("dg")), "dev", "--host", host, "--port", str(port)]
     os.chdir(PROJECT)
     os.execv(command[0], command)

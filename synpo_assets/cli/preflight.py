@@ -1,5 +1,6 @@
 """What can be checked before any model is loaded: seed data, sizes, disk; and what a run will cost."""
 
+import json
 import os
 import shutil
 import uuid
@@ -22,7 +23,7 @@ from resources.settings.machine import Storage
 from resources.settings.method import PublishedScorer
 from resources.settings.sections import SettingsError, nearest
 from resources.settings.settings import Settings
-from resources.storage.files import storage_root
+from resources.storage.files import storage_root, write_atomically
 from resources.storage.seed_source import read_rows
 from resources.training.processes import processes_to_start, refuse_missing_packages
 from resources.training.state import KEPT_STATES
@@ -31,6 +32,7 @@ from synpo_assets.cli.calibration import Calibration, calibrate, known_calibrati
 from synpo_assets.cli.estimate import Rate, expected_work, parameter_count, rates_on_cpu, seconds, sizes_of
 from synpo_assets.evaluation.diversity import shown_seed_prompts
 from synpo_assets.graph.cost import Kind, Sizes
+from synpo_assets.graph.outlook import EXPECTED_FILE
 from synpo_assets.method.gate import gate_power
 from synpo_assets.method.seed import HELD_OUT, BadRow
 from synpo_assets.method.verifiable import has_rules
@@ -151,6 +153,20 @@ def disk_needed(settings: Settings) -> int:
     # A saved state of a full training holds the weights and two moments of AdamW for each, in float32.
     is_full = any(training.lora is None for training in settings.trainings)
     return checkpoints + (KEPT_STATES * 3 * 2 * weights if is_full else 0)
+
+
+def keep_expected_seconds(settings: Settings, home: Path) -> None:
+    """Writes into the home how long each asset will take in each iteration, which its runs tell; nothing if unknown."""
+    seed, _, instructions = _check_data_and_training(settings)
+    cached, device = cached_initial_policy(settings.initial_policy), prepare_device(settings.engine)
+    rates, _ = known_rates(known_calibration(settings), cached, device)
+    if rates is None:
+        return
+    expected = dict[str, list[float]]()
+    for stage, work in expected_work(sizes_of(settings, seed, instructions)):
+        before = expected.get(stage.name, [0.0] * settings.max_iterations)
+        expected[stage.name] = [known + seconds(work, rates, t) for t, known in enumerate(before, start=1)]
+    write_atomically(home / EXPECTED_FILE, json.dumps(expected, indent=1).encode())
 
 
 def print_check(settings: Settings, home: Path, measure: bool = False) -> None:

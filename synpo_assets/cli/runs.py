@@ -19,6 +19,7 @@ from resources.settings.sections import SettingsError
 from resources.storage.files import remove_abandoned
 from synpo_assets.cli.automation import ALL_ASSETS_JOB
 from synpo_assets.graph.missing import missing_assets, outdated_assets
+from synpo_assets.graph.outlook import ITERATIONS_TAG
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
 from synpo_assets.stages.loop import PARTITION_TAG
@@ -58,7 +59,9 @@ def run_missing(instance: DagsterInstance, services: Services, iterations: int) 
         remove_abandoned(services.home, f"{checkpoints}/*/.*.tmp")
     warn_of_outdated(instance, services)
     partitions = [None, *(partition_key(number) for number in range(1, iterations + 1))]
-    return all(_run(instance, missing_assets(instance, services, partition), partition) for partition in partitions)
+    return all(
+        _run(instance, missing_assets(instance, services, partition), partition, iterations) for partition in partitions
+    )
 
 
 def warn_of_outdated(instance: DagsterInstance, services: Services) -> None:
@@ -91,10 +94,10 @@ def close_dead_runs(instance: DagsterInstance) -> None:
             instance.event_log_storage.free_concurrency_slots_for_run(run_id)
 
 
-def _run(instance: DagsterInstance, names: Sequence[str], partition: str | None) -> bool:
+def _run(instance: DagsterInstance, names: Sequence[str], partition: str | None, iterations: int) -> bool:
     if not names:
         return True
-    tags = {FOREGROUND_TAG: "true"}
+    tags = {FOREGROUND_TAG: "true", ITERATIONS_TAG: str(iterations)}
     if partition is not None:
         tags |= {PARTITION_TAG: partition}
     with (

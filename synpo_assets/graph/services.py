@@ -1,6 +1,7 @@
 """Everything that stages work with, in one bundle: settings, models, storage, and the graph that they are part of."""
 
 import dataclasses
+import logging
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import dagster as dg
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 
 from resources.common.processes import end_soon_after_interrupt, end_with_run
+from resources.common.progress import Progress
 from resources.generation.language_model import LanguageModel
 from resources.models.embeddings import SentenceEmbedder
 from resources.models.evaluation_harness import EvaluationHarness
@@ -18,6 +20,8 @@ from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import CheckpointStore
 from resources.storage.tables import ParquetTables
 from resources.training.trainer import Trainer
+
+logger = logging.getLogger("synpo.steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +45,14 @@ class Services:
         """The bundle as a Dagster resource, which nothing but the settings configures."""
 
         @dg.resource
-        def services(_: dg.InitResourceContext) -> Iterator[Services]:
+        def services(context: dg.InitResourceContext) -> Iterator[Services]:
+            # It looks at services itself.
+            from synpo_assets.graph.outlook import told
+
             end_with_run()
             end_soon_after_interrupt()
-            yield self
+            with told(context, self), Progress(None, "At work", logger):
+                yield self
             self.trainer.forget_finished()
 
         return services
