@@ -255,7 +255,8 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(
 
 
 def test_progress_reaches_the_tracker_under_the_name_of_the_run(tmp_path, nano_checkpoint):
-    sft(trainer(tmp_path / "states", report_to="trackio"), nano_checkpoint, tmp_path / "out")
+    summary = sft(trainer(tmp_path / "states", report_to="trackio"), nano_checkpoint, tmp_path / "out")
+    assert summary.tracked == "trackio show --project synpo"
     with closing(sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / "synpo.db")) as connection:
         logged = connection.execute("select run_name, metrics from metrics").fetchall()
     assert {name for name, _ in logged} == {"supervised from initial_policy"}

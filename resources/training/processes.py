@@ -19,6 +19,7 @@ from resources.models.device import visible_gpus
 from resources.settings.machine import Engine
 from resources.settings.training import Training, TrainingProcesses
 from resources.training.job import TrainingError, TrainingJob
+from resources.training.live import MARK, Observe
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -69,7 +70,7 @@ def refuse_missing_packages(options: TrainingProcesses, training: Training) -> N
             )
 
 
-def run_in_processes(job: TrainingJob, dataset: "Dataset", accelerate_config: str | None) -> None:
+def run_in_processes(job: TrainingJob, dataset: "Dataset", accelerate_config: str | None, observe: Observe) -> None:
     """Trains in processes that accelerate starts, DDP without its file, and ends them all if this call ends early."""
     (job.state / JOB).write_text(job.model_dump_json())
     dataset.save_to_disk(str(job.state / ROWS))
@@ -102,7 +103,10 @@ def run_in_processes(job: TrainingJob, dataset: "Dataset", accelerate_config: st
     ):
         try:
             for line in launcher.stdout or ():
-                tell(logger, line.rstrip())
+                if line.startswith(MARK):
+                    observe(json.loads(line.removeprefix(MARK)))
+                else:
+                    tell(logger, line.rstrip())
             launcher.wait()
         finally:
             _end(launcher)

@@ -13,6 +13,7 @@ from resources.models.chat import load_tokenizer
 from resources.models.device import memory_explained, prepare_device, torch_dtype
 from resources.storage.checkpoint_store import TRAINING_LOG
 from resources.training.job import TrainingError, TrainingJob
+from resources.training.live import PROJECT, Observe, observing_callback
 from resources.training.losses import loss_module, pairs_text
 from resources.training.state import KEPT_STATES, marking_callback
 
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("synpo.training")
 
 
-def train(job: TrainingJob, dataset: "Dataset") -> None:
-    """Trains, and saves the history and the adapter, or without adapters the weights, into the job's directory."""
+def train(job: TrainingJob, dataset: "Dataset", observe: Observe) -> None:
+    """Trains, and saves the history and the adapter, or without adapters the weights, into the job's directory.
+
+    `observe` is told of the loss now and then.
+    """
     from transformers import PrinterCallback
 
     device = prepare_device(job.engine)
@@ -56,7 +60,7 @@ def train(job: TrainingJob, dataset: "Dataset") -> None:
         save_total_limit=KEPT_STATES,
         report_to=job.report_to,
         run_name=job.name,
-        project="synpo",
+        project=PROJECT,
         disable_tqdm=True,
         **options,
     )
@@ -72,7 +76,11 @@ def train(job: TrainingJob, dataset: "Dataset") -> None:
             processing_class=_tokenizer(job),
             train_dataset=dataset,
             peft_config=_lora(job, model),
-            callbacks=[_progress_callback(job), marking_callback(job.seconds_before)],
+            callbacks=[
+                _progress_callback(job),
+                observing_callback(observe, job.report_to),
+                marking_callback(job.seconds_before),
+            ],
         )
         trainer.remove_callback(PrinterCallback)
         if training.lora is not None and training.lora.load_in_4bit:

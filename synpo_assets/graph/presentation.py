@@ -12,6 +12,7 @@ from resources.common.text import asset_label
 from resources.models.device import peak_memory
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.job import TrainingSummary
+from synpo_assets.graph.curves import training_curves
 from synpo_assets.graph.history import data_version_of, newest
 from synpo_assets.graph.metrics import Metric, record
 from synpo_assets.graph.partitions import partition_of
@@ -130,14 +131,18 @@ def versions_table(
 
 
 def training_log(summary: TrainingSummary) -> dict[str, Any]:
-    """The logged values of a training run as a table for the UI, thinned out in long runs, the last step included."""
+    """A training run for the UI: its curves, its log as a table, thinned out if long, and where a tracker shows it."""
     names = sorted({name for entry in summary.history for name in entry if name.split("/")[0] in SHOWN_LOG_VALUES})
     names = ["step", *[name for name in names if name != "step"]]
     every = max(1, len(summary.history) // SHOWN_STEPS)
     # Counted from the end, so that the last step is always among them.
     shown = summary.history[::-1][::every][::-1]
     records = [dg.TableRecord({name: _number(entry.get(name)) for name in names}) for entry in shown]
-    return {"training_log": dg.MetadataValue.table(records)}
+    shown = {"curves": training_curves(summary.history), "training_log": dg.MetadataValue.table(records)}
+    if (place := summary.tracked) is not None:
+        is_page = place.startswith(("http://", "https://"))
+        shown["tracker"] = dg.MetadataValue.url(place) if is_page else dg.MetadataValue.text(place)
+    return shown
 
 
 def run_link(run_id: str) -> str:

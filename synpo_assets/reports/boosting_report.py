@@ -19,6 +19,7 @@ from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.page import judging_rows, report_html, sample_pairs
 from synpo_assets.reports.plots import draw_plots
 from synpo_assets.reports.rows import Row, report_notes, report_rows
+from synpo_assets.reports.tracking import track
 from synpo_assets.stages.loop import promotion_verdict
 from synpo_assets.stages.scorers import judge_doubt
 
@@ -39,6 +40,7 @@ def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourcePara
     judging = judging_rows(recorded(services.metrics, None))
     path = services.home / "reports" / "boosting_report.html"
     write_atomically(path, report_html(iterations, rows, drawn, notes, judging).encode())
+    tracked = track(services.home, services.settings, iterations, path)
     return written_output(
         context,
         services,
@@ -46,6 +48,7 @@ def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourcePara
         path=dg.MetadataValue.path(path),
         iterations=", ".join(finished),
         notes=" ".join(notes) or "none",
+        tracked_as=tracked or "not tracked: training_processes.report_to is none",
         **{plot.name: dg.MetadataValue.md(f"![{plot.description}]({plot.data_uri})") for plot in drawn},
         made_of=versions_table(context.instance, [(asset, key) for key in finished for asset in READ_ASSETS]),
         table=_table(rows, finished),
