@@ -344,13 +344,17 @@ def wait_for(condition, seconds):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [sft, simpo, reward])
-def test_two_processes_learn_what_one_learns(tmp_path, nano_checkpoint, said, train):
+def test_two_processes_learn_what_one_learns(tmp_path, nano_checkpoint, said, train, monkeypatch):
+    observed = []
+    monkeypatch.setattr("resources.training.trainer.observe_asset", lambda: observed.append)
     alone = train(trainer(tmp_path / "a", processes=1), nano_checkpoint, tmp_path / "1", lora=None)
     config = tmp_path / "accelerate.yaml"
     config.write_text("distributed_type: MULTI_GPU\nnum_processes: 2\n")
     together = train(trainer(tmp_path / "b", accelerate_config=str(config)), nano_checkpoint, tmp_path / "2", lora=None)
     assert "Training starts in processes of its own: 2." in said
     assert said[-1].startswith(f"Step {STEPS} of {STEPS}, loss ")
+    assert not [line for line in said if "observed" in line], "it is for the process of the step, and for nobody to read"
+    assert [values["step"] for values in observed] == 2 * list(range(1, STEPS + 1))
     for one, other in zip(alone.history, together.history, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)

@@ -24,10 +24,10 @@ class Progress:
         """Of `total` pieces of work that `what` names in the plural; None: they cannot be counted, `what` names the work."""
         self._total, self._what, self._logger = total, what, logger
         self._done = threading.Event()
+        self.restart()
 
     def __enter__(self) -> Self:
-        """Starts the clock."""
-        self.restart()
+        """From now on it speaks in silence too."""
         Progress._under_way.append(self)
         threading.Thread(target=self._watch, name="progress", daemon=True).start()
         return self
