@@ -353,7 +353,9 @@ def test_two_processes_learn_what_one_learns(tmp_path, nano_checkpoint, said, tr
     together = train(trainer(tmp_path / "b", accelerate_config=str(config)), nano_checkpoint, tmp_path / "2", lora=None)
     assert "Training starts in processes of its own: 2." in said
     assert said[-1].startswith(f"Step {STEPS} of {STEPS}, loss ")
-    assert not [line for line in said if "observed" in line], "it is for the process of the step, and for nobody to read"
+    assert not [line for line in said if "observed" in line], (
+        "it is for the process of the step, and for nobody to read"
+    )
     assert [values["step"] for values in observed] == 2 * list(range(1, STEPS + 1))
     for one, other in zip(alone.history, together.history, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)

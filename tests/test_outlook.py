@@ -6,7 +6,6 @@ import dagster as dg
 import pytest
 
 from synpo_assets.graph import outlook as module
-from synpo_assets.graph.history import newest
 from synpo_assets.graph.outlook import EXPECTED_FILE, ITERATIONS_TAG, outlook
 from tests.stand_ins import ITERATIONS, instance, services_in  # noqa: F401
 
@@ -31,11 +30,7 @@ def assets(heard=None):
 @pytest.fixture
 def home(tmp_path, monkeypatch, instance):  # noqa: F811
     """Each asset took what `TOOK` says, in whichever iteration it was made."""
-
-    def seconds_of(instance, asset, partition):
-        return TOOK[asset] if newest(instance, asset, partition) else 0.0
-
-    monkeypatch.setattr(module, "seconds_of", seconds_of)
+    monkeypatch.setattr(module, "_seconds_of_steps", lambda *_: TOOK)
     # The graph of an experiment has more assets than are made here.
     monkeypatch.setattr(module, "asset_names", lambda _graph, partitioned: list(TOOK))
     return tmp_path

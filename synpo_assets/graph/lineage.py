@@ -248,7 +248,7 @@ class _Home:
         key = partition_key(row["iteration"]) if "iteration" in row else None
         models = (("written by", "checkpoint_sha"), ("scored by", "scorer_sha"))
         made_from = [self._model(role, row[sha]) for role, sha in models if sha in row]
-        for name, below in links.made_from.items():
+        for name, below in ((name, below) for name, below in links.made_from.items() if name in row):
             role = name.removesuffix("_id").removesuffix("_response")
             # A pair carries the texts of its two sides and its prompt, as messages; a response that of its prompt.
             text = row[role][-1]["content"] if isinstance(row.get(role), list) else row.get(role)

@@ -11,7 +11,6 @@ from dagster._core.execution.stats import StepEventStatus
 from dagster._core.storage.tags import BACKFILL_ID_TAG, PARTITION_NAME_TAG
 
 from resources.common.text import duration
-from synpo_assets.graph.history import seconds_of
 from synpo_assets.graph.missing import asset_names
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
@@ -64,11 +63,11 @@ def told(context: dg.InitResourceContext, services: Services) -> Iterator[None]:
     if run is None or instance is None or log is None:
         yield
         return
-    before = _made(instance, run.run_id)
-    if not instance.get_run_step_stats(run.run_id):
+    planned, steps = _planned(instance, run.run_id), instance.get_run_step_stats(run.run_id)
+    if not steps:
         log.info(str(outlook(instance, services, run)))
     yield
-    if _made(instance, run.run_id) > before:
+    if _made(instance, run.run_id, planned) - {step.step_key for step in steps if step.end_time}:
         log.info(str(outlook(instance, services, run)))
 
 
@@ -76,8 +75,9 @@ def outlook(instance: DagsterInstance, services: Services, run: DagsterRun) -> O
     """The outlook of a run at work."""
     key, known = run.tags.get(PARTITION_NAME_TAG), _Known(instance, services)
     iteration = None if key is None else int(key)
-    made = _made(instance, run.run_id)
-    left = _planned(instance, run.run_id) - made
+    planned = _planned(instance, run.run_id)
+    made = _made(instance, run.run_id, planned)
+    left = planned - made
     later = dict(_of_backfill(instance, run) if BACKFILL_ID_TAG in run.tags else known.unmade_after(run, iteration))
     return Outlook(
         iteration=iteration,
@@ -96,10 +96,16 @@ def _planned(instance: DagsterInstance, run_id: str) -> set[str]:
     return {event.asset_key.to_user_string() for event in events if event and event.asset_key}
 
 
-def _made(instance: DagsterInstance, run_id: str) -> set[str]:
+def _made(instance: DagsterInstance, run_id: str, planned: set[str]) -> set[str]:
     """Those of them that it has made."""
     steps = instance.get_run_step_stats(run_id)
-    return _planned(instance, run_id) & {step.step_key for step in steps if step.status == StepEventStatus.SUCCESS}
+    return planned & {step.step_key for step in steps if step.status == StepEventStatus.SUCCESS}
+
+
+def _seconds_of_steps(instance: DagsterInstance, run_id: str) -> dict[str, float]:
+    """How long the steps of a run took."""
+    steps = instance.get_run_step_stats(run_id)
+    return {step.step_key: step.end_time - step.start_time for step in steps if step.start_time and step.end_time}
 
 
 def _of_backfill(instance: DagsterInstance, run: DagsterRun) -> Iterator[tuple[int, set[str]]]:
@@ -118,12 +124,18 @@ class _Known:
         file = services.home / EXPECTED_FILE
         self._expected: dict[str, list[float]] = json.loads(file.read_text()) if file.exists() else {}
         self._took = dict[str, tuple[int, float] | None]()
+        self._runs = dict[str, dict[str, float]]()
+        self._records = {
+            record.asset_entry.asset_key.to_user_string(): record.asset_entry.last_materialization_record
+            for record in instance.get_asset_records(sorted(services.graph.materializable_asset_keys))
+        }
 
     def unmade_after(self, run: DagsterRun, iteration: int | None) -> Iterator[tuple[int, set[str]]]:
         """The iterations that the `synpo run` of a run goes on to, and the assets that they lack."""
-        names = asset_names(self._graph, partitioned=True)
+        numbers = range((iteration or 0) + 1, int(run.tags.get(ITERATIONS_TAG, 0)) + 1)
+        names = asset_names(self._graph, partitioned=True) if numbers else []
         made = {name: self._instance.get_materialized_partitions(dg.AssetKey(name)) for name in names}
-        for number in range((iteration or 0) + 1, int(run.tags.get(ITERATIONS_TAG, 0)) + 1):
+        for number in numbers:
             yield number, {name for name in names if partition_key(number) not in made[name]}
 
     def total(self, wanted: Iterable[tuple[str, int | None]]) -> float | None:
@@ -132,21 +144,26 @@ class _Known:
         return None if None in found else sum(seconds for seconds in found if seconds)
 
     def _seconds(self, asset: str, iteration: int) -> float | None:
-        # An asset that no cost is stated of takes next to nothing.
-        expected = self._expected.get(asset) or ([0.0] * iteration if self._expected else None)
         if asset not in self._took:
             self._took[asset] = self._newest(asset)
-        if (took := self._took[asset]) is None:
-            return expected and expected[iteration - 1]
-        earlier, seconds = took
+        expected, took = self._expected.get(asset), self._took[asset]
+        if expected is None:
+            # Where others are expected to take a time, it is one that takes next to nothing.
+            return took[1] if took else 0.0 if self._expected else None
+        # The settings may name more iterations by now.
+        now = expected[min(iteration, len(expected)) - 1]
+        if took is None:
+            return now
+        before = expected[min(took[0], len(expected)) - 1]
         # M_t is trained on the pairs of all iterations so far, and so takes longer each time.
-        grows = expected is not None and expected[earlier - 1] > 0
-        return seconds * expected[iteration - 1] / expected[earlier - 1] if expected and grows else seconds
+        return took[1] * now / before if before else took[1]
 
     def _newest(self, asset: str) -> tuple[int, float] | None:
-        """The newest iteration (1 for what is made once) that was made, and how long it took."""
-        partitions = sorted(self._instance.get_materialized_partitions(dg.AssetKey(asset)), reverse=True)
-        for partition in partitions or [None]:
-            if seconds := seconds_of(self._instance, asset, partition):
-                return int(partition or 1), seconds
-        return None
+        """The iteration (1 for what is made once) that was made last, and how long it took."""
+        record = self._records.get(asset)
+        if record is None:
+            return None
+        if record.run_id not in self._runs:
+            self._runs[record.run_id] = _seconds_of_steps(self._instance, record.run_id)
+        # What looks up the iteration before is reported by another asset, and then has no step in that run.
+        return int(record.partition_key or 1), self._runs[record.run_id].get(asset, 0.0)
