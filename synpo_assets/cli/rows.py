@@ -33,8 +33,13 @@ def print_rows(
         raise SettingsError(f"{output} exists: choose another --output, or replace it with --overwrite.")
     frame = rows_of(services, label, where, columns)
     if output is None:
-        shown = {"tbl_rows": PRINTED_ROWS, "tbl_cols": -1, "fmt_str_lengths": PRINTED_CHARACTERS}
-        with pl.Config(**shown, tbl_width_chars=console.width, tbl_hide_dataframe_shape=True):
+        with pl.Config(
+            tbl_rows=PRINTED_ROWS,
+            tbl_cols=-1,
+            tbl_width_chars=console.width,
+            tbl_hide_dataframe_shape=True,
+            fmt_str_lengths=PRINTED_CHARACTERS,
+        ):
             console.print(visible(str(_flat(frame.head(PRINTED_ROWS)))))
         left_out = f", of which these are the first {PRINTED_ROWS}" if frame.height > PRINTED_ROWS else ""
         console.print(f"{frame.height:,} rows{left_out}.")

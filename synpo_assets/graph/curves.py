@@ -18,9 +18,9 @@ ACCURACY, MARGIN = ("rewards/accuracies", "accuracy"), ("rewards/margins", "marg
 def training_curves(history: Sequence[Mapping[str, Any]]) -> dg.MarkdownMetadataValue:
     """Loss, margin and accuracy over the steps, faint as logged and strong as a running mean, with how to read them."""
     logged = pl.DataFrame(history, infer_schema_length=None)
-    panels = [("Loss", "loss", None)]
-    for title, names, line in (("Reward margin", MARGIN, 0.0), ("Reward accuracy", ACCURACY, 0.5)):
-        panels += [(title, name, line) for name in names if name in logged.columns]
+    panels: list[tuple[str, str, float | None]] = [("Loss", "loss", None)]
+    for title, names, chance in (("Reward margin", MARGIN, 0.0), ("Reward accuracy", ACCURACY, 0.5)):
+        panels += [(title, name, chance) for name in names if name in logged.columns]
     figure, steps = new_figure(), max(1, round(SMOOTHED_SHARE * logged.height))
     for axes, (title, name, line) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         rows = logged.select("step", pl.col(name).cast(pl.Float64)).drop_nulls()

@@ -138,11 +138,11 @@ def training_log(summary: TrainingSummary) -> dict[str, Any]:
     # Counted from the end, so that the last step is always among them.
     shown = summary.history[::-1][::every][::-1]
     records = [dg.TableRecord({name: _number(entry.get(name)) for name in names}) for entry in shown]
-    shown = {"curves": training_curves(summary.history), "training_log": dg.MetadataValue.table(records)}
+    log: dict[str, Any] = {"curves": training_curves(summary.history), "training_log": dg.MetadataValue.table(records)}
     if (place := summary.tracked) is not None:
         is_page = place.startswith(("http://", "https://"))
-        shown["tracker"] = dg.MetadataValue.url(place) if is_page else dg.MetadataValue.text(place)
-    return shown
+        log["tracker"] = dg.MetadataValue.url(place) if is_page else dg.MetadataValue.text(place)
+    return log
 
 
 def run_link(run_id: str) -> str:

@@ -25,7 +25,7 @@ def track(home: Path, settings: Settings, iterations: Sequence[FinishedIteration
         return None
     file = report.with_name(RECORD)
     # With a part that is drawn at random: homes of two projects may have one name.
-    new = {"run": f"{home.name}-{uuid.uuid4().hex[:6]}", "rows": {}}
+    new: dict[str, Any] = {"run": f"{home.name}-{uuid.uuid4().hex[:6]}", "rows": {}}
     record = json.loads(file.read_text()) if file.exists() else new
     rows = {int(iteration.key): row_of(iteration) for iteration in iterations}
     changed = {number: row for number, row in rows.items() if record["rows"].get(str(number)) != json_sha256(row)}
@@ -50,8 +50,7 @@ def row_of(iteration: FinishedIteration) -> dict[str, float]:
 def _trackio(name: str, settings: dict[str, Any], rows: Rows, report: Path) -> None:
     import trackio
 
-    options = {"resume": "allow", "embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
-    trackio.init(PROJECT, name, config=settings, **options)
+    trackio.init(PROJECT, name, config=settings, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False)
     for number, row in rows.items():
         trackio.log(dict(row), step=number)
     trackio.log_artifact(report, name=f"{name}-report", type="report")
