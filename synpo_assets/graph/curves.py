@@ -31,7 +31,9 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> dg.MarkdownMetadata
         if line is not None:
             axes.axhline(line, color=INK, linewidth=0.8, linestyle=":")
         finish(axes, title, "optimizer step", "", legend=None)
-    sentence = f"The loss should fall and level out; the strong line is a running mean over about {steps} steps."
+    sentence = "The loss should fall and level out."
+    if steps > 1:
+        sentence += f" The strong lines are running means over about {steps} steps."
     if len(panels) > 1:
         sentence += (
             " The margin is by how much the better answer is ahead, the accuracy how often it is: both should rise, and end "

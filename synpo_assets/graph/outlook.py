@@ -38,14 +38,14 @@ class Outlook:
 
         Examples:
             >>> str(Outlook(2, 9, 8, 1100.0, 2, 7000.0))
-            'Iteration 2: 9 assets made, 8 left, about 18 min; with the 2 iterations after it about 2.2 h.'
+            'Iteration 2: 9 of 17 assets made, 8 left, about 18 min; with the 2 iterations after it about 2.2 h.'
             >>> str(Outlook(1, 1, 16, None, 0, 0.0))
-            'Iteration 1: 1 assets made, 16 left, for how long is known after an iteration, or by `synpo check --calibrate`.'
+            'Iteration 1: 1 of 17 assets made, 16 left, for how long is known after an iteration, or by `synpo check --calibrate`.'
             >>> str(Outlook(None, 8, 0, 0.0, 1, 90.0))
-            'Made once: 8 assets made, 0 left; with the iteration after it about 90 s.'
+            'Made once: 8 of 8 assets made, 0 left; with the iteration after it about 90 s.'
         """
         name = "Made once" if self.iteration is None else f"Iteration {self.iteration}"
-        sentence = f"{name}: {self.made} assets made, {self.left} left"
+        sentence = f"{name}: {self.made} of {self.made + self.left} assets made, {self.left} left"
         if self.seconds is None or self.later_seconds is None:
             return f"{sentence}, for how long is known after an iteration, or by `synpo check --calibrate`."
         sentence += f", about {duration(self.seconds)}" if self.left else ""
