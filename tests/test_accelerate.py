@@ -93,9 +93,7 @@ class Stopped(Exception):
 @pytest.fixture
 def stop_after(monkeypatch):
     """Stops the training after a step, which is a `Stopped`."""
-    import resources.training.run
-
-    monkeypatch.setattr(resources.training.run, "LOG_EVERY_SECONDS", -1)
+    monkeypatch.setattr("resources.common.progress.LOG_EVERY_SECONDS", -1)
 
     @contextmanager
     def stopped(step):
@@ -258,7 +256,8 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(
 
 
 def test_progress_reaches_the_tracker_under_the_name_of_the_run(tmp_path, nano_checkpoint):
-    sft(trainer(tmp_path / "states", report_to="trackio"), nano_checkpoint, tmp_path / "out")
+    summary = sft(trainer(tmp_path / "states", report_to="trackio"), nano_checkpoint, tmp_path / "out")
+    assert summary.tracked == "trackio show --project synpo"
     with closing(sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / "synpo.db")) as connection:
         logged = connection.execute("select run_name, metrics from metrics").fetchall()
     assert {name for name, _ in logged} == {"supervised from initial_policy"}
@@ -346,13 +345,19 @@ def wait_for(condition, seconds):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [sft, simpo, reward])
-def test_two_processes_learn_what_one_learns(tmp_path, nano_checkpoint, said, train):
+def test_two_processes_learn_what_one_learns(tmp_path, nano_checkpoint, said, train, monkeypatch):
+    observed = []
+    monkeypatch.setattr("resources.training.trainer.observe_asset", lambda: observed.append)
     alone = train(trainer(tmp_path / "a", processes=1), nano_checkpoint, tmp_path / "1", lora=None)
     config = tmp_path / "accelerate.yaml"
     config.write_text("distributed_type: MULTI_GPU\nnum_processes: 2\n")
     together = train(trainer(tmp_path / "b", accelerate_config=str(config)), nano_checkpoint, tmp_path / "2", lora=None)
     assert "Training starts in processes of its own: 2." in said
     assert said[-1].startswith(f"Step {STEPS} of {STEPS}, loss ")
+    assert not [line for line in said if "observed" in line], (
+        "it is for the process of the step, and for nobody to read"
+    )
+    assert [values["step"] for values in observed] == 2 * list(range(1, STEPS + 1))
     for one, other in zip(alone.history, together.history, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)

@@ -218,6 +218,18 @@ def test_it_is_refused_while_a_run_is_at_work(tmp_path):
             refuse_while_at_work(instance, tmp_path)
 
 
+def test_it_lists_while_a_run_is_at_work(tmp_path):
+    write_settings(tmp_path / "settings.yaml", {"preset": "laptop"})
+    (tmp_path / "shards" / "old").mkdir(parents=True)
+    (tmp_path / "shards" / "old" / "fingerprint.json").write_text("{}")
+    with locked(tmp_path):
+        listed, refused = (synpo_here("clean", "--home", tmp_path, *more) for more in ([], ["--delete"]))
+    assert listed.returncode == 0, listed.stderr
+    assert str(tmp_path / "shards" / "old") in listed.stdout
+    assert refused.returncode == 2
+    assert (tmp_path / "shards" / "old").exists()
+
+
 def test_a_home_that_was_never_made_is_refused(tmp_path):
     result = synpo_here("clean", "--home", tmp_path / "nowhere")
     assert result.returncode == 2

@@ -1,10 +1,16 @@
 """What the command line says to input that cannot work: one sentence, exit code 2, nothing half-written."""
 
 import json
+import os
+import re
 import shutil
+import signal
+from unittest import mock
 
 import pytest
+import typer.main
 
+from synpo_assets.cli import commands
 from tests.conftest import synpo_here
 from tests.nano import SEED, nano_settings, write_settings
 
@@ -104,7 +110,7 @@ def test_no_disk_space(tmp_path, nano_model, monkeypatch):
 
     settings = load_settings(write_settings(tmp_path / "mine.yaml", nano_settings(nano_model)))
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1000))
-    with pytest.raises(SettingsError, match="GB free and the run needs about"):
+    with pytest.raises(SettingsError, match=r"1\.0 kB free and the run needs about .* MB"):
         preflight.check_before_run(settings, tmp_path / "home")
     assert not (tmp_path / "home").exists()
 
@@ -127,8 +133,11 @@ def test_check_prints_an_estimate_and_writes_nothing(tmp_path, nano_model):
     settings = write_settings(tmp_path / "mine.yaml", nano_settings(nano_model))
     result = synpo_here("check", "--settings", settings, "--home", tmp_path / "home")
     assert result.returncode == 0, result.stderr
-    for word in ("tokens", "minutes", "disk", "seed", "device"):
+    for word in ("tokens", "time", "disk", "seed", "device"):
         assert word in result.stdout.lower(), word
+    assert re.search(r"iteration 1 .* \d+(\.\d)? s ", result.stdout), "a nano iteration takes seconds"
+    assert re.search(r"about [\d.]+ [kM]B for all iterations", result.stdout)
+    assert result.stdout.count(str(nano_model)) == 1
     assert not (tmp_path / "home").exists()
 
 
@@ -221,3 +230,43 @@ def test_a_home_made_by_an_earlier_version_is_refused_and_left_as_it_is(tmp_path
     assert f"The home {tmp_path} was made by an earlier version of SynPO" in result.stderr
     assert "name another directory with --home" in result.stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+COMMANDS = sorted(typer.main.get_command(commands.app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_every_help_has_examples_and_no_type_where_there_is_no_value(command):
+    shown = synpo_here(*command, "--help").stdout
+    _, examples = shown.split("Examples:")
+    assert f"synpo {' '.join(command)}".strip() in examples
+    assert "<bool>" not in shown
+
+
+def test_the_option_iterations_means_one_thing():
+    helps = {
+        option.help
+        for command in typer.main.get_command(commands.app).commands.values()  # type: ignore[attr-defined]
+        for option in command.params
+        if "--iterations" in option.opts
+    }
+    assert helps == {"Make sure that iterations 1 to N exist."}
+
+
+def test_the_version_is_told():
+    assert re.fullmatch(r"synpo \d+\.\d+\.\d+\n", synpo_here("--version").stdout)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_so_and_what_continues_it(tmp_path, nano_model, how):
+    settings = write_settings(tmp_path / "mine.yaml", nano_settings(nano_model))
+    home = tmp_path / "a home"
+    before = signal.getsignal(signal.SIGTERM)
+    with mock.patch("synpo_assets.cli.runs.run_missing", side_effect=lambda *_: os.kill(os.getpid(), how)):
+        result = synpo_here("run", "--settings", settings, "--home", home, "--iterations", "2")
+    assert result.returncode == 130
+    assert result.stderr == (
+        "synpo: interrupted. Finished work is kept, and this goes on from there: "
+        f"synpo run --home '{home}' --iterations 2\n"
+    )
+    assert signal.getsignal(signal.SIGTERM) == before

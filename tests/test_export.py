@@ -208,9 +208,9 @@ def test_chosen_and_rejected_are_never_exchanged(chosen, rejected):
     assert openai_row(row)["non_preferred_output"][0]["content"] == rejected
 
 
-@pytest.mark.parametrize(("asked", "iterations"), [("2", {2}), ("1, 2", {1, 2}), ("all", {1, 2})])
+@pytest.mark.parametrize(("asked", "iterations"), [(["--only", "2"], {2}), (["--only", "1, 2"], {1, 2}), ([], {1, 2})])
 def test_iterations_can_be_chosen(home, tmp_path, asked, iterations):
-    rows = written(home, "trl", tmp_path / "pairs.jsonl", "--iterations", asked)
+    rows = written(home, "trl", tmp_path / "pairs.jsonl", *asked)
     assert {row["iteration"] for row in rows} == iterations
 
 
@@ -218,11 +218,11 @@ def test_iterations_can_be_chosen(home, tmp_path, asked, iterations):
 def test_what_exists_is_replaced_only_when_asked(home, tmp_path, form, name):
     assert export(home, form, tmp_path / name).exit_code == 0
     before = {file: file.read_bytes() for file in tmp_path.rglob("out*") if file.is_file()}
-    refused = export(home, form, tmp_path / name, "--iterations", "1")
+    refused = export(home, form, tmp_path / name, "--only", "1")
     assert refused.exit_code == 2
     assert "exists: choose another --output, or replace it with --overwrite" in refused.stderr
     assert {file: file.read_bytes() for file in before} == before
-    assert export(home, form, tmp_path / name, "--iterations", "1", "--overwrite").exit_code == 0
+    assert export(home, form, tmp_path / name, "--only", "1", "--overwrite").exit_code == 0
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -269,10 +269,10 @@ def test_a_dataset_info_that_is_no_json_object_is_refused(home, tmp_path, conten
 @pytest.mark.parametrize(("form", "name", "arguments", "words"), [
     ("openai", "x.parquet", (), "is written as .jsonl"),
     ("llama-factory", "x.jsonl", (), "give --output a folder"),
-    ("trl", "x.jsonl", ("--iterations", "1,7"), "Iteration 7 has no preference pairs; iterations that have: 1, 2."),
-    ("trl", "x.jsonl", ("--iterations", "first"), "neither `all` nor numbers"),
-    ("trl", "x.jsonl", ("--iterations", "²"), "neither `all` nor numbers"),
-    ("trl", "x.jsonl", ("--iterations", "1,\u0661"), "neither `all` nor numbers"),
+    ("trl", "x.jsonl", ("--only", "1,7"), "Iteration 7 has no preference pairs; iterations that have: 1, 2."),
+    ("trl", "x.jsonl", ("--only", "first"), "is no list of iterations such as 2,3"),
+    ("trl", "x.jsonl", ("--only", "²"), "is no list of iterations such as 2,3"),
+    ("trl", "x.jsonl", ("--only", "1,\u0661"), "is no list of iterations such as 2,3"),
     ("trl", "x.csv", (), "give --output a folder (one with a dot in its name must exist), a .jsonl file, or for trl a .parquet"),
     ("openai", "home/settings.yaml/x.jsonl", ("--overwrite",), "x.jsonl cannot be written: "),
     ("axolotl", "home/settings.yaml/x", (), "x cannot be written: "),

@@ -55,7 +55,7 @@ from pathlib import Path
 import dagster as dg
 from definitions import build
 from resources.settings.files import load_settings
-from synpo_assets.reports.trace import links_of
+from synpo_assets.graph.lineage import links_of
 home = Path(sys.argv[1])
 definitions, services = build(load_settings(home / "settings.yaml"), home)
 resources = {"services": services, "tables": services.tables, "checkpoints": services.checkpoints}

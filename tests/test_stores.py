@@ -160,12 +160,14 @@ def table_asset(frame, **options):
 
 def test_tables_come_back_equal_and_show_a_sample(tmp_path):
     asset = table_asset(SEED, dagster_type=frame_type(SeedPairs))
-    result = dg.materialize([asset], resources={"tables": ParquetTables(str(tmp_path))})
+    tables = ParquetTables(str(tmp_path), "synpo trace {} --home 'my home'")
+    result = dg.materialize([asset], resources={"tables": tables})
     assert pl.read_parquet(tmp_path / "some_table.parquet").equals(SEED)
     assert os.listdir(tmp_path) == ["some_table.parquet"]
     metadata = result.asset_materializations_for_node("some_table")[0].metadata
     assert metadata["dagster/row_count"].value == 2
-    assert metadata["sample"].records[0].data["prompt"] == "a"
+    row = metadata["sample"].records[0].data
+    assert (row["prompt"], row["look_up"]) == ("a", f"synpo trace {SEED['prompt_id'][0]} --home 'my home'")
     assert "statistics" in metadata
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 
+import dagster as dg
 import polars as pl
 import pytest
 from dagster import DagsterInstance
@@ -11,12 +12,13 @@ from rich.console import Console
 
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import ParquetTables
+from synpo_assets.graph.lineage import TraceError, median_pair, trace
 from synpo_assets.graph.presentation import table_version
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.pairs import as_preferences, join_sides, select_pairs
 from synpo_assets.method.responses import response_table
 from synpo_assets.method.verifiable import CONSTRAINTS
-from synpo_assets.reports.trace import TraceError, as_tree, trace
+from synpo_assets.reports.trace import as_tree
 from tests.conftest import synpo_here
 from tests.stand_ins import scored, services_in
 
@@ -237,7 +239,7 @@ def test_a_checkpoint_that_was_replaced_is_named_by_its_own_manifest(home):
     home.checkpoint("model_checkpoint", 1, "second")
     model = below(home.trace("keywords-aa11")[0], "chosen", "base", "written by")
     assert (model.id, model.facts, model.run_id) == ("model_checkpoint[0001]", {"sha": "first"}, "run of first")
-    assert "model_checkpoint[0001]: not a current checkpoint any more, sha first" in home.shown("keywords-aa11")
+    assert "model_checkpoint[0001]: not a current checkpoint any more, sha=first" in home.shown("keywords-aa11")
 
 
 def test_forward_to_the_checkpoints_that_were_trained_on_it(home):
@@ -252,7 +254,7 @@ def test_forward_to_the_checkpoints_that_were_trained_on_it(home):
         ("model_checkpoint[0001]", None),
         ("model_checkpoint[0002]", "on an earlier version of preference_pairs[0001]"),
     ]
-    assert "trained model_checkpoint[0001]: sha first, run run of" in home.shown(pair.id)
+    assert "trained model_checkpoint[0001]: sha=first, run=run of" in home.shown(pair.id)
 
 
 def test_a_seed_prompt_and_what_policies_answered(home):
@@ -288,6 +290,44 @@ def test_a_seed_prompt_and_what_policies_answered(home):
     assert notes(judged.trained) == [("judge_model", None)]
     (scored,) = home.trace(seed[3]["prompt_id"])
     assert notes(scored.trained) == [("reward_model", None)]
+
+
+def test_an_instruction_of_an_evaluation_is_shown_alone(home):
+    row = {"prompt_id": content_id("prompt", "Name a fruit."), "prompt": "Name a fruit.", "split": "test"}
+    home.once("verifiable_instructions", [row])
+    (node,) = home.trace(row["prompt_id"])
+    assert (node.table, node.facts["prompt"]) == ("verifiable_instructions", "Name a fruit.")
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_never_tears_name_and_value_apart(home, width):
+    home.checkpoint("reward_model", None, "scorer")
+    (pair,) = home.trace(home.iteration(1)["preference_pairs"]["pair_id"][0])
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(as_tree([pair]))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    for name, value in (("margin", "1.250"), ("chosen_score", "1.500"), ("rejected_score", "0.250"), ("sha", "scorer")):
+        assert any(f"{name}={value}" in line for line in lines), name
+
+
+def test_the_median_pair_is_told_with_links_before_it_is_stored(home):
+    home.checkpoint("response_improver", 1, "improver1")
+    text = "The `moon`\n![pulls](http://elsewhere) **the** sea."
+    pairs = home.iteration(1, chosen=text)["preference_pairs"]
+    (home.path / "tables" / "preference_pairs" / "0001.parquet").unlink()
+    context = dg.build_asset_context(instance=home.instance, partition_key="0001")
+    lines = median_pair(context, home.services, pairs).value.splitlines()
+    told = "[preference_pairs[0001]](/assets/preference_pairs?view=partitions&partition=0001)"
+    assert lines[0] == (
+        f"- **pair** {pairs['pair_id'][0]}: chosen_score 1.500, rejected_score 0.250, margin 1.250, score_convention "
+        f"reward_difference, chosen_finish_reason stop, rejected_finish_reason stop, iteration 1, {told}"
+    )
+    improver = "[response_improver[0001]](/assets/response_improver?view=partitions&partition=0001)"
+    assert f"    - **written by** {improver}: sha improver1, run [run of i](/runs/run of improver1)" in lines
+    # Between quotes that it does not hold, a text is shown and does nothing.
+    assert "    - response: `` The `moon` ![pulls](http://elsewhere) **the** sea. ``" in lines
+    assert "    - **keyword set** keywords-aa11: keywords aa11, moon, sea, iteration 1, " in "\n".join(lines)
 
 
 def test_text_is_shown_and_never_obeyed(home):

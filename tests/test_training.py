@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import dagster as dg
 import pytest
 
 from resources.models.chat import load_tokenizer, prompt_text
@@ -243,6 +244,28 @@ def test_the_progress_line_of_preferences_has_accuracy_and_gap(tmp_path, trainer
     logged = summary.history[1]
     accuracy, gap = logged["rewards/accuracies"], logged["rewards/margins"] / 2.5
     assert f"loss {logged['loss']:.3f}, reward accuracy {accuracy:.0%}, gap {gap:+.3f} nats per token, " in said[-1]
+
+
+@pytest.mark.parametrize(("most", "steps"), [(50, [1, 2, 3, 4, 5]), (2, [3, 5])])
+def test_the_loss_is_observed_while_it_trains(tmp_path, trainer, nano_checkpoint, monkeypatch, most, steps):
+    """The UI plots what is observed; of a long training, evenly chosen steps."""
+    monkeypatch.setattr("resources.training.live.MOST_OBSERVATIONS", most)
+    training, summaries = PAIRED.model_copy(update={"epochs": 2.5}), []
+
+    @dg.asset(partitions_def=dg.StaticPartitionsDefinition(["0001"]))
+    def model_checkpoint():
+        summaries.append(trainer.train("preference", nano_checkpoint, pairs(), training, tmp_path / "out", SIMPO))
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        dg.materialize([model_checkpoint], instance=instance, partition_key="0001")
+        records = instance.fetch_observations(dg.AssetKey("model_checkpoint"), limit=99).records
+    observed = [(record.partition_key, record.event_log_entry.asset_observation.metadata) for record in records[::-1]]
+    assert [(key, shown["step"].value) for key, shown in observed] == [("0001", step) for step in steps]
+    logged = {entry["step"]: entry for entry in summaries[0].history}
+    for _, shown in observed:
+        for name in ("loss", "rewards/margins", "rewards/accuracies"):
+            assert shown[name].value == pytest.approx(logged[shown["step"].value][name])
+    assert summaries[0].tracked is None
 
 
 def test_each_side_ends_as_it_was_written(nano_checkpoint):

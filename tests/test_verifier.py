@@ -19,6 +19,7 @@ from resources.settings.method import TrainedScorer, VerifierScorer
 from resources.settings.sections import SettingsError
 from resources.training.job import TrainingSummary
 from synpo_assets.cli.preflight import check_before_run, print_check
+from synpo_assets.graph.lineage import links_of, trace
 from synpo_assets.graph.metrics import SCHEMA, Metrics, recorded
 from synpo_assets.graph.schemas import PreferencePairs, SeedPairs, SeedResponses, SyntheticPrompts
 from synpo_assets.graph.tables import check
@@ -31,7 +32,6 @@ from synpo_assets.publishing.forms import CONVERSIONS
 from synpo_assets.publishing.published import _scorer
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.rows import report_rows
-from synpo_assets.reports.trace import links_of, trace
 from synpo_assets.stages.improver import refined_responses, rejected_responses, response_improver, seed_responses
 from synpo_assets.stages.preferences import preference_pairs
 from synpo_assets.stages.prompts import prompt_filter, prompt_generator, synthetic_prompts

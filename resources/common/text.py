@@ -1,8 +1,9 @@
-"""Showing generated text as what it is."""
+"""Texts for people: names of assets, times, and generated text shown as what it is."""
 
 import unicodedata
 
 BIDIRECTIONAL_CONTROLS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+UNITS_OF_TIME = ((1, "s"), (60, "min"), (3600, "h"))
 
 
 def asset_label(asset: str, partition: str | None) -> str:
@@ -13,6 +14,18 @@ def asset_label(asset: str, partition: str | None) -> str:
         ('model_checkpoint[0001]', 'seed_pairs')
     """
     return f"{asset}[{partition}]" if partition else asset
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it.
+
+    Examples:
+        >>> [duration(seconds) for seconds in (0.4, 89, 150, 5400, 11000, 3e5)]
+        ['0.4 s', '89 s', '2.5 min', '90 min', '3.1 h', '83 h']
+    """
+    length, unit = next(each for each in UNITS_OF_TIME if seconds < 120 * each[0] or each is UNITS_OF_TIME[-1])
+    value = seconds / length
+    return f"{value:.1f} {unit}" if value < 10 and round(value, 1) % 1 else f"{value:,.0f} {unit}"
 
 
 def visible(text: str) -> str:

@@ -110,10 +110,12 @@ class LanguageModel(DeviceResource):
 
     def _finish(self, checkpoint: Checkpoint, requests: Requests, sampling: Sampling, shards: Shards) -> None:
         """Generates what is missing, and writes a shard as soon as it is full."""
-        engine = open_engine(checkpoint, self.engine)
-        with contextlib.closing(engine.generate(requests, sampling)) as batches:
-            for shard in _in_shards(_with_progress(batches, len(requests)), self.engine.shard_rows):
-                shards.write([dataclasses.asdict(completion) for completion in shard])
+        # Around the loading of the model, which may take minutes, and the first batch.
+        with Progress(len(requests), "completions", logger) as progress:
+            engine = open_engine(checkpoint, self.engine)
+            with contextlib.closing(engine.generate(requests, sampling)) as batches:
+                for shard in _in_shards(_counted(batches, progress), self.engine.shard_rows):
+                    shards.write([dataclasses.asdict(completion) for completion in shard])
 
     def shards_of(self, checkpoint: Checkpoint, sampling: Sampling) -> Shards:
         """The finished completions of a checkpoint under these settings."""
@@ -155,8 +157,7 @@ def _in_shards(batches: Iterator[list[Completion]], size: int) -> Iterator[list[
         yield waiting
 
 
-def _with_progress(batches: Iterator[list[Completion]], total: int) -> Iterator[list[Completion]]:
-    progress = Progress(total, "completions", logger)
+def _counted(batches: Iterator[list[Completion]], progress: Progress) -> Iterator[list[Completion]]:
     for batch in batches:
         if not batch:
             # The model is loaded only now; the rate is of generation.

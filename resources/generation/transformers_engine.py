@@ -67,21 +67,22 @@ class TransformersEngine:
 
         generators = [torch.Generator().manual_seed(request.seed) for request in batch]
         # A batch may take minutes on a CPU, and only then its completions are counted.
-        progress = Progress(sampling.max_new_tokens, f"tokens at most, of {len(batch)} answers each", logger)
+        what = f"tokens at most, of {len(batch)} answers each"
         written, finished = [list[int]() for _ in batch], dict[int, Completion]()
-        for done in range(0, sampling.max_new_tokens, PIECE):
-            waiting = [place for place in range(len(batch)) if place not in finished]
-            if not waiting:
-                break
-            texts = [[*batch[place].token_ids, *written[place]] for place in waiting]
-            sampler = RowSampler(sampling, [generators[place] for place in waiting], progress)
-            pieces = self._write(texts, sampling, sampler, min(PIECE, sampling.max_new_tokens - done))
-            for place, piece in zip(waiting, pieces, strict=True):
-                written[place] += piece
-                key, asked = batch[place].key, len(batch[place].token_ids)
-                made = completion(key, asked, written[place], sampling, self._tokenizer, self._end_ids)
-                if made.finish_reason == "stop" or done + PIECE >= sampling.max_new_tokens:
-                    finished[place] = made
+        with Progress(sampling.max_new_tokens, what, logger) as progress:
+            for done in range(0, sampling.max_new_tokens, PIECE):
+                waiting = [place for place in range(len(batch)) if place not in finished]
+                if not waiting:
+                    break
+                texts = [[*batch[place].token_ids, *written[place]] for place in waiting]
+                sampler = RowSampler(sampling, [generators[place] for place in waiting], progress)
+                pieces = self._write(texts, sampling, sampler, min(PIECE, sampling.max_new_tokens - done))
+                for place, piece in zip(waiting, pieces, strict=True):
+                    written[place] += piece
+                    key, asked = batch[place].key, len(batch[place].token_ids)
+                    made = completion(key, asked, written[place], sampling, self._tokenizer, self._end_ids)
+                    if made.finish_reason == "stop" or done + PIECE >= sampling.max_new_tokens:
+                        finished[place] = made
         return [finished[place] for place in range(len(batch))]
 
     def _write(

@@ -92,7 +92,7 @@ class StructuredChat(Generic[Form]):
 
         given = pl.DataFrame(schema=REPLY_COLUMNS)
         progress, waiting = Progress(len(questions), f"{self._what}s", logger), list(questions.items())
-        with Client(self._server, "judge.server") as client:
+        with progress, Client(self._server, "judge.server") as client:
 
             def ask(question: tuple[str, str]) -> dict[str, Any]:
                 return {"key": question[0], **self._reply(client, question[1])}

@@ -52,12 +52,12 @@ class SentenceEmbedder(DeviceResource):
         cut = sum(len(token_ids) > longest for token_ids in tokenize().input_ids)
         token_ids = tokenize(truncation=True, max_length=longest).input_ids
         vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
-        progress = Progress(len(texts), "embeddings", logger)
-        for places in longest_first([len(each) for each in token_ids], self.engine.batch_tokens):
-            batch = [token_ids[place] for place in places]
-            with memory_explained(f"a batch of {len(batch)} texts to embed", "Lower engine.batch_tokens."):
-                vectors[places] = _mean_vectors(model, tokenizer, batch)
-            progress.add(len(batch), sum(map(len, batch)))
+        with Progress(len(texts), "embeddings", logger) as progress:
+            for places in longest_first([len(each) for each in token_ids], self.engine.batch_tokens):
+                batch = [token_ids[place] for place in places]
+                with memory_explained(f"a batch of {len(batch)} texts to embed", "Lower engine.batch_tokens."):
+                    vectors[places] = _mean_vectors(model, tokenizer, batch)
+                progress.add(len(batch), sum(map(len, batch)))
         return Embedded(vectors, sum(map(len, token_ids)), cut, time.monotonic() - started)
 
 

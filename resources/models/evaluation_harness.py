@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from resources.common.errors import FinalError
+from resources.common.progress import Progress
 from resources.models.device import DeviceResource, prepare_device, torch_dtype
 from resources.settings.evaluation import Benchmarks, BenchmarkTask
 from resources.storage.checkpoint_store import Checkpoint
@@ -51,7 +52,8 @@ class EvaluationHarness(DeviceResource):
         model = self._load(checkpoint, options) if missing else None
         for task in missing:
             started = time.monotonic()
-            found = _run(model, manager, task, options)
+            with Progress(None, f"{checkpoint.label}: {_key(task)}", logger):
+                found = _run(model, manager, task, options)
             finished.write([{"key": _key(task), "found": json.dumps(found, default=float)}])
             logger.info(f"{checkpoint.label}: {_key(task)} took {time.monotonic() - started:.0f} s.")
         known = dict(finished.rows(keys).select("key", "found").iter_rows())

@@ -51,13 +51,14 @@ class AnswerLikelihood(DeviceResource):
             for messages, (_, answer) in zip(asked, rows, strict=True)
         ]
         lengths = [len(prompt) + len(answer) for prompt, answer in sides]
-        found, progress = [(0.0, 0.0)] * len(rows), Progress(len(rows), "likelihoods", logger)
-        for places in longest_first(lengths, min(self.engine.batch_tokens, MOST_TOKENS)):
-            with memory_explained(f"a batch of {len(places)} answers to read", "Lower engine.batch_tokens."):
-                measured = _log_probabilities(model, tokenizer, [sides[place] for place in places])
-            for place, of_text_and_end in zip(places, measured, strict=True):
-                found[place] = of_text_and_end
-            progress.add(len(places), sum(lengths[place] for place in places))
+        found = [(0.0, 0.0)] * len(rows)
+        with Progress(len(rows), "likelihoods", logger) as progress:
+            for places in longest_first(lengths, min(self.engine.batch_tokens, MOST_TOKENS)):
+                with memory_explained(f"a batch of {len(places)} answers to read", "Lower engine.batch_tokens."):
+                    measured = _log_probabilities(model, tokenizer, [sides[place] for place in places])
+                for place, of_text_and_end in zip(places, measured, strict=True):
+                    found[place] = of_text_and_end
+                progress.add(len(places), sum(lengths[place] for place in places))
         per_token, end = ([values[part] for values in found] for part in (0, 1))
         return Likelihoods(per_token, end, sum(lengths), time.monotonic() - started)
 

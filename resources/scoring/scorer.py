@@ -139,16 +139,16 @@ class RewardScorer(DeviceResource):
     def _finish(self, reward_model: Checkpoint, missing: pl.DataFrame, shards: Shards) -> None:
         """Scores what is missing, and writes a shard as soon as it is full."""
         model = SCORERS[self.scorer.kind](reward_model.weights, self.engine, self.scorer.max_length)
-        progress = Progress(missing.height, "scores", logger)
-        for done in range(0, missing.height, self.engine.shard_rows):
-            waiting = [model.read(*row) for row in missing.slice(done, self.engine.shard_rows).rows()]
-            rows: list[dict[str, Any]] = []
-            lengths = [len(reading.token_ids) for reading in waiting]
-            for places in longest_first(lengths, self.engine.batch_tokens):
-                batch = [waiting[place] for place in places]
-                rows += _scored(model, batch)
-                progress.add(len(batch), sum(len(reading.token_ids) for reading in batch))
-            shards.write(rows)
+        with Progress(missing.height, "scores", logger) as progress:
+            for done in range(0, missing.height, self.engine.shard_rows):
+                waiting = [model.read(*row) for row in missing.slice(done, self.engine.shard_rows).rows()]
+                rows: list[dict[str, Any]] = []
+                lengths = [len(reading.token_ids) for reading in waiting]
+                for places in longest_first(lengths, self.engine.batch_tokens):
+                    batch = [waiting[place] for place in places]
+                    rows += _scored(model, batch)
+                    progress.add(len(batch), sum(len(reading.token_ids) for reading in batch))
+                shards.write(rows)
 
 
 def _of_side(side: str, found: Sequence[pl.DataFrame], convention: Convention) -> pl.DataFrame:

@@ -154,7 +154,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SettingsError(f"The settings file {path} does not exist.")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader) or {}  # noqa: S506: it is a SafeLoader
+        values = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise SettingsError(f"The settings file {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if _size(values, {}) > MOST_VALUES:
@@ -176,7 +176,7 @@ def _size(value: Any, known: dict[int, float]) -> float:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Refuses keys that stand twice, of which YAML silently takes the last."""
+    """The safe loader; refuses keys that stand twice, of which YAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if not key.tag.endswith(":merge")]

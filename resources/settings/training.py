@@ -114,5 +114,7 @@ class TrainingProcesses(Section):
         100, ge=1, description="Optimizer steps between two saved states; a killed training goes on from the newest."
     )
     report_to: Literal["none", "trackio", "wandb", "mlflow"] = Field(
-        "none", description="Tracker that the trainer reports to, besides the asset's own metadata."
+        "none",
+        description="Tracker that gets each training, and the home as one run with a row per iteration, besides the assets' own "
+        "metadata.",
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ import dagster as dg
 from upath import UPath
 
 from resources.common.errors import FinalError
+from resources.common.progress import Progress
 from resources.common.text import asset_label
 from resources.storage.files import (
     AnyPath,
@@ -22,6 +24,8 @@ from resources.storage.files import (
     temporary_directory_beside,
     write_atomically,
 )
+
+logger = logging.getLogger("synpo.storage")
 
 TRAINING_LOG = "trainer_log.jsonl"
 REQUIRED_KEYS = {"asset", "partition", "sha", "weights", "files"}
@@ -216,10 +220,11 @@ class CheckpointStore(dg.IOManager):
         if target.exists():
             target.fs.rm(target.path, recursive=True)
         files = [file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()]
-        # No manifest, no checkpoint: it is uploaded last.
-        for file in sorted(files, key=lambda file: file == "manifest.json"):
-            (target / file).parent.mkdir(parents=True, exist_ok=True)
-            target.fs.put_file(str(source / file), (target / file).path)
+        with Progress(None, f"Copying {name} to {self._root}", logger):
+            # No manifest, no checkpoint: it is uploaded last.
+            for file in sorted(files, key=lambda file: file == "manifest.json"):
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                target.fs.put_file(str(source / file), (target / file).path)
 
     def _fetch(self, name: str) -> None:
         """Copies a checkpoint from the object store into the cache, unless it is there."""
@@ -227,10 +232,11 @@ class CheckpointStore(dg.IOManager):
         if (target / "manifest.json").exists() and _damaged_file(target) is None:
             return
         with temporary_directory_beside(target) as temporary:
-            for file in source.fs.find(source.path):
-                copy = temporary / file.removeprefix(source.path).strip("/")
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                source.fs.get_file(file, str(copy))
+            with Progress(None, f"Copying {name} from {self._root}", logger):
+                for file in source.fs.find(source.path):
+                    copy = temporary / file.removeprefix(source.path).strip("/")
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    source.fs.get_file(file, str(copy))
             fetched = open_checkpoint(temporary)
             if not _is_intact(temporary, fetched.sha):
                 raise _altered(source, fetched.label)
@@ -295,9 +301,10 @@ def _altered(directory: AnyPath, label: str) -> CheckpointError:
 
 
 def _weights_manifest(weights: AnyPath) -> dict[str, Any]:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(UPath(weights).iterdir(), key=lambda path: path.name)
-        if path.is_file() and path.name != "README.md"
-    }
+    with Progress(None, f"Reading the files in {weights} for their sha", logger):
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in sorted(UPath(weights).iterdir(), key=lambda path: path.name)
+            if path.is_file() and path.name != "README.md"
+        }
     return {"sha": json_sha256({name: entry["sha256"] for name, entry in files.items()}), "files": files}

@@ -22,8 +22,10 @@ class ParquetTables(dg.UPathIOManager):
 
     extension = ".parquet"
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, look_up: str | None = None) -> None:
+        """Opens the tables under `root`; `look_up` is the command that tells of a row, with `{}` where its id belongs."""
         super().__init__(storage_root(root))
+        self._look_up = look_up
 
     def read(self, asset: str, partition: str) -> pl.DataFrame:
         """Reads the table of an asset and iteration that is not a declared input."""
@@ -44,9 +46,9 @@ class ParquetTables(dg.UPathIOManager):
         files = sorted(self._base_path.glob(f"*/{partition}.parquet"), key=str)
         return [_read(file, file.parent.name) for file in files]
 
-    def partitions(self) -> list[str]:
-        """The iterations of which any asset has a table."""
-        names = {file.stem for file in self._base_path.glob("*/*.parquet")}
+    def partitions(self, asset: str = "*") -> list[str]:
+        """The iterations of which an asset, or if none is named any asset, has a table."""
+        names = {file.stem for file in self._base_path.glob(f"{asset}/*.parquet")}
         return sorted(name for name in names if name.isdecimal())
 
     def write(self, asset: str, partition: str, frame: pl.DataFrame) -> None:
@@ -67,6 +69,8 @@ class ParquetTables(dg.UPathIOManager):
     def get_metadata(self, context: dg.OutputContext, obj: pl.DataFrame | pl.LazyFrame) -> dict[str, Any]:
         """Row count, sample rows and, for tables in memory, statistics of the numeric columns."""
         sample = obj.head(SAMPLE_ROWS).lazy().collect()
+        if self._look_up is not None and (identity := sample.columns[0]).endswith("_id"):
+            sample = sample.with_columns(look_up=pl.format(self._look_up, identity))
         metadata: dict[str, Any] = {
             "dagster/row_count": obj.lazy().select(pl.len()).collect().item(),
             "sample": table_metadata(sample),

@@ -37,6 +37,7 @@ class TrainingSummary:
     seconds: float  # Loading included, and earlier runs up to the state that this one went on from.
     history: list[dict[str, float]]
     surviving: SurvivingUpdate | None = None  # None if nothing was updated.
+    tracked: str | None = None  # Where a tracker shows it: an address, or a command; None without a tracker.
 
 
 class TrainingJob(BaseModel):

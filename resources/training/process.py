@@ -8,6 +8,7 @@ from pathlib import Path
 from resources.common.errors import FinalError
 from resources.common.processes import end_with_this_parent
 from resources.training.job import TrainingJob
+from resources.training.live import print_observed
 from resources.training.processes import FAILURE, JOB, ROWS
 
 
@@ -26,7 +27,7 @@ def main(state: Path) -> None:
 
     job = TrainingJob.model_validate_json((state / JOB).read_text())
     try:
-        train(job, load_from_disk(str(state / ROWS)))
+        train(job, load_from_disk(str(state / ROWS)), print_observed)
     except Exception as error:
         is_final = isinstance(error, FinalError)
         reason = error.description if isinstance(error, FinalError) else f"{type(error).__name__}: {error}"

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from resources.common.processes import GRACE_SECONDS, end_with_this_parent
+from resources.common.progress import tell
 from resources.models.device import visible_gpus
 from resources.settings.machine import Engine
 from resources.settings.training import Training, TrainingProcesses
 from resources.training.job import TrainingError, TrainingJob
+from resources.training.live import MARK, Observe
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,7 +70,7 @@ def refuse_missing_packages(options: TrainingProcesses, training: Training) -> N
             )
 
 
-def run_in_processes(job: TrainingJob, dataset: "Dataset", accelerate_config: str | None) -> None:
+def run_in_processes(job: TrainingJob, dataset: "Dataset", accelerate_config: str | None, observe: Observe) -> None:
     """Trains in processes that accelerate starts, DDP without its file, and ends them all if this call ends early."""
     (job.state / JOB).write_text(job.model_dump_json())
     dataset.save_to_disk(str(job.state / ROWS))
@@ -101,7 +103,10 @@ def run_in_processes(job: TrainingJob, dataset: "Dataset", accelerate_config: st
     ):
         try:
             for line in launcher.stdout or ():
-                logger.info(line.rstrip())
+                if line.startswith(MARK):
+                    observe(json.loads(line.removeprefix(MARK)))
+                else:
+                    tell(logger, line.rstrip())
             launcher.wait()
         finally:
             _end(launcher)

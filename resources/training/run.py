@@ -7,10 +7,13 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from resources.common.progress import is_silent, tell
+from resources.common.text import duration
 from resources.models.chat import load_tokenizer
 from resources.models.device import memory_explained, prepare_device, torch_dtype
 from resources.storage.checkpoint_store import TRAINING_LOG
 from resources.training.job import TrainingError, TrainingJob
+from resources.training.live import PROJECT, Observe, observing_callback
 from resources.training.losses import loss_module, pairs_text
 from resources.training.state import KEPT_STATES, marking_callback
 
@@ -20,11 +23,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("synpo.training")
 
-LOG_EVERY_SECONDS = 10
 
+def train(job: TrainingJob, dataset: "Dataset", observe: Observe) -> None:
+    """Trains, and saves the history and the adapter, or without adapters the weights, into the job's directory.
 
-def train(job: TrainingJob, dataset: "Dataset") -> None:
-    """Trains, and saves the history and the adapter, or without adapters the weights, into the job's directory."""
+    `observe` is told of the loss now and then.
+    """
     from transformers import PrinterCallback
 
     device = prepare_device(job.engine)
@@ -56,7 +60,7 @@ def train(job: TrainingJob, dataset: "Dataset") -> None:
         save_total_limit=KEPT_STATES,
         report_to=job.report_to,
         run_name=job.name,
-        project="synpo",
+        project=PROJECT,
         disable_tqdm=True,
         **options,
     )
@@ -72,7 +76,11 @@ def train(job: TrainingJob, dataset: "Dataset") -> None:
             processing_class=_tokenizer(job),
             train_dataset=dataset,
             peft_config=_lora(job, model),
-            callbacks=[_progress_callback(job), marking_callback(job.seconds_before)],
+            callbacks=[
+                _progress_callback(job),
+                observing_callback(observe, job.report_to),
+                marking_callback(job.seconds_before),
+            ],
         )
         trainer.remove_callback(PrinterCallback)
         if training.lora is not None and training.lora.load_in_4bit:
@@ -204,11 +212,11 @@ def _progress_callback(job: TrainingJob) -> "TrainerCallback":
     class Progress(TrainerCallback):
         """Logs steps with rate and time left, and stops on a loss that is not a number."""
 
-        started = reported = 0.0
+        started = 0.0
         first_step = 0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.started = self.reported = time.monotonic()
+            self.started = time.monotonic()
             self.first_step = state.global_step
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -220,15 +228,13 @@ def _progress_callback(job: TrainingJob) -> "TrainerCallback":
                     f"The training loss became {loss} at step {state.global_step}: the run has diverged and nothing was "
                     "saved. Lower training.learning_rate (or loss.beta, for SimPO)."
                 )
-            now = time.monotonic()
-            due = now - self.reported > LOG_EVERY_SECONDS or state.global_step == state.max_steps
-            if due and state.is_world_process_zero:
-                self.reported = now
-                pace = (now - self.started) / (state.global_step - self.first_step)
-                left = pace * (state.max_steps - state.global_step)
-                logger.info(
+            if (is_silent() or state.global_step == state.max_steps) and state.is_world_process_zero:
+                pace = (time.monotonic() - self.started) / (state.global_step - self.first_step)
+                left = duration(pace * (state.max_steps - state.global_step))
+                tell(
+                    logger,
                     f"Step {state.global_step} of {state.max_steps}, loss {float(loss):.3f}{pairs_text(job.loss, logs or {})}, "
-                    f"{pace:.1f} s/step, {left:.0f} s left."
+                    f"{pace:.1f} s/step, {left} left.",
                 )
 
     return Progress()

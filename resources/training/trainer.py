@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ from typing import IO, Any
 import dagster as dg
 from pydantic import PrivateAttr
 
+from resources.common.progress import Progress
 from resources.common.text import asset_label
 from resources.models.chat import load_tokenizer
 from resources.models.device import DeviceResource, prepare_device, torch_dtype
@@ -23,6 +24,7 @@ from resources.settings.training import Loss, Training, TrainingProcesses
 from resources.storage.checkpoint_store import TRAINING_LOG, Checkpoint
 from resources.storage.files import json_sha256, write_atomically
 from resources.training.job import Kind, SurvivingUpdate, TrainingError, TrainingJob, TrainingSummary
+from resources.training.live import TRACKED, observe_asset
 from resources.training.processes import processes_to_start, refuse_missing_packages, run_in_processes
 from resources.training.rows import ROWS_OF, TrainingRows
 from resources.training.run import merge_adapter, train
@@ -93,13 +95,21 @@ class Trainer(DeviceResource):
             step = job.resume_from.name.rpartition("-")[2]
             logger.info(f"Training goes on after step {step}, from the state that an earlier run saved.")
         dataset = Dataset.from_list(prepared.rows)
-        if job.launched:
-            run_in_processes(job, dataset, self.processes.accelerate_config)
-        else:
-            train(job, dataset)
-        if training.lora is not None:
-            merge_adapter(job)
-        surviving = self._surviving(job)
+        observe_loss, tracked = observe_asset(), list[str]()
+
+        def observe(values: Mapping[str, float | str]) -> None:
+            tracked.extend(str(value) for name, value in values.items() if name == TRACKED)
+            observe_loss(values)
+
+        with Progress(None, "Training", logger):
+            if job.launched:
+                run_in_processes(job, dataset, self.processes.accelerate_config, observe)
+            else:
+                train(job, dataset, observe)
+        with Progress(None, "Merging and measuring what was trained", logger):
+            if training.lora is not None:
+                merge_adapter(job)
+            surviving = self._surviving(job)
         log = directory / TRAINING_LOG
         self._finished.append((job.state, log.open()))
         history = [json.loads(line) for line in log.read_text().splitlines()]
@@ -113,6 +123,7 @@ class Trainer(DeviceResource):
             seconds=job.seconds_before + time.monotonic() - started,
             history=history,
             surviving=surviving,
+            tracked=tracked[0] if tracked else None,
         )
 
     def _surviving(self, job: TrainingJob) -> SurvivingUpdate | None:

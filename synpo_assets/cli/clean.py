@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ WRITTEN_FOLDERS = (
 )  # fmt: skip
 TRAINING_KEPT = timedelta(days=1)
 SHARDS, TRAININGS, HALVES, CHECKPOINTS = (
-    "Shards of other settings", "Unfinished trainings", "Half-written by processes that are gone", "Superseded checkpoints",
+    "Shards of other settings", "Unfinished trainings", "Half-written", "Superseded checkpoints",
 )  # fmt: skip
 
 
@@ -51,10 +52,11 @@ class Leftover:
 
 
 def print_clean(services: Services, delete: bool, with_checkpoints: bool) -> None:
-    """Lists the leftovers of a home, which is locked meanwhile as by `synpo run`, and removes them if asked to."""
+    """Lists the leftovers of a home, and removes them if asked to; then the home is locked meanwhile as by `synpo run`."""
     console = Console(soft_wrap=True, highlight=False)
-    with locked(services.home), DagsterInstance.get() as instance:
-        refuse_while_at_work(instance, services.home)
+    with locked(services.home) if delete else nullcontext(), DagsterInstance.get() as instance:
+        if delete:
+            refuse_while_at_work(instance, services.home)
         listed = leftovers(instance, services)
         removed = [leftover for leftover in listed if delete and (with_checkpoints or leftover.group != CHECKPOINTS)]
         for group, members in itertools.groupby(listed, lambda leftover: leftover.group):
@@ -175,10 +177,15 @@ def _folders(place: UPath) -> list[UPath]:
 
 
 def _leftover(group: str, place: UPath, made_for: str, rows: int | None = None) -> Leftover:
-    files = place.fs.find(place.path)
-    # What a link leads to is not freed with it.
-    size = sum(info["size"] for info in map(place.fs.info, files) if not info.get("islink"))
-    return Leftover(group, place, made_for, rows, size, max(map(place.fs.modified, files), default=None))
+    size, changed = 0, list[datetime]()
+    for file in place.fs.find(place.path):
+        # A run at work may have renamed or removed it since.
+        with suppress(FileNotFoundError):
+            info = place.fs.info(file)
+            changed.append(place.fs.modified(file))
+            # What a link leads to is not freed with it.
+            size += 0 if info.get("islink") else info["size"]
+    return Leftover(group, place, made_for, rows, size, max(changed, default=None))
 
 
 def _height(file: UPath) -> int:

@@ -1,6 +1,11 @@
-"""The command `synpo`: run, check, export, clean, trace, compare, ui."""
+"""The command `synpo`: run, check, ui, rows, trace, compare, export, clean."""
 
+import contextlib
+import importlib.metadata
 import os
+import shlex
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +23,23 @@ if TYPE_CHECKING:
     from synpo_assets.graph.services import Services
 
 
-class Commands(typer.core.TyperGroup):
+class _Help:
+    """Help in which a flag, which takes no value, shows no type of one."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """The options of a command, `--help` among them."""
+        options = super().get_params(ctx)  # type: ignore[misc]
+        for option in options:
+            if getattr(option, "is_flag", False):
+                option.metavar = ""
+        return options
+
+
+class Command(_Help, typer.core.TyperCommand):
+    """One command."""
+
+
+class Commands(_Help, typer.core.TyperGroup):
     """The commands; an error that the user can mend is printed as its sentence, with exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -28,14 +49,38 @@ class Commands(typer.core.TyperGroup):
         except (SettingsError, ModelSourceError, FinalError) as error:
             typer.echo(f"synpo: {error}", err=True)
             raise typer.Exit(2) from None
+        except KeyboardInterrupt as interrupt:
+            continues = str(interrupt) or "Give the same command again."
+            typer.echo(f"synpo: interrupted. {continues}", err=True)
+            raise typer.Exit(130) from None
 
 
 app = typer.Typer(
     cls=Commands,
-    help="SynPO: a language model boosts itself with synthetic preference data.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a function a command, with examples at the end of its help."""
+    return app.command(cls=Command, epilog="\n\n".join(["Examples:", *examples]))
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"synpo {importlib.metadata.version('synpo')}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Examples:\n\nsynpo run --preset laptop\n\nsynpo ui\n\nsynpo run --help")
+def synpo(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """SynPO: a language model boosts itself with synthetic preference data."""
+
 
 Preset = Annotated[
     str | None, typer.Option(help="laptop, single_gpu, paper_mistral or paper_llama3. A new home starts from laptop.")
@@ -46,7 +91,7 @@ Home = Annotated[
 ]
 
 
-@app.command()
+@command("synpo run --preset laptop", "synpo run --settings mine.yaml --home runs/mine --iterations 4")
 def run(
     preset: Preset = None,
     settings_file: SettingsFile = None,
@@ -55,17 +100,18 @@ def run(
 ) -> None:
     """Materialize whatever of iterations 1 to N is missing, in order, in the foreground."""
     settings, place = _chosen(home, preset, settings_file)
-    from synpo_assets.cli.preflight import check_before_run
+    from synpo_assets.cli.preflight import check_before_run, keep_expected_seconds
 
     check_before_run(settings, place, iterations)
     prepare_home(place, settings)
+    keep_expected_seconds(settings, place)
     from dagster import DagsterInstance
 
     from synpo_assets.cli.runs import locked, run_missing
     from synpo_assets.cli.summary import print_summary
 
     services = _services(settings, place)
-    with locked(place), DagsterInstance.get() as instance:
+    with _interruptible(place, iterations), locked(place), DagsterInstance.get() as instance:
         if not run_missing(instance, services, iterations):
             typer.echo(
                 "synpo: the run failed for the reason above; `synpo ui` shows the whole trace. Correct the cause and run the "
@@ -76,7 +122,7 @@ def run(
         print_summary(instance, services, iterations)
 
 
-@app.command()
+@command("synpo check", "synpo check --settings mine.yaml", "synpo check --home runs/mine --calibrate")
 def check(
     preset: Preset = None,
     settings_file: SettingsFile = None,
@@ -96,23 +142,28 @@ def check(
     print_check(*_chosen(home, preset, settings_file), calibrate)
 
 
-@app.command()
+@command(
+    "synpo export --format trl --output pairs.parquet",
+    "synpo export --format axolotl --output exported --only 2,3 --home runs/mine",
+)
 def export(
     form: Annotated[Format, typer.Option("--format", help="The trainer that shall read the pairs.")],
     output: Annotated[
         Path, typer.Option(help="A folder, or a .jsonl file; for trl also a .parquet file, for openai a .jsonl file.")
     ],
     home: Home = None,
-    iterations: Annotated[str, typer.Option(help="Whose pairs: numbers such as 1,2, or all.")] = "all",
+    only: Annotated[
+        str | None, typer.Option(help="Only the pairs of these iterations, such as 2,3. Default: of all.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
 ) -> None:
     """Write the preference pairs in the form that another trainer reads."""
     from synpo_assets.publishing.export import print_export
 
-    print_export(*_existing(home), form, iterations, output, overwrite)
+    print_export(*_existing(home), form, only, output, overwrite)
 
 
-@app.command()
+@command("synpo clean --home runs/mine", "synpo clean --home runs/mine --delete")
 def clean(
     home: Home = None,
     delete: Annotated[
@@ -144,7 +195,7 @@ def clean(
     print_clean(services, delete, checkpoints)
 
 
-@app.command()
+@command("synpo trace pair-3f9a", "synpo trace 3f9a --json --home runs/mine")
 def trace(
     identifier: Annotated[str, typer.Argument(metavar="ID", help="An id of a keyword set, prompt, response or pair.")],
     home: Home = None,
@@ -160,7 +211,27 @@ def trace(
     print_trace(services, identifier, as_json)
 
 
-@app.command()
+@command(
+    "synpo rows keyword_pool",
+    "synpo rows 'preference_pairs[0002]' --where 'margin > 2' --columns pair_id,margin",
+    "synpo rows evaluation --home runs/mine --output evaluation.csv",
+)
+def rows(
+    label: Annotated[str, typer.Argument(metavar="ASSET[ITERATION]", help="A table, of all iterations or of one.")],
+    home: Home = None,
+    where: Annotated[str | None, typer.Option(help="Only rows for which this condition in SQL holds.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Only these columns, with commas between them.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write all rows into this .csv, .jsonl or .parquet file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Print the rows of a table, filter them, or write them into a file."""
+    services = opened(home)
+    from synpo_assets.cli.rows import print_rows
+
+    print_rows(services, label, where, columns, output, overwrite)
+
+
+@command("synpo compare runs/mine runs/other", "synpo compare runs/mine runs/other --output figures.csv")
 def compare(
     homes: Annotated[
         list[Path], typer.Argument(metavar="HOME...", help="Homes of experiments; of a single one, its iterations.")
@@ -176,7 +247,7 @@ def compare(
     print_comparison(homes, _services, output, overwrite)
 
 
-@app.command()
+@command("synpo ui", "synpo ui --home runs/mine --port 3001")
 def ui(
     home: Home = None,
     port: Annotated[int, typer.Option(help="Port of the web server.")] = 3000,
@@ -184,10 +255,13 @@ def ui(
 ) -> None:
     """Open the Dagster UI, with its daemon, on the same home; the report is below its address, at /reports."""
     settings, place = _chosen(home)
-    from synpo_assets.cli.preflight import check_storage
+    from synpo_assets.cli.preflight import check_storage, keep_expected_seconds
 
     check_storage(settings.storage)
     prepare_home(place, settings)
+    # What is wrong with the data is shown in the UI.
+    with contextlib.suppress(SettingsError, ModelSourceError, FinalError):
+        keep_expected_seconds(settings, place)
     from synpo_assets.cli.webserver import serve
 
     os.chdir(PROJECT)
@@ -227,3 +301,16 @@ def _services(settings: Settings, home: Path) -> "Services":
     from definitions import build
 
     return build(settings, home)[1]
+
+
+@contextlib.contextmanager
+def _interruptible(home: Path, iterations: int) -> Iterator[None]:
+    """Lets SIGTERM end the block as Ctrl-C does; either tells the command that goes on from there."""
+    before = signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    try:
+        yield
+    except KeyboardInterrupt:
+        same = shlex.join(["synpo", "run", "--home", str(home), "--iterations", str(iterations)])
+        raise KeyboardInterrupt(f"Finished work is kept, and this goes on from there: {same}") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,5 +1,6 @@
 """What can be checked before any model is loaded: seed data, sizes, disk; and what a run will cost."""
 
+import json
 import os
 import shutil
 import uuid
@@ -9,8 +10,10 @@ from typing import get_args
 
 import polars as pl
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
+from resources.common.text import duration
 from resources.judging.server_judge import load_template
 from resources.models.chat import load_tokenizer, prompt_ids
 from resources.models.device import prepare_device
@@ -26,7 +29,7 @@ from resources.settings.machine import Storage
 from resources.settings.method import PublishedScorer
 from resources.settings.sections import SettingsError, nearest
 from resources.settings.settings import Settings
-from resources.storage.files import storage_root
+from resources.storage.files import storage_root, write_atomically
 from resources.storage.seed_source import read_rows
 from resources.training.processes import processes_to_start, refuse_missing_packages
 from resources.training.state import KEPT_STATES
@@ -35,6 +38,7 @@ from synpo_assets.cli.calibration import Calibration, calibrate, known_calibrati
 from synpo_assets.cli.estimate import Rate, expected_work, parameter_count, rates_on_cpu, seconds, sizes_of
 from synpo_assets.evaluation.diversity import shown_seed_prompts
 from synpo_assets.graph.cost import Kind, Sizes
+from synpo_assets.graph.outlook import EXPECTED_FILE
 from synpo_assets.method.gate import gate_power
 from synpo_assets.method.seed import HELD_OUT, BadRow
 from synpo_assets.method.templates import improver_instruction, user_message
@@ -166,7 +170,7 @@ def check_disk(settings: Settings, home: Path) -> int:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise SettingsError(
-            f"{home} has {free / 1e9:.1f} GB free and the run needs about {needed / 1e9:.1f} GB: free some space, lower "
+            f"{home} has {decimal(free)} free and the run needs about {decimal(needed)}: free some space, lower "
             "max_iterations, or choose another directory with --home."
         )
     return needed
@@ -186,6 +190,20 @@ def disk_needed(settings: Settings) -> int:
     return checkpoints + (KEPT_STATES * 3 * 2 * weights if is_full else 0)
 
 
+def keep_expected_seconds(settings: Settings, home: Path) -> None:
+    """Writes into the home how long each asset will take in each iteration, which its runs tell; nothing if unknown."""
+    seed, _, instructions = _check_data_and_training(settings)
+    cached, device = cached_initial_policy(settings.initial_policy), prepare_device(settings.engine)
+    rates, _ = known_rates(known_calibration(settings), cached, device)
+    if rates is None:
+        return
+    expected = dict[str, list[float]]()
+    for stage, work in expected_work(sizes_of(settings, seed, instructions)):
+        before = expected.get(stage.name, [0.0] * settings.max_iterations)
+        expected[stage.name] = [known + seconds(work, rates, t) for t, known in enumerate(before, start=1)]
+    write_atomically(home / EXPECTED_FILE, json.dumps(expected, indent=1).encode())
+
+
 def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     """Prints what was validated and what the run will cost; loads no model and writes nothing, unless asked to measure."""
     console = Console(soft_wrap=True)
@@ -197,6 +215,7 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     cached = cached_initial_policy(settings.initial_policy)
     device = prepare_device(settings.engine)
     counts = dict.fromkeys(("train", "scorer", "judge", *HELD_OUT), 0) | dict(seed["split"].value_counts().iter_rows())
+    named = "" if str(cached) == settings.initial_policy.name else f"{settings.initial_policy.name}, "
     where = f"on this machine, {cached}" if cached else "not on this machine yet: the first run downloads it"
     facts = Table.grid(padding=(0, 2))
     facts.add_row("settings", f"valid (preset {settings.preset}), home {home}")
@@ -205,10 +224,9 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     ruled = f" {count} rows with rules;" if (count := has_rules(seed).sum()) else ""
     facts.add_row("seed", f"{shares}, {len(dropped)} dropped;{ruled} {instructions} verifiable instructions")
     facts.add_row("gate", gate_power(counts["dev"], settings.gate.minimum, settings.gate.error_rate))
-    facts.add_row("M_0", f"{settings.initial_policy.name}, {where}")
+    facts.add_row("M_0", f"{named}{where}")
     facts.add_row("device", f"{device}, {os.cpu_count()} cores")
-    room = f"about {disk / 1e9:.1f} GB for all iterations" if cached else "unknown until M_0 is downloaded"
-    facts.add_row("disk", room)
+    facts.add_row("disk", f"about {decimal(disk)} for all iterations" if cached else "unknown until M_0 is downloaded")
     console.print(facts)
     console.print(_cost(sizes_of(settings, seed, instructions), *known_rates(calibration, cached, device)))
 
@@ -235,13 +253,13 @@ def _cost(sizes: Sizes, rates: Mapping[Kind, Rate] | None, basis: str) -> Table:
     # The last iteration is the longest: M_t is trained on the pairs of all iterations so far.
     phases = {"made once": (once, [1]), "iteration 1": (repeated, [1]), f"iteration {last}": (repeated, [last])}
     phases[f"all {last} iterations"] = (repeated, list(range(1, last + 1)))
-    caption = f"Tokens are upper bounds (every completion as long as allowed). Minutes: {basis}"
+    caption = f"Tokens are upper bounds (every completion as long as allowed). Time: {basis}"
     table = Table(title="Expected work", title_justify="left", caption=caption, caption_justify="left")
-    for column in ("", "tokens written", "tokens trained on", "tokens scored", "minutes"):
+    for column in ("", "tokens written", "tokens trained on", "tokens scored", "time"):
         table.add_column(column, justify="right")
     for phase, (items, iterations) in phases.items():
         every = [(item, iteration) for item in items for iteration in iterations]
         tokens = [sum(item.in_iteration(t) for item, t in every if item.kind == kind) for kind in get_args(Kind)]
-        minutes = "?" if rates is None else f"{sum(seconds(item, rates, t) for item, t in every) / 60:.0f}"
-        table.add_row(phase, *(f"{count:,.0f}" for count in tokens), minutes)
+        time = "?" if rates is None else duration(sum(seconds(item, rates, t) for item, t in every))
+        table.add_row(phase, *(f"{count:,.0f}" for count in tokens), time)
     return table

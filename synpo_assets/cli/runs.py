@@ -11,12 +11,15 @@ from pathlib import Path
 
 import dagster as dg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from dagster._core.events import RunFailureReason
+from dagster._utils.error import SerializableErrorInfo
 
 from resources.common.text import asset_label
 from resources.settings.sections import SettingsError
 from resources.storage.files import remove_abandoned
 from synpo_assets.cli.automation import ALL_ASSETS_JOB
 from synpo_assets.graph.missing import missing_assets, outdated_assets
+from synpo_assets.graph.outlook import ITERATIONS_TAG
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
 from synpo_assets.stages.loop import PARTITION_TAG
@@ -47,13 +50,18 @@ def run_missing(instance: DagsterInstance, services: Services, iterations: int) 
     """Materializes the assets made once, then iterations 1 to N, wherever something is missing.
 
     Returns whether all of it is materialized now. It stops at the first iteration that fails.
+
+    Raises:
+        KeyboardInterrupt: The run was interrupted, or terminated in the UI.
     """
     close_dead_runs(instance)
     for checkpoints in ("checkpoints", "cache/checkpoints"):
         remove_abandoned(services.home, f"{checkpoints}/*/.*.tmp")
     warn_of_outdated(instance, services)
     partitions = [None, *(partition_key(number) for number in range(1, iterations + 1))]
-    return all(_run(instance, missing_assets(instance, services, partition), partition) for partition in partitions)
+    return all(
+        _run(instance, missing_assets(instance, services, partition), partition, iterations) for partition in partitions
+    )
 
 
 def warn_of_outdated(instance: DagsterInstance, services: Services) -> None:
@@ -86,10 +94,10 @@ def close_dead_runs(instance: DagsterInstance) -> None:
             instance.event_log_storage.free_concurrency_slots_for_run(run_id)
 
 
-def _run(instance: DagsterInstance, names: Sequence[str], partition: str | None) -> bool:
+def _run(instance: DagsterInstance, names: Sequence[str], partition: str | None, iterations: int) -> bool:
     if not names:
         return True
-    tags = {FOREGROUND_TAG: "true"}
+    tags = {FOREGROUND_TAG: "true", ITERATIONS_TAG: str(iterations)}
     if partition is not None:
         tags |= {PARTITION_TAG: partition}
     with (
@@ -103,13 +111,26 @@ def _run(instance: DagsterInstance, names: Sequence[str], partition: str | None)
         ) as result,
     ):
         for event in result.all_events:
-            if event.is_step_failure:
+            if event.is_step_failure and not _is_interrupt(event.step_failure_data.error):
                 logging.getLogger("synpo").error(failure_sentence(event))
             elif event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
                 evaluation = event.asset_check_evaluation_data
                 if not evaluation.passed:
                     logging.getLogger("synpo").warning(check_sentence(evaluation))
+        if any(_ended_early(event) for event in result.all_events):
+            raise KeyboardInterrupt
         return result.success
+
+
+def _ended_early(event: dg.DagsterEvent) -> bool:
+    """Whether an event says that the run ended because it was told to: Dagster then raises nothing."""
+    if event.event_type == dg.DagsterEventType.RUN_FAILURE:
+        return event.job_failure_data.failure_reason == RunFailureReason.UNEXPECTED_TERMINATION
+    return event.event_type == dg.DagsterEventType.RUN_CANCELED
+
+
+def _is_interrupt(error: SerializableErrorInfo | None) -> bool:
+    return error is not None and error.cls_name in ("DagsterExecutionInterruptedError", "KeyboardInterrupt")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Dagster asks for the resources of a run when it is launched, when its process st
 where a run is refused while the settings of its home are wrong.
 """
 
+import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_origin
@@ -15,10 +16,14 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from resources.common.processes import end_soon_after_interrupt, end_with_run
+from resources.common.progress import Progress
 from resources.settings.files import OF_THE_HOME, changed_settings, changes_between, settings_problem
 from resources.settings.sections import SettingsError, sections_in
 from resources.settings.settings import Settings
+from synpo_assets.graph.outlook import told
 from synpo_assets.graph.services import Services
+
+logger = logging.getLogger("synpo.steps")
 
 Rebuild = Callable[[Settings, Sequence[str]], Services]
 DESCRIPTION = "Settings that hold for this run alone, by dotted name: `preference_optimization.loss.beta: 3`."
@@ -71,7 +76,8 @@ def run_resources(services: Services, rebuild: Rebuild) -> dict[str, dg.Resource
         end_with_run()
         end_soon_after_interrupt()
         of_this_run = opened(context.resources.changes)
-        yield of_this_run
+        with told(context, of_this_run), Progress(None, "At work", logger):
+            yield of_this_run
         of_this_run.trainer.forget_finished()
 
     taken = dg.ResourceDefinition(lambda context: context.resource_config, config_schema=dg.Permissive())

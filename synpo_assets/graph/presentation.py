@@ -13,6 +13,7 @@ from resources.common.text import asset_label
 from resources.models.device import peak_memory
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.job import TrainingSummary
+from synpo_assets.graph.curves import training_curves
 from synpo_assets.graph.history import data_version_of, newest
 from synpo_assets.graph.metrics import Metric, record
 from synpo_assets.graph.partitions import partition_of
@@ -105,7 +106,7 @@ def made_by(checkpoint: Checkpoint) -> dict[str, Any]:
         "checkpoint": checkpoint.label,
         "checkpoint_sha": checkpoint.sha,
         "checkpoint_asset": dg.MetadataValue.asset(dg.AssetKey(checkpoint.asset)),
-        "checkpoint_page": dg.MetadataValue.url(_page(checkpoint.asset, checkpoint.partition)),
+        "checkpoint_page": dg.MetadataValue.url(asset_page(checkpoint.asset, checkpoint.partition)),
         "checkpoint_run": dg.MetadataValue.dagster_run(checkpoint.manifest["run_id"]),
     }
 
@@ -115,7 +116,7 @@ def checkpoints_table(checkpoints: Iterable[tuple[str, str, str, str]]) -> dg.Ma
     lines = [["role", "checkpoint", "sha", "run"], ["---"] * 4]
     for role, label, sha, run_id in checkpoints:
         asset, _, partition = label.removesuffix("]").partition("[")
-        lines.append([role, f"[{label}]({_page(asset, partition or None)})", f"`{sha[:16]}`", _run(run_id)])
+        lines.append([role, f"[{label}]({asset_page(asset, partition or None)})", f"`{sha[:16]}`", run_link(run_id)])
     return _markdown(lines)
 
 
@@ -135,26 +136,36 @@ def versions_table(
     lines = [["asset", *columns, "content version", "run"]]
     for (asset, partition), *values in zip(inputs, *columns.values(), strict=True):
         version, record = data_version_of(instance, asset, partition), newest(instance, asset, partition)
-        run = _run(record.run_id) if record else "none"
+        run = run_link(record.run_id) if record else "none"
         lines.append(
-            [f"[{asset_label(asset, partition)}]({_page(asset, partition)})", *map(str, values), f"`{version}`", run]
+            [
+                f"[{asset_label(asset, partition)}]({asset_page(asset, partition)})",
+                *map(str, values),
+                f"`{version}`",
+                run,
+            ]
         )
     lines.insert(1, ["---"] * len(lines[0]))
     return _markdown(lines)
 
 
 def training_log(summary: TrainingSummary) -> dict[str, Any]:
-    """The logged values of a training run as a table for the UI, thinned out in long runs, the last step included."""
+    """A training run for the UI: its curves, its log as a table, thinned out if long, and where a tracker shows it."""
     names = sorted({name for entry in summary.history for name in entry if name.split("/")[0] in SHOWN_LOG_VALUES})
     names = ["step", *[name for name in names if name != "step"]]
     every = max(1, len(summary.history) // SHOWN_STEPS)
     # Counted from the end, so that the last step is always among them.
     shown = summary.history[::-1][::every][::-1]
     records = [dg.TableRecord({name: _number(entry.get(name)) for name in names}) for entry in shown]
-    return {"training_log": dg.MetadataValue.table(records)}
+    log: dict[str, Any] = {"curves": training_curves(summary.history), "training_log": dg.MetadataValue.table(records)}
+    if (place := summary.tracked) is not None:
+        is_page = place.startswith(("http://", "https://"))
+        log["tracker"] = dg.MetadataValue.url(place) if is_page else dg.MetadataValue.text(place)
+    return log
 
 
-def _run(run_id: str) -> str:
+def run_link(run_id: str) -> str:
+    """A link to the page of a run in the UI."""
     return f"[{run_id[:8]}](/runs/{run_id})"
 
 
@@ -162,7 +173,7 @@ def _markdown(lines: list[list[str]]) -> dg.MarkdownMetadataValue:
     return dg.MetadataValue.md("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
-def _page(asset: str, partition: str | None) -> str:
+def asset_page(asset: str, partition: str | None) -> str:
     """The address of an asset or iteration in the UI."""
     return f"/assets/{asset}" + (f"?view=partitions&partition={partition}" if partition else "")
 

@@ -1,6 +1,7 @@
 """Everything that stages work with, in one bundle: settings, models, storage, and the graph that they are part of."""
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def open_services(settings: Settings, home: Path, graph: AssetGraph, changes: Se
         embedder=SentenceEmbedder(engine=engine),
         likelihood=AnswerLikelihood(engine=engine),
         harness=EvaluationHarness(scores=f"{root}/benchmarks/scores", engine=engine),
-        tables=ParquetTables(f"{root}/tables"),
+        tables=ParquetTables(f"{root}/tables", f"synpo trace {{}} --home {shlex.quote(str(home))}"),
         metrics=ParquetTables(f"{root}/metrics"),
         used_settings=ParquetTables(f"{root}/settings"),
         checkpoints=CheckpointStore(

@@ -24,7 +24,7 @@ SUFFIXES = (".jsonl", ".parquet")
 
 
 def print_export(
-    settings: Settings, home: Path, form: Format, iterations: str, output: Path, overwrite: bool = False
+    settings: Settings, home: Path, form: Format, only: str | None, output: Path, overwrite: bool = False
 ) -> None:
     """Writes the pairs and prints what was written, where, and how to use it.
 
@@ -38,7 +38,7 @@ def print_export(
     if existing and not overwrite:
         of_what = f" and names {DATASET}" if existing[0].name == INFO else ""
         raise SettingsError(f"{existing[0]} exists{of_what}: choose another --output, or replace it with --overwrite.")
-    pairs = read_pairs(ParquetTables(f"{settings.storage.root(home)}/tables"), iterations)
+    pairs = read_pairs(ParquetTables(f"{settings.storage.root(home)}/tables"), only)
     with _writing(output):
         write_pairs(pairs, form, file)
     counts = ", ".join(f"{count} of iteration {number}" for number, count in _counts(pairs))
@@ -68,17 +68,17 @@ def output_file(form: Format, output: Path) -> Path:
     return output
 
 
-def read_pairs(tables: ParquetTables, iterations: str) -> pl.DataFrame:
-    """The pairs of some iterations, `all` or numbers such as `1,2`, in order."""
+def read_pairs(tables: ParquetTables, only: str | None = None) -> pl.DataFrame:
+    """The pairs of all iterations, or only of some, such as `2,3`, in order."""
     stored = tables.scan(NAME)
     pairs = None if stored is None else stored.sort("iteration", maintain_order=True).collect()
     if pairs is None or pairs.is_empty():
         raise SettingsError("This home holds no preference pairs yet: make an iteration with `synpo run` first.")
-    if iterations == "all":
+    if only is None:
         return pairs
-    numbers = [part.strip() for part in iterations.split(",")]
+    numbers = [part.strip() for part in only.split(",")]
     if not all(number.isascii() and number.isdecimal() for number in numbers):
-        raise SettingsError(f"--iterations {iterations} is neither `all` nor numbers such as 1,2.")
+        raise SettingsError(f"--only {only} is no list of iterations such as 2,3.")
     wanted = {int(number) for number in numbers}
     if missing := sorted(wanted - set(pairs["iteration"])):
         existing = ", ".join(str(number) for number, _ in _counts(pairs))

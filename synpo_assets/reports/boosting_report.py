@@ -27,6 +27,7 @@ from synpo_assets.reports.identity import identity_of, telling_settings
 from synpo_assets.reports.page import Page, judging_rows, sample_pairs
 from synpo_assets.reports.plots import draw_plots
 from synpo_assets.reports.rows import Row, report_notes, report_rows
+from synpo_assets.reports.tracking import track
 from synpo_assets.reports.verdict import verdict
 from synpo_assets.stages.loop import promotion_verdict
 
@@ -56,6 +57,7 @@ def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourcePara
     path, version = services.home / FOLDER / "boosting_report.html", _content_version(page)
     write_atomically(path, page.html().encode())
     pictures = [f"![{plot.description}]({plot.data_uri})" for plot in page.plots.values()]
+    tracked = track(services.home, services.settings, iterations, path)
     return written_output(
         context,
         services,
@@ -68,6 +70,7 @@ def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourcePara
         path=dg.MetadataValue.path(path),
         iterations=", ".join(finished),
         notes=" ".join(page.notes) or "none",
+        tracked_as=tracked or "not tracked: training_processes.report_to is none",
         made_of=versions_table(context.instance, [(asset, key) for key in finished for asset in READ_ASSETS]),
         table=_table(page.rows, finished),
     )

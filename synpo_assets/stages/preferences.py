@@ -18,6 +18,7 @@ from resources.common.text import asset_label
 from resources.storage.checkpoint_store import Checkpoint
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
+from synpo_assets.graph.lineage import median_pair
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import checkpoints_table, table_output
@@ -103,6 +104,7 @@ def preference_pairs(
         measured,
         checkpoints=checkpoints_table(_checkpoints(services, frame, reward_model)),
         score_convention=compared.conventions,
+        median_pair=median_pair(context, services, frame),
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-import resources.training.run
+import resources.common.progress
 from resources.common.errors import FinalError
 from resources.generation.language_model import LanguageModel
 from resources.models.device import peak_memory
@@ -87,7 +87,7 @@ def trained(kind: str, work: Path, name: str, states: str, **changes: Any) -> li
 def trainings() -> None:
     """Each kind of training of the tests: again, resumed, and on weights in 4 bits."""
     # Every step is told, so that one of them can stop the training.
-    resources.training.run.LOG_EVERY_SECONDS = -1
+    resources.common.progress.LOG_EVERY_SECONDS = -1
 
     def stop(line: str) -> None:
         if line.startswith("Step 5 "):
