@@ -107,7 +107,11 @@ def stop_after(monkeypatch):
     return stopped
 
 
-@pytest.mark.parametrize("train", [sft, simpo, reward])
+# One of three kinds in each plain run: they take seconds, and share most of their code.
+SLOW_BUT_ONE = [sft, pytest.param(simpo, marks=pytest.mark.slow), pytest.param(reward, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("train", SLOW_BUT_ONE)
 def test_a_stopped_training_goes_on_and_ends_with_the_weights_of_an_undisturbed_one(
     tmp_path, nano_checkpoint, stop_after, said, train
 ):
@@ -149,6 +153,7 @@ def test_two_states_are_kept_and_short_trainings_save_none(tmp_path, nano_checkp
     assert list(tmp_path.glob("short/*/checkpoint-*")) == []
 
 
+@pytest.mark.slow
 def test_a_state_is_never_used_for_another_training(tmp_path, nano_checkpoint, stop_after, said):
     saving = trainer(tmp_path / "states", save_every_steps=3)
     with stop_after(5):
@@ -276,7 +281,7 @@ def test_too_little_gpu_memory_is_explained(tmp_path, nano_checkpoint, monkeypat
         simpo(trainer(tmp_path), nano_checkpoint, tmp_path / "out")
 
 
-@pytest.mark.parametrize("train", [sft, simpo, reward])
+@pytest.mark.parametrize("train", SLOW_BUT_ONE)
 def test_adapters_on_4_bit_weights_are_merged_into_the_start_weights(tmp_path, nano_checkpoint, train):
     import torch
     from safetensors.torch import load_file

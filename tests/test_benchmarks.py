@@ -149,6 +149,7 @@ def likeliest_is_right(weights, questions):
 TASKS = [{"name": "things", "shots": 0}, {"name": "sums", "shots": 1}]
 
 
+@pytest.mark.slow
 def test_local_tasks_run_offline_and_their_figures_are_right(
     make, folder, adapted_checkpoint, nano_model, offline, request
 ):

@@ -442,6 +442,7 @@ scorer(sys.argv[2], shard_rows=2, batch_tokens=64).compare(Checkpoint("reward_mo
 """
 
 
+@pytest.mark.slow
 def test_a_killed_scoring_goes_on_where_it_was(tmp_path, classifier):
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(classifier), str(tmp_path)])
     end = time.monotonic() + 120
