@@ -139,7 +139,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
 
 
-def synpo(*arguments: object, timeout: int = 280) -> subprocess.CompletedProcess[str]:
+def synpo(*arguments: object, timeout: int = 600) -> subprocess.CompletedProcess[str]:
     """Runs the command line as a user does; SYNPO_HOME does not apply, so every call names its home."""
     environment = {name: value for name, value in os.environ.items() if name not in ("SYNPO_HOME", "DAGSTER_HOME")}
     return subprocess.run(

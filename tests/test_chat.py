@@ -229,6 +229,16 @@ def test_what_is_trained_is_what_the_template_renders(with_prompt, template, sta
     assert tokenizer(whole, add_special_tokens=False).input_ids[: len(trained)] == trained
 
 
+def test_a_bos_that_opens_every_turn_is_no_fault(nano_model, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(nano_model, directory)
+    tokenizer = load_tokenizer(str(directory))
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.save_pretrained(directory)
+    assert load_tokenizer(str(directory)).bos_token == "<|im_start|>"
+    refuse_other_text(directory, trust_remote_code=False)
+
+
 def test_the_date_is_the_settings(with_prompt):
     directory, _ = with_prompt(None, DATED, template_date="2024-02-29")
     assert "Today is 29 Feb 2024." in prompt_text(load_tokenizer(str(directory)), HELLO)

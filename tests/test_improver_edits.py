@@ -277,7 +277,7 @@ def test_damaged_held_out_gold_is_edited_by_both_models_and_counted(instance, tm
         assert measured.value("edits_right_gain", "improver", over="initial", split=split) == pytest.approx(right.value)
     of_test = 1 + frame.filter(split="test")["damage"].n_unique()
     assert len(shown(instance, "improver_edits", "0001")["shares"].records) == of_test * len(EDIT_OUTCOMES)
-    rows = report_rows([FinishedIteration("0001", measured, 1.0, pairs(1, 2), [], "reward", {}, None)])
+    rows = report_rows([FinishedIteration("0001", measured, 1.0, pairs(1, 2), [], "reward", {}, {}, None)])
     cells = {row.label: row.cells[0] for row in rows if row.section == "The improver as an editor"}
     assert cells["lost item: made right (gold), by R_t and by M_0, 95 % intervals"] == (
         "100.0% (34.2 to 100.0), 0.0% (0.0 to 65.8), 2 prompts"

@@ -6,6 +6,7 @@ import dagster as dg
 import pytest
 
 from synpo_assets.graph import outlook as module
+from synpo_assets.graph.changes import run_resources
 from synpo_assets.graph.outlook import EXPECTED_FILE, ITERATIONS_TAG, outlook
 from tests.stand_ins import ITERATIONS, instance, services_in  # noqa: F401
 
@@ -92,7 +93,7 @@ def test_what_waits_of_the_same_backfill_counts(instance, home):  # noqa: F811
 
 def test_a_run_says_it_when_it_begins_and_after_each_asset(instance, home):  # noqa: F811
     services = services_in(home)
-    resources = {"services": services.resource()}
+    resources = run_resources(services, lambda settings, changes: services)
 
     @dg.asset(partitions_def=ITERATIONS, required_resource_keys={"services"})
     def keyword_sets():

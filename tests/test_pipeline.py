@@ -78,7 +78,7 @@ def test_the_summary_of_a_copied_home_names_the_model_that_lies_there(home, tmp_
 def test_a_failed_asset_is_named_and_the_next_run_does_only_the_rest(nano_run):
     assert nano_run.failed.returncode == 1
     assert "response_improver failed. " in nano_run.failed.stderr
-    assert "response_improver.margin_threshold = 1000000000.0: lower it." in nano_run.failed.stderr
+    assert "response_improver.margin_threshold = 1000000000.0, or by rules that it breaks:" in nano_run.failed.stderr
     assert "run the same command again" in nano_run.failed.stderr
     assert "prompt_generator" in nano_run.failed.stderr
     assert "prompt_generator" not in nano_run.result.stderr, "finished work was done again"

@@ -251,7 +251,7 @@ def test_what_is_scored_depends_on_what_the_scorer_reads(tmp_path, nano_model, k
 ])  # fmt: skip
 def test_the_card_of_the_pairs_says_where_both_sides_come_from(samples, rewrites, words, others):
     pairs = some_pairs(1, 1)
-    first = FinishedIteration("0001", Metrics(pl.DataFrame(schema=SCHEMA)), 1.0, pairs, [], "reward", {}, None)
+    first = FinishedIteration("0001", Metrics(pl.DataFrame(schema=SCHEMA)), 1.0, pairs, [], "reward", {}, {}, None)
     data = CardData(
         repository=None, license_name=None, language="en", base_model="a model", base_model_id=None,
         base_model_name="model", iterations=[first], scorer="F", sample="{}",

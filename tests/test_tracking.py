@@ -24,7 +24,7 @@ def finished(number, rate):
     ]
     about = {"asset": "evaluation", "iteration": number}
     frame = pl.DataFrame([about | vars(metric) for metric in measured], schema=SCHEMA)
-    return FinishedIteration(f"{number:04d}", Metrics(frame), 1.0, pl.DataFrame(), [], "reward", {}, None)
+    return FinishedIteration(f"{number:04d}", Metrics(frame), 1.0, pl.DataFrame(), [], "reward", {}, {}, None)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_the_curves_of_a_training_are_a_picture_with_a_sentence(monkeypatch, his
     assert [title for title, _ in drawn] == panels
     assert text.startswith("The loss should fall and level out")
     assert ("accuracy" in text) == (len(panels) > 1)
-    assert picture.startswith("![Loss and rewards of the training over its steps.](data:image/png;base64,")
+    assert picture.startswith("![Loss and rewards of the training over its steps.](data:image/svg+xml;base64,")
     faint, strong = drawn[0][1].lines
     assert list(faint.get_ydata()) == [entry["loss"] for entry in history]
     assert len(strong.get_ydata()) == len(history)

@@ -401,7 +401,7 @@ def test_an_iteration_whose_scorer_is_a_verifier(iteration, instance):
     assert "rules" not in plain.facts
     for form in ("trl", "llama-factory", "axolotl"):
         assert CONVERSIONS[form](shown["2"])["rules"] == node.facts["rules"]
-    finished = FinishedIteration("0001", measured, 1.0, pairs, [], "reward", {}, None)
+    finished = FinishedIteration("0001", measured, 1.0, pairs, [], "reward", {}, {}, None)
     cells = {row.label: row.cells for row in report_rows([finished])}
     assert cells["synthetic prompts with rules"] == ("5",)
     assert cells["pairs kept whose prompt has rules"] == ("3",)
@@ -415,7 +415,7 @@ def test_the_card_says_what_rules_decided():
     verifier = VerifierScorer(training=stated.scorer.training, max_length=stated.scorer.max_length)
 
     def card(pairs, scorer):
-        first = FinishedIteration("0001", Metrics(pl.DataFrame(schema=SCHEMA)), 1.0, pairs, [], "reward", {}, None)
+        first = FinishedIteration("0001", Metrics(pl.DataFrame(schema=SCHEMA)), 1.0, pairs, [], "reward", {}, {}, None)
         data = CardData(
             repository=None, license_name=None, language="en", base_model="a model", base_model_id=None,
             base_model_name="model", iterations=[first], scorer=_scorer(stated.model_copy(update={"scorer": scorer})),

@@ -66,7 +66,8 @@ def refuse_other_text(directory: Path, trust_remote_code: bool) -> None:
     trained = prompt_ids(tokenizer, ASKED) + answer_ids(tokenizer, ASKED, ANSWER)
     rendered = tokenizer(whole, add_special_tokens=False).input_ids
     bos, problem = tokenizer.bos_token, None
-    if bos and bos in whole and (whole.count(bos) > 1 or not whole.startswith(bos)):
+    # In SmolLM2's the BOS token opens every turn.
+    if bos and bos in whole and (whole.startswith(bos + bos) or not whole.startswith(bos)):
         problem = f"it writes {bos} elsewhere than once at the start"
     elif rendered[: len(trained) - 1] != trained[:-1]:
         prompt = prompt_text(tokenizer, ASKED)
