@@ -73,12 +73,21 @@ class ParquetTables(dg.UPathIOManager):
             sample = sample.with_columns(look_up=pl.format(self._look_up, identity))
         metadata: dict[str, Any] = {
             "dagster/row_count": obj.lazy().select(pl.len()).collect().item(),
-            "sample": table_metadata(sample),
+            "sample": table_metadata(_for_readers(sample)),
         }
         if isinstance(obj, pl.DataFrame) and obj.height and (numbers := obj.select(pl.selectors.numeric())).width:
             statistics = numbers.describe(percentiles=(0.5,))
             metadata["statistics"] = table_metadata(statistics)
         return metadata
+
+
+def _for_readers(sample: pl.DataFrame) -> pl.DataFrame:
+    """Texts first, then numbers, then ids; what the page of the partition says already is left out."""
+    ids = [name for name in sample.columns if name.endswith("_id")]
+    said = [name for name in sample.columns if name == "iteration" or name.endswith("_sha")]
+    others = [name for name in sample.columns if name not in {*ids, *said}]
+    texts = [name for name in others if not sample.schema[name].is_numeric() and name != "look_up"]
+    return sample.select(*texts, *(name for name in others if name not in texts), *ids)
 
 
 def _write(frame: pl.DataFrame | pl.LazyFrame, path: UPath) -> None:

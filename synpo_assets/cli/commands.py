@@ -247,14 +247,16 @@ def compare(
     print_comparison(homes, _services, output, overwrite)
 
 
-@command("synpo ui", "synpo ui --home runs/mine --port 3001")
+@command("synpo ui", "synpo ui --settings mine.yaml --home runs/mine --port 3001")
 def ui(
+    preset: Preset = None,
+    settings_file: SettingsFile = None,
     home: Home = None,
     port: Annotated[int, typer.Option(help="Port of the web server.")] = 3000,
     host: Annotated[str, typer.Option(help="Address that the web server listens on.")] = "127.0.0.1",
 ) -> None:
     """Open the Dagster UI, with its daemon, on the same home; the report is below its address, at /reports."""
-    settings, place = _chosen(home)
+    settings, place = _chosen(home, preset, settings_file)
     from synpo_assets.cli.preflight import check_storage, keep_expected_seconds
 
     check_storage(settings.storage)
@@ -265,6 +267,10 @@ def ui(
     from synpo_assets.cli.webserver import serve
 
     os.chdir(PROJECT)
+    address = f"http://{host}:{port}"
+    typer.echo(
+        f"synpo: open {address} in a browser. In a new home press Jobs, made_once, Materialize all; then iteration, with 0001."
+    )
     serve(host, port)
 
 

@@ -36,7 +36,7 @@ from synpo_assets.method.gate import gate_power, judge, verdict
 from synpo_assets.method.judging import doubt
 from synpo_assets.method.length_control import length_controlled_interval
 from synpo_assets.method.outcomes import win_rate_interval
-from synpo_assets.stages.loop import report_policy
+from synpo_assets.stages.loop import next_policy, report_policy
 
 # Metrics that are the independent judge's word.
 BY_JUDGE: frozenset[str] = frozenset({
@@ -82,9 +82,8 @@ def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Serv
     power = gate_power(answers["prompt_id"].n_unique(), gate.minimum, gate.error_rate)
     outcome = Metric("promoted", float(promoted), of="candidate", checkpoint_sha=judged.sha)
     boosting = boosting_table(context, services, [outcome], doubted)
-    return table_output(
-        context, services, frame, [outcome], boosting=boosting, verdict=sentence, power=power, **made_by(judged)
-    )
+    shown = {"boosting": boosting, "verdict": sentence, "next": next_policy(context), "power": power}
+    return table_output(context, services, frame, [outcome], **shown, **made_by(judged))
 
 
 def refuse_other_evaluation(measured: Metrics, judged: Checkpoint) -> None:

@@ -124,6 +124,13 @@ def evaluation_checks(context: dg.AssetCheckExecutionContext, services: Services
     yield _result("answers_without_loops", repeated is not None and repeated <= most, **shown)
 
 
+def promotion_checks(context: dg.AssetCheckExecutionContext, services: Services, stage: Stage) -> Results:
+    """Whether M_t goes on: a refusal is a result and no fault, but it is the first thing that people look for."""
+    found = recorded(services.metrics, context.partition_key).value("promoted", "candidate", asset=stage.name)
+    reasons = services.tables.read(stage.name, context.partition_key)["reason"].drop_nulls().to_list()
+    yield _result("promoted", found == 1, reasons="; ".join(reasons) or "none")
+
+
 def answers_ended_checks(context: dg.AssetCheckExecutionContext, services: Services, stage: Stage) -> Results:
     """Whether most answers ended by themselves: what is cut is trimmed, and its pair is dropped (method/cut.py)."""
     most, partition = services.settings.checks.max_cut_share, partition_of(context)
@@ -193,6 +200,7 @@ CHECKS = (
             "answers_without_loops": "Mean share of repeated word n-grams in M_t's answers.",
         },
     ),
+    CheckGroup(promotion_checks, _named("promotion"), {"promoted": "M_t keeps to the limits of the gate."}),
     CheckGroup(
         answers_ended_checks,
         lambda stage, settings: stage.sampling_setting(settings) is not None,

@@ -59,7 +59,7 @@ def checkpoint_output(
         metadata["parents"] = checkpoints_table(
             (role, parent["asset"], parent["sha"], parent["run_id"]) for role, parent in parents.items()
         )
-    metadata |= _recorded(context, services, metrics, shown)
+    metadata |= _recorded(context, services, metrics, {"read_by": _read_by(context), **shown})
     tags = _version_tags(context, services)
     return dg.Output(made, data_version=dg.DataVersion(made.sha[:16]), metadata=metadata, tags=tags)
 
@@ -129,6 +129,20 @@ def made_from(context: dg.AssetExecutionContext) -> dg.MarkdownMetadataValue:
     return versions_table(context.instance, inputs)
 
 
+def _read_by(context: dg.AssetExecutionContext) -> dg.MarkdownMetadataValue:
+    """Links to what is made with the running asset's model: the way forward, as `made_from` is the way back."""
+    graph, partition = context.job_def.asset_layer.asset_graph, partition_of(context)
+    children = [graph.get(key) for key in sorted(graph.get(context.asset_key).child_keys)]
+    # What is made in each iteration reads what is made once; none of them is the page to go to.
+    found = [(node.key.to_user_string(), partition if node.partitions_def is not None else None) for node in children]
+    return dg.MetadataValue.md(", ".join(asset_link(asset, key) for asset, key in found) or "nothing")
+
+
+def asset_link(asset: str, partition: str | None) -> str:
+    """A link to the page of an asset or iteration in the UI."""
+    return f"[{asset_label(asset, partition)}]({asset_page(asset, partition)})"
+
+
 def versions_table(
     instance: DagsterInstance, inputs: Sequence[tuple[str, str | None]], **columns: Sequence[Any]
 ) -> dg.MarkdownMetadataValue:
@@ -139,7 +153,7 @@ def versions_table(
         run = run_link(record.run_id) if record else "none"
         lines.append(
             [
-                f"[{asset_label(asset, partition)}]({asset_page(asset, partition)})",
+                asset_link(asset, partition),
                 *map(str, values),
                 f"`{version}`",
                 run,

@@ -103,6 +103,11 @@ class Stage:
         """The assets that it reads as arguments."""
         return [name for name in inspect.signature(self.function).parameters if name not in ("context", "services")]
 
+    @property
+    def _form(self) -> str:
+        """What people filter the catalog by."""
+        return "model" if self.checkpoint else "table" if self.schema else "files"
+
     def functions(self, settings: Settings) -> list[Callable[..., Any]]:
         """Its body, and the functions that the settings choose for it."""
         return [self.function, *(self.code(settings) if self.code else [])]
@@ -142,7 +147,7 @@ class Stage:
             group_name=self.group,
             partitions_def=None if self.once else iterations(settings),
             pool=GPU_POOL if self.work else None,
-            kinds={"huggingface"} if self.work else set(self.kinds),
+            kinds={self._form, *(["huggingface"] if self.work else self.kinds)},
             tags=dict.fromkeys(tags, "true"),
             metadata=metadata,
             code_version=code_version(self.functions(settings), self.schema, reads, settings),

@@ -21,7 +21,7 @@ from resources.storage.checkpoint_store import Checkpoint, CheckpointError
 from synpo_assets.graph.history import data_version_of, failed_checks, newest, unfinished_attempt, unfinished_checks
 from synpo_assets.graph.metrics import Metric, recorded
 from synpo_assets.graph.partitions import iteration_of, partition_key
-from synpo_assets.graph.presentation import checkpoint_output, made_by, table_output, table_version
+from synpo_assets.graph.presentation import asset_link, checkpoint_output, made_by, table_output, table_version
 from synpo_assets.graph.schemas import PreferenceHistory
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
@@ -82,6 +82,14 @@ def report_policy(context: dg.AssetExecutionContext, services: Services, made: C
     Only an event: what iteration t+1 reads changes when its own `policy` step runs, never under a run at work.
     """
     _report(context, services, "policy", made.sha[:16], {**made_by(made), "sha": made.sha})
+
+
+def next_policy(context: dg.AssetExecutionContext) -> dg.MarkdownMetadataValue:
+    """A link to what M_t becomes if it is promoted: the edge that Dagster does not draw."""
+    following = partition_key(iteration_of(context) + 1)
+    return dg.MetadataValue.md(
+        f"{asset_link('policy', following)}, if M_t is promoted; its page links to what it writes"
+    )
 
 
 def report_history(

@@ -18,7 +18,7 @@ from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.presentation import checkpoint_output, table_version, training_log, versions_table
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
-from synpo_assets.stages.loop import experiment_of
+from synpo_assets.stages.loop import experiment_of, next_policy
 
 USED_COLUMNS = ("iteration", "prompt", "chosen", "rejected", "chosen_finish_reason", "rejected_finish_reason")
 
@@ -81,6 +81,7 @@ def model_checkpoint(
         services,
         made,
         measured,
+        next=next_policy(context),
         trained_on=versions_table(context.instance, partitions, pairs=counts["len"].to_list()),
         **training_log(summary),
     )
