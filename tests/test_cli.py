@@ -10,7 +10,9 @@ from unittest import mock
 import pytest
 import typer.main
 
+from resources.settings.files import load_settings
 from synpo_assets.cli import commands
+from synpo_assets.cli.home import prepare_home
 from tests.conftest import synpo_here
 from tests.nano import SEED, nano_settings, write_settings
 
@@ -200,6 +202,17 @@ def test_a_home_whose_path_a_url_would_read_otherwise(tmp_path, command, name):
     assert result.returncode == 2
     assert "name a home without ?, #, % with --home" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_first_runs_with_other_settings_one_is_refused(tmp_path, nano_model, monkeypatch):
+    """The other one makes the home while this one is still checking its data."""
+    home, mine = tmp_path / "home", nano_settings(nano_model)
+    other = load_settings(write_settings(tmp_path / "other.yaml", mine | {"random_seed": 7}))
+    monkeypatch.setattr("synpo_assets.cli.preflight.check_before_run", lambda *_: prepare_home(home, other))
+    result = synpo_here("run", "--settings", write_settings(tmp_path / "mine.yaml", mine), "--home", home)
+    assert result.returncode == 2
+    assert f"The home {home} was made with other settings (random_seed: 7 there" in result.stderr
+    assert (home.stat().st_mode & 0o777, (home / "settings.yaml").stat().st_mode & 0o777) == (0o700, 0o600)
 
 
 def test_two_runs_of_one_home_are_refused(tmp_path):

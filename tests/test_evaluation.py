@@ -347,19 +347,19 @@ def laptop_with(tmp_path, **seed_data):
     ({"train_limit": None, "judge_limit": 300}, (165, 85, 80)),
 ])  # fmt: skip
 def test_judge_and_scorer_get_rows_that_training_leaves_and_at_most_half(tmp_path, limits, sizes):
-    frame, _ = seed_table(laptop_with(tmp_path, **{"judge_limit": 80, "scorer_limit": 80} | limits))
+    frame, _ = seed_table(laptop_with(tmp_path, **{"train_limit": 80, "judge_limit": 80, "scorer_limit": 80} | limits))
     counts = dict(frame.group_by("split").len().iter_rows())
     assert (counts["train"], counts["judge"], counts["scorer"]) == sizes
     assert frame["prompt_id"].is_unique().all()
 
 
 @pytest.mark.parametrize(("published", "aside"), [
-    ({"scorer"}, {"judge": 60}), ({"judge"}, {"scorer": 40}), ({"scorer", "judge"}, {}),
+    ({"scorer"}, {"judge": 40}), ({"judge"}, {"scorer": 24}), ({"scorer", "judge"}, {}),
 ])  # fmt: skip
 def test_rows_are_set_aside_only_for_what_is_trained_here(tmp_path, published, aside):
     sections = {name: {"kind": "pretrained", "name": "a/b"} for name in published}
     frame, _ = seed_table(load_settings(write_settings(tmp_path / "published.yaml", {"preset": "laptop", **sections})))
-    assert dict(frame.group_by("split").len().iter_rows()) == {"train": 80, "dev": 16, "test": 16} | aside
+    assert dict(frame.group_by("split").len().iter_rows()) == {"train": 48, "dev": 12, "test": 12} | aside
     # Generator and improver read the same rows whoever scores and judges.
     assert frame.filter(split="train").equals(seed_table(laptop_with(tmp_path))[0].filter(split="train"))
 

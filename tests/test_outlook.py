@@ -94,6 +94,7 @@ def test_what_waits_of_the_same_backfill_counts(instance, home):  # noqa: F811
 def test_a_run_says_it_when_it_begins_and_after_each_asset(instance, home):  # noqa: F811
     services = services_in(home)
     resources = run_resources(services, lambda settings, changes: services)
+    del resources["io_manager"]
 
     @dg.asset(partitions_def=ITERATIONS, required_resource_keys={"services"})
     def keyword_sets():

@@ -66,8 +66,9 @@ def refuse_other_text(directory: Path, trust_remote_code: bool) -> None:
     trained = prompt_ids(tokenizer, ASKED) + answer_ids(tokenizer, ASKED, ANSWER)
     rendered = tokenizer(whole, add_special_tokens=False).input_ids
     bos, problem = tokenizer.bos_token, None
+    own = str(tokenizer.apply_chat_template(ASKED, tokenize=False))
     # In SmolLM2's the BOS token opens every turn.
-    if bos and bos in whole and (whole.startswith(bos + bos) or not whole.startswith(bos)):
+    if bos and bos in own and (own.startswith(bos + bos) or not own.startswith(bos)):
         problem = f"it writes {bos} elsewhere than once at the start"
     elif rendered[: len(trained) - 1] != trained[:-1]:
         prompt = prompt_text(tokenizer, ASKED)

@@ -103,15 +103,18 @@ def run(
     from synpo_assets.cli.preflight import check_before_run, keep_expected_seconds
 
     check_before_run(settings, place, iterations)
-    prepare_home(place, settings)
-    keep_expected_seconds(settings, place)
     from dagster import DagsterInstance
 
     from synpo_assets.cli.runs import locked, run_missing
     from synpo_assets.cli.summary import print_summary
 
-    services = _services(settings, place)
-    with _interruptible(place, iterations), locked(place), DagsterInstance.get() as instance:
+    with _interruptible(place, iterations), locked(place), contextlib.ExitStack() as stack:
+        # Another first run may have made the home in the meantime, with other settings.
+        settings = chosen_settings(place, preset, settings_file)
+        prepare_home(place, settings)
+        keep_expected_seconds(settings, place)
+        services = _services(settings, place)
+        instance = stack.enter_context(DagsterInstance.get())
         if not run_missing(instance, services, iterations):
             typer.echo(
                 "synpo: the run failed for the reason above; `synpo ui` shows the whole trace. Correct the cause and run the "

@@ -17,6 +17,7 @@ from resources.storage.files import write_atomically
 
 LAST_VALID = "last_valid_settings.json"
 SHOWN_DIFFERENCES = 5
+OWNER_ALONE = 0o600
 UNUSABLE_IN_PATHS = ("?", "#", "%")
 PROJECT = Path(__file__).parents[2]
 STORAGE_COMMENT = "# Written by synpo from storage.dagster_database in settings.yaml: change it there."
@@ -71,15 +72,18 @@ def last_valid_settings(home: Path) -> Settings | None:
 
 def prepare_home(home: Path, settings: Settings) -> None:
     """Makes the home usable: settings and Dagster's configuration in it, and in this process's environment."""
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not (home / "settings.yaml").exists():
         text = "# All settings of this experiment. Edit them here; relative paths are relative to this file.\n"
         text += yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True, width=120)
         write_atomically(home / "settings.yaml", text.encode())
+        (home / "settings.yaml").chmod(OWNER_ALONE)
     file = home / "dagster.yaml"
     written = file.read_text() if file.exists() else ""
     wanted = _with_storage(written or (PROJECT / "dagster.yaml").read_text(), settings.storage.dagster_database)
     if wanted != written:
         write_atomically(file, wanted.encode())
+        file.chmod(OWNER_ALONE)
     os.environ["SYNPO_HOME"] = os.environ["DAGSTER_HOME"] = str(home)
 
 

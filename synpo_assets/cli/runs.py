@@ -37,7 +37,9 @@ def asset_job() -> dg.JobDefinition:
 
 @contextmanager
 def locked(home: Path) -> Iterator[None]:
-    """Holds the home for this process; the lock goes with the process, however it ends."""
+    """Holds the home, which is made if need be, for this process; the lock goes with the process, however it ends."""
+    # What a model wrote is nobody else's, and settings may hold the address of a database.
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (home / "run.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,12 +15,14 @@ import polars as pl
 
 def collect(home: Path, folder: Path) -> None:
     os.environ["SYNPO_HOME"] = str(home.absolute())
-    from definitions import services
+    from definitions import build
+    from resources.settings.files import home_settings
     from synpo_assets.graph.history import newest
     from synpo_assets.reports.boosting_report import iterations_of, read_iteration
     from synpo_assets.reports.plots import draw_plots
     from synpo_assets.reports.rows import report_rows
 
+    services = build(home_settings(home.absolute()), home.absolute())[1]
     folder.mkdir(parents=True, exist_ok=True)
     with dg.DagsterInstance.from_config(str(home.absolute())) as instance:
         keys, _ = iterations_of(instance, services)

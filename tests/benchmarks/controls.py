@@ -108,11 +108,13 @@ class Controls:
 def run(home: Path, file: Path) -> None:
     """Runs all controls and writes their table."""
     os.environ["SYNPO_HOME"] = str(home.absolute())
-    from definitions import services
+    from definitions import build
+    from resources.settings.files import home_settings
     from synpo_assets.method.damage import all_damages
     from synpo_assets.method.judging import other_answers
     from synpo_assets.stages.optimization import USED_COLUMNS
 
+    services = build(home_settings(home.absolute()), home.absolute())[1]
     controls = Controls(services)
     held_out, texts = controls.held_out, controls.held_out["answer"].to_list()
     others = other_answers(texts)
