@@ -15,9 +15,10 @@ from synpo_assets.cli import webserver
 @pytest.fixture
 def client(tmp_path, monkeypatch):
     monkeypatch.setenv("SYNPO_HOME", str(tmp_path))
-    ui = Starlette(routes=[Route("/{path:path}", lambda request: PlainTextResponse("the UI"))])
+    answer = Route("/{path:path}", lambda request: PlainTextResponse("the UI"), methods=["GET", "POST"])
+    ui = Starlette(routes=[answer])
     monkeypatch.setattr(webserver, "create_app_from_workspace_process_context", lambda: ui)
-    return TestClient(webserver.app_with_reports())
+    return TestClient(webserver.app_with_reports(), base_url="http://127.0.0.1:3000")
 
 
 def test_the_report_can_be_read_once_it_is_made_and_nothing_else(client, tmp_path):
@@ -39,3 +40,31 @@ def test_dagsters_own_command_starts_it_in_place_of_its_web_server(monkeypatch):
     assert started == [(["python", "-m", "synpo_assets.cli.webserver", "--port", "3000"], {"pass_fds": [7]})]
     # What is replaced is what that command calls.
     assert 'open_ipc_subprocess(\n                [sys.executable, "-m", "dagster_webserver"]' in inspect.getsource(dev)
+
+
+MUTATION = "/graphql?query=mutation{deletePipelineRun(runId:%22x%22){__typename}}"
+
+
+@pytest.mark.parametrize(("method", "path", "headers", "status"), [
+    ("GET", "/assets", {}, 200),
+    ("GET", "/assets", {"host": "localhost:3000"}, 200),
+    ("POST", "/graphql", {"origin": "http://127.0.0.1:3000"}, 200),
+    ("GET", "/assets", {"host": "evil.example"}, 403),
+    ("GET", "/assets", {"host": ""}, 403),
+    ("POST", "/graphql", {"origin": "http://evil.example"}, 403),
+    ("POST", "/graphql", {"origin": "http://127.0.0.1:8000"}, 403),
+    ("POST", "/graphql", {"origin": "null"}, 403),
+    ("GET", MUTATION, {}, 403),
+    ("GET", "/reports/boosting_report.html", {"host": "evil.example"}, 403),
+])  # fmt: skip
+def test_pages_of_other_sites_are_refused(client, method, path, headers, status):
+    assert client.request(method, path, headers={"host": "127.0.0.1:3000"} | headers).status_code == status
+
+
+def test_whoever_listens_on_all_addresses_is_reached_under_any_name(client, monkeypatch):
+    monkeypatch.setenv("SYNPO_UI_HOST", "0.0.0.0")
+    assert client.get("/assets", headers={"host": "machine.lan:3000"}).status_code == 200
+    assert client.get("/assets", headers={"host": "a:1", "origin": "http://b:1"}).status_code == 403
+    monkeypatch.setenv("SYNPO_UI_HOST", "machine.lan")
+    assert client.get("/assets", headers={"host": "machine.lan:3000"}).status_code == 200
+    assert client.get("/assets", headers={"host": "evil.example"}).status_code == 403

@@ -263,18 +263,25 @@ def ui(
     from synpo_assets.cli.preflight import check_storage, keep_expected_seconds
 
     check_storage(settings.storage)
-    prepare_home(place, settings)
-    # What is wrong with the data is shown in the UI.
-    with contextlib.suppress(SettingsError, ModelSourceError, FinalError):
-        keep_expected_seconds(settings, place)
+    from dagster import DagsterInstance
+
+    from synpo_assets.cli.runs import close_dead_runs, locked
     from synpo_assets.cli.webserver import serve
 
-    os.chdir(PROJECT)
-    address = f"http://{host}:{port}"
-    typer.echo(
-        f"synpo: open {address} in a browser. In a new home press Jobs, made_once, Materialize all; then iteration, with 0001."
-    )
-    serve(host, port)
+    # Two daemons on one home would launch a run twice.
+    with locked(place, "ui"):
+        prepare_home(place, settings)
+        # What is wrong with the data is shown in the UI; where a run is at work, none of it is dead.
+        with contextlib.suppress(SettingsError, ModelSourceError, FinalError):
+            keep_expected_seconds(settings, place)
+        with contextlib.suppress(SettingsError), locked(place), DagsterInstance.get() as instance:
+            close_dead_runs(instance)
+        os.chdir(PROJECT)
+        typer.echo(
+            f"synpo: open http://{host}:{port} in a browser. In a new home press Jobs, made_once, Materialize all; then iteration, "
+            "with 0001."
+        )
+        serve(host, port)
 
 
 def opened(home: Path | None) -> "Services":

@@ -36,15 +36,17 @@ def asset_job() -> dg.JobDefinition:
 
 
 @contextmanager
-def locked(home: Path) -> Iterator[None]:
+def locked(home: Path, name: str = "run") -> Iterator[None]:
     """Holds the home, which is made if need be, for this process; the lock goes with the process, however it ends."""
     # What a model wrote is nobody else's, and settings may hold the address of a database.
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (home / "run.lock").open("w") as file:
+    with (home / f"{name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SettingsError(f"Another `synpo run` is at work in {home}: wait until it ends, or stop it.") from None
+            raise SettingsError(
+                f"Another `synpo {name}` is at work in {home}: wait until it ends, or stop it."
+            ) from None
         yield
 
 

@@ -2,6 +2,9 @@
 
 `dg dev` starts the web server of Dagster as a process. `serve` has it start this module in its place, which is the same
 server with one route more. Started in any other way, Dagster's own server answers; the report is then a file in the home.
+
+Dagster's server answers whoever asks. A web page that is open in the same browser could read the history, delete runs or launch
+some, so requests that come from another site are refused here.
 """
 
 import os
@@ -9,22 +12,31 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dagster._cli import dev
 from dagster_dg_cli.cli import cli as dg
 from dagster_webserver import cli
 from dagster_webserver.app import create_app_from_workspace_process_context
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from synpo_assets.reports import FOLDER
+
+# The address that the server listens on, told to its process.
+LISTENS_ON = "SYNPO_UI_HOST"
+LOOPBACK, ANY_ADDRESS = ("127.0.0.1", "localhost", "::1"), ("0.0.0.0", "::")
 
 open_ipc_subprocess = dev.open_ipc_subprocess
 
 
 def serve(host: str, port: int) -> None:
     """Runs `dg dev` until it is interrupted."""
+    os.environ[LISTENS_ON] = host
     dev.open_ipc_subprocess = _start
     dg(["dev", "--host", host, "--port", str(port)])
 
@@ -40,7 +52,40 @@ def app_with_reports(*arguments: Any, **options: Any) -> Starlette:
     folder.mkdir(exist_ok=True)
     # Before the last route of the UI, which takes every address.
     app.router.routes.insert(0, Mount(f"/{FOLDER}", StaticFiles(directory=folder)))
+    app.add_middleware(SameSite)
     return app
+
+
+class SameSite:
+    """Refuses what a page of another site may send: another host's name, another origin, and changes by GET."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request or a websocket, or refuses it."""
+        problem = _foreign(scope) if scope["type"] in ("http", "websocket") else None
+        if problem is None:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": problem})
+        else:
+            await PlainTextResponse(problem, 403)(scope, receive, send)
+
+
+def _foreign(scope: Scope) -> str | None:
+    headers, listens_on = Headers(scope=scope), os.environ.get(LISTENS_ON, LOOPBACK[0])
+    asked = urlsplit(f"//{headers.get('host', '')}")
+    # Who listens on all addresses is reached under names that are not known here.
+    if asked.hostname not in (*LOOPBACK, listens_on) and listens_on not in ANY_ADDRESS:
+        return f"This UI answers at {listens_on} alone: start it with --host to reach it under another name."
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != asked.netloc:
+        return "Requests of other sites are refused."
+    # Everything that the pages ask is sent by POST; an address can be opened by any page.
+    if scope.get("method") == "GET" and scope["path"].endswith("/graphql") and b"query=" in scope["query_string"]:
+        return "Send queries by POST."
+    return None
 
 
 if __name__ == "__main__":
