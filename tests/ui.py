@@ -60,8 +60,9 @@ class Ui:
         ][0]["name"]
 
     def assets(self):
-        found = self.query("{ assetNodes { assetKey { path } isPartitioned } }")["assetNodes"]
-        return {node["assetKey"]["path"][0]: node["isPartitioned"] for node in found}
+        """Those that `Materialize all` takes, and whether they have iterations."""
+        found = self.query("{ assetNodes { assetKey { path } isPartitioned isMaterializable } }")["assetNodes"]
+        return {node["assetKey"]["path"][0]: node["isPartitioned"] for node in found if node["isMaterializable"]}
 
     def reload(self):
         """The button `Reload` of the code location."""
