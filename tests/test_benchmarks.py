@@ -300,6 +300,12 @@ def test_a_folder_without_task_files_is_refused(make, folder, no_model):
     (folder / "empty").mkdir()
     with pytest.raises(FinalError, match=r"empty \(benchmarks.task_folder\) holds no .yaml file"):
         make(benchmark_scores, tasks=TASKS, task_folder="empty")
+    (folder / "code").mkdir()
+    (folder / "code" / "evil.yaml").write_text("task: evil\nprocess_docs: !function evil.run\n")
+    with pytest.raises(
+        FinalError, match=r"evil.yaml \(benchmarks.task_folder\) runs Python code .* engine.trust_remote_code"
+    ):
+        make(benchmark_scores, tasks=TASKS, task_folder="code")
 
 
 def test_an_unknown_task_is_refused(make, no_model, monkeypatch):

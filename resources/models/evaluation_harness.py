@@ -83,13 +83,23 @@ class EvaluationHarness(DeviceResource):
         )
 
 
-def open_tasks(options: Benchmarks) -> "TaskManager":
+# By this tag lm-eval imports a module beside the task file.
+RUNS_CODE = "!function"
+
+
+def open_tasks(options: Benchmarks, trust_code: bool) -> "TaskManager":
     """Finds the tasks of the settings, and their data, before any model is loaded."""
     if importlib.util.find_spec("lm_eval") is None:
         raise FinalError("benchmarks.tasks needs lm-eval: install the extra `benchmarks`, or remove the setting.")
     folder = options.task_folder
     if folder and not (Path(folder).is_dir() and any(Path(folder).rglob("*.yaml"))):
         raise FinalError(f"The folder {folder} (benchmarks.task_folder) holds no .yaml file: name one with task files.")
+    files = Path(folder).rglob("*.yaml") if folder and not trust_code else []
+    for file in (file for file in files if RUNS_CODE in file.read_text("utf-8", "ignore")):
+        raise FinalError(
+            f"{file} (benchmarks.task_folder) runs Python code by `{RUNS_CODE}`. Read it, then set "
+            "engine.trust_remote_code to true, or remove the file."
+        )
     from lm_eval.tasks import TaskManager
 
     names = [task.name for task in options.tasks]

@@ -79,7 +79,7 @@ def benchmark_scores(
     if not options.tasks:
         reason = _left_out(context, "name lm-eval's tasks in benchmarks.tasks")
         return table_output(context, services, BenchmarkScores.empty(), left_out=reason)
-    manager, started = open_tasks(options), time.monotonic()
+    manager, started = open_tasks(options, services.settings.engine.trust_remote_code), time.monotonic()
     candidate, initial = (
         [row for task, scores in services.harness.evaluate(model, manager, options)
          for row in score_rows(task.name, task.shots, scores)]

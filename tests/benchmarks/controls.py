@@ -86,7 +86,7 @@ class Controls:
         from synpo_assets.method.cut import whole_answers
         from synpo_assets.method.templates import prompt_requests, user_message
 
-        seed = self.services.tables.read("seed_pairs", None).filter(split="train").select("prompt_id", "prompt")
+        seed = self.services.tables.scan("seed_pairs").collect().filter(split="train").select("prompt_id", "prompt")
         written = self.services.tables.read("synthetic_prompts", "0001").select("prompt_id", "prompt")
         prompts, sampling = pl.concat([seed, written]), self.services.settings.responses.sampling
         limited = Sampling(**sampling.model_dump() | {"max_new_tokens": SHAM_TOKENS})
