@@ -34,8 +34,8 @@ class ParquetTables(dg.UPathIOManager):
     def scan(self, asset: str) -> pl.LazyFrame | None:
         """The rows of an asset, over all its iterations, to be read lazily; None if it was never written."""
         made_once = self._base_path / f"{asset}.parquet"
-        files = [made_once] if made_once.exists() else sorted((self._base_path / asset).glob("*.parquet"))
-        if not files:
+        found = [made_once] if made_once.exists() else sorted((self._base_path / asset).glob("*.parquet"))
+        if not (files := [file for file in found if file.is_file()]):
             return None
         # Opened here for the same reason as in `load_from_path`.
         opened: list[IO[bytes]] = [file.open("rb") for file in files]

@@ -107,7 +107,11 @@ def median_pair(
 ) -> dg.MarkdownMetadataValue:
     """The lineage of the pair with the median margin, of pairs that are not stored yet, as a list with links for the UI."""
     home = _Home(services, links_of(services.graph), context.instance, preference_pairs=preference_pairs)
-    nodes = home.pairs(preference_pairs.sort("margin")["pair_id"][preference_pairs.height // 2])
+    try:
+        nodes = home.pairs(preference_pairs.sort("margin")["pair_id"][preference_pairs.height // 2])
+    except (OSError, pl.exceptions.PolarsError) as error:
+        # It reads tables of other iterations: what is damaged there is no fault of these pairs.
+        return dg.MetadataValue.md(f"A table that it leads to cannot be read: {error}")
     return dg.MetadataValue.md("\n".join(line for node in nodes for line in _markdown(node)))
 
 

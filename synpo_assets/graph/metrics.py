@@ -219,6 +219,15 @@ def judge_doubt(store: ParquetTables) -> str | None:
     return doubt(found.value, found.low, found.high, found.n) if found else None
 
 
+# What an asset cost: of interest after what came out of it.
+WORK: frozenset[MetricName] = frozenset({
+    "input_tokens", "output_tokens", "reused_completions", "generation_seconds", "generated_tokens",
+    "generated_tokens_per_second", "trained_tokens", "training_seconds", "trained_tokens_per_second", "readings", "reused_readings",
+    "scored_tokens", "prompts_unread", "answers_unread", "scoring_seconds", "scored_tokens_per_second", "embedded_texts",
+    "embedded_tokens", "texts_unread", "embedding_seconds", "peak_memory_gb", "peak_gpu_memory_gb",
+})  # fmt: skip
+
+
 def by_split(frame: pl.DataFrame, measure: Callable[[pl.DataFrame], Iterable[Metric]]) -> list[Metric]:
     """What is measured of the rows of each split, test first."""
     return [

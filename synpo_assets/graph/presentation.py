@@ -15,7 +15,7 @@ from resources.storage.checkpoint_store import Checkpoint
 from resources.training.job import TrainingSummary
 from synpo_assets.graph.curves import training_curves
 from synpo_assets.graph.history import data_version_of, newest
-from synpo_assets.graph.metrics import Metric, record
+from synpo_assets.graph.metrics import WORK, Metric, record
 from synpo_assets.graph.partitions import partition_of
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.used_settings import record_settings
@@ -91,13 +91,23 @@ def _recorded(
     if (of_gpu := memory.get("peak_gpu_memory_gb")) is not None:
         rows.append(Metric("peak_gpu_memory_gb", of_gpu))
     record(services.metrics, context.asset_key.to_user_string(), partition_of(context), rows)
-    metadata = {name: shown[name] for name in HEADLINES if name in shown}
-    for metric in rows:
-        metadata[metric.label] = None if metric.value is None else round(metric.value, 4)
-        if metric.low is not None and metric.high is not None:
-            metadata[f"{metric.label}: 95 % interval"] = f"{metric.low:.3f} to {metric.high:.3f} (n = {metric.n})"
+    headlines = {name: shown[name] for name in HEADLINES if name in shown}
+    figures = _figures(row for row in rows if row.metric not in WORK)
+    work = _figures(row for row in rows if row.metric in WORK)
     made_with = {"made_with": ", ".join(services.changes)} if _version_tags(context, services) else {}
-    return metadata | made_with | record_settings(context, services) | {"made_from": made_from(context)} | shown
+    made = made_with | record_settings(context, services) | {"made_from": made_from(context)}
+    # What is shown for a figure stands in its place: a sentence where a judge cannot judge.
+    return headlines | figures | shown | made | {name: shown.get(name, value) for name, value in work.items()}
+
+
+def _figures(rows: Iterable[Metric]) -> dict[str, Any]:
+    """Metrics by their labels, each with its interval after it."""
+    figures = dict[str, Any]()
+    for metric in rows:
+        figures[metric.label] = None if metric.value is None else round(metric.value, 4)
+        if metric.low is not None and metric.high is not None:
+            figures[f"{metric.label}: 95 % interval"] = f"{metric.low:.3f} to {metric.high:.3f} (n = {metric.n})"
+    return figures
 
 
 def made_by(checkpoint: Checkpoint) -> dict[str, Any]:
