@@ -82,7 +82,8 @@ def test_lineage_opens_on_the_phases_from_left_to_right_and_each_opens_into_its_
 def test_a_partition_shows_sample_rows_links_and_statistics(page, ui, screenshot):
     open_partition(page, ui, "preference_pairs", "0002")
     pair_id = pl.read_parquet(ui.home / "tables" / "preference_pairs" / "0002.parquet")["pair_id"][0]
-    row(page, "sample").get_by_text(pair_id).wait_for()
+    row(page, "sample").get_by_text(f"synpo trace {pair_id}").wait_for()
+    row(page, "sample").get_by_text(pair_id, exact=True).wait_for()
     row(page, "statistics").get_by_text("mean").first.wait_for()
     row(page, "made_from").get_by_role("link", name="refined_responses[0002]").wait_for()
 
