@@ -155,13 +155,17 @@ def api_key() -> str:
     Raises:
         FinalError: It holds what no key can hold; the message does not repeat it.
     """
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    key = _stated_key()
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise FinalError(
             "The environment variable OPENAI_API_KEY holds a character that no key has, such as a line end or a blank inside: set "
             "it anew."
         )
     return key
+
+
+def _stated_key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "").strip()
 
 
 class _BoundedStream(httpx2.SyncByteStream):
@@ -293,7 +297,7 @@ def _said(error: BaseException | None) -> str:
 
 def _shortened(text: str) -> str:
     """What a server says, fit for a log: in one line, without escape sequences, and without the key if it repeats it."""
-    if key := os.environ.get("OPENAI_API_KEY", "").strip():
+    if key := _stated_key():
         text = text.replace(key, "[OPENAI_API_KEY]")
     text = visible(" ".join(text.split()))
     text = text if len(text) <= 400 else text[:400] + "..."

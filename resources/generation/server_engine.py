@@ -140,7 +140,8 @@ def _as_completion(
     assert tokens is not None
     if token_ids := getattr(choice, "token_ids", None):
         # What no tokenizer knows has no text, and what is more than was asked for was not asked for.
-        known = [token for token in token_ids if 0 <= token < len(tokenizer)][: sampling.max_new_tokens]
+        size = len(tokenizer)
+        known = [token for token in token_ids if 0 <= token < size][: sampling.max_new_tokens]
         return completion(request.key, tokens.prompt_tokens, known, sampling, tokenizer, ends)
     # Half of a surrogate pair, which JSON can spell, is no character.
     text, stopped = choice.text.encode(errors="ignore").decode(), getattr(choice, "finish_reason", None) != "length"

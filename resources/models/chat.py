@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
+# What a template is tried with.
+QUESTION, ANSWER = "question", "answer"
+ASKED = [{"role": "user", "content": QUESTION}]
+ANSWERED = [*ASKED, {"role": "assistant", "content": ANSWER}]
 # Around the number of a control token that is text: noncharacters, which no text may hold.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
@@ -85,13 +89,12 @@ def _marked_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mess
 
 
 def _marked(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
-    control = _control_tokens(tokenizer)
-    found = re.compile("|".join(map(re.escape, control))) if control else None
-    return found.sub(lambda match: f"{OPEN}{control.index(match[0])}{CLOSE}", text) if found else text
+    control, pattern = _control_tokens(tokenizer)
+    return pattern.sub(lambda match: f"{OPEN}{control.index(match[0])}{CLOSE}", text) if control else text
 
 
 def _token_ids(tokenizer: "PreTrainedTokenizerBase", marked: str) -> list[int]:
-    ids, control = list[int](), _control_tokens(tokenizer)
+    ids, (control, _) = list[int](), _control_tokens(tokenizer)
     # The odd parts are the numbers of control tokens that are text.
     for place, part in enumerate(re.split(f"{OPEN}(\\d+){CLOSE}", marked)):
         text = control[int(part)] if place % 2 else part
@@ -101,10 +104,11 @@ def _token_ids(tokenizer: "PreTrainedTokenizerBase", marked: str) -> list[int]:
 
 
 @functools.lru_cache(maxsize=8)
-def _control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
-    """The texts of all control tokens, longer ones first, so that none is taken for another's beginning."""
+def _control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[str, ...], re.Pattern[str]]:
+    """The texts of all control tokens, and what finds them: longer ones first, so that none is taken for another's beginning."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return tuple(sorted(added | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token)))
+    control = tuple(sorted(added | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token)))
+    return control, re.compile("|".join(map(re.escape, control)))
 
 
 def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -115,10 +119,8 @@ def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase") -> int:
 @functools.lru_cache(maxsize=8)
 def _around_answers(tokenizer: "PreTrainedTokenizerBase", _template: str) -> tuple[str, int]:
     """The space that the template puts between a prompt and its answer, and the token that closes the answer."""
-    marker, asked = "answer", [{"role": "user", "content": "question"}]
-    rendered = turns_text(tokenizer, [*asked, {"role": "assistant", "content": marker}])
-    before, _, after = rendered.rpartition(marker)
-    between = before.removeprefix(prompt_text(tokenizer, asked))
+    before, _, after = turns_text(tokenizer, ANSWERED).rpartition(ANSWER)
+    between = before.removeprefix(prompt_text(tokenizer, ASKED))
     closing = tokenizer(after.strip(), add_special_tokens=False).input_ids
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     end = closing[0] if closing and closing[0] in special else tokenizer.eos_token_id

@@ -10,14 +10,22 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from resources.models.chat import ChatTemplateError, answer_ids, load_tokenizer, prompt_ids, prompt_text, turns_text
+from resources.models.chat import (
+    ANSWER,
+    ANSWERED,
+    ASKED,
+    ChatTemplateError,
+    answer_ids,
+    load_tokenizer,
+    prompt_ids,
+    prompt_text,
+    turns_text,
+)
 from resources.settings.data import InitialPolicy
 from resources.storage.files import temporary_directory_beside
 
 TEMPLATE_FILE = "chat_template.jinja"
 DATE_FORMAT = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
-QUESTION, ANSWER = "question", "answer"
-ASKED = [{"role": "user", "content": QUESTION}]
 
 
 def with_stated_template(directory: Path, source: InitialPolicy, folder: Path, trust_remote_code: bool) -> Path:
@@ -62,7 +70,8 @@ def refuse_other_text(directory: Path, trust_remote_code: bool) -> None:
     The second is what is trained and generated, the first is what whoever uses the model renders.
     """
     tokenizer = load_tokenizer(str(directory), trust_remote_code)
-    whole = turns_text(tokenizer, [*ASKED, {"role": "assistant", "content": ANSWER}])
+    whole = turns_text(tokenizer, ANSWERED)
+    closing = whole.rpartition(ANSWER)[2].strip()
     trained = prompt_ids(tokenizer, ASKED) + answer_ids(tokenizer, ASKED, ANSWER)
     rendered = tokenizer(whole, add_special_tokens=False).input_ids
     bos, problem = tokenizer.bos_token, None
@@ -73,12 +82,8 @@ def refuse_other_text(directory: Path, trust_remote_code: bool) -> None:
     elif rendered[: len(trained) - 1] != trained[:-1]:
         prompt = prompt_text(tokenizer, ASKED)
         problem = f"a prompt is {prompt[-60:]!r}, but the answered one is {whole[-90:]!r}"
-    elif (
-        len(rendered) >= len(trained)
-        and rendered[len(trained) - 1] != trained[-1]
-        and whole.rpartition(ANSWER)[2].strip()
-    ):
-        problem = f"it closes an answer with {whole.rpartition(ANSWER)[2].strip()[:40]!r}, which is no control token"
+    elif closing and len(rendered) >= len(trained) and rendered[len(trained) - 1] != trained[-1]:
+        problem = f"it closes an answer with {closing[:40]!r}, which is no control token"
     if problem:
         raise ChatTemplateError(
             f"The chat template of {directory} renders other text than would be trained: {problem}. State what the template asks "

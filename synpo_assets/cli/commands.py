@@ -102,7 +102,7 @@ def run(
     settings, place = _chosen(home, preset, settings_file)
     from synpo_assets.cli.preflight import check_before_run, keep_expected_seconds
 
-    check_before_run(settings, place, iterations)
+    data = check_before_run(settings, place, iterations)
     from dagster import DagsterInstance
 
     from synpo_assets.cli.runs import locked, run_missing
@@ -112,7 +112,7 @@ def run(
         # Another first run may have made the home in the meantime, with other settings.
         settings = chosen_settings(place, preset, settings_file)
         prepare_home(place, settings)
-        keep_expected_seconds(settings, place)
+        keep_expected_seconds(settings, place, *data)
         services = _services(settings, place)
         instance = stack.enter_context(DagsterInstance.get())
         if not run_missing(instance, services, iterations):
@@ -260,7 +260,7 @@ def ui(
 ) -> None:
     """Open the Dagster UI, with its daemon, on the same home; the report is below its address, at /reports."""
     settings, place = _chosen(home, preset, settings_file)
-    from synpo_assets.cli.preflight import check_storage, keep_expected_seconds
+    from synpo_assets.cli.preflight import check_data_and_training, check_storage, keep_expected_seconds
 
     check_storage(settings.storage)
     from dagster import DagsterInstance
@@ -273,7 +273,8 @@ def ui(
         prepare_home(place, settings)
         # What is wrong with the data is shown in the UI; where a run is at work, none of it is dead.
         with contextlib.suppress(SettingsError, ModelSourceError, FinalError):
-            keep_expected_seconds(settings, place)
+            seed, _, instructions = check_data_and_training(settings)
+            keep_expected_seconds(settings, place, seed, instructions)
         with contextlib.suppress(SettingsError), locked(place), DagsterInstance.get() as instance:
             close_dead_runs(instance)
         os.chdir(PROJECT)

@@ -49,18 +49,21 @@ CONNECT_SECONDS = 10
 ROOM_WITHOUT_MODEL = 2_000_000_000
 
 
-def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> None:
-    """Everything that can fail is tried before training: seed data, corpus, storage, disk, and getting M_0."""
+def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> tuple[pl.DataFrame, int]:
+    """Everything that can fail is tried before training: seed data, corpus, storage, disk, and getting M_0.
+
+    Returns the seed, and how many instructions there are.
+    """
     if not 1 <= iterations <= settings.max_iterations:
         raise SettingsError(
             f"--iterations {iterations} is not between 1 and max_iterations = {settings.max_iterations}: raise it in the "
             f"settings (for a home that exists, in {home / 'settings.yaml'})."
         )
-    _check_data_and_training(settings)
+    seed, _, instructions = check_data_and_training(settings)
     check_storage(settings.storage)
     check_disk(settings, home)
     initial, _ = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
-    _refuse_long_prompts(settings, initial)
+    _refuse_long_prompts(settings, initial, seed)
     for section, chosen in (("scorer", settings.scorer), ("judge", settings.judge)):
         if chosen.kind in ("trained", "verifier") and not settings.engine.trust_remote_code:
             refuse_without_classifier(initial, section)
@@ -71,6 +74,7 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> Non
         fetch_reward_model(settings.judge.scorer, settings.engine.trust_remote_code, "judge")
     # Only now is the size of a model known that had to be downloaded.
     check_disk(settings, home)
+    return seed, instructions
 
 
 def check_training(settings: Settings) -> None:
@@ -80,7 +84,7 @@ def check_training(settings: Settings) -> None:
         processes_to_start(settings.training_processes, training, settings.engine)
 
 
-def _check_data_and_training(settings: Settings) -> tuple[pl.DataFrame, list[BadRow], int]:
+def check_data_and_training(settings: Settings) -> tuple[pl.DataFrame, list[BadRow], int]:
     """Reads all data that the settings name; the seed, its rows that were dropped, and how many instructions there are."""
     seed, dropped = seed_table(settings)
     shown_seed_prompts(settings, seed)
@@ -94,20 +98,18 @@ def _check_data_and_training(settings: Settings) -> tuple[pl.DataFrame, list[Bad
     return seed, dropped, instructions
 
 
-def _refuse_long_prompts(settings: Settings, weights: Path) -> None:
+def _refuse_long_prompts(settings: Settings, weights: Path, seed: pl.DataFrame) -> None:
     """Raises a sentence if M_0's context does not hold a prompt of the seed and what is written after it."""
     from transformers import AutoConfig
 
     trusted = settings.engine.trust_remote_code
-    tokenizer, config = (
-        load_tokenizer(str(weights), trusted),
-        AutoConfig.from_pretrained(weights, trust_remote_code=trusted),
-    )
+    tokenizer = load_tokenizer(str(weights), trusted)
+    config = AutoConfig.from_pretrained(weights, trust_remote_code=trusted)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     written = max(section.sampling.max_new_tokens for section in (settings.responses, settings.evaluation))
     if settings.trains_improver:
         written += settings.response_improver.sampling.max_new_tokens
-    for split, line, prompt in seed_table(settings)[0].select("split", "line", "prompt").iter_rows():
+    for split, line, prompt in seed.select("split", "line", "prompt").iter_rows():
         asked = improver_instruction(prompt, "") if settings.trains_improver else user_message(prompt)
         tokens = len(prompt_ids(tokenizer, asked))
         if context is not None and tokens + written > context:
@@ -190,9 +192,8 @@ def disk_needed(settings: Settings) -> int:
     return checkpoints + (KEPT_STATES * 3 * 2 * weights if is_full else 0)
 
 
-def keep_expected_seconds(settings: Settings, home: Path) -> None:
+def keep_expected_seconds(settings: Settings, home: Path, seed: pl.DataFrame, instructions: int) -> None:
     """Writes into the home how long each asset will take in each iteration, which its runs tell; nothing if unknown."""
-    seed, _, instructions = _check_data_and_training(settings)
     cached, device = cached_initial_policy(settings.initial_policy), prepare_device(settings.engine)
     rates, _ = known_rates(known_calibration(settings), cached, device)
     if rates is None:
@@ -207,7 +208,7 @@ def keep_expected_seconds(settings: Settings, home: Path) -> None:
 def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     """Prints what was validated and what the run will cost; loads no model and writes nothing, unless asked to measure."""
     console = Console(soft_wrap=True)
-    seed, dropped, instructions = _check_data_and_training(settings)
+    seed, dropped, instructions = check_data_and_training(settings)
     check_disk(settings, home)
     calibration = calibrate(settings, seed) if measure else known_calibration(settings)
     # After the measurement, which downloads M_0: only then is its size known.

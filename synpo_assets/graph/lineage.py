@@ -19,7 +19,7 @@ from resources.settings.sections import SettingsError
 from resources.storage.tables import ParquetTables
 from synpo_assets.graph.history import newest
 from synpo_assets.graph.partitions import partition_key
-from synpo_assets.graph.presentation import asset_page, run_link, table_version
+from synpo_assets.graph.presentation import label_link, run_link, table_version
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import MADE_FROM, STATE_TAG
 from synpo_assets.method.seed import HELD_OUT
@@ -118,12 +118,9 @@ def median_pair(
 def _markdown(node: Node, depth: int = 0) -> Iterator[str]:
     name = node.id or "(none)"
     if node.table is None and node.run_id:
-        asset, _, partition = name.removesuffix("]").partition("[")
-        name = f"[{name}]({asset_page(asset, partition or None)})"
+        name = label_link(name)
     facts = [f"{fact} {value}" for fact, value in node.short_facts()]
-    if node.table:
-        asset, _, partition = node.table.removesuffix("]").partition("[")
-        facts.append(f"[{node.table}]({asset_page(asset, partition or None)})")
+    facts += [label_link(node.table)] if node.table else []
     facts += [f"run {run_link(node.run_id)}"] if node.run_id else []
     indent = "  " * depth
     yield f"{indent}- **{node.kind}** {name}: {', '.join([node.note, *facts] if node.note else facts)}"

@@ -125,27 +125,34 @@ def checkpoints_table(checkpoints: Iterable[tuple[str, str, str, str]]) -> dg.Ma
     """A table of checkpoints (role, label, sha, and the run that made it) as links that work in the UI."""
     lines = [["role", "checkpoint", "sha", "run"], ["---"] * 4]
     for role, label, sha, run_id in checkpoints:
-        asset, _, partition = label.removesuffix("]").partition("[")
-        lines.append([role, f"[{label}]({asset_page(asset, partition or None)})", f"`{sha[:16]}`", run_link(run_id)])
+        lines.append([role, label_link(label), f"`{sha[:16]}`", run_link(run_id)])
     return _markdown(lines)
 
 
 def made_from(context: dg.AssetExecutionContext) -> dg.MarkdownMetadataValue:
     """The content versions of everything that the running asset depends on, with links to their pages and runs."""
-    graph = context.job_def.asset_layer.asset_graph
-    parents = [graph.get(key) for key in sorted(graph.get(context.asset_key).parent_keys)]
-    partition = partition_of(context)
-    inputs = [(node.key.to_user_string(), partition if node.partitions_def is not None else None) for node in parents]
-    return versions_table(context.instance, inputs)
+    node = context.job_def.asset_layer.asset_graph.get(context.asset_key)
+    return versions_table(context.instance, _in_this_iteration(context, node.parent_keys))
 
 
 def _read_by(context: dg.AssetExecutionContext) -> dg.MarkdownMetadataValue:
     """Links to what is made with the running asset's model: the way forward, as `made_from` is the way back."""
+    node = context.job_def.asset_layer.asset_graph.get(context.asset_key)
+    found = _in_this_iteration(context, node.child_keys)
+    return dg.MetadataValue.md(", ".join(asset_link(asset, partition) for asset, partition in found) or "nothing")
+
+
+def _in_this_iteration(context: dg.AssetExecutionContext, keys: Iterable[dg.AssetKey]) -> list[tuple[str, str | None]]:
+    """Assets with the iteration of the running one; None where they, or it, are made once."""
     graph, partition = context.job_def.asset_layer.asset_graph, partition_of(context)
-    children = [graph.get(key) for key in sorted(graph.get(context.asset_key).child_keys)]
-    # What is made in each iteration reads what is made once; none of them is the page to go to.
-    found = [(node.key.to_user_string(), partition if node.partitions_def is not None else None) for node in children]
-    return dg.MetadataValue.md(", ".join(asset_link(asset, key) for asset, key in found) or "nothing")
+    nodes = [graph.get(key) for key in sorted(keys)]
+    return [(node.key.to_user_string(), partition if node.partitions_def is not None else None) for node in nodes]
+
+
+def label_link(label: str) -> str:
+    """A link to the page of an asset or iteration, given as people name it: `model_checkpoint[0001]`."""
+    asset, _, partition = label.removesuffix("]").partition("[")
+    return asset_link(asset, partition or None)
 
 
 def asset_link(asset: str, partition: str | None) -> str:

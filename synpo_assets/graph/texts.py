@@ -18,8 +18,7 @@ def rate_text(rate: Metric | None) -> str:
     """
     if rate is None or rate.value is None:
         return MISSING
-    text = f"{rate.value:.1%}"
-    return text if rate.low is None or rate.high is None else f"{text} ({100 * rate.low:.1f} to {100 * rate.high:.1f})"
+    return f"{rate.value:.1%}{_interval(rate, '.1f', 100)}"
 
 
 def gain_text(gain: Metric | None) -> str:
@@ -31,9 +30,9 @@ def gain_text(gain: Metric | None) -> str:
         >>> gain_text(None)
         '—'
     """
-    if gain is None or gain.value is None or gain.low is None or gain.high is None:
+    if gain is None or gain.value is None or not (interval := _interval(gain, "+.1f", 100)):
         return MISSING
-    return f"{100 * gain.value:+.1f} points ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
+    return f"{100 * gain.value:+.1f} points{interval}"
 
 
 def difference_text(difference: Metric | None) -> str:
@@ -43,9 +42,9 @@ def difference_text(difference: Metric | None) -> str:
         >>> difference_text(Metric("gold_log_likelihood_gain", 0.0494, low=0.0228, high=0.074))
         '+0.049 (+0.023 to +0.074)'
     """
-    if difference is None or difference.value is None or difference.low is None or difference.high is None:
+    if difference is None or difference.value is None or not (interval := _interval(difference, "+.3f")):
         return MISSING
-    return f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+    return f"{difference.value:+.3f}{interval}"
 
 
 def estimate_text(estimate: Metric | None) -> str:
@@ -59,10 +58,7 @@ def estimate_text(estimate: Metric | None) -> str:
     """
     if estimate is None or estimate.value is None:
         return MISSING
-    text = f"{estimate.value:.3f}"
-    return (
-        text if estimate.low is None or estimate.high is None else f"{text} ({estimate.low:.3f} to {estimate.high:.3f})"
-    )
+    return f"{estimate.value:.3f}{_interval(estimate, '.3f')}"
 
 
 def count_text(value: float | None) -> str:
@@ -78,3 +74,10 @@ def number_text(value: float | None) -> str:
 def share_text(value: float | None) -> str:
     """A share in percent."""
     return MISSING if value is None else f"{value:.1%}"
+
+
+def _interval(metric: Metric, form: str, scale: int = 1) -> str:
+    """The interval behind a value; nothing if it is not known."""
+    if metric.low is None or metric.high is None:
+        return ""
+    return f" ({scale * metric.low:{form}} to {scale * metric.high:{form}})"
