@@ -27,13 +27,13 @@ def seed_rows(name: str = "train") -> list[dict[str, str]]:
     return [json.loads(line) for line in (SEED / f"{name}.jsonl").read_text().splitlines()]
 
 
-def nano_tokenizer() -> Any:
-    """A byte-level BPE of 1,024 tokens, trained on the seed text, with the ChatML template."""
+def nano_tokenizer(more: list[dict[str, str]] | None = None) -> Any:
+    """A byte-level BPE of 1,024 tokens, trained on the seed text and on more rows, with the ChatML template."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
     bpe = ByteLevelBPETokenizer()
-    texts = [f"{row['prompt']} {row['answer']}" for row in seed_rows()]
+    texts = [f"{row['prompt']} {row['answer']}" for row in seed_rows() + (more or [])]
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe.train_from_iterator(texts, vocab_size=1016, special_tokens=specials, show_progress=False)
     bpe.add_tokens(["OUTPUT", "<question>", "</question>", "<solution>", "</solution>"])
@@ -45,13 +45,18 @@ def nano_tokenizer() -> Any:
     )
 
 
-def make_nano_model(directory: Path) -> Path:
-    """A 2-layer Llama that has seen enough chats to open and close questions and answers; its text is nonsense."""
+def make_nano_model(directory: Path, rows: list[dict[str, str]] | None = None) -> Path:
+    """A 2-layer Llama that has seen enough chats to open and close questions and answers; its text is nonsense.
+
+    Args:
+        directory: Where it is saved.
+        rows: The prompts and answers that it is taught; by default those of the shipped seed.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    tokenizer = nano_tokenizer()
+    tokenizer = nano_tokenizer(rows)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -60,7 +65,7 @@ def make_nano_model(directory: Path) -> Path:
         )
     )  # fmt: skip
     # Short answers, which are seen whole and ended.
-    rows = sorted(seed_rows(), key=lambda row: len(tokenizer(row["answer"]).input_ids))[:64]
+    rows = sorted(rows or seed_rows(), key=lambda row: len(tokenizer(row["answer"]).input_ids))[:64]
     chats = [
         (generator_instruction(["alpha", "beta", "gamma"]), generator_target(r["prompt"], r["answer"])) for r in rows
     ]

@@ -281,7 +281,8 @@ def test_a_node_killed_while_it_generates_costs_no_prompt_and_doubles_none(clust
     shards = pl.concat([pl.read_parquet(file) for file in finished.glob("*/*.parquet")])
     assert shards.height == shards["key"].n_unique() == usage.rows == len(MANY)
     assert sum(line.startswith("Worker 1 runs") or line.startswith("Worker 2 runs") for line in said) == 2
-    assert sum(line.startswith("A worker was lost") for line in said) == 1
+    # The worker that takes its place may be put on the same dead node, and is then lost in turn.
+    assert any(line.startswith("A worker was lost") for line in said)
 
 
 @needs_ray
