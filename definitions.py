@@ -13,6 +13,7 @@ from resources.settings.files import home_directory
 from resources.settings.settings import Settings
 from synpo_assets.algorithm import stages_of
 from synpo_assets.cli import automation
+from synpo_assets.cli.executor import executor
 from synpo_assets.cli.home import last_valid_settings
 from synpo_assets.cli.settings_watch import with_settings_check
 from synpo_assets.cli.terminal import terminal_logger
@@ -30,11 +31,6 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 # Data versions and pools are marked beta; the pinned Dagster minor version is the one they were tested with.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
 end_with_parent()
-
-# The forkserver imports the heavy libraries once; each step is then forked from it in an instant, in a process of its
-# own, so that the memory of one phase is free again before the next one starts.
-PRELOADED = ["synpo_assets.cli.preload", "transformers", "trl", "peft"]
-executor = dg.multiprocess_executor.configured({"start_method": {"forkserver": {"preload_modules": PRELOADED}}})
 
 
 def build(settings: Settings, home: Path, changes: Sequence[str] = ()) -> tuple[dg.Definitions, Services]:

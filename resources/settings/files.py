@@ -175,8 +175,8 @@ def _size(value: Any, known: dict[int, float]) -> float:
     return known[id(value)]
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """The safe loader; refuses keys that stand twice, of which YAML silently takes the last."""
+class _PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The safe loader, the fast one where it is there; refuses keys that stand twice, of which YAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if not key.tag.endswith(":merge")]

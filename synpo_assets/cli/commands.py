@@ -105,6 +105,7 @@ def run(
     data = check_before_run(settings, place, iterations)
     from dagster import DagsterInstance
 
+    from synpo_assets.cli.executor import start_preloading
     from synpo_assets.cli.runs import locked, run_missing
     from synpo_assets.cli.summary import print_summary
 
@@ -112,6 +113,7 @@ def run(
         # Another first run may have made the home in the meantime, with other settings.
         settings = chosen_settings(place, preset, settings_file)
         prepare_home(place, settings)
+        start_preloading()
         keep_expected_seconds(settings, place, *data)
         services = _services(settings, place)
         instance = stack.enter_context(DagsterInstance.get())

@@ -1,8 +1,9 @@
 """What every step of a run needs, made once in the process that the steps are forked from."""
 
-# Dagster imports these when it opens an instance, which each step does.
+# Dagster imports the storages when it opens an instance, and pandera its checks when it validates the first table.
 import dagster._core.storage.base_storage
 import dagster._core.storage.sqlite_storage  # noqa: F401
+import pandera.backends.polars.builtin_checks  # noqa: F401
 
 from definitions import defs
 

@@ -55,11 +55,11 @@ def run_resources(services: Services, rebuild: Rebuild) -> dict[str, dg.Resource
         services: Those of the home.
         rebuild: Opens the services for other settings, given what differs in words.
     """
-    # A run goes on with the settings that it started with; whoever starts one reads the file again.
-    is_of_a_run = multiprocessing.parent_process() is not None
-    at_start = settings_problem(services.home) if is_of_a_run else None
+    at_start = settings_problem(services.home)
 
     def opened(changes: Mapping[str, Any]) -> Services:
+        # A run and its steps go on with the settings that it started with; whoever starts one reads the file again.
+        is_of_a_run = multiprocessing.parent_process() is not None
         if problem := at_start if is_of_a_run else settings_problem(services.home):
             raise RunRefused(problem)
         try:
