@@ -39,10 +39,13 @@ os.environ.pop("DAGSTER_HOME", None)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests that need the whole run go to one process, so that it is made once."""
+    """What needs the whole run is slow and goes to one process, so that it is made once; so do the slow tests of a file."""
     for item in items:
         if "nano_run" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.xdist_group("nano_run"))
+        elif item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @contextlib.contextmanager

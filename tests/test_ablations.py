@@ -116,6 +116,7 @@ def test_one_line_decides_the_keywords_the_generator_learns_from(tmp_path, prese
         assert len(keywords) == own + noise == settings.keyword_pool.keywords_per_set
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [PAIRED.lora, None])
 def test_the_dpo_loss_is_the_formula_with_the_start_as_reference(tmp_path, nano_checkpoint, lora):
     """The second step's loss, by hand: the model after one step against the start, log-probabilities summed."""

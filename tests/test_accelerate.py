@@ -111,6 +111,7 @@ def stop_after(monkeypatch):
 SLOW_BUT_ONE = [sft, pytest.param(simpo, marks=pytest.mark.slow), pytest.param(reward, marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", SLOW_BUT_ONE)
 def test_a_stopped_training_goes_on_and_ends_with_the_weights_of_an_undisturbed_one(
     tmp_path, nano_checkpoint, stop_after, said, train
@@ -135,6 +136,7 @@ def test_a_stopped_training_goes_on_and_ends_with_the_weights_of_an_undisturbed_
     assert [json.loads(line)["step"] for line in logged] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_training_whose_result_was_lost_is_not_done_again(tmp_path, nano_checkpoint, said):
     saving = trainer(tmp_path / "states", save_every_steps=3)
     sft(saving, nano_checkpoint, tmp_path / "lost")
@@ -145,6 +147,7 @@ def test_a_training_whose_result_was_lost_is_not_done_again(tmp_path, nano_check
     assert again.steps == STEPS
 
 
+@pytest.mark.slow
 def test_two_states_are_kept_and_short_trainings_save_none(tmp_path, nano_checkpoint, stop_after):
     with stop_after(7):
         sft(trainer(tmp_path / "states", save_every_steps=2), nano_checkpoint, tmp_path / "a")

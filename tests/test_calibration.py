@@ -47,6 +47,7 @@ def measured(cache, load, printed):
         return calibrate(settings, seed_table(settings)[0])
 
 
+@pytest.mark.slow
 def test_progress_is_shown_once_and_only_while_it_measures(measured, printed):
     assert printed.getvalue().count("Step 3 of 3, loss") == 1
     assert logging.getLogger("synpo").handlers == []

@@ -52,6 +52,7 @@ def with_control(settings, **changes):
 # Steps in place of epochs.
 
 
+@pytest.mark.slow
 def test_a_training_takes_as_many_steps_as_it_is_told(trainer, nano_checkpoint, tmp_path):
     """Eight pairs in batches of four: five steps are two passes and a half."""
     scheduled = PAIRED.model_copy(update={"scheduler": "linear", "warmup_ratio": 0.2})
@@ -64,6 +65,7 @@ def test_a_training_takes_as_many_steps_as_it_is_told(trainer, nano_checkpoint, 
     assert rates == pytest.approx([0, 1, 0.75, 0.5, 0.25])
 
 
+@pytest.mark.slow
 def test_the_same_number_of_steps_is_the_same_training(trainer, nano_checkpoint, tmp_path):
     """Else M_1 would not be its own control."""
     runs = [
@@ -105,6 +107,7 @@ def iteration(instance, tmp_path, nano_model):
     return iteration
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accumulate", "learned"), [(True, [1, 1, 2, 2, 2]), (False, [2, 2, 2])])
 def test_the_control_sees_the_first_pairs_for_as_many_steps(iteration, accumulate, learned):
     services, trained = iteration("0002", accumulate=accumulate)

@@ -807,6 +807,7 @@ class PrefersFirst:
         return [[1.0, 0.0] for _ in readings]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convention", PairRanker.conventions)
 def test_a_preference_for_a_place_wins_nothing(instance, tmp_path, monkeypatch, convention):
     """Pairs are selected as the setting says; M_t, which always stands first, is judged in both orders."""

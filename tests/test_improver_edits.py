@@ -248,6 +248,7 @@ class Editors:
         return frame.with_columns(finish_reason=pl.lit("stop")), Usage(len(asked), 0, 3, 4, 4, 0, 1.0)
 
 
+@pytest.mark.slow
 def test_damaged_held_out_gold_is_edited_by_both_models_and_counted(instance, tmp_path, nano_checkpoint):
     editors = Editors()
     services = dataclasses.replace(services_in(tmp_path, editing()), language_model=editors)
@@ -285,6 +286,7 @@ def test_damaged_held_out_gold_is_edited_by_both_models_and_counted(instance, tm
     assert len([label for label in cells if "R_t less M_0" in label]) == len(EDIT_SHARES)
 
 
+@pytest.mark.slow
 def test_an_improver_that_is_m_0_itself_gains_nothing(instance, tmp_path, nano_checkpoint):
     """Real generation: the same weights are asked the same, so that the second model is found in the shards."""
     sampling = active_settings().response_improver.sampling.model_copy(update={"max_new_tokens": 4})

@@ -247,6 +247,7 @@ class StubHub:
         return type("Commit", (), {"commit_url": f"https://hub/{options['repo_id']}/commit/1"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("private", [True, False])
 def test_what_the_hub_is_asked_for(publish, home, monkeypatch, private):
     """With a stub of HfApi: which repositories, of which kind and privacy, and which folder."""

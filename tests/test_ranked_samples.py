@@ -170,6 +170,7 @@ def test_the_columns_of_the_pairs_are_described_for_both_origins():
         assert "the refined response, or the best of the ranked samples" in columns[name].description.lower()
 
 
+@pytest.mark.slow
 def test_nothing_is_generated_twice(iteration):
     _, measured, _, _ = iteration()
     sides = ("chosen_responses", "rejected_responses")

@@ -365,6 +365,7 @@ def test_the_ui_shows_table_plots_and_sources(instance, services):
         assert text in page
 
 
+@pytest.mark.slow
 def test_the_plots_are_small_drawings_in_the_colours_of_the_page(instance, services):
     for iteration in (1, 2):
         make_iteration(instance, services, iteration)

@@ -232,6 +232,7 @@ for _ in side_by_side(ask, range(4), 4):
 """
 
 
+@pytest.mark.slow
 def test_requests_that_hang_do_not_hold_up_the_end_of_the_process():
     root = Path(__file__).parents[1]
     result = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, cwd=root, timeout=30)

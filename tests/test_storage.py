@@ -326,6 +326,7 @@ def test_a_missing_driver_is_named(monkeypatch):
         check_storage(Storage(artifacts="s3a://x", dagster_database=None))
 
 
+@pytest.mark.slow
 def test_no_driver_is_imported_where_nothing_needs_it():
     drivers = ["boto3", "botocore", "dagster_postgres", "psycopg2", "s3fs"]
     code = f"import sys, definitions, synpo_assets.cli.preflight; print([name for name in {drivers} if name in sys.modules])"

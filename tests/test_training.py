@@ -246,6 +246,7 @@ def test_the_progress_line_of_preferences_has_accuracy_and_gap(tmp_path, trainer
     assert f"loss {logged['loss']:.3f}, reward accuracy {accuracy:.0%}, gap {gap:+.3f} nats per token, " in said[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("most", "steps"), [(50, [1, 2, 3, 4, 5]), (2, [3, 5])])
 def test_the_loss_is_observed_while_it_trains(tmp_path, trainer, nano_checkpoint, monkeypatch, most, steps):
     """The UI plots what is observed; of a long training, evenly chosen steps."""

@@ -145,12 +145,9 @@ class Metrics:
 
     def find(self, metric: MetricName, of: str | None = None, **which: Unpack[Which]) -> Metric | None:
         """The row of a metric; None if it was not recorded."""
-        named = {"metric": metric, "of": of, "over": which.get("over"), "by": which.get("by")}
-        rows = self._of_split(which.get("split", "test"))
-        rows = rows.filter(pl.col(name).eq_missing(value) for name, value in named.items())
-        if (asset := which.get("asset")) is not None:
-            rows = rows.filter(asset=asset)
-        return None if rows.is_empty() else next(_as_metrics(rows))
+        wanted = (of, which.get("over"), which.get("by"))
+        found = self.every(metric, which.get("asset"), which.get("split", "test"))
+        return next((each for each in found if (each.of, each.over, each.by) == wanted), None)
 
     def value(self, metric: MetricName, of: str | None = None, **which: Unpack[Which]) -> float | None:
         """The value of a metric; None if it was not recorded or could not be measured."""
@@ -159,12 +156,19 @@ class Metrics:
 
     def every(self, metric: MetricName, asset: str | None = None, split: str = "test") -> list[Metric]:
         """All rows of a metric on a split or on none, in the order in which they were recorded."""
-        rows = self._of_split(split).filter(pl.col("metric") == metric)
-        return list(_as_metrics(rows if asset is None else rows.filter(asset=asset)))
+        return [
+            each
+            for recorded_by, each in self._by_name.get(metric, ())
+            if each.split in (None, split) and asset in (None, recorded_by)
+        ]
 
-    def _of_split(self, split: str) -> pl.DataFrame:
-        """What was measured on a split, or on none."""
-        return self.frame.filter(pl.col("split").eq_missing(None) | (pl.col("split") == split))
+    @functools.cached_property
+    def _by_name(self) -> dict[str, list[tuple[str, Metric]]]:
+        """The rows of each metric, with the asset that recorded it: a report asks for thousands."""
+        found: dict[str, list[tuple[str, Metric]]] = {}
+        for asset, each in zip(self.frame["asset"], _as_metrics(self.frame), strict=True):
+            found.setdefault(each.metric, []).append((asset, each))
+        return found
 
     def without_rates_by(self, judge: str) -> "Metrics":
         """The same without the win rates of a judge that cannot judge; its counts of wins and losses stay."""
