@@ -46,6 +46,12 @@ CASES = [
     ("json_list_of", "2", "[1, 2]", "[1, 2, 3]"),
     ("json_list_of", "2", "[{}, {}]", '{"a": 1, "b": 2}'),
     ("json_list_of", "1", "[[1]]", "[" * 100_000),
+    ("numbered_exactly", "2", "So:\n1. one\n 2) two", "1. one\n2. two\n3. three"),
+    ("numbered_exactly", "2", "1. in 2024\n2. two", "2. two\n1. one"),
+    ("comma_items_exactly", "3", "salt, oil, bread", "salt, oil and bread"),
+    ("comma_items_exactly", "2", "salt, oil", "salt,\noil"),
+    ("in_order", "ant|bee|cat", "Ant, then bee.\nThe cat!", "bee, ant, cat"),
+    ("in_order", "ant|bee", "ant bee", "ants, bees"),
 ]
 
 

@@ -3,12 +3,14 @@
 import collections
 
 import pytest
+import yaml
 
 from resources.settings.files import load_settings, preset_path
 from synpo_assets.cli.preflight import seed_table, verifiable_table
 from synpo_assets.method.prompts import Contamination, NearDuplicates
 from synpo_assets.method.verifiable import RULES
 from synpo_assets.method.words import words_of
+from tests.benchmarks.rules_seed import tasks_of
 from tests.nano import SEED, seed_rows
 
 
@@ -78,7 +80,37 @@ def test_the_shipped_instructions_are_valid_and_alike_to_no_prompt():
         assert known.find(prompt) is None, prompt
         known.add(prompt)
     rules = collections.Counter(each["rule"] for row in instructions["constraints"] for each in row)
-    assert set(rules) == RULES.keys()
+    assert set(rules) <= RULES.keys()
+
+
+def test_the_seed_with_rules_is_what_its_script_makes():
+    topics, templates = (yaml.safe_load((SEED / f"rules/{name}.yaml").read_text()) for name in ("topics", "templates"))
+    made = {split: list(tasks_of(split, of_split, templates)) for split, of_split in topics.items()}
+    shipped = [row for row in seed_rows("rules/train") if row["constraints"]]
+    assert shipped == made["train"]
+    assert seed_rows("rules/instructions") == [
+        row | {"split": split} for split in ("dev", "test") for row in made[split]
+    ]
+    assert len(shipped) >= 700
+    assert len(made["dev"]) >= 150
+    assert len(made["test"]) >= 300
+    assert len({row["kind"] for row in shipped}) >= 12
+    assert len({row["topic"] for row in shipped}) >= 40
+
+
+def test_dev_and_test_have_topics_templates_and_combinations_of_rules_of_their_own():
+    train, instructions = seed_rows("rules/train"), seed_rows("rules/instructions")
+    taught = [row for row in train if row["constraints"]]
+    for column in ("topic", "template"):
+        by_split = [{row[column] for row in taught}]
+        by_split += [{row[column] for row in instructions if row["split"] == split} for split in ("dev", "test")]
+        assert sum(map(len, by_split)) == len(set().union(*by_split)), column
+
+    def combinations(rows):
+        return {tuple(sorted({each["rule"] for each in row["constraints"]})) for row in rows}
+
+    for split in ("dev", "test"):
+        assert combinations(row for row in instructions if row["split"] == split) - combinations(taught)
 
 
 def test_how_it_was_made_and_its_licence_are_stated():

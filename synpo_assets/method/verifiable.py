@@ -21,6 +21,7 @@ RULES_HOLD = "rules_hold"
 BY_RULES = pl.col("score_convention") == RULES_HOLD
 # A number with more digits is no count of words or lines.
 MOST_DIGITS = 6
+NUMBERED = re.compile(r"\s*(\d+)[.)]\s")
 DASHED = re.compile(r"\s*[-\u2013\u2014]\s*[^\s\-\u2013\u2014]")
 # A full stop after these, or between their letters, ends no sentence.
 ABBREVIATION = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|e\.g|i\.e)\.", re.IGNORECASE)
@@ -206,6 +207,25 @@ def _has_key(answer: str, key: str) -> bool:
     return isinstance(stated, dict) and key in stated
 
 
+def _is_numbered(answer: str, count: str) -> bool:
+    """Whether the lines that start with a number are numbered from 1 to a count, and nothing else."""
+    return [line[1] for line in map(NUMBERED.match, _lines(answer)) if line] == [
+        str(number) for number in range(1, int(count) + 1)
+    ]
+
+
+def _in_order(answer: str, texts: str) -> bool:
+    """Whether texts, written with bars between them, all stand in an answer, each after the one before."""
+    return (
+        re.search(
+            r"(?!\w).*?".join(rf"(?<!\w){re.escape(text)}" for text in texts.split("|")) + r"(?!\w)",
+            answer,
+            re.I | re.S,
+        )
+        is not None
+    )
+
+
 def _bare(text: str) -> str:
     """In lowercase, without quotes and marks around it."""
     return text.lower().strip(".!?\"'“”\u2018\u2019* \n")
@@ -225,6 +245,8 @@ COUNTING: dict[str, Callable[[str, str], bool]] = {
     "sentences_at_most": lambda answer, value: _sentences(answer) <= int(value),
     "lines_exactly": lambda answer, value: len(_lines(answer)) == int(value),
     "dashes_exactly": lambda answer, value: len([x for x in _lines(answer) if DASHED.match(x)]) == int(value),
+    "numbered_exactly": _is_numbered,
+    "comma_items_exactly": lambda answer, value: len(_lines(answer)) == 1 and answer.count(",") == int(value) - 1,
     "json_list_of": _is_list_of,
     "question_marks_exactly": lambda answer, value: answer.count("?") == int(value),
 }
@@ -234,6 +256,7 @@ COMPARING: dict[str, Callable[[str, str], bool]] = {
     "avoids_text": lambda answer, value: value not in answer,
     "starts_with": _starts_with,
     "ends_with": _ends_with,
+    "in_order": _in_order,
     "is_one_of": lambda answer, value: _bare(answer) in value.lower().split("|"),
     "json_object_with": _has_key,
 }
