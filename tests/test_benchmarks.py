@@ -16,6 +16,7 @@ from resources.settings.machine import Engine
 from resources.settings.method import Sampling
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
+from synpo_assets.cli.preflight import check_data_and_training
 from synpo_assets.evaluation.benchmarks import LEADERBOARD_SHOTS, answer_samplings, benchmark_answers, benchmark_scores
 from synpo_assets.graph.metrics import recorded
 from synpo_assets.method.benchmarks import LEADERBOARD, conversation, leaderboard_average
@@ -337,13 +338,26 @@ def test_a_task_without_its_data_is_refused(make, folder, no_model):
     ("mt_bench", json.dumps([*MT_BENCH, MT_BENCH[0]]), r"Row 3 of .* has the `question_id` 81 of an earlier row:"),
     ("arena_hard", json.dumps(ARENA * 2), r"Row 2 of .* has the `uid` '1f' of an earlier row:"),
     ("arena_hard", '[{"uid": "1f", "prompt": "\\n"}]', r"Row 1 of .* has a blank `prompt`:"),
+    ("arena_hard", '[{"uid": "1f", "prompt": "a \\ud83d"}]', r"Row 1 of .* has a `prompt` that holds half of a surrogate pair"),
+    ("mt_bench", '[{"question_id": 1, "category": "math", "turns": ["a", "\\u0000"]}]', r"of which one holds the character NUL"),
+    ("alpaca_eval", b'[{"instruction": "caf\xe9"}]', r"questions.json \(benchmarks.alpaca_eval\) is not valid JSON"),
 ])  # fmt: skip
 def test_a_wrong_question_file_is_refused(make, folder, no_model, setting, content, message):
     if content is not None:
-        (folder / "questions.json").write_text(content)
+        (folder / "questions.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(FinalError, match=message) as error:
         make(benchmark_answers, **{setting: "questions.json"})
     assert "\n" not in error.value.description
+
+
+def test_a_line_that_is_no_text_is_named_before_anything_is_trained(folder):
+    (folder / "questions.jsonl").write_bytes(b'{"uid": 1, "prompt": "Why?"}\n\n{"uid": 2, "prompt": "caf\xe9"}\n')
+    stated = {"preset": "laptop", "benchmarks": {"arena_hard": "questions.jsonl"}}
+    settings = load_settings(write_settings(folder / "x.yaml", stated))
+    with pytest.raises(
+        FinalError, match=r"Line 3 of .*questions.jsonl \(benchmarks.arena_hard\) is no JSON object in UTF-8"
+    ):
+        check_data_and_training(settings)
 
 
 def test_presets_are_the_tasks_of_the_paper(folder):

@@ -159,7 +159,7 @@ def test_how_chats_are_rendered_decides_all_that_generates_trains_or_scores(vers
     untouched = versions[""].keys() - stale(versions, "how chats are rendered")
     # The labels of prompt_diversity are kept where the scorer keeps its scores.
     assert untouched == {
-        "seed_pairs", "verifiable_instructions", "keyword_pool", "keyword_sets", "policy", "preference_history",
+        "keyword_pool", "keyword_sets", "policy", "preference_history",
         "promotion", "boosting_report", "published_dataset", "published_model", "benchmark_scores",
     }  # fmt: skip
 

@@ -107,13 +107,20 @@ BAD_INSTRUCTIONS = [
     ({"prompt": "Say hi.", "constraints": [{"rule": "words_at_most"}]}, "needs a whole number as value, not None"),
     ({"prompt": "Say hi.", "constraints": [{"rule": "words_at_most", "value": "²"}]}, "needs a whole number as value"),
     ({"prompt": "Say hi.", "constraints": [{"rule": "contains", "value": ""}]}, "needs a text as value"),
+    (
+        {"prompt": "Say \0.", "constraints": [{"rule": "words_at_most", "value": 1}]},
+        "the prompt holds the character NUL",
+    ),
+    ({"prompt": "Say \ud83d.", "constraints": [{"rule": "words_at_most", "value": 1}]}, "half of a surrogate pair"),
+    ({"prompt": "Say \ufdd0.", "constraints": [{"rule": "words_at_most", "value": 1}]}, "holds U+FDD0"),
+    (b'{"prompt": "caf\xe9"}', "the line is no JSON object in UTF-8"),
 ]
 
 
-def with_instructions(tmp_path, *rows):
+def with_instructions(tmp_path, *rows, **more):
     file = tmp_path / "instructions.jsonl"
-    file.write_text("\n".join(json.dumps(row) for row in rows))
-    seed = {"verifiable": {"path": "instructions.jsonl"}}
+    file.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows))
+    seed = {"verifiable": {"path": "instructions.jsonl"}} | more
     return load_settings(write_settings(tmp_path / "mine.yaml", {"preset": "laptop", "seed_data": seed}))
 
 
@@ -125,6 +132,11 @@ def test_a_bad_instruction_is_refused_with_its_line(tmp_path, row, reason):
         verifiable_table(settings)
     assert "line 2" in str(refused.value)
     assert reason in str(refused.value)
+    kept, dropped = verifiable_table(with_instructions(tmp_path, good, row, on_bad_rows="drop"))
+    assert kept["prompt"].to_list() == ["Say a word."]
+    assert [row.line for row in dropped] == [2]
+    with pytest.raises(SettingsError, match="in which no other is left"):
+        verifiable_table(with_instructions(tmp_path, row, on_bad_rows="drop"))
 
 
 def test_training_prompts_that_overlap_with_an_instruction_are_refused_or_dropped(tmp_path):
@@ -150,7 +162,7 @@ def test_no_instructions_are_no_error(tmp_path):
     settings = load_settings(
         write_settings(tmp_path / "mine.yaml", {"preset": "laptop", "seed_data": {"verifiable": None}})
     )
-    assert verifiable_table(settings).is_empty()
+    assert verifiable_table(settings)[0].is_empty()
 
 
 def test_the_likelihood_is_what_transformers_calls_the_loss_of_the_text_and_of_the_end_of_turn(nano_checkpoint):

@@ -5,6 +5,7 @@ import pytest
 
 from definitions import build
 from resources.settings.files import active_settings
+from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import CheckpointError
 from resources.training.trainer import TrainingError
 from synpo_assets.graph.stage import GPU_POOL, RETRIES
@@ -34,7 +35,7 @@ def test_tries_are_limited():
     assert attempts(ConnectionError("the server went away"), failures=9) == (3, False)
 
 
-@pytest.mark.parametrize("error", [TrainingError("diverged"), CheckpointError("altered")])
+@pytest.mark.parametrize("error", [TrainingError("diverged"), CheckpointError("altered"), SettingsError("wrong")])
 def test_what_would_fail_again_is_not_tried_again(error):
     assert attempts(error, failures=1) == (1, False)
 

@@ -71,6 +71,11 @@ def _numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         batches = pl.scan_parquet(path, glob=False).collect_batches(maintain_order=True)
         yield from enumerate((row for batch in batches for row in batch.iter_rows(named=True)), start=1)
         return
+    yield from json_lines(path)
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of a JSONL file with their numbers; an empty object for a line that holds none, or is not UTF-8."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -81,7 +86,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
     """The object in a line of JSONL; an empty one if there is none, or if it is not UTF-8."""
     try:
         value = json.loads(line.decode())
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

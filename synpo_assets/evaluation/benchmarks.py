@@ -125,10 +125,7 @@ def benchmark_answers(
         named = " or ".join(f"benchmarks.{name}" for name in QUESTION_FIELDS)
         reason = _left_out(context, f"name a question file in {named}")
         return written_output(context, services, "none", left_out=reason)
-    questions = {
-        name: read_questions(file, f"benchmarks.{name}", functools.partial(question_problem, name))
-        for name, file in files.items()
-    }
+    questions = questions_of(options)
     models = {f"synpo-iteration-{iteration_of(context)}": model_checkpoint, "synpo-initial": initial_policy}
     models = {f"{name}-{model.sha[:8]}": model for name, model in models.items()}
     answers: dict[tuple[str, str], Answers] = {}
@@ -143,6 +140,14 @@ def benchmark_answers(
     measured = [Metric("answers_written", count), *metrics.generating(*usages)]
     version = json_sha256([*answers.values()])[:16]
     return written_output(context, services, version, measured, **shown, **made_by(model_checkpoint))
+
+
+def questions_of(options: Benchmarks) -> dict[str, list[dict[str, Any]]]:
+    """The questions of each benchmark whose question file the settings name."""
+    return {
+        name: read_questions(file, f"benchmarks.{name}", functools.partial(question_problem, name))
+        for name, file in _question_files(options).items()
+    }
 
 
 def _left_out(context: dg.AssetExecutionContext, remedy: str) -> str:
