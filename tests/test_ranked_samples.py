@@ -208,7 +208,7 @@ def test_the_graph_has_no_improver_and_every_asset_of_an_iteration_descends_from
     assert all(descends(name) for name, node in nodes.items() if node.is_partitioned)
     jobs = {
         name: {key.to_user_string() for key in definitions.resolve_job_def(name).asset_layer.executable_asset_keys}
-        for name in ("made_once", "iteration", "synpo")
+        for name in ("foundation", "iteration", "synpo")
     }
     assert "chosen_responses" in jobs["iteration"]
     assert not any(without & job for job in jobs.values())

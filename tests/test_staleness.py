@@ -52,12 +52,11 @@ CASES = {
         "bfloat16",
         GENERATED | TRAINED | {
             "preference_pairs", "evaluation", "instruction_following", "gold_comparison", "prompt_diversity",
-            "benchmark_scores", "benchmark_answers",
         },
     ),
     "engine.kind": (
         "transformers",
-        GENERATED | {"reward_model", "judge_model", "evaluation", "instruction_following", "benchmark_answers"},
+        GENERATED | {"reward_model", "judge_model", "evaluation", "instruction_following"},
     ),
     # What a margin is, with a judge that is trained as before.
     "scorer, judge": (

@@ -88,7 +88,11 @@ def evaluation(
     seed_pairs: pl.DataFrame,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """Held-out answers of M_t, compared with those of M_0 and M_{t-1} by each judge; rewards by the scorer."""
+    """Held-out answers of M_t, compared with those of M_0 and M_{t-1} by each judge; rewards by the scorer.
+
+    M_t is better where the interval of its win rate over M_0 lies above one half, also at equal length. Beside it stands what a
+    judge would say that sees nothing but form.
+    """
     models = {"candidate": model_checkpoint, "previous": policy, "initial": initial_policy}
     texts, by_split, usage = _answers(services, models, seed_pairs)
     scorers = {name: services.checkpoints.current(name, None) for name in ("judge_model", "reward_model")}

@@ -138,7 +138,8 @@ def made_from(context: dg.AssetExecutionContext) -> dg.MarkdownMetadataValue:
 def _read_by(context: dg.AssetExecutionContext) -> dg.MarkdownMetadataValue:
     """Links to what is made with the running asset's model: the way forward, as `made_from` is the way back."""
     node = context.job_def.asset_layer.asset_graph.get(context.asset_key)
-    found = _in_this_iteration(context, node.child_keys)
+    graph = context.job_def.asset_layer.asset_graph
+    found = _in_this_iteration(context, [key for key in node.child_keys if graph.get(key).is_materializable])
     return dg.MetadataValue.md(", ".join(asset_link(asset, partition) for asset, partition in found) or "nothing")
 
 

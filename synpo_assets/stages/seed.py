@@ -54,7 +54,10 @@ WRITTEN = ("responses.sampling.max_new_tokens", "evaluation.sampling.max_new_tok
 
 @Stage(group="seed", checkpoint=True, once=True, reads=("initial_policy",), kinds=("huggingface",))
 def initial_policy(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.Output[Checkpoint]:
-    """M_0, the instruct model that every training run starts from (paper, section 3.1)."""
+    """M_0, the instruct model that every training run starts from (paper, section 3.1).
+
+    `origin` says where its weights are from, and `sha` what exactly they are. Everything in this home is made from it.
+    """
     settings = services.settings
     weights, origin = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
     adopted = services.checkpoints.adopt(context, weights, origin)
@@ -74,7 +77,10 @@ def initial_policy(context: dg.AssetExecutionContext, services: dg.ResourceParam
 def seed_pairs(
     context: dg.AssetExecutionContext, initial_policy: Checkpoint, services: dg.ResourceParam[Services]
 ) -> dg.Output[pl.DataFrame]:
-    """The seed: prompts with gold answers, rows for judge and scorer alone, and dev and test, which no training reads (3.1)."""
+    """The seed: prompts with gold answers, rows for judge and scorer alone, and dev and test, which no training reads (3.1).
+
+    `split_rows` counts the rows of each use, and `dropped_rows` names what was left out, by line.
+    """
     frame, dropped = seed_table(services.settings, initial_policy.weights)
     splits = [
         Metric("split_rows", rows, of=split) for split, rows in frame["split"].value_counts(sort=True).iter_rows()
@@ -87,7 +93,10 @@ def seed_pairs(
 def verifiable_instructions(
     context: dg.AssetExecutionContext, initial_policy: Checkpoint, services: dg.ResourceParam[Services]
 ) -> dg.Output[pl.DataFrame]:
-    """Instructions with constraints that a program can check; no training reads them."""
+    """Instructions with constraints that a program can check; no training reads them.
+
+    `constraints` counts the rules. Empty if no file is named.
+    """
     frame, dropped = verifiable_table(services.settings, initial_policy.weights)
     rules = frame.explode("constraints").unnest("constraints").group_by("rule").len().sort("len", descending=True)
     measured, shown = [Metric("dropped", len(dropped))], {"constraints": table_metadata(rules)}
@@ -98,7 +107,10 @@ def verifiable_instructions(
 def keyword_pool(
     context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]
 ) -> Iterator[dg.Output[pl.LazyFrame]]:
-    """The keyword pool K: keywords of one corpus paragraph each, streamed to disk (paper, section 2.1)."""
+    """The keyword pool K: keywords of one corpus paragraph each, streamed to disk (paper, section 2.1).
+
+    Each row is a set of words that once stood together in a paragraph. They decide what the synthetic prompts are about.
+    """
     pool = services.settings.keyword_pool
     rows, unusable = read_rows(pool.corpus, "keyword_pool.corpus", (pool.text_column,)), list[int]()
     sets = paragraph_keyword_sets(
