@@ -188,7 +188,7 @@ def _without_doubtful(table: pl.DataFrame) -> pl.DataFrame:
 def doubted_rates(measured: Sequence[Metric], doubt: str | None) -> dict[str, str]:
     """What stands in the metadata in place of the independent judge's rates where it cannot judge."""
     rates = [each.label for each in measured if doubt and each.by == INDEPENDENT and "win_rate" in each.metric]
-    return {key: str(doubt) for label in rates for key in (label, f"{label}: 95 % interval")}
+    return dict.fromkeys(rates, str(doubt))
 
 
 def judged_by(

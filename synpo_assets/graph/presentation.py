@@ -1,7 +1,7 @@
 """What an asset shows about itself in the UI, and the content version that staleness is judged by."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
@@ -18,11 +18,20 @@ from synpo_assets.graph.history import data_version_of, newest
 from synpo_assets.graph.metrics import WORK, Metric, record
 from synpo_assets.graph.partitions import partition_of
 from synpo_assets.graph.services import Services
+from synpo_assets.graph.texts import MISSING, metric_text
 from synpo_assets.graph.used_settings import record_settings
 
 SHOWN_STEPS = 50
 # What people look for comes first.
 HEADLINES = ("verdict", "boosting", "report")
+METRIC_COLUMNS = dg.TableSchema([
+    dg.TableColumn("metric", description="What was measured, of whom, compared with whom, by which judge."),
+    dg.TableColumn("value"),
+    dg.TableColumn("low", description="Lower end of its 95 % interval."),
+    dg.TableColumn("high", description="Upper end of its 95 % interval."),
+    dg.TableColumn("n", description="How many it is taken over."),
+    dg.TableColumn("split", description="Of the held-out prompts: test is reported, dev is for the gate."),
+])  # fmt: skip
 SHOWN_LOG_VALUES = {"loss", "learning_rate", "step", "rewards", "logps", "accuracy", "margin", "mean_token_accuracy"}
 
 
@@ -92,22 +101,33 @@ def _recorded(
         rows.append(Metric("peak_gpu_memory_gb", of_gpu))
     record(services.metrics, context.asset_key.to_user_string(), partition_of(context), rows)
     headlines = {name: shown[name] for name in HEADLINES if name in shown}
-    figures = _figures(row for row in rows if row.metric not in WORK)
-    work = _figures(row for row in rows if row.metric in WORK)
+    figures = {"metrics": _metrics_table([row for row in rows if row.metric not in WORK], shown)}
+    work = {"work": _metrics_table([row for row in rows if row.metric in WORK], shown)}
     made_with = {"made_with": ", ".join(services.changes)} if _version_tags(context, services) else {}
     made = made_with | record_settings(context, services) | {"made_from": made_from(context)}
+    # Once more as numbers, which the UI draws over iterations.
+    plotted = {row.label: None if row.value is None else round(row.value, 4) for row in rows}
     # What is shown for a figure stands in its place: a sentence where a judge cannot judge.
-    return headlines | figures | shown | made | {name: shown.get(name, value) for name, value in work.items()}
+    return (
+        headlines | figures | shown | made | work | plotted | {name: shown[name] for name in plotted if name in shown}
+    )
 
 
-def _figures(rows: Iterable[Metric]) -> dict[str, Any]:
-    """Metrics by their labels, each with its interval after it."""
-    figures = dict[str, Any]()
-    for metric in rows:
-        figures[metric.label] = None if metric.value is None else round(metric.value, 4)
-        if metric.low is not None and metric.high is not None:
-            figures[f"{metric.label}: 95 % interval"] = f"{metric.low:.3f} to {metric.high:.3f} (n = {metric.n})"
-    return figures
+def _metrics_table(rows: Iterable[Metric], shown: Mapping[str, Any]) -> dg.TableMetadataValue:
+    """Metrics with their 95 % intervals, one a row; without those in whose place something else is shown."""
+    records = [
+        dg.TableRecord({
+            "metric": row.label.removesuffix(" (dev)"),
+            "value": metric_text(row.metric, row.value),
+            "low": metric_text(row.metric, row.low),
+            "high": metric_text(row.metric, row.high),
+            "n": MISSING if row.n is None else f"{row.n:,}",
+            "split": row.split or MISSING,
+        })
+        for row in rows
+        if row.label not in shown
+    ]  # fmt: skip
+    return dg.MetadataValue.table(records, schema=METRIC_COLUMNS)
 
 
 def made_by(checkpoint: Checkpoint) -> dict[str, Any]:
