@@ -59,6 +59,20 @@ def test_bad_rows_are_dropped_and_counted_where_the_setting_says_so(tmp_path):
         seed_table(settings_with(tmp_path, **asked))
 
 
+def test_held_out_prompts_that_all_share_their_words_are_refused_with_the_rule_and_its_setting(tmp_path):
+    opening = "Write down in one short clear sentence please"
+    for name, rows in (("held_out", 4), ("train", 20)):
+        lines = [json.dumps({"prompt": f"{opening} {name} {number}", "answer": "So."}) for number in range(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    files = {name: {"path": f"{name}.jsonl"} for name in ("train", "held_out")}
+    rule = "it shares 8 words in a row (prompt_generator.decontamination_ngram) with the "
+    with pytest.raises(
+        SettingsError, match=r"seed_data.held_out leaves 0 for dev and 2 for test, and at least one"
+    ) as refused:
+        seed_table(settings_with(tmp_path, **files, on_bad_rows="drop"))
+    assert rule in str(refused.value)
+
+
 def test_blank_lines_do_not_shift_the_line_that_is_named(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "answer": "1"}\n\n{"prompt": "", "answer": "x"}\n')
     with pytest.raises(SettingsError, match="train line 3: the prompt is empty"):

@@ -24,13 +24,14 @@ from synpo_assets.graph.used_settings import record_settings
 SHOWN_STEPS = 50
 # What people look for comes first.
 HEADLINES = ("verdict", "boosting", "report")
+# The widest column is the last: what does not fit is beyond the edge of the page.
 METRIC_COLUMNS = dg.TableSchema([
-    dg.TableColumn("metric", description="What was measured, of whom, compared with whom, by which judge."),
-    dg.TableColumn("value"),
+    dg.TableColumn("value", description="In its unit."),
     dg.TableColumn("low", description="Lower end of its 95 % interval."),
     dg.TableColumn("high", description="Upper end of its 95 % interval."),
     dg.TableColumn("n", description="How many it is taken over."),
     dg.TableColumn("split", description="Of the held-out prompts: test is reported, dev is for the gate."),
+    dg.TableColumn("metric", description="What was measured, of whom, compared with whom, by which judge."),
 ])  # fmt: skip
 SHOWN_LOG_VALUES = {"loss", "learning_rate", "step", "rewards", "logps", "accuracy", "margin", "mean_token_accuracy"}
 
@@ -63,12 +64,13 @@ def checkpoint_output(
     **shown: Any,
 ) -> dg.Output[Checkpoint]:
     """A checkpoint with its sha as content version, where it is kept, and the checkpoints that it was made from."""
-    metadata: dict[str, Any] = {"sha": made.sha, "path": dg.MetadataValue.path(made.weights)}
+    shown["read_by"] = _read_by(context)
     if parents := made.manifest["parents"]:
-        metadata["parents"] = checkpoints_table(
+        shown["parents"] = checkpoints_table(
             (role, parent["asset"], parent["sha"], parent["run_id"]) for role, parent in parents.items()
         )
-    metadata |= _recorded(context, services, metrics, {"read_by": _read_by(context), **shown})
+    shown |= {"sha": made.sha, "path": dg.MetadataValue.path(made.weights)}
+    metadata = _recorded(context, services, metrics, shown)
     tags = _version_tags(context, services)
     return dg.Output(made, data_version=dg.DataVersion(made.sha[:16]), metadata=metadata, tags=tags)
 

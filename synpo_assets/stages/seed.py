@@ -190,8 +190,9 @@ def seed_table(settings: Settings, weights: str | None = None) -> tuple[pl.DataF
             f"{files[-1]}, or set seed_data.on_bad_rows to `drop`."
         )
     if {row["split"] for row in evaluated} != set(HELD_OUT):
+        shares = " and ".join(f"{sum(row['split'] == split for row in evaluated)} for {split}" for split in HELD_OUT)
         raise SettingsError(
-            f"seed_data.held_out has {len(evaluated)} usable rows; at least 2 are needed, one for dev and one for test."
+            f"seed_data.held_out leaves {shares}, and at least one is needed for each.{_most_frequent(bad)} Add held-out rows."
         )
     left, chosen = usable["train"], list[dict[str, Any]]()
     for split, count in _split_sizes(settings, len(left), bad).items():
