@@ -17,8 +17,8 @@ from synpo_assets.stages.loop import PARTITION_TAG, promotion_refusal
 
 ALL_ASSETS_JOB = "synpo"
 
-# Those that are only in the graph, too.
-OPT_IN = dg.AssetSelection.tag(OPT_IN_TAG, "true", include_sources=True)
+# What can be made, less what is made only when it is asked for by name.
+MADE = dg.AssetSelection.all() - dg.AssetSelection.tag(OPT_IN_TAG, "true")
 # The UI sorts jobs by name: these are in the order of use.
 JOBS = [
     dg.define_asset_job(
@@ -31,12 +31,12 @@ JOBS = [
     ),
     dg.define_asset_job(
         "iteration",
-        selection=dg.AssetSelection.assets(FIRST).downstream() - OPT_IN,
+        selection=dg.AssetSelection.assets(FIRST).downstream() & MADE,
         description="Then, again and again: one whole iteration, and the report. Several partitions run one after the other.",
     ),
     dg.define_asset_job(
         ALL_ASSETS_JOB,
-        selection=dg.AssetSelection.all() - OPT_IN,
+        selection=MADE,
         description="Nothing to press: what `synpo run` and the sensor launch, any of the assets.",
     ),
 ]
