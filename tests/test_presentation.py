@@ -2,10 +2,14 @@
 
 import dagster as dg
 
+from definitions import build
+from resources.settings.files import load_settings
+from synpo_assets.cli.automation import ALL_ASSETS_JOB
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.presentation import METRIC_COLUMNS, written_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
+from tests.nano import nano_settings, write_settings
 from tests.stand_ins import instance as instance
 from tests.stand_ins import run, services_in, shown
 
@@ -46,3 +50,14 @@ def test_in_place_of_what_a_judge_cannot_judge_stands_a_sentence(instance, tmp_p
     found = shown(instance, "doubted", "0001")
     assert found[RATE.label] == "It is at chance."
     assert RATE.label not in [record.data["metric"] for record in found["metrics"].records]
+
+
+def test_a_checkpoint_links_to_all_that_reads_it_whatever_the_run_makes_and_to_nothing_that_is_off(
+    instance, tmp_path, nano_model
+):
+    settings = load_settings(write_settings(tmp_path / "mine.yaml", nano_settings(nano_model)))
+    job = build(settings, tmp_path / "home")[0].resolve_job_def(ALL_ASSETS_JOB)
+    assert job.execute_in_process(asset_selection=[dg.AssetKey("initial_policy")], instance=instance).success
+    read_by = shown(instance, "initial_policy")["read_by"]
+    assert "[seed_pairs](/assets/seed_pairs)" in read_by
+    assert "benchmark_" not in read_by

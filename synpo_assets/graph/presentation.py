@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 from dagster import DagsterInstance
+from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 from dagster._core.definitions.data_version import CODE_VERSION_TAG
 
 from resources.common.text import asset_label
@@ -64,7 +65,7 @@ def checkpoint_output(
     **shown: Any,
 ) -> dg.Output[Checkpoint]:
     """A checkpoint with its sha as content version, where it is kept, and the checkpoints that it was made from."""
-    shown["read_by"] = _read_by(context)
+    shown["read_by"] = _read_by(context, services)
     if parents := made.manifest["parents"]:
         shown["parents"] = checkpoints_table(
             (role, parent["asset"], parent["sha"], parent["run_id"]) for role, parent in parents.items()
@@ -153,21 +154,27 @@ def checkpoints_table(checkpoints: Iterable[tuple[str, str, str, str]]) -> dg.Ma
 
 def made_from(context: dg.AssetExecutionContext) -> dg.MarkdownMetadataValue:
     """The content versions of everything that the running asset depends on, with links to their pages and runs."""
-    node = context.job_def.asset_layer.asset_graph.get(context.asset_key)
-    return versions_table(context.instance, _in_this_iteration(context, node.parent_keys))
-
-
-def _read_by(context: dg.AssetExecutionContext) -> dg.MarkdownMetadataValue:
-    """Links to what is made with the running asset's model: the way forward, as `made_from` is the way back."""
-    node = context.job_def.asset_layer.asset_graph.get(context.asset_key)
     graph = context.job_def.asset_layer.asset_graph
-    found = _in_this_iteration(context, [key for key in node.child_keys if graph.get(key).is_materializable])
+    return versions_table(
+        context.instance, _in_this_iteration(context, graph, graph.get(context.asset_key).parent_keys)
+    )
+
+
+def _read_by(context: dg.AssetExecutionContext, services: Services) -> dg.MarkdownMetadataValue:
+    """Links to what is made with the running asset's model: the way forward, as `made_from` is the way back."""
+    # The graph of a run knows of nothing that the run leaves out.
+    graph = services.graph
+    found = _in_this_iteration(
+        context, graph, graph.get(context.asset_key).child_keys & graph.materializable_asset_keys
+    )
     return dg.MetadataValue.md(", ".join(asset_link(asset, partition) for asset, partition in found) or "nothing")
 
 
-def _in_this_iteration(context: dg.AssetExecutionContext, keys: Iterable[dg.AssetKey]) -> list[tuple[str, str | None]]:
+def _in_this_iteration(
+    context: dg.AssetExecutionContext, graph: AssetGraph, keys: Iterable[dg.AssetKey]
+) -> list[tuple[str, str | None]]:
     """Assets with the iteration of the running one; None where they, or it, are made once."""
-    graph, partition = context.job_def.asset_layer.asset_graph, partition_of(context)
+    partition = partition_of(context)
     nodes = [graph.get(key) for key in sorted(keys)]
     return [(node.key.to_user_string(), partition if node.partitions_def is not None else None) for node in nodes]
 
