@@ -100,7 +100,7 @@ def test_without_instructions_the_metrics_are_missing():
 
 
 BAD_INSTRUCTIONS = [
-    ({"prompt": "", "constraints": []}, "the prompt is missing or empty"),
+    ({"prompt": "", "constraints": []}, "the prompt is empty"),
     ({"prompt": "Say hi."}, "`constraints` is no list, or empty"),
     ({"prompt": "Say hi.", "constraints": ["short"]}, "a constraint is no object with a `rule`"),
     ({"prompt": "Say hi.", "constraints": [{"rule": "shorter"}]}, "there is no rule `shorter`"),
@@ -135,8 +135,17 @@ def test_a_bad_instruction_is_refused_with_its_line(tmp_path, row, reason):
     kept, dropped = verifiable_table(with_instructions(tmp_path, good, row, on_bad_rows="drop"))
     assert kept["prompt"].to_list() == ["Say a word."]
     assert [row.line for row in dropped] == [2]
-    with pytest.raises(SettingsError, match="in which no other is left"):
-        verifiable_table(with_instructions(tmp_path, row, on_bad_rows="drop"))
+
+
+def test_where_no_instruction_is_left_the_file_is_refused_even_if_bad_rows_are_dropped(tmp_path):
+    with pytest.raises(
+        SettingsError, match=r"line 1: the prompt is empty\). Correct the file, in which no other is left"
+    ):
+        verifiable_table(with_instructions(tmp_path, BAD_INSTRUCTIONS[0][0], on_bad_rows="drop"))
+    with pytest.raises(
+        SettingsError, match=r"None of the first 1 rows of .* \(seed_data.verifiable\) is a JSON object"
+    ):
+        verifiable_table(with_instructions(tmp_path, b"caf\xe9", on_bad_rows="drop"))
 
 
 def test_training_prompts_that_overlap_with_an_instruction_are_refused_or_dropped(tmp_path):

@@ -26,11 +26,15 @@ def read_rows(source: DataSource, setting: str, columns: tuple[str, ...]) -> Ite
     if not first:
         raise SettingsError(f"{source.path} ({setting}) holds no rows.")
     found = list(dict.fromkeys(name for _, row in first for name in row))
+    if not found:
+        raise SettingsError(
+            f"None of the first {len(first)} rows of {source.path} ({setting}) is a JSON object in UTF-8."
+        )
     missing = [column for column in columns if column not in found]
     if missing:
         raise SettingsError(
             f"{source.path} ({setting}) has no column {', '.join(f'`{name}`' for name in missing)}; it has "
-            f"{', '.join(f'`{name}`' for name in found) or 'none'}. Name the right ones in the settings."
+            f"{', '.join(f'`{name}`' for name in found)}. Name the right ones in the settings."
         )
     yield from first
     yield from rows
