@@ -6,7 +6,7 @@ import pytest
 
 from resources.settings.files import active_settings
 from resources.storage.files import write_atomically
-from synpo_assets.cli.automation import next_iteration, reason_to_wait
+from synpo_assets.cli.automation import JOBS, next_iteration, reason_to_wait
 from synpo_assets.graph.history import never_began
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.missing import asset_names
@@ -119,3 +119,9 @@ def test_it_waits_while_the_settings_are_wrong_and_says_what_is_wrong(instance, 
     write_settings(services.home / "settings.yaml", {"preset": "laptop", "max_iterations": "two"})
     skipped = tick(instance, services)
     assert "`max_iterations` is 'two'" in skipped.skip_message
+
+
+def test_jobs_stand_and_speak_in_the_order_of_use():
+    """The UI sorts them by name."""
+    said = [(job.name, job.description.split()[0].strip(",:")) for job in sorted(JOBS, key=lambda job: job.name)]
+    assert said == [("foundation", "First"), ("iteration", "Then"), ("synpo", "Nothing")]

@@ -9,6 +9,7 @@ import dagster as dg
 import polars as pl
 import pytest
 
+from definitions import build
 from resources.common.errors import FinalError
 from resources.generation.language_model import LanguageModel
 from resources.settings.files import load_settings
@@ -16,6 +17,7 @@ from resources.settings.machine import Engine
 from resources.settings.method import Sampling
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
+from synpo_assets.cli.preflight import check_data_and_training
 from synpo_assets.evaluation.benchmarks import LEADERBOARD_SHOTS, answer_samplings, benchmark_answers, benchmark_scores
 from synpo_assets.graph.metrics import recorded
 from synpo_assets.method.benchmarks import LEADERBOARD, conversation, leaderboard_average
@@ -251,42 +253,51 @@ def test_answers_have_the_forms_that_the_judges_read(make, folder, adapted_check
     assert in_use >= made_for, "`synpo clean` would remove them"
 
 
-@pytest.mark.parametrize("stage", [benchmark_scores, benchmark_answers])
-def test_with_nothing_named_it_says_what_to_name(make, stage, no_model):
-    with pytest.raises(FinalError, match=f"nothing to do for {stage.name}: name .* in benchmarks.") as error:
-        make(stage)
-    assert "\n" not in error.value.description
+CONFIGURED = {
+    "benchmark_scores": ({"tasks": TASKS}, "**Off.** Name lm-eval's tasks in `benchmarks.tasks`."),
+    "benchmark_answers": (
+        {"mt_bench": "mt_bench.jsonl"},
+        "**Off.** Name a question file in `benchmarks.alpaca_eval` or ",
+    ),
+}
 
 
-def test_a_backfill_of_everything_leaves_out_what_is_not_configured(folder, nano_model):
-    """Or each run of it would fail in a home without benchmarks."""
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_what_is_not_configured_stays_in_the_graph_and_nothing_can_make_it(folder, nano_model, name):
+    """Made of nothing, it would be green; and a run that asks for all must not fail in a home without benchmarks."""
+    stated, off = CONFIGURED[name]
+    key = dg.AssetKey(name)
+    for benchmarks in ({}, stated):
+        settings = nano_settings(nano_model) | {"benchmarks": benchmarks}
+        definitions, services = build(load_settings(write_settings(folder / "mine.yaml", settings)), folder)
+        graph = services.graph
+        node = graph.get(key)
+        assert node.description.startswith(off) == (not benchmarks)
+        assert (key in graph.materializable_asset_keys) == bool(benchmarks)
+        assert node.parent_keys == {dg.AssetKey("initial_policy"), dg.AssetKey("model_checkpoint")}
+        assert len(node.check_keys) == (name == "benchmark_answers" and bool(benchmarks))
+        job = definitions.resolve_job_def("iteration")
+        assert key not in job.asset_layer.executable_asset_keys
+        everything = dg.AssetSelection.all().resolve(graph)
+        assert (key in everything & graph.materializable_asset_keys) == bool(benchmarks)
 
-    @dg.asset
-    def initial_policy() -> Checkpoint:
-        return Checkpoint("initial_policy", None, "sha", "", "")
 
+def test_a_run_of_all_that_can_be_made_leaves_what_is_not_configured_as_it_was(folder, nano_model):
     @dg.asset(partitions_def=ITERATIONS)
     def model_checkpoint() -> Checkpoint:
         return Checkpoint("model_checkpoint", "0001", "sha", "", "")
 
     settings = load_settings(write_settings(folder / "mine.yaml", nano_settings(nano_model)))
-    services = services_in(folder, settings)
-    resources = {"services": services, "tables": services.tables}
-    names = ("model_checkpoint", "benchmark_scores", "benchmark_answers")
     stages = [stage.asset(settings, {}, []) for stage in (benchmark_scores, benchmark_answers)]
-    assets = [initial_policy, model_checkpoint, *stages]
-    job = dg.Definitions(assets=assets, resources=resources).resolve_implicit_global_asset_job_def()
+    definitions = dg.Definitions([dg.AssetSpec("initial_policy"), model_checkpoint, *stages])
     with dg.DagsterInstance.ephemeral() as instance:
-        dg.materialize([initial_policy], instance=instance)
-        result = job.execute_in_process(
-            partition_key="0001", asset_selection=[dg.AssetKey(name) for name in names], instance=instance
+        result = definitions.resolve_implicit_global_asset_job_def().execute_in_process(
+            partition_key="0001", instance=instance
         )
-    made = {
-        event.asset_key.to_user_string(): event.materialization for event in result.get_asset_materialization_events()
-    }
-    for name in names[1:]:
-        assert f"nothing to do for {name}: name" in made[name].metadata["left_out"].value
-    assert made["benchmark_scores"].metadata["dagster/row_count"].value == 0
+        assert result.success
+        assert instance.get_materialized_partitions(dg.AssetKey("model_checkpoint")) == {"0001"}
+        for name in CONFIGURED:
+            assert instance.get_materialized_partitions(dg.AssetKey(name)) == set()
 
 
 def test_without_lm_eval_the_extra_is_named(make, no_model, monkeypatch):
@@ -337,13 +348,26 @@ def test_a_task_without_its_data_is_refused(make, folder, no_model):
     ("mt_bench", json.dumps([*MT_BENCH, MT_BENCH[0]]), r"Row 3 of .* has the `question_id` 81 of an earlier row:"),
     ("arena_hard", json.dumps(ARENA * 2), r"Row 2 of .* has the `uid` '1f' of an earlier row:"),
     ("arena_hard", '[{"uid": "1f", "prompt": "\\n"}]', r"Row 1 of .* has a blank `prompt`:"),
+    ("arena_hard", '[{"uid": "1f", "prompt": "a \\ud83d"}]', r"Row 1 of .* has a `prompt` that holds half of a surrogate pair"),
+    ("mt_bench", '[{"question_id": 1, "category": "math", "turns": ["a", "\\u0000"]}]', r"of which one holds the character NUL"),
+    ("alpaca_eval", b'[{"instruction": "caf\xe9"}]', r"questions.json \(benchmarks.alpaca_eval\) is not valid JSON"),
 ])  # fmt: skip
 def test_a_wrong_question_file_is_refused(make, folder, no_model, setting, content, message):
     if content is not None:
-        (folder / "questions.json").write_text(content)
+        (folder / "questions.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(FinalError, match=message) as error:
         make(benchmark_answers, **{setting: "questions.json"})
     assert "\n" not in error.value.description
+
+
+def test_a_line_that_is_no_text_is_named_before_anything_is_trained(folder):
+    (folder / "questions.jsonl").write_bytes(b'{"uid": 1, "prompt": "Why?"}\n\n{"uid": 2, "prompt": "caf\xe9"}\n')
+    stated = {"preset": "laptop", "benchmarks": {"arena_hard": "questions.jsonl"}}
+    settings = load_settings(write_settings(folder / "x.yaml", stated))
+    with pytest.raises(
+        FinalError, match=r"Line 3 of .*questions.jsonl \(benchmarks.arena_hard\) is no JSON object in UTF-8"
+    ):
+        check_data_and_training(settings)
 
 
 def test_presets_are_the_tasks_of_the_paper(folder):

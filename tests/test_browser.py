@@ -128,6 +128,29 @@ def test_the_report_is_made_of_each_iteration_and_shows_headlines_plots_and_a_li
     page.get_by_role("heading", name="Which experiment").wait_for()
 
 
+def test_metrics_come_first_with_their_values_on_the_page(page, ui, screenshot):
+    open_partition(page, ui, "evaluation", "0002")
+    table = row(page, "metrics")
+    for text in ("value", "low", "high", "split"):
+        assert table.get_by_text(text, exact=True).first.bounding_box()["x"] < 1500
+    table.get_by_text("held_out_prompts").first.wait_for()
+
+
+def test_what_is_not_configured_is_off_and_says_what_turns_it_on(page, ui, screenshot):
+    page.goto(f"{ui.url}/assets/benchmark_scores")
+    page.get_by_text("Name lm-eval's tasks in").wait_for()
+    page.get_by_text("Never materialized").wait_for()
+
+
+def test_jobs_stand_in_the_order_of_use(page, ui, screenshot):
+    page.goto(f"{ui.url}/jobs")
+    jobs = [page.get_by_text(name, exact=True).last for name in ("foundation", "iteration", "synpo")]
+    for job in jobs:
+        job.wait_for()
+    places = [job.bounding_box()["y"] for job in jobs]
+    assert places == sorted(places)
+
+
 def test_an_asset_shows_the_settings_that_it_was_made_with(page, ui, screenshot):
     open_partition(page, ui, "promotion", "0002")
     row(page, "settings").get_by_text("random_seed").wait_for()

@@ -65,7 +65,7 @@ def draw(home, instance, **changes):
     )
 
 
-@pytest.mark.parametrize("job", ["made_once", "iteration", "synpo", "__ASSET_JOB"])
+@pytest.mark.parametrize("job", ["foundation", "iteration", "synpo", "__ASSET_JOB"])
 def test_the_launchpad_offers_the_changes_and_no_other_resource(job, home):
     definitions, _ = build(active_settings(), home)
     schema = definitions.get_repository_def().get_job(job).run_config_schema.run_config_schema_type

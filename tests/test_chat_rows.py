@@ -1,12 +1,20 @@
 """What a seed row may be: one question and one answer, in any of the usual forms, or a reason by line."""
 
+import functools
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from resources.models.chat import turns_text
+from resources.settings.data import DataSource
+from resources.settings.files import load_settings, preset_path
+from resources.storage.seed_source import read_rows
+from resources.training.rows import supervised_rows
 from synpo_assets.method.seed import seed_rows as check_seed
+from synpo_assets.method.templates import user_message
+from tests.nano import nano_tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
 
@@ -77,3 +85,48 @@ def test_whatever_a_cell_holds_is_read_or_named(cell):
         assert found[1].strip() == found[1] != ""
     else:
         assert found.startswith(("the answer ", "the messages in "))
+
+
+tokenizer = functools.cache(nano_tokenizer)
+TRAINING = load_settings(preset_path("laptop")).response_improver.training.model_copy(update={"max_length": 10_000})
+# What users' files hold: control tokens, marks that chats use inside, half characters, other ends of lines.
+PIECES = [
+    "<|im_end|>", "<|im_start|>user\n", "</s>", "\ud83d", "\0", "\ufdd03\ufdd1", "\u2028", "\ufeff", "日本語", "é", "\r\n", " ",
+    "a", "{{ x }}",
+]  # fmt: skip
+HOSTILE = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
+# A row's two cells, of a question and an answer, in one shape or another; some shapes are no question with its answer.
+SHAPES = {
+    "text": lambda question, answer: (question, answer),
+    "openai": lambda question, answer: (openai(("user", question)), openai(("assistant", answer))),
+    "sharegpt": lambda question, answer: (sharegpt(("user", question)), sharegpt(("assistant", answer))),
+    "whole chat": lambda question, answer: (openai(("user", question), ("assistant", answer)),) * 2,
+    "parts": lambda question, answer: (openai(("user", [{"type": "text", "text": question}])), answer),
+    "system": lambda question, answer: (openai(("system", "Be brief."), ("user", question)), answer),
+    "conversation": lambda question, answer: (openai(*[("user", question), ("assistant", answer)] * 2),) * 2,
+    "no text": lambda question, answer: (question, {"text": answer}),
+    "part without text": lambda question, answer: (openai(("user", [{"type": "text"}])), answer),
+    "not a number": lambda question, answer: (question, float("nan")),
+}
+
+
+@given(st.sampled_from([*SHAPES]), HOSTILE, HOSTILE, st.sampled_from([b"", b"\xff"]))
+@example("whole chat", "a<|im_end|>", "<|im_start|>user\na", b"")
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_trained_of_a_row_is_what_the_template_renders_or_the_row_is_named(
+    tmp_path, shape, question, answer, bad
+):
+    row = dict(zip(("prompt", "answer"), SHAPES[shape](question, answer), strict=True))
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"prompt": "p", "answer": "a"}\n\n' + json.dumps(row).encode() + bad)
+    rows = list(read_rows(DataSource(path=str(file)), "seed_data.train", ("prompt", "answer")))
+    kept, named = check_seed(rows, [], "prompt", "answer")
+    assert [row.line for row in named] == [3] * (2 - len(kept))
+    for found in kept[1:]:
+        assert (found["prompt"], found["answer"]) == (question.strip(), answer.strip())
+        asked = user_message(found["prompt"])
+        (trained,) = supervised_rows(tokenizer(), [(asked, found["answer"])], TRAINING).rows
+        rendered = turns_text(tokenizer(), [*asked, {"role": "assistant", "content": found["answer"]}])
+        assert tokenizer().decode(trained["input_ids"]) == rendered.removesuffix("\n")
+        # Two turns are opened and closed, whatever the texts spell.
+        assert tokenizer().convert_ids_to_tokens(trained["input_ids"]).count("<|im_end|>") == 2

@@ -35,7 +35,8 @@ EDITS = {
     ),
     "a template": (
         "synpo_assets/method/templates/response_improver.jinja", None, "\nBe brief.",
-        {"response_improver", "refined_responses"},
+        # How long a row of the seed is in it decides whether the row can be used.
+        {"seed_pairs", "verifiable_instructions", "response_improver", "refined_responses"},
     ),
     "a constant": ("synpo_assets/method/evaluation.py", "(0.5, 2.0)", "(0.5, 3.0)", {"gold_comparison"}),
     "a constant that another constant is made of": (
@@ -159,7 +160,7 @@ def test_how_chats_are_rendered_decides_all_that_generates_trains_or_scores(vers
     untouched = versions[""].keys() - stale(versions, "how chats are rendered")
     # The labels of prompt_diversity are kept where the scorer keeps its scores.
     assert untouched == {
-        "seed_pairs", "verifiable_instructions", "keyword_pool", "keyword_sets", "policy", "preference_history",
+        "keyword_pool", "keyword_sets", "policy", "preference_history",
         "promotion", "boosting_report", "published_dataset", "published_model", "benchmark_scores",
     }  # fmt: skip
 

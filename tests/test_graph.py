@@ -1,6 +1,7 @@
 """The graph as data: its snapshot, two of it in one process, and what is derived from it."""
 
 import json
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -9,6 +10,7 @@ import pytest
 
 from definitions import build
 from resources.settings.files import active_settings
+from synpo_assets.algorithm import stages_of
 from synpo_assets.graph.stage import Group
 
 SNAPSHOT = Path(__file__).with_name("graph.json")
@@ -96,3 +98,16 @@ def test_every_asset_of_an_iteration_descends_from_the_policy():
             assert dg.AssetKey("policy") in ancestors, node.key
         elif not any(graph.get(key).is_partitioned for key in ancestors):
             assert node.key in graph.get_ancestor_asset_keys(dg.AssetKey("policy")), node.key
+
+
+def test_every_asset_says_what_it_is_how_to_read_it_and_which_settings_decide_it():
+    settings = active_settings()
+    _, services = build(settings, Path("/nowhere"))
+    for stage in stages_of(settings):
+        what, how, *rest = services.graph.get(dg.AssetKey(stage.name)).description.split("\n\n")[
+            bool(stage.needs(settings)) :
+        ]
+        assert what.endswith("."), stage.name
+        assert how.endswith("."), stage.name
+        named = set(re.findall("`(.*?)`", rest[0])) if rest else set()
+        assert named == set(stage.reading()), stage.name

@@ -106,20 +106,27 @@ def test_without_instructions_the_metrics_are_missing():
 
 
 BAD_INSTRUCTIONS = [
-    ({"prompt": "", "constraints": []}, "the prompt is missing or empty"),
+    ({"prompt": "", "constraints": []}, "the prompt is empty"),
     ({"prompt": "Say hi."}, "`constraints` is no list, or empty"),
     ({"prompt": "Say hi.", "constraints": ["short"]}, "a constraint is no object with a `rule`"),
     ({"prompt": "Say hi.", "constraints": [{"rule": "shorter"}]}, "there is no rule `shorter`"),
     ({"prompt": "Say hi.", "constraints": [{"rule": "words_at_most"}]}, "needs a whole number as value, not None"),
     ({"prompt": "Say hi.", "constraints": [{"rule": "words_at_most", "value": "²"}]}, "needs a whole number as value"),
     ({"prompt": "Say hi.", "constraints": [{"rule": "contains", "value": ""}]}, "needs a text as value"),
+    (
+        {"prompt": "Say \0.", "constraints": [{"rule": "words_at_most", "value": 1}]},
+        "the prompt holds the character NUL",
+    ),
+    ({"prompt": "Say \ud83d.", "constraints": [{"rule": "words_at_most", "value": 1}]}, "half of a surrogate pair"),
+    ({"prompt": "Say \ufdd0.", "constraints": [{"rule": "words_at_most", "value": 1}]}, "holds U+FDD0"),
+    (b'{"prompt": "caf\xe9"}', "the line is no JSON object in UTF-8"),
 ]
 
 
-def with_instructions(tmp_path, *rows):
+def with_instructions(tmp_path, *rows, **more):
     file = tmp_path / "instructions.jsonl"
-    file.write_text("\n".join(json.dumps(row) for row in rows))
-    seed = {"verifiable": {"path": "instructions.jsonl"}}
+    file.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows))
+    seed = {"verifiable": {"path": "instructions.jsonl"}} | more
     return load_settings(write_settings(tmp_path / "mine.yaml", {"preset": "laptop", "seed_data": seed}))
 
 
@@ -131,6 +138,20 @@ def test_a_bad_instruction_is_refused_with_its_line(tmp_path, row, reason):
         verifiable_table(settings)
     assert "line 2" in str(refused.value)
     assert reason in str(refused.value)
+    kept, dropped = verifiable_table(with_instructions(tmp_path, good, row, on_bad_rows="drop"))
+    assert kept["prompt"].to_list() == ["Say a word."]
+    assert [row.line for row in dropped] == [2]
+
+
+def test_where_no_instruction_is_left_the_file_is_refused_even_if_bad_rows_are_dropped(tmp_path):
+    with pytest.raises(
+        SettingsError, match=r"line 1: the prompt is empty\). Correct the file, in which no other is left"
+    ):
+        verifiable_table(with_instructions(tmp_path, BAD_INSTRUCTIONS[0][0], on_bad_rows="drop"))
+    with pytest.raises(
+        SettingsError, match=r"None of the first 1 rows of .* \(seed_data.verifiable\) is a JSON object"
+    ):
+        verifiable_table(with_instructions(tmp_path, b"caf\xe9", on_bad_rows="drop"))
 
 
 def test_training_prompts_that_overlap_with_an_instruction_are_refused_or_dropped(tmp_path):
@@ -156,7 +177,7 @@ def test_no_instructions_are_no_error(tmp_path):
     settings = load_settings(
         write_settings(tmp_path / "mine.yaml", {"preset": "laptop", "seed_data": {"verifiable": None}})
     )
-    assert verifiable_table(settings).is_empty()
+    assert verifiable_table(settings)[0].is_empty()
 
 
 def test_the_likelihood_is_what_transformers_calls_the_loss_of_the_text_and_of_the_end_of_turn(nano_checkpoint):

@@ -1,5 +1,7 @@
 """What is checked and counted before any model is loaded."""
 
+import json
+
 import polars as pl
 import pytest
 
@@ -14,9 +16,12 @@ from resources.training.job import TrainingError
 from synpo_assets.cli.estimate import expected_work, parameter_count, rates_on_cpu, seconds, sizes_of
 from synpo_assets.cli.preflight import check_before_run, check_disk, disk_needed, print_check
 from synpo_assets.graph.cost import Work
+from synpo_assets.graph.metrics import recorded
 from synpo_assets.method.seed import HELD_OUT
-from synpo_assets.stages.seed import seed_table
+from synpo_assets.stages.seed import initial_policy, seed_pairs, seed_table, verifiable_instructions
 from tests.nano import nano_settings, seed_rows, write_settings
+from tests.stand_ins import instance as instance
+from tests.stand_ins import run, services_in, shown
 
 CHATS = [
     {"id": n, "talk": [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]}
@@ -52,6 +57,20 @@ def test_bad_rows_are_dropped_and_counted_where_the_setting_says_so(tmp_path):
     assert [row.reason for row in bad] == ["the answer is missing"]
     with pytest.raises(SettingsError, match="1 seed rows cannot be used"):
         seed_table(settings_with(tmp_path, **asked))
+
+
+def test_held_out_prompts_that_all_share_their_words_are_refused_with_the_rule_and_its_setting(tmp_path):
+    opening = "Write down in one short clear sentence please"
+    for name, rows in (("held_out", 4), ("train", 20)):
+        lines = [json.dumps({"prompt": f"{opening} {name} {number}", "answer": "So."}) for number in range(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    files = {name: {"path": f"{name}.jsonl"} for name in ("train", "held_out")}
+    rule = "it shares 8 words in a row (prompt_generator.decontamination_ngram) with the "
+    with pytest.raises(
+        SettingsError, match=r"seed_data.held_out leaves 0 for dev and 2 for test, and at least one"
+    ) as refused:
+        seed_table(settings_with(tmp_path, **files, on_bad_rows="drop"))
+    assert rule in str(refused.value)
 
 
 def test_blank_lines_do_not_shift_the_line_that_is_named(tmp_path):
@@ -99,6 +118,59 @@ def test_a_judge_that_does_not_fit_is_refused_before_anything_is_trained(tmp_pat
     check(nano_model)
     with pytest.raises(ModelSourceError, match=r"holds no config.json, so no model: check judge\.name"):
         check(tmp_path)
+
+
+@pytest.fixture
+def with_long_rows(tmp_path, nano_model):
+    """The nano settings over a seed with a prompt, a gold answer and an instruction that no context of 1,024 holds."""
+
+    def stated(on_bad_rows, instructions=("Say x.", "Say y. " * 4000)):
+        rows = [
+            *seed_rows()[:60],
+            {"prompt": "Why? " * 4000, "answer": "So."},
+            {"prompt": "How?", "answer": "So. " * 4000},
+        ]
+        (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        asked = [{"prompt": text, "constraints": [{"rule": "all_lowercase"}]} for text in instructions]
+        (tmp_path / "instructions.jsonl").write_text("\n".join(map(json.dumps, asked)))
+        settings = nano_settings(nano_model)
+        settings["seed_data"] |= {
+            "train": {"path": "train.jsonl"}, "verifiable": {"path": "instructions.jsonl"}, "train_limit": None,
+            "on_bad_rows": on_bad_rows,
+        }  # fmt: skip
+        return load_settings(write_settings(tmp_path / "mine.yaml", settings))
+
+    return stated
+
+
+def test_rows_longer_than_the_context_end_the_run_at_the_seed_and_not_where_they_are_first_used(
+    with_long_rows, instance, tmp_path
+):
+    services = services_in(tmp_path / "home", with_long_rows("refuse", ["Say x."]))
+    with pytest.raises(SettingsError) as refused:
+        run([initial_policy, seed_pairs], instance, services)
+    assert "train line 61: its prompt takes " in str(refused.value)
+    assert "train line 62: its prompt with its answer takes " in str(refused.value)
+    assert "more than M_0's context of 1024" in str(refused.value)
+    with pytest.raises(SettingsError, match=r"verifiable line 2: its prompt takes .*, or set seed_data.on_bad_rows"):
+        run(
+            [initial_policy, verifiable_instructions],
+            instance,
+            services_in(tmp_path / "home", with_long_rows("refuse")),
+        )
+
+
+def test_rows_longer_than_the_context_are_dropped_and_counted(with_long_rows, instance, tmp_path):
+    services = services_in(tmp_path / "home", with_long_rows("drop"))
+    run([initial_policy, seed_pairs, verifiable_instructions], instance, services)
+    reasons = shown(instance, "seed_pairs")["dropped_rows"]
+    assert [line.partition(" takes")[0] for line in reasons.splitlines()] == [
+        "train line 61: its prompt", "train line 62: its prompt with its answer"
+    ]  # fmt: skip
+    found = recorded(services.metrics, None)
+    assert [found.value("dropped", asset=name) for name in ("seed_pairs", "verifiable_instructions")] == [2, 1]
+    kept = pl.read_parquet(tmp_path / "home" / "tables" / "verifiable_instructions.parquet")
+    assert kept["prompt"].to_list() == ["Say x."]
 
 
 def test_a_wheel_must_be_pinned_and_hashed():

@@ -5,6 +5,7 @@ import pytest
 
 from definitions import build
 from resources.settings.files import active_settings
+from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import CheckpointError
 from resources.training.trainer import TrainingError
 from synpo_assets.graph.stage import GPU_POOL, RETRIES
@@ -34,14 +35,14 @@ def test_tries_are_limited():
     assert attempts(ConnectionError("the server went away"), failures=9) == (3, False)
 
 
-@pytest.mark.parametrize("error", [TrainingError("diverged"), CheckpointError("altered")])
+@pytest.mark.parametrize("error", [TrainingError("diverged"), CheckpointError("altered"), SettingsError("wrong")])
 def test_what_would_fail_again_is_not_tried_again(error):
     assert attempts(error, failures=1) == (1, False)
 
 
 def test_every_asset_is_retried_and_those_that_use_a_model_share_a_pool():
     definitions, _ = build(active_settings(), HOME)
-    assets = {asset.key.to_user_string(): asset for asset in definitions.assets}
+    assets = {asset.key.to_user_string(): asset for asset in definitions.assets if asset.is_executable}
     assert all(asset.op.retry_policy == RETRIES for asset in assets.values())
     without_models = {name for name, asset in assets.items() if asset.op.pool != GPU_POOL}
     assert without_models == {

@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from resources.settings.files import load_settings, preset_path
-from synpo_assets.cli.preflight import seed_table, verifiable_table
 from synpo_assets.method.prompts import Contamination, NearDuplicates
 from synpo_assets.method.verifiable import RULES
 from synpo_assets.method.words import words_of
+from synpo_assets.stages.seed import seed_table, verifiable_table
 from tests.benchmarks.rules_seed import tasks_of
 from tests.nano import SEED, seed_rows
 
@@ -72,7 +72,7 @@ def test_the_shipped_instructions_are_valid_and_alike_to_no_prompt():
     settings = load_settings(preset_path("laptop"))
     whole = settings.seed_data.model_copy(update={"train_limit": None, "held_out_limit": None})
     frame, _ = seed_table(settings.model_copy(update={"seed_data": whole}))
-    instructions = verifiable_table(settings)
+    instructions, _ = verifiable_table(settings)
     assert instructions.height >= 60
     # Instructions of one form have some words in common.
     known = NearDuplicates(0.6)

@@ -26,7 +26,9 @@ CASES = {
     "preference_optimization.equal_steps_control": (True, {"equal_steps_checkpoint", "equal_steps_evaluation"}),
     "preferences.margin_threshold": (0.5, {"preference_pairs"}),
     "preferences.rejected_from": ("previous", {"preference_pairs", "rejected_responses"}),
-    "preferences.chosen_from": ("ranked_samples", {"preference_pairs", "rejected_responses", "chosen_responses"}),
+    "preferences.chosen_from": (
+        "ranked_samples", {"seed_pairs", "preference_pairs", "rejected_responses", "chosen_responses"}
+    ),
     "prompt_generator.min_words": (3, {"synthetic_prompts", "self_instruct_prompts", "prompt_diversity"}),
     "prompt_generator.prompts_per_iteration": (9, {"synthetic_prompts", "keyword_sets", "self_instruct_prompts"}),
     "prompt_generator.sampling.temperature": (0.9, {"synthetic_prompts", "self_instruct_prompts"}),
@@ -38,7 +40,7 @@ CASES = {
     "keyword_pool.keywords_per_set": (2, {"keyword_pool", "prompt_generator"}),
     "prompt_generator.noise_keywords": (0, {"prompt_generator", "synthetic_prompts"}),
     "response_improver.sampling.temperature": (0.9, {"refined_responses"}),
-    "response_improver.damaged_copies": (1, {"response_improver", "improver_edits"}),
+    "response_improver.damaged_copies": (1, {"seed_pairs", "response_improver", "improver_edits"}),
     "response_improver.samples": (3, {"best_rewrites", "preference_pairs"}),
     "preferences.max_length_ratio": (1.25, {"preference_pairs"}),
     "response_improver.margin_threshold": (0.3, {"response_improver"}),
@@ -50,12 +52,11 @@ CASES = {
         "bfloat16",
         GENERATED | TRAINED | {
             "preference_pairs", "evaluation", "instruction_following", "gold_comparison", "prompt_diversity",
-            "benchmark_scores", "benchmark_answers",
         },
     ),
     "engine.kind": (
         "transformers",
-        GENERATED | {"reward_model", "judge_model", "evaluation", "instruction_following", "benchmark_answers"},
+        GENERATED | {"reward_model", "judge_model", "evaluation", "instruction_following"},
     ),
     # What a margin is, with a judge that is trained as before.
     "scorer, judge": (

@@ -18,6 +18,7 @@ from resources.models.device import DeviceResource, prepare_device, torch_dtype
 from resources.settings.evaluation import Benchmarks, BenchmarkTask
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import file_sha256, json_sha256
+from resources.storage.seed_source import json_lines
 from resources.storage.shards import Shards
 
 if TYPE_CHECKING:
@@ -127,20 +128,21 @@ def read_questions(
     path = Path(file)
     if not path.is_file():
         raise FinalError(f"The file {path} ({setting}) does not exist: name the benchmark's question file.")
+    is_list = path.suffix == ".json"
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        lines = (line for line in text.split("\n") if line.strip())
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
-    except ValueError as error:
+        stated = json.loads(path.read_text(encoding="utf-8-sig")) if is_list else [row for _, row in json_lines(path)]
+    except (ValueError, RecursionError) as error:
         raise FinalError(f"The file {path} ({setting}) is not valid JSON: {error}") from None
-    if not isinstance(rows, list) or not rows:
+    if not isinstance(stated, list) or not stated:
         raise FinalError(f"The file {path} ({setting}) holds no list of questions: name the benchmark's question file.")
-    for number, row in enumerate(rows, start=1):
-        if wrong := problem(row, rows[: number - 1]):
+    numbers = range(1, len(stated) + 1) if is_list else [number for number, _ in json_lines(path)]
+    for place, (number, row) in enumerate(zip(numbers, stated, strict=True)):
+        if wrong := problem(row, stated[:place]):
             raise FinalError(
-                f"Row {number} of {path} ({setting}) {wrong}: name the benchmark's own question file, unchanged."
+                f"{'Row' if is_list else 'Line'} {number} of {path} ({setting}) {wrong}: name the benchmark's own question file, "
+                "unchanged."
             )
-    return rows
+    return stated
 
 
 def _key(task: BenchmarkTask) -> str:

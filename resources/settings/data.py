@@ -136,9 +136,9 @@ class SeedData(Section):
     )
     on_bad_rows: Literal["refuse", "drop"] = Field(
         "refuse",
-        description="Rows that are empty, duplicate or not text, and training rows that share prompt_generator."
-        "decontamination_ngram words in a row with a held-out prompt or a verifiable instruction, or dev rows with a test prompt: "
-        "refuse all, or drop and count.",
+        description="Rows, of the verifiable instructions too, that are empty, duplicate, not text or longer than M_0's context "
+        "holds with what is written after them, and training rows that share prompt_generator.decontamination_ngram words in a "
+        "row with a held-out prompt or a verifiable instruction, or dev rows with a test prompt: refuse all, or drop and count.",
     )
     train_limit: int | None = Field(
         None,

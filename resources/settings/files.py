@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from upath import UPath
 
 from resources.settings.data import SEED_DATA_SUFFIXES
-from resources.settings.sections import SettingsError, flattened, merge, nearest, section_of, sections_in
+from resources.settings.sections import SettingsError, flattened, is_unwritable, merge, nearest, section_of, sections_in
 from resources.settings.settings import Settings
 
 # A few lines of aliases of aliases would be written out until memory ends.
@@ -131,7 +131,9 @@ def home_directory() -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     values = _yaml(path)
-    _make_paths_absolute(values, path.parent)
+    # No path can hold it; the validation that follows says where it stands.
+    if not any(is_unwritable(value) for _, value in flattened(values)):
+        _make_paths_absolute(values, path.parent)
     preset = values.get("preset")
     if preset in (None, "none") or preset_path(str(preset)) == path:
         return values

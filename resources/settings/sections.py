@@ -1,20 +1,38 @@
 """What all sections of the settings have in common, and how two of them are merged."""
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from resources.common.errors import FinalError
+
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 
-class SettingsError(ValueError):
+class SettingsError(FinalError, ValueError):
     """A setting is missing, unknown or impossible; the message names it and says what to do."""
+
+
+def is_unwritable(value: object) -> bool:
+    """Whether a value is a text that no file can hold."""
+    return isinstance(value, str) and UNWRITABLE.search(value) is not None
 
 
 class Section(BaseModel):
     """A part of the settings; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _writable(cls, value: Any) -> Any:
+        """No text that no file can hold."""
+        if is_unwritable(value):
+            raise ValueError("it holds NUL or half of a surrogate pair, which are no characters.")
+        return value
 
 
 def section_of(values: dict[str, Any], name: str) -> dict[str, Any]:

@@ -26,11 +26,15 @@ def read_rows(source: DataSource, setting: str, columns: tuple[str, ...]) -> Ite
     if not first:
         raise SettingsError(f"{source.path} ({setting}) holds no rows.")
     found = list(dict.fromkeys(name for _, row in first for name in row))
+    if not found:
+        raise SettingsError(
+            f"None of the first {len(first)} rows of {source.path} ({setting}) is a JSON object in UTF-8."
+        )
     missing = [column for column in columns if column not in found]
     if missing:
         raise SettingsError(
             f"{source.path} ({setting}) has no column {', '.join(f'`{name}`' for name in missing)}; it has "
-            f"{', '.join(f'`{name}`' for name in found) or 'none'}. Name the right ones in the settings."
+            f"{', '.join(f'`{name}`' for name in found)}. Name the right ones in the settings."
         )
     yield from first
     yield from rows
@@ -71,6 +75,11 @@ def _numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         batches = pl.scan_parquet(path, glob=False).collect_batches(maintain_order=True)
         yield from enumerate((row for batch in batches for row in batch.iter_rows(named=True)), start=1)
         return
+    yield from json_lines(path)
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of a JSONL file with their numbers; an empty object for a line that holds none, or is not UTF-8."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -81,7 +90,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
     """The object in a line of JSONL; an empty one if there is none, or if it is not UTF-8."""
     try:
         value = json.loads(line.decode())
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -17,25 +17,27 @@ from synpo_assets.stages.loop import PARTITION_TAG, promotion_refusal
 
 ALL_ASSETS_JOB = "synpo"
 
-OPT_IN = dg.AssetSelection.tag(OPT_IN_TAG, "true")
+# What can be made, less what is made only when it is asked for by name.
+MADE = dg.AssetSelection.all() - dg.AssetSelection.tag(OPT_IN_TAG, "true")
+# The UI sorts jobs by name: these are in the order of use.
 JOBS = [
     dg.define_asset_job(
-        "made_once",
+        "foundation",
         selection=dg.AssetSelection.assets(FIRST).upstream(include_self=False),
-        description="What all iterations share: M_0, the seed, the keyword pool, the prompt generator, the baseline, the scorer, "
-        "the judge.",
+        description="First, once: what all iterations share. M_0, the seed, the keyword pool, the prompt generator, the "
+        "baseline, the scorer, the judge.",
         # dagster.yaml lets one run with this tag at a time.
         tags={"synpo/made_once": "true"},
     ),
     dg.define_asset_job(
         "iteration",
-        selection=dg.AssetSelection.assets(FIRST).downstream() - OPT_IN,
-        description="One whole iteration, and the report; several partitions run one after the other.",
+        selection=dg.AssetSelection.assets(FIRST).downstream() & MADE,
+        description="Then, again and again: one whole iteration, and the report. Several partitions run one after the other.",
     ),
     dg.define_asset_job(
         ALL_ASSETS_JOB,
-        selection=dg.AssetSelection.all() - OPT_IN,
-        description="Any of the assets: what `synpo run` and the sensor launch.",
+        selection=MADE,
+        description="Nothing to press: what `synpo run` and the sensor launch, any of the assets.",
     ),
 ]
 UNFINISHED = [

@@ -281,8 +281,8 @@ def ui(
             close_dead_runs(instance)
         os.chdir(PROJECT)
         typer.echo(
-            f"synpo: open http://{host}:{port} in a browser. In a new home press Jobs, made_once, Materialize all; then iteration, "
-            "with 0001."
+            f"synpo: open http://{host}:{port} in a browser. In a new home press Jobs, foundation, Materialize all; "
+            "then iteration, with 0001."
         )
         serve(host, port)
 

@@ -15,7 +15,6 @@ from rich.table import Table
 
 from resources.common.text import duration
 from resources.judging.server_judge import load_template
-from resources.models.chat import load_tokenizer, prompt_ids
 from resources.models.device import prepare_device
 from resources.models.model_source import (
     cached_initial_policy,
@@ -36,12 +35,12 @@ from resources.training.state import KEPT_STATES
 from synpo_assets.algorithm import stages_of
 from synpo_assets.cli.calibration import Calibration, calibrate, known_calibration
 from synpo_assets.cli.estimate import Rate, expected_work, parameter_count, rates_on_cpu, seconds, sizes_of
+from synpo_assets.evaluation.benchmarks import questions_of
 from synpo_assets.evaluation.diversity import shown_seed_prompts
 from synpo_assets.graph.cost import Kind, Sizes
 from synpo_assets.graph.outlook import EXPECTED_FILE
 from synpo_assets.method.gate import gate_power
 from synpo_assets.method.seed import HELD_OUT, BadRow
-from synpo_assets.method.templates import improver_instruction, user_message
 from synpo_assets.method.verifiable import has_rules
 from synpo_assets.stages.seed import seed_table, verifiable_table
 
@@ -59,11 +58,12 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> tup
             f"--iterations {iterations} is not between 1 and max_iterations = {settings.max_iterations}: raise it in the "
             f"settings (for a home that exists, in {home / 'settings.yaml'})."
         )
-    seed, _, instructions = check_data_and_training(settings)
+    check_data_and_training(settings)
     check_storage(settings.storage)
     check_disk(settings, home)
     initial, _ = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
-    _refuse_long_prompts(settings, initial, seed)
+    # What its context does not hold is known only now.
+    seed, _, instructions = read_seed(settings, initial)
     for section, chosen in (("scorer", settings.scorer), ("judge", settings.judge)):
         if chosen.kind in ("trained", "verifier") and not settings.engine.trust_remote_code:
             refuse_without_classifier(initial, section)
@@ -77,6 +77,14 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> tup
     return seed, instructions
 
 
+def read_seed(settings: Settings, initial: Path | None) -> tuple[pl.DataFrame, list[BadRow], int]:
+    """The seed, its rows that were dropped, and how many instructions there are, less what M_0's context does not hold."""
+    weights = str(initial) if initial else None
+    seed, dropped = seed_table(settings, weights)
+    shown_seed_prompts(settings, seed)
+    return seed, dropped, verifiable_table(settings, weights)[0].height
+
+
 def check_training(settings: Settings) -> None:
     """Checks that every training can be divided among its processes here, and that its packages are installed."""
     for training in settings.trainings:
@@ -86,38 +94,15 @@ def check_training(settings: Settings) -> None:
 
 def check_data_and_training(settings: Settings) -> tuple[pl.DataFrame, list[BadRow], int]:
     """Reads all data that the settings name; the seed, its rows that were dropped, and how many instructions there are."""
-    seed, dropped = seed_table(settings)
-    shown_seed_prompts(settings, seed)
-    instructions = verifiable_table(settings).height
+    seed, dropped, instructions = read_seed(settings, None)
     next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
+    questions_of(settings.benchmarks)
     check_training(settings)
     # The server that judges may be started later; its template is read now.
     if settings.judge.server:
         load_template(settings.judge.server.template)
     _check_server(settings)
     return seed, dropped, instructions
-
-
-def _refuse_long_prompts(settings: Settings, weights: Path, seed: pl.DataFrame) -> None:
-    """Raises a sentence if M_0's context does not hold a prompt of the seed and what is written after it."""
-    from transformers import AutoConfig
-
-    trusted = settings.engine.trust_remote_code
-    tokenizer = load_tokenizer(str(weights), trusted)
-    config = AutoConfig.from_pretrained(weights, trust_remote_code=trusted)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    written = max(section.sampling.max_new_tokens for section in (settings.responses, settings.evaluation))
-    if settings.trains_improver:
-        written += settings.response_improver.sampling.max_new_tokens
-    for split, line, prompt in seed.select("split", "line", "prompt").iter_rows():
-        asked = improver_instruction(prompt, "") if settings.trains_improver else user_message(prompt)
-        tokens = len(prompt_ids(tokenizer, asked))
-        if context is not None and tokens + written > context:
-            raise SettingsError(
-                f"The seed's {split} row of line {line} takes {tokens} tokens, with up to {written} that are written after them "
-                f"more than M_0's context of {context}: shorten it or leave it out, or lower the max_new_tokens of responses, "
-                "evaluation or response_improver."
-            )
 
 
 def _check_server(settings: Settings) -> None:
@@ -214,6 +199,9 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     # After the measurement, which downloads M_0: only then is its size known.
     disk = check_disk(settings, home)
     cached = cached_initial_policy(settings.initial_policy)
+    if cached is not None:
+        initial, _ = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
+        seed, dropped, instructions = read_seed(settings, initial)
     device = prepare_device(settings.engine)
     counts = dict.fromkeys(("train", "scorer", "judge", *HELD_OUT), 0) | dict(seed["split"].value_counts().iter_rows())
     named = "" if str(cached) == settings.initial_policy.name else f"{settings.initial_policy.name}, "

@@ -17,11 +17,11 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from resources.common.errors import FinalError
 from resources.generation.language_model import Usage
 from resources.models.evaluation_harness import open_tasks, read_questions
 from resources.settings.evaluation import TASK_PRESETS, Benchmarks
 from resources.settings.method import Sampling
+from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import json_sha256, replace_directory, temporary_directory_beside
 from resources.storage.tables import table_metadata
@@ -66,6 +66,7 @@ def answer_samplings(options: Benchmarks) -> list[Sampling]:
     group="evaluation",
     work=("scores",),
     opt_in=True,
+    needs=lambda settings: None if settings.benchmarks.tasks else "Name lm-eval's tasks in `benchmarks.tasks`.",
     reads=("benchmarks.tasks", "benchmarks.task_folder", "benchmarks.limit"),
 )
 def benchmark_scores(
@@ -74,11 +75,11 @@ def benchmark_scores(
     initial_policy: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """M_t compared with M_0 on the tasks of `benchmarks.tasks`, as lm-eval measures them."""
+    """M_t compared with M_0 on the tasks of `benchmarks.tasks`, as lm-eval measures them.
+
+    `scores` has M_t and M_0 in one row. A difference smaller than about two standard errors says nothing.
+    """
     options = services.settings.benchmarks
-    if not options.tasks:
-        reason = _left_out(context, "name lm-eval's tasks in benchmarks.tasks")
-        return table_output(context, services, BenchmarkScores.empty(), left_out=reason)
     manager, started = open_tasks(options, services.settings.engine.trust_remote_code), time.monotonic()
     candidate, initial = (
         [row for task, scores in services.harness.evaluate(model, manager, options)
@@ -102,10 +103,16 @@ def benchmark_scores(
     return table_output(context, services, frame, [*averages, seconds], **shown)
 
 
+def _needed_files(settings: Settings) -> str | None:
+    named = " or ".join(f"`benchmarks.{name}`" for name in QUESTION_FIELDS)
+    return None if _question_files(settings.benchmarks) else f"Name a question file in {named}."
+
+
 @Stage(
     group="evaluation",
     work=("generates",),
     opt_in=True,
+    needs=_needed_files,
     reads=(
         *(f"benchmarks.{name}" for name in QUESTION_FIELDS), "benchmarks.alpaca_eval_sampling",
         "benchmarks.arena_hard_sampling", "benchmarks.mt_bench_max_new_tokens",
@@ -118,17 +125,12 @@ def benchmark_answers(
     initial_policy: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.MaterializeResult:
-    """M_t's and M_0's answers to AlpacaEval 2, Arena-Hard and MT-Bench, as files for the official judges."""
+    """M_t's and M_0's answers to AlpacaEval 2, Arena-Hard and MT-Bench, as files for the official judges.
+
+    Nothing is judged here: give the files to the benchmarks' own judges.
+    """
     options = services.settings.benchmarks
-    files = _question_files(options)
-    if not files:
-        named = " or ".join(f"benchmarks.{name}" for name in QUESTION_FIELDS)
-        reason = _left_out(context, f"name a question file in {named}")
-        return written_output(context, services, "none", left_out=reason)
-    questions = {
-        name: read_questions(file, f"benchmarks.{name}", functools.partial(question_problem, name))
-        for name, file in files.items()
-    }
+    questions = questions_of(options)
     models = {f"synpo-iteration-{iteration_of(context)}": model_checkpoint, "synpo-initial": initial_policy}
     models = {f"{name}-{model.sha[:8]}": model for name, model in models.items()}
     answers: dict[tuple[str, str], Answers] = {}
@@ -145,14 +147,12 @@ def benchmark_answers(
     return written_output(context, services, version, measured, **shown, **made_by(model_checkpoint))
 
 
-def _left_out(context: dg.AssetExecutionContext, remedy: str) -> str:
-    """Why nothing is done where the settings name nothing: a sentence, and an error if it was asked for by name."""
-    reason = f"There is nothing to do for {context.asset_key.to_user_string()}: {remedy}."
-    # A backfill of everything includes it, and must not fail in a home without benchmarks.
-    if dg.AssetKey("model_checkpoint") not in (context.run.asset_selection or ()):
-        raise FinalError(reason)
-    context.log.info(reason)
-    return reason
+def questions_of(options: Benchmarks) -> dict[str, list[dict[str, Any]]]:
+    """The questions of each benchmark whose question file the settings name."""
+    return {
+        name: read_questions(file, f"benchmarks.{name}", functools.partial(question_problem, name))
+        for name, file in _question_files(options).items()
+    }
 
 
 def _compared(candidate: list[dict[str, Any]], initial: list[dict[str, Any]]) -> pl.DataFrame:

@@ -75,7 +75,10 @@ def self_instruct_prompts(
     verifiable_instructions: pl.DataFrame,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """The baseline: prompts that M_0 writes after seeing some of the seed, as many as G writes in an iteration."""
+    """The baseline: prompts that M_0 writes after seeing some of the seed, as many as G writes in an iteration.
+
+    What `prompt_diversity` compares the synthetic prompts with: they should be more varied than these.
+    """
     settings, wanted = services.settings, services.settings.prompt_generator.prompts_per_iteration
     shown = dict(shown_seed_prompts(settings, seed_pairs).select("prompt_id", "prompt").iter_rows())
     shots, most = settings.diversity.self_instruct_shots, settings.keyword_sets_per_iteration
@@ -128,7 +131,11 @@ def prompt_diversity(
     initial_policy: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """How varied prompts are, and how many make sense: the synthetic ones, those of the seed, and the baseline."""
+    """How varied prompts are, and how many make sense: the synthetic ones, those of the seed, and the baseline.
+
+    `mean_similarity` is lower where prompts are more varied: that of the synthetic prompts should lie below the baseline's and
+    not rise. Nonsense is varied, too, so read `ordered_share` beside it.
+    """
     settings, iteration = services.settings, iteration_of(context)
     seed, dropped = filtered_seed(settings, seed_pairs)
     prompts = (synthetic_prompts["prompt"].to_list(), seed, self_instruct_prompts["prompt"].to_list())

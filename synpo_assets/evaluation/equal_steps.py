@@ -71,7 +71,10 @@ def equal_steps_checkpoint(
     policy: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[Checkpoint]:
-    """The control: trained on the pairs of iteration 1 alone, for as many steps as M_t took."""
+    """The control: trained on the pairs of iteration 1 alone, for as many steps as M_t took.
+
+    If M_t is no better than this, the later pairs added nothing to the steps.
+    """
     if iteration_of(context) == 1:
         context.log.info("In iteration 1 the control of equal steps is M_1 itself: nothing is trained.")
         return checkpoint_output(context, services, model_checkpoint, **made_by(model_checkpoint))
@@ -119,7 +122,10 @@ def equal_steps_evaluation(
     evaluation: pl.DataFrame,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """The control's held-out answers, compared with those of M_0 and M_t by each judge."""
+    """The control's held-out answers, compared with those of M_0 and M_t by each judge.
+
+    If M_t does not win against the control (its interval lies above one half), the rise is one of steps.
+    """
     refuse_answers_of_another(model_checkpoint, evaluation)
     refuse_control_of_another(equal_steps_checkpoint, model_checkpoint)
     settings, control = services.settings, equal_steps_checkpoint

@@ -44,7 +44,11 @@ def gold_comparison(
     evaluation: pl.DataFrame,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """How likely M_t finds the held-out gold answers, and how close its own are to them, compared with M_0."""
+    """How likely M_t finds the held-out gold answers, and how close its own are to them, compared with M_0.
+
+    Gains above 0 mean nearer to gold than M_0. Length alone moves similarity, so read it by band; the end of turn is reported
+    by itself, because every training moves it.
+    """
     refuse_answers_of_another(model_checkpoint, evaluation)
     settings, models = services.settings, {"candidate": model_checkpoint, "initial": initial_policy}
     evaluation = evaluation.filter(sample=1)

@@ -51,7 +51,11 @@ def improver_edits(
     seed_pairs: pl.DataFrame,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """Damaged held-out gold answers as R_t rewrites them, compared with M_0's rewrites and with gold."""
+    """Damaged held-out gold answers as R_t rewrites them, compared with M_0's rewrites and with gold.
+
+    Good: `edits_right` and `edits_nearer` above M_0's, and `edits_worse` below. Many left as they were mean that it does not
+    look.
+    """
     held_out = seed_pairs.filter(IS_HELD_OUT).select("prompt_id", "split", "prompt", "answer")
     damaged = damaged_copies(held_out, len(DAMAGES), services.settings.random_seed)
     edited, usage = _edited(services, response_improver, damaged, "improver")

@@ -44,7 +44,10 @@ def instruction_following(
     verifiable_instructions: pl.DataFrame,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """Which of the verifiable instructions M_t follows, compared with M_0."""
+    """Which of the verifiable instructions M_t follows, compared with M_0.
+
+    No judge has a say. `verifiable_gain` is M_t's share less M_0's; with an interval that holds 0, nothing is shown.
+    """
     models = {"candidate": model_checkpoint, "initial": initial_policy}
     samples_each = services.settings.evaluation.instruction_samples
     samples = pl.DataFrame({"sample": range(1, samples_each + 1)}, schema={"sample": pl.Int64})

@@ -56,7 +56,11 @@ OF_PROMPTS: frozenset[GateMetric] = frozenset({"prompt_similarity", "prompt_simi
     code=lambda settings: [doubt],
 )
 def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.Output[pl.DataFrame]:
-    """Each metric of M_t that the gate limits; if all pass, M_t is reported as the policy of the next iteration."""
+    """Each metric of M_t that the gate limits; if all pass, M_t is reported as the policy of the next iteration.
+
+    One row for each limit, with the value and whether it passes. Not promoted is a result and no failure: the check `promoted`
+    turns yellow, and the next iteration refuses with the reason.
+    """
     gate, judged = services.settings.gate, services.checkpoints.current("model_checkpoint", context.partition_key)
     measured, doubted = recorded(services.metrics, context.partition_key), judge_doubt(services.metrics)
     refuse_other_evaluation(measured, judged)

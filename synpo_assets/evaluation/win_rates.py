@@ -88,7 +88,11 @@ def evaluation(
     seed_pairs: pl.DataFrame,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """Held-out answers of M_t, compared with those of M_0 and M_{t-1} by each judge; rewards by the scorer."""
+    """Held-out answers of M_t, compared with those of M_0 and M_{t-1} by each judge; rewards by the scorer.
+
+    M_t is better where the interval of its win rate over M_0 lies above one half, also at equal length. Beside it stands what a
+    judge would say that sees nothing but form.
+    """
     models = {"candidate": model_checkpoint, "previous": policy, "initial": initial_policy}
     texts, by_split, usage = _answers(services, models, seed_pairs)
     scorers = {name: services.checkpoints.current(name, None) for name in ("judge_model", "reward_model")}
@@ -184,7 +188,7 @@ def _without_doubtful(table: pl.DataFrame) -> pl.DataFrame:
 def doubted_rates(measured: Sequence[Metric], doubt: str | None) -> dict[str, str]:
     """What stands in the metadata in place of the independent judge's rates where it cannot judge."""
     rates = [each.label for each in measured if doubt and each.by == INDEPENDENT and "win_rate" in each.metric]
-    return {key: str(doubt) for label in rates for key in (label, f"{label}: 95 % interval")}
+    return dict.fromkeys(rates, str(doubt))
 
 
 def judged_by(

@@ -211,7 +211,8 @@ CHECKS = (
 
 def checks_of(stages: Sequence[Stage], settings: Settings) -> list[dg.AssetChecksDefinition]:
     """The checks of an experiment, those of one asset in one step."""
-    concerning = {stage: [each for each in CHECKS if each.concerns(stage, settings)] for stage in stages}
+    made = [stage for stage in stages if not stage.needs(settings)]
+    concerning = {stage: [each for each in CHECKS if each.concerns(stage, settings)] for stage in made}
     return [_checks(stage, settings, checks) for stage, checks in concerning.items() if checks]
 
 

@@ -1,12 +1,13 @@
 """What an asset shows about itself in the UI, and the content version that staleness is judged by."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
 import polars as pl
 from dagster import DagsterInstance
+from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 from dagster._core.definitions.data_version import CODE_VERSION_TAG
 
 from resources.common.text import asset_label
@@ -18,11 +19,21 @@ from synpo_assets.graph.history import data_version_of, newest
 from synpo_assets.graph.metrics import WORK, Metric, record
 from synpo_assets.graph.partitions import partition_of
 from synpo_assets.graph.services import Services
+from synpo_assets.graph.texts import MISSING, metric_text
 from synpo_assets.graph.used_settings import record_settings
 
 SHOWN_STEPS = 50
 # What people look for comes first.
 HEADLINES = ("verdict", "boosting", "report")
+# The widest column is the last: what does not fit is beyond the edge of the page.
+METRIC_COLUMNS = dg.TableSchema([
+    dg.TableColumn("value", description="In its unit."),
+    dg.TableColumn("low", description="Lower end of its 95 % interval."),
+    dg.TableColumn("high", description="Upper end of its 95 % interval."),
+    dg.TableColumn("n", description="How many it is taken over."),
+    dg.TableColumn("split", description="Of the held-out prompts: test is reported, dev is for the gate."),
+    dg.TableColumn("metric", description="What was measured, of whom, compared with whom, by which judge."),
+])  # fmt: skip
 SHOWN_LOG_VALUES = {"loss", "learning_rate", "step", "rewards", "logps", "accuracy", "margin", "mean_token_accuracy"}
 
 
@@ -54,12 +65,13 @@ def checkpoint_output(
     **shown: Any,
 ) -> dg.Output[Checkpoint]:
     """A checkpoint with its sha as content version, where it is kept, and the checkpoints that it was made from."""
-    metadata: dict[str, Any] = {"sha": made.sha, "path": dg.MetadataValue.path(made.weights)}
+    shown["read_by"] = _read_by(context, services)
     if parents := made.manifest["parents"]:
-        metadata["parents"] = checkpoints_table(
+        shown["parents"] = checkpoints_table(
             (role, parent["asset"], parent["sha"], parent["run_id"]) for role, parent in parents.items()
         )
-    metadata |= _recorded(context, services, metrics, {"read_by": _read_by(context), **shown})
+    shown |= {"sha": made.sha, "path": dg.MetadataValue.path(made.weights)}
+    metadata = _recorded(context, services, metrics, shown)
     tags = _version_tags(context, services)
     return dg.Output(made, data_version=dg.DataVersion(made.sha[:16]), metadata=metadata, tags=tags)
 
@@ -92,22 +104,33 @@ def _recorded(
         rows.append(Metric("peak_gpu_memory_gb", of_gpu))
     record(services.metrics, context.asset_key.to_user_string(), partition_of(context), rows)
     headlines = {name: shown[name] for name in HEADLINES if name in shown}
-    figures = _figures(row for row in rows if row.metric not in WORK)
-    work = _figures(row for row in rows if row.metric in WORK)
+    figures = {"metrics": _metrics_table([row for row in rows if row.metric not in WORK], shown)}
+    work = {"work": _metrics_table([row for row in rows if row.metric in WORK], shown)}
     made_with = {"made_with": ", ".join(services.changes)} if _version_tags(context, services) else {}
     made = made_with | record_settings(context, services) | {"made_from": made_from(context)}
+    # Once more as numbers, which the UI draws over iterations.
+    plotted = {row.label: None if row.value is None else round(row.value, 4) for row in rows}
     # What is shown for a figure stands in its place: a sentence where a judge cannot judge.
-    return headlines | figures | shown | made | {name: shown.get(name, value) for name, value in work.items()}
+    return (
+        headlines | figures | shown | made | work | plotted | {name: shown[name] for name in plotted if name in shown}
+    )
 
 
-def _figures(rows: Iterable[Metric]) -> dict[str, Any]:
-    """Metrics by their labels, each with its interval after it."""
-    figures = dict[str, Any]()
-    for metric in rows:
-        figures[metric.label] = None if metric.value is None else round(metric.value, 4)
-        if metric.low is not None and metric.high is not None:
-            figures[f"{metric.label}: 95 % interval"] = f"{metric.low:.3f} to {metric.high:.3f} (n = {metric.n})"
-    return figures
+def _metrics_table(rows: Iterable[Metric], shown: Mapping[str, Any]) -> dg.TableMetadataValue:
+    """Metrics with their 95 % intervals, one a row; without those in whose place something else is shown."""
+    records = [
+        dg.TableRecord({
+            "metric": row.label.removesuffix(" (dev)"),
+            "value": metric_text(row.metric, row.value),
+            "low": metric_text(row.metric, row.low),
+            "high": metric_text(row.metric, row.high),
+            "n": MISSING if row.n is None else f"{row.n:,}",
+            "split": row.split or MISSING,
+        })
+        for row in rows
+        if row.label not in shown
+    ]  # fmt: skip
+    return dg.MetadataValue.table(records, schema=METRIC_COLUMNS)
 
 
 def made_by(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -131,20 +154,27 @@ def checkpoints_table(checkpoints: Iterable[tuple[str, str, str, str]]) -> dg.Ma
 
 def made_from(context: dg.AssetExecutionContext) -> dg.MarkdownMetadataValue:
     """The content versions of everything that the running asset depends on, with links to their pages and runs."""
-    node = context.job_def.asset_layer.asset_graph.get(context.asset_key)
-    return versions_table(context.instance, _in_this_iteration(context, node.parent_keys))
+    graph = context.job_def.asset_layer.asset_graph
+    return versions_table(
+        context.instance, _in_this_iteration(context, graph, graph.get(context.asset_key).parent_keys)
+    )
 
 
-def _read_by(context: dg.AssetExecutionContext) -> dg.MarkdownMetadataValue:
+def _read_by(context: dg.AssetExecutionContext, services: Services) -> dg.MarkdownMetadataValue:
     """Links to what is made with the running asset's model: the way forward, as `made_from` is the way back."""
-    node = context.job_def.asset_layer.asset_graph.get(context.asset_key)
-    found = _in_this_iteration(context, node.child_keys)
+    # The graph of a run knows of nothing that the run leaves out.
+    graph = services.graph
+    found = _in_this_iteration(
+        context, graph, graph.get(context.asset_key).child_keys & graph.materializable_asset_keys
+    )
     return dg.MetadataValue.md(", ".join(asset_link(asset, partition) for asset, partition in found) or "nothing")
 
 
-def _in_this_iteration(context: dg.AssetExecutionContext, keys: Iterable[dg.AssetKey]) -> list[tuple[str, str | None]]:
+def _in_this_iteration(
+    context: dg.AssetExecutionContext, graph: AssetGraph, keys: Iterable[dg.AssetKey]
+) -> list[tuple[str, str | None]]:
     """Assets with the iteration of the running one; None where they, or it, are made once."""
-    graph, partition = context.job_def.asset_layer.asset_graph, partition_of(context)
+    partition = partition_of(context)
     nodes = [graph.get(key) for key in sorted(keys)]
     return [(node.key.to_user_string(), partition if node.partitions_def is not None else None) for node in nodes]
 

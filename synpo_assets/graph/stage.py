@@ -66,6 +66,8 @@ class Stage:
         once: Whether it is made once and not in each iteration.
         state: Whether it looks up what other iterations left.
         opt_in: Whether it is made only when it is asked for by name.
+        needs: What the settings have to state before it can be made, as a sentence; None if they do. Until then the graph shows
+            it, but nothing can make it: were it made of nothing, it would look finished.
         kinds: How the UI marks it where it does no work with models.
     """
 
@@ -86,6 +88,7 @@ class Stage:
     once: bool = False
     state: bool = False
     opt_in: bool = False
+    needs: Callable[[Settings], str | None] = lambda settings: None
     kinds: Sequence[str] = ()
 
     def __call__(self, function: Callable[..., Any]) -> Self:
@@ -123,16 +126,28 @@ class Stage:
                 return named[0] if len(named) == 1 else None
         return None
 
+    def reading(self) -> list[str]:
+        """The settings that decide its result, by dotted name, without the random seed, which decides all."""
+        return sorted({*self.reads, *(name for kind in self.work for name in ENGINE_READS[kind])})
+
+    def description(self, settings: Settings) -> str:
+        """What the UI says of it: its docstring, the settings that decide it, and what they lack."""
+        parts = [inspect.getdoc(self.function) or ""]
+        if names := ", ".join(f"`{name}`" for name in self.reading()):
+            parts.append(f"Settings that decide it: {names}.")
+        if missing := self.needs(settings):
+            parts.insert(0, f"**Off.** {missing} Then press *Reload definitions*.")
+        return "\n\n".join(parts)
+
     def asset(self, settings: Settings, sides: Mapping[str, str], deps: Sequence[str]) -> dg.AssetsDefinition:
-        """The asset for some settings.
+        """The asset for some settings; only its place in the graph where they do not state what it needs.
 
         Args:
             settings: The experiment.
             sides: The assets that make the sides of a pair, by the names that other stages have for them.
             deps: Assets that it depends on beside its own inputs.
         """
-        engine = [name for kind in self.work for name in ENGINE_READS[kind]]
-        reads = sorted({*self.reads, *engine, "random_seed"})
+        reads = sorted({*self.reading(), "random_seed"})
         metadata: dict[str, Any] = {
             MADE_FROM: {column: sides.get(name, name) for column, name in self.made_from.items()},
             READS: reads,
@@ -140,20 +155,27 @@ class Stage:
         if self.schema:
             metadata["dagster/column_schema"] = column_schema(self.schema)
         tags = [f"synpo/{kind}" for kind in self.work] + [OPT_IN_TAG] * self.opt_in + [STATE_TAG] * self.state
+        shown: dict[str, Any] = {
+            "description": self.description(settings),
+            "group_name": self.group,
+            "partitions_def": None if self.once else iterations(settings),
+            "kinds": {self._form, *(["huggingface"] if self.work else self.kinds)},
+            "tags": dict.fromkeys(tags, "true"),
+            "metadata": metadata,
+        }
+        if self.needs(settings):
+            inputs = [sides.get(name, name) for name in self.inputs]
+            return dg.AssetsDefinition(specs=[dg.AssetSpec(self.name, deps=[*inputs, *deps, *self.deps], **shown)])
         make = dg.asset(
             name=self.name,
             ins={name: dg.AssetIn(key=sides[name]) for name in self.inputs if name in sides},
             deps=[*deps, *self.deps],
-            group_name=self.group,
-            partitions_def=None if self.once else iterations(settings),
             pool=GPU_POOL if self.work else None,
-            kinds={self._form, *(["huggingface"] if self.work else self.kinds)},
-            tags=dict.fromkeys(tags, "true"),
-            metadata=metadata,
             code_version=code_version(self.functions(settings), self.schema, reads, settings),
             retry_policy=RETRIES,
             io_manager_key="tables" if self.schema else "checkpoints" if self.checkpoint else None,
             dagster_type=frame_type(self.schema, pl.LazyFrame if self.lazy else pl.DataFrame) if self.schema else None,
+            **shown,
         )
         return make(self.function)
 

@@ -1,8 +1,14 @@
 """Metrics as text: numbers, shares, and differences with their intervals."""
 
-from synpo_assets.graph.metrics import Metric
+import re
+
+from resources.common.text import duration
+from synpo_assets.graph.metrics import Metric, MetricName
 
 MISSING = "—"
+# By the names of metrics: those that are shares, and those that are differences of two.
+SHARE = re.compile(r"(_share|_rate|_accuracy|win_rate.*|edits_[a-z]+)")
+GAIN_OF_SHARES = re.compile(r"(verifiable|rule_rate|edits_[a-z]+)_gain")
 
 
 def rate_text(rate: Metric | None) -> str:
@@ -59,6 +65,28 @@ def estimate_text(estimate: Metric | None) -> str:
     if estimate is None or estimate.value is None:
         return MISSING
     return f"{estimate.value:.3f}{_interval(estimate, '.3f')}"
+
+
+def metric_text(name: MetricName, value: float | None) -> str:
+    """The value of a metric in its unit, with four digits.
+
+    Examples:
+        >>> metric_text("win_rate", 0.58333333), metric_text("verifiable_gain", -0.0139), metric_text("mean_margin", 3.31604)
+        ('58.3 %', '-1.4 points', '3.316')
+        >>> metric_text("trained_tokens", 1234567.0), metric_text("training_seconds", 150.2), metric_text("peak_memory_gb", 1.23456)
+        ('1,234,567', '2.5 min', '1.235 GB')
+    """
+    if value is None:
+        return MISSING
+    if GAIN_OF_SHARES.fullmatch(name):
+        return f"{100 * value:+.1f} points"
+    if SHARE.search(name) and not name.endswith("_gain"):
+        return f"{100 * value:.1f} %"
+    if name.endswith("_seconds"):
+        return duration(value)
+    unit = " GB" if name.endswith("_gb") else " tokens/s" if name.endswith("_per_second") else ""
+    is_whole = float(value).is_integer() or abs(value) >= 1000
+    return f"{value:,.0f}{unit}" if is_whole else f"{value:.4g}{unit}"
 
 
 def count_text(value: float | None) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+from synpo_assets.method.chat_rows import unwritable
 from synpo_assets.method.ids import content_id
 
 Row = dict[str, Any]
@@ -101,8 +102,8 @@ def question_problem(benchmark: str, row: object, earlier: Iterable[Mapping[str,
         >>> question_problem("arena_hard", {"uid": "1f", "prompt": "Why?"}, [{"uid": "1f", "prompt": "How?"}])
         "has the `uid` '1f' of an earlier row"
     """
-    if not isinstance(row, dict):
-        return "is not a JSON object"
+    if not isinstance(row, dict) or not row:
+        return "is no JSON object in UTF-8"
     for field in QUESTION_FIELDS[benchmark]:
         if problem := _field_problem(field, row.get(field)):
             return problem
@@ -207,9 +208,13 @@ def _field_problem(field: str, value: object) -> str | None:
     if field == "turns":
         if not (isinstance(value, list) and all(isinstance(turn, str) for turn in value)):
             return "has `turns` that are not a list of texts"
+        if problem := next(filter(None, map(unwritable, value)), None):
+            return f"has `turns` of which one {problem}"
         return None if all(turn.strip() for turn in value) else "has a blank text among its `turns`"
     if field in QUESTION_IDS.values() and type(value) is int:
         return None
     if not isinstance(value, str):
         return f"has a `{field}` that is not a text"
+    if problem := unwritable(value):
+        return f"has a `{field}` that {problem}"
     return None if value.strip() else f"has a blank `{field}`"

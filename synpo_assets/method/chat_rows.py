@@ -5,16 +5,33 @@ because taking one turn out of them would change what was asked: a system prompt
 a conversation can be split into rows. Messages may be OpenAI's (role, content; content as text parts) or ShareGPT's (from, value).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 # ShareGPT's names of roles.
 ROLES = {"human": "user", "gpt": "assistant"}
 SURROGATES = range(0xD800, 0xE000)
+# Those of the Arabic block; chats are marked with them (resources/models/chat.py).
+NONCHARACTERS = range(0xFDD0, 0xFDF0)
 
 
 class UnusableCellError(ValueError):
     """What is wrong with a cell, as the end of a sentence that starts with its name."""
+
+
+def row_text(row: Mapping[str, Any], column: str, name: str, role: str) -> str:
+    """The text in a column of a row, called by a name where it cannot be used.
+
+    Raises:
+        UnusableCellError: It holds no such text.
+    """
+    if not row:
+        raise UnusableCellError("the line is no JSON object in UTF-8, or an empty one")
+    try:
+        return cell_text(row.get(column), role)
+    except UnusableCellError as error:
+        raise UnusableCellError(f"the {name} {error}") from None
 
 
 def cell_text(value: Any, role: str) -> str:
@@ -34,7 +51,8 @@ def cell_text(value: Any, role: str) -> str:
         if role not in turns:
             raise UnusableCellError(f"has no turn of role `{role}`")
         value = turns[role]
-    if value is None:
+    # What JSON and parquet write of tables calls a missing number NaN.
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         raise UnusableCellError("is missing")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UnusableCellError(f"is a {_kind(value)}, where text or chat messages are needed")
@@ -47,15 +65,17 @@ def cell_text(value: Any, role: str) -> str:
 
 
 def unwritable(text: str) -> str | None:
-    r"""What no file or tokenizer takes in a text, if there is something: half of a surrogate pair, or NUL.
+    r"""What no file or tokenizer takes in a text, if there is something, as the end of a sentence that starts with the text's name.
 
     Examples:
         >>> unwritable("A party \ud83d"), unwritable("fine \U0001f389")
         ('holds half of a surrogate pair (U+D83D), which is no character', None)
     """
-    half = next((letter for letter in text if ord(letter) in SURROGATES), None)
-    if half is not None:
-        return f"holds half of a surrogate pair (U+{ord(half):04X}), which is no character"
+    for letter in text:
+        if ord(letter) in SURROGATES:
+            return f"holds half of a surrogate pair (U+{ord(letter):04X}), which is no character"
+        if ord(letter) in NONCHARACTERS:
+            return f"holds U+{ord(letter):04X}, which is no character"
     return "holds the character NUL" if "\0" in text else None
 
 
@@ -95,7 +115,9 @@ def _content(content: Any) -> Any:
     kinds = [part.get("type") if isinstance(part, Mapping) else _kind(part) for part in content]
     if other := next((kind for kind in kinds if kind != "text"), None):
         raise UnusableCellError(f"has a part of type `{other}`: only text can be learned from")
-    return "".join(str(part["text"]) for part in content)
+    if not all(isinstance(part.get("text"), str) for part in content):
+        raise UnusableCellError("has a part of type `text` without text")
+    return "".join(part["text"] for part in content)
 
 
 def _kind(value: Any) -> str:

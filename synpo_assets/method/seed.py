@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 
-from synpo_assets.method.chat_rows import UnusableCellError, cell_text, turns_of
+from synpo_assets.method.chat_rows import UnusableCellError, row_text, turns_of
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.prompts import Contamination
 from synpo_assets.method.verifiable import constraints_problem, followed, read_constraints
@@ -100,14 +100,8 @@ def _question_and_answer(row: Mapping[str, Any], prompt_column: str, answer_colu
     Raises:
         UnusableCellError: One of them is none, or the answer's messages answer another question.
     """
-    if not row:
-        raise UnusableCellError("the line is no JSON object in UTF-8, or an empty one")
-    texts = dict[str, str]()
-    for name, column, role in (("prompt", prompt_column, "user"), ("answer", answer_column, "assistant")):
-        try:
-            texts[name] = cell_text(row.get(column), role)
-        except UnusableCellError as error:
-            raise UnusableCellError(f"the {name} {error}") from None
+    cells = (("prompt", prompt_column, "user"), ("answer", answer_column, "assistant"))
+    texts = {name: row_text(row, column, name, role) for name, column, role in cells}
     for column, role, name in ((prompt_column, "assistant", "answer"), (answer_column, "user", "prompt")):
         messages = row.get(column)
         other = turns_of(messages).get(role) if isinstance(messages, list) else None

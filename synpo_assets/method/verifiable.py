@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 
+from synpo_assets.method.chat_rows import UnusableCellError, row_text
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.words import UNSPACED_CHARACTER
 
@@ -108,31 +109,36 @@ def rates_by_rule(answered: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def instruction_rows(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Reads numbered lines of instructions into rows with ids, and a sentence for each bad one.
+def instruction_rows(
+    rows: Sequence[tuple[int, Mapping[str, Any]]],
+) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+    """Reads numbered lines of instructions into rows with ids, and the line of each bad one with what is wrong with it.
 
     `constraints` is a list of objects with `rule` and, where the rule compares with something, `value`.
 
     Examples:
         >>> good, bad = instruction_rows([(1, {"prompt": "Say hi.", "constraints": [{"rule": "words", "value": 1}]})])
         >>> good, bad
-        ([], ['line 1: there is no rule `words`'])
+        ([], [(1, 'there is no rule `words`')])
     """
     good: dict[str, dict[str, Any]] = {}
-    bad: list[str] = []
+    bad: list[tuple[int, str]] = []
     for line, row in rows:
-        prompt, constraints = row.get("prompt"), row.get("constraints")
-        if not isinstance(prompt, str) or not prompt.strip():
-            bad.append(f"line {line}: the prompt is missing or empty")
-        elif not isinstance(constraints, list) or not constraints:
-            bad.append(f"line {line}: `constraints` is no list, or empty")
+        constraints = row.get("constraints")
+        try:
+            prompt = row_text(row, "prompt", "prompt", "user")
+        except UnusableCellError as error:
+            bad.append((line, str(error)))
+            continue
+        if not isinstance(constraints, list) or not constraints:
+            bad.append((line, "`constraints` is no list, or empty"))
         elif reason := constraints_problem(constraints):
-            bad.append(f"line {line}: {reason}")
-        elif prompt.strip() in good:
-            bad.append(f"line {line}: the same prompt stands in an earlier line")
+            bad.append((line, reason))
+        elif prompt in good:
+            bad.append((line, f"the same prompt stands in line {good[prompt]['line']}"))
         else:
-            row_id = {"prompt_id": content_id("prompt", prompt.strip())}
-            good[prompt.strip()] = row_id | {"prompt": prompt.strip(), "constraints": read_constraints(constraints)}
+            row_id = {"prompt_id": content_id("prompt", prompt), "line": line}
+            good[prompt] = row_id | {"prompt": prompt, "constraints": read_constraints(constraints)}
     return list(good.values()), bad
 
 

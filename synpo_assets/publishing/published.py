@@ -48,7 +48,10 @@ TEXT_LIMIT = 2000
     deps=("preference_pairs", "evaluation"),
 )
 def published_dataset(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.MaterializeResult:
-    """The pairs of all finished iterations as parquet files with a card, published if `publishing.dry_run` is off."""
+    """The pairs of all finished iterations as parquet files with a card, published if `publishing.dry_run` is off.
+
+    `published_to` says where it went; with a dry run, only into the home. Read the `card` first.
+    """
     settings, options = services.settings, services.settings.publishing
     check_destination(options, "dataset")
     keys, _ = iterations_of(context.instance, services)
@@ -82,7 +85,10 @@ def published_dataset(context: dg.AssetExecutionContext, services: dg.ResourcePa
 def published_model(
     context: dg.AssetExecutionContext, model_checkpoint: Checkpoint, services: dg.ResourceParam[Services]
 ) -> dg.MaterializeResult:
-    """M_t's merged weights, and its adapter if it has one, with a card, published if `publishing.dry_run` is off."""
+    """M_t's merged weights, and its adapter if it has one, with a card, published if `publishing.dry_run` is off.
+
+    `published_to` says where it went; with a dry run, only into the home. Read the `card` first.
+    """
     options, key = services.settings.publishing, context.partition_key
     check_destination(options, "model")
     if failed := failed_checks(context.instance, services.graph, "model_checkpoint", key):

@@ -37,7 +37,10 @@ READ_ASSETS = ("preference_pairs", "model_checkpoint", "evaluation", "promotion"
 # In the graph it depends on all that its iteration ends with (graph/stage.py); of the others it reads what was recorded.
 @Stage(group="evaluation", state=True, kinds=("matplotlib",))
 def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.MaterializeResult:
-    """All finished iterations side by side: rows, pass rates, margins, rewards, cost (paper, section 3)."""
+    """All finished iterations side by side: rows, pass rates, margins, rewards, cost (paper, section 3).
+
+    Start with `verdict` and `boosting`; `report` links to the whole page.
+    """
     finished, unfinished = iterations_of(context.instance, services)
     if not finished:
         raise FinalError(

@@ -61,7 +61,11 @@ def best_rewrites(
     reward_model: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """The best of R_t's rewrites of each answer that is about as long as the rejected one: the chosen side."""
+    """The best of R_t's rewrites of each answer that is about as long as the rejected one: the chosen side.
+
+    Read the sample: each rewrite should say the same better, not longer. `like_length_share` says for how many prompts there
+    was one of like length.
+    """
     options, columns = services.settings.response_improver, RefinedResponses.to_schema().columns
     first = refined_responses.select(*columns, sample=pl.lit(1, pl.Int64))
     further, usage = _further_rewrites(context, services, base_responses, response_improver)

@@ -55,7 +55,11 @@ def rejected_responses(
     policy: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """M_0's answers to the synthetic prompts: the rejected side in every iteration (algorithm 1, line 4)."""
+    """M_0's answers to the synthetic prompts: the rejected side in every iteration (algorithm 1, line 4).
+
+    Read the sample beside that of the chosen side: the pairs teach the difference between the two. `cut_share` should be small,
+    or the pairs teach how an answer ends.
+    """
     answerer = initial_policy if services.settings.preferences.rejected_from == "initial" else policy
     frame, usage = answer_prompts(context, services, synthetic_prompts.select("prompt_id", "prompt"), answerer)
     return table_output(context, services, frame, metrics.generating(usage), **made_by(answerer))
@@ -80,7 +84,11 @@ def seed_responses(
     reward_model: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """M_{t-1}'s answers to the seed prompts, scored in comparison with the gold answers (algorithm 1, line 2)."""
+    """M_{t-1}'s answers to the seed prompts, scored in comparison with the gold answers (algorithm 1, line 2).
+
+    A margin above 0 means that the scorer prefers gold. The rows above the threshold are what the improver learns from; where
+    few are, it learns little.
+    """
     seed = seed_pairs.filter(split="train").select("prompt_id", "prompt", "answer", "constraints")
     frame, usage = answer_prompts(context, services, seed, policy)
     others = frame.with_columns(answer=pl.Series(other_answers(frame["answer"].to_list()), dtype=pl.String))
@@ -124,7 +132,10 @@ def response_improver(
     initial_policy: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[Checkpoint]:
-    """R_t, fine-tuned from M_0 to turn the policy's own answer into the gold answer (algorithm 1, line 2)."""
+    """R_t, fine-tuned from M_0 to turn the policy's own answer into the gold answer (algorithm 1, line 2).
+
+    Look at `curves`: the loss should fall and stay down. `examples` says how many rows it learned from.
+    """
     options, random_seed = services.settings.response_improver, services.settings.random_seed
     valid = seed_responses.filter(preferred("margin", options.margin_threshold), pl.col("response") != "")
     if valid.is_empty():
@@ -181,7 +192,11 @@ def refined_responses(
     response_improver: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """The policy's answers, rewritten by R_t: the chosen side (algorithm 1, line 3)."""
+    """The policy's answers, rewritten by R_t: the chosen side (algorithm 1, line 3).
+
+    Read the sample beside `base_responses`: a rewrite should be better for its content. `unchanged_share` counts rewrites that
+    change nothing; much longer ones teach length.
+    """
     base = base_responses.select("prompt_id", "prompt", "response", base_response_id="response_id")
     rows = base.select("base_response_id", "prompt", "response").iter_rows()
     requests = ((response_id, improver_instruction(prompt, response)) for response_id, prompt, response in rows)

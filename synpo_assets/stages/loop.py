@@ -36,7 +36,11 @@ PARTITION_TAG = "dagster/partition"
 def policy(
     context: dg.AssetExecutionContext, initial_policy: Checkpoint, services: dg.ResourceParam[Services]
 ) -> dg.Output[Checkpoint]:
-    """M_{t-1}, the model that enters iteration t: M_0 at first, then the promoted checkpoint of the iteration before."""
+    """M_{t-1}, the model that enters iteration t: M_0 at first, then the promoted checkpoint of the iteration before.
+
+    The model that writes in this iteration; `read_by` links to what it writes. It refuses a checkpoint that is missing, altered
+    or not promoted, and says what to do.
+    """
     wait_for_other_runs(context)
     services.checkpoints.verify(initial_policy)
     entering = initial_policy
@@ -65,7 +69,10 @@ def policy(
 def preference_history(
     context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]
 ) -> dg.Output[pl.DataFrame]:
-    """The pairs of iterations 1 to t-1, which M_t is trained on together with those of iteration t (algorithm 1: D)."""
+    """The pairs of iterations 1 to t-1, which M_t is trained on together with those of iteration t (algorithm 1: D).
+
+    Empty in iteration 1. The table says how many pairs come from each earlier iteration.
+    """
     earlier = [partition_key(number) for number in range(1, iteration_of(context))]
     for partition in earlier:
         wait_until_finished(context, services, "preference_pairs", partition)

@@ -60,7 +60,11 @@ def preference_pairs(
     reward_model: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """This iteration's pairs: chosen over rejected answer, scored, filtered, sampled (algorithm 1, line 4)."""
+    """This iteration's pairs: chosen over rejected answer, scored, filtered, sampled (algorithm 1, line 4).
+
+    Read `median_pair` and the sample: the chosen answer should be the better one for a reason that you can name. `dropped` says
+    how many pairs each filter took, and `statistics` how long both sides are.
+    """
     options, rules = services.settings.preferences, synthetic_prompts.select("prompt_id", "constraints")
     joined = join_sides(chosen_responses, rejected_responses).join(rules, on="prompt_id", maintain_order="left")
     asked = joined.select("prompt", "constraints", first="chosen_response", second="rejected_response")

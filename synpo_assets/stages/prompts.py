@@ -71,7 +71,10 @@ def prompt_generator(
     seed_pairs: pl.DataFrame,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[Checkpoint]:
-    """G, fine-tuned from M_0 to write a prompt and its answer from three keywords (paper, section 2.1)."""
+    """G, fine-tuned from M_0 to write a prompt and its answer from three keywords (paper, section 2.1).
+
+    Look at `curves`: the loss should fall and stay down. Whether its prompts are any good shows in `synthetic_prompts`.
+    """
     settings, seed = services.settings, seed_pairs.filter(split="train")
     generator, pool = settings.prompt_generator, settings.keyword_pool
     extractor = Keywords(pool.language, pool.drop_personal_names)
@@ -102,7 +105,10 @@ def prompt_generator(
 def keyword_sets(
     context: dg.AssetExecutionContext, keyword_pool: pl.LazyFrame, services: dg.ResourceParam[Services]
 ) -> dg.Output[pl.DataFrame]:
-    """This iteration's draw from the keyword pool, in random order (algorithm 1, line 1)."""
+    """This iteration's draw from the keyword pool, in random order (algorithm 1, line 1).
+
+    Each row is one request to the prompt generator. The pool starts over when it is used up, which repeats sets.
+    """
     settings, iteration = services.settings, iteration_of(context)
     pool_size = keyword_pool.select(pl.len()).collect().item()
     wanted = settings.keyword_sets_per_iteration
@@ -140,7 +146,11 @@ def synthetic_prompts(
     preference_history: pl.DataFrame,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """New prompts that G writes from the keyword sets; only valid ones stay (paper, section 2.1)."""
+    """New prompts that G writes from the keyword sets; only valid ones stay (paper, section 2.1).
+
+    Read the sample: could a person have asked this, and can it be answered? `dropped` says how many were too short, repeated an
+    earlier one, or overlap with what evaluations ask.
+    """
     wanted, sampling = services.settings.prompt_generator.prompts_per_iteration, prompt_sampling(services.settings)
     earlier = [messages[0]["content"] for messages in preference_history["prompt"].to_list()]
     known = [*seed_pairs.filter(split="train")["prompt"], *earlier]

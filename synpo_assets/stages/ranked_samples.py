@@ -58,7 +58,10 @@ def chosen_responses(
     reward_model: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """The best of M_{t-1}'s answers to each prompt by the scorer: the chosen side."""
+    """The best of M_{t-1}'s answers to each prompt by the scorer: the chosen side.
+
+    Read the sample beside `rejected_responses`, of the same model: the scorer's taste is all that tells them apart.
+    """
     return _ranked(context, BEST, RefinedResponses, synthetic_prompts, base_responses, policy, reward_model, services)
 
 
@@ -78,7 +81,10 @@ def rejected_responses(
     reward_model: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """The worst of M_{t-1}'s answers to each prompt by the scorer: the rejected side."""
+    """The worst of M_{t-1}'s answers to each prompt by the scorer: the rejected side.
+
+    Read the sample beside `chosen_responses`, of the same model: the scorer's taste is all that tells them apart.
+    """
     return _ranked(context, WORST, Responses, synthetic_prompts, base_responses, policy, reward_model, services)
 
 

@@ -36,7 +36,10 @@ def base_responses(
     policy: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """M_{t-1}'s answers to the synthetic prompts: what the improver rewrites, or the first of the ranked samples."""
+    """M_{t-1}'s answers to the synthetic prompts: what the improver rewrites, or the first of the ranked samples.
+
+    Read the sample: this is how the model answers now. `cut_share` is the share that hit the token limit.
+    """
     frame, usage = answer_prompts(context, services, synthetic_prompts.select("prompt_id", "prompt"), policy)
     return table_output(context, services, frame, metrics.generating(usage), **made_by(policy))
 

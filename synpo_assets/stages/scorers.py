@@ -126,7 +126,11 @@ def reward_model(
     seed_pairs: pl.DataFrame,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[Checkpoint]:
-    """The scorer F: trained on rows of the seed of its own, or a published reward model (paper, section 2.3)."""
+    """The scorer F: trained on rows of the seed of its own, or a published reward model (paper, section 2.3).
+
+    `held_out_accuracy` says how often it prefers the better answer of pairs that it has not seen, by kind; one half is
+    guessing, and a filter that guesses is none.
+    """
     settings = services.settings
     answered, usage = _seed_answers(services, initial_policy, seed_pairs, "scorer")
     made, summary = _made(
@@ -156,7 +160,11 @@ def judge_model(
     seed_pairs: pl.DataFrame,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[Checkpoint]:
-    """The independent judge: trained on rows of the seed that no other training reads, or a published reward model."""
+    """The independent judge: trained on rows of the seed that no other training reads, or a published reward model.
+
+    `held_out_accuracy` of pairs of which both answers ended says whether its win rates mean anything. If its interval holds one
+    half, they are not shown.
+    """
     judge = judge_scorer(services.settings.judge, services.scorer)
     answered, usage = _seed_answers(services, initial_policy, seed_pairs, "judge")
     random_seed = services.settings.random_seed + 1

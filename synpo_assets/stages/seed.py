@@ -23,6 +23,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
+from resources.models.context import ModelContext
 from resources.models.model_source import fetch_initial_policy
 from resources.settings.method import PublishedScorer
 from resources.settings.sections import SettingsError
@@ -40,16 +41,23 @@ from synpo_assets.graph.stage import Stage
 from synpo_assets.graph.tables import check
 from synpo_assets.method.chat_rows import unwritable
 from synpo_assets.method.keywords import Keywords, keyword_set, paragraph_keyword_sets
+from synpo_assets.method.row_lengths import Room, length_problem
 from synpo_assets.method.seed import HELD_OUT, BadRow, overlapping_rows, seed_rows
 from synpo_assets.method.verifiable import instruction_rows
 
 POOL_BATCH = 10_000
 SHOWN_BAD_ROWS = 5
+SHORTER = "The limits are max_new_tokens of responses, evaluation and response_improver. "
+# What the context of M_0 has to hold after a prompt.
+WRITTEN = ("responses.sampling.max_new_tokens", "evaluation.sampling.max_new_tokens")
 
 
 @Stage(group="seed", checkpoint=True, once=True, reads=("initial_policy",), kinds=("huggingface",))
 def initial_policy(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.Output[Checkpoint]:
-    """M_0, the instruct model that every training run starts from (paper, section 3.1)."""
+    """M_0, the instruct model that every training run starts from (paper, section 3.1).
+
+    `origin` says where its weights are from, and `sha` what exactly they are. Everything in this home is made from it.
+    """
     settings = services.settings
     weights, origin = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
     adopted = services.checkpoints.adopt(context, weights, origin)
@@ -61,34 +69,48 @@ def initial_policy(context: dg.AssetExecutionContext, services: dg.ResourceParam
     group="seed",
     once=True,
     kinds=("polars",),
-    reads=("seed_data", "prompt_generator.decontamination_ngram", "scorer.kind", "judge.kind"),
-)
-def seed_pairs(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.Output[pl.DataFrame]:
-    """The seed: prompts with gold answers, rows for judge and scorer alone, and dev and test, which no training reads (3.1)."""
-    frame, dropped = seed_table(services.settings)
+    reads=(
+        "seed_data", "prompt_generator.decontamination_ngram", "scorer.kind", "judge.kind", *WRITTEN,
+        "response_improver.sampling.max_new_tokens", "response_improver.damaged_copies", "preferences.chosen_from",
+    ),
+)  # fmt: skip
+def seed_pairs(
+    context: dg.AssetExecutionContext, initial_policy: Checkpoint, services: dg.ResourceParam[Services]
+) -> dg.Output[pl.DataFrame]:
+    """The seed: prompts with gold answers, rows for judge and scorer alone, and dev and test, which no training reads (3.1).
+
+    `split_rows` counts the rows of each use, and `dropped_rows` names what was left out, by line.
+    """
+    frame, dropped = seed_table(services.settings, initial_policy.weights)
     splits = [
         Metric("split_rows", rows, of=split) for split, rows in frame["split"].value_counts(sort=True).iter_rows()
     ]
-    reasons = "\n".join(f"{row.split} line {row.line}: {row.reason}" for row in dropped) or "none"
     measured = [*splits, *metrics.with_rules(frame), Metric("dropped", len(dropped))]
-    return table_output(context, services, frame, measured, dropped_rows=reasons)
+    return table_output(context, services, frame, measured, dropped_rows=_named(dropped))
 
 
-@Stage(VerifiableInstructions, group="seed", once=True, kinds=("polars",), reads=("seed_data",))
+@Stage(VerifiableInstructions, group="seed", once=True, kinds=("polars",), reads=("seed_data", *WRITTEN))
 def verifiable_instructions(
-    context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]
+    context: dg.AssetExecutionContext, initial_policy: Checkpoint, services: dg.ResourceParam[Services]
 ) -> dg.Output[pl.DataFrame]:
-    """Instructions with constraints that a program can check; no training reads them."""
-    frame = verifiable_table(services.settings)
+    """Instructions with constraints that a program can check; no training reads them.
+
+    `constraints` counts the rules. Empty if no file is named.
+    """
+    frame, dropped = verifiable_table(services.settings, initial_policy.weights)
     rules = frame.explode("constraints").unnest("constraints").group_by("rule").len().sort("len", descending=True)
-    return table_output(context, services, frame, constraints=table_metadata(rules))
+    measured, shown = [Metric("dropped", len(dropped))], {"constraints": table_metadata(rules)}
+    return table_output(context, services, frame, measured, dropped_rows=_named(dropped), **shown)
 
 
 @Stage(KeywordPool, group="seed", lazy=True, once=True, kinds=("polars",), reads=("keyword_pool",))
 def keyword_pool(
     context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]
 ) -> Iterator[dg.Output[pl.LazyFrame]]:
-    """The keyword pool K: keywords of one corpus paragraph each, streamed to disk (paper, section 2.1)."""
+    """The keyword pool K: keywords of one corpus paragraph each, streamed to disk (paper, section 2.1).
+
+    Each row is a set of words that once stood together in a paragraph. They decide what the synthetic prompts are about.
+    """
     pool = services.settings.keyword_pool
     rows, unusable = read_rows(pool.corpus, "keyword_pool.corpus", (pool.text_column,)), list[int]()
     sets = paragraph_keyword_sets(
@@ -137,16 +159,21 @@ def _write_batches(rows: Iterator[dict[str, object]], directory: Path) -> tuple[
     return digest.hexdigest()[:16], rows_written
 
 
-def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
-    """The validated seed, in the subsets that the settings ask for, and the rows that were dropped."""
+def seed_table(settings: Settings, weights: str | None = None) -> tuple[pl.DataFrame, list[BadRow]]:
+    """The validated seed, in the subsets that the settings ask for, and the rows that were dropped.
+
+    Those that the context of M_0 does not hold are known only where its weights are here.
+    """
     seed = settings.seed_data
     columns = (seed.prompt_column, seed.answer_column)
     train = list(read_rows(seed.train, "seed_data.train", columns))
     held_out = list(read_rows(seed.held_out, "seed_data.held_out", columns))
     good, bad = seed_rows(train, held_out, *columns, with_rules=settings.scorer.kind == "verifier")
+    good, long = _that_fit(good, settings, weights)
+    bad += long
     ngram, files = settings.prompt_generator.decontamination_ngram, [seed.train.path, seed.held_out.path]
     prompts = [row["prompt"] for row in good if row["split"] == "held_out"]
-    instructions = verifiable_table(settings)["prompt"].to_list()
+    instructions = verifiable_table(settings, weights)[0]["prompt"].to_list()
     for texts, kind in ((prompts, "held-out prompt"), (instructions, "verifiable instruction")):
         overlaps = overlapping_rows(good, texts, ngram, kind)
         lines = {row.line for row in overlaps}
@@ -158,14 +185,14 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
     evaluated, overlaps = _dev_and_test(usable["held_out"], settings)
     bad += overlaps
     if bad and seed.on_bad_rows == "refuse":
-        shown = "; ".join(f"{row.split} line {row.line}: {row.reason}" for row in bad[:SHOWN_BAD_ROWS])
         raise SettingsError(
-            f"{len(bad)} seed rows cannot be used ({shown}{'; …' if len(bad) > SHOWN_BAD_ROWS else ''}). Correct "
-            f"{', '.join(files[:-1])} and {files[-1]}, or set seed_data.on_bad_rows to `drop`."
+            f"{len(bad)} seed rows cannot be used ({_first(bad)}). {SHORTER if long else ''}Correct {', '.join(files[:-1])} and "
+            f"{files[-1]}, or set seed_data.on_bad_rows to `drop`."
         )
     if {row["split"] for row in evaluated} != set(HELD_OUT):
+        shares = " and ".join(f"{sum(row['split'] == split for row in evaluated)} for {split}" for split in HELD_OUT)
         raise SettingsError(
-            f"seed_data.held_out has {len(evaluated)} usable rows; at least 2 are needed, one for dev and one for test."
+            f"seed_data.held_out leaves {shares}, and at least one is needed for each.{_most_frequent(bad)} Add held-out rows."
         )
     left, chosen = usable["train"], list[dict[str, Any]]()
     for split, count in _split_sizes(settings, len(left), bad).items():
@@ -195,17 +222,48 @@ def _dev_and_test(held_out: list[dict[str, Any]], settings: Settings) -> tuple[l
     return kept, [dataclasses.replace(row, split="held_out") for row in overlaps]
 
 
-def verifiable_table(settings: Settings) -> pl.DataFrame:
-    """The validated verifiable instructions; none if `seed_data.verifiable` is not stated."""
-    source, rows = settings.seed_data.verifiable, list[dict[str, Any]]()
+def verifiable_table(settings: Settings, weights: str | None = None) -> tuple[pl.DataFrame, list[BadRow]]:
+    """The validated verifiable instructions, none if `seed_data.verifiable` is not stated, and the rows that were dropped."""
+    source, rows, bad = settings.seed_data.verifiable, list[dict[str, Any]](), list[BadRow]()
     if source is not None:
-        rows, bad = instruction_rows(list(read_rows(source, "seed_data.verifiable", ("prompt", "constraints"))))
-        if bad:
-            shown = "; ".join(bad[:SHOWN_BAD_ROWS])
+        rows, refused = instruction_rows(list(read_rows(source, "seed_data.verifiable", ("prompt", "constraints"))))
+        rows, long = _that_fit([row | {"split": "verifiable"} for row in rows], settings, weights)
+        bad = [*(BadRow("verifiable", line, reason) for line, reason in refused), *long]
+        if bad and (settings.seed_data.on_bad_rows == "refuse" or not rows):
             raise SettingsError(
-                f"{len(bad)} instructions of {source.path} (seed_data.verifiable) cannot be used: {shown}."
+                f"{len(bad)} instructions of {source.path} (seed_data.verifiable) cannot be used ({_first(bad)}). "
+                f"{SHORTER if long else ''}Correct the file"
+                + (", or set seed_data.on_bad_rows to `drop`." if rows else ", in which no other is left.")
             )
-    return pl.DataFrame(_with_splits(rows, settings), schema=VerifiableInstructions.empty().schema)
+    return pl.DataFrame(_with_splits(rows, settings), schema=VerifiableInstructions.empty().schema), bad
+
+
+def _that_fit(
+    rows: list[dict[str, Any]], settings: Settings, weights: str | None
+) -> tuple[list[dict[str, Any]], list[BadRow]]:
+    """The rows that M_0's context holds with what is written after them, and those that it does not."""
+    if weights is None or not rows:
+        return rows, []
+    context, bad = ModelContext(weights, settings.engine.trust_remote_code), list[BadRow]()
+    if context.length is None:
+        return rows, []
+    answer = max(settings.responses.sampling.max_new_tokens, settings.evaluation.sampling.max_new_tokens)
+    rewrite = settings.response_improver.sampling.max_new_tokens if settings.trains_improver else None
+    room = Room(context.length, answer, rewrite, bool(rewrite and settings.response_improver.damaged_copies))
+    for row in rows:
+        if (problem := length_problem(row, room, context.tokens)) is not None:
+            bad.append(BadRow(row["split"], row["line"], problem))
+    long = {(row.split, row.line) for row in bad}
+    return [row for row in rows if (row["split"], row["line"]) not in long], bad
+
+
+def _named(rows: Sequence[BadRow]) -> str:
+    """Bad rows by their lines, with reasons."""
+    return "\n".join(f"{row.split} line {row.line}: {row.reason}" for row in rows) or "none"
+
+
+def _first(rows: Sequence[BadRow]) -> str:
+    return _named(rows[:SHOWN_BAD_ROWS]).replace("\n", "; ") + ("; …" if len(rows) > SHOWN_BAD_ROWS else "")
 
 
 def _with_splits(rows: list[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:

@@ -1,0 +1,27 @@
+"""How many tokens a model reads and writes at once, and how many of them a chat takes."""
+
+from collections.abc import Sequence
+
+from resources.models.chat import Message, answer_ids, load_tokenizer, prompt_ids
+
+
+class ModelContext:
+    """The context of a model, of which nothing but config and tokenizer is loaded.
+
+    Attributes:
+        length: Tokens that it holds; None if its config states no limit.
+    """
+
+    def __init__(self, weights: str, trust_remote_code: bool) -> None:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code).get_text_config()
+        self.length: int | None = getattr(config, "max_position_embeddings", None)
+        self._tokenizer = load_tokenizer(weights, trust_remote_code)
+
+    def tokens(self, messages: Sequence[Message]) -> int:
+        """The tokens of a chat: of a prompt to answer, or of one with its answer."""
+        if messages[-1]["role"] != "assistant":
+            return len(prompt_ids(self._tokenizer, messages))
+        asked, answer = messages[:-1], messages[-1]["content"]
+        return len(prompt_ids(self._tokenizer, asked)) + len(answer_ids(self._tokenizer, asked, answer))

@@ -1,0 +1,50 @@
+"""Rows of the seed that M_0's context does not hold with what is written after them (the paper takes its seed as given)."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from synpo_assets.method.templates import Message, improver_instruction, user_message
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """The tokens that M_0 reads and writes at once, and how many of them are written."""
+
+    context: int
+    answer: int  # The longest answer to a prompt.
+    rewrite: int | None  # The longest rewrite of an answer; None where no improver is trained.
+    rewrites_gold: bool = False  # Whether damaged gold is rewritten, too.
+
+
+def length_problem(row: Mapping[str, Any], room: Room, tokens: Callable[[Sequence[Message]], int]) -> str | None:
+    """Which use of a row takes more tokens than there is room for, as a sentence about `it`; None if all fit.
+
+    Args:
+        row: A prompt, and the gold answer where it has one.
+        room: What fits.
+        tokens: Counts the tokens of chat messages, as they are put to M_0.
+
+    Examples:
+        >>> row = {"prompt": "Why? " * 30, "answer": "So."}
+        >>> length_problem(row, Room(200, 64, None), lambda messages: sum(len(each["content"]) for each in messages))
+        "its prompt takes 150 tokens, with up to 64 that are written after them more than M_0's context of 200"
+    """
+    for what, read, written in _uses(row, room):
+        taken = tokens(read)
+        if taken + written > room.context:
+            after = f", with up to {written} that are written after them" if written else ","
+            return f"its {what} takes {taken} tokens{after} more than M_0's context of {room.context}"
+    return None
+
+
+def _uses(row: Mapping[str, Any], room: Room) -> Iterator[tuple[str, list[Message], int]]:
+    """What is read of a row and how much is written after it, the most telling first."""
+    prompt, gold = row["prompt"], row.get("answer", "")
+    yield "prompt", user_message(prompt), room.answer
+    if gold:
+        yield "prompt with its answer", [*user_message(prompt), {"role": "assistant", "content": gold}], 0
+    if gold and room.rewrite is not None:
+        yield "prompt in the improver's template", improver_instruction(prompt, ""), room.answer + room.rewrite
+        if room.rewrites_gold:
+            yield "answer in the improver's template", improver_instruction(prompt, gold), room.rewrite
