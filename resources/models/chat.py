@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from resources.common.errors import FinalError
-from resources.models.bounded import OutOfBoundsError, within_bounds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +19,6 @@ Message = dict[str, str]
 QUESTION, ANSWER = "question", "answer"
 ASKED = [{"role": "user", "content": QUESTION}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": ANSWER}]
-LONGEST_RENDERED = 200_000
 # Around the number of a control token that is text: noncharacters, which no text may hold.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
@@ -39,28 +37,9 @@ def load_tokenizer(directory: str, trust_remote_code: bool = False) -> "PreTrain
             f"The tokenizer in {directory} has no chat template. SynPO starts from an instruct model: "
             "choose one in initial_policy, or add a chat_template.jinja to the directory."
         )
-    refuse_endless(tokenizer, directory)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def refuse_endless(tokenizer: "PreTrainedTokenizerBase", directory: str) -> None:
-    """Raises a sentence if the chat template does not end, or grows without end, on two short turns; each is tried once."""
-    template = str(tokenizer.chat_template)
-    if template in _tried:
-        return
-    try:
-        within_bounds(lambda: len(str(tokenizer.apply_chat_template(ANSWERED, tokenize=False))) <= LONGEST_RENDERED)
-    except OutOfBoundsError as error:
-        raise ChatTemplateError(
-            f"The chat template of {directory} {error} on a conversation of two words: correct its chat_template.jinja, or choose "
-            "another initial_policy."
-        ) from None
-    _tried.add(template)
-
-
-_tried: set[str] = set()
 
 
 def prompt_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> str:
