@@ -1,5 +1,8 @@
 """What tests put in the place of a whole experiment: its services in an empty home, and assets that say what they are told."""
 
+import dataclasses
+import uuid
+
 import dagster as dg
 import polars as pl
 import pytest
@@ -32,6 +35,7 @@ def run(stages, instance, services, partition=None, **options):
     """Materializes stages and other assets with the services of an experiment."""
     sides = {each.side: each.name for each in stages_of(services.settings) if each.side}
     assets = [each.asset(services.settings, sides, []) if isinstance(each, Stage) else each for each in stages]
+    services = dataclasses.replace(services, checkpoints=services.checkpoints.of_run(uuid.uuid4().hex))
     resources = {"services": services, "tables": services.tables, "checkpoints": services.checkpoints}
     return dg.materialize(assets, instance=instance, resources=resources, partition_key=partition, **options)
 

@@ -16,7 +16,7 @@ from resources.models.chat import (
     prompt_text,
     turns_text,
 )
-from resources.models.chat_template import refuse_other_text
+from resources.models.chat_template import refuse_other_text, with_stated_template
 from resources.models.model_source import fetch_initial_policy
 from resources.settings.data import InitialPolicy
 from tests.nano import copy_that_adds_bos, nano_tokenizer
@@ -242,3 +242,17 @@ def test_a_bos_that_opens_every_turn_is_no_fault(nano_model, tmp_path):
 def test_the_date_is_the_settings(with_prompt):
     directory, _ = with_prompt(None, DATED, template_date="2024-02-29")
     assert "Today is 29 Feb 2024." in prompt_text(load_tokenizer(str(directory)), HELLO)
+
+
+@pytest.mark.parametrize(("template", "words"), [
+    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "does not end"),
+    ("{% set n = namespace(t='x') %}{% for a in range(40) %}{% set n.t = n.t + n.t %}{% endfor %}{{ n.t }}", "grows without end"),
+    ("{{ 'x' * 200001 }}", "grows without end"),
+])  # fmt: skip
+def test_a_template_that_loops_or_grows_is_refused(tmp_path, nano_model, monkeypatch, template, words):
+    monkeypatch.setattr("resources.models.bounded.CPU_SECONDS", 1)
+    directory = shutil.copytree(nano_model, tmp_path / "model")
+    (directory / "chat_template.jinja").write_text(template)
+    source = InitialPolicy(source="directory", name=str(directory))
+    with pytest.raises(ChatTemplateError, match=words):
+        with_stated_template(directory, source, tmp_path, False)

@@ -9,6 +9,7 @@ import dagster as dg
 import pytest
 from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationPlanned
 
+from resources.common.errors import DamageError
 from resources.judging.judge_choice import INDEPENDENT
 from resources.settings.evaluation import Gate
 from resources.settings.files import active_settings
@@ -162,7 +163,7 @@ def test_an_altered_checkpoint_is_refused(instance, services):
     made = services.checkpoints.current("model_checkpoint", "0001")
     with open(f"{made.weights}/model.safetensors", "w") as file:
         file.write("M_X")
-    with pytest.raises(CheckpointError, match="were altered"):
+    with pytest.raises(DamageError, match="were altered"):
         enter(instance, services, "0002")
 
 
@@ -176,7 +177,7 @@ def test_a_checkpoint_directory_that_was_deleted_or_emptied_is_refused(instance,
         shutil.rmtree(directory)
         if damage == "empty":
             directory.mkdir()
-    with pytest.raises(CheckpointError, match=r"materialize .*again"):
+    with pytest.raises(DamageError, match=r"materialize .*again"):
         enter(instance, services, "0002")
 
 
@@ -200,7 +201,7 @@ def test_a_manifest_that_was_altered_is_refused(instance, services):
     directory = services.checkpoints.current("model_checkpoint", "0001").directory
     for content in ("{}", "", "[1"):
         (Path(directory) / "manifest.json").write_text(content)
-        with pytest.raises(CheckpointError, match="is no manifest any more"):
+        with pytest.raises(DamageError, match="is no manifest any more"):
             enter(instance, services, "0002")
 
 

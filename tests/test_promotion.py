@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import yaml
 
-from resources.common.errors import FinalError
+from resources.common.errors import DamageError, FinalError
 from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
 from resources.settings.evaluation import Gate, GateMetric
 from resources.settings.files import load_settings
@@ -235,7 +235,7 @@ def test_an_evaluation_of_a_checkpoint_that_does_not_exist_is_refused(nano_run, 
     (tmp_path / "checkpoints" / "model_checkpoint" / "0002.json").unlink()
     services = services_in(tmp_path, load_settings(nano_run.home / "settings.yaml"))
     with pytest.raises(
-        CheckpointError, match=r"model_checkpoint\[0002\] has no checkpoint in .*: materialize model_checkpoint"
+        DamageError, match=r"model_checkpoint\[0002\] has no checkpoint in .*: materialize model_checkpoint"
     ):
         run(stages_of(services.settings), instance, services, "0002", selection=["evaluation"])
 

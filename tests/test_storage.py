@@ -18,13 +18,14 @@ import yaml
 from typer.testing import CliRunner
 from upath import UPath
 
+from resources.common.errors import DamageError
 from resources.generation.language_model import LanguageModel
 from resources.settings.files import load_settings
 from resources.settings.machine import Engine, Storage
 from resources.settings.method import Sampling
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
-from resources.storage.checkpoint_store import CheckpointError, CheckpointStore
+from resources.storage.checkpoint_store import CheckpointStore
 from resources.storage.files import opened_atomically, storage_root, write_atomically
 from resources.storage.tables import ParquetTables
 from synpo_assets.cli.commands import app
@@ -207,13 +208,13 @@ def test_a_damaged_checkpoint_in_the_bucket_is_refused_and_made_whole_again(buck
     made = create(store, write_weights("one"))
     stored = bucket / "model_checkpoint" / "0001" / made.sha[:16]
     (stored / "merged" / "model.safetensors").write_text("0ne")
-    with pytest.raises(CheckpointError, match=r"model_checkpoint\[0001\] in s3://.* were altered"):
+    with pytest.raises(DamageError, match=r"model_checkpoint\[0001\] in s3://.* were altered"):
         store.verify(made)
-    with pytest.raises(CheckpointError, match=r"were altered"):
+    with pytest.raises(DamageError, match=r"were altered"):
         CheckpointStore(str(bucket), str(tmp_path / "there")).current("model_checkpoint", "0001")
     assert not list((tmp_path / "there").rglob("*.safetensors"))
     (stored / "merged" / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"s3://.*model.safetensors .* is missing or has changed size"):
+    with pytest.raises(DamageError, match=r"s3://.*model.safetensors .* is missing or has changed size"):
         store.current("model_checkpoint", "0001")
     store.verify(create(store, write_weights("one")))
 
@@ -243,12 +244,12 @@ def test_half_an_upload_is_no_checkpoint(bucket, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="the network is gone"):
             create(store, write_weights("one"))
     assert [file.name for file in bucket.glob("*/*/*/*/*")] == ["model.safetensors"]
-    with pytest.raises(CheckpointError, match=r"model_checkpoint\[0001\] has no checkpoint in s3://"):
+    with pytest.raises(DamageError, match=r"model_checkpoint\[0001\] has no checkpoint in s3://"):
         store.current("model_checkpoint", "0001")
     made = create(store, write_weights("one"))
     assert CheckpointStore(str(bucket), str(tmp_path / "there")).current("model_checkpoint", "0001").sha == made.sha
     (bucket / "model_checkpoint" / "0001" / made.sha[:16] / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"s3://.* holds no manifest\.json"):
+    with pytest.raises(DamageError, match=r"s3://.* holds no manifest\.json"):
         store.current("model_checkpoint", "0001")
 
 

@@ -8,7 +8,8 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.storage.checkpoint_store import CheckpointError, CheckpointStore
+from resources.common.errors import DamageError
+from resources.storage.checkpoint_store import CheckpointStore
 from resources.storage.files import temporary_directory_beside, write_atomically
 from resources.storage.tables import ParquetTables, table_metadata
 from synpo_assets.graph.schemas import KeywordPool, PreferencePairs, SeedPairs
@@ -110,15 +111,16 @@ def test_damage_is_named(tmp_path):
     made = create(store, write_weights("one"))
     file = Path(made.weights) / "model.safetensors"
     file.write_text("0ne")
-    with pytest.raises(CheckpointError, match=r"model_checkpoint\[0001\].*were altered"):
+    with pytest.raises(DamageError, match=r"model_checkpoint\[0001\].*were altered"):
         store.verify(made)
+    create(store, write_weights("one"))
     file.unlink()
-    with pytest.raises(CheckpointError, match="is missing or has changed size"):
+    with pytest.raises(DamageError, match="is missing or has changed size"):
         store.current("model_checkpoint", "0001")
     (Path(made.directory) / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no manifest\.json"):
+    with pytest.raises(DamageError, match=r"no manifest\.json"):
         store.current("model_checkpoint", "0001")
-    with pytest.raises(CheckpointError, match=r"model_checkpoint\[0002\] has no checkpoint"):
+    with pytest.raises(DamageError, match=r"model_checkpoint\[0002\] has no checkpoint"):
         store.current("model_checkpoint", "0002")
 
 
@@ -146,7 +148,7 @@ def test_an_adopted_model_is_linked_and_not_copied(tmp_path):
     store.verify(adopted)
     assert (Path(adopted.weights) / "model.safetensors").resolve() == (model / "model.safetensors").resolve()
     (model / "model.safetensors").write_text("M_1")
-    with pytest.raises(CheckpointError, match=r"initial_policy in .* were altered"):
+    with pytest.raises(DamageError, match=r"initial_policy in .* were altered"):
         store.verify(adopted)
 
 
@@ -163,7 +165,7 @@ def test_tables_come_back_equal_and_show_a_sample(tmp_path):
     tables = ParquetTables(str(tmp_path), "synpo trace {} --home 'my home'")
     result = dg.materialize([asset], resources={"tables": tables})
     assert pl.read_parquet(tmp_path / "some_table.parquet").equals(SEED)
-    assert os.listdir(tmp_path) == ["some_table.parquet"]
+    assert sorted(os.listdir(tmp_path)) == ["some_table.parquet", "some_table.parquet.xxh128"]
     metadata = result.asset_materializations_for_node("some_table")[0].metadata
     assert metadata["dagster/row_count"].value == 2
     row = metadata["sample"].records[0].data
@@ -195,7 +197,7 @@ def test_lazy_tables_are_streamed(tmp_path):
 
 
 def test_a_missing_table_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"of preference_pairs\[0001\] does not exist: materialize"):
+    with pytest.raises(DamageError, match=r"of preference_pairs\[0001\] does not exist: materialize"):
         ParquetTables(str(tmp_path)).read("preference_pairs", "0001")
 
 

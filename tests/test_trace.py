@@ -40,7 +40,17 @@ class Home:
         (self.path / "tables").mkdir(parents=True, exist_ok=True)
         frame = pl.DataFrame(rows)
         frame.write_parquet(self.path / "tables" / f"{asset}.parquet")
+        self.told(asset, None, frame)
         return frame
+
+    def write(self, asset, key, frame):
+        """A table, and what the history says of it."""
+        self.tables.write(asset, key, frame)
+        self.told(asset, key, frame)
+
+    def told(self, asset, key, frame):
+        tags = {"dagster/data_version": table_version(frame)}
+        self.instance.report_runless_asset_event(dg.AssetMaterialization(asset, partition=key, tags=tags))
 
     def iteration(self, number, until="preference_pairs", chosen="The moon pulls the sea."):
         """Writes the tables of an iteration up to one of them; the sky prompt has equal sides and gives no pair."""
@@ -67,7 +77,7 @@ class Home:
                    "rejected_responses": answers["rejected_responses"], "refined_responses": refined,
                    "preference_pairs": pairs}  # fmt: skip
         for asset, frame in written.items():
-            self.tables.write(asset, key, frame)
+            self.write(asset, key, frame)
             if asset == until:
                 return written
         raise AssertionError(until)
@@ -82,7 +92,8 @@ class Home:
         directory = self.path / "checkpoints" / asset / name / sha
         directory.mkdir(parents=True)
         manifest = {"asset": asset, "partition": name if number else None, "sha": sha, "run_id": f"run of {sha}",
-                    "trained_on": trained_on or {}}  # fmt: skip
+                    "trained_on": trained_on or {}, "weights": "merged", "parents": {}, "settings": {},
+                    "files": {"model.safetensors": {"bytes": 1, "sha256": "0"}}}  # fmt: skip
         (directory / "manifest.json").write_text(json.dumps(manifest))
         made = Checkpoint(asset, manifest["partition"], sha, str(directory / "merged"), str(directory))
         self.checkpoints.point_to(asset, manifest["partition"], made)
@@ -267,7 +278,7 @@ def test_a_seed_prompt_and_what_policies_answered(home):
     scores = {"answer_score": pl.lit(2.0), "response_score": pl.lit(0.5), "scorer_sha": pl.lit("scorer")}
     for number, text in ((1, "Mine."), (2, "Mine, later.")):
         answers = home.answers(pl.DataFrame(seed[:1]), [text], "start", number).with_columns(**scores)
-        home.tables.write("seed_responses", f"{number:04d}", answers)
+        home.write("seed_responses", f"{number:04d}", answers)
         home.checkpoint("response_improver", number, f"improver{number}", {"seed_responses": table_version(answers)})
     home.checkpoint("prompt_generator", None, "generator", {"seed_pairs": version})
     home.checkpoint("judge_model", None, "judge", {"seed_pairs": version})

@@ -8,8 +8,10 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
 from synpo_assets.cli import webserver
+from tests.conftest import synpo_here
 
 
 @pytest.fixture
@@ -68,3 +70,25 @@ def test_whoever_listens_on_all_addresses_is_reached_under_any_name(client, monk
     monkeypatch.setenv("SYNPO_UI_HOST", "machine.lan")
     assert client.get("/assets", headers={"host": "machine.lan:3000"}).status_code == 200
     assert client.get("/assets", headers={"host": "evil.example"}).status_code == 403
+
+
+def test_whoever_does_not_bring_the_token_is_refused(client, monkeypatch):
+    monkeypatch.setenv("SYNPO_UI_TOKEN", "secret")
+    for path in ("/assets", "/reports/boosting_report.html", "/?token=", "/?token=wrong", "/graphql?token=wrong"):
+        assert client.get(path, follow_redirects=False).status_code == 401, path
+    with pytest.raises(WebSocketDisconnect), client.websocket_connect("/graphql"):
+        pass
+    arrived = client.get("/?token=secret", follow_redirects=False)
+    assert (arrived.status_code, arrived.headers["location"]) == (303, "/")
+    assert {"HttpOnly", "SameSite=strict"} <= set(arrived.headers["set-cookie"].split("; "))
+    assert client.get("/assets").text == "the UI"
+    client.cookies.clear()
+    client.cookies.set("synpo_token_3000", "wrong")
+    assert client.get("/assets").status_code == 401
+
+
+def test_an_address_that_others_reach_needs_a_token(tmp_path):
+    refused = synpo_here("ui", "--host", "0.0.0.0", "--home", tmp_path / "home")
+    assert refused.returncode == 2
+    assert "add --token" in refused.stderr
+    assert not (tmp_path / "home").exists()

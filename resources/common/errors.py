@@ -1,6 +1,17 @@
 """The error of a step that would fail in the same way again."""
 
+import re
+
 import dagster as dg
+
+# What the operating system and SQLite say of a disk that is full, or of a quota that is used up.
+FULL = re.compile(
+    r"(\[Errno \d+\] )?(No space left on device|Disk quota exceeded|database or disk is full)(: '[^']*')?"
+)
+DISK_IS_FULL = (
+    "A disk is full ({}). Finished work is kept: free some space (`synpo clean` lists what is not needed any more) and give the "
+    "same command again."
+)
 
 
 class FinalError(dg.Failure):
@@ -8,3 +19,21 @@ class FinalError(dg.Failure):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, allow_retries=False)
+
+
+class DamageError(FinalError):
+    """What was made is gone, or is not as it was written; to make it again mends that, which `synpo run` does by itself."""
+
+    def __init__(self, problem: str, label: str) -> None:
+        super().__init__(f"{problem}: materialize {label} again (`synpo run` does).")
+        self.problem = problem
+
+
+def full_disk(error: BaseException | str | None) -> str | None:
+    """What an error, or one that it came of, says of a full disk; None if that is not the cause."""
+    while isinstance(error, BaseException):
+        if (reason := full_disk(str(error))) is not None:
+            return reason
+        error = error.__cause__ or error.__context__
+    found = FULL.search(error or "")
+    return found[0] if found else None

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -15,12 +16,14 @@ GRACE_SECONDS = 8.0
 
 
 def end_with_parent() -> None:
-    """Makes every process forked from here on end when its parent does, even if the parent is killed with -9.
+    """Makes this process, if it is a step, and all that are forked from here on end when their parents do, even with -9.
 
-    Steps are forked from a forkserver, which need not end with its run; see `end_with_run`. Linux only (prctl(2));
-    elsewhere nothing happens.
+    Steps are forked from a forkserver, which need not end with its run; see `end_with_run`.
     """
     os.register_at_fork(after_in_child=end_with_this_parent)
+    # By then a forked process knows who asked for it. The registry holds its first argument weakly.
+    multiprocessing.util.register_after_fork(end_with_run, lambda end: end())
+    end_with_run()
 
 
 def end_with_this_parent() -> None:
@@ -29,7 +32,6 @@ def end_with_this_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-@functools.cache
 def end_with_run() -> None:
     """Makes a step process end within a moment when its run does, even if the run is killed with -9.
 

@@ -9,7 +9,9 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from resources.models.bounded import OutOfBoundsError, within_bounds
 from resources.models.chat import (
     ANSWER,
     ANSWERED,
@@ -24,7 +26,11 @@ from resources.models.chat import (
 from resources.settings.data import InitialPolicy
 from resources.storage.files import temporary_directory_beside
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 TEMPLATE_FILE = "chat_template.jinja"
+LONGEST_RENDERED = 200_000
 DATE_FORMAT = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
 
 
@@ -38,9 +44,11 @@ def with_stated_template(directory: Path, source: InitialPolicy, folder: Path, t
         trust_remote_code: Whether its tokenizer may bring code.
 
     Raises:
-        ChatTemplateError: The template shows no system turn.
+        ChatTemplateError: The template does not end, or shows no system turn.
     """
-    template = load_tokenizer(str(directory), trust_remote_code).get_chat_template()
+    tokenizer = load_tokenizer(str(directory), trust_remote_code)
+    _refuse_endless(tokenizer, directory)
+    template = tokenizer.get_chat_template()
     stated = "".join(_stated(source, template))
     if not stated:
         return directory
@@ -89,6 +97,16 @@ def refuse_other_text(directory: Path, trust_remote_code: bool) -> None:
             f"The chat template of {directory} renders other text than would be trained: {problem}. State what the template asks "
             "for in initial_policy.template_arguments (such as `enable_thinking: false`), or correct its chat_template.jinja."
         )
+
+
+def _refuse_endless(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+    try:
+        within_bounds(lambda: len(str(tokenizer.apply_chat_template(ANSWERED, tokenize=False))) <= LONGEST_RENDERED)
+    except OutOfBoundsError as error:
+        raise ChatTemplateError(
+            f"The chat template of {directory} {error} on a conversation of two words: correct its chat_template.jinja, or choose "
+            "another initial_policy."
+        ) from None
 
 
 def _stated(source: InitialPolicy, template: str) -> Iterator[str]:

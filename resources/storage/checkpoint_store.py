@@ -1,5 +1,6 @@
 """Model checkpoints: weights, training log and, written last, a manifest. No manifest, no checkpoint."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -13,27 +14,32 @@ from typing import Any
 import dagster as dg
 from upath import UPath
 
-from resources.common.errors import FinalError
+from resources.common.errors import DamageError, FinalError
 from resources.common.progress import Progress
 from resources.common.text import asset_label
-from resources.storage.files import (
-    AnyPath,
-    file_sha256,
-    json_sha256,
-    storage_root,
-    temporary_directory_beside,
-    write_atomically,
+from resources.storage.files import DAMAGED, AnyPath, storage_root, temporary_directory_beside, write_atomically
+from resources.storage.manifests import (
+    MANIFEST,
+    Pointer,
+    damaged_file,
+    is_intact,
+    manifest_pointed_to,
+    parsed_manifest,
+    read_manifest,
+    read_pointer,
+    weights_manifest,
 )
 
 logger = logging.getLogger("synpo.storage")
 
 TRAINING_LOG = "trainer_log.jsonl"
-REQUIRED_KEYS = {"asset", "partition", "sha", "weights", "files"}
+# In the directory of a checkpoint: the run that has read its weights again, or made them.
+VERIFIED = "verified_by_run"
 RECORDED_LIBRARIES = ("dagster", "torch", "transformers", "trl", "peft", "polars")
 
 
 class CheckpointError(FinalError):
-    """A checkpoint is missing, incomplete or altered; the message names it and says what to do."""
+    """A checkpoint must not be used; the message names it and says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Checkpoint:
     @property
     def manifest(self) -> dict[str, Any]:
         """The parsed manifest."""
-        return json.loads((Path(self.directory) / "manifest.json").read_text())
+        return json.loads((Path(self.directory) / MANIFEST).read_text())
 
 
 class CheckpointStore(dg.IOManager):
@@ -67,16 +73,25 @@ class CheckpointStore(dg.IOManager):
     built in a local cache and uploaded, its manifest last, and fetched into the cache by whoever lacks it.
     """
 
-    def __init__(self, root: str, cache: str | None = None, changes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, root: str, cache: str | None = None, changes: Sequence[str] = (), run_id: str | None = None
+    ) -> None:
         """Takes a local directory, or a URL that fsspec knows and a local cache of the checkpoints in use.
 
         Args:
             changes: Settings of this run alone, in words, that manifests record.
+            run_id: The run that uses it, which reads the weights of each checkpoint again before it uses them.
         """
+        self._arguments = root, cache, changes
         self._root = storage_root(root)
         self._local = Path(cache or root)
         self._is_remote = cache is not None
         self._changes = changes
+        self._run_id = run_id
+
+    def of_run(self, run_id: str | None) -> "CheckpointStore":
+        """The same store, as a run uses it."""
+        return CheckpointStore(*self._arguments, run_id)
 
     def create(
         self,
@@ -101,7 +116,7 @@ class CheckpointStore(dg.IOManager):
         with temporary_directory_beside(self._local / asset / (partition or "once")) as temporary:
             result = build(temporary)
             manifest = {
-                **_weights_manifest(temporary / "merged"),
+                **weights_manifest(temporary / "merged"),
                 "asset": asset,
                 "partition": partition,
                 "run_id": context.run.run_id,
@@ -127,7 +142,7 @@ class CheckpointStore(dg.IOManager):
     def adopt(self, context: dg.AssetExecutionContext, weights: Path, origin: Mapping[str, Any]) -> Checkpoint:
         """Registers a model that lies elsewhere (cache, hub snapshot, user directory) by links to its files."""
         asset = context.asset_key.to_user_string()
-        manifest = _weights_manifest(weights)
+        manifest = weights_manifest(weights)
         manifest |= {"asset": asset, "partition": None, "run_id": context.run.run_id, "weights": "merged"}
         manifest |= {"parents": {}, "trained_on": {}, "settings": dict(origin)}
         with temporary_directory_beside(self._local / asset / "once") as temporary:
@@ -137,45 +152,61 @@ class CheckpointStore(dg.IOManager):
             return self._keep(temporary, manifest)
 
     def current(self, asset: str, partition: str | None) -> Checkpoint:
-        """The newest finished checkpoint of an asset and iteration, its files checked for presence and size."""
+        """The newest finished checkpoint of an asset and iteration.
+
+        Its files are checked for presence and size, and read again if this run has not done so yet.
+        """
         label = asset_label(asset, partition)
-        pointer = self._pointer(asset, partition)
-        if not pointer.exists():
-            raise CheckpointError(f"{label} has no checkpoint in {self._root}: materialize {label} first.")
-        name = json.loads(pointer.read_text())["directory"]
-        if damaged := _damaged_file(self._root / name):
-            raise CheckpointError(f"{damaged} of {label} is missing or has changed size: materialize {label} again.")
+        manifest = manifest_pointed_to(self._pointer(asset, partition), self._root, asset, partition)
+        if damaged := damaged_file(self._root / manifest.directory, manifest):
+            raise DamageError(f"{damaged} of {label} is missing or has changed size", label)
         if self._is_remote:
-            self._fetch(name)
-        return open_checkpoint(self._local / name)
+            self._fetch(manifest.directory, manifest.label)
+        found = open_checkpoint(self._local / manifest.directory)
+        if self._run_id is not None and _text_of(Path(found.directory) / VERIFIED) != self._run_id:
+            self.verify(found)
+            write_atomically(Path(found.directory) / VERIFIED, self._run_id.encode())
+        return found
 
     def manifest(self, asset: str, partition: str | None) -> dict[str, Any] | None:
         """The manifest of the current checkpoint, for which no weights are fetched; None if there is no such checkpoint."""
-        file = self._file_of_current(asset, partition, "manifest.json")
+        file = self._file_of_current(asset, partition, MANIFEST)
+        if file is not None:
+            parsed_manifest(file, asset_label(asset, partition))
         return json.loads(file.read_text()) if file else None
 
     def manifest_of_sha(self, sha: str) -> dict[str, Any] | None:
         """The manifest of the checkpoint with these weights, current or superseded; None if it is gone."""
-        files = sorted(self._root.glob(f"*/*/{sha[:16]}/manifest.json"), key=str)
+        files = sorted(self._root.glob(f"*/*/{sha[:16]}/{MANIFEST}"), key=str)
         return json.loads(files[0].read_text()) if files else None
 
     def training_log(self, asset: str, partition: str | None) -> list[dict[str, Any]]:
         """What the trainer of the current checkpoint logged, one entry per step; empty if it is gone or was not trained."""
         file = self._file_of_current(asset, partition, TRAINING_LOG)
-        return [json.loads(line) for line in file.read_text().splitlines()] if file else []
+        try:
+            return [json.loads(line) for line in file.read_text().splitlines()] if file else []
+        except ValueError:
+            label = asset_label(asset, partition)
+            raise DamageError(f"{file} of {label} is no log of a training any more", label) from None
 
     def verify(self, checkpoint: Checkpoint) -> None:
-        """Reads every weight file again, in an object store too, and compares it with the manifest."""
+        """Reads every weight file again, in an object store too, and compares it with the manifest.
+
+        What is damaged is no checkpoint any more: its manifest is set aside.
+        """
         stored = self._root / self._name(checkpoint)
-        if not _is_intact(stored, checkpoint.sha):
+        if not is_intact(stored, checkpoint.sha):
+            with contextlib.suppress(FileNotFoundError):
+                (stored / MANIFEST).rename(stored / f"{MANIFEST}{DAMAGED}")
             raise _altered(stored, checkpoint.label)
-        if self._is_remote and not _is_intact(Path(checkpoint.directory), checkpoint.sha):
+        if self._is_remote and not is_intact(Path(checkpoint.directory), checkpoint.sha):
             shutil.rmtree(checkpoint.directory, ignore_errors=True)
-            self._fetch(self._name(checkpoint))
+            self._fetch(self._name(checkpoint), checkpoint.label)
 
     def point_to(self, asset: str, partition: str | None, checkpoint: Checkpoint) -> None:
         """Makes a checkpoint the current one of an asset and iteration."""
-        write_atomically(self._pointer(asset, partition), json.dumps({"directory": self._name(checkpoint)}).encode())
+        named = Pointer(directory=self._name(checkpoint), asset=asset, partition=partition, sha=checkpoint.sha)
+        write_atomically(self._pointer(asset, partition), named.model_dump_json().encode())
 
     def handle_output(self, context: dg.OutputContext, obj: Checkpoint) -> None:
         """Stores the pointer of a materialized checkpoint asset."""
@@ -194,7 +225,7 @@ class CheckpointStore(dg.IOManager):
         pointer = self._pointer(asset, partition)
         if not pointer.exists():
             return None
-        file = self._root / json.loads(pointer.read_text())["directory"] / name
+        file = self._root / read_pointer(pointer, asset, partition).directory / name
         return file if file.exists() else None
 
     def _name(self, checkpoint: Checkpoint) -> str:
@@ -205,14 +236,15 @@ class CheckpointStore(dg.IOManager):
         """Moves a directory whose weights are complete to its final place, and uploads it to an object store."""
         name = f"{manifest['asset']}/{manifest['partition'] or 'once'}/{manifest['sha'][:16]}"
         content = json.dumps(manifest, indent=2).encode()
-        write_atomically(temporary / "manifest.json", content)
+        write_atomically(temporary / MANIFEST, content)
         _move(temporary, self._local / name, manifest["sha"])
         # Equal weights may come of other settings: the manifest tells of the newest run that made them.
-        write_atomically(self._local / name / "manifest.json", content)
-        if self._is_remote and _is_intact(self._root / name, manifest["sha"]):
-            write_atomically(self._root / name / "manifest.json", content)
+        write_atomically(self._local / name / MANIFEST, content)
+        if self._is_remote and is_intact(self._root / name, manifest["sha"]):
+            write_atomically(self._root / name / MANIFEST, content)
         elif self._is_remote:
             self._upload(name)
+        write_atomically(self._local / name / VERIFIED, manifest["run_id"].encode())
         return open_checkpoint(self._local / name)
 
     def _upload(self, name: str) -> None:
@@ -222,15 +254,16 @@ class CheckpointStore(dg.IOManager):
         files = [file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()]
         with Progress(None, f"Copying {name} to {self._root}", logger):
             # No manifest, no checkpoint: it is uploaded last.
-            for file in sorted(files, key=lambda file: file == "manifest.json"):
+            for file in sorted(files, key=lambda file: file == MANIFEST):
                 (target / file).parent.mkdir(parents=True, exist_ok=True)
                 target.fs.put_file(str(source / file), (target / file).path)
 
-    def _fetch(self, name: str) -> None:
+    def _fetch(self, name: str, label: str) -> None:
         """Copies a checkpoint from the object store into the cache, unless it is there."""
         source, target = self._root / name, self._local / name
-        if (target / "manifest.json").exists() and _damaged_file(target) is None:
-            return
+        with contextlib.suppress(DamageError):
+            if damaged_file(target, read_manifest(target, label)) is None:
+                return
         with temporary_directory_beside(target) as temporary:
             with Progress(None, f"Copying {name} from {self._root}", logger):
                 for file in source.fs.find(source.path):
@@ -238,73 +271,34 @@ class CheckpointStore(dg.IOManager):
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     source.fs.get_file(file, str(copy))
             fetched = open_checkpoint(temporary)
-            if not _is_intact(temporary, fetched.sha):
+            if not is_intact(temporary, fetched.sha):
                 raise _altered(source, fetched.label)
             _move(temporary, target, fetched.sha)
 
 
 def _move(temporary: Path, final: Path, sha: str) -> None:
     """Moves a finished directory to its place, unless the same content is there and undamaged."""
-    if not _is_intact(final, sha):
+    if not is_intact(final, sha):
         shutil.rmtree(final, ignore_errors=True)
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary.rename(final)
 
 
-def _manifest(directory: AnyPath) -> dict[str, Any]:
-    file = directory / "manifest.json"
-    if not file.exists():
-        raise CheckpointError(f"{directory} holds no manifest.json, so no finished checkpoint: materialize it again.")
-    try:
-        manifest = json.loads(file.read_text())
-        if not isinstance(manifest, dict) or not manifest.keys() >= REQUIRED_KEYS:
-            raise ValueError
-    except ValueError:
-        raise CheckpointError(f"{file} was altered and is no manifest any more: materialize it again.") from None
-    return manifest
-
-
 def open_checkpoint(directory: Path) -> Checkpoint:
     """The finished checkpoint in a local directory."""
-    manifest = _manifest(directory)
+    manifest = read_manifest(directory, str(directory))
     return Checkpoint(
-        asset=manifest["asset"],
-        partition=manifest["partition"],
-        sha=manifest["sha"],
-        weights=str(directory / manifest["weights"]),
+        asset=manifest.asset,
+        partition=manifest.partition,
+        sha=manifest.sha,
+        weights=str(directory / manifest.weights),
         directory=str(directory),
     )
 
 
-def _damaged_file(directory: AnyPath) -> AnyPath | None:
-    """The first weight file that is missing or has not the size that the manifest says."""
-    manifest = _manifest(directory)
-    for name, expected in manifest["files"].items():
-        file = directory / manifest["weights"] / name
-        if not file.exists() or file.stat().st_size != expected["bytes"]:
-            return file
-    return None
+def _altered(directory: AnyPath, label: str) -> DamageError:
+    return DamageError(f"The files of {label} in {directory} were altered after they were written", label)
 
 
-def _is_intact(directory: AnyPath, sha: str) -> bool:
-    """Whether a finished checkpoint lies here whose weight files, read again, have this sha."""
-    if not (directory / "manifest.json").exists():
-        return False
-    weights = directory / _manifest(directory)["weights"]
-    return weights.exists() and _weights_manifest(weights)["sha"] == sha
-
-
-def _altered(directory: AnyPath, label: str) -> CheckpointError:
-    return CheckpointError(
-        f"The files of {label} in {directory} were altered after they were written: materialize {label} again."
-    )
-
-
-def _weights_manifest(weights: AnyPath) -> dict[str, Any]:
-    with Progress(None, f"Reading the files in {weights} for their sha", logger):
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in sorted(UPath(weights).iterdir(), key=lambda path: path.name)
-            if path.is_file() and path.name != "README.md"
-        }
-    return {"sha": json_sha256({name: entry["sha256"] for name, entry in files.items()}), "files": files}
+def _text_of(file: Path) -> str:
+    return file.read_text() if file.exists() else ""

@@ -14,6 +14,8 @@ from upath import UPath
 
 AnyPath = Path | UPath
 BLOCK_BYTES = 8 * 2**20
+# Ends the name of what was found damaged, and is kept for whoever wants to look.
+DAMAGED = ".damaged"
 
 
 def storage_root(place: str | Path) -> UPath:
@@ -45,7 +47,12 @@ def opened_atomically(path: AnyPath) -> Iterator[IO[bytes]]:
                 os.fsync(file.fileno())
         # An object store has no renaming: there this is a copy, which appears whole or not at all, and a removal.
         # Writing to the final name would not do, because closing a file after an error uploads what there is of it.
-        temporary.rename(final)
+        try:
+            temporary.rename(final)
+        except IsADirectoryError:
+            # Somebody put a directory there.
+            final.rename(final.with_name(f"{final.name}.{uuid.uuid4().hex}{DAMAGED}"))
+            temporary.rename(final)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -10,13 +10,12 @@ from typing import Any
 import polars as pl
 import xxhash
 
-from resources.common.errors import FinalError
-from resources.storage.files import json_sha256, storage_root, write_atomically
+from resources.common.errors import DISK_IS_FULL, FinalError
+from resources.storage.files import DAMAGED, json_sha256, storage_root, write_atomically
 
 logger = logging.getLogger("synpo.storage")
 
 FINGERPRINT_FILE = "fingerprint.json"
-DAMAGED = ".damaged"
 
 
 class Shards:
@@ -60,10 +59,8 @@ class Shards:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise FinalError(
-                f"The disk with {self.folder} is full. Finished shards are kept: free some space (`synpo clean` lists what is "
-                "not needed any more) and run it again."
-            ) from None
+            # To try again at once would not help.
+            raise FinalError(DISK_IS_FULL.format(error)) from None
 
     def _shards(self, columns: list[str]) -> Iterator[pl.DataFrame]:
         for path in sorted(self.folder.glob("*.parquet")):

@@ -1,16 +1,21 @@
-"""Tables as parquet files, one folder per asset and one file per iteration."""
+"""Tables as parquet files, one folder per asset and one file per iteration, each with a checksum beside it."""
 
+import io
 from typing import IO, Any
 
 import dagster as dg
 import polars as pl
+import xxhash
 from upath import UPath
 
-from resources.common.text import visible
-from resources.storage.files import opened_atomically, storage_root
+from resources.common.errors import DamageError
+from resources.common.text import asset_label, visible
+from resources.storage.files import BLOCK_BYTES, opened_atomically, storage_root, write_atomically
 
 SAMPLE_ROWS = 5
 SHOWN_CHARACTERS = 300
+# A line as the program `xxh128sum` writes and reads it.
+CHECKSUM = ".xxh128"
 
 
 class ParquetTables(dg.UPathIOManager):
@@ -29,22 +34,31 @@ class ParquetTables(dg.UPathIOManager):
 
     def read(self, asset: str, partition: str) -> pl.DataFrame:
         """Reads the table of an asset and iteration that is not a declared input."""
-        return _read(self._base_path / asset / f"{partition}.parquet", f"{asset}[{partition}]")
+        return _read(self._place(asset, partition), asset_label(asset, partition))
 
-    def scan(self, asset: str) -> pl.LazyFrame | None:
-        """The rows of an asset, over all its iterations, to be read lazily; None if it was never written."""
-        made_once = self._base_path / f"{asset}.parquet"
-        found = [made_once] if made_once.exists() else sorted((self._base_path / asset).glob("*.parquet"))
-        if not (files := [file for file in found if file.is_file()]):
+    def verify(self, asset: str, partition: str | None) -> None:
+        """Raises a DamageError if the table of an asset and iteration is gone, or is not as it was written."""
+        place, label = self._place(asset, partition), asset_label(asset, partition)
+        with _opened(place, label) as file:
+            _count(file, place, label)
+
+    def scan(self, asset: str, partition: str | None = None) -> pl.LazyFrame | None:
+        """The rows of an asset, of one iteration or all, to be read lazily; None if they were never written.
+
+        What is made once is of every iteration.
+        """
+        made_once = self._place(asset, None)
+        of_iterations = (self._base_path / asset).glob(f"{partition or '*'}.parquet")
+        files = [made_once] if made_once.exists() else sorted(of_iterations)
+        if not files:
             return None
         # Opened here for the same reason as in `load_from_path`.
-        opened: list[IO[bytes]] = [file.open("rb") for file in files]
-        return pl.scan_parquet(opened)
+        return pl.scan_parquet([_opened(file, _label(file, self._base_path)) for file in files])
 
     def of_partition(self, partition: str) -> list[pl.DataFrame]:
         """The tables of all assets that have one of this iteration, by asset."""
         files = sorted(self._base_path.glob(f"*/{partition}.parquet"), key=str)
-        return [_read(file, file.parent.name) for file in files]
+        return [_read(file, _label(file, self._base_path)) for file in files]
 
     def partitions(self, asset: str = "*") -> list[str]:
         """The iterations of which an asset, or if none is named any asset, has a table."""
@@ -53,7 +67,7 @@ class ParquetTables(dg.UPathIOManager):
 
     def write(self, asset: str, partition: str, frame: pl.DataFrame) -> None:
         """Writes the table of an asset and iteration other than the running one."""
-        _write(frame, self._base_path / asset / f"{partition}.parquet")
+        _write(frame, self._place(asset, partition))
 
     def dump_to_path(self, context: dg.OutputContext, obj: pl.DataFrame | pl.LazyFrame, path: UPath) -> None:
         """Writes one table."""
@@ -63,8 +77,8 @@ class ParquetTables(dg.UPathIOManager):
         """Reads one table, lazily where the asset asks for a LazyFrame."""
         if context.dagster_type.typing_type is pl.LazyFrame:
             # Opened here because polars' own clients of object stores find their credentials in other ways.
-            return pl.scan_parquet(path.open("rb"))
-        return _read(path, context.asset_key.to_user_string())
+            return pl.scan_parquet(_opened(path, _label(path, self._base_path)))
+        return _read(path, _label(path, self._base_path))
 
     def get_metadata(self, context: dg.OutputContext, obj: pl.DataFrame | pl.LazyFrame) -> dict[str, Any]:
         """Row count, sample rows and, for tables in memory, statistics of the numeric columns."""
@@ -80,6 +94,9 @@ class ParquetTables(dg.UPathIOManager):
             metadata["statistics"] = table_metadata(statistics)
         return metadata
 
+    def _place(self, asset: str, partition: str | None) -> UPath:
+        return self._base_path / (f"{asset}.parquet" if partition is None else f"{asset}/{partition}.parquet")
+
 
 def _for_readers(sample: pl.DataFrame) -> pl.DataFrame:
     """Texts first, then numbers, then ids; what the page of the partition says already is left out."""
@@ -90,19 +107,87 @@ def _for_readers(sample: pl.DataFrame) -> pl.DataFrame:
     return sample.select(*texts, *(name for name in others if name not in texts), *ids)
 
 
+class _Hashed:
+    """A file that is hashed while it is written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.hash = xxhash.xxh3_128()
+        self._file = file
+
+    def write(self, block: bytes) -> int:
+        self.hash.update(block)
+        return self._file.write(block)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 def _write(frame: pl.DataFrame | pl.LazyFrame, path: UPath) -> None:
+    checksum = _checksum_file(path)
     with opened_atomically(path) as file:
+        hashed: Any = _Hashed(file)
         if isinstance(frame, pl.LazyFrame):
-            frame.sink_parquet(file)
+            frame.sink_parquet(hashed)
         else:
-            frame.write_parquet(file)
+            frame.write_parquet(hashed)
+        # The checksum of an earlier table is never beside a newer one.
+        checksum.unlink(missing_ok=True)
+    write_atomically(checksum, f"{hashed.hash.hexdigest()}  {path.name}\n".encode())
 
 
-def _read(path: UPath, asset: str) -> pl.DataFrame:
-    if not path.exists():
-        raise FileNotFoundError(f"The table {path} of {asset} does not exist: materialize {asset} first.")
-    with path.open("rb") as file:
-        return pl.read_parquet(file)
+def _read(path: UPath, label: str) -> pl.DataFrame:
+    with _opened(path, label) as file:
+        try:
+            return pl.read_parquet(file)
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+            raise _damaged(path, label) from error
+
+
+def _opened(path: UPath, label: str) -> IO[bytes]:
+    """A table to be read from its beginning, once its bytes are those that were written.
+
+    Parquet has no checksum of its own here: nearly half of all flipped bits would read as other rows.
+    """
+    try:
+        file = io.BytesIO(path.read_bytes()) if path.protocol else path.open("rb")
+        written = _checksum_file(path)
+        expected = written.read_text(errors="replace").split(" ")[0] if written.exists() else None
+    except FileNotFoundError:
+        raise DamageError(f"The table {path} of {label} does not exist", label) from None
+    except IsADirectoryError:
+        raise DamageError(f"A directory lies in the place of the table {path} of {label}", label) from None
+    # Tables of earlier versions have none.
+    if expected is not None:
+        hashed = xxhash.xxh3_128()
+        while block := file.read(BLOCK_BYTES):
+            hashed.update(block)
+        file.seek(0)
+        if hashed.hexdigest() != expected:
+            raise _damaged(path, label)
+    return file
+
+
+def _count(file: IO[bytes], path: UPath, label: str) -> int:
+    """The rows of a table, of which no more than the end is read."""
+    try:
+        return pl.scan_parquet(file).select(pl.len()).collect().item()
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise _damaged(path, label) from error
+
+
+def _damaged(path: UPath, label: str) -> DamageError:
+    return DamageError(f"The table {path} of {label} is not as it was written: it was damaged or altered", label)
+
+
+def _checksum_file(path: UPath) -> UPath:
+    return path.with_name(f"{path.name}{CHECKSUM}")
+
+
+def _label(path: UPath, root: UPath) -> str:
+    """Whose table lies at a place: `seed_pairs.parquet`, `preference_pairs/0001.parquet`."""
+    made_once = path.parent == root or not path.stem.isdecimal()
+    asset = path.stem if path.parent == root else path.parent.name
+    return asset_label(asset, None if made_once else path.stem)
 
 
 def table_metadata(frame: pl.DataFrame) -> dg.TableMetadataValue:

@@ -9,7 +9,7 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from resources.settings.files import settings_problem
 from synpo_assets.graph.history import CONSIDERED, never_began
-from synpo_assets.graph.missing import missing_assets
+from synpo_assets.graph.missing import missing_assets, missing_checks
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import FIRST, OPT_IN_TAG
@@ -62,15 +62,23 @@ def next_iteration(
         return dg.SkipReason(reason)
     key = partition_key(iteration)
     names = missing_assets(context.instance, experiment, None) + missing_assets(context.instance, experiment, key)
+    checks = [check for place in (None, key) for check in missing_checks(context.instance, experiment, place)]
     return dg.RunRequest(
-        partition_key=key, asset_selection=[dg.AssetKey(name) for name in names], tags={"synpo/automation": "true"}
+        partition_key=key,
+        asset_selection=[dg.AssetKey(name) for name in names],
+        asset_check_keys=checks,
+        tags={"synpo/automation": "true"},
     )
 
 
 def first_unfinished(instance: DagsterInstance, services: Services) -> int:
     """The first iteration in which something is missing; max_iterations + 1 if there is none."""
     iterations = range(1, services.settings.max_iterations + 1)
-    unfinished = (number for number in iterations if missing_assets(instance, services, partition_key(number)))
+    unfinished = (
+        number
+        for number, key in ((number, partition_key(number)) for number in iterations)
+        if missing_assets(instance, services, key) or missing_checks(instance, services, key)
+    )
     return next(unfinished, services.settings.max_iterations + 1)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resources.common.errors import FinalError
+from resources.common.errors import DISK_IS_FULL, FinalError, full_disk
 from resources.models.model_source import ModelSourceError
 from resources.settings.files import home_directory
 from resources.settings.sections import SettingsError
@@ -53,6 +53,11 @@ class Commands(_Help, typer.core.TyperGroup):
             continues = str(interrupt) or "Give the same command again."
             typer.echo(f"synpo: interrupted. {continues}", err=True)
             raise typer.Exit(130) from None
+        except Exception as error:
+            if (reason := full_disk(error)) is None:
+                raise
+            typer.echo(f"synpo: {DISK_IS_FULL.format(reason)}", err=True)
+            raise typer.Exit(2) from None
 
 
 app = typer.Typer(
@@ -258,9 +263,22 @@ def ui(
     settings_file: SettingsFile = None,
     home: Home = None,
     port: Annotated[int, typer.Option(help="Port of the web server.")] = 3000,
-    host: Annotated[str, typer.Option(help="Address that the web server listens on.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address that the web server listens on; another than this machine's own needs --token.")
+    ] = "127.0.0.1",
+    token: Annotated[
+        bool, typer.Option("--token", help="Print an address with a new secret, and refuse whoever does not open that.")
+    ] = False,
 ) -> None:
     """Open the Dagster UI, with its daemon, on the same home; the report is below its address, at /reports."""
+    from synpo_assets.cli.webserver import LOOPBACK, address, new_token, serve
+
+    if host not in LOOPBACK and not token:
+        raise SettingsError(
+            f"With --host {host}, everybody who reaches the port could read this home and launch runs: add --token, or leave "
+            "--host out and reach it through a tunnel (`ssh -L 3000:127.0.0.1:3000 machine`)."
+        )
+    secret = new_token() if token else None
     settings, place = _chosen(home, preset, settings_file)
     from synpo_assets.cli.preflight import check_data_and_training, check_storage, keep_expected_seconds
 
@@ -268,7 +286,6 @@ def ui(
     from dagster import DagsterInstance
 
     from synpo_assets.cli.runs import close_dead_runs, locked
-    from synpo_assets.cli.webserver import serve
 
     # Two daemons on one home would launch a run twice.
     with locked(place, "ui"):
@@ -281,10 +298,10 @@ def ui(
             close_dead_runs(instance)
         os.chdir(PROJECT)
         typer.echo(
-            f"synpo: open http://{host}:{port} in a browser. In a new home press Jobs, foundation, Materialize all; "
-            "then iteration, with 0001."
+            f"synpo: open {address(host, port, secret)} in a browser. In a new home press Jobs, foundation, Materialize all; then "
+            "iteration, with 0001."
         )
-        serve(host, port)
+        serve(host, port, secret)
 
 
 def opened(home: Path | None) -> "Services":

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,11 +14,13 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from dagster._core.events import RunFailureReason
 from dagster._utils.error import SerializableErrorInfo
 
+from resources.common.errors import DISK_IS_FULL, FinalError, full_disk
 from resources.common.text import asset_label
 from resources.settings.sections import SettingsError
 from resources.storage.files import remove_abandoned
 from synpo_assets.cli.automation import ALL_ASSETS_JOB
-from synpo_assets.graph.missing import missing_assets, outdated_assets
+from synpo_assets.cli.healing import damaged_assets
+from synpo_assets.graph.missing import missing_assets, missing_checks, outdated_assets
 from synpo_assets.graph.outlook import ITERATIONS_TAG
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
@@ -26,6 +28,12 @@ from synpo_assets.stages.loop import PARTITION_TAG
 
 FOREGROUND_TAG = "synpo/foreground"
 CANCELLATION_POLL_SECONDS = 2.0
+KILLED = (
+    "Its process was killed, as the system does when memory runs out (`dmesg` tells): lower engine.batch_tokens, or "
+    "micro_batch_size in the section `training` of what was trained, or stop other programs. Finished work is kept."
+)
+# What is damaged may only be seen when it is used, and again when what was made of it is.
+ROUNDS = 3
 
 
 def asset_job() -> dg.JobDefinition:
@@ -53,7 +61,8 @@ def locked(home: Path, name: str = "run") -> Iterator[None]:
 def run_missing(instance: DagsterInstance, services: Services, iterations: int) -> bool:
     """Materializes the assets made once, then iterations 1 to N, wherever something is missing.
 
-    Returns whether all of it is materialized now. It stops at the first iteration that fails.
+    Returns whether all of it is materialized now. It stops at the first iteration that fails; if damage was found meanwhile, it
+    begins once more.
 
     Raises:
         KeyboardInterrupt: The run was interrupted, or terminated in the UI.
@@ -63,9 +72,12 @@ def run_missing(instance: DagsterInstance, services: Services, iterations: int) 
         remove_abandoned(services.home, f"{checkpoints}/*/.*.tmp")
     warn_of_outdated(instance, services)
     partitions = [None, *(partition_key(number) for number in range(1, iterations + 1))]
-    return all(
-        _run(instance, missing_assets(instance, services, partition), partition, iterations) for partition in partitions
-    )
+    for _ in range(ROUNDS):
+        if all(_run(instance, services, partition, iterations) for partition in partitions):
+            return True
+        if not any(damaged_assets(instance, services, partition) for partition in partitions):
+            break
+    return False
 
 
 def warn_of_outdated(instance: DagsterInstance, services: Services) -> None:
@@ -98,8 +110,13 @@ def close_dead_runs(instance: DagsterInstance) -> None:
             instance.event_log_storage.free_concurrency_slots_for_run(run_id)
 
 
-def _run(instance: DagsterInstance, names: Sequence[str], partition: str | None, iterations: int) -> bool:
-    if not names:
+def _run(instance: DagsterInstance, services: Services, partition: str | None, iterations: int) -> bool:
+    damaged = damaged_assets(instance, services, partition)
+    for name, problem in damaged.items():
+        logging.getLogger("synpo").warning("%s is made again. %s.", asset_label(name, partition), problem)
+    assets = [dg.AssetKey(name) for name in missing_assets(instance, services, partition, damaged)]
+    checks = missing_checks(instance, services, partition, damaged)
+    if not (assets or checks):
         return True
     tags = {FOREGROUND_TAG: "true", ITERATIONS_TAG: str(iterations)}
     if partition is not None:
@@ -107,22 +124,31 @@ def _run(instance: DagsterInstance, names: Sequence[str], partition: str | None,
     with (
         _ended_from_the_ui(instance),
         dg.execute_job(
-            dg.reconstructable(asset_job),
+            dg.reconstructable(asset_job).get_subset(
+                asset_selection=frozenset(assets), asset_check_selection=frozenset(checks)
+            ),
             instance=instance,
-            asset_selection=[dg.AssetKey(name) for name in names],
             tags=tags,
             run_config={"loggers": {"console": {}}},
         ) as result,
     ):
+        told = False
         for event in result.all_events:
             if event.is_step_failure and not _is_interrupt(event.step_failure_data.error):
-                logging.getLogger("synpo").error(failure_sentence(event))
+                sentence = failure_sentence(event)
+                if (reason := full_disk(sentence)) is not None:
+                    raise FinalError(DISK_IS_FULL.format(reason))
+                logging.getLogger("synpo").error(sentence)
+                told = True
             elif event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
                 evaluation = event.asset_check_evaluation_data
                 if not evaluation.passed:
                     logging.getLogger("synpo").warning(check_sentence(evaluation))
+                    told = True
         if any(_ended_early(event) for event in result.all_events):
             raise KeyboardInterrupt
+        if not (result.success or told):
+            logging.getLogger("synpo").error("The run ended before its steps could say why. %s", KILLED)
         return result.success
 
 
@@ -166,6 +192,8 @@ def failure_sentence(event: dg.DagsterEvent) -> str:
     error = event.step_failure_data.error
     while error is not None and error.cause is not None:
         error = error.cause
+    if error is not None and error.cls_name == "ChildProcessCrashException":
+        return f"{event.step_key} failed. {KILLED}"
     # The message starts with the full path of the exception's class, of which the name is enough.
     reason = f"{error.cls_name}: {error.message.partition(': ')[2].strip()}" if error else "No reason was recorded."
     place = error.stack[-1].strip().splitlines()[0] if error and error.stack else ""

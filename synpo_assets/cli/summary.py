@@ -15,6 +15,7 @@ from synpo_assets.graph.missing import asset_names
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.texts import gain_text, number_text, rate_text, share_text
+from synpo_assets.reports import FOLDER, REPORT
 from synpo_assets.stages.loop import promotion_refusal, promotion_verdict
 
 # The win rates of each judge: whose over whom, and what is made equal. The last two show what form alone wins.
@@ -42,7 +43,7 @@ def print_summary(instance: DagsterInstance, services: Services, iterations: int
         # Not where it was made: the home may have been moved since.
         f"M_{iterations}": services.checkpoints.current("model_checkpoint", partition_key(iterations)).weights,
         "preference pairs": f"{root}/tables/preference_pairs/{partition_key(iterations)}.parquet",
-        "report": home / "reports" / "boosting_report.html",
+        "report": home / FOLDER / REPORT,
         "everything": home if root == str(home) else f"{home} and {root}",
         "Dagster UI": f"synpo ui --home {home}",
     }

@@ -4,15 +4,17 @@
 server with one route more. Started in any other way, Dagster's own server answers; the report is then a file in the home.
 
 Dagster's server answers whoever asks. A web page that is open in the same browser could read the history, delete runs or launch
-some, so requests that come from another site are refused here.
+some, so requests that come from another site are refused here. So could whoever reaches the port: a token keeps them out.
 """
 
+import hmac
 import os
+import secrets
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from dagster._cli import dev
 from dagster_dg_cli.cli import cli as dg
@@ -20,7 +22,8 @@ from dagster_webserver import cli
 from dagster_webserver.app import create_app_from_workspace_process_context
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
-from starlette.responses import PlainTextResponse
+from starlette.requests import HTTPConnection
+from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -29,14 +32,31 @@ from synpo_assets.reports import FOLDER
 
 # The address that the server listens on, told to its process.
 LISTENS_ON = "SYNPO_UI_HOST"
+# The secret that it asks for, likewise; unset where it asks for none.
+TOKEN = "SYNPO_UI_TOKEN"
 LOOPBACK, ANY_ADDRESS = ("127.0.0.1", "localhost", "::1"), ("0.0.0.0", "::")
+
+NO_TOKEN = "This UI asks for its token: open the address that `synpo ui` printed."
 
 open_ipc_subprocess = dev.open_ipc_subprocess
 
 
-def serve(host: str, port: int) -> None:
+def address(host: str, port: int, token: str | None) -> str:
+    """What to open in a browser; the token in it becomes a cookie there."""
+    return f"http://{host}:{port}" + (f"/?token={token}" if token else "")
+
+
+def new_token() -> str:
+    """A secret that nobody guesses."""
+    return secrets.token_urlsafe(24)
+
+
+def serve(host: str, port: int, token: str | None = None) -> None:
     """Runs `dg dev` until it is interrupted."""
     os.environ[LISTENS_ON] = host
+    os.environ.pop(TOKEN, None)
+    if token is not None:
+        os.environ[TOKEN] = token
     dev.open_ipc_subprocess = _start
     dg(["dev", "--host", host, "--port", str(port)])
 
@@ -52,8 +72,36 @@ def app_with_reports(*arguments: Any, **options: Any) -> Starlette:
     folder.mkdir(exist_ok=True)
     # Before the last route of the UI, which takes every address.
     app.router.routes.insert(0, Mount(f"/{FOLDER}", StaticFiles(directory=folder)))
+    app.add_middleware(WithToken)
     app.add_middleware(SameSite)
     return app
+
+
+class WithToken:
+    """Where the server has a token, refuses whoever does not bring it: in the address the first time, then as a cookie."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request or a websocket, or refuses it."""
+        token = os.environ.get(TOKEN)
+        if token is None or scope["type"] not in ("http", "websocket"):
+            return await self._app(scope, receive, send)
+        connection = HTTPConnection(scope)
+        # The cookies of a host are those of all its ports.
+        cookie = f"synpo_token_{connection.url.port or 80}"
+        brought = parse_qs(connection.url.query).get("token", [""])[0]
+        if hmac.compare_digest(connection.cookies.get(cookie, "").encode(), token.encode()):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": NO_TOKEN})
+        elif hmac.compare_digest(brought.encode(), token.encode()):
+            response = RedirectResponse(connection.url.path, 303)
+            response.set_cookie(cookie, token, httponly=True, samesite="strict")
+            await response(scope, receive, send)
+        else:
+            await PlainTextResponse(NO_TOKEN, 401)(scope, receive, send)
 
 
 class SameSite:

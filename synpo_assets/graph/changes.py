@@ -4,6 +4,7 @@ Dagster asks for the resources of a run when it is launched, when its process st
 where a run is refused while the settings of its home are wrong.
 """
 
+import dataclasses
 import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from dagster._core.definitions.definition_config_schema import IDefinitionConfig
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from resources.common.processes import end_soon_after_interrupt, end_with_run
+from resources.common.processes import end_soon_after_interrupt
 from resources.common.progress import Progress
 from resources.settings.files import OF_THE_HOME, changed_settings, changes_between, settings_problem
 from resources.settings.sections import SettingsError, sections_in
@@ -73,9 +74,9 @@ def run_resources(services: Services, rebuild: Rebuild) -> dict[str, dg.Resource
 
     @dg.resource(required_resource_keys={"changes"}, config_schema=NOTHING)
     def of_run(context: dg.InitResourceContext) -> Iterator[Services]:
-        end_with_run()
         end_soon_after_interrupt()
-        of_this_run = opened(context.resources.changes)
+        chosen = opened(context.resources.changes)
+        of_this_run = dataclasses.replace(chosen, checkpoints=chosen.checkpoints.of_run(context.run_id))
         with told(context, of_this_run), Progress(None, "At work", logger):
             yield of_this_run
         of_this_run.trainer.forget_finished()
@@ -88,7 +89,9 @@ def run_resources(services: Services, rebuild: Rebuild) -> dict[str, dg.Resource
         "experiment": dg.ResourceDefinition(lambda _: services, config_schema=NOTHING),
         "tables": tables,
         "io_manager": tables,
-        "checkpoints": dg.IOManagerDefinition(lambda _: services.checkpoints, config_schema=NOTHING),
+        "checkpoints": dg.IOManagerDefinition(
+            lambda context: services.checkpoints.of_run(context.run_id), config_schema=NOTHING
+        ),
     }
 
 

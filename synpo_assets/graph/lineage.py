@@ -17,7 +17,7 @@ from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 from resources.common.text import asset_label, visible
 from resources.settings.sections import SettingsError
 from resources.storage.tables import ParquetTables
-from synpo_assets.graph.history import newest
+from synpo_assets.graph.history import data_version_of, newest
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.presentation import label_link, run_link, table_version
 from synpo_assets.graph.services import Services
@@ -230,7 +230,7 @@ class _Home:
         pair = self._node("pair", "preference_pairs", rows[0]) if rows else None
         if pair and whole in _ids(pair):
             return pair
-        exist = self._rows("preference_pairs", key)
+        exist = "preference_pairs" in self.unsaved or self.tables.scan("preference_pairs", key) is not None
         why = "dropped by a filter, or not sampled" if exist else "this iteration has no pairs yet"
         note = f"{pair.id} was made from other answers to this prompt" if pair else why
         self.shown = {("synthetic_prompts", prompt_id)}
@@ -298,19 +298,16 @@ class _Home:
             # A table of the checkpoint's own iteration is named by its asset alone.
             if name == label or (name == asset and made["partition"] == key)
         ]
-        present = table_version(self._table(asset, key)) if named else None
+        if not named:
+            return []
+        unsaved = self.unsaved.get(asset)
+        present = data_version_of(self.instance, asset, key) if unsaved is None else table_version(unsaved)
         note = f"on an earlier version of {label}"
         return [_checkpoint("trained", made, None if version == present else note) for made, version in named]
 
     def _rows(self, asset: str, key: str | None = None, **equal: str) -> list[dict[str, Any]]:
-        return self._table(asset, key, **equal).to_dicts()
-
-    def _table(self, asset: str, key: str | None, **equal: str) -> pl.DataFrame:
-        frame = self.unsaved[asset].lazy() if asset in self.unsaved else self.tables.scan(asset)
-        if frame is None:
-            return pl.DataFrame()
-        at = {"iteration": int(key)} if key and "iteration" in frame.collect_schema() else {}
-        return frame.filter(**equal, **at).collect()
+        frame = self.unsaved[asset].lazy() if asset in self.unsaved else self.tables.scan(asset, key)
+        return [] if frame is None else frame.filter(**equal).collect().to_dicts()
 
 
 def _checkpoint(role: str, manifest: dict[str, Any], note: str | None = None) -> Node:

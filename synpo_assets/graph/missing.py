@@ -1,5 +1,7 @@
 """Which assets are still to be made, and which were made with other settings."""
 
+from collections.abc import Collection
+
 import dagster as dg
 from dagster import DagsterInstance
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
@@ -21,25 +23,43 @@ def asset_names(graph: AssetGraph, partitioned: bool) -> list[str]:
     return [node.key.to_user_string() for node in own if node.is_partitioned == partitioned]
 
 
-def missing_assets(instance: DagsterInstance, services: Services, partition: str | None) -> list[str]:
+def missing_assets(
+    instance: DagsterInstance, services: Services, partition: str | None, damaged: Collection[str] = ()
+) -> list[str]:
     """The assets of an iteration (or, for None, those made once) to be made, in order.
 
-    An asset is missing if it was never materialized, if the newest attempt to make or check it has ended without a
-    result, or if it failed a blocking check. So is a promotion that was refused under other limits than those of now.
+    An asset is missing if it was never materialized, if the newest attempt to make it has ended without a result, if it
+    failed a blocking check, or if what was made is damaged. So is a promotion that was refused under other limits than those
+    of now.
     """
     graph = services.graph
     names = asset_names(graph, partitioned=partition is not None)
-    missing = {name for name in names if _is_missing(instance, graph, name, partition)}
+    missing = {name for name in names if name in damaged or _is_missing(instance, graph, name, partition)}
     missing |= {name for name in names if _is_to_be_judged_again(instance, services, name, partition)}
     if partition is None or not missing:
         return [name for name in names if name in missing]
     return [name for name in names if name in missing or STATE_TAG in graph.get(dg.AssetKey(name)).tags]
 
 
+def missing_checks(
+    instance: DagsterInstance, services: Services, partition: str | None, damaged: Collection[str] = ()
+) -> list[dg.AssetCheckKey]:
+    """The checks of the missing assets, and of those that are made but of which a blocking check was begun and never ended."""
+    graph = services.graph
+    names = set(missing_assets(instance, services, partition, damaged))
+    for name in asset_names(graph, partitioned=partition is not None):
+        if _has_ended(instance, unfinished_checks(instance, graph, name, partition)):
+            names.add(name)
+    return sorted((key for name in names for key in graph.get(dg.AssetKey(name)).check_keys), key=str)
+
+
 def _is_missing(instance: DagsterInstance, graph: AssetGraph, name: str, partition: str | None) -> bool:
     if newest(instance, name, partition) is None or failed_checks(instance, graph, name, partition):
         return True
-    run_id = unfinished_attempt(instance, name, partition) or unfinished_checks(instance, graph, name, partition)
+    return _has_ended(instance, unfinished_attempt(instance, name, partition))
+
+
+def _has_ended(instance: DagsterInstance, run_id: str | None) -> bool:
     run = instance.get_run_by_id(run_id) if run_id else None
     return run_id is not None and (run is None or run.is_finished)
 

@@ -93,7 +93,6 @@ def published_model(
     check_destination(options, "model")
     if failed := failed_checks(context.instance, services.graph, "model_checkpoint", key):
         raise FinalError(f"{model_checkpoint.label} did not pass its blocking checks ({', '.join(failed)}).")
-    services.checkpoints.verify(model_checkpoint)
     repository = f"{options.model_repository}-iteration-{iteration_of(context)}" if options.model_repository else None
     finished = iterations_of(context.instance, services)[0]
     keys = [*(earlier for earlier in finished if earlier < key), key]

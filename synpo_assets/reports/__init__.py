@@ -2,3 +2,4 @@
 
 # In the home, and below the address of the UI.
 FOLDER = "reports"
+REPORT = "boosting_report.html"

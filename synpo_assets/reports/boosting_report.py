@@ -20,7 +20,7 @@ from synpo_assets.graph.presentation import versions_table, written_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import LAST, STATE_TAG, Stage
 from synpo_assets.graph.used_settings import used_in
-from synpo_assets.reports import FOLDER
+from synpo_assets.reports import FOLDER, REPORT
 from synpo_assets.reports.answers import same_prompts
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.identity import identity_of, telling_settings
@@ -57,7 +57,7 @@ def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourcePara
         settings=telling_settings(services, iterations[-1]),
         answers=same_prompts(services.tables.scan("evaluation"), iterations),
     )
-    path, version = services.home / FOLDER / "boosting_report.html", _content_version(page)
+    path, version = services.home / FOLDER / REPORT, _content_version(page)
     write_atomically(path, page.html().encode())
     pictures = [f"![{plot.description}]({plot.data_uri})" for plot in page.plots.values()]
     tracked = track(services.home, services.settings, iterations, path)

@@ -1,0 +1,56 @@
+"""Something that others wrote is tried in a process of its own, of which time and memory are bounded."""
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+
+CPU_SECONDS = 5
+WALL_SECONDS = 120
+MORE_BYTES = 2**30
+TOO_LARGE = 3
+
+
+class OutOfBoundsError(Exception):
+    """It took more than it may; the message says of what, as the end of a sentence."""
+
+
+def within_bounds(is_small: Callable[[], bool]) -> None:
+    """Calls a function of plain Python in a fork of this process; whatever it raises is left to whoever calls it for good.
+
+    Raises:
+        OutOfBoundsError: It takes too long or too much memory, or it says that its result is too large.
+    """
+    child = os.fork()
+    if child == 0:
+        _bounded(is_small)
+    deadline, ended, status = time.monotonic() + WALL_SECONDS, 0, 0
+    while not ended and time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.002)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        raise OutOfBoundsError("does not end")
+    if os.WEXITSTATUS(status) == TOO_LARGE:
+        raise OutOfBoundsError("grows without end")
+
+
+def _bounded(is_small: Callable[[], bool]) -> None:
+    """What the fork does; it never returns."""
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    try:
+        with open("/proc/self/statm") as file:
+            held = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + MORE_BYTES, held + MORE_BYTES))
+    except OSError:
+        # Not on Linux.
+        pass
+    try:
+        os._exit(0 if is_small() else TOO_LARGE)
+    except MemoryError:
+        os._exit(TOO_LARGE)
+    except BaseException:
+        os._exit(0)

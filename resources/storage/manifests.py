@@ -1,0 +1,143 @@
+"""What the manifest of a checkpoint says of its directory, and whether the directory still holds it."""
+
+import logging
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+from upath import UPath
+
+from resources.common.errors import DamageError
+from resources.common.progress import Progress
+from resources.common.text import asset_label
+from resources.storage.files import AnyPath, file_sha256, json_sha256
+
+logger = logging.getLogger("synpo.storage")
+
+MANIFEST = "manifest.json"
+
+
+class _File(BaseModel):
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What every manifest holds; more stands in it for people."""
+
+    asset: str
+    partition: str | None
+    sha: str  # Of the names and contents of all weight files.
+    weights: str
+    files: dict[str, _File] = Field(min_length=1)
+    run_id: str
+    parents: dict[str, dict[str, Any]]
+    trained_on: dict[str, str]
+    settings: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Whose checkpoint it is, as people name it."""
+        return asset_label(self.asset, self.partition)
+
+    @property
+    def directory(self) -> str:
+        """Its place below the root of the store."""
+        return f"{self.asset}/{self.partition or 'once'}/{self.sha[:16]}"
+
+
+class Pointer(BaseModel):
+    """Which checkpoint is the current one of an asset and iteration; those of earlier versions name the directory alone."""
+
+    directory: str
+    asset: str | None = None
+    partition: str | None = None
+    sha: str | None = None
+
+
+def read_manifest(directory: AnyPath, label: str) -> Manifest:
+    """The manifest of a finished checkpoint.
+
+    Raises:
+        DamageError: It is gone, or it was altered.
+    """
+    file = directory / MANIFEST
+    manifest = parsed_manifest(file, label)
+    if manifest.sha != json_sha256({name: entry.sha256 for name, entry in manifest.files.items()}):
+        raise _altered(file, label)
+    return manifest
+
+
+def parsed_manifest(file: AnyPath, label: str) -> Manifest:
+    """What the file of a manifest says; whether its sha is that of its files is left to `read_manifest`."""
+    try:
+        return Manifest.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise DamageError(f"{file.parent} holds no {MANIFEST}, so no finished checkpoint", label) from None
+    except (OSError, ValidationError):
+        raise _altered(file, label) from None
+
+
+def _altered(file: AnyPath, label: str) -> DamageError:
+    return DamageError(f"{file} was altered and is no manifest any more", label)
+
+
+def read_pointer(pointer: AnyPath, asset: str, partition: str | None) -> Pointer:
+    """Which checkpoint is the current one of an asset and iteration.
+
+    Raises:
+        DamageError: None is, or the file cannot be read.
+    """
+    label = asset_label(asset, partition)
+    try:
+        return Pointer.model_validate_json(pointer.read_bytes())
+    except FileNotFoundError:
+        raise DamageError(f"{label} has no checkpoint in {pointer.parent}", label) from None
+    except (OSError, ValidationError):
+        raise DamageError(
+            f"The pointer {pointer} of {label} was altered and names no checkpoint any more", label
+        ) from None
+
+
+def manifest_pointed_to(pointer: AnyPath, root: AnyPath, asset: str, partition: str | None) -> Manifest:
+    """The manifest of the current checkpoint of an asset and iteration.
+
+    Raises:
+        DamageError: There is none, or the pointer names what was not made for them.
+    """
+    label, named = asset_label(asset, partition), read_pointer(pointer, asset, partition)
+    manifest = read_manifest(root / named.directory, label)
+    # What one asset makes may be the current checkpoint of another: M_0 is the policy of iteration 1.
+    pointed_for = (manifest.asset, manifest.partition) if named.asset is None else (named.asset, named.partition)
+    is_named = manifest.directory == named.directory and named.sha in (None, manifest.sha)
+    if not is_named or pointed_for != (asset, partition):
+        raise DamageError(f"The pointer {pointer} names {named.directory}, which was not made for {label}", label)
+    return manifest
+
+
+def damaged_file(directory: AnyPath, manifest: Manifest) -> AnyPath | None:
+    """The first weight file that is missing or has not the size that the manifest says."""
+    for name, expected in manifest.files.items():
+        file = directory / manifest.weights / name
+        if not file.exists() or file.stat().st_size != expected.bytes:
+            return file
+    return None
+
+
+def is_intact(directory: AnyPath, sha: str) -> bool:
+    """Whether a finished checkpoint lies here whose weight files, read again, have this sha."""
+    try:
+        weights = directory / read_manifest(directory, str(directory)).weights
+    except DamageError:
+        return False
+    return weights.exists() and weights_manifest(weights)["sha"] == sha
+
+
+def weights_manifest(weights: AnyPath) -> dict[str, Any]:
+    """The files of a directory of weights, with the sha of them all."""
+    with Progress(None, f"Reading the files in {weights} for their sha", logger):
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in sorted(UPath(weights).iterdir(), key=lambda path: path.name)
+            if path.is_file() and path.name != "README.md"
+        }
+    return {"sha": json_sha256({name: entry["sha256"] for name, entry in files.items()}), "files": files}

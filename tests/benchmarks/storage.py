@@ -1,0 +1,136 @@
+"""What checksums cost on reading, and the memory of `synpo trace` and of a large seed.
+
+    python -m tests.benchmarks.storage checksums
+    python -m tests.benchmarks.storage trace
+    python -m tests.benchmarks.storage seed
+
+Each prints one line of JSON. Memory is the largest resident set of a fresh process.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import polars as pl
+
+from resources.storage import tables
+from resources.storage.tables import ParquetTables
+from tests.nano import nano_settings, seed_rows, write_settings
+
+ROWS, PAIRS, SEED_ROWS = 1_000_000, 100_000, 200_000
+REPETITIONS = 9
+TEXTS = ("prompt", "response", "paragraph")
+
+
+def texts(count: int, words: int) -> Iterator[str]:
+    vocabulary = " ".join(row["answer"] for row in seed_rows()).split()
+    draw = random.Random(1)
+    return (" ".join(draw.choices(vocabulary, k=words)) for _ in range(count))
+
+
+def answers(count: int, words: int) -> pl.DataFrame:
+    numbers = pl.int_range(count, eager=True).cast(pl.String)
+    return pl.DataFrame({
+        "response_id": "response-" + numbers, "prompt_id": "prompt-" + numbers, "prompt": list(texts(count, 12)),
+        "response": list(texts(count, words)), "iteration": 1, "checkpoint_sha": "0" * 64, "finish_reason": "stop",
+    })  # fmt: skip
+
+
+def checksums(folder: Path) -> dict[str, Any]:
+    """Seconds to read a table with and without comparing its checksum, one after the other, and the median of their ratios."""
+    store, ratios, seconds = ParquetTables(str(folder)), list[float](), list[tuple[float, float]]()
+    store.write("base_responses", "0001", answers(ROWS, 46))
+
+    def read() -> float:
+        started = time.perf_counter()
+        store.read("base_responses", "0001")
+        return time.perf_counter() - started
+
+    read()
+    for _ in range(REPETITIONS):
+        compared = read()
+        with mock.patch.object(tables, "_checksum_file", lambda path: path.with_name("none")):
+            seconds.append((compared, read()))
+        ratios.append(seconds[-1][0] / seconds[-1][1])
+    compared, plain = (min(column) for column in zip(*seconds, strict=True))
+    size = (folder / "base_responses" / "0001.parquet").stat().st_size
+    return {"rows": ROWS, "megabytes": round(size / 1e6), "compared": compared, "plain": plain, "ratio_of_least": compared / plain,
+            "median_ratio": statistics.median(ratios)}  # fmt: skip
+
+
+def trace(folder: Path) -> dict[str, Any]:
+    """Seconds and memory of `synpo trace` of one of many pairs, all of one iteration."""
+    from tests.test_trace import Home
+
+    write_settings(folder / "settings.yaml", nano_settings(folder / "model"))
+    home = Home(folder)
+    written = home.iteration(1)
+    for asset, frame in written.items():
+        identity = frame.columns[0]
+        number, texts_of = pl.int_range(PAIRS), [name for name in TEXTS if frame.schema.get(name) == pl.String]
+        own = {identity: pl.format("{}-{}", pl.lit(identity.removesuffix("_id")), number)}
+        if identity != "prompt_id" and "prompt_id" in frame.columns:
+            own["prompt_id"] = pl.format("prompt-{}", number)
+        columns: dict[str, Any] = own | {name: pl.Series(list(texts(PAIRS, 46))) for name in texts_of}
+        for name in {"chosen", "rejected"} & set(frame.columns):
+            columns[name] = pl.Series([[{"role": "assistant", "content": text}] for text in texts(PAIRS, 46)])
+        more = pl.concat([frame.head(1)] * PAIRS).with_columns(**columns)
+        home.tables.write(asset, "0001", pl.concat([frame, more.select(frame.columns)], how="vertical_relaxed"))
+    home.checkpoint("model_checkpoint", 1, "first", {"preference_pairs[0001]": "any"})
+    whole = written["preference_pairs"]["pair_id"][0]
+    return measured(
+        "from synpo_assets.cli.commands import app; app()", "trace", whole, "--json", "--home", str(folder)
+    ) | {"pairs": PAIRS}
+
+
+def seed(folder: Path) -> dict[str, Any]:
+    """Seconds and memory of a large seed."""
+    rows = zip(texts(SEED_ROWS, 30), texts(SEED_ROWS, 130), strict=True)
+    with (folder / "train.jsonl").open("w") as file:
+        file.writelines(f"{json.dumps({'prompt': f'{n} {a}', 'answer': b})}\n" for n, (a, b) in enumerate(rows))
+    settings = nano_settings(folder / "model")
+    settings["seed_data"] |= {
+        "train": {"path": str(folder / "train.jsonl")},
+        "train_limit": None,
+        "on_bad_rows": "drop",
+    }
+    write_settings(folder / "settings.yaml", settings)
+    code = (
+        "import sys; from pathlib import Path; from resources.settings.files import load_settings; "
+        "from synpo_assets.stages.seed import seed_table; print(seed_table(load_settings(Path(sys.argv[1])))[0].height)"
+    )
+    return measured(code, str(folder / "settings.yaml")) | {
+        "megabytes": (folder / "train.jsonl").stat().st_size // 10**6
+    }
+
+
+def measured(code: str, *arguments: str) -> dict[str, Any]:
+    """Runs Python code in a fresh process."""
+    started = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "returned": result.returncode,
+        "said": (result.stdout + result.stderr)[-200:],
+        "seconds": round(time.monotonic() - started, 1),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        "megabytes_of_memory": round(used.ru_maxrss / 1024),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("checksums", "trace", "seed"))
+    with tempfile.TemporaryDirectory() as directory, contextlib.suppress(BrokenPipeError):
+        sys.stdout.write(json.dumps(globals()[parser.parse_args().what](Path(directory))) + "\n")

@@ -1,0 +1,185 @@
+"""What is gone or damaged is seen, named, and made again as it was."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+import pytest
+
+from resources.common.errors import DamageError
+from resources.storage import manifests
+from resources.storage.shards import Shards
+from resources.storage.tables import ParquetTables
+from synpo_assets.cli.healing import damaged_assets
+from synpo_assets.graph.history import data_version_of
+from synpo_assets.graph.missing import missing_assets, missing_checks
+from synpo_assets.stages.seed import initial_policy, seed_pairs
+from tests.stand_ins import begun_run, run, services_in
+from tests.stand_ins import instance as instance
+from tests.test_loop import make, planned_check
+from tests.test_stores import create, write_weights
+
+MADE = [initial_policy, seed_pairs]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, nano_model):
+    """A home in which M_0 and the seed pairs are made, with its services and history; each test leaves it as it was."""
+    folder = tmp_path_factory.mktemp("home")
+    services = services_in(folder)
+    with dg.DagsterInstance.ephemeral() as history:
+        run(MADE, history, services)
+        yield folder, services, history
+
+
+def flipped(content, generator):
+    """Some bytes, one bit of which is another."""
+    place = generator.randrange(8 * len(content))
+    return content[: place // 8] + bytes([content[place // 8] ^ 1 << place % 8]) + content[place // 8 + 1 :]
+
+
+def become_a_directory(file):
+    file.unlink()
+    (file / "inside").mkdir(parents=True)
+
+
+def edit_json(**changes):
+    return lambda file: file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+ANY = random.Random(1)
+TABLE, CHECKSUM, FIGURES = (
+    "tables/seed_pairs.parquet",
+    "tables/seed_pairs.parquet.xxh128",
+    "metrics/seed_pairs/once.parquet",
+)
+POINTER, MANIFEST = "checkpoints/initial_policy/once.json", "checkpoints/initial_policy/once/*/manifest.json"
+DIRECTORY, WEIGHTS = "checkpoints/initial_policy/once/*", "checkpoints/initial_policy/once/*/merged/model.safetensors"
+DAMAGES = [
+    *((place, damage) for place in (TABLE, FIGURES, POINTER, MANIFEST) for damage in (
+        Path.unlink,
+        become_a_directory,
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(file.read_bytes()[:-40]),
+    )),
+    (TABLE, lambda file: file.write_bytes(flipped(file.read_bytes(), ANY))),
+    (CHECKSUM, lambda file: file.write_bytes(b"\xff")),
+    *((POINTER, lambda file, text=text: file.write_text(text)) for text in ("{}", "[]", "null", '{"directory": "../.."}')),
+    (POINTER, edit_json(asset="reward_model")),
+    (POINTER, edit_json(sha="0" * 64)),
+    (POINTER, edit_json(directory="reward_model/once/0123456789abcdef")),
+    (MANIFEST, edit_json(files={})),
+    (MANIFEST, edit_json(files=[])),
+    (MANIFEST, edit_json(sha="0" * 64)),
+    (MANIFEST, edit_json(asset="judge_model")),
+    (DIRECTORY, shutil.rmtree),
+    (WEIGHTS, Path.unlink),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "damage"), DAMAGES)
+def test_what_is_damaged_is_named_and_made_again_as_it_was(home, place, damage):
+    folder, services, instance = home
+    asset = "seed_pairs" if "seed_pairs" in place else "initial_policy"
+    assert damaged_assets(instance, services, None) == {}
+    version = data_version_of(instance, asset, None)
+    damage(next(folder.glob(place)))
+    damaged = damaged_assets(instance, services, None)
+    assert list(damaged) == [asset]
+    assert asset in missing_assets(instance, services, None, damaged)
+    run([each for each in MADE if each.name == asset], instance, services)
+    assert damaged_assets(instance, services, None) == {}
+    assert data_version_of(instance, asset, None) == version
+    assert not {"initial_policy", "seed_pairs"} & set(missing_assets(instance, services, None))
+
+
+def test_a_pointer_to_what_the_history_does_not_know_is_damage(home):
+    _, services, instance = home
+    own = services.checkpoints.current("initial_policy", None)
+    other = create(services.checkpoints, write_weights("other"), asset="initial_policy", partition="0001")
+    services.checkpoints.point_to("initial_policy", None, other)
+    assert "The history of initial_policy says" in damaged_assets(instance, services, None)["initial_policy"]
+    services.checkpoints.point_to("initial_policy", None, own)
+
+
+def flips_of(content, count):
+    generator = random.Random(count)
+    return (flipped(content, generator) for _ in range(count))
+
+
+@pytest.mark.parametrize("flips", [20, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("height", [8, 256])
+def test_no_flipped_bit_of_a_table_or_shard_is_read_as_data(tmp_path, said, flips, height):
+    rows = pl.DataFrame(
+        {"key": [f"key-{row}" for row in range(height)], "text": [f"tree {row} sea" * 9 for row in range(height)]}
+    )
+    tables, shards = ParquetTables(str(tmp_path)), Shards(str(tmp_path / "shards"), {}, "a test", rows.schema)
+    tables.write("pairs", "0001", rows)
+    shards.write(rows.to_dicts())
+    table, (shard,) = tmp_path / "pairs" / "0001.parquet", list(shards.folder.glob("*.parquet"))
+    for content in flips_of(table.read_bytes(), flips):
+        table.write_bytes(content)
+        for read in (lambda: tables.read("pairs", "0001"), lambda: tables.scan("pairs")):
+            with pytest.raises(DamageError, match=r"pairs\[0001\] is not as it was written"):
+                read()
+    for content in flips_of(shard.read_bytes(), flips):
+        shard.write_bytes(content)
+        assert shards.rows(rows["key"]).is_empty()
+    assert len(said) == flips
+
+
+@pytest.mark.parametrize("flips", [5, pytest.param(400, marks=pytest.mark.slow)])
+def test_no_flipped_bit_of_weights_is_used(tmp_path, flips):
+    services = services_in(tmp_path)
+    made = create(services.checkpoints, write_weights("weights " * 99))
+    file, manifest = Path(made.weights) / "model.safetensors", Path(made.directory) / "manifest.json"
+    whole = file.read_bytes(), manifest.read_bytes()
+    for number, content in enumerate(flips_of(whole[0], flips)):
+        file.write_bytes(content)
+        with pytest.raises(DamageError, match=r"model_checkpoint\[0001\] .* were altered"):
+            services.checkpoints.of_run(f"run {number}").current("model_checkpoint", "0001")
+        with pytest.raises(DamageError, match=r"holds no manifest\.json"):
+            services.checkpoints.current("model_checkpoint", "0001")
+        file.write_bytes(whole[0])
+        manifest.write_bytes(whole[1])
+    assert services.checkpoints.of_run("another run").current("model_checkpoint", "0001") == made
+
+
+def test_weights_are_read_once_in_each_run(tmp_path, monkeypatch):
+    services = services_in(tmp_path)
+    create(services.checkpoints, write_weights("M_1"))
+    read = []
+    monkeypatch.setattr(
+        manifests, "file_sha256", lambda path, real=manifests.file_sha256: read.append(path) or real(path)
+    )
+    for run_id in ("one", "one", "another", None):
+        services.checkpoints.of_run(run_id).current("model_checkpoint", "0001")
+    assert len(read) == 2
+
+
+def test_a_table_of_an_earlier_version_has_no_checksum_and_is_read(tmp_path):
+    tables = ParquetTables(str(tmp_path))
+    tables.write("pairs", "0001", pl.DataFrame({"a": [1]}))
+    os.unlink(tmp_path / "pairs" / "0001.parquet.xxh128")
+    assert tables.read("pairs", "0001").height == 1
+    (tmp_path / "pairs" / "0001.parquet").write_bytes(b"PAR1")
+    for look in (tables.read, tables.verify):
+        with pytest.raises(DamageError, match=r"pairs\[0001\]"):
+            look("pairs", "0001")
+
+
+def test_a_training_whose_check_was_killed_is_checked_and_not_made_again(tmp_path, instance):
+    services = services_in(tmp_path)
+    make(instance, services)
+    assert "model_checkpoint" not in missing_assets(instance, services, "0001")
+    killed = begun_run(instance, dg.DagsterRunStatus.STARTED)
+    key = dg.AssetCheckKey(dg.AssetKey("model_checkpoint"), "finite_weights")
+    instance.event_log_storage.store_event(planned_check(killed, key, "0001"))
+    assert key not in missing_checks(instance, services, "0001"), "its run is alive"
+    instance.report_run_failed(killed)
+    assert key in missing_checks(instance, services, "0001")
+    assert "model_checkpoint" not in missing_assets(instance, services, "0001")
