@@ -9,6 +9,7 @@ import pytest
 
 from definitions import build
 from resources.settings.files import active_settings
+from resources.settings.settings import Settings
 from synpo_assets.graph.stage import Group
 
 SNAPSHOT = Path(__file__).with_name("graph.json")
@@ -41,7 +42,13 @@ def with_ranked_samples():
     return settings.model_copy(update={"preferences": preferences})
 
 
-WAYS = {"improver": active_settings, "ranked_samples": with_ranked_samples}
+def with_search():
+    settings = active_settings().model_dump()
+    settings["preference_optimization"]["search"] = {"loss.beta": [2.0, 4.0]}
+    return Settings.model_validate(settings)
+
+
+WAYS = {"improver": active_settings, "ranked_samples": with_ranked_samples, "search": with_search}
 
 
 @pytest.mark.parametrize("way", WAYS)
