@@ -14,11 +14,7 @@ MOST_COMBINATIONS = 1_000
 
 
 class Search(Section):
-    """Which values are tried, and which candidate becomes M_t: `{loss.beta: [2, 4, 6], learning_rate: [3.0e-7, 1.0e-6], ...}`.
-
-    Every key that is not in this table names a setting of `preference_optimization.training` or `preference_optimization.loss`,
-    with a list of its values.
-    """
+    """Besides what this table names, settings of the loss or the training with lists of values: `{loss.beta: [2, 4], epochs: [1, 2]}`."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Any]
