@@ -10,6 +10,7 @@ Input: M_0 (an SFT model), seed pairs (x*, y*), a corpus for the keyword pool K,
        4  answer x_i with M_0; keep the pairs that F calls valid       improver.py, preferences.py
           D <- D + kept                                                loop.py (preference_history)
        5  train M_t on D from M_0, with SimPO                          optimization.py
+          search beta (where a setting asks for it)                    evaluation/search.py
           M_t enters iteration t + 1                                   loop.py (policy)
 
 What is measured of M_t, and whether it enters the next iteration, is in evaluation/.
@@ -24,6 +25,7 @@ from synpo_assets.evaluation import (
     improver_edits,
     instruction_following,
     promotion,
+    search,
     win_rates,
 )
 from synpo_assets.graph.stage import Stage, stages_in
@@ -59,6 +61,9 @@ MEASURES = (
 
 def stages_of(settings: Settings) -> list[Stage]:
     """The stages of an experiment, and what measures, reports and publishes what they made."""
+    # M_t is trained once, or is the best of several candidates.
+    searched = settings.preference_optimization.search is not None
+    algorithm = [search if searched and each is optimization else each for each in ALGORITHM]
     sides = [SIDES[settings.preferences.chosen_from]]
     if settings.trains_improver and settings.response_improver.samples > 1:
         # After the improver, whose chosen side it takes the place of.
@@ -66,4 +71,4 @@ def stages_of(settings: Settings) -> list[Stage]:
     controls = [equal_steps] if settings.preference_optimization.equal_steps_control else []
     if settings.trains_improver and settings.response_improver.damaged_copies:
         controls.append(improver_edits)
-    return stages_in([*sides, *ALGORITHM, *MEASURES, *controls])
+    return stages_in([*sides, *algorithm, *MEASURES, *controls])

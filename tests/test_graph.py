@@ -10,6 +10,7 @@ import pytest
 
 from definitions import build
 from resources.settings.files import active_settings
+from resources.settings.settings import Settings
 from synpo_assets.algorithm import stages_of
 from synpo_assets.graph.stage import Group
 
@@ -41,6 +42,12 @@ def with_ranked_samples():
     settings = active_settings()
     preferences = settings.preferences.model_copy(update={"chosen_from": "ranked_samples"})
     return settings.model_copy(update={"preferences": preferences})
+
+
+def with_search():
+    settings = active_settings().model_dump()
+    settings["preference_optimization"]["search"] = {"loss.beta": [2.0, 4.0]}
+    return Settings.model_validate(settings)
 
 
 WAYS = {"improver": active_settings, "ranked_samples": with_ranked_samples}
@@ -78,9 +85,10 @@ def test_two_graphs_with_different_settings_live_in_one_process(tmp_path):
     assert versions[0] != versions[1]
 
 
-def test_each_phase_is_made_only_from_those_before_it():
+@pytest.mark.parametrize("way", [active_settings, with_search])
+def test_each_phase_is_made_only_from_those_before_it(way):
     """Else Lineage could not draw the groups from left to right."""
-    _, services = build(active_settings(), Path("/nowhere"))
+    _, services = build(way(), Path("/nowhere"))
     order = list(get_args(Group))
     for key in services.graph.materializable_asset_keys:
         node = services.graph.get(key)

@@ -1,10 +1,13 @@
 """The method itself: prompts, answers, the improver, the scorer, pairs and the optimisation on them."""
 
-from typing import Annotated, Literal, Self
+import functools
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from resources.settings.sections import Section
+from resources.settings.search import MOST_COMBINATIONS, Search
+from resources.settings.sections import Section, flattened, merge, nearest
 from resources.settings.training import Loss, PreferenceTraining, Training
 
 
@@ -263,3 +266,66 @@ class PreferenceOptimization(Section):
         "optimizer steps as M_t took, and judge it on the held-out prompts. It doubles this training. Not in the paper, where M_4 "
         "takes four times the steps of M_1.",
     )
+    search: Search | None = Field(
+        None,
+        description="Train several candidates with these values on the same pairs; the best on dev becomes M_t. Paper: beta in "
+        "{2, 4, 6, 8, 10, 12}. None: M_t is trained once, with the values above.",
+    )
+
+    @model_validator(mode="after")
+    def _possible_search(self) -> Self:
+        if self.search is None:
+            return self
+        known, space = list(self.searchable), self.search.space
+        if not space:
+            raise ValueError(
+                f"search names no setting: add one with its values, such as `loss.beta: [2, 4]`. There are {', '.join(known)}."
+            )
+        for name, values in space.items():
+            if name not in known:
+                close = nearest(name, [*known, *Search.model_fields])
+                raise ValueError(
+                    f"search: `{name}` is not a setting that can be searched{close} There are {', '.join(known)}."
+                )
+            if not isinstance(values, list):
+                raise ValueError(f"search: `{name}` is {values!r}: give a list of its values, such as [{values}].")
+            if not values:
+                raise ValueError(f"search: the list of `{name}` is empty: name its values, or leave it out.")
+        if self.search.planned > MOST_COMBINATIONS:
+            raise ValueError(
+                f"search has {self.search.planned:,} candidates, and {MOST_COMBINATIONS:,} are the most: shorten its lists, or "
+                "search with `how: in_turn`."
+            )
+        for tried in self.search.possible:
+            try:
+                self.with_values(tried)
+            except ValidationError as error:
+                raise _of_search(error, tried) from None
+        return self
+
+    @property
+    def searchable(self) -> dict[str, Any]:
+        """The values of the settings that a search can name, by the names that it has for them."""
+        training = flattened(self.training.model_dump())
+        return {**dict(training), **dict(flattened(self.loss.model_dump(exclude={"kind"}), "loss."))}
+
+    def with_values(self, tried: Mapping[str, Any]) -> "PreferenceOptimization":
+        """The same without a search and with other values of some settings, by the names that a search has for them."""
+        values = self.model_dump(exclude={"search"})
+        for name, value in tried.items():
+            place = name if name.startswith("loss.") else f"training.{name}"
+            change = functools.reduce(lambda inner, part: {part: inner}, reversed(place.split(".")), value)
+            values = merge(values, change, [PreferenceOptimization])
+        return PreferenceOptimization.model_validate(values)
+
+
+def _of_search(error: ValidationError, tried: Mapping[str, Any]) -> ValidationError:
+    """What is wrong with values that were tried, at the place where they stand."""
+    problems = []
+    for problem in error.errors():
+        named = [name for name in tried if problem["loc"] and name.split(".")[-1] == problem["loc"][-1]]
+        location = ("search", *named[:1])
+        problems.append(
+            {name: problem[name] for name in ("type", "input", "ctx") if name in problem} | {"loc": location}
+        )
+    return ValidationError.from_exception_data(error.title, problems)  # type: ignore[arg-type]

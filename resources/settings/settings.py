@@ -134,6 +134,17 @@ class Settings(Section):
                 "preference_optimization.equal_steps_control is true and max_iterations is 1: in iteration 1 the control of equal "
                 "steps is M_1 itself. Raise max_iterations, or switch the control off."
             )
+        search = self.preference_optimization.search
+        if search is not None and search.metric == "instructions" and self.seed_data.verifiable is None:
+            raise ValueError(
+                "preference_optimization.search.metric is `instructions` and seed_data.verifiable is not stated, so no candidate "
+                "could be measured: name a file of instructions there, or choose another metric."
+            )
+        if search is not None and (search.parallel or 1) > 1 and self.training_processes.spreads:
+            raise ValueError(
+                f"preference_optimization.search.parallel is {search.parallel}, and training_processes spreads each training over "
+                "several processes: set parallel to 1, or leave out training_processes.processes and accelerate_config."
+            )
         if self.seed_data.train == self.seed_data.held_out:
             raise ValueError(
                 "seed_data.train and seed_data.held_out are the same data: held-out pairs must never be trained on."
@@ -143,7 +154,9 @@ class Settings(Section):
     @property
     def trainings(self) -> list[Training]:
         """All training runs that the settings ask for."""
-        trainings = [self.prompt_generator.training, self.preference_optimization.training]
+        optimization = self.preference_optimization
+        tried = optimization.search.possible if optimization.search else [{}]
+        trainings = [self.prompt_generator.training, *(optimization.with_values(each).training for each in tried)]
         if self.trains_improver:
             trainings.append(self.response_improver.training)
         trainings += [self.scorer.training] if isinstance(self.scorer, RewardTraining) else []

@@ -118,3 +118,8 @@ class TrainingProcesses(Section):
         description="Tracker that gets each training, and the home as one run with a row per iteration, besides the assets' own "
         "metadata.",
     )
+
+    @property
+    def spreads(self) -> bool:
+        """Whether one training is told to take several processes."""
+        return self.accelerate_config is not None or (self.processes or 1) > 1

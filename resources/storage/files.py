@@ -66,8 +66,8 @@ def temporary_directory_beside(place: Path) -> Iterator[Path]:
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(place.parent, f".{place.name}.*.tmp")
-    directory = place.parent / f".{place.name}.{os.getpid()}.tmp"
-    shutil.rmtree(directory, ignore_errors=True)
+    # Threads of one process may be at work on the same place.
+    directory = place.parent / f".{place.name}.{uuid.uuid4().hex[:8]}.{os.getpid()}.tmp"
     directory.mkdir()
     try:
         yield directory
@@ -87,6 +87,14 @@ def replace_directory(finished: Path, place: Path) -> None:
         shutil.rmtree(old)
     else:
         finished.rename(place)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Gives a file, which nobody writes to any more, a second name; copies it where the disk knows no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def remove_abandoned(folder: Path, pattern: str) -> None:

@@ -4,13 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from resources.common.errors import FinalError
 from resources.settings.machine import Engine
 from resources.settings.training import Loss, PreferenceTraining, Training
 
 Kind = Literal["supervised", "preference", "reward"]
+SUMMARY = "training_summary.json"
 
 
 class TrainingError(FinalError):
@@ -39,6 +40,15 @@ class TrainingSummary:
     surviving: SurvivingUpdate | None = None  # None if nothing was updated.
     tracked: str | None = None  # Where a tracker shows it: an address, or a command; None without a tracker.
 
+    def keep(self, directory: Path) -> None:
+        """Writes it beside what was trained."""
+        (directory / SUMMARY).write_bytes(TypeAdapter(TrainingSummary).dump_json(self))
+
+    @staticmethod
+    def kept(directory: Path) -> "TrainingSummary":
+        """What was written there."""
+        return TypeAdapter(TrainingSummary).validate_json((directory / SUMMARY).read_bytes())
+
 
 class TrainingJob(BaseModel):
     """All that a process needs to know to take its part in a training run, except the rows."""
@@ -55,6 +65,9 @@ class TrainingJob(BaseModel):
     steps: int | None  # Of the optimizer; None: as many as training.epochs make.
     processes: int
     launched: bool  # By accelerate; if not, the step's own process trains alone.
+    own_gpu: (
+        str | None
+    )  # As CUDA_VISIBLE_DEVICES names it; empty on a CPU. None: no other training is at work beside it.
     save_every_steps: int
     report_to: str
     state: Path

@@ -93,8 +93,15 @@ def run_in_processes(job: TrainingJob, dataset: "Dataset", accelerate_config: st
     # fmt: on
     logger.info(f"Training starts in processes of its own: {job.processes}.")
     gpus = visible_gpus(job.engine)
+    if gpus:
+        import torch
+
+        # What this process keeps of the memory in which it generated is theirs now.
+        torch.cuda.empty_cache()
     # All GPUs but one are hidden from a process that trains alone.
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus and job.processes == 1 else {})
+    own = gpus[0] if gpus and job.processes == 1 else None
+    own = own if job.own_gpu is None else job.own_gpu
+    environment = os.environ | ({} if own is None else {"CUDA_VISIBLE_DEVICES": own})
     with (
         output.open("w") as errors,
         subprocess.Popen(

@@ -19,7 +19,7 @@ from pydantic import PrivateAttr
 from resources.common.progress import Progress
 from resources.common.text import asset_label
 from resources.models.chat import load_tokenizer
-from resources.models.device import DeviceResource, prepare_device, torch_dtype
+from resources.models.device import DeviceResource, prepare_device, torch_dtype, visible_gpus
 from resources.settings.training import Loss, Training, TrainingProcesses
 from resources.storage.checkpoint_store import TRAINING_LOG, Checkpoint
 from resources.storage.files import json_sha256, write_atomically
@@ -48,6 +48,8 @@ class Trainer(DeviceResource):
     random_seed: int
     processes: TrainingProcesses
     states: str
+    # Where others train beside it: the GPU that it has to itself, as CUDA_VISIBLE_DEVICES names it; empty on a CPU.
+    own_gpu: str | None = None
     _finished: list[tuple[Path, IO[str]]] = PrivateAttr(default_factory=list)
 
     def forget_finished(self) -> None:
@@ -59,6 +61,28 @@ class Trainer(DeviceResource):
             if is_kept:
                 shutil.rmtree(state, ignore_errors=True)
         self._finished.clear()
+
+    def side_by_side(self, wanted: int | None) -> "list[Trainer]":
+        """Trainers that can be at work at once, each in a process and on a GPU of its own; itself where there is but one.
+
+        Args:
+            wanted: How many. None: as many as there are GPUs, unless the settings spread one training over several of them.
+        """
+        gpus = visible_gpus(self.engine)
+        count = wanted or (1 if self.processes.spreads else max(1, len(gpus)))
+        if count == 1:
+            return [self]
+        if gpus and count > len(gpus):
+            raise TrainingError(
+                f"{count} trainings are to run side by side and {len(gpus)} GPUs are visible: lower "
+                "preference_optimization.search.parallel, or leave it out to use all there are."
+            )
+        threads = self.engine.threads if gpus else max(1, (self.engine.threads or os.cpu_count() or 1) // count)
+        alone = {
+            "processes": self.processes.model_copy(update={"processes": 1}),
+            "engine": self.engine.model_copy(update={"threads": threads}),
+        }
+        return [self.model_copy(update={**alone, "own_gpu": gpus[place] if gpus else ""}) for place in range(count)]
 
     def train(
         self,
@@ -195,7 +219,8 @@ class Trainer(DeviceResource):
             random_seed=self.random_seed,
             steps=steps,
             processes=processes,
-            launched=launched,
+            launched=launched or self.own_gpu is not None,
+            own_gpu=self.own_gpu,
             save_every_steps=self.processes.save_every_steps,
             report_to=self.processes.report_to,
             state=state,

@@ -81,10 +81,11 @@ def refuse_while_at_work(instance: DagsterInstance, home: Path) -> None:
 def leftovers(instance: DagsterInstance, services: Services) -> list[Leftover]:
     """Everything in a home that no run with these settings would read, by group."""
     home, root = services.home, storage_root(services.settings.storage.root(services.home))
-    manifests = _current_manifests(root / "checkpoints")
+    manifests = _without_past_candidates(_current_manifests(root / "checkpoints"))
     current = [_checkpoint(root / "checkpoints" / name, manifest) for name, manifest in manifests.items()]
     in_use = {shards.folder.name for shards in _shards_in_use(services, current)}
-    starts = [manifest["parents"].get("start", {}).get("directory") for manifest in manifests.values()]
+    origins = [manifest["parents"].get(role, {}) for manifest in manifests.values() for role in ("start", "candidate")]
+    starts = [origin.get("directory") for origin in origins]
     places = dict.fromkeys([UPath(home), root])
     return [
         *(_shards(folder) for folder in _folders(root / "shards") if folder.name not in in_use),
@@ -122,6 +123,16 @@ def _current_manifests(store: UPath) -> dict[str, dict[str, Any]]:
     names = {json.loads(pointer.read_text())["directory"] for pointer in store.glob("*/*.json")}
     files = {name: store / name / "manifest.json" for name in sorted(names)}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+
+def _without_past_candidates(manifests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those in use: the candidates of a search are read until M_t of their iteration is made of the best."""
+    made = {each["partition"]: each["created"] for each in manifests.values() if each["asset"] == "model_checkpoint"}
+    return {
+        name: each
+        for name, each in manifests.items()
+        if each["asset"] != "search_candidates" or each["created"] > made.get(each["partition"], "")
+    }
 
 
 def _checkpoint(directory: UPath, manifest: Mapping[str, Any]) -> Checkpoint:

@@ -42,6 +42,7 @@ from synpo_assets.graph.outlook import EXPECTED_FILE
 from synpo_assets.method.gate import gate_power
 from synpo_assets.method.seed import HELD_OUT, BadRow
 from synpo_assets.method.verifiable import has_rules
+from synpo_assets.stages.optimization import optimization_cost
 from synpo_assets.stages.seed import seed_table, verifiable_table
 
 CONNECT_SECONDS = 10
@@ -74,6 +75,7 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> tup
         fetch_reward_model(settings.judge.scorer, settings.engine.trust_remote_code, "judge")
     # Only now is the size of a model known that had to be downloaded.
     check_disk(settings, home)
+    refuse_small_budget(sizes_of(settings, seed, instructions))
     return seed, instructions
 
 
@@ -169,12 +171,30 @@ def disk_needed(settings: Settings) -> int:
     if cached is None:
         return ROOM_WITHOUT_MODEL
     weights = sum(file.stat().st_size for file in cached.glob("*.safetensors"))
-    # Generator, reward model and judge once, improver and policy per iteration; float32 takes twice the room of bfloat16.
+    # Generator, reward model and judge once, improver, policy and candidates per iteration; float32 takes twice bfloat16's room.
     per_iteration = 1 + settings.trains_improver + settings.preference_optimization.equal_steps_control
-    checkpoints = 2 * weights * (3 + per_iteration * settings.max_iterations)
+    search = settings.preference_optimization.search
+    candidates = search.candidates * (1 if search.when == "first" else settings.max_iterations) if search else 0
+    checkpoints = 2 * weights * (3 + per_iteration * settings.max_iterations + candidates)
     # A saved state of a full training holds the weights and two moments of AdamW for each, in float32.
     is_full = any(training.lora is None for training in settings.trainings)
     return checkpoints + (KEPT_STATES * 3 * 2 * weights if is_full else 0)
+
+
+def refuse_small_budget(sizes: Sizes) -> None:
+    """Raises a sentence if the training of one candidate takes longer than its search may, as far as rates are known."""
+    settings, search = sizes.settings, sizes.settings.preference_optimization.search
+    cached, device = cached_initial_policy(settings.initial_policy), prepare_device(settings.engine)
+    rates, basis = known_rates(known_calibration(settings), cached, device)
+    if search is None or search.max_minutes is None or rates is None:
+        return
+    needed = sum(seconds(work, rates) for work in optimization_cost(sizes))
+    if needed > 60 * search.max_minutes:
+        raise SettingsError(
+            f"preference_optimization.search.max_minutes is {search.max_minutes:g}, and the training of one candidate takes about "
+            f"{duration(needed)} ({basis.rstrip('.')}): raise it, or lower preferences.pairs_per_iteration or "
+            "preference_optimization.training.epochs."
+        )
 
 
 def keep_expected_seconds(settings: Settings, home: Path, seed: pl.DataFrame, instructions: int) -> None:
@@ -206,6 +226,7 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     counts = dict.fromkeys(("train", "scorer", "judge", *HELD_OUT), 0) | dict(seed["split"].value_counts().iter_rows())
     named = "" if str(cached) == settings.initial_policy.name else f"{settings.initial_policy.name}, "
     where = f"on this machine, {cached}" if cached else "not on this machine yet: the first run downloads it"
+    refuse_small_budget(sizes_of(settings, seed, instructions))
     facts = Table.grid(padding=(0, 2))
     facts.add_row("settings", f"valid (preset {settings.preset}), home {home}")
     aside = "".join(f", {counts[split]} for the {split}" for split in ("scorer", "judge") if counts[split])

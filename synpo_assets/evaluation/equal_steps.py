@@ -17,6 +17,7 @@ import polars as pl
 
 from resources.common.errors import FinalError
 from resources.judging.judge_choice import open_judges
+from resources.settings.method import PreferenceOptimization
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.losses import loss_module
 from synpo_assets.evaluation.gold_comparison import refuse_answers_of_another
@@ -78,7 +79,7 @@ def equal_steps_checkpoint(
     if iteration_of(context) == 1:
         context.log.info("In iteration 1 the control of equal steps is M_1 itself: nothing is trained.")
         return checkpoint_output(context, services, model_checkpoint, **made_by(model_checkpoint))
-    options, random_seed = services.settings.preference_optimization, services.settings.random_seed
+    options, random_seed = made_with(model_checkpoint), services.settings.random_seed
     pairs, steps = first_pairs(preference_history), steps_of(services, model_checkpoint)
     rows, start = pairs.select(*USED_COLUMNS).to_dicts(), initial_policy if options.policy_init == "initial" else policy
     made, summary = services.checkpoints.create(
@@ -153,6 +154,11 @@ def equal_steps_evaluation(
     ]
     shown = doubted_rates(measured, judge_doubt(services.metrics))
     return table_output(context, services, frame, measured, **shown, **made_by(control))
+
+
+def made_with(made: Checkpoint) -> PreferenceOptimization:
+    """The settings that M_t was trained with, which a search may have chosen."""
+    return PreferenceOptimization.model_validate(made.manifest["settings"]["preference_optimization"])
 
 
 def first_pairs(history: pl.DataFrame) -> pl.DataFrame:

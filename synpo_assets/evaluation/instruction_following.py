@@ -4,7 +4,7 @@ Paper (section 3): GPT-4 as judge, and benchmarks with one right answer; no meas
 Here: as in IFEval (https://arxiv.org/abs/2311.07911), with rules and prompts of our own, M_t compared with M_0.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import dagster as dg
 import polars as pl
@@ -49,24 +49,11 @@ def instruction_following(
     No judge has a say. `verifiable_gain` is M_t's share less M_0's; with an interval that holds 0, nothing is shown.
     """
     models = {"candidate": model_checkpoint, "initial": initial_policy}
-    samples_each = services.settings.evaluation.instruction_samples
-    samples = pl.DataFrame({"sample": range(1, samples_each + 1)}, schema={"sample": pl.Int64})
-    frame, usages = verifiable_instructions.join(samples, how="cross"), list[Usage]()
-    requests = [
-        (f"{prompt_id} sample {sample}", user_message(prompt))
-        for prompt_id, prompt, sample in frame.select("prompt_id", "prompt", "sample").rows()
-    ]
-    for name, model in models.items():
-        written, usage = services.language_model.answer(model, requests, services.settings.evaluation.sampling)
-        met = [followed(each, text) for each, text in zip(frame["constraints"].to_list(), written["text"], strict=True)]
-        frame = frame.with_columns(
-            written["text"].alias(f"{name}_response"), pl.Series(f"{name}_met", met, dtype=pl.List(pl.Boolean))
-        )
-        usages.append(usage)
+    frame, usages = instruction_answers(services, models, verifiable_instructions)
     shas = {f"{name}_checkpoint_sha": pl.lit(model.sha) for name, model in models.items()}
     frame = frame.with_columns(**shas, iteration=pl.lit(iteration_of(context), pl.Int64))
     measured = [
-        Metric("samples_each", samples_each),
+        Metric("samples_each", services.settings.evaluation.instruction_samples),
         *metrics.by_split(
             frame, lambda rows: following_metrics(rows, model_checkpoint.sha, services.settings.random_seed)
         ),
@@ -77,6 +64,27 @@ def instruction_following(
     return table_output(
         context, services, frame.select(*columns), measured, by_rule=by_rule, **made_by(model_checkpoint)
     )
+
+
+def instruction_answers(
+    services: Services, models: Mapping[str, Checkpoint], instructions: pl.DataFrame
+) -> tuple[pl.DataFrame, list[Usage]]:
+    """The instructions as often as each is asked, with the answer of each model and which constraints it meets."""
+    options, usages = services.settings.evaluation, list[Usage]()
+    samples = pl.DataFrame({"sample": range(1, options.instruction_samples + 1)}, schema={"sample": pl.Int64})
+    frame = instructions.join(samples, how="cross")
+    requests = [
+        (f"{prompt_id} sample {sample}", user_message(prompt))
+        for prompt_id, prompt, sample in frame.select("prompt_id", "prompt", "sample").rows()
+    ]
+    for name, model in models.items():
+        written, usage = services.language_model.answer(model, requests, options.sampling)
+        met = [followed(each, text) for each, text in zip(frame["constraints"].to_list(), written["text"], strict=True)]
+        frame = frame.with_columns(
+            written["text"].alias(f"{name}_response"), pl.Series(f"{name}_met", met, dtype=pl.List(pl.Boolean))
+        )
+        usages.append(usage)
+    return frame, usages
 
 
 def following_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric]:

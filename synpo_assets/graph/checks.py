@@ -17,6 +17,7 @@ import polars as pl
 from resources.common.text import asset_label
 from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
 from resources.models.weights import tensors_not_finite
+from resources.settings.method import PreferenceOptimization
 from resources.settings.settings import Settings
 from resources.training.history import last_quarter
 from resources.training.losses import sigmoid_argument
@@ -88,7 +89,10 @@ RAISE_LEARNING_RATE = "Raise training.learning_rate or the number of steps, or r
 def model_checkpoint_checks(context: dg.AssetCheckExecutionContext, services: Services, stage: Stage) -> Results:
     """Whether the training of M_t still told pairs apart."""
     limits, preferences = services.settings.checks, services.settings.preferences
-    loss = services.settings.preference_optimization.loss
+    manifest = services.checkpoints.manifest("model_checkpoint", context.partition_key) or {}
+    # A search may have chosen another beta than the settings state.
+    made_with = manifest.get("settings", {}).get("preference_optimization", services.settings.preference_optimization)
+    loss = PreferenceOptimization.model_validate(made_with).loss
     log = services.checkpoints.training_log("model_checkpoint", context.partition_key)
     accuracy = last_quarter(entry.get("rewards/accuracies") for entry in log)
     argument = last_quarter(sigmoid_argument(loss, entry) for entry in log)

@@ -14,19 +14,21 @@ Kind = Literal["generate", "train", "score"]
 class Work:
     """What one stage has to do in one iteration, in tokens that are written, trained on or scored.
 
-    `later_only`: iteration 1 does without it, because its rows are found in finished shards. `accumulates`: iteration t has t
+    `later_only`: iteration 1 does without it, because its rows are found in finished shards. `first_only`: only iteration 1
+    does it. `accumulates`: iteration t has t
     times as much of it, the pairs of all iterations so far, but never more than `most_tokens`.
     """
 
     kind: Kind
     tokens: float
     later_only: bool = False
+    first_only: bool = False
     accumulates: bool = False
     most_tokens: float = float("inf")
 
     def in_iteration(self, iteration: int) -> float:
         """The tokens of an iteration, counted from 1."""
-        if self.later_only and iteration == 1:
+        if self.later_only if iteration == 1 else self.first_only:
             return 0.0
         return min(self.tokens * (iteration if self.accumulates else 1), self.most_tokens)
 

@@ -129,3 +129,24 @@ class PreferenceHistory(PreferencePairs):
     """Preference pairs of several iterations, in which a prompt may come back."""
 
     prompt_id: str = id_column("The prompt.")
+
+
+class SearchCandidates(Table):
+    """The candidates of a search: what each was trained with, what came of it on dev, and which one became M_t."""
+
+    candidate: str = id_column("Its name in the checkpoint store.", unique=True)
+    settings: str = text_column("The values of the settings that are searched, as JSON.")
+    metric: str = text_column("What it was measured by, on the dev split.")
+    value: float = pa.Field(nullable=True, description="The value of the metric; empty: it was not measured.")
+    low: float = pa.Field(nullable=True, description="Lower end of its 95 % interval.")
+    high: float = pa.Field(nullable=True, description="Upper end of its 95 % interval.")
+    n: int = pa.Field(ge=0, nullable=True, description="The dev prompts that it is taken over.")
+    loss: float = pa.Field(nullable=True, description="The loss, mean over the last quarter of the training.")
+    reward_accuracy: float = pa.Field(
+        nullable=True, description="Pairs whose chosen side had the higher reward, mean over the last quarter."
+    )
+    minutes: float = pa.Field(nullable=True, ge=0, description="Minutes of its training.")
+    chosen: bool = pa.Field(description="Whether it became M_t: the best value, of equal ones the first.")
+    left_out: str = pa.Field(nullable=True, description="Why it was not trained or not measured; empty: it was.")
+    checkpoint_sha: str = pa.Field(nullable=True, description="sha of the candidate.")
+    iteration: int = pa.Field(ge=1, description="The iteration in which it was trained.")

@@ -10,6 +10,7 @@ import yaml
 
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.rows import Row, report_rows
+from synpo_assets.reports.search import HEAD, candidate_rows, metric_text, search_of
 
 FOLDER = Path(__file__).parent
 TAGS = ("synpo", "preference-optimization", "synthetic")
@@ -105,6 +106,7 @@ def model_card(
         pipeline_tag="text-generation",
         tags=[*TAGS, "trl"],
     )
+    search = search_of(manifest)
     parents = [[role, parent["asset"], parent["sha"]] for role, parent in manifest["parents"].items()]
     card = ModelCard.from_template(
         card_data,
@@ -116,7 +118,10 @@ def model_card(
         parents=_table(["role", "checkpoint", "sha"], parents),
         trained_on=_table(["pairs", "content version"], manifest["trained_on"].items()),
         adapter=adapter,
-        settings=_yaml(manifest["settings"]),
+        search=search,
+        candidates=_table(HEAD, candidate_rows(search)) if search else "",
+        searched_by=metric_text(search) if search else "",
+        settings=_yaml({name: value for name, value in manifest["settings"].items() if name != "search"}),
         libraries=_libraries(manifest["libraries"]),
     )
     return str(card)

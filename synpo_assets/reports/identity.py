@@ -9,6 +9,7 @@ from synpo_assets.graph.metrics import ONCE
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.used_settings import used_in
 from synpo_assets.reports.finished import FinishedIteration
+from synpo_assets.reports.search import chosen_values
 
 # What an experiment is told apart by, as far as it has them.
 TELLING = (
@@ -40,7 +41,7 @@ def identity_of(services: Services, iterations: Sequence[FinishedIteration]) -> 
 
 def telling_settings(services: Services, newest: FinishedIteration) -> dict[str, str]:
     """The settings that matter most, as the newest iteration was made with them."""
-    used = used_in(services.used_settings, ONCE) | dict(newest.settings)
+    used = used_in(services.used_settings, ONCE) | dict(newest.settings) | chosen_values(newest.manifest)
     return {
         name: value
         for telling in TELLING

@@ -23,6 +23,7 @@ from synpo_assets.method.evaluation import LENGTH_BANDS
 from synpo_assets.method.judging import ANOTHER_GOLD
 from synpo_assets.reports.edits import edit_lines
 from synpo_assets.reports.finished import FEWEST_ALIKE, FinishedIteration
+from synpo_assets.reports.search import chosen_text, chosen_value_text
 
 PROMPT_SOURCES = {
     "synthetic": "synthetic prompts", "seed": "seed prompts", "self_instruct": "Self-Instruct prompts by M_0",
@@ -165,6 +166,8 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
         yield "Held-out", f"answers of {model} cut", _of("cut_share", share_text, side)
     for judge in judge_labels(iterations):
         yield from _wins_by_ending(judge)
+    yield "Search", "values chosen among the candidates", lambda iteration: chosen_text(iteration.manifest)
+    yield "Search", "the same on dev, 95 % interval", lambda iteration: chosen_value_text(iteration.manifest)
     for judge in judge_labels(iterations):
         for opponent, shown in {"initial": "M_0", "candidate": "M_t"}.items():
             label = f"{judge}, the pairs of iteration 1 for as many steps over {shown}: win rate, 95 % interval"
