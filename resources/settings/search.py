@@ -14,7 +14,7 @@ MOST_COMBINATIONS = 1_000
 
 
 class Search(Section):
-    """Besides what this table names, settings of the loss or the training with lists of values: `{loss.beta: [2, 4], epochs: [1, 2]}`."""
+    """Besides what this table names: settings of the loss or the training, each with a list of values, as `loss.beta: [2, 4]`."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Any]

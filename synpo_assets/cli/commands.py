@@ -271,14 +271,9 @@ def ui(
     ] = False,
 ) -> None:
     """Open the Dagster UI, with its daemon, on the same home; the report is below its address, at /reports."""
-    from synpo_assets.cli.webserver import LOOPBACK, address, new_token, serve
+    from synpo_assets.cli.webserver import address, new_secret, serve
 
-    if host not in LOOPBACK and not token:
-        raise SettingsError(
-            f"With --host {host}, everybody who reaches the port could read this home and launch runs: add --token, or leave "
-            "--host out and reach it through a tunnel (`ssh -L 3000:127.0.0.1:3000 machine`)."
-        )
-    secret = new_token() if token else None
+    secret = new_secret(host, token)
     settings, place = _chosen(home, preset, settings_file)
     from synpo_assets.cli.preflight import check_data_and_training, check_storage, keep_expected_seconds
 

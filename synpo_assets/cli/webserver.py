@@ -28,6 +28,7 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from resources.settings.sections import SettingsError
 from synpo_assets.reports import FOLDER
 
 # The address that the server listens on, told to its process.
@@ -46,9 +47,14 @@ def address(host: str, port: int, token: str | None) -> str:
     return f"http://{host}:{port}" + (f"/?token={token}" if token else "")
 
 
-def new_token() -> str:
-    """A secret that nobody guesses."""
-    return secrets.token_urlsafe(24)
+def new_secret(host: str, token: bool) -> str | None:
+    """The secret that whoever opens the UI has to know; None if only this machine can reach it and no token was asked for."""
+    if host not in LOOPBACK and not token:
+        raise SettingsError(
+            f"With --host {host}, everybody who reaches the port could read this home and launch runs: add --token, or leave "
+            "--host out and reach it through a tunnel (`ssh -L 3000:127.0.0.1:3000 machine`)."
+        )
+    return secrets.token_urlsafe(24) if token else None
 
 
 def serve(host: str, port: int, token: str | None = None) -> None:

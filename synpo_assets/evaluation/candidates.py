@@ -11,14 +11,14 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from resources.common.errors import FinalError
+from resources.common.errors import DamageError, FinalError
 from resources.generation.language_model import Usage
 from resources.judging.judge import RewardJudge
 from resources.judging.judge_choice import INDEPENDENT, judge_scorer
 from resources.scoring.scorer import ScoringUsage
 from resources.settings.method import PreferenceOptimization
 from resources.settings.search import Search, combinations
-from resources.storage.checkpoint_store import Checkpoint, CheckpointError
+from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import json_sha256
 from resources.training.job import TrainingSummary
 from resources.training.losses import loss_module
@@ -157,7 +157,7 @@ class Searching:
             summary = TrainingSummary.kept(Path(made.directory))
             say.info(f"The candidate with {candidate.text} was trained earlier and is kept.")
             return dataclasses.replace(candidate, made=made, summary=summary, earlier_seconds=summary.seconds)
-        except CheckpointError:
+        except DamageError:
             say.info(f"Training the candidate with {candidate.text}.")
         try:
             made, summary = optimized(
