@@ -14,7 +14,7 @@ MOST_COMBINATIONS = 1_000
 
 
 class Search(Section):
-    """Besides what this table names: settings of the loss or the training, each with a list of values, as `loss.beta: [2, 4]`."""
+    """Besides what this table names, lists of values of settings: `{loss.beta: [2, 4], learning_rate: [3.0e-7, 1.0e-6]}`."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Any]
