@@ -16,7 +16,7 @@ from synpo_assets.graph.metrics import Metric, recorded
 from synpo_assets.method.evaluation import LENGTH_BANDS, length_bands
 from synpo_assets.method.verifiable import RULES, meets, rates_by_rule
 from synpo_assets.stages.seed import seed_table, verifiable_table
-from tests.nano import write_settings
+from tests.nano import seed_rows, write_settings
 from tests.stand_ins import services_in
 
 # For each rule an answer that meets it and one that does not; several where the border matters.
@@ -171,6 +171,39 @@ def test_training_prompts_that_overlap_with_an_instruction_are_refused_or_droppe
     kept, dropped = seed_table(settings.model_copy(update={"seed_data": seed}))
     assert len(dropped) == 2
     assert not {prompts[0], prompts[-1]} & set(kept["prompt"])
+
+
+def instruction(number, **stated):
+    """An instruction like no other, and what its row states."""
+    return {"prompt": f"Say {'word ' * number}", "constraints": [{"rule": "words_at_most", "value": number}]} | stated
+
+
+def test_instructions_keep_the_split_that_they_state(tmp_path):
+    rows = [instruction(1, split="test"), instruction(2, split="dev"), instruction(3, split="test"), instruction(4)]
+    table = verifiable_table(with_instructions(tmp_path, *rows))[0]
+    assert table["split"].to_list()[:3] == ["test", "dev", "test"]
+    assert table["split"].to_list()[3] in ("dev", "test")
+
+
+@pytest.mark.parametrize(("rows", "reason"), [
+    ([instruction(1, split="train"), instruction(2)], r"verifiable line 1: its `split` is 'train' and not dev or test"),
+    ([instruction(1, split="dev", template="list/1"), instruction(2, split="test", template="list/1")],
+     r"dev line 1: its template 'list/1' is also that of a test instruction"),
+])  # fmt: skip
+def test_a_wrong_split_and_a_template_of_both_splits_are_named(tmp_path, rows, reason):
+    with pytest.raises(SettingsError, match=reason):
+        verifiable_table(with_instructions(tmp_path, *rows))
+
+
+def test_a_seed_row_made_of_the_template_of_an_instruction_is_named(tmp_path):
+    rows = [json.dumps(row | {"template": f"list/{place}"}) for place, row in enumerate(seed_rows())]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    of_a_template = instruction(1, split="dev", template="list/1")
+    settings = with_instructions(tmp_path, of_a_template, train={"path": "train.jsonl"})
+    with pytest.raises(
+        SettingsError, match=r"train line 2: its template 'list/1' is also that of a verifiable instruction"
+    ):
+        seed_table(settings)
 
 
 def test_no_instructions_are_no_error(tmp_path):

@@ -124,7 +124,7 @@ class SeedData(Section):
     verifiable: DataSource | None = Field(
         None,
         description="Instructions with constraints that a program can check (columns prompt and constraints, as in "
-        "resources/seed/verifiable.jsonl); used for evaluation only. None: none are asked.",
+        "resources/seed/verifiable.jsonl; if stated, split and template); used for evaluation only. None: none are asked.",
     )
     prompt_column: str = Field(
         "prompt",

@@ -63,7 +63,7 @@ def seed_rows(
                 bad.append(BadRow(split, line, reason))
                 continue
             seen[key] = (split, line)
-            ids = {"prompt_id": content_id("prompt", stated["prompt"])}
+            ids = {"prompt_id": content_id("prompt", stated["prompt"]), "template": row.get("template")}
             good.append(ids | stated | {"constraints": read_constraints(constraints), "split": split, "line": line})
     return good, bad
 
@@ -92,6 +92,23 @@ def overlapping_rows(
         )
         bad.append(BadRow(row["split"], row["line"], f"it {shared} the {kind} {found[:80]!r}"))
     return bad
+
+
+def rows_of_templates(
+    rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], kind: str
+) -> list[BadRow]:
+    """The rows that state a template of which one of the others was made too: whoever learned the one knows the other.
+
+    Examples:
+        >>> rows_of_templates([{"split": "train", "line": 7, "template": "list/1"}], [{"template": "list/1"}], "test prompt")
+        [BadRow(split='train', line=7, reason="its template 'list/1' is also that of a test prompt")]
+    """
+    known = {row["template"] for row in others} - {None}
+    return [
+        BadRow(row["split"], row["line"], f"its template {row['template']!r} is also that of a {kind}")
+        for row in rows
+        if row["template"] in known
+    ]
 
 
 def _question_and_answer(row: Mapping[str, Any], prompt_column: str, answer_column: str) -> dict[str, str]:

@@ -114,7 +114,8 @@ def instruction_rows(
 ) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
     """Reads numbered lines of instructions into rows with ids, and the line of each bad one with what is wrong with it.
 
-    `constraints` is a list of objects with `rule` and, where the rule compares with something, `value`.
+    `constraints` is a list of objects with `rule` and, where the rule compares with something, `value`. A row may state its
+    `split`, dev or test, and the `template` that it was made of.
 
     Examples:
         >>> good, bad = instruction_rows([(1, {"prompt": "Say hi.", "constraints": [{"rule": "words", "value": 1}]})])
@@ -137,8 +138,9 @@ def instruction_rows(
         elif prompt in good:
             bad.append((line, f"the same prompt stands in line {good[prompt]['line']}"))
         else:
-            row_id = {"prompt_id": content_id("prompt", prompt), "line": line}
-            good[prompt] = row_id | {"prompt": prompt, "constraints": read_constraints(constraints)}
+            of_row = {"line": line, "stated_split": row.get("split"), "template": row.get("template")}
+            of_row |= {"prompt_id": content_id("prompt", prompt), "prompt": prompt}
+            good[prompt] = of_row | {"constraints": read_constraints(constraints)}
     return list(good.values()), bad
 
 

@@ -42,7 +42,7 @@ from synpo_assets.graph.tables import check
 from synpo_assets.method.chat_rows import unwritable
 from synpo_assets.method.keywords import Keywords, keyword_set, paragraph_keyword_sets
 from synpo_assets.method.row_lengths import Room, length_problem
-from synpo_assets.method.seed import HELD_OUT, BadRow, overlapping_rows, seed_rows
+from synpo_assets.method.seed import HELD_OUT, BadRow, overlapping_rows, rows_of_templates, seed_rows
 from synpo_assets.method.verifiable import instruction_rows
 
 POOL_BATCH = 10_000
@@ -173,10 +173,15 @@ def seed_table(settings: Settings, weights: str | None = None) -> tuple[pl.DataF
     bad += long
     ngram, files = settings.prompt_generator.decontamination_ngram, [seed.train.path, seed.held_out.path]
     prompts = [row["prompt"] for row in good if row["split"] == "held_out"]
-    instructions = verifiable_table(settings, weights)[0]["prompt"].to_list()
-    for texts, kind in ((prompts, "held-out prompt"), (instructions, "verifiable instruction")):
+    instructions = _instructions(settings, weights)[0]
+    asked = [row["prompt"] for row in instructions]
+    for texts, kind in ((prompts, "held-out prompt"), (asked, "verifiable instruction")):
         overlaps = overlapping_rows(good, texts, ngram, kind)
         lines = {row.line for row in overlaps}
+        if texts is asked:
+            left = [row for row in good if row["split"] == "train" and row["line"] not in lines]
+            overlaps += rows_of_templates(left, instructions, kind)
+            lines = {row.line for row in overlaps}
         good = [row for row in good if row["split"] == "held_out" or row["line"] not in lines]
         bad += overlaps
     if overlaps and seed.verifiable is not None:
@@ -224,18 +229,36 @@ def _dev_and_test(held_out: list[dict[str, Any]], settings: Settings) -> tuple[l
 
 def verifiable_table(settings: Settings, weights: str | None = None) -> tuple[pl.DataFrame, list[BadRow]]:
     """The validated verifiable instructions, none if `seed_data.verifiable` is not stated, and the rows that were dropped."""
-    source, rows, bad = settings.seed_data.verifiable, list[dict[str, Any]](), list[BadRow]()
-    if source is not None:
-        rows, refused = instruction_rows(list(read_rows(source, "seed_data.verifiable", ("prompt", "constraints"))))
-        rows, long = _that_fit([row | {"split": "verifiable"} for row in rows], settings, weights)
-        bad = [*(BadRow("verifiable", line, reason) for line, reason in refused), *long]
-        if bad and (settings.seed_data.on_bad_rows == "refuse" or not rows):
-            raise SettingsError(
-                f"{len(bad)} instructions of {source.path} (seed_data.verifiable) cannot be used ({_first(bad)}). "
-                f"{SHORTER if long else ''}Correct the file"
-                + (", or set seed_data.on_bad_rows to `drop`." if rows else ", in which no other is left.")
-            )
-    return pl.DataFrame(_with_splits(rows, settings), schema=VerifiableInstructions.empty().schema), bad
+    rows, bad = _instructions(settings, weights)
+    return pl.DataFrame(rows, schema=VerifiableInstructions.empty().schema), bad
+
+
+def _instructions(settings: Settings, weights: str | None) -> tuple[list[dict[str, Any]], list[BadRow]]:
+    """The verifiable instructions, each with its line, split and template, and those that cannot be used."""
+    source, bad = settings.seed_data.verifiable, list[BadRow]()
+    if source is None:
+        return [], bad
+    rows, refused = instruction_rows(list(read_rows(source, "seed_data.verifiable", ("prompt", "constraints"))))
+    rows, long = _that_fit([row | {"split": "verifiable"} for row in rows], settings, weights)
+    bad = [*(BadRow("verifiable", line, reason) for line, reason in refused), *long]
+    rows = _with_splits(rows, settings)
+    dev, test = ([row for row in rows if row["split"] == split] for split in HELD_OUT)
+    if any(row["stated_split"] for row in rows):
+        bad += rows_of_templates(dev, test, "test instruction")
+    bad += [
+        BadRow("verifiable", row["line"], f"its `split` is {row['split']!r} and not dev or test")
+        for row in rows
+        if row["split"] not in HELD_OUT
+    ]
+    lines = {row.line for row in bad}
+    rows = [row for row in rows if row["line"] not in lines]
+    if bad and (settings.seed_data.on_bad_rows == "refuse" or not rows):
+        raise SettingsError(
+            f"{len(bad)} instructions of {source.path} (seed_data.verifiable) cannot be used ({_first(bad)}). "
+            f"{SHORTER if long else ''}Correct the file"
+            + (", or set seed_data.on_bad_rows to `drop`." if rows else ", in which no other is left.")
+        )
+    return rows, bad
 
 
 def _that_fit(
@@ -267,10 +290,11 @@ def _first(rows: Sequence[BadRow]) -> str:
 
 
 def _with_splits(rows: list[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
-    """Rows that evaluations read, each in dev or test; both have some where there are two rows or more."""
-    count = min(max(round(settings.seed_data.dev_share * len(rows)), 1), max(len(rows) - 1, 0))
-    dev = {row["prompt_id"] for row in _sample(rows, count, f"{settings.random_seed}:dev")}
-    return [row | {"split": "dev" if row["prompt_id"] in dev else "test"} for row in rows]
+    """Rows that evaluations read, each in the split that it states, the others in dev or test, of which both have some."""
+    free = [row for row in rows if not row.get("stated_split")]
+    count = min(max(round(settings.seed_data.dev_share * len(free)), 1), max(len(free) - 1, 0))
+    dev = {row["prompt_id"] for row in _sample(free, count, f"{settings.random_seed}:dev")}
+    return [row | {"split": row.get("stated_split") or ("dev" if row["prompt_id"] in dev else "test")} for row in rows]
 
 
 def _most_frequent(bad: Sequence[BadRow]) -> str:

@@ -39,14 +39,10 @@ def run(home: Path, file: Path) -> None:
     settings = home_settings(home.absolute())
     services = build(settings, home.absolute())[1]
     initial = services.checkpoints.current("initial_policy", None)
-    instructions = verifiable_table(settings).filter(split="dev")
+    instructions = verifiable_table(settings)[0].filter(split="dev")
     stated = {
-        row["prompt"]: row
-        for _, row in read_rows(settings.seed_data.verifiable, "instructions", ("prompt", "kind", "split"))
+        row["prompt"]: row for _, row in read_rows(settings.seed_data.verifiable, "instructions", ("prompt", "kind"))
     }
-    instructions = instructions.filter(
-        pl.col("prompt").is_in([p for p, row in stated.items() if row["split"] == "dev"])
-    )
     seed = [row for _, row in read_rows(settings.seed_data.train, "seed", ("prompt", "answer", "constraints"))]
     taught = [(user_message(row["prompt"]), row["answer"]) for row in seed if row["constraints"]]
     sampling = Sampling(temperature=0.7, top_k=50, max_new_tokens=MAX_NEW_TOKENS)
