@@ -141,8 +141,9 @@ def seed_table(settings: Settings) -> tuple[pl.DataFrame, list[BadRow]]:
     """The validated seed, in the subsets that the settings ask for, and the rows that were dropped."""
     seed = settings.seed_data
     columns = (seed.prompt_column, seed.answer_column)
-    train = list(read_rows(seed.train, "seed_data.train", columns))
-    held_out = list(read_rows(seed.held_out, "seed_data.held_out", columns))
+    # Streamed, so that cells which nothing reads are not held.
+    train = read_rows(seed.train, "seed_data.train", columns)
+    held_out = read_rows(seed.held_out, "seed_data.held_out", columns)
     good, bad = seed_rows(train, held_out, *columns, with_rules=settings.scorer.kind == "verifier")
     ngram, files = settings.prompt_generator.decontamination_ngram, [seed.train.path, seed.held_out.path]
     prompts = [row["prompt"] for row in good if row["split"] == "held_out"]
