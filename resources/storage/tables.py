@@ -14,7 +14,7 @@ from resources.storage.files import BLOCK_BYTES, opened_atomically, storage_root
 
 SAMPLE_ROWS = 5
 SHOWN_CHARACTERS = 300
-# A line as the program `xxh128sum` writes and reads it.
+# XXH3 with 128 bits, and the name of the file.
 CHECKSUM = ".xxh128"
 
 

@@ -166,8 +166,9 @@ def seed_table(settings: Settings, weights: str | None = None) -> tuple[pl.DataF
     """
     seed = settings.seed_data
     columns = (seed.prompt_column, seed.answer_column)
-    train = list(read_rows(seed.train, "seed_data.train", columns))
-    held_out = list(read_rows(seed.held_out, "seed_data.held_out", columns))
+    # Streamed, so that cells which nothing reads are not held.
+    train = read_rows(seed.train, "seed_data.train", columns)
+    held_out = read_rows(seed.held_out, "seed_data.held_out", columns)
     good, bad = seed_rows(train, held_out, *columns, with_rules=settings.scorer.kind == "verifier")
     good, long = _that_fit(good, settings, weights)
     bad += long

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,17 +32,19 @@ REPETITIONS = 9
 TEXTS = ("prompt", "response", "paragraph")
 
 
-def texts(count: int, words: int) -> Iterator[str]:
+def texts(count: int, words: int) -> pl.Series:
+    """Texts that differ, of 20,000 that are drawn word by word."""
     vocabulary = " ".join(row["answer"] for row in seed_rows()).split()
     draw = random.Random(1)
-    return (" ".join(draw.choices(vocabulary, k=words)) for _ in range(count))
+    drawn = pl.Series([" ".join(draw.choices(vocabulary, k=words)) for _ in range(20_000)])
+    return drawn.sample(count, with_replacement=True, seed=1) + pl.int_range(count, eager=True).cast(pl.String)
 
 
 def answers(count: int, words: int) -> pl.DataFrame:
     numbers = pl.int_range(count, eager=True).cast(pl.String)
     return pl.DataFrame({
-        "response_id": "response-" + numbers, "prompt_id": "prompt-" + numbers, "prompt": list(texts(count, 12)),
-        "response": list(texts(count, words)), "iteration": 1, "checkpoint_sha": "0" * 64, "finish_reason": "stop",
+        "response_id": "response-" + numbers, "prompt_id": "prompt-" + numbers, "prompt": texts(count, 12),
+        "response": texts(count, words), "iteration": 1, "checkpoint_sha": "0" * 64, "finish_reason": "stop",
     })  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def trace(folder: Path) -> dict[str, Any]:
         own = {identity: pl.format("{}-{}", pl.lit(identity.removesuffix("_id")), number)}
         if identity != "prompt_id" and "prompt_id" in frame.columns:
             own["prompt_id"] = pl.format("prompt-{}", number)
-        columns: dict[str, Any] = own | {name: pl.Series(list(texts(PAIRS, 46))) for name in texts_of}
+        columns: dict[str, Any] = own | {name: texts(PAIRS, 46) for name in texts_of}
         for name in {"chosen", "rejected"} & set(frame.columns):
             columns[name] = pl.Series([[{"role": "assistant", "content": text}] for text in texts(PAIRS, 46)])
         more = pl.concat([frame.head(1)] * PAIRS).with_columns(**columns)
@@ -98,7 +99,7 @@ def seed(folder: Path) -> dict[str, Any]:
     """Seconds and memory of a large seed."""
     rows = zip(texts(SEED_ROWS, 30), texts(SEED_ROWS, 130), strict=True)
     with (folder / "train.jsonl").open("w") as file:
-        file.writelines(f"{json.dumps({'prompt': f'{n} {a}', 'answer': b})}\n" for n, (a, b) in enumerate(rows))
+        file.writelines(f"{json.dumps({'prompt': prompt, 'answer': answer})}\n" for prompt, answer in rows)
     settings = nano_settings(folder / "model")
     settings["seed_data"] |= {
         "train": {"path": str(folder / "train.jsonl")},
