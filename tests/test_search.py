@@ -429,14 +429,20 @@ def test_trainings_side_by_side_are_those_that_run_alone(nano_checkpoint, tmp_pa
     assert [each.engine.threads for each in both] == [1, 1]
     losses = {}
 
-    def train(name, each):
-        summary = each.train("preference", nano_checkpoint, training_pairs(), PAIRED, tmp_path / name, SIMPO)
+    def train(name, each, beta):
+        loss = SIMPO.model_copy(update={"beta": beta})
+        (tmp_path / name).mkdir()
+        summary = each.train("preference", nano_checkpoint, training_pairs(), PAIRED, tmp_path / name, loss)
         losses[name] = [entry["loss"] for entry in summary.history]
 
-    threads = [threading.Thread(target=train, args=(str(place), each)) for place, each in enumerate(both)]
+    threads = [
+        threading.Thread(target=train, args=(f"beside {beta}", each, beta))
+        for each, beta in zip(both, (2.5, 4.0), strict=True)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    train("alone", trainer)
-    assert losses["0"] == losses["1"] == pytest.approx(losses["alone"], abs=1e-4)
+    for beta in (2.5, 4.0):
+        train(f"alone {beta}", trainer, beta)
+        assert losses[f"beside {beta}"] == pytest.approx(losses[f"alone {beta}"], abs=1e-4)
