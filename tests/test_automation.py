@@ -5,7 +5,8 @@ import polars as pl
 import pytest
 
 from resources.settings.files import active_settings
-from resources.storage.files import write_atomically
+from resources.storage.files import json_sha256, write_atomically
+from resources.storage.manifests import Manifest
 from synpo_assets.cli.automation import JOBS, next_iteration, reason_to_wait
 from synpo_assets.graph.history import never_began
 from synpo_assets.graph.metrics import Metric
@@ -21,17 +22,27 @@ def services(tmp_path):
     return services_in(tmp_path)
 
 
+def sha_of(weights):
+    """The sha of a checkpoint, given that of its only file."""
+    return json_sha256({"model.safetensors": weights})
+
+
 def finish(instance, services, partition, without=(), promoted=1.0, judged="a" * 64, made="a" * 64):
     """Reports a whole iteration, promoted if nothing else is said (or, for None, all that is made once), as materialized."""
     for name in asset_names(services.graph, partitioned=partition is not None):
         if name not in without:
             instance.report_runless_asset_event(dg.AssetMaterialization(name, partition=partition))
     if partition is not None:
-        promotion = Metric("promoted", promoted, of="candidate", checkpoint_sha=judged)
+        promotion = Metric("promoted", promoted, of="candidate", checkpoint_sha=sha_of(judged))
         measured(services, "promotion", promotion, partition=partition)
-        folder = services.home / "checkpoints" / "model_checkpoint"
-        write_atomically(folder / f"{partition}.json", b'{"directory": "model_checkpoint/it"}')
-        write_atomically(folder / "it" / "manifest.json", f'{{"sha": "{made}"}}'.encode())
+        manifest = Manifest(
+            asset="model_checkpoint", partition=partition, sha=sha_of(made), weights="merged", run_id="",
+            files={"model.safetensors": {"bytes": 1, "sha256": made}}, parents={}, trained_on={}, settings={},
+        )  # fmt: skip
+        folder = services.home / "checkpoints"
+        pointer = f'{{"directory": "{manifest.directory}"}}'
+        write_atomically(folder / "model_checkpoint" / f"{partition}.json", pointer.encode())
+        write_atomically(folder / manifest.directory / "manifest.json", manifest.model_dump_json().encode())
 
 
 def tick(instance, services, **automation):
@@ -90,7 +101,7 @@ def test_it_stops_where_the_newest_checkpoint_was_not_promoted_and_says_why(inst
 def test_it_stops_where_an_older_checkpoint_was_promoted(instance, services):
     finish(instance, services, None)
     finish(instance, services, "0001", made="b" * 64)
-    assert "promotion[0001] is about aaaaaaaaaaaaaaaa, but" in tick(instance, services).skip_message
+    assert f"promotion[0001] is about {sha_of('a' * 64)[:16]}, but" in tick(instance, services).skip_message
 
 
 def test_it_stops_at_the_target(instance, services):

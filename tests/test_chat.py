@@ -246,7 +246,7 @@ def test_the_date_is_the_settings(with_prompt):
 
 @pytest.mark.parametrize(("template", "words"), [
     ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "does not end"),
-    ("{% set n = namespace(t='x') %}{% for a in range(40) %}{% set n.t = n.t + n.t %}{% endfor %}{{ n.t }}", "grows without end"),
+    ("{% set n = namespace(t='x') %}{% for a in range(40) %}{% set n.t = n.t + n.t %}{% endfor %}{{ n.t }}", "(without|not) end"),
     ("{{ 'x' * 200001 }}", "grows without end"),
 ])  # fmt: skip
 def test_a_template_that_loops_or_grows_is_refused(tmp_path, nano_model, monkeypatch, template, words):

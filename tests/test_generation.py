@@ -124,7 +124,7 @@ def test_a_full_disk_is_said_and_keeps_what_is_finished(tmp_path, nano_checkpoin
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(resources.storage.shards, "write_atomically", full)
-    with pytest.raises(FinalError, match=r"The disk with .* is full.*`synpo clean`"):
+    with pytest.raises(FinalError, match=r"A disk is full .*`synpo clean`"):
         model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING)
     monkeypatch.undo()
     whole, usage = model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING)

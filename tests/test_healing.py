@@ -91,7 +91,7 @@ def test_what_is_damaged_is_named_and_made_again_as_it_was(home, place, damage):
     damaged = damaged_assets(instance, services, None)
     assert list(damaged) == [asset]
     assert asset in missing_assets(instance, services, None, damaged)
-    run([each for each in MADE if each.name == asset], instance, services)
+    run(MADE, instance, services, selection=[asset])
     assert damaged_assets(instance, services, None) == {}
     assert data_version_of(instance, asset, None) == version
     assert not {"initial_policy", "seed_pairs"} & set(missing_assets(instance, services, None))

@@ -81,7 +81,7 @@ def changed(tmp_path, **changes):
         ({"prompt_generator": {"sampling": {"temprature": 1}}}, "did you mean `temperature`?"),
         ({"preferences": {"pairs_per_iteration": 1000}}, "(1000) is more than prompt_generator.prompts_per_iteration (24)"),
         ({"seed_data": {"train": {"path": "a\0.jsonl"}}}, "`seed_data.train.path`"),
-        ({"initial_policy": {"system_prompt": "Be \ud83d."}}, "system_prompt"),
+        ({"initial_policy": {"system_prompt": "Be \ud83d."}}, "line 2, column 18 found invalid Unicode"),
         ({"prompt_generator": {"noise_keywords": 3}}, "noise_keywords (3) leaves no keyword of the seed prompt itself"),
         ({"prompt_generator": {"min_words": 70}}, "min_words is larger than max_words"),
         ({"keyword_pool": {"max_sets": 10}}, "keyword_pool.max_sets (10) is less than"),
