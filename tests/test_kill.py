@@ -49,6 +49,23 @@ def test_a_killed_run_ends_whole_and_the_next_one_goes_on(tmp_path, nano_model):
     assert list(home.rglob("*.tmp")) == []
 
 
+@pytest.mark.parametrize("seconds", [0, 3, 12])
+def test_a_run_that_is_killed_while_it_starts_leaves_nothing_at_work(tmp_path, nano_model, seconds):
+    """Neither the process that steps are forked from, which imports for seconds, nor a step that uses no model."""
+    home, settings = tmp_path / "home", write_settings(tmp_path / "nano.yaml", nano_settings(nano_model))
+    command = [Path(sys.executable).with_name("synpo"), "run", "--settings", settings, "--home", home]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (home / "dagster.yaml").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while processes_of(home) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_of(home) == {}
+
+
 def test_a_foreground_run_that_is_terminated_in_the_ui_ends_within_30_seconds(tmp_path, nano_model):
     """The UI can only mark it as cancelling; the process watches for that."""
     with (

@@ -9,7 +9,7 @@ from multiprocessing import forkserver
 import dagster as dg
 
 PRELOADED = [
-    "dagster._core.executor.multiprocess", "synpo_assets.cli.preload", "transformers.trainer", "datasets", "peft",
+    "synpo_assets.cli.preload", "dagster._core.executor.multiprocess", "transformers.trainer", "datasets", "peft",
     "transformers.models.auto.modeling_auto", "trl.trainer.sft_trainer", "trl.trainer.reward_trainer", "trl.experimental.cpo",
     "matplotlib.backends.backend_svg",
 ]  # fmt: skip
