@@ -33,6 +33,7 @@ class Ask:
     template: str
     topic: dict[str, Any]
     fact: str
+    text: str  # Two or three facts: answers of one sentence alone would teach brevity.
     items: list[str]
     start: str
     end: str
@@ -84,8 +85,8 @@ def one_sentence(ask: Ask) -> Task:
 
 
 def words_at_most(ask: Ask) -> Task:
-    most = len(_words(ask.fact)) + ask.draw.choice([0, 1, 2, 4])
-    return ask.prompt(n=most, m=most + 1), ask.fact, {"words_at_most": most}
+    most = len(ask.text.split()) + ask.draw.choice([0, 1, 2, 4])
+    return ask.prompt(n=most, m=most + 1), ask.text, {"words_at_most": most}
 
 
 def words_at_least(ask: Ask) -> Task:
@@ -95,34 +96,34 @@ def words_at_least(ask: Ask) -> Task:
 
 
 def starts_with(ask: Ask) -> Task:
-    gold = f"{ask.start} {ask.fact[0].lower()}{ask.fact[1:]}"
+    gold = f"{ask.start} {ask.text[0].lower()}{ask.text[1:]}"
     return ask.prompt(start=ask.start), gold, {"starts_with": ask.start}
 
 
 def ends_with(ask: Ask) -> Task:
-    return ask.prompt(end=ask.end), f"{ask.fact} {ask.end}", {"ends_with": ask.end}
+    return ask.prompt(end=ask.end), f"{ask.text} {ask.end}", {"ends_with": ask.end}
 
 
 def contains(ask: Ask) -> Task:
     word = max(ask.draw.sample(_words(ask.fact), 3), key=len).lower()
-    return ask.prompt(word=word), ask.fact, {"contains": word}
+    return ask.prompt(word=word), ask.text if ask.fact in ask.text else ask.fact, {"contains": word}
 
 
 def avoids(ask: Ask) -> Task:
-    word = ask.draw.choice([word for word in COMMON if word not in _words(ask.fact.lower())])
-    return ask.prompt(word=word), ask.fact, {"avoids": word}
+    word = ask.draw.choice([word for word in COMMON if word not in ask.text.lower().replace(".", " ").split()])
+    return ask.prompt(word=word), ask.text, {"avoids": word}
 
 
 def lowercase(ask: Ask) -> Task:
-    return ask.prompt(), ask.fact.lower(), {"all_lowercase": None}
+    return ask.prompt(), ask.text.lower(), {"all_lowercase": None}
 
 
 def uppercase(ask: Ask) -> Task:
-    return ask.prompt(), ask.fact.upper(), {"all_uppercase": None}
+    return ask.prompt(), ask.text.upper(), {"all_uppercase": None}
 
 
 def in_quotes(ask: Ask) -> Task:
-    return ask.prompt(), f'"{ask.fact}"', {"in_quotes": None}
+    return ask.prompt(), f'"{ask.text}"', {"in_quotes": None}
 
 
 def question(ask: Ask) -> Task:
@@ -187,7 +188,7 @@ def json_lowercase(ask: Ask) -> Task:
 
 
 def short_with_end(ask: Ask) -> Task:
-    gold = f"{ask.fact} {ask.end}"
+    gold = f"{ask.text} {ask.end}"
     most = len(gold.split()) + 2
     return ask.prompt(m=most, end=ask.end), gold, {"words_at_most": most, "ends_with": ask.end}
 
@@ -213,8 +214,9 @@ def tasks_of(split: str, topics: list[dict[str, Any]], templates: dict[str, Any]
                 continue
             place = draw.randrange(len(wordings))
             items, fact = draw.sample(topic["items"], draw.choice([3, 4, 5])), draw.choice(topic["facts"])
+            text = " ".join(draw.sample(topic["facts"], draw.choice([2, 3])))
             start, end = (draw.choice(templates[name][split]) for name in ("starts", "ends"))
-            prompt, answer, rules = kind(Ask(wordings[place], topic, fact, items, start, end, draw))
+            prompt, answer, rules = kind(Ask(wordings[place], topic, fact, text, items, start, end, draw))
             constraints = read_constraints([
                 {"rule": rule, "value": value}
                 for rule, values in rules.items()
