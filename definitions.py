@@ -1,6 +1,5 @@
 """The code location: the stages of the method as assets, on the services that the settings choose."""
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +21,6 @@ from synpo_assets.graph.checks import checks_of
 from synpo_assets.graph.services import Services, open_services
 from synpo_assets.graph.stage import assets_of
 
-# Progress bars fill the logs of the UI; assets log count, rate and time left instead.
-os.environ["TQDM_DISABLE"] = "1"
-# Threads that wait for each other by spinning make a step several times slower as soon as another program needs a core.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# SimPO lives in trl.experimental, which is why trl is pinned exactly.
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 # Data versions and pools are marked beta; the pinned Dagster minor version is the one they were tested with.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
 end_with_parent()

@@ -4,9 +4,17 @@ Each step is a process of its own, so that the memory of one phase is free again
 """
 
 import multiprocessing
+import os
 from multiprocessing import forkserver
 
 import dagster as dg
+
+# Progress bars fill the logs of the UI; assets log count, rate and time left instead.
+os.environ["TQDM_DISABLE"] = "1"
+# Threads that wait for each other by spinning make a step several times slower as soon as another program needs a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# SimPO lives in trl.experimental, which is why trl is pinned exactly.
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 PRELOADED = [
     "synpo_assets.cli.preload", "dagster._core.executor.multiprocess", "transformers.trainer", "datasets", "peft",
