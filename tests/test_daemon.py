@@ -52,8 +52,9 @@ def runs_of(ui, backfill):
 
 def test_a_backfill_of_everything_stops_cleanly_where_an_iteration_fails(ui):
     """Once-only assets, then 0001; 0002 fails; 0003 ends with the sentence and trains on nothing stale."""
-    in_the_way = ui.home / "tables" / "keyword_sets" / "0002.parquet"
-    in_the_way.mkdir(parents=True)
+    in_the_way = ui.home / "checkpoints" / "response_improver" / "0002"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("a file where a folder has to be")
     backfill = ui.backfill(ITERATIONS)
     assert ui.wait_for_backfill(backfill) == "COMPLETED_FAILED"
     runs = runs_of(ui, backfill)
@@ -64,7 +65,7 @@ def test_a_backfill_of_everything_stops_cleanly_where_an_iteration_fails(ui):
     assert "The newest attempt to make model_checkpoint[0002] ended without it" in message
     assert "run that iteration again, then this one" in message
     assert [step["stepKey"] for step in last["stepStats"]] == ["policy"]
-    in_the_way.rmdir()
+    in_the_way.unlink()
 
 
 def test_the_backfill_again_makes_everything_in_order_with_one_run_per_iteration(ui):
@@ -84,7 +85,9 @@ def test_the_backfill_again_makes_everything_in_order_with_one_run_per_iteration
 def test_steps_on_the_gpu_never_overlap(ui):
     """Over all runs so far, whichever iteration and backfill they belong to."""
     definitions, _ = build(active_settings(), HOME)
-    on_gpu = {asset.key.to_user_string() for asset in definitions.assets if asset.op.pool == "gpu"}
+    on_gpu = {
+        asset.key.to_user_string() for asset in definitions.assets if asset.is_executable and asset.op.pool == "gpu"
+    }
     spans = sorted(
         (step["startTime"], step["endTime"], step["stepKey"])
         for run in ui.runs() for step in run["stepStats"]

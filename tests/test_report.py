@@ -71,7 +71,7 @@ def plots_drawn_once(monkeypatch, drawn={}):  # noqa: B006
     """Plots take a second each: those of the same iterations are drawn once, whatever was measured in them."""
 
     def draw(iterations):
-        which = tuple((iteration.key, bool(iteration.rewards)) for iteration in iterations)
+        which = tuple((iteration.key, bool(iteration.rewards), iteration.pairs.height) for iteration in iterations)
         if which not in drawn:
             drawn[which] = draw_plots(iterations)
         return drawn[which]
