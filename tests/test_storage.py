@@ -420,6 +420,6 @@ def test_an_iteration_with_both_and_the_next_one_from_another_home(tmp_path, nan
     assert len(runs()) == 2
     result = synpo("run", "--settings", file, "--home", other, "--iterations", 2)
     assert result.returncode == 0, result.stdout + result.stderr
-    # The report's page is the home's own, and lacks in this one.
+    # The page of the report is the home's own, and this one has none yet.
     assert sorted(runs(), key=str) == ["0001", "0001", "0002", None]
     assert list(other.glob("cache/checkpoints/model_checkpoint/0001/*/manifest.json"))
