@@ -33,6 +33,7 @@ def test_the_code_location_loads_without_heavy_libraries():
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_what_the_steps_of_a_run_are_forked_from_can_be_imported():
     """The forkserver passes over a name that it cannot import, and every step would load it for itself."""
     from synpo_assets.cli.executor import PRELOADED
