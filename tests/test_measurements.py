@@ -52,6 +52,8 @@ CASES = [
     ("comma_items_exactly", "2", "salt, oil", "salt,\noil"),
     ("in_order", "ant|bee|cat", "Ant, then bee.\nThe cat!", "bee, ant, cat"),
     ("in_order", "ant|bee", "ant bee", "ants, bees"),
+    # Not by trying all ways to choose the places.
+    ("in_order", "|".join("a" * 30), "a " * 30, "a " * 29 + "b " * 9_000),
 ]
 
 
@@ -192,6 +194,12 @@ def test_instructions_keep_the_split_that_they_state(tmp_path):
 ])  # fmt: skip
 def test_a_wrong_split_and_a_template_of_both_splits_are_named(tmp_path, rows, reason):
     with pytest.raises(SettingsError, match=reason):
+        verifiable_table(with_instructions(tmp_path, *rows))
+
+
+def test_a_template_may_be_whatever_json_holds(tmp_path):
+    rows = [instruction(1, split="dev", template=["list", 1]), instruction(2, split="test", template=["list", 1])]
+    with pytest.raises(SettingsError, match=r"its template \['list', 1\] is also that of a test instruction"):
         verifiable_table(with_instructions(tmp_path, *rows))
 
 

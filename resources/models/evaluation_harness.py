@@ -130,19 +130,20 @@ def read_questions(
         raise FinalError(f"The file {path} ({setting}) does not exist: name the benchmark's question file.")
     is_list = path.suffix == ".json"
     try:
-        stated = json.loads(path.read_text(encoding="utf-8-sig")) if is_list else [row for _, row in json_lines(path)]
+        stated = json.loads(path.read_text(encoding="utf-8-sig")) if is_list else list(json_lines(path))
     except (ValueError, RecursionError) as error:
         raise FinalError(f"The file {path} ({setting}) is not valid JSON: {error}") from None
     if not isinstance(stated, list) or not stated:
         raise FinalError(f"The file {path} ({setting}) holds no list of questions: name the benchmark's question file.")
-    numbers = range(1, len(stated) + 1) if is_list else [number for number, _ in json_lines(path)]
-    for place, (number, row) in enumerate(zip(numbers, stated, strict=True)):
-        if wrong := problem(row, stated[:place]):
+    numbered = list(enumerate(stated, start=1)) if is_list else stated
+    rows = [row for _, row in numbered]
+    for place, (number, row) in enumerate(numbered):
+        if wrong := problem(row, rows[:place]):
             raise FinalError(
                 f"{'Row' if is_list else 'Line'} {number} of {path} ({setting}) {wrong}: name the benchmark's own question file, "
                 "unchanged."
             )
-    return stated
+    return rows
 
 
 def _key(task: BenchmarkTask) -> str:

@@ -65,9 +65,8 @@ class TrainingJob(BaseModel):
     steps: int | None  # Of the optimizer; None: as many as training.epochs make.
     processes: int
     launched: bool  # By accelerate; if not, the step's own process trains alone.
-    own_gpu: (
-        str | None
-    )  # As CUDA_VISIBLE_DEVICES names it; empty on a CPU. None: no other training is at work beside it.
+    # As CUDA_VISIBLE_DEVICES names it; empty on a CPU. None: no other training is at work beside it.
+    own_gpu: str | None
     save_every_steps: int
     report_to: str
     state: Path

@@ -61,11 +61,15 @@ def next_iteration(
     if (reason := reason_to_wait(context.instance, experiment, iteration)) is not None:
         return dg.SkipReason(reason)
     key = partition_key(iteration)
-    names = missing_assets(context.instance, experiment, None) + missing_assets(context.instance, experiment, key)
-    checks = [check for place in (None, key) for check in missing_checks(context.instance, experiment, place)]
+    missing = {place: missing_assets(context.instance, experiment, place) for place in (None, key)}
+    checks = [
+        check
+        for place, names in missing.items()
+        for check in missing_checks(context.instance, experiment, place, names)
+    ]
     return dg.RunRequest(
         partition_key=key,
-        asset_selection=[dg.AssetKey(name) for name in names],
+        asset_selection=[dg.AssetKey(name) for names in missing.values() for name in names],
         asset_check_keys=checks,
         tags={"synpo/automation": "true"},
     )

@@ -114,9 +114,9 @@ def _run(instance: DagsterInstance, services: Services, partition: str | None, i
     damaged = damaged_assets(instance, services, partition)
     for name, problem in damaged.items():
         logging.getLogger("synpo").warning("%s is made again. %s.", asset_label(name, partition), problem)
-    assets = [dg.AssetKey(name) for name in missing_assets(instance, services, partition, damaged)]
-    checks = missing_checks(instance, services, partition, damaged)
-    if not (assets or checks):
+    names = missing_assets(instance, services, partition, damaged)
+    checks = missing_checks(instance, services, partition, names)
+    if not (names or checks):
         return True
     tags = {FOREGROUND_TAG: "true", ITERATIONS_TAG: str(iterations)}
     if partition is not None:
@@ -125,7 +125,7 @@ def _run(instance: DagsterInstance, services: Services, partition: str | None, i
         _ended_from_the_ui(instance),
         dg.execute_job(
             dg.reconstructable(asset_job).get_subset(
-                asset_selection=frozenset(assets), asset_check_selection=frozenset(checks)
+                asset_selection=frozenset(map(dg.AssetKey, names)), asset_check_selection=frozenset(checks)
             ),
             instance=instance,
             tags=tags,

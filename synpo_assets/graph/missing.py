@@ -42,11 +42,10 @@ def missing_assets(
 
 
 def missing_checks(
-    instance: DagsterInstance, services: Services, partition: str | None, damaged: Collection[str] = ()
+    instance: DagsterInstance, services: Services, partition: str | None, missing: Collection[str] = ()
 ) -> list[dg.AssetCheckKey]:
-    """The checks of the missing assets, and of those that are made but of which a blocking check was begun and never ended."""
-    graph = services.graph
-    names = set(missing_assets(instance, services, partition, damaged))
+    """The checks of missing assets, and of those that are made but of which a blocking check was begun and never ended."""
+    graph, names = services.graph, set(missing)
     for name in asset_names(graph, partitioned=partition is not None):
         if _has_ended(instance, unfinished_checks(instance, graph, name, partition)):
             names.add(name)

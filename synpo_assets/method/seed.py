@@ -105,11 +105,12 @@ def rows_of_templates(
         >>> rows_of_templates([{"split": "train", "line": 7, "template": "list/1"}], [{"template": "list/1"}], "test prompt")
         [BadRow(split='train', line=7, reason="its template 'list/1' is also that of a test prompt")]
     """
-    known = {row["template"] for row in others} - {None}
+    # By its spelling: whatever JSON holds may stand there.
+    known = {repr(row["template"]) for row in others} - {"None"}
     return [
         BadRow(row["split"], row["line"], f"its template {row['template']!r} is also that of a {kind}")
         for row in rows
-        if row["template"] in known
+        if repr(row["template"]) in known
     ]
 
 

@@ -188,8 +188,13 @@ def _sentences(answer: str) -> int:
     return len([part for part in parts if any(letter.isalnum() for letter in part)])
 
 
+def _find_word(answer: str, text: str, start: int = 0) -> re.Match[str] | None:
+    """Where a text first stands in an answer with no letter or digit beside it."""
+    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE).search(answer, start)
+
+
 def _has_word(answer: str, text: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(text)}(?!\w)", answer, re.IGNORECASE) is not None
+    return _find_word(answer, text) is not None
 
 
 def _lines(answer: str) -> list[str]:
@@ -224,14 +229,13 @@ def _is_numbered(answer: str, count: str) -> bool:
 
 def _in_order(answer: str, texts: str) -> bool:
     """Whether texts, written with bars between them, all stand in an answer, each after the one before."""
-    return (
-        re.search(
-            r"(?!\w).*?".join(rf"(?<!\w){re.escape(text)}" for text in texts.split("|")) + r"(?!\w)",
-            answer,
-            re.I | re.S,
-        )
-        is not None
-    )
+    place = 0
+    for text in texts.split("|"):
+        found = _find_word(answer, text, place)
+        if found is None:
+            return False
+        place = found.end()
+    return True
 
 
 def _bare(text: str) -> str:

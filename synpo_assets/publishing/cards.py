@@ -10,7 +10,7 @@ import yaml
 
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.rows import Row, report_rows
-from synpo_assets.reports.search import HEAD, candidate_rows, metric_text, search_of
+from synpo_assets.reports.search import HEAD, candidate_rows, metric_name, search_of
 
 FOLDER = Path(__file__).parent
 TAGS = ("synpo", "preference-optimization", "synthetic")
@@ -120,7 +120,7 @@ def model_card(
         adapter=adapter,
         search=search,
         candidates=_table(HEAD, candidate_rows(search)) if search else "",
-        searched_by=metric_text(search) if search else "",
+        searched_by=metric_name(search) if search else "",
         settings=_yaml({name: value for name, value in manifest["settings"].items() if name != "search"}),
         libraries=_libraries(manifest["libraries"]),
     )

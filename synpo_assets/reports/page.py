@@ -16,7 +16,7 @@ from synpo_assets.method.judging import KINDS
 from synpo_assets.reports.answers import Answers
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.rows import Row, judge_labels
-from synpo_assets.reports.search import HEAD, candidate_rows, metric_text, search_of
+from synpo_assets.reports.search import HEAD, candidate_rows, metric_name, search_of
 from synpo_assets.reports.verdict import cards, verdict
 from synpo_assets.stages.scorers import NULLS
 
@@ -131,5 +131,5 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"shortened": shortened, "visible": visible}
-    environment.filters |= {"candidate_rows": candidate_rows, "metric_text": metric_text}
+    environment.filters |= {"candidate_rows": candidate_rows, "metric_name": metric_name}
     return environment

@@ -44,7 +44,7 @@ def chosen_value_text(manifest: Mapping[str, Any]) -> str:
     return MISSING if search is None else value_text(_chosen(search))
 
 
-def metric_text(search: Mapping[str, Any]) -> str:
+def metric_name(search: Mapping[str, Any]) -> str:
     """What the candidates were compared by, as people read it."""
     return {
         "win_rate": "win rate over M_0 by the independent judge",

@@ -18,7 +18,7 @@ import polars as pl
 from resources.settings.method import Sampling
 from resources.settings.training import Lora, Training
 from resources.storage.checkpoint_store import Checkpoint
-from resources.storage.files import file_sha256
+from tests.benchmarks.controls import trained_in
 
 # Rows, and peak learning rates of adapters of rank 16.
 VARIANTS = ((480, 1e-3), (None, 1e-3))
@@ -74,10 +74,7 @@ def run(home: Path, file: Path) -> None:
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             made = services.trainer.train("supervised", initial, taught, training, Path(folder))
-            sha = file_sha256(next((Path(folder) / "merged").glob("*.safetensors")))
-            measure(
-                f"SFT on {made.examples} rows", Checkpoint("ceiling", None, sha, str(Path(folder) / "merged"), folder)
-            )
+            measure(f"SFT on {made.examples} rows", trained_in(Path(folder)))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,12 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def trained_in(folder: Path) -> Checkpoint:
+    """The model that a training left in a folder, to be asked; it is in no store."""
+    sha = file_sha256(next((folder / "merged").glob("*.safetensors")))
+    return Checkpoint("benchmark", None, sha, str(folder / "merged"), str(folder))
+
+
 class Controls:
     """The models, answers and judge of a finished home."""
 
@@ -75,8 +81,7 @@ class Controls:
         made = self.services.trainer.train(
             "preference", self.initial, pairs, options.training, place, options.loss, steps
         )
-        sha = file_sha256(next((place / "merged").glob("*.safetensors")))
-        model = Checkpoint(name, None, sha, str(place / "merged"), str(place))
+        model = trained_in(place)
         answers, _ = self.services.language_model.answer(model, prompt_requests(self.held_out), self.options.sampling)
         cut = (answers["finish_reason"] == "length").mean()
         self.compare(f"{name}, {made.steps} steps", whole_answers(answers), cut=float(cut or 0))
