@@ -39,13 +39,19 @@ os.environ.pop("DAGSTER_HOME", None)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs the whole run is slow and goes to one process, so that it is made once; so do the slow tests of a file."""
+    """What needs the whole run is slow; it goes to one process, so that it is made once, and so does what a file makes once."""
     for item in items:
         if "nano_run" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.xdist_group("nano_run"))
-        elif item.get_closest_marker("slow"):
+        elif item.get_closest_marker("slow") or _shares(item):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+def _shares(item: pytest.Item) -> bool:
+    """Whether a test uses something that its file makes once for all its tests."""
+    made = getattr(item, "_fixtureinfo", None)
+    return made is not None and any(each[-1].scope == "module" for each in made.name2fixturedefs.values())
 
 
 @contextlib.contextmanager

@@ -58,25 +58,34 @@ EDITS = {
         "resources/models/embeddings.py", "means = (states * mask).sum(dim=1) / mask.sum(dim=1)",
         "means = (states * mask).sum(dim=1)", {"prompt_diversity", "gold_comparison"},
     ),
-    "a docstring": (
-        "synpo_assets/method/pairs.py", '"""Turns selected pairs into TRL', '"""Makes selected pairs into TRL', set(),
-    ),
-    "the docstring of a stage": (
-        "synpo_assets/stages/responses.py", '"""M_{t-1}\'s answers to the synthetic prompts:', '"""Answers:', set(),
-    ),
-    "a comment": (
-        "synpo_assets/method/pairs.py", "# Streamed, because", "# It is streamed, because", set(),
-    ),
-    "formatting": (
-        "synpo_assets/method/ids.py", 'return f"{kind}-{digest[:16]}"', 'return (\n        f"{kind}-{digest[:16]}"\n    )', set(),
-    ),
-    "how things are shown": (
-        "synpo_assets/graph/presentation.py", "SHOWN_STEPS = 50", "SHOWN_STEPS = 60", set(),
-    ),
-    "the annotation of an argument": (
-        "synpo_assets/method/pairs.py", "def repetition(text: str, size: int)", "def repetition(text, size: int)", set(),
-    ),
 }  # fmt: skip
+# What computes nothing makes nothing stale, all together: file, what is replaced, by what.
+HARMLESS = (
+    # A docstring.
+    (
+        "synpo_assets/method/pairs.py", '"""Turns selected pairs into TRL', '"""Makes selected pairs into TRL',
+    ),
+    # The docstring of a stage.
+    (
+        "synpo_assets/stages/responses.py", '"""M_{t-1}\'s answers to the synthetic prompts:', '"""Answers:',
+    ),
+    # A comment.
+    (
+        "synpo_assets/method/pairs.py", "# Streamed, because", "# It is streamed, because",
+    ),
+    # Formatting.
+    (
+        "synpo_assets/method/ids.py", 'return f"{kind}-{digest[:16]}"', 'return (\n        f"{kind}-{digest[:16]}"\n    )',
+    ),
+    # How things are shown.
+    (
+        "synpo_assets/graph/presentation.py", "SHOWN_STEPS = 50", "SHOWN_STEPS = 60",
+    ),
+    # The annotation of an argument.
+    (
+        "synpo_assets/method/pairs.py", "def repetition(text: str, size: int)", "def repetition(text, size: int)",
+    ),
+)  # fmt: skip
 # One process for all edits: the code is read anew for each, and not imported anew.
 LOAD = """
 import json, sys
@@ -90,13 +99,15 @@ def versions():
         getattr(code_versions, name).cache_clear()
     return {s.name: code_versions.code_version(s.functions(settings), s.schema, s.reads, settings) for s in stages_of(settings)}
 found = {"": versions()}
-for name, (file, old, new) in json.loads(sys.stdin.read()).items():
-    path = Path(file)
-    text = path.read_text()
-    assert old is None or text.count(old) == 1, (name, text.count(old))
-    path.write_text(text + new if old is None else text.replace(old, new))
+for name, edits in json.loads(sys.stdin.read()).items():
+    texts = {file: Path(file).read_text() for file, _, _ in edits}
+    for file, old, new in edits:
+        text = Path(file).read_text()
+        assert old is None or text.count(old) == 1, (name, text.count(old))
+        Path(file).write_text(text + new if old is None else text.replace(old, new))
     found[name] = versions()
-    path.write_text(text)
+    for file, text in texts.items():
+        Path(file).write_text(text)
 assert versions() == found[""]
 # Imported by name, imported inside a function, and used as a module.
 for folder, old, new in (
@@ -136,26 +147,26 @@ def run_there(place, code, text=""):
     return json.loads(result.stdout)
 
 
-one_process = pytest.mark.xdist_group("code_versions")
-
-
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory):
     place = copy_of_the_code(tmp_path_factory.mktemp("code"))
-    return run_there(place, LOAD, json.dumps({name: edit[:3] for name, edit in EDITS.items()}))
+    edits = {name: [edit[:3]] for name, edit in EDITS.items()}
+    return run_there(place, LOAD, json.dumps(edits | {"nothing": HARMLESS}))
 
 
 def stale(versions, name):
     return {asset for asset, version in versions[name].items() if version != versions[""][asset]}
 
 
-@one_process
 @pytest.mark.parametrize("name", [name for name, edit in EDITS.items() if edit[3] is not None])
 def test_an_edit_makes_exactly_the_right_assets_stale(versions, name):
     assert stale(versions, name) == EDITS[name][3]
 
 
-@one_process
+def test_what_computes_nothing_makes_nothing_stale(versions):
+    assert stale(versions, "nothing") == set()
+
+
 def test_how_chats_are_rendered_decides_all_that_generates_trains_or_scores(versions):
     untouched = versions[""].keys() - stale(versions, "how chats are rendered")
     # The labels of prompt_diversity are kept where the scorer keeps its scores.
@@ -180,7 +191,6 @@ def test_a_schema_counts_by_what_it_allows():
     assert version == in_other_words != laxer
 
 
-@one_process
 def test_the_name_of_a_module_does_not_count(versions):
     assert stale(versions, "the name of a module") == set()
 
