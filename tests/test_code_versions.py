@@ -158,15 +158,18 @@ def stale(versions, name):
     return {asset for asset, version in versions[name].items() if version != versions[""][asset]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, edit in EDITS.items() if edit[3] is not None])
 def test_an_edit_makes_exactly_the_right_assets_stale(versions, name):
     assert stale(versions, name) == EDITS[name][3]
 
 
+@pytest.mark.slow
 def test_what_computes_nothing_makes_nothing_stale(versions):
     assert stale(versions, "nothing") == set()
 
 
+@pytest.mark.slow
 def test_how_chats_are_rendered_decides_all_that_generates_trains_or_scores(versions):
     untouched = versions[""].keys() - stale(versions, "how chats are rendered")
     # The labels of prompt_diversity are kept where the scorer keeps its scores.
@@ -191,6 +194,7 @@ def test_a_schema_counts_by_what_it_allows():
     assert version == in_other_words != laxer
 
 
+@pytest.mark.slow
 def test_the_name_of_a_module_does_not_count(versions):
     assert stale(versions, "the name of a module") == set()
 

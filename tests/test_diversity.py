@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import shutil
 import zipfile
 
@@ -509,10 +510,10 @@ def dropped(measured):
     return sum(metric.value for metric in measured.every("dropped"))
 
 
-def test_m0_writes_as_many_different_prompts_as_an_iteration_has(instance, tmp_path, nano_model):
+def test_m0_writes_as_many_different_prompts_as_are_compared(instance, tmp_path, nano_model):
     frame, measured = baseline(instance, tmp_path, self_instruct_shots=2)
     assert check(SelfInstructPrompts, frame) is None
-    wanted = active_settings().prompt_generator.prompts_per_iteration
+    wanted = active_settings().compared_prompts
     assert frame.height == measured.value("prompts_wanted") == wanted
     assert measured.value("sources_used") >= frame.height + dropped(measured)
     assert not set(frame["prompt"]) & set(PROMPTS)
@@ -526,10 +527,10 @@ def test_m0_writes_as_many_different_prompts_as_an_iteration_has(instance, tmp_p
 
 def test_a_model_that_writes_the_same_again_and_again_gives_few_prompts_and_no_error(instance, tmp_path, nano_model):
     greedy = Sampling(temperature=0, max_new_tokens=4)
-    settings = active_settings().prompt_generator
+    settings = active_settings()
     frame, measured = baseline(instance, tmp_path, self_instruct_sampling=greedy, self_instruct_shots=99)
     used = measured.value("sources_used")
-    assert used <= settings.prompts_per_iteration * settings.max_overdraw
-    assert frame.height == min(used - dropped(measured), settings.prompts_per_iteration)
+    assert used <= math.ceil(settings.compared_prompts * settings.prompt_generator.max_overdraw)
+    assert frame.height == min(used - dropped(measured), settings.compared_prompts)
     assert dropped(measured) > 0
     assert frame.height == frame["prompt"].n_unique()

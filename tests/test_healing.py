@@ -23,6 +23,8 @@ from tests.stand_ins import instance as instance
 from tests.test_loop import make, planned_check
 from tests.test_stores import create, write_weights
 
+pytestmark = pytest.mark.slow
+
 MADE = [initial_policy, seed_pairs]
 
 
@@ -111,7 +113,7 @@ def flips_of(content, count):
     return (flipped(content, generator) for _ in range(count))
 
 
-@pytest.mark.parametrize("flips", [20, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [20, 400])
 @pytest.mark.parametrize("height", [8, 256])
 def test_no_flipped_bit_of_a_table_or_shard_is_read_as_data(tmp_path, said, flips, height):
     rows = pl.DataFrame(
@@ -132,7 +134,7 @@ def test_no_flipped_bit_of_a_table_or_shard_is_read_as_data(tmp_path, said, flip
     assert len(said) == flips
 
 
-@pytest.mark.parametrize("flips", [5, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [5, 400])
 def test_no_flipped_bit_of_weights_is_used(tmp_path, flips):
     services = services_in(tmp_path)
     made = create(services.checkpoints, write_weights("weights " * 99))

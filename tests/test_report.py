@@ -37,6 +37,9 @@ from synpo_assets.reports.verdict import cards, verdict
 from tests.stand_ins import ITERATIONS, measured, run, services_in
 from tests.stand_ins import instance as instance
 
+# Plots that were drawn once are kept for the other tests.
+pytestmark = pytest.mark.xdist_group("test_report.py")
+
 TITLES = {
     "win_rates": "Win rate over M_0", "rewards": "Reward margin while training", "margins": "Margins of the pairs kept",
     "held_out": "Held-out reward, by the scorer", "judges": "By each judge",

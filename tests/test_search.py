@@ -237,12 +237,14 @@ def test_the_best_candidate_becomes_m_t(searched, instance):
         assert [row["value"] for row in rows] == frame["value"].to_list()
 
 
+@pytest.mark.slow
 def test_of_equal_candidates_the_first_is_chosen(searched):
     WINS.update(dict.fromkeys(WINS, 3))
     _, frame = searched()
     assert frame["chosen"].to_list() == [True, False, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["win_rate", "length_controlled", "instructions"])
 def test_no_prompt_of_another_split_is_asked(searched, metric):
     _, frame = searched(metric=metric)
@@ -253,6 +255,7 @@ def test_no_prompt_of_another_split_is_asked(searched, metric):
         assert set(frame["metric"]) == {"verifiable_gain"}
 
 
+@pytest.mark.slow
 def test_in_turn_goes_on_from_the_best_so_far(searched):
     """The learning rate with the settings' own beta 2, then the other beta with the better rate."""
     _, frame = searched(how="in_turn")
@@ -276,6 +279,7 @@ def test_what_a_killed_search_finished_is_not_trained_again(searched):
     assert services.checkpoints.current("search_candidates", frame["candidate"][0]).sha == frame["checkpoint_sha"][0]
 
 
+@pytest.mark.slow
 def test_a_budget_of_candidates_is_kept(searched):
     _, frame = searched(max_candidates=3)
     assert len(LOG) == 3
@@ -283,6 +287,7 @@ def test_a_budget_of_candidates_is_kept(searched):
     assert frame["chosen"].to_list() == [False, False, True, False]
 
 
+@pytest.mark.slow
 def test_a_budget_of_minutes_is_kept_with_what_an_earlier_run_took(searched):
     """Each stand-in training says that it took a minute, and was made in none."""
     searched(made=False, max_candidates=2)
@@ -292,12 +297,14 @@ def test_a_budget_of_minutes_is_kept_with_what_an_earlier_run_took(searched):
     assert set(frame["left_out"].str.head(22).drop_nulls()) == {"max_minutes is 2.5: 2."}
 
 
+@pytest.mark.slow
 def test_the_first_candidate_is_trained_whatever_the_budget(searched):
     searched(made=False, max_candidates=1)
     _, frame = searched(max_minutes=0.5)
     assert frame["chosen"].to_list() == [True, False, False, False]
 
 
+@pytest.mark.slow
 def test_a_candidate_that_diverges_is_left_out(searched):
     FAILING["beta 4 rate 0.001"] = TrainingError("The training loss became nan.")
     _, frame = searched()
@@ -305,12 +312,14 @@ def test_a_candidate_that_diverges_is_left_out(searched):
     assert frame["chosen"].to_list() == [False, False, False, True]
 
 
+@pytest.mark.slow
 def test_without_any_candidate_there_is_no_m_t(searched):
     FAILING.update(dict.fromkeys(WINS, TrainingError("The training loss became nan.")))
     with pytest.raises(FinalError, match="None of 4 candidates can become M_t: The training loss became nan"):
         searched()
 
 
+@pytest.mark.slow
 def test_candidates_train_side_by_side(searched):
     _, frame = searched(parallel=2)
     assert [gpu for _, gpu, _ in LOG] == [""] * 4
@@ -319,6 +328,7 @@ def test_candidates_train_side_by_side(searched):
     assert frame["value"].to_list() == [0.25, 0.5, 1.0, 0.75]
 
 
+@pytest.mark.slow
 def test_later_iterations_take_the_choice_of_the_first(searched):
     searched("0001", when="first")
     services, frame = searched("0002", when="first")
@@ -329,6 +339,7 @@ def test_later_iterations_take_the_choice_of_the_first(searched):
     assert set(frame["iteration"]) == {1}
 
 
+@pytest.mark.slow
 def test_without_a_first_search_there_is_no_choice_to_take(searched):
     with pytest.raises(FinalError, match=r"there was no search in iteration 1: materialize search_candidates\[0001\]"):
         searched("0002", when="first")
@@ -345,6 +356,7 @@ def test_a_judge_that_cannot_judge_chooses_nobody(tmp_path):
     refuse_doubtful_metric(dataclasses.replace(services, settings=with_search(**{**GRID, "metric": "instructions"})))
 
 
+@pytest.mark.slow
 def test_clean_keeps_candidates_until_m_t_is_made(searched, tmp_path):
     services, frame = searched(made=False)
     store = storage_root(tmp_path / "home" / "checkpoints")
@@ -363,6 +375,7 @@ def test_clean_keeps_candidates_until_m_t_is_made(searched, tmp_path):
 # The page and the card.
 
 
+@pytest.mark.slow
 def test_the_candidates_stand_in_report_and_card(searched):
     services, _ = searched(max_candidates=3)
     manifest = services.checkpoints.current("model_checkpoint", "0001").manifest

@@ -70,8 +70,9 @@ def test_the_shipped_seed_is_valid():
 
 def test_the_shipped_instructions_are_valid_and_alike_to_no_prompt():
     settings = load_settings(preset_path("laptop"))
-    whole = settings.seed_data.model_copy(update={"train_limit": None, "held_out_limit": None})
-    frame, _ = seed_table(settings.model_copy(update={"seed_data": whole}))
+    limits = dict.fromkeys(("train_limit", "held_out_limit", "verifiable_limit"))
+    settings = settings.model_copy(update={"seed_data": settings.seed_data.model_copy(update=limits)})
+    frame, _ = seed_table(settings)
     instructions, _ = verifiable_table(settings)
     assert instructions.height >= 60
     # Instructions of one form have some words in common.
@@ -81,6 +82,9 @@ def test_the_shipped_instructions_are_valid_and_alike_to_no_prompt():
         known.add(prompt)
     rules = collections.Counter(each["rule"] for row in instructions["constraints"] for each in row)
     assert set(rules) <= RULES.keys()
+    limited = settings.seed_data.model_copy(update={"verifiable_limit": 24})
+    some, _ = verifiable_table(settings.model_copy(update={"seed_data": limited}))
+    assert (some.height, set(some["prompt_id"]) <= set(instructions["prompt_id"])) == (24, True)
 
 
 def test_the_seed_with_rules_is_what_its_script_makes():

@@ -35,6 +35,8 @@ from tests.conftest import synpo
 from tests.nano import nano_settings, write_settings
 from tests.test_stores import SEED, create, table_asset, write_weights
 
+pytestmark = pytest.mark.slow
+
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
 PASSWORD = "not the default"
 NUMBERS = itertools.count()
@@ -329,7 +331,6 @@ def test_a_missing_driver_is_named(monkeypatch):
         check_storage(Storage(artifacts="s3a://x", dagster_database=None))
 
 
-@pytest.mark.slow
 def test_no_driver_is_imported_where_nothing_needs_it():
     drivers = ["boto3", "botocore", "dagster_postgres", "psycopg2", "s3fs"]
     code = f"import sys, definitions, synpo_assets.cli.preflight; print([name for name in {drivers} if name in sys.modules])"
@@ -395,7 +396,6 @@ def test_history_is_kept_in_postgres(home, database):
     assert list(home.rglob("*.db")) == []
 
 
-@pytest.mark.slow
 def test_an_iteration_with_both_and_the_next_one_from_another_home(tmp_path, nano_model, bucket, database):
     storage = {"artifacts": str(bucket / "experiment"), "dagster_database": database}
     file = write_settings(tmp_path / "nano.yaml", nano_settings(nano_model) | {"storage": storage})

@@ -15,11 +15,12 @@ from resources.settings.method import Sampling
 
 if TYPE_CHECKING:
     import torch
+    from transformers import DynamicCache
 
 logger = logging.getLogger("synpo.generation")
 
 # Tokens after which finished rows leave their batch.
-PIECE = 64
+PIECE = 16
 
 
 class TransformersEngine:
@@ -64,39 +65,55 @@ class TransformersEngine:
     def _complete(self, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """Completes a batch piece by piece, so that a few long answers do not keep the finished ones in the batch."""
         import torch
+        from transformers import DynamicCache
 
-        generators = [torch.Generator().manual_seed(request.seed) for request in batch]
+        device = self._model.device
+        texts = [request.token_ids for request in batch]
+        padded = self._tokenizer.pad({"input_ids": texts}, padding_side="left", return_tensors="pt").to(device)
+        written, mask, cache = padded["input_ids"], padded["attention_mask"], DynamicCache(config=self._model.config)
+        asked, most = written.shape[1], sampling.max_new_tokens
+        waiting = {request.key: torch.Generator().manual_seed(request.seed) for request in batch}
+        finished = dict[str, Completion]()
+        lengths = {request.key: len(request.token_ids) for request in batch}
         # A batch may take minutes on a CPU, and only then its completions are counted.
-        what = f"tokens at most, of {len(batch)} answers each"
-        written, finished = [list[int]() for _ in batch], dict[int, Completion]()
-        with Progress(sampling.max_new_tokens, what, logger) as progress:
-            for done in range(0, sampling.max_new_tokens, PIECE):
-                waiting = [place for place in range(len(batch)) if place not in finished]
-                if not waiting:
-                    break
-                texts = [[*batch[place].token_ids, *written[place]] for place in waiting]
-                sampler = RowSampler(sampling, [generators[place] for place in waiting], progress)
-                pieces = self._write(texts, sampling, sampler, min(PIECE, sampling.max_new_tokens - done))
-                for place, piece in zip(waiting, pieces, strict=True):
-                    written[place] += piece
-                    key, asked = batch[place].key, len(batch[place].token_ids)
-                    made = completion(key, asked, written[place], sampling, self._tokenizer, self._end_ids)
-                    if made.finish_reason == "stop" or done + PIECE >= sampling.max_new_tokens:
-                        finished[place] = made
-        return [finished[place] for place in range(len(batch))]
+        with Progress(most, f"tokens at most, of {len(batch)} answers each", logger) as progress:
+            while waiting:
+                done = written.shape[1] - asked
+                written = self._write(
+                    written, mask, cache, sampling, RowSampler(sampling, list(waiting.values()), progress),
+                    min(PIECE, most - done),
+                )  # fmt: skip
+                last, left = written.shape[1] - asked >= most, list[int]()
+                for row, (key, tokens) in enumerate(zip(waiting, written[:, asked:].tolist(), strict=True)):
+                    made = completion(key, lengths[key], tokens, sampling, self._tokenizer, self._end_ids)
+                    if last or made.finish_reason == "stop":
+                        finished[key] = made
+                    else:
+                        left.append(row)
+                waiting = {key: generator for key, generator in waiting.items() if key not in finished}
+                rows = torch.tensor(left, device=device, dtype=torch.long)
+                cache.reorder_cache(rows)
+                written = written[rows]
+                mask = torch.nn.functional.pad(mask[rows], (0, written.shape[1] - mask.shape[1]), value=1)
+        return [finished[request.key] for request in batch]
 
     def _write(
-        self, texts: Sequence[Sequence[int]], sampling: Sampling, sampler: "RowSampler", tokens: int
-    ) -> list[list[int]]:
-        """The next tokens of each text, so many at most, padded to the longest."""
+        self,
+        texts: "torch.Tensor",
+        mask: "torch.Tensor",
+        cache: "DynamicCache",
+        sampling: Sampling,
+        sampler: "RowSampler",
+        tokens: int,
+    ) -> "torch.Tensor":
+        """The texts with so many tokens more at most, padded on the right; the cache holds all of them but the last."""
         import torch
 
-        padded = self._tokenizer.pad({"input_ids": texts}, padding_side="left", return_tensors="pt").to(
-            self._model.device
-        )
         with torch.inference_mode():
-            output = self._model.generate(
-                **padded,
+            return self._model.generate(
+                input_ids=texts,
+                attention_mask=mask,
+                past_key_values=cache,
                 # Sampling is done by the processor below, which gives every row its own random stream.
                 do_sample=False,
                 temperature=None,
@@ -109,7 +126,6 @@ class TransformersEngine:
                 stop_strings=sampling.stop or None,
                 tokenizer=self._tokenizer,
             )
-        return output[:, padded["input_ids"].shape[1] :].tolist()
 
 
 class RowSampler:

@@ -162,6 +162,9 @@ class SeedData(Section):
     held_out_limit: int | None = Field(
         None, ge=2, description="Use this many held-out pairs, dev and test together. None: all."
     )
+    verifiable_limit: int | None = Field(
+        None, ge=2, description="Use this many verifiable instructions, dev and test together. None: all."
+    )
 
 
 class KeywordPool(Section):

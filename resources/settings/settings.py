@@ -178,6 +178,11 @@ class Settings(Section):
         return round(self.prompt_generator.prompts_per_iteration * self.prompt_generator.max_overdraw)
 
     @property
+    def compared_prompts(self) -> int:
+        """Prompts of each source that prompt_diversity compares at most."""
+        return min(self.diversity.sample_size, self.prompt_generator.prompts_per_iteration)
+
+    @property
     def self_instruct_sampling(self) -> Sampling:
         """How the Self-Instruct baseline is decoded."""
         return self.diversity.self_instruct_sampling or self.prompt_generator.sampling

@@ -15,6 +15,7 @@ counts are of other lists.
 
 import collections
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,10 +64,13 @@ ROUNDED_DIGITS = 4
     work=("generates",),
     reads=(
         "diversity.self_instruct_shots", "diversity.self_instruct_max_words", "diversity.self_instruct_sampling",
+        "diversity.sample_size",
         "prompt_generator.sampling", "prompt_generator.prompts_per_iteration", "prompt_generator.max_overdraw", *FILTER_READS,
     ),
     samplings=lambda settings: [settings.self_instruct_sampling],
-    cost=lambda sizes: [Work("generate", sizes.prompts * sizes.settings.self_instruct_sampling.max_new_tokens)],
+    cost=lambda sizes: [
+        Work("generate", sizes.settings.compared_prompts * sizes.settings.self_instruct_sampling.max_new_tokens)
+    ],
 )  # fmt: skip
 def self_instruct_prompts(
     context: dg.AssetExecutionContext,
@@ -75,13 +79,13 @@ def self_instruct_prompts(
     verifiable_instructions: pl.DataFrame,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """The baseline: prompts that M_0 writes after seeing some of the seed, as many as G writes in an iteration.
+    """The baseline: prompts that M_0 writes after seeing some of the seed, as many as are compared.
 
     What `prompt_diversity` compares the synthetic prompts with: they should be more varied than these.
     """
-    settings, wanted = services.settings, services.settings.prompt_generator.prompts_per_iteration
+    settings, wanted = services.settings, services.settings.compared_prompts
     shown = dict(shown_seed_prompts(settings, seed_pairs).select("prompt_id", "prompt").iter_rows())
-    shots, most = settings.diversity.self_instruct_shots, settings.keyword_sets_per_iteration
+    shots, most = settings.diversity.self_instruct_shots, math.ceil(wanted * settings.prompt_generator.max_overdraw)
     draws = draw_examples(list(shown), shots, most, settings.random_seed)
     asked_later = asked_in_evaluations(seed_pairs, verifiable_instructions)
     tasks = prompt_filter(settings, seed_pairs.filter(split="train")["prompt"], asked_later, parse_task)
@@ -110,7 +114,7 @@ def self_instruct_prompts(
 
 
 def _diversity_cost(sizes: Sizes) -> list[Work]:
-    compared = len(SOURCES) * min(sizes.settings.diversity.sample_size, sizes.prompts)
+    compared = len(SOURCES) * sizes.settings.compared_prompts
     return [Work("score", compared * ORDERS * 2 * sizes.asked)]
 
 

@@ -242,7 +242,9 @@ def _instructions(settings: Settings, weights: str | None) -> tuple[list[dict[st
     rows, refused = instruction_rows(list(read_rows(source, "seed_data.verifiable", ("prompt", "constraints"))))
     rows, long = _that_fit([row | {"split": "verifiable"} for row in rows], settings, weights)
     bad = [*(BadRow("verifiable", line, reason) for line, reason in refused), *long]
-    rows = _with_splits(rows, settings)
+    rows = _with_splits(
+        _sample(rows, settings.seed_data.verifiable_limit, f"{settings.random_seed}:verifiable"), settings
+    )
     dev, test = ([row for row in rows if row["split"] == split] for split in HELD_OUT)
     if any(row["stated_split"] for row in rows):
         bad += rows_of_templates(dev, test, "test instruction")
