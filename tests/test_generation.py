@@ -16,7 +16,7 @@ import resources.storage.shards
 from resources.common.errors import FinalError
 from resources.common.progress import Progress
 from resources.generation.language_model import LanguageModel
-from resources.generation.transformers_engine import RowSampler
+from resources.generation.transformers_engine import RowSampler, _mixed, uniform_numbers
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
 from resources.storage.shards import checksum
@@ -161,8 +161,7 @@ def test_the_fingerprint_says_what_the_shards_are_of(tmp_path, nano_checkpoint):
 def frequencies(sampling, probabilities, draws=4000):
     import torch
 
-    streams = [torch.Generator().manual_seed(seed) for seed in range(draws)]
-    sampler = RowSampler(sampling, streams, Progress(1, "tokens", logging.getLogger()))
+    sampler = RowSampler(sampling, torch.arange(draws), 1, Progress(1, "tokens", logging.getLogger()))
     logits = torch.tensor(probabilities).log().repeat(draws, 1) * (sampling.temperature or 1)
     chosen = sampler(torch.zeros(draws, 1), logits).argmax(-1)
     return [(chosen == token).float().mean().item() for token in range(len(probabilities))]
@@ -189,6 +188,26 @@ def test_completions_do_not_depend_on_when_finished_rows_leave_their_batch(tmp_p
 def test_sampling_has_the_right_frequencies(options, expected):
     found = frequencies(Sampling(temperature=0.7, max_new_tokens=1, **options), [0.5, 0.3, 0.15, 0.05])
     assert found == pytest.approx(expected, abs=0.03)
+
+
+def test_random_numbers_are_known_even_and_unrelated():
+    """The first output of SplitMix64 for seed 0, as its authors' program prints it; then moments of a million numbers."""
+    import torch
+
+    golden = 0x9E3779B97F4A7C15 - (1 << 64)
+    assert _mixed(torch.tensor([golden])).item() % (1 << 64) == 0xE220A8397B1DCDAF
+    seeds, tokens = torch.arange(2000) << 40, torch.arange(500)
+    numbers, later = (uniform_numbers(seeds, step, tokens) for step in (3, 4))
+    assert (numbers.min() > 0, numbers.max() < 1) == (True, True)
+    assert numbers.mean().item() == pytest.approx(1 / 2, abs=0.002)
+    assert numbers.var().item() == pytest.approx(1 / 12, abs=0.001)
+    neighbours = [(numbers[:, 1:], numbers[:, :-1]), (numbers[1:], numbers[:-1]), (numbers, later)]
+    for one, other in neighbours:
+        pair = torch.stack([one.flatten(), other.flatten()])
+        assert torch.corrcoef(pair)[0, 1].item() == pytest.approx(0, abs=0.005)
+    # Tokens chosen by top_k have the numbers that they have among all.
+    assert torch.equal(uniform_numbers(seeds, 3, torch.tensor([7, 2]).expand(2000, 2)), numbers[:, [7, 2]])
+    assert torch.equal(uniform_numbers(seeds[5:6], 3, tokens), numbers[5:6])
 
 
 def test_bytes_that_are_no_character_are_left_out(tmp_path, nano_checkpoint, monkeypatch):

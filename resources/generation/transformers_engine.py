@@ -21,6 +21,8 @@ logger = logging.getLogger("synpo.generation")
 
 # Tokens after which finished rows leave their batch.
 PIECE = 16
+# Odd, so that no two steps and no two tokens have the same number.
+STEP, TOKEN = -0x61C8864680B583EB, -0x3C6EF372FE94F82B
 
 
 class TransformersEngine:
@@ -72,28 +74,26 @@ class TransformersEngine:
         padded = self._tokenizer.pad({"input_ids": texts}, padding_side="left", return_tensors="pt").to(device)
         written, mask, cache = padded["input_ids"], padded["attention_mask"], DynamicCache(config=self._model.config)
         asked, most = written.shape[1], sampling.max_new_tokens
-        waiting = {request.key: torch.Generator().manual_seed(request.seed) for request in batch}
-        finished = dict[str, Completion]()
-        lengths = {request.key: len(request.token_ids) for request in batch}
+        seeds = torch.tensor([request.seed for request in batch], device=device)
+        waiting, finished = list(batch), dict[str, Completion]()
         # A batch may take minutes on a CPU, and only then its completions are counted.
         with Progress(most, f"tokens at most, of {len(batch)} answers each", logger) as progress:
             while waiting:
                 done = written.shape[1] - asked
-                written = self._write(
-                    written, mask, cache, sampling, RowSampler(sampling, list(waiting.values()), progress),
-                    min(PIECE, most - done),
-                )  # fmt: skip
+                sampler = RowSampler(sampling, seeds, asked, progress)
+                written = self._write(written, mask, cache, sampling, sampler, min(PIECE, most - done))
                 last, left = written.shape[1] - asked >= most, list[int]()
-                for row, (key, tokens) in enumerate(zip(waiting, written[:, asked:].tolist(), strict=True)):
-                    made = completion(key, lengths[key], tokens, sampling, self._tokenizer, self._end_ids)
+                for row, (request, tokens) in enumerate(zip(waiting, written[:, asked:].tolist(), strict=True)):
+                    made = completion(
+                        request.key, len(request.token_ids), tokens, sampling, self._tokenizer, self._end_ids
+                    )
                     if last or made.finish_reason == "stop":
-                        finished[key] = made
+                        finished[request.key] = made
                     else:
                         left.append(row)
-                waiting = {key: generator for key, generator in waiting.items() if key not in finished}
-                rows = torch.tensor(left, device=device, dtype=torch.long)
+                waiting, rows = [waiting[row] for row in left], torch.tensor(left, device=device, dtype=torch.long)
                 cache.reorder_cache(rows)
-                written = written[rows]
+                written, seeds = written[rows], seeds[rows]
                 mask = torch.nn.functional.pad(mask[rows], (0, written.shape[1] - mask.shape[1]), value=1)
         return [finished[request.key] for request in batch]
 
@@ -129,14 +129,20 @@ class TransformersEngine:
 
 
 class RowSampler:
-    """Samples each row from its own random stream, so that a completion does not depend on the batch it was in.
+    """Samples each row by random numbers of its own, so that a completion does not depend on the batch it was in.
 
     Adding Gumbel noise to log-probabilities and taking the largest is the same as sampling from them
     (https://arxiv.org/abs/1411.0030, section 2); greedy decoding then takes the largest.
+
+    Args:
+        sampling: How to decode.
+        seeds: The seed of each row, integers of 64 bits on the device of the model.
+        asked: The length of the prompts with their padding, where writing begins.
+        progress: Counts the tokens.
     """
 
-    def __init__(self, sampling: Sampling, generators: Sequence["torch.Generator"], progress: Progress) -> None:
-        self._sampling, self._generators, self._progress = sampling, generators, progress
+    def __init__(self, sampling: Sampling, seeds: "torch.Tensor", asked: int, progress: Progress) -> None:
+        self._sampling, self._seeds, self._asked, self._progress = sampling, seeds, asked, progress
 
     def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
         """Returns scores of shape (rows, vocabulary) whose largest entry in each row is the sampled token."""
@@ -145,13 +151,42 @@ class RowSampler:
         self._progress.add(1, len(scores))
         if self._sampling.temperature == 0:
             return scores
-        width = self._sampling.top_k or scores.shape[-1]
-        values, tokens = torch.topk(scores.float() / self._sampling.temperature, min(width, scores.shape[-1]))
+        values = scores.float() / self._sampling.temperature
+        if self._sampling.top_k or self._sampling.top_p < 1:
+            width = self._sampling.top_k or values.shape[-1]
+            values, tokens = torch.topk(values, min(width, values.shape[-1]))
+        else:
+            tokens = torch.arange(values.shape[-1], device=values.device)
         if self._sampling.top_p < 1:
             probabilities = values.softmax(-1)
-            before = probabilities.cumsum(-1) - probabilities
-            values = values.masked_fill(before >= self._sampling.top_p, float("-inf"))
-        uniform = torch.stack([torch.rand(values.shape[-1], generator=generator) for generator in self._generators])
-        noise = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
-        chosen = tokens.gather(-1, (values + noise.to(values.device)).argmax(-1, keepdim=True))
+            left_out = probabilities.cumsum(-1) - probabilities >= self._sampling.top_p
+            # What no row keeps needs no random number.
+            kept = int((~left_out).sum(-1).max())
+            values, tokens = values.masked_fill(left_out, float("-inf"))[:, :kept], tokens[:, :kept]
+        uniform = uniform_numbers(self._seeds, input_ids.shape[1] - self._asked, tokens)
+        best = (values - torch.log(-torch.log(uniform))).argmax(-1, keepdim=True)
+        chosen = tokens.expand(values.shape).gather(-1, best)
         return torch.full_like(scores, float("-inf")).scatter_(-1, chosen, 0.0)
+
+
+def uniform_numbers(seeds: "torch.Tensor", step: int, tokens: "torch.Tensor") -> "torch.Tensor":
+    """A number in (0, 1) for each row and token: a function of seed, step and token alone, the same on every device.
+
+    Args:
+        seeds: Integers of 64 bits, of shape (rows).
+        step: How many tokens were written before.
+        tokens: Ids of tokens, of shape (rows, tokens) or (tokens).
+    """
+    # Python's integers do not wrap around at 64 bits, as those of tensors do.
+    begun = (step * STEP + (1 << 63)) % (1 << 64) - (1 << 63)
+    mixed = _mixed(_mixed(seeds + begun).unsqueeze(-1) + tokens * TOKEN)
+    # So many bits, and half a step more, are exact in float32, and neither 0 nor 1.
+    return ((mixed & (1 << 23) - 1).float() + 0.5) / (1 << 23)
+
+
+def _mixed(numbers: "torch.Tensor") -> "torch.Tensor":
+    """Each bit of the result depends on all bits: the last step of SplitMix64 (https://doi.org/10.1145/2714064.2660195)."""
+    # A shift fills in the sign, which is masked away.
+    numbers = (numbers ^ (numbers >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
+    numbers = (numbers ^ (numbers >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
+    return numbers ^ (numbers >> 31 & (1 << 33) - 1)
