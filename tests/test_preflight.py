@@ -6,6 +6,7 @@ import polars as pl
 import pytest
 
 from resources.models.model_source import ModelSourceError, fetch_initial_policy
+from resources.models.weights import parameter_count
 from resources.scoring.published import fetch_reward_model
 from resources.settings.data import InitialPolicy
 from resources.settings.evaluation import PretrainedJudge
@@ -13,7 +14,7 @@ from resources.settings.files import load_settings, preset_path
 from resources.settings.method import PretrainedScorer
 from resources.settings.sections import SettingsError
 from resources.training.job import TrainingError
-from synpo_assets.cli.estimate import expected_work, parameter_count, rates_on_cpu, seconds, sizes_of
+from synpo_assets.cli.estimate import expected_work, rates_on_cpu, seconds, sizes_of
 from synpo_assets.cli.preflight import check_before_run, check_disk, disk_needed, print_check
 from synpo_assets.graph.cost import Work
 from synpo_assets.graph.metrics import recorded

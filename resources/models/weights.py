@@ -1,5 +1,6 @@
 """Looking into safetensors files."""
 
+import math
 from pathlib import Path
 
 
@@ -17,3 +18,14 @@ def tensors_not_finite(weights: Path) -> list[str]:
             names = list(tensors.keys())
             found += [name for name in names if not torch.isfinite(tensors.get_tensor(name)).all()]
     return found
+
+
+def parameter_count(weights: Path) -> int:
+    """Parameters of a model directory, read from the headers of its safetensors files."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in weights.glob("*.safetensors"):
+        with safe_open(file, framework="np") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total

@@ -1,9 +1,7 @@
 """What a run will cost: tokens by counting, time from rates measured on this machine or from a small table of rates."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import polars as pl
 
@@ -64,17 +62,6 @@ def seconds(work: Work, rates: Mapping[Kind, Rate], iteration: int = 1) -> float
     """Seconds that the work of an iteration takes at these rates."""
     rate, tokens = rates[work.kind], work.in_iteration(iteration)
     return rate.start_seconds + tokens / rate.tokens_per_second if tokens else 0.0
-
-
-def parameter_count(weights: Path) -> int:
-    """Parameters of a model directory, read from the headers of its safetensors files."""
-    from safetensors import safe_open
-
-    total = 0
-    for file in weights.glob("*.safetensors"):
-        with safe_open(file, framework="np") as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return total
 
 
 def _tokens(text: str) -> float:

@@ -22,6 +22,7 @@ from resources.models.model_source import (
     fetch_initial_policy,
     refuse_without_classifier,
 )
+from resources.models.weights import parameter_count
 from resources.scoring.published import fetch_reward_model
 from resources.settings.files import refuse_earlier_version
 from resources.settings.machine import Storage
@@ -30,11 +31,12 @@ from resources.settings.sections import SettingsError, nearest
 from resources.settings.settings import Settings
 from resources.storage.files import storage_root, write_atomically
 from resources.storage.seed_source import read_rows
+from resources.training.memory import refuse_too_little_memory
 from resources.training.processes import processes_to_start, refuse_missing_packages
 from resources.training.state import KEPT_STATES
 from synpo_assets.algorithm import stages_of
 from synpo_assets.cli.calibration import Calibration, calibrate, known_calibration
-from synpo_assets.cli.estimate import Rate, expected_work, parameter_count, rates_on_cpu, seconds, sizes_of
+from synpo_assets.cli.estimate import Rate, expected_work, rates_on_cpu, seconds, sizes_of
 from synpo_assets.evaluation.benchmarks import questions_of
 from synpo_assets.evaluation.diversity import shown_seed_prompts
 from synpo_assets.graph.cost import Kind, Sizes
@@ -63,8 +65,9 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> tup
     check_storage(settings.storage)
     check_disk(settings, home)
     initial, _ = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
-    # What its context does not hold is known only now.
+    # What its context does not hold, and what its training takes, is known only now.
     seed, _, instructions = read_seed(settings, initial)
+    refuse_too_little_memory(settings, initial)
     for section, chosen in (("scorer", settings.scorer), ("judge", settings.judge)):
         if chosen.kind in ("trained", "verifier") and not settings.engine.trust_remote_code:
             refuse_without_classifier(initial, section)
@@ -222,6 +225,7 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     if cached is not None:
         initial, _ = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
         seed, dropped, instructions = read_seed(settings, initial)
+        refuse_too_little_memory(settings, initial)
     device = prepare_device(settings.engine)
     counts = dict.fromkeys(("train", "scorer", "judge", *HELD_OUT), 0) | dict(seed["split"].value_counts().iter_rows())
     named = "" if str(cached) == settings.initial_policy.name else f"{settings.initial_policy.name}, "

@@ -60,7 +60,7 @@ class Keywords:
 def training_keywords(
     prompts: Sequence[str], keywords: Keywords, from_prompt: int, noise: int, random_seed: int
 ) -> list[list[str] | None]:
-    """Keywords for each seed prompt: some of its own and some noise from another prompt, in random order.
+    """Keywords for each seed prompt: some of its own and some noise from another prompt, drawn at random, in random order.
 
     None where the prompt (or every other one tried) has too few keywords.
     """
@@ -74,7 +74,7 @@ def training_keywords(
         if len(own) < from_prompt or foreign is None:
             result.append(None)
             continue
-        chosen = own[:from_prompt] + draw.sample(foreign, noise)
+        chosen = draw.sample(own, from_prompt) + draw.sample(foreign, noise)
         draw.shuffle(chosen)
         result.append(chosen)
     return result

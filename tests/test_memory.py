@@ -1,0 +1,93 @@
+"""What a training takes of a GPU's memory, worked out without one."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from resources.settings.files import load_settings, preset_path
+from resources.training import memory
+from resources.training.job import TrainingError
+from resources.training.processes import _checked_accelerate_config
+from tests.nano import nano_settings, write_settings
+
+DEPLOYMENT = Path(memory.__file__).parents[1] / "deployment"
+LLAMA_3, VOCABULARY = 8_030_000_000, 128_256
+
+
+def training(**changes):
+    settings = load_settings(preset_path("paper_llama3")).response_improver.training
+    return settings.model_copy(update={"micro_batch_size": 1, "max_length": 1000} | changes)
+
+
+@pytest.mark.parametrize(("changes", "pieces", "gigabytes"), [
+    ({}, 1, 128.48), ({}, 8, 16.06), ({"lora": {}}, 1, 16.06), ({"lora": {"load_in_4bit": True}}, 1, 4.015),
+])  # fmt: skip
+def test_the_weights_take_what_their_formats_take(changes, pieces, gigabytes):
+    if "lora" in changes:
+        lora = load_settings(preset_path("single_gpu")).response_improver.training.lora
+        changes = {"lora": lora.model_copy(update=changes["lora"])}
+    assert memory.least_bytes(training(**changes), LLAMA_3, 0, pieces) / 1e9 == pytest.approx(gigabytes)
+
+
+def test_the_logits_of_a_micro_batch_come_on_top_and_pairs_have_two_sides():
+    pairs = load_settings(preset_path("paper_llama3")).preference_optimization.training
+    assert memory.least_bytes(training(), 0, VOCABULARY, 8) == 1000 * VOCABULARY * 4
+    assert memory.least_bytes(training(micro_batch_size=3), 0, VOCABULARY, 8) == 3 * 1000 * VOCABULARY * 4
+    assert memory.least_bytes(pairs, 0, VOCABULARY, 8) == 2 * pairs.micro_batch_size * pairs.max_length * VOCABULARY * 4
+
+
+@pytest.fixture
+def on_gpus(monkeypatch):
+    """Settings are looked at as on a machine whose smallest GPU has so many bytes."""
+
+    def pretend(available):
+        monkeypatch.setattr(memory, "prepare_device", lambda engine: "cuda")
+        monkeypatch.setattr(memory, "_gpu_bytes", lambda: available)
+        monkeypatch.setattr(memory, "processes_to_start", lambda *arguments: (1, False))
+
+    return pretend
+
+
+def test_what_does_not_fit_is_refused_by_name_with_the_remedy(on_gpus, tmp_path, nano_model):
+    settings = load_settings(write_settings(tmp_path / "settings.yaml", nano_settings(nano_model)))
+    on_gpus(1_000_000)
+    with pytest.raises(
+        TrainingError, match=r"training of prompt_generator takes at least .* has 1.0 MB: split .*fsdp_8"
+    ):
+        memory.refuse_too_little_memory(settings, nano_model)
+    on_gpus(80_000_000_000)
+    memory.refuse_too_little_memory(settings, nano_model)
+    # A driver that says nothing refuses nothing, and neither does a CPU.
+    on_gpus(None)
+    memory.refuse_too_little_memory(settings, nano_model)
+
+
+@pytest.mark.parametrize(("name", "processes"), [("fsdp_8_gpus", 8), ("fsdp_1_gpu", 1)])
+def test_the_shipped_files_are_accelerates_and_share_the_weights(name, processes):
+    file = str(DEPLOYMENT / f"{name}.yaml")
+    config = _checked_accelerate_config(file, processes)
+    assert (config["num_processes"], config["distributed_type"]) == (processes, "FSDP")
+    options = load_settings(preset_path("paper_mistral")).training_processes
+    assert memory._shards(options.model_copy(update={"accelerate_config": file}))
+    assert not memory._shards(options.model_copy(update={"accelerate_config": None}))
+
+
+@pytest.mark.parametrize("preset", ["paper_mistral", "paper_llama3"])
+def test_the_papers_models_fit_eight_gpus_of_80_gb_and_not_one(preset):
+    settings = load_settings(preset_path(preset))
+    assert Path(settings.training_processes.accelerate_config).name == "fsdp_8_gpus.yaml"
+    for each in settings.trainings:
+        assert each.batch_size % (8 * each.micro_batch_size) == 0
+        assert memory.least_bytes(each, LLAMA_3, VOCABULARY, 8) < 40e9
+        assert memory.least_bytes(each, LLAMA_3, VOCABULARY, 1) > 80e9
+
+
+def test_the_smallest_gpu_counts(tmp_path, monkeypatch):
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 81559\necho 40960\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert memory._gpu_bytes() == 40960 * 2**20
+    driver.write_text("#!/bin/sh\necho no devices were found; exit 6\n")
+    assert memory._gpu_bytes() is None
