@@ -23,8 +23,6 @@ from tests.stand_ins import instance as instance
 from tests.test_loop import make, planned_check
 from tests.test_stores import create, write_weights
 
-pytestmark = pytest.mark.slow
-
 MADE = [initial_policy, seed_pairs]
 
 
@@ -83,6 +81,7 @@ DAMAGES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "damage"), DAMAGES)
 def test_what_is_damaged_is_named_and_made_again_as_it_was(home, place, damage):
     folder, services, instance = home
@@ -113,7 +112,7 @@ def flips_of(content, count):
     return (flipped(content, generator) for _ in range(count))
 
 
-@pytest.mark.parametrize("flips", [20, 400])
+@pytest.mark.parametrize("flips", [20, pytest.param(400, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("height", [8, 256])
 def test_no_flipped_bit_of_a_table_or_shard_is_read_as_data(tmp_path, said, flips, height):
     rows = pl.DataFrame(
@@ -134,7 +133,7 @@ def test_no_flipped_bit_of_a_table_or_shard_is_read_as_data(tmp_path, said, flip
     assert len(said) == flips
 
 
-@pytest.mark.parametrize("flips", [5, 400])
+@pytest.mark.parametrize("flips", [5, pytest.param(400, marks=pytest.mark.slow)])
 def test_no_flipped_bit_of_weights_is_used(tmp_path, flips):
     services = services_in(tmp_path)
     made = create(services.checkpoints, write_weights("weights " * 99))

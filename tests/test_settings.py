@@ -79,7 +79,7 @@ def changed(tmp_path, **changes):
          "`preference_optimization.training.learnin_rate` is not a setting; did you mean"),
         ({"engine": {"thread": 2}}, "`engine.thread` is not a setting; did you mean `threads`?"),
         ({"prompt_generator": {"sampling": {"temprature": 1}}}, "did you mean `temperature`?"),
-        ({"preferences": {"pairs_per_iteration": 1000}}, "(1000) is more than prompt_generator.prompts_per_iteration (16)"),
+        ({"preferences": {"pairs_per_iteration": 1000}}, "(1000) is more than prompt_generator.prompts_per_iteration (24)"),
         ({"seed_data": {"train": {"path": "a\0.jsonl"}}}, "`seed_data.train.path`"),
         ({"initial_policy": {"system_prompt": "Be \ud83d."}}, "line 2, column 18 found invalid Unicode"),
         ({"prompt_generator": {"noise_keywords": 3}}, "noise_keywords (3) leaves no keyword of the seed prompt itself"),

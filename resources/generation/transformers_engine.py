@@ -75,26 +75,27 @@ class TransformersEngine:
         written, mask, cache = padded["input_ids"], padded["attention_mask"], DynamicCache(config=self._model.config)
         asked, most = written.shape[1], sampling.max_new_tokens
         seeds = torch.tensor([request.seed for request in batch], device=device)
+        ends = torch.tensor(self._end_ids, device=device)
         waiting, finished = list(batch), dict[str, Completion]()
         # A batch may take minutes on a CPU, and only then its completions are counted.
         with Progress(most, f"tokens at most, of {len(batch)} answers each", logger) as progress:
             while waiting:
-                done = written.shape[1] - asked
-                sampler = RowSampler(sampling, seeds, asked, progress)
+                sampler, done = RowSampler(sampling, seeds, asked, progress), written.shape[1] - asked
                 written = self._write(written, mask, cache, sampling, sampler, min(PIECE, most - done))
-                last, left = written.shape[1] - asked >= most, list[int]()
-                for row, (request, tokens) in enumerate(zip(waiting, written[:, asked:].tolist(), strict=True)):
-                    made = completion(
-                        request.key, len(request.token_ids), tokens, sampling, self._tokenizer, self._end_ids
-                    )
+                last = written.shape[1] - asked >= most
+                # A stop text shows in the decoded text alone; without one, only what has ended is decoded.
+                ended = torch.isin(written[:, asked:], ends).any(-1)
+                for row in range(len(waiting)) if last or sampling.stop else ended.nonzero().flatten().tolist():
+                    key, length, tokens = waiting[row].key, len(waiting[row].token_ids), written[row, asked:].tolist()
+                    made = completion(key, length, tokens, sampling, self._tokenizer, self._end_ids)
                     if last or made.finish_reason == "stop":
-                        finished[request.key] = made
-                    else:
-                        left.append(row)
-                waiting, rows = [waiting[row] for row in left], torch.tensor(left, device=device, dtype=torch.long)
-                cache.reorder_cache(rows)
-                written, seeds = written[rows], seeds[rows]
-                mask = torch.nn.functional.pad(mask[rows], (0, written.shape[1] - mask.shape[1]), value=1)
+                        finished[key] = made
+                left = [row for row, request in enumerate(waiting) if request.key not in finished]
+                if len(left) < len(waiting):
+                    waiting, rows = [waiting[row] for row in left], torch.tensor(left, device=device, dtype=torch.long)
+                    cache.reorder_cache(rows)
+                    written, mask, seeds = written[rows], mask[rows], seeds[rows]
+                mask = torch.nn.functional.pad(mask, (0, written.shape[1] - mask.shape[1]), value=1)
         return [finished[request.key] for request in batch]
 
     def _write(

@@ -1,29 +1,28 @@
-"""What a training takes of a GPU's memory at least, worked out before anything is made or loaded."""
+"""What a training takes of a GPU's memory at least, worked out before anything is made or a model is loaded."""
 
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich.filesize import decimal
 
 from resources.models.device import prepare_device
 from resources.models.weights import parameter_count
+from resources.settings.evaluation import TrainedJudge
+from resources.settings.method import RewardTraining
 from resources.settings.settings import Settings
-from resources.settings.training import PreferenceTraining, Training, TrainingProcesses
+from resources.settings.training import PreferenceTraining, Training
 from resources.training.job import TrainingError
-from resources.training.processes import processes_to_start
+from resources.training.processes import least_share, processes_to_start
 
 # Of each weight: float32 itself, its gradient and AdamW's two moments. Frozen, it is in bfloat16 or in 4 bits.
 TRAINED_BYTES, FROZEN_BYTES, FOUR_BIT_BYTES = 16.0, 2.0, 0.5
 # A logit and its gradient, in bfloat16.
 LOGIT_BYTES = 4
-SHARDED_STAGE = 3
 
 
 def refuse_too_little_memory(settings: Settings, initial: Path) -> None:
-    """Raises a sentence if a training certainly does not fit a GPU of this machine; on a CPU, or without an answer, none.
+    """Raises a sentence if a training cannot fit a GPU of this machine; not on a CPU, nor where the driver does not answer.
 
     Args:
         settings: The experiment.
@@ -31,64 +30,55 @@ def refuse_too_little_memory(settings: Settings, initial: Path) -> None:
     """
     if prepare_device(settings.engine) == "cpu" or (available := _gpu_bytes()) is None:
         return
-    weights, vocabulary = parameter_count(initial), _vocabulary(initial)
-    for name, training in _trainings(settings):
+    weights, tokens = parameter_count(initial), _vocabulary(initial, settings.engine.trust_remote_code)
+    for name, training, vocabulary in _trainings(settings, tokens):
         processes, _ = processes_to_start(settings.training_processes, training, settings.engine)
-        pieces = processes if _shards(settings.training_processes) else 1
-        needed = least_bytes(training, weights, vocabulary, pieces)
+        share = least_share(settings.training_processes, processes)
+        needed = least_bytes(training, weights, vocabulary, share)
         if needed > available:
             raise TrainingError(
-                f"The training of {name} takes at least {decimal(needed)} of each GPU, for {weights / 1e9:.2f} billion weights "
-                f"in {pieces} pieces and micro_batch_size = {training.micro_batch_size}, and the smallest GPU here has "
-                f"{decimal(available)}: split the model over more GPUs (training_processes.accelerate_config, such as "
-                "resources/deployment/fsdp_8_gpus.yaml), train adapters (training.lora, with load_in_4bit if need be), or lower "
-                "micro_batch_size and max_length."
+                f"The training of {name} takes at least {decimal(needed)} of each GPU, for {share:.0%} of {weights / 1e9:.2f} "
+                f"billion weights and micro_batch_size = {training.micro_batch_size} examples of max_length = "
+                f"{training.max_length} tokens, and the smallest GPU here has {decimal(available)}: split the model over more GPUs "
+                "(training_processes.accelerate_config, such as resources/deployment/fsdp_8_gpus.yaml), train adapters "
+                "(training.lora, with load_in_4bit if need be), or lower micro_batch_size and max_length."
             )
 
 
-def least_bytes(training: Training, weights: int, vocabulary: int, pieces: int) -> int:
+def least_bytes(training: Training, weights: int, vocabulary: int, share: float) -> int:
     """What each GPU holds at least: the weights with all that training keeps of them, and the logits of a micro batch.
 
-    Activations, adapters and buffers come on top, so what does not fit by this certainly does not fit.
+    Activations, adapters and buffers come on top. Examples are taken to be as long as `max_length` allows.
 
     Args:
         training: The training.
         weights: The parameters of the model.
         vocabulary: The tokens of the model; 0 where it gives no logits.
-        pieces: The GPUs that share the weights, as with FSDP or ZeRO-3.
+        share: The share of the weights that each GPU holds.
     """
     lora = training.lora
     each = TRAINED_BYTES if lora is None else FOUR_BIT_BYTES if lora.load_in_4bit else FROZEN_BYTES
     sequences = training.micro_batch_size * (2 if isinstance(training, PreferenceTraining) else 1)
-    return round(weights * each / pieces) + sequences * training.max_length * vocabulary * LOGIT_BYTES
+    return round(weights * each * share) + sequences * training.max_length * vocabulary * LOGIT_BYTES
 
 
-def _trainings(settings: Settings) -> Iterator[tuple[str, Training]]:
-    """The trainings whose logits and weights are those of M_0, by the section of the settings."""
-    yield "prompt_generator", settings.prompt_generator.training
+def _trainings(settings: Settings, vocabulary: int) -> Iterator[tuple[str, Training, int]]:
+    """The trainings from M_0 by the section of the settings, with the tokens that each gives logits of; a reward model, none."""
+    yield "prompt_generator", settings.prompt_generator.training, vocabulary
     if settings.trains_improver:
-        yield "response_improver", settings.response_improver.training
-    yield "preference_optimization", settings.preference_optimization.training
+        yield "response_improver", settings.response_improver.training, vocabulary
+    yield "preference_optimization", settings.preference_optimization.training, vocabulary
+    if isinstance(settings.scorer, RewardTraining):
+        yield "scorer", settings.scorer.training, 0
+    if isinstance(settings.judge, TrainedJudge):
+        yield "judge", settings.judge.training, 0
 
 
-def _vocabulary(weights: Path) -> int:
+def _vocabulary(weights: Path, trust_remote_code: bool) -> int:
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(weights).get_text_config().vocab_size)
-
-
-def _shards(options: TrainingProcesses) -> bool:
-    """Whether the processes share the weights; each has all of them otherwise."""
-    if options.accelerate_config is None:
-        return False
-    config: dict[str, Any] = yaml.safe_load(Path(options.accelerate_config).read_text())
-    deepspeed = config.get("deepspeed_config") or {}
-    # A file of DeepSpeed's own may say anything; it is not refused.
-    return (
-        config.get("distributed_type") == "FSDP"
-        or deepspeed.get("zero_stage") == SHARDED_STAGE
-        or "deepspeed_config_file" in deepspeed
-    )
+    config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)
+    return int(config.get_text_config().vocab_size)
 
 
 def _gpu_bytes() -> int | None:

@@ -28,6 +28,8 @@ logger = logging.getLogger("synpo.training")
 
 JOB, ROWS, OUTPUT, FAILURE = "job.json", "rows", "output.log", "failure.json"
 SHOWN_LINES = 15
+# What DeepSpeed may keep in host memory or on disk, and how its and FSDP's files say that nothing is kept there.
+OFFLOADED, NOT_OFFLOADED = ("optimizer", "param"), ("none", "false")
 
 
 def processes_to_start(options: TrainingProcesses, training: Training, engine: Engine) -> tuple[int, bool]:
@@ -54,6 +56,25 @@ def processes_to_start(options: TrainingProcesses, training: Training, engine: E
         )
     # Left alone with several GPUs, the trainer would use them all, in threads of one process.
     return processes, processes > 1 or gpus > 1 or options.accelerate_config is not None
+
+
+def least_share(options: TrainingProcesses, processes: int) -> float:
+    """The share of weights, gradients and moments that each GPU holds at least.
+
+    All of them where each process has its own, a piece where FSDP or DeepSpeed may split them, nothing where they may wait in
+    host memory. The file is one that `processes_to_start` took.
+    """
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    if options.accelerate_config is None:
+        return 1.0
+    config = load_config_from_file(options.accelerate_config).to_dict()
+    fsdp, deepspeed = config.get("fsdp_config") or {}, config.get("deepspeed_config") or {}
+    offloaded = [fsdp.get("fsdp_offload_params", False), *(deepspeed.get(f"offload_{of}_device") for of in OFFLOADED)]
+    # A file of DeepSpeed's own may say anything.
+    if "deepspeed_config_file" in deepspeed or any(str(each).lower() not in NOT_OFFLOADED for each in offloaded):
+        return 0.0
+    return 1 / processes if config["distributed_type"] in ("FSDP", "DEEPSPEED") else 1.0
 
 
 def refuse_missing_packages(options: TrainingProcesses, training: Training) -> None:
