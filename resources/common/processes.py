@@ -26,10 +26,16 @@ def end_with_parent() -> None:
     end_with_run()
 
 
-def end_with_this_parent() -> None:
-    """Makes this process end when its parent does, even if the parent is killed with -9; on Linux only."""
+def end_with_this_parent(parent: int | None = None) -> None:
+    """Makes this process end when its parent does, even if the parent is killed with -9; on Linux only.
+
+    Args:
+        parent: Its process id, where it may have ended before this call: then this process ends here.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 def end_with_run() -> None:
