@@ -14,6 +14,7 @@ from resources.generation.engine_choice import engine_fingerprint, open_engine
 from resources.generation.transformers_engine import TransformersEngine
 from resources.generation.vllm_engine import VllmEngine, device_groups
 from resources.generation.vllm_process import refuse_arguments
+from resources.models.device import prepare_device
 from resources.settings.files import load_settings
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
@@ -181,3 +182,21 @@ def test_the_stop_text_does_not_change_counts_with_the_batch(tmp_path, nano_chec
     alone, _ = model(tmp_path / "b", batch_tokens=64).answer(nano_checkpoint, asked, sampling)
     assert together["output_tokens"].to_list() == alone["output_tokens"].to_list()
     assert together["output_tokens"].n_unique() > 1
+
+
+def test_attention_is_computed_as_the_settings_say_or_refused(nano_model):
+    kinds = {
+        stated: TransformersEngine(
+            str(nano_model), Engine(device="cpu", attention=stated)
+        )._model.config._attn_implementation
+        for stated in (None, "eager")
+    }
+    assert kinds == {None: "sdpa", "eager": "eager"}
+    with pytest.raises(FinalError, match=r"engine.attention is `flash_attention_2`, which runs on a GPU"):
+        prepare_device(Engine(device="cpu", attention="flash_attention_2"))
+
+
+def test_a_missing_package_for_attention_is_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(FinalError, match=r"`flash_attention_3`, and the package flash_attn_interface is not installed"):
+        prepare_device(Engine(attention="flash_attention_3"))

@@ -1,6 +1,7 @@
 """Which processor and number format the models use."""
 
 import contextlib
+import importlib.util
 import os
 import platform
 import resource
@@ -8,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -18,6 +19,7 @@ from resources.settings.machine import Engine
 if TYPE_CHECKING:
     import torch
 
+ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
@@ -41,7 +43,24 @@ def prepare_device(engine: Engine) -> str:
     torch.set_num_threads(engine.threads or os.cpu_count() or 1)
     if engine.device == "cuda" and not torch.cuda.is_available():
         raise FinalError("engine.device is `cuda` but torch sees no GPU: set it to `auto` or `cpu`.")
-    return "cuda" if engine.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if engine.device != "cpu" and torch.cuda.is_available() else "cpu"
+    _refuse_missing_attention(engine, device)
+    return device
+
+
+def _refuse_missing_attention(engine: Engine, device: str) -> None:
+    package = ATTENTION_PACKAGES.get(engine.attention or "")
+    if package is None:
+        return
+    if device == "cpu":
+        raise FinalError(
+            f"engine.attention is `{engine.attention}`, which runs on a GPU, and models run on a CPU: leave it out."
+        )
+    if importlib.util.find_spec(package) is None:
+        raise FinalError(
+            f"engine.attention is `{engine.attention}`, and the package {package} is not installed: install it, or leave the "
+            "setting out."
+        )
 
 
 @contextlib.contextmanager
@@ -66,6 +85,12 @@ def torch_dtype(engine: Engine) -> "torch.dtype":
     # A stated device need not be in this machine: with engine.ray it is that of the workers.
     device = prepare_device(engine) if engine.device == "auto" else engine.device
     return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def loading_options(engine: Engine) -> dict[str, Any]:
+    """How `from_pretrained` loads a model: safe files, the number format, and what the settings say of attention and code."""
+    options = {"dtype": torch_dtype(engine), "use_safetensors": True, "trust_remote_code": engine.trust_remote_code}
+    return options | ({} if engine.attention is None else {"attn_implementation": engine.attention})
 
 
 def visible_gpus(engine: Engine) -> list[str]:
