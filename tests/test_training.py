@@ -296,6 +296,23 @@ def test_a_run_of_one_step_learns_something(tmp_path, trainer, nano_checkpoint):
     assert summary.history[0]["learning_rate"] > 0
 
 
+def test_without_a_length_of_its_own_a_side_has_what_the_prompt_leaves(nano_checkpoint):
+    from resources.training.rows import preference_row
+
+    tokenizer, pair = load_tokenizer(nano_checkpoint.weights), pairs()[0]
+    whole = PAIRED.model_copy(update={"max_length": 400, "max_completion_length": None})
+    row, cut = preference_row(tokenizer, pair, whole)
+    assert cut == 0
+    room = len(row["chosen_ids"]) - 1
+    tight = whole.model_copy(update={"max_length": len(row["prompt_ids"]) + room})
+    short, cut = preference_row(tokenizer, pair, tight)
+    assert (short["chosen_ids"], short["rejected_ids"], cut) == (
+        row["chosen_ids"][:room],
+        row["rejected_ids"][:room],
+        1,
+    )
+
+
 @pytest.mark.parametrize("kind", ["supervised", "preference", "reward"])
 def test_batches_of_like_length_and_activations_made_twice_change_order_and_memory_alone(
     tmp_path, trainer, nano_checkpoint, monkeypatch, kind

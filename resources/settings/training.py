@@ -52,16 +52,17 @@ class PreferenceTraining(Training):
     """The training of M_t on preference pairs. The paper gives no batch, epochs, learning rate and lengths for it."""
 
     max_prompt_length: int = Field(ge=4, description="Prompts are cut to this many tokens, from the left.")
-    max_completion_length: int = Field(
-        ge=4, description="Each side is cut to this many tokens before the trainer sees it."
+    max_completion_length: int | None = Field(
+        None, ge=4, description="Each side is cut to this many tokens. None: to what the prompt leaves of max_length."
     )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.max_prompt_length + self.max_completion_length > self.max_length:
+        if self.max_prompt_length + (self.max_completion_length or 4) > self.max_length:
+            stated = "" if self.max_completion_length is None else f" ({self.max_completion_length})"
             raise ValueError(
-                f"max_prompt_length ({self.max_prompt_length}) + max_completion_length ({self.max_completion_length}) "
-                f"exceed max_length ({self.max_length}): the trainer would cut again."
+                f"max_prompt_length ({self.max_prompt_length}) and max_completion_length{stated} do not fit into max_length "
+                f"({self.max_length}): raise it, or lower one of them."
             )
         return self
 

@@ -66,12 +66,13 @@ def preference_row(
         "prompt_ids": prompt[-training.max_prompt_length :],
     }
     cut = int(len(prompt) > training.max_prompt_length)
+    longest = training.max_completion_length or training.max_length - len(row["prompt_ids"])
     for side in ("chosen", "rejected"):
         row[side] = pair[side][-1]["content"]
         finished = pair[f"{side}_finish_reason"] == "stop"
         token_ids = answer_ids(tokenizer, pair["prompt"], row[side], finished)
-        cut += len(token_ids) > training.max_completion_length
-        row[f"{side}_ids"] = token_ids[: training.max_completion_length]
+        cut += len(token_ids) > longest
+        row[f"{side}_ids"] = token_ids[:longest]
     row["length"] = 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
     return row, cut
 
