@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+# What processes that this one started, and that have ended, reserved of a GPU.
+GPU_BYTES_ELSEWHERE: list[int] = []
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
@@ -111,18 +113,24 @@ def peak_memory() -> dict[str, float]:
     Returns:
         `peak_memory_gb`: the largest resident set, in 10^9 bytes, of this process or of any one process that it started
         and that has ended; sets of several processes are not added up. A forked process starts to count anew.
-        `peak_gpu_memory_gb`, where PyTorch has used a GPU in this process: the most that it reserved on any one GPU. What
-        processes started by this one take there, such as vLLM's or further training processes, is not in it.
+        `peak_gpu_memory_gb`, where PyTorch has used a GPU: the most that this process, or a copy of vLLM that it started,
+        reserved on any one GPU. What further training processes take there is not in it.
     """
     # A program inherits the record of the process that started it (getrusage(2)), which therefore has to be counted too.
     largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     figures = {"peak_memory_gb": round(largest * RSS_UNIT / 1e9, 2)}
+    if reserved := max(gpu_bytes_here(), *GPU_BYTES_ELSEWHERE, 0):
+        figures["peak_gpu_memory_gb"] = round(reserved / 1e9, 2)
+    return figures
+
+
+def gpu_bytes_here() -> int:
+    """The most that PyTorch has reserved of any one GPU in this process."""
     # A process that has not loaded PyTorch has used no GPU, and loading it here would be what takes most memory.
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        reserved = [torch.cuda.max_memory_reserved(device) for device in range(torch.cuda.device_count())]
-        figures["peak_gpu_memory_gb"] = round(max(reserved) / 1e9, 2)
-    return figures
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return max(torch.cuda.max_memory_reserved(device) for device in range(torch.cuda.device_count()))
 
 
 def device_name(engine: Engine) -> str:
