@@ -145,6 +145,13 @@ def test_a_training_whose_result_was_lost_is_not_done_again(tmp_path, nano_check
     assert said == [f"Training goes on after step {STEPS}, from the state that an earlier run saved."]
     assert weights(tmp_path / "again") == weights(tmp_path / "lost")
     assert again.steps == STEPS
+    (newest,) = tmp_path.glob(f"states/*/checkpoint-{STEPS}/optimizer.pt")
+    newest.write_bytes(newest.read_bytes()[:-9])
+    said.clear()
+    sft(saving, nano_checkpoint, tmp_path / "damaged")
+    assert f"after step {STEPS} is not as it was written" in said[0]
+    assert "Training goes on after step 6, from the state that an earlier run saved." in said
+    assert weights(tmp_path / "damaged") == weights(tmp_path / "lost")
 
 
 @pytest.mark.slow
