@@ -7,57 +7,21 @@ import shlex
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resources.common.errors import DISK_IS_FULL, FinalError, full_disk
+from resources.common.errors import FinalError
 from resources.models.model_source import ModelSourceError
 from resources.settings.files import home_directory
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
+from synpo_assets.cli.command_line import Command, Commands
 from synpo_assets.cli.home import PROJECT, chosen_settings, prepare_home
 from synpo_assets.publishing.forms import Format
 
 if TYPE_CHECKING:
     from synpo_assets.graph.services import Services
-
-
-class _Help:
-    """Help in which a flag, which takes no value, shows no type of one."""
-
-    def get_params(self, ctx: Any) -> Any:
-        """The options of a command, `--help` among them."""
-        options = super().get_params(ctx)  # type: ignore[misc]
-        for option in options:
-            if getattr(option, "is_flag", False):
-                option.metavar = ""
-        return options
-
-
-class Command(_Help, typer.core.TyperCommand):
-    """One command."""
-
-
-class Commands(_Help, typer.core.TyperGroup):
-    """The commands; an error that the user can mend is printed as its sentence, with exit code 2."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Runs a command."""
-        try:
-            return super().invoke(ctx)
-        except (SettingsError, ModelSourceError, FinalError) as error:
-            typer.echo(f"synpo: {error}", err=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt as interrupt:
-            continues = str(interrupt) or "Give the same command again."
-            typer.echo(f"synpo: interrupted. {continues}", err=True)
-            raise typer.Exit(130) from None
-        except Exception as error:
-            if (reason := full_disk(error)) is None:
-                raise
-            typer.echo(f"synpo: {DISK_IS_FULL.format(reason)}", err=True)
-            raise typer.Exit(2) from None
 
 
 app = typer.Typer(

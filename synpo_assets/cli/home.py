@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from resources.settings.files import home_settings, load_settings, preset_path
+from resources.settings.files import dagster_configuration, home_settings, load_settings, preset_path
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from resources.storage.files import write_atomically
@@ -79,7 +79,7 @@ def prepare_home(home: Path, settings: Settings) -> None:
         write_atomically(home / "settings.yaml", text.encode())
         (home / "settings.yaml").chmod(OWNER_ALONE)
     file = home / "dagster.yaml"
-    written = file.read_text() if file.exists() else ""
+    written = dagster_configuration(home)
     wanted = _with_storage(written or (PROJECT / "dagster.yaml").read_text(), settings.storage.dagster_database)
     if wanted != written:
         write_atomically(file, wanted.encode())
