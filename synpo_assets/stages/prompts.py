@@ -5,7 +5,7 @@ prompt and its answer; at generation three keywords of one paragraph go in, and 
 Here: the prompt is masked in the SFT loss (not stated). Keyword sets are drawn without repetition across iterations,
 until enough prompts are valid or the cap `max_overdraw` is hit. We also drop near-duplicates, other languages and
 prompts that overlap with held-out ones, which the paper does not do. Where seed rows have rules that a program checks
-(`scorer.kind: verifier`), G also learns to write the rules of a prompt, in front of it.
+(`scorer.kind: verifier`), G also learns to write the rules of a prompt, after it; a prompt that does not state them is dropped.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +16,7 @@ import polars as pl
 
 from resources.common.errors import FinalError
 from resources.generation.language_model import Usage
-from resources.settings.method import Sampling
+from resources.settings.method import Sampling, VerifierScorer
 from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
@@ -34,6 +34,8 @@ from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFil
 from synpo_assets.method.seed import IS_HELD_OUT
 from synpo_assets.method.templates import (
     QUESTION_END,
+    RULES_END,
+    SOLUTION_START,
     generator_instruction,
     generator_target,
     parse_question,
@@ -122,15 +124,16 @@ def keyword_sets(
 
 
 def prompt_sampling(settings: Settings) -> Sampling:
-    """How G samples: only the question is used, so writing stops where it ends."""
-    return settings.prompt_generator.sampling.model_copy(update={"stop": [QUESTION_END]})
+    """How G samples: only the question and its rules are used, so writing stops where they end."""
+    stop = [RULES_END, SOLUTION_START] if isinstance(settings.scorer, VerifierScorer) else [QUESTION_END]
+    return settings.prompt_generator.sampling.model_copy(update={"stop": stop})
 
 
 @Stage(
     SyntheticPrompts,
     group="prompts",
     work=("generates",),
-    reads=("prompt_generator",),
+    reads=("prompt_generator", "scorer.kind"),
     samplings=lambda settings: [prompt_sampling(settings)],
     cost=lambda sizes: [
         Work("generate", sizes.settings.keyword_sets_per_iteration * prompt_sampling(sizes.settings).max_new_tokens)
