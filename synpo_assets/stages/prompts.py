@@ -16,7 +16,7 @@ import polars as pl
 
 from resources.common.errors import FinalError
 from resources.generation.language_model import Usage
-from resources.settings.method import Sampling, VerifierScorer
+from resources.settings.method import Sampling
 from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
@@ -33,7 +33,6 @@ from synpo_assets.method.keywords import Keywords, drawn_rows, training_keywords
 from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter, draw_until_enough
 from synpo_assets.method.seed import IS_HELD_OUT
 from synpo_assets.method.templates import (
-    QUESTION_END,
     RULES_END,
     SOLUTION_START,
     generator_instruction,
@@ -125,15 +124,14 @@ def keyword_sets(
 
 def prompt_sampling(settings: Settings) -> Sampling:
     """How G samples: only the question and its rules are used, so writing stops where they end."""
-    stop = [RULES_END, SOLUTION_START] if isinstance(settings.scorer, VerifierScorer) else [QUESTION_END]
-    return settings.prompt_generator.sampling.model_copy(update={"stop": stop})
+    return settings.prompt_generator.sampling.model_copy(update={"stop": [RULES_END, SOLUTION_START]})
 
 
 @Stage(
     SyntheticPrompts,
     group="prompts",
     work=("generates",),
-    reads=("prompt_generator", "scorer.kind"),
+    reads=("prompt_generator",),
     samplings=lambda settings: [prompt_sampling(settings)],
     cost=lambda sizes: [
         Work("generate", sizes.settings.keyword_sets_per_iteration * prompt_sampling(sizes.settings).max_new_tokens)
