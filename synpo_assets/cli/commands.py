@@ -1,4 +1,4 @@
-"""The command `synpo`: run, check, ui, rows, trace, compare, export, clean."""
+"""The command `synpo`: run, check, ui, ask, rows, trace, compare, export, clean."""
 
 import contextlib
 import os
@@ -112,6 +112,35 @@ def export(
     from synpo_assets.publishing.export import print_export
 
     print_export(*existing(home), form, only, output, overwrite)
+
+
+@command(
+    'synpo ask "Why is the sky blue?"',
+    "synpo ask --models 0,2 --home runs/mine",
+    "synpo ask --file prompts.jsonl --output answers.jsonl",
+)
+def ask(
+    prompt: Annotated[
+        str | None, typer.Argument(help="A question. Without one and without --file, you are asked.")
+    ] = None,
+    home: Home = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            help="Which two answer, by iteration (0 is M_0) or the beginning of a sha: 0,2. Default: M_0 and the newest M_t."
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Prompts to answer: a .jsonl file with a `prompt` in each line.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write prompts and answers into this .jsonl file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Have M_0 and M_t answer the same prompts side by side; the judge of the home says which answer it prefers."""
+    services = opened(home)
+    from synpo_assets.cli.ask import ask as answer
+
+    answer(services, prompt, models, file, output, overwrite)
 
 
 @command("synpo clean --home runs/mine", "synpo clean --home runs/mine --delete")
