@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from definitions import build
 from resources.settings.files import load_settings
-from resources.storage.review_file import review_rows
+from resources.storage.row_files import file_rows
 from resources.storage.tables import ParquetTables
 from synpo_assets.graph.schemas import RefinedResponses, Responses
 from synpo_assets.method.ids import content_id
@@ -128,7 +128,7 @@ def test_the_forms_of_label_studio_and_argilla_are_read_as_they_are(tmp_path):
     for name, reviewer, time in (
         ("studio.csv", "3", "2026-01-02T10:00:00Z"), ("argilla.jsonl", "ann", ""), ("argilla.parquet", "ann", ""),
     ):  # fmt: skip
-        frame, problem = read_verdicts(review_rows(tmp_path / name, "preferences.reviewed"))
+        frame, problem = read_verdicts(file_rows(tmp_path / name, "preferences.reviewed"))
         assert problem is None
         assert frame["verdict"].to_list() == words
         assert frame["pair_id"].to_list() == table["pair_id"].to_list()

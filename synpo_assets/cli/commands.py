@@ -1,9 +1,10 @@
-"""The command `synpo`: run, check, ui, rows, trace, compare, export, clean."""
+"""The command `synpo`: init, run, check, ui, ask, rows, trace, compare, export, clean."""
 
 import contextlib
 import os
 import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -66,6 +67,57 @@ def run(
         print_summary(instance, services, iterations)
 
 
+@command(
+    "synpo init mine.yaml --data questions.jsonl",
+    "synpo init mine.yaml --data questions.csv --model org/name@4f2c9e1 --minutes 30 --no-gpu",
+    "synpo init --presets",
+)
+def init(
+    output: Annotated[Path | None, typer.Argument(help="The settings file to write; it must not exist.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Questions with good answers: a .jsonl, .csv or .parquet file.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="M_0: a folder, or a hub id such as org/name@revision. Default: the preset's.")
+    ] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column of the question. Default: by its name.")] = None,
+    answer_column: Annotated[str | None, typer.Option(help="Column of the answer. Default: by its name.")] = None,
+    gpu: Annotated[
+        bool | None, typer.Option("--gpu/--no-gpu", help="Whether there is a GPU. Default: what this machine has.")
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="How long one iteration with all before it may take. Default: as in the preset."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="The preset to start from. Default: single_gpu with a GPU, else laptop.")
+    ] = None,
+    presets: Annotated[bool, typer.Option("--presets", help="List the presets and exit.")] = False,
+) -> None:
+    """Write a commented settings file for your model and data; on a terminal, what is not stated is asked for."""
+    from synpo_assets.cli.start import print_presets, write_settings_file
+
+    if presets:
+        print_presets()
+        return
+    asks = sys.stdin.isatty()
+    if asks:
+        output = output or typer.prompt("settings file to write", default="mine.yaml", type=Path)
+        data = data or typer.prompt("file of questions with answers", type=Path)
+        model = (
+            model
+            or typer.prompt("model (folder or hub id; empty: the preset's)", default="", show_default=False)
+            or None
+        )
+        minutes = minutes or typer.prompt("minutes for one iteration (0: as in the preset)", default=0.0) or None
+    if output is None or data is None:
+        raise SettingsError(
+            "Name the settings file to write and the --data: synpo init mine.yaml --data questions.jsonl"
+        )
+    confirm = (lambda what, proposal: typer.prompt(what, default=proposal)) if asks else None
+    write_settings_file(output, data, model, preset, (prompt_column, answer_column), gpu, minutes, confirm)
+
+
 @command("synpo check", "synpo check --settings mine.yaml", "synpo check --home runs/mine --calibrate")
 def check(
     preset: Preset = None,
@@ -112,6 +164,35 @@ def export(
     from synpo_assets.publishing.export import print_export
 
     print_export(*existing(home), form, only, output, overwrite)
+
+
+@command(
+    'synpo ask "Why is the sky blue?"',
+    "synpo ask --models 0,2 --home runs/mine",
+    "synpo ask --file prompts.jsonl --output answers.jsonl",
+)
+def ask(
+    prompt: Annotated[
+        str | None, typer.Argument(help="A question. Without one and without --file, you are asked.")
+    ] = None,
+    home: Home = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            help="Which two answer, by iteration (0 is M_0) or the beginning of a sha: 0,2. Default: M_0 and the newest M_t."
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Prompts to answer: a .jsonl file with a `prompt` in each line.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write prompts and answers into this .jsonl file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Have M_0 and M_t answer the same prompts side by side; the judge of the home says which answer it prefers."""
+    services = opened(home)
+    from synpo_assets.cli.ask import ask as answer
+
+    answer(services, prompt, models, file, output, overwrite)
 
 
 @command("synpo clean --home runs/mine", "synpo clean --home runs/mine --delete")

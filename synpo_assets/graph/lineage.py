@@ -236,7 +236,7 @@ class _Home:
         if pair and whole in _ids(pair):
             return pair
         exist = "preference_pairs" in self.unsaved or self.tables.scan("preference_pairs", key) is not None
-        why = "dropped by a filter or by people, or not sampled" if exist else "this iteration has no pairs yet"
+        why = "dropped by a filter, or not sampled" if exist else "this iteration has no pairs yet"
         note = f"{pair.id} was made from other answers to this prompt" if pair else why
         self.shown = {("synthetic_prompts", prompt_id)}
         responses = [

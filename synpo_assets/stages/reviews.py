@@ -13,7 +13,7 @@ import polars as pl
 
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
-from resources.storage.review_file import review_rows
+from resources.storage.row_files import file_rows
 from resources.storage.tables import ParquetTables
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.partitions import iteration_of
@@ -65,7 +65,7 @@ def verdicts_of(settings: Settings) -> pl.DataFrame:
         SettingsError: The file is not there, or something in it is wrong.
     """
     place = settings.preferences.reviewed
-    frame, problem = read_verdicts(review_rows(Path(place), SETTING) if place else [])
+    frame, problem = read_verdicts(file_rows(Path(place), SETTING) if place else [])
     if place and problem:
         raise SettingsError(f"{place} ({SETTING}): {problem}. Correct the file.")
     return frame

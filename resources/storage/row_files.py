@@ -1,4 +1,4 @@
-"""Reading what people decided about pairs, from a file that a spreadsheet, a script or a labelling tool wrote."""
+"""Reading rows from a file that a person, a spreadsheet, a script or a labelling tool wrote; what is wrong is said by line."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from resources.settings.sections import SettingsError
 LONGEST_CELL = 100_000_000
 
 
-def review_rows(path: Path, setting: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def file_rows(path: Path, setting: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a .csv, .jsonl or .parquet file with their lines, counted from 1; rows in parquet count as lines.
 
     Raises:
@@ -23,7 +23,7 @@ def review_rows(path: Path, setting: str) -> Iterator[tuple[int, dict[str, Any]]
     """
     named = f"{path} ({setting})"
     if not path.is_file():
-        raise SettingsError(f"{named} {'is no file' if path.exists() else 'does not exist'}: correct the setting.")
+        raise SettingsError(f"{named} {'is no file' if path.exists() else 'does not exist'}: name the right file.")
     try:
         if path.suffix.lower() == ".parquet":
             # Brackets and stars in a name are letters like others.
