@@ -254,6 +254,3 @@ def test_pairs_and_what_follows_are_those_that_people_want(nano_run, tmp_path):
     agreement = metrics.read("verdict_agreement", "0002").filter(metric="agreement_rate")
     assert agreement["n"].to_list() == [2, 2]
     assert "agreement with people" in (home / "reports" / "boosting_report.html").read_text()
-    # Nothing is left to do.
-    again = synpo("run", "--home", home, "--iterations", 2)
-    assert "assets made" not in again.stderr
