@@ -25,6 +25,7 @@ import polars as pl
 
 from resources.storage import tables
 from resources.storage.tables import ParquetTables
+from synpo_assets.graph.lineage import ID_COLUMNS
 from tests.nano import nano_settings, seed_rows, write_settings
 
 ROWS, PAIRS, SEED_ROWS = 1_000_000, 100_000, 200_000
@@ -80,11 +81,13 @@ def trace(folder: Path) -> dict[str, Any]:
     home = Home(folder)
     written = home.iteration(1)
     for asset, frame in written.items():
-        identity = frame.columns[0]
         number, texts_of = pl.int_range(PAIRS), [name for name in TEXTS if frame.schema.get(name) == pl.String]
-        own = {identity: pl.format("{}-{}", pl.lit(identity.removesuffix("_id")), number)}
-        if identity != "prompt_id" and "prompt_id" in frame.columns:
-            own["prompt_id"] = pl.format("prompt-{}", number)
+        own = {
+            name: pl.format(f"{kind}-{{}}", number)
+            for kind, identity in ID_COLUMNS.items()
+            for name in frame.columns
+            if name.endswith(identity)
+        }
         columns: dict[str, Any] = own | {name: texts(PAIRS, 46) for name in texts_of}
         for name in {"chosen", "rejected"} & set(frame.columns):
             columns[name] = pl.Series([[{"role": "assistant", "content": text}] for text in texts(PAIRS, 46)])
@@ -120,15 +123,21 @@ def seed(folder: Path) -> dict[str, Any]:
 
 def measured(code: str, *arguments: str) -> dict[str, Any]:
     """Runs Python code in a fresh process."""
+    # `getrusage` would count the memory of the process that started it, too.
+    told = (
+        "import atexit, pathlib, sys\n"
+        "atexit.register(lambda: sys.stderr.write(pathlib.Path('/proc/self/status').read_text()))\n"
+    )
     started = time.monotonic()
-    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", told + code, *arguments], capture_output=True, text=True)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    said, _, status = result.stderr.rpartition("VmHWM:")
     return {
         "returned": result.returncode,
-        "said": (result.stdout + result.stderr)[-200:],
+        "said": (result.stdout + said)[-200:],
         "seconds": round(time.monotonic() - started, 1),
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
-        "megabytes_of_memory": round(used.ru_maxrss / 1024),
+        "megabytes_of_memory": round(int(status.split()[0]) / 1024),
     }
 
 
