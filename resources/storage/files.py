@@ -10,11 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import xxhash
 from upath import UPath
 
 AnyPath = Path | UPath
-BLOCK_BYTES = 8 * 2**20
 # Ends the name of what was found damaged, and is kept for whoever wants to look.
 DAMAGED = ".damaged"
 
@@ -120,17 +118,8 @@ def is_abandoned(directory: AnyPath) -> bool:
 
 def file_sha256(path: AnyPath) -> str:
     """The sha256 of a file's bytes, as 64 hex digits."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def file_xxh128(path: Path) -> str:
-    """A hash of a file's bytes that costs next to nothing beside reading them."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def json_sha256(value: Any) -> str:
