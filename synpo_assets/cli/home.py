@@ -80,7 +80,9 @@ def prepare_home(home: Path, settings: Settings) -> None:
         (home / "settings.yaml").chmod(OWNER_ALONE)
     file = home / "dagster.yaml"
     written = file.read_text() if file.exists() else ""
-    wanted = _with_storage(written or (PROJECT / "dagster.yaml").read_text(), settings.storage.dagster_database)
+    wanted = _with_storage(
+        written or Path(__file__).with_name("dagster.yaml").read_text(), settings.storage.dagster_database
+    )
     if wanted != written:
         write_atomically(file, wanted.encode())
         file.chmod(OWNER_ALONE)
