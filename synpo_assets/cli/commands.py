@@ -3,9 +3,7 @@
 import contextlib
 import importlib.metadata
 import os
-import shlex
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +14,7 @@ from resources.models.model_source import ModelSourceError
 from resources.settings.files import home_directory
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
-from synpo_assets.cli.home import PROJECT, chosen_settings, prepare_home
+from synpo_assets.cli.home import PROJECT, chosen_settings, interruptible, prepare_home
 from synpo_assets.publishing.forms import Format
 
 if TYPE_CHECKING:
@@ -114,7 +112,7 @@ def run(
     from synpo_assets.cli.runs import locked, run_missing
     from synpo_assets.cli.summary import print_summary
 
-    with _interruptible(place, iterations), locked(place), contextlib.ExitStack() as stack:
+    with interruptible(place, iterations), locked(place), contextlib.ExitStack() as stack:
         # Another first run may have made the home in the meantime, with other settings.
         settings = chosen_settings(place, preset, settings_file)
         prepare_home(place, settings)
@@ -332,16 +330,3 @@ def _services(settings: Settings, home: Path) -> "Services":
     from definitions import build
 
     return build(settings, home)[1]
-
-
-@contextlib.contextmanager
-def _interruptible(home: Path, iterations: int) -> Iterator[None]:
-    """Lets SIGTERM end the block as Ctrl-C does; either tells the command that goes on from there."""
-    before = signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
-    try:
-        yield
-    except KeyboardInterrupt:
-        same = shlex.join(["synpo", "run", "--home", str(home), "--iterations", str(iterations)])
-        raise KeyboardInterrupt(f"Finished work is kept, and this goes on from there: {same}") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -7,6 +7,8 @@ from dagster import DagsterInstance, DagsterRun
 
 from synpo_assets.graph.services import Services
 
+SPENT = "The budget is spent"
+
 
 def seconds_used(instance: DagsterInstance) -> float:
     """The time in which a step of any run was at work: also of failed steps, and once where steps overlap."""
@@ -36,6 +38,6 @@ def budget_refusal(instance: DagsterInstance, services: Services) -> str | None:
     if cost.budget_seconds is None or (used := seconds_used(instance)) < cost.budget_seconds:
         return None
     return (
-        f"The budget is spent: this home has used {cost.text(used)}, and cost.stop_after is {cost.stop_after}. Everything finished "
+        f"{SPENT}: this home has used {cost.text(used)}, and cost.stop_after is {cost.stop_after}. Everything finished "
         f"is kept. To go on, raise cost.stop_after in {services.home / 'settings.yaml'} and start the run again."
     )
