@@ -1,6 +1,7 @@
 """What is decided before an engine starts, and what counts as a completion; no model is loaded."""
 
 import importlib.metadata
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from resources.generation.completions import completion
 from resources.generation.engine import Requests
 from resources.generation.engine_choice import engine_fingerprint, open_engine
 from resources.generation.transformers_engine import TransformersEngine
-from resources.generation.vllm_engine import VllmEngine, device_groups
-from resources.generation.vllm_process import refuse_arguments
+from resources.generation.vllm_engine import VllmEngine, _fed, device_groups
+from resources.generation.vllm_process import Ended, refuse_arguments
+from resources.models.device import peak_memory, prepare_device
 from resources.settings.files import load_settings
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
@@ -181,3 +183,33 @@ def test_the_stop_text_does_not_change_counts_with_the_batch(tmp_path, nano_chec
     alone, _ = model(tmp_path / "b", batch_tokens=64).answer(nano_checkpoint, asked, sampling)
     assert together["output_tokens"].to_list() == alone["output_tokens"].to_list()
     assert together["output_tokens"].n_unique() > 1
+
+
+def test_attention_is_computed_as_the_settings_say_or_refused(nano_model):
+    kinds = {
+        stated: TransformersEngine(
+            str(nano_model), Engine(device="cpu", attention=stated)
+        )._model.config._attn_implementation
+        for stated in (None, "eager")
+    }
+    assert kinds == {None: "sdpa", "eager": "eager"}
+    with pytest.raises(FinalError, match=r"engine.attention is `flash_attention_2`, which runs on a GPU"):
+        prepare_device(Engine(device="cpu", attention="flash_attention_2"))
+
+
+def test_a_missing_package_for_attention_is_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(FinalError, match=r"`flash_attention_3`, and the package flash_attn_interface is not installed"):
+        prepare_device(Engine(attention="flash_attention_3"))
+
+
+def test_what_a_copy_of_vllm_takes_of_a_gpu_counts_as_the_steps(monkeypatch):
+    monkeypatch.setattr("resources.models.device.GPU_BYTES_ELSEWHERE", (elsewhere := []))
+    monkeypatch.setattr("resources.generation.vllm_engine.GPU_BYTES_ELSEWHERE", elsewhere)
+    assert "peak_gpu_memory_gb" not in peak_memory()
+    copies = [multiprocessing.Pipe() for _ in range(2)]
+    for (_, copy), taken in zip(copies, (3_210_000_000, 1_000), strict=True):
+        copy.send([])
+        copy.send(Ended(taken))
+    assert list(_fed([mine for mine, _ in copies], Requests(*prompt_table([])))) == [[], []]
+    assert peak_memory()["peak_gpu_memory_gb"] == 3.21

@@ -156,3 +156,30 @@ def test_an_answer_ends_as_it_was_written(train, nano_checkpoint, monkeypatch, l
             whole, is_answer = batch[f"{side}_input_ids"][0], batch[f"{side}_labels"][0] != -100
         assert whole[is_answer].tolist() == tokenizer(answer).input_ids
         assert whole[~is_answer].tolist() == prompt_ids(tokenizer, pair["prompt"])
+
+
+@pytest.mark.parametrize("loss", [LOSSES[0], LOSSES[3]], ids=lambda loss: loss.kind)
+@pytest.mark.parametrize(("piece", "lora"), [(1024, PAIRED.lora), (7, None)], ids=["at_once", "in_pieces"])
+def test_logits_of_completion_tokens_alone_train_as_those_of_all_tokens(
+    train, tmp_path, monkeypatch, loss, piece, lora
+):
+    from safetensors.torch import load_file
+    from trl.experimental.cpo import CPOTrainer
+
+    from resources.training import completion_logits
+
+    def trained():
+        history = train(loss, pairs(), lora=lora).history
+        return history, load_file(tmp_path / "out" / "merged" / "model.safetensors")
+
+    monkeypatch.setattr(completion_logits, "PIECE", piece)
+    projected, calls = completion_logits._projected, []
+    monkeypatch.setattr(completion_logits, "_projected", lambda *given: calls.append(1) or projected(*given))
+    history, weights = trained()
+    assert calls
+    monkeypatch.setattr(completion_logits.CompletionLogits, "concatenated_forward", CPOTrainer.concatenated_forward)
+    own, own_weights = trained()
+    logged = {"loss", "nll_loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "grad_norm"}
+    for ours, theirs in zip(history, own, strict=True):
+        assert {n: ours.get(n) for n in logged} == pytest.approx({n: theirs.get(n) for n in logged}, rel=2e-3, abs=1e-5)
+    assert all((weights[name] - own_weights[name]).abs().max() < 2e-5 for name in weights)

@@ -300,9 +300,10 @@ def test_the_bounds_belong_to_the_middle_band():
 
 
 def test_both_models_are_measured_in_each_iteration(nano_run):
-    services = services_in(nano_run.home, load_settings(nano_run.home / "settings.yaml"))
+    settings = load_settings(nano_run.home / "settings.yaml")
+    services = services_in(nano_run.home, settings)
     tables = services.tables
-    assert tables.scan("verifiable_instructions").collect().height >= 60
+    assert tables.scan("verifiable_instructions").collect().height == settings.seed_data.verifiable_limit
     for key in ("0001", "0002"):
         following, gold = tables.read("instruction_following", key), tables.read("gold_comparison", key)
         evaluated, metrics = tables.read("evaluation", key), recorded(services.metrics, key)

@@ -2,10 +2,13 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from transformers import AutoConfig
 
 from resources.settings.files import load_settings, preset_path
+from resources.settings.machine import Engine
 from resources.training import memory
 from resources.training.job import TrainingError
 from resources.training.processes import _checked_accelerate_config, least_share
@@ -64,13 +67,27 @@ def test_what_does_not_fit_is_refused_by_name_with_the_remedy(on_gpus, tmp_path,
     full = settings.judge.training.model_copy(update={"lora": None})
     judged = settings.model_copy(update={"judge": settings.judge.model_copy(update={"training": full})})
     on_gpus(memory.parameter_count(nano_model) * 15)
-    monkeypatch.setattr(memory, "_vocabulary", lambda *arguments: 0)
+    monkeypatch.setattr(memory, "_config", lambda *arguments: SimpleNamespace(vocab_size=0))
     memory.refuse_too_little_memory(settings, nano_model)
     with pytest.raises(TrainingError, match="training of judge takes at least"):
         memory.refuse_too_little_memory(judged, nano_model)
     # A driver that says nothing refuses nothing, and neither does a CPU.
     on_gpus(None)
     memory.refuse_too_little_memory(settings, nano_model)
+
+
+def test_activations_are_kept_where_they_certainly_fit(on_gpus, nano_model):
+    engine, full = Engine(), training(lora=None)
+    weights, config = memory.parameter_count(nano_model), AutoConfig.from_pretrained(nano_model)
+    needed = 16 * weights + 1000 * (4 * config.vocab_size + 34 * config.hidden_size * config.num_hidden_layers)
+    assert not memory.keeps_activations(engine, full, nano_model, 1)
+    on_gpus(int(needed / 0.7) + 1000)
+    assert memory.keeps_activations(engine, full, nano_model, 1)
+    on_gpus(int(needed / 0.7) - 1000)
+    assert not memory.keeps_activations(engine, full, nano_model, 1)
+    assert memory.keeps_activations(engine, full, nano_model, 1 / 8)
+    on_gpus(None)
+    assert not memory.keeps_activations(engine, full, nano_model, 1 / 8)
 
 
 def options(file):

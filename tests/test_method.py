@@ -1,5 +1,6 @@
 """The method's pure functions, with generated data where a property says more than an example."""
 
+import functools
 import itertools
 
 import polars as pl
@@ -7,12 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resources.common.processes import map_batches
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.keywords import (
     Keywords,
     drawn_rows,
     keyword_set,
     paragraph_keyword_sets,
+    paragraphs_of,
     training_keywords,
 )
 from synpo_assets.method.pairs import MESSAGES, as_preferences, join_sides, repetition, select_pairs
@@ -64,20 +67,37 @@ def test_training_keywords_are_two_own_and_one_foreign():
     assert drawn != training_keywords(PROMPTS[:40], extractor, 2, 1, random_seed=2)
 
 
+def keyword_sets(paragraphs, per_paragraph, processes=1):
+    extract = functools.partial(Keywords().of_each, count=3 * per_paragraph)
+    return paragraph_keyword_sets(map_batches(extract, paragraphs, 90, processes), 3, random_seed=1)
+
+
 def test_keyword_sets_come_from_one_paragraph_and_are_all_different():
-    sets = list(paragraph_keyword_sets(iter(PARAGRAPHS), Keywords(), 3, 2, random_seed=1))
+    sets = list(keyword_sets(PARAGRAPHS, 2))
     assert len(sets) > len(PARAGRAPHS)
     assert len({frozenset(words) for _, words in sets}) == len(sets)
     for paragraph, words in sets:
         assert len(set(words)) == 3
         assert all(word in paragraph.lower() for word in words)
-    again = list(paragraph_keyword_sets(iter(PARAGRAPHS), Keywords(), 3, 2, random_seed=1))
-    assert again == sets
+    assert list(keyword_sets(PARAGRAPHS, 2, processes=2)) == sets
 
 
-def test_the_corpus_is_streamed():
-    endless = itertools.cycle(PARAGRAPHS)
-    assert len(list(itertools.islice(paragraph_keyword_sets(endless, Keywords(), 3, 1, 1), 5))) == 5
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_corpus_is_streamed(processes):
+    assert len(list(itertools.islice(keyword_sets(itertools.cycle(PARAGRAPHS), 1, processes), 5))) == 5
+
+
+@pytest.mark.parametrize(
+    ("document", "paragraphs"),
+    [
+        ("one paragraph", ["one paragraph"]),
+        ("of a web page\nwhose lines\nare paragraphs\n", ["of a web page", "whose lines", "are paragraphs"]),
+        ("wrapped\nlines\n\nand more\n \n\nof them", ["wrapped\nlines", "and more", "of them"]),
+        ("\r\nwritten\r\n\r\nelsewhere", ["written", "elsewhere"]),
+    ],
+)
+def test_paragraphs_of_a_document(document, paragraphs):
+    assert paragraphs_of(document) == paragraphs
 
 
 def test_a_keyword_set_is_the_same_in_any_order():

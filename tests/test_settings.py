@@ -85,7 +85,7 @@ def changed(tmp_path, **changes):
         ({"prompt_generator": {"noise_keywords": 3}}, "noise_keywords (3) leaves no keyword of the seed prompt itself"),
         ({"prompt_generator": {"min_words": 70}}, "min_words is larger than max_words"),
         ({"keyword_pool": {"max_sets": 10}}, "keyword_pool.max_sets (10) is less than"),
-        ({"preference_optimization": {"training": {"max_prompt_length": 1000}}}, "exceed max_length"),
+        ({"preference_optimization": {"training": {"max_prompt_length": 1000}}}, "do not fit into max_length"),
         ({"preference_optimization": {"training": {"micro_batch_size": 3}}}, "micro_batch_size (3) does not divide batch_size (4)"),
         ({"preferences": {"chosen_from": "ranked_samples", "rejected_from": "previous"}}, "Remove rejected_from"),
         ({"preferences": {"ranked_samples": 1}}, "`preferences.ranked_samples` is 1"),

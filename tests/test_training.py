@@ -294,3 +294,54 @@ def test_a_run_of_one_step_learns_something(tmp_path, trainer, nano_checkpoint):
     summary = trainer.train("preference", nano_checkpoint, pairs(), training, tmp_path, SIMPO)
     assert summary.steps == 1
     assert summary.history[0]["learning_rate"] > 0
+
+
+def test_without_a_length_of_its_own_a_side_has_what_the_prompt_leaves(nano_checkpoint):
+    from resources.training.rows import preference_row
+
+    tokenizer, pair = load_tokenizer(nano_checkpoint.weights), pairs()[0]
+    whole = PAIRED.model_copy(update={"max_length": 400, "max_completion_length": None})
+    row, cut = preference_row(tokenizer, pair, whole)
+    assert cut == 0
+    room = len(row["chosen_ids"]) - 1
+    tight = whole.model_copy(update={"max_length": len(row["prompt_ids"]) + room})
+    short, cut = preference_row(tokenizer, pair, tight)
+    assert (short["chosen_ids"], short["rejected_ids"], cut) == (
+        row["chosen_ids"][:room],
+        row["rejected_ids"][:room],
+        1,
+    )
+
+
+@pytest.mark.parametrize("kind", ["supervised", "preference", "reward"])
+def test_batches_of_like_length_and_activations_made_twice_change_order_and_memory_alone(
+    tmp_path, trainer, nano_checkpoint, monkeypatch, kind
+):
+    from resources.training import rows, run
+
+    examples = {
+        "supervised": EXAMPLES, "preference": pairs(), "reward": [(row["prompt"], row["answer"], "No.") for row in ROWS]
+    }[kind] * 4  # fmt: skip
+    training = (PAIRED if kind == "preference" else SFT).model_copy(update={"batch_size": 2, "micro_batch_size": 2})
+    orders = []
+
+    class Noting(rows.GroupedByLength):
+        def _get_train_sampler(self, train_dataset=None):
+            sampler = super()._get_train_sampler(train_dataset)
+            orders.append([self.train_dataset[place]["length"] for place in sampler])
+            return sampler
+
+    def losses(name, by=trainer, **changes):
+        chosen = training.model_copy(update=changes)
+        loss = SIMPO if kind == "preference" else None
+        made = by.train(kind, nano_checkpoint, examples, chosen, tmp_path / name, loss, steps=2)
+        return [entry["loss"] for entry in made.history]
+
+    checkpointing = trainer.model_copy(update={"processes": TrainingProcesses(gradient_checkpointing=True)})
+    assert losses("again", checkpointing) == pytest.approx(losses("plain"), abs=1e-4)
+    monkeypatch.setattr(run, "GroupedByLength", Noting)
+    for grouped in (False, True):
+        losses(f"grouped {grouped}", group_by_length=grouped)
+    at_random, alike = (sum(abs(a - b) for a, b in zip(order[::2], order[1::2], strict=True)) for order in orders)
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert alike < at_random / 2

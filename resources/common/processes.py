@@ -1,7 +1,9 @@
 """Step processes end with the run that started them, and soon after they are told to."""
 
+import collections
 import ctypes
 import functools
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.util
@@ -10,7 +12,12 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import TypeVar
 
+Value = TypeVar("Value")
+Result = TypeVar("Result")
 PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 8.0
 
@@ -26,10 +33,16 @@ def end_with_parent() -> None:
     end_with_run()
 
 
-def end_with_this_parent() -> None:
-    """Makes this process end when its parent does, even if the parent is killed with -9; on Linux only."""
+def end_with_this_parent(parent: int | None = None) -> None:
+    """Makes this process end when its parent does, even if the parent is killed with -9; on Linux only.
+
+    Args:
+        parent: Its process id, where it may have ended before this call: then this process ends here.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 def end_with_run() -> None:
@@ -73,3 +86,26 @@ def end_soon_after_interrupt() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="end-soon-after-interrupt", daemon=True).start()
+
+
+def map_batches(
+    function: Callable[[Sequence[Value]], list[Result]], values: Iterable[Value], batch: int, processes: int
+) -> Iterator[Result]:
+    """What a function makes of batches of a stream, in order; side by side if there is more than one batch.
+
+    Memory holds two batches per process. The function and what it returns must be picklable.
+    """
+    stream = iter(values)
+    batches = iter(lambda: list(itertools.islice(stream, batch)), [])
+    first = list(itertools.islice(batches, 2))
+    if processes == 1 or len(first) < 2:
+        yield from itertools.chain.from_iterable(map(function, itertools.chain(first, batches)))
+        return
+    spawn, pending = multiprocessing.get_context("spawn"), collections.deque[Future[list[Result]]]()
+    with ProcessPoolExecutor(processes, spawn, end_with_this_parent, (os.getpid(),)) as pool:
+        for part in itertools.chain(first, batches):
+            pending.append(pool.submit(function, part))
+            if len(pending) == 2 * processes:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()

@@ -9,7 +9,7 @@ from resources.common.progress import Progress
 from resources.generation.completions import completion, end_ids, longest_sequence
 from resources.generation.engine import Completion, Request, Requests
 from resources.models.chat import load_tokenizer
-from resources.models.device import memory_explained, prepare_device, torch_dtype
+from resources.models.device import loading_options, memory_explained, prepare_device
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
 
@@ -34,12 +34,7 @@ class TransformersEngine:
         device = prepare_device(engine)
         self._batch_tokens = engine.batch_tokens
         self._tokenizer = load_tokenizer(weights, engine.trust_remote_code)
-        self._model = AutoModelForCausalLM.from_pretrained(
-            weights,
-            dtype=torch_dtype(engine),
-            use_safetensors=True,
-            trust_remote_code=engine.trust_remote_code,
-        ).to(device)
+        self._model = AutoModelForCausalLM.from_pretrained(weights, **loading_options(engine)).to(device)
         self._model.eval()
         self._end_ids = end_ids(self._tokenizer, self._model.generation_config.eos_token_id)
         # A model may bring a repetition penalty and other habits; the settings state all there is.

@@ -13,8 +13,8 @@ from resources.common.errors import FinalError
 from resources.generation.adapters import adapter_of
 from resources.generation.completions import longest_sequence
 from resources.generation.engine import Completion, Requests
-from resources.generation.vllm_process import answer_in_this_process
-from resources.models.device import prepare_device, torch_dtype, visible_gpus
+from resources.generation.vllm_process import Ended, answer_in_this_process
+from resources.models.device import GPU_BYTES_ELSEWHERE, prepare_device, torch_dtype, visible_gpus
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
@@ -98,8 +98,9 @@ def _fed(running: list[Connection], requests: Requests) -> Generator[list[Comple
         ready = wait(running)
         for connection in [connection for connection in running if connection in ready]:
             message = _received(connection)
-            if message is None:
+            if isinstance(message, Ended):
                 running.remove(connection)
+                GPU_BYTES_ELSEWHERE.append(message.gpu_bytes)
             elif isinstance(message, int):
                 # Towards the end the shares grow small, so that all copies end at about the same time.
                 share = list(itertools.islice(waiting, min(message, math.ceil(left / copies))))
@@ -135,8 +136,8 @@ def device_groups(engine: Engine, devices: Sequence[str], heads: int) -> list[li
     return [list(devices[place * split : (place + 1) * split]) for place in range(copies)]
 
 
-def _received(connection: Connection) -> list[Completion] | int | None:
-    """What a copy finished, or for how many more requests it has room; None after its last completion."""
+def _received(connection: Connection) -> list[Completion] | int | Ended:
+    """What a copy finished, for how many more requests it has room, or that it is done."""
     try:
         message = connection.recv()
     except EOFError:

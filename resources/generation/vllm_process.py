@@ -16,10 +16,18 @@ from resources.generation.adapters import Adapter
 from resources.generation.completions import completion, end_ids
 from resources.generation.engine import Completion
 from resources.models.chat import load_tokenizer
+from resources.models.device import gpu_bytes_here
 from resources.settings.method import Sampling
 
 # How vLLM and CUDA say that there is too little of it; they speak of memory in other errors too.
 OUT_OF_MEMORY = ("out of memory", "free memory", "available memory", "not enough gpu memory", "kv cache is needed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """The last message of a copy."""
+
+    gpu_bytes: int  # The most that it reserved of a GPU; copies that are split over several GPUs do not count theirs.
 
 
 def answer_in_this_process(
@@ -30,7 +38,7 @@ def answer_in_this_process(
     adapter: Adapter | None,
     sampling: Sampling,
 ) -> None:
-    """Loads the model, answers, and sends completions as they finish, then None; or an error, if there is one.
+    """Loads the model, answers, and sends completions as they finish, then that it ended; or an error, if there is one.
 
     The first list is empty: it tells that the model is loaded. A number asks for so many more requests, of which the
     parent sends a list; an empty one is the last. `arguments` are ours and `given` the user's, `engine.vllm_arguments`.
@@ -44,7 +52,7 @@ def answer_in_this_process(
     try:
         for completions in _completions(parent, arguments, given, adapter, sampling):
             parent.send(completions)
-        parent.send(None)
+        parent.send(Ended(gpu_bytes_here()))
     except FinalError as error:
         parent.send(error)
     except Exception as error:

@@ -1,6 +1,7 @@
 """Which processor and number format the models use."""
 
 import contextlib
+import importlib.util
 import os
 import platform
 import resource
@@ -8,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -18,6 +19,9 @@ from resources.settings.machine import Engine
 if TYPE_CHECKING:
     import torch
 
+ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+# What processes that this one started, and that have ended, reserved of a GPU.
+GPU_BYTES_ELSEWHERE: list[int] = []
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
@@ -41,7 +45,24 @@ def prepare_device(engine: Engine) -> str:
     torch.set_num_threads(engine.threads or os.cpu_count() or 1)
     if engine.device == "cuda" and not torch.cuda.is_available():
         raise FinalError("engine.device is `cuda` but torch sees no GPU: set it to `auto` or `cpu`.")
-    return "cuda" if engine.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if engine.device != "cpu" and torch.cuda.is_available() else "cpu"
+    _refuse_missing_attention(engine, device)
+    return device
+
+
+def _refuse_missing_attention(engine: Engine, device: str) -> None:
+    package = ATTENTION_PACKAGES.get(engine.attention or "")
+    if package is None:
+        return
+    if device == "cpu":
+        raise FinalError(
+            f"engine.attention is `{engine.attention}`, which runs on a GPU, and models run on a CPU: leave it out."
+        )
+    if importlib.util.find_spec(package) is None:
+        raise FinalError(
+            f"engine.attention is `{engine.attention}`, and the package {package} is not installed: install it, or leave the "
+            "setting out."
+        )
 
 
 @contextlib.contextmanager
@@ -68,6 +89,12 @@ def torch_dtype(engine: Engine) -> "torch.dtype":
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
+def loading_options(engine: Engine) -> dict[str, Any]:
+    """How `from_pretrained` loads a model: safe files, the number format, and what the settings say of attention and code."""
+    options = {"dtype": torch_dtype(engine), "use_safetensors": True, "trust_remote_code": engine.trust_remote_code}
+    return options | ({} if engine.attention is None else {"attn_implementation": engine.attention})
+
+
 def visible_gpus(engine: Engine) -> list[str]:
     """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them; none where models run on a CPU."""
     import torch
@@ -86,18 +113,24 @@ def peak_memory() -> dict[str, float]:
     Returns:
         `peak_memory_gb`: the largest resident set, in 10^9 bytes, of this process or of any one process that it started
         and that has ended; sets of several processes are not added up. A forked process starts to count anew.
-        `peak_gpu_memory_gb`, where PyTorch has used a GPU in this process: the most that it reserved on any one GPU. What
-        processes started by this one take there, such as vLLM's or further training processes, is not in it.
+        `peak_gpu_memory_gb`, where PyTorch has used a GPU: the most that this process, or a copy of vLLM that it started,
+        reserved on any one GPU. What further training processes take there is not in it.
     """
     # A program inherits the record of the process that started it (getrusage(2)), which therefore has to be counted too.
     largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     figures = {"peak_memory_gb": round(largest * RSS_UNIT / 1e9, 2)}
+    if reserved := max(gpu_bytes_here(), *GPU_BYTES_ELSEWHERE, 0):
+        figures["peak_gpu_memory_gb"] = round(reserved / 1e9, 2)
+    return figures
+
+
+def gpu_bytes_here() -> int:
+    """The most that PyTorch has reserved of any one GPU in this process."""
     # A process that has not loaded PyTorch has used no GPU, and loading it here would be what takes most memory.
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        reserved = [torch.cuda.max_memory_reserved(device) for device in range(torch.cuda.device_count())]
-        figures["peak_gpu_memory_gb"] = round(max(reserved) / 1e9, 2)
-    return figures
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return max(torch.cuda.max_memory_reserved(device) for device in range(torch.cuda.device_count()))
 
 
 def device_name(engine: Engine) -> str:

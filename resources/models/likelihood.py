@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from resources.common.progress import Progress
 from resources.models.batches import longest_first
 from resources.models.chat import answer_ids, load_tokenizer, prompt_ids
-from resources.models.device import DeviceResource, memory_explained, prepare_device, torch_dtype
+from resources.models.device import DeviceResource, loading_options, memory_explained, prepare_device
 from resources.storage.checkpoint_store import Checkpoint
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ class AnswerLikelihood(DeviceResource):
         started = time.monotonic()
         device, trusted = prepare_device(self.engine), self.engine.trust_remote_code
         tokenizer = load_tokenizer(checkpoint.weights, trusted)
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.weights, dtype=torch_dtype(self.engine), use_safetensors=True, trust_remote_code=trusted
-        )
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.weights, **loading_options(self.engine))
         model = model.to(device).eval()
         asked = [[{"role": "user", "content": prompt}] for prompt, _ in rows]
         sides = [

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from resources.common.errors import FinalError
 from resources.models.chat import answer_ids, load_tokenizer, prompt_ids
-from resources.models.device import prepare_device, torch_dtype
+from resources.models.device import loading_options, prepare_device
 from resources.models.model_source import ModelSourceError, check_tokenizer
 from resources.scoring.scoring_model import Convention, Reading
 from resources.settings.machine import Engine
@@ -30,11 +30,7 @@ class RewardModel:
         self._max_length = max_length
         self._tokenizer = load_tokenizer(weights, engine.trust_remote_code)
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            weights,
-            dtype=torch_dtype(engine),
-            use_safetensors=True,
-            trust_remote_code=engine.trust_remote_code,
-            output_loading_info=True,
+            weights, output_loading_info=True, **loading_options(engine)
         )
         if missing := sorted(loaded["missing_keys"]):
             # They would be drawn at random, and so would the scores.

@@ -190,8 +190,10 @@ class SeedData(Section):
 class KeywordPool(Section):
     """The keyword pool K: keyword sets from paragraphs of a text corpus (paper: 1,000,000 RefinedWeb paragraphs)."""
 
-    corpus: DataSource = Field(description="The text corpus; one paragraph a row.")
-    text_column: str = Field("text", description="Column of the corpus that holds the paragraph.")
+    corpus: DataSource = Field(
+        description="The text corpus; a row is a paragraph or a document, divided at its blank lines, or else at each line end."
+    )
+    text_column: str = Field("text", description="Column of the corpus that holds the text.")
     keywords_per_set: int = Field(3, ge=1, description="Keywords in one set, all from one paragraph. Paper: 3.")
     sets_per_paragraph: int = Field(1, ge=1, description="Disjoint keyword sets drawn from one paragraph. Paper: 1.")
     max_sets: int = Field(1_000_000, ge=1, description="Stop after this many keyword sets. Paper: 1,000,000.")

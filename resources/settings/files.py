@@ -19,7 +19,8 @@ MOST_VALUES = 100_000
 PRESETS = Path(__file__).parents[1] / "presets"
 # Settings that name a file or folder, relative to the settings file.
 FILES = (
-    ("judge.server", "template"), ("training_processes", "accelerate_config"), ("publishing", "directory"),
+    ("preferences", "reviewed"), ("judge.server", "template"), ("training_processes", "accelerate_config"),
+    ("publishing", "directory"),
     ("benchmarks", "task_folder"), ("benchmarks", "alpaca_eval"), ("benchmarks", "arena_hard"), ("benchmarks", "mt_bench"),
 )  # fmt: skip
 

@@ -72,6 +72,11 @@ class Engine(Section):
         "auto",
         description="`auto`: bfloat16 on a GPU, float32 on a CPU (bfloat16 is ten times slower without hardware for it).",
     )
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = Field(
+        None,
+        description="How transformers computes attention, in training too. None: as the model does by itself, mostly `sdpa`. vLLM "
+        "chooses its own.",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads. None: one per core.")
     kind: Literal["auto", "transformers", "vllm", "server"] = Field(
         "auto",

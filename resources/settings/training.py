@@ -30,6 +30,11 @@ class Training(Section):
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps that warm the learning rate up.")
     scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning-rate schedule.")
     max_length: int = Field(ge=8, description="Longest example in tokens, prompt and completion together.")
+    group_by_length: bool = Field(
+        False,
+        description="Put examples of like length into one batch: less padding, and a less random order: of every 50 batches, "
+        "or a quarter of all, the longest come first. Not in the paper.",
+    )
     lora: Lora | None = Field(None, description="Train adapters of this shape. None: full fine-tuning, as the paper.")
     max_examples: int | None = Field(None, ge=1, description="Train on a random subset of this size. None: all.")
 
@@ -47,16 +52,17 @@ class PreferenceTraining(Training):
     """The training of M_t on preference pairs. The paper gives no batch, epochs, learning rate and lengths for it."""
 
     max_prompt_length: int = Field(ge=4, description="Prompts are cut to this many tokens, from the left.")
-    max_completion_length: int = Field(
-        ge=4, description="Each side is cut to this many tokens before the trainer sees it."
+    max_completion_length: int | None = Field(
+        None, ge=4, description="Each side is cut to this many tokens. None: to what the prompt leaves of max_length."
     )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.max_prompt_length + self.max_completion_length > self.max_length:
+        if self.max_prompt_length + (self.max_completion_length or 4) > self.max_length:
+            stated = "" if self.max_completion_length is None else f" ({self.max_completion_length})"
             raise ValueError(
-                f"max_prompt_length ({self.max_prompt_length}) + max_completion_length ({self.max_completion_length}) "
-                f"exceed max_length ({self.max_length}): the trainer would cut again."
+                f"max_prompt_length ({self.max_prompt_length}) and max_completion_length{stated} do not fit into max_length "
+                f"({self.max_length}): raise it, or lower one of them."
             )
         return self
 
@@ -112,6 +118,11 @@ class TrainingProcesses(Section):
     )
     save_every_steps: int = Field(
         100, ge=1, description="Optimizer steps between two saved states; a killed training goes on from the newest."
+    )
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Compute activations again in the backward pass: slower by about a third, for much less memory. None: on a GPU "
+        "where they would not fit beside the weights.",
     )
     report_to: Literal["none", "trackio", "wandb", "mlflow"] = Field(
         "none",

@@ -67,6 +67,7 @@ class TrainingJob(BaseModel):
     launched: bool  # By accelerate; if not, the step's own process trains alone.
     # As CUDA_VISIBLE_DEVICES names it; empty on a CPU. None: no other training is at work beside it.
     own_gpu: str | None
+    gradient_checkpointing: bool
     save_every_steps: int
     report_to: str
     state: Path

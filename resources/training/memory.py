@@ -3,12 +3,14 @@
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.filesize import decimal
 
 from resources.models.device import prepare_device
 from resources.models.weights import parameter_count
 from resources.settings.evaluation import TrainedJudge
+from resources.settings.machine import Engine
 from resources.settings.method import RewardTraining
 from resources.settings.settings import Settings
 from resources.settings.training import PreferenceTraining, Training
@@ -19,6 +21,10 @@ from resources.training.processes import least_share, processes_to_start
 TRAINED_BYTES, FROZEN_BYTES, FOUR_BIT_BYTES = 16.0, 2.0, 0.5
 # A logit and its gradient, in bfloat16.
 LOGIT_BYTES = 4
+# Of each token, layer and hidden unit, in bfloat16 (Korthikanti et al., arXiv 2205.05198, without attention scores).
+ACTIVATION_BYTES = 34
+# The share of a GPU that may be spoken for: libraries, adapters and buffers take the rest.
+ROOM = 0.7
 
 
 def refuse_too_little_memory(settings: Settings, initial: Path) -> None:
@@ -30,7 +36,7 @@ def refuse_too_little_memory(settings: Settings, initial: Path) -> None:
     """
     if prepare_device(settings.engine) == "cpu" or (available := _gpu_bytes()) is None:
         return
-    weights, tokens = parameter_count(initial), _vocabulary(initial, settings.engine.trust_remote_code)
+    weights, tokens = parameter_count(initial), _config(initial, settings.engine.trust_remote_code).vocab_size
     for name, training, vocabulary in _trainings(settings, tokens):
         processes, _ = processes_to_start(settings.training_processes, training, settings.engine)
         share = least_share(settings.training_processes, processes)
@@ -58,8 +64,29 @@ def least_bytes(training: Training, weights: int, vocabulary: int, share: float)
     """
     lora = training.lora
     each = TRAINED_BYTES if lora is None else FOUR_BIT_BYTES if lora.load_in_4bit else FROZEN_BYTES
-    sequences = training.micro_batch_size * (2 if isinstance(training, PreferenceTraining) else 1)
-    return round(weights * each * share) + sequences * training.max_length * vocabulary * LOGIT_BYTES
+    return round(weights * each * share) + _sequences(training) * training.max_length * vocabulary * LOGIT_BYTES
+
+
+def keeps_activations(engine: Engine, training: Training, start: Path, share: float) -> bool:
+    """Whether the activations of a micro batch fit the GPUs here beside all else, so that none need be computed twice.
+
+    Args:
+        engine: How models run.
+        training: The training.
+        start: The weights that it starts from.
+        share: The share of the weights that each GPU holds.
+    """
+    if prepare_device(engine) == "cpu" or (available := _gpu_bytes()) is None:
+        return False
+    config = _config(start, engine.trust_remote_code)
+    layers, width = config.num_hidden_layers, config.hidden_size
+    activations = _sequences(training) * training.max_length * layers * width * ACTIVATION_BYTES
+    needed = least_bytes(training, parameter_count(start), config.vocab_size, share) + activations
+    return bool(needed < ROOM * available)
+
+
+def _sequences(training: Training) -> int:
+    return training.micro_batch_size * (2 if isinstance(training, PreferenceTraining) else 1)
 
 
 def _trainings(settings: Settings, vocabulary: int) -> Iterator[tuple[str, Training, int]]:
@@ -74,11 +101,10 @@ def _trainings(settings: Settings, vocabulary: int) -> Iterator[tuple[str, Train
         yield "judge", settings.judge.training, 0
 
 
-def _vocabulary(weights: Path, trust_remote_code: bool) -> int:
+def _config(weights: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code)
-    return int(config.get_text_config().vocab_size)
+    return AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code).get_text_config()
 
 
 def _gpu_bytes() -> int | None:

@@ -231,9 +231,7 @@ def refuse_pieces(named: str, file: Path) -> None:
 
 def _launch(parent: int, arguments: list[str]) -> None:
     """What the launcher does: accelerate's command, in a process that ends with the step that started it."""
-    end_with_this_parent()
-    if os.getppid() != parent:
-        return
+    end_with_this_parent(parent)
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     launch_command(launch_command_parser().parse_args(arguments))

@@ -29,14 +29,14 @@ def supervised_rows(
     tokenizer: "PreTrainedTokenizerBase", examples: Sequence[tuple[Sequence[Message], str]], training: Training
 ) -> TrainingRows:
     """Rows of SFT, of chat messages and the answer to learn: token ids of both, the prompt masked."""
-    rows, truncated = [], 0
+    rows, truncated = list[dict[str, Any]](), 0
     for messages, answer in examples:
         prompt, completion = prompt_ids(tokenizer, messages), answer_ids(tokenizer, messages, answer)
         truncated += len(prompt) + len(completion) > training.max_length
         token_ids = (prompt + completion)[: training.max_length]
         if answer.strip() and len(token_ids) > len(prompt):
             mask = [0] * len(prompt) + [1] * (len(token_ids) - len(prompt))
-            rows.append({"input_ids": token_ids, "completion_mask": mask})
+            rows.append({"input_ids": token_ids, "completion_mask": mask, "length": len(token_ids)})
     return TrainingRows(rows, len(examples), truncated, sum(len(row["input_ids"]) for row in rows))
 
 
@@ -53,8 +53,7 @@ def preference_rows(
         if row["chosen"].strip() and row["rejected"].strip():
             rows.append(row)
             truncated += cut
-    lengths = [2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
-    return TrainingRows(rows, len(pairs), truncated, sum(lengths))
+    return TrainingRows(rows, len(pairs), truncated, sum(row["length"] for row in rows))
 
 
 def preference_row(
@@ -67,12 +66,14 @@ def preference_row(
         "prompt_ids": prompt[-training.max_prompt_length :],
     }
     cut = int(len(prompt) > training.max_prompt_length)
+    longest = training.max_completion_length or training.max_length - len(row["prompt_ids"])
     for side in ("chosen", "rejected"):
         row[side] = pair[side][-1]["content"]
         finished = pair[f"{side}_finish_reason"] == "stop"
         token_ids = answer_ids(tokenizer, pair["prompt"], row[side], finished)
-        cut += len(token_ids) > training.max_completion_length
-        row[f"{side}_ids"] = token_ids[: training.max_completion_length]
+        cut += len(token_ids) > longest
+        row[f"{side}_ids"] = token_ids[:longest]
+    row["length"] = 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
     return row, cut
 
 
@@ -80,16 +81,16 @@ def reward_rows(
     tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[str, str, str]], training: Training
 ) -> TrainingRows:
     """Rows of the reward model, of prompt, better and worse answer: token ids of the prompt with each answer."""
-    rows, truncated = [], 0
+    rows, truncated = list[dict[str, Any]](), 0
     for prompt, better, worse in pairs:
         messages = [{"role": "user", "content": prompt}]
         asked = prompt_ids(tokenizer, messages)
         sides = [asked + answer_ids(tokenizer, messages, answer) for answer in (better, worse)]
         truncated += sum(len(side) > training.max_length for side in sides)
         if better.strip() and worse.strip() and len(asked) < training.max_length:
-            cut = [side[: training.max_length] for side in sides]
-            rows.append({"chosen_ids": cut[0], "rejected_ids": cut[1]})
-    return TrainingRows(rows, len(pairs), truncated, sum(len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows))
+            chosen, rejected = (side[: training.max_length] for side in sides)
+            rows.append({"chosen_ids": chosen, "rejected_ids": rejected, "length": len(chosen) + len(rejected)})
+    return TrainingRows(rows, len(pairs), truncated, sum(row["length"] for row in rows))
 
 
 ROWS_OF: Mapping[Kind, Callable[..., TrainingRows]] = {
@@ -97,6 +98,13 @@ ROWS_OF: Mapping[Kind, Callable[..., TrainingRows]] = {
     "preference": preference_rows,
     "reward": reward_rows,
 }
+
+
+class GroupedByLength:
+    """Mixed into TRL's trainers: a sampler by length reads lengths that trainers drop as an unused column."""
+
+    def _get_train_sampler(self: Any, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(self.train_dataset)  # type: ignore[misc]
 
 
 class ExactTokenIds:

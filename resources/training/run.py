@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from resources.common.progress import is_silent, tell
 from resources.common.text import duration
 from resources.models.chat import load_tokenizer
-from resources.models.device import memory_explained, prepare_device, torch_dtype
+from resources.models.device import loading_options, memory_explained, prepare_device, torch_dtype
 from resources.storage.checkpoint_store import TRAINING_LOG
 from resources.training.job import TrainingError, TrainingJob
 from resources.training.live import PROJECT, Observe, observing_callback
 from resources.training.losses import loss_module, pairs_text
+from resources.training.rows import GroupedByLength
 from resources.training.state import KEPT_STATES, marking_callback
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def train(job: TrainingJob, dataset: "Dataset", observe: Observe) -> None:
         bf16=device == "cuda",
         use_cpu=device == "cpu",
         # With FSDP, accelerate's own activation checkpointing takes its place: both together are refused.
-        gradient_checkpointing=device == "cuda" and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") != "true",
+        gradient_checkpointing=job.gradient_checkpointing and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") != "true",
+        train_sampling_strategy="group_by_length" if training.group_by_length else "random",
         dataloader_pin_memory=device == "cuda",
         logging_steps=1,
         # The default replaces a NaN loss in the log by an earlier value: divergence would go unseen.
@@ -70,7 +72,7 @@ def train(job: TrainingJob, dataset: "Dataset", observe: Observe) -> None:
         "or split the model over several GPUs with FSDP or DeepSpeed through training_processes.accelerate_config.",
     ):
         model = load_model(job, quantized=True)
-        trainer = trainer_class(
+        trainer = type(trainer_class.__name__, (GroupedByLength, trainer_class), {})(
             model=model,
             args=config,
             processing_class=_tokenizer(job),
@@ -98,8 +100,7 @@ def load_model(job: TrainingJob, *, quantized: bool) -> "PreTrainedModel":
     set_seed(job.random_seed)
     lora, number_format = job.training.lora, torch_dtype(job.engine)
     # Small steps vanish when bfloat16 weights are updated themselves; adapters are kept in float32 by PEFT.
-    options: dict[str, Any] = {"dtype": torch.float32 if lora is None else number_format}
-    options |= {"use_safetensors": True, "trust_remote_code": job.engine.trust_remote_code}
+    options = loading_options(job.engine) | {"dtype": torch.float32 if lora is None else number_format}
     if quantized and lora is not None and lora.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

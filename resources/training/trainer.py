@@ -25,7 +25,8 @@ from resources.storage.checkpoint_store import TRAINING_LOG, Checkpoint
 from resources.storage.files import json_sha256, write_atomically
 from resources.training.job import Kind, SurvivingUpdate, TrainingError, TrainingJob, TrainingSummary
 from resources.training.live import TRACKED, observe_asset
-from resources.training.processes import processes_to_start, refuse_missing_packages, run_in_processes
+from resources.training.memory import keeps_activations
+from resources.training.processes import least_share, processes_to_start, refuse_missing_packages, run_in_processes
 from resources.training.rows import ROWS_OF, TrainingRows
 from resources.training.run import merge_adapter, train
 from resources.training.state import newest_state
@@ -221,6 +222,7 @@ class Trainer(DeviceResource):
             processes=processes,
             launched=launched or self.own_gpu is not None,
             own_gpu=self.own_gpu,
+            gradient_checkpointing=self._gradient_checkpointing(training, Path(start.weights), processes),
             save_every_steps=self.processes.save_every_steps,
             report_to=self.processes.report_to,
             state=state,
@@ -228,6 +230,12 @@ class Trainer(DeviceResource):
             seconds_before=seconds_before,
             directory=directory,
         )
+
+    def _gradient_checkpointing(self, training: Training, start: Path, processes: int) -> bool:
+        stated = self.processes.gradient_checkpointing
+        if stated is not None or prepare_device(self.engine) == "cpu":
+            return bool(stated)
+        return not keeps_activations(self.engine, training, start, least_share(self.processes, processes))
 
 
 def _asset_in_progress() -> str | None:

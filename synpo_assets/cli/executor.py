@@ -15,6 +15,8 @@ os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # SimPO lives in trl.experimental, which is why trl is pinned exactly.
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+# The process that steps are forked from takes seconds to import: it has to notice that its run has ended before that.
+os.environ["SYNPO_RUN_PROCESS"] = str(os.getpid())
 
 PRELOADED = [
     "synpo_assets.cli.preload", "dagster._core.executor.multiprocess", "transformers.trainer", "datasets", "peft",

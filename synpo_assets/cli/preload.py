@@ -1,10 +1,12 @@
 """What every step of a run needs, made once in the process that the steps are forked from."""
 
 # ruff: noqa: E402
+import os
+
 from resources.common.processes import end_with_this_parent
 
 # First of all: else it would go on importing for seconds after its run was killed.
-end_with_this_parent()
+end_with_this_parent(int(os.environ["SYNPO_RUN_PROCESS"]))
 
 # Dagster imports the storages when it opens an instance, and pandera its checks when it validates the first table.
 import dagster._core.storage.base_storage

@@ -9,7 +9,7 @@ Where the paper drops a whole list, we drop the offending word, so that short co
 import functools
 import importlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import regex
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 NAME_LOCALES = ("en_US", "en_GB", "de_DE", "es_ES", "fr_FR", "it_IT", "pt_BR", "pl_PL", "en_IN")
 # Of letters and their marks.
 WORD = regex.compile(r"[\p{L}\p{M}]+")
+BLANK_LINES = regex.compile(r"\r?\n\s*\n")
 SHORTEST, SHORTEST_SEGMENT = 3, 2
 # A letter that no text holds. YAKE leaves out words of two letters, which most Chinese words are.
 FILLER = "\ua78f"
@@ -56,6 +57,10 @@ class Keywords:
         ]
         return kept[:count]
 
+    def of_each(self, texts: Sequence[str], count: int) -> list[tuple[str, list[str]]]:
+        """Each text with its keywords."""
+        return [(text, self.of(text, count)) for text in texts]
+
 
 def training_keywords(
     prompts: Sequence[str], keywords: Keywords, from_prompt: int, noise: int, random_seed: int
@@ -80,16 +85,21 @@ def training_keywords(
     return result
 
 
+def paragraphs_of(document: str) -> list[str]:
+    """The parts between blank lines; if there are none, the lines, as documents of web corpora have them."""
+    parts = BLANK_LINES.split(document.strip())
+    return parts if len(parts) > 1 else parts[0].splitlines()
+
+
 def paragraph_keyword_sets(
-    paragraphs: Iterator[str], keywords: Keywords, size: int, per_paragraph: int, random_seed: int
+    paragraphs: Iterable[tuple[str, list[str]]], size: int, random_seed: int
 ) -> Iterator[tuple[str, list[str]]]:
-    """Keyword sets from a stream of paragraphs, each with its paragraph; memory holds one hash per set, not the sets.
+    """Keyword sets from a stream of paragraphs with their keywords; memory holds one hash per set, not the sets.
 
     The sets of one paragraph share no keyword, and no two sets hold the same words.
     """
     seen: set[int] = set()
-    for number, paragraph in enumerate(paragraphs):
-        words = keywords.of(paragraph, size * per_paragraph)
+    for number, (paragraph, words) in enumerate(paragraphs):
         random.Random(f"{random_seed}:set:{number}").shuffle(words)
         for start in range(0, len(words) - size + 1, size):
             chosen = words[start : start + size]

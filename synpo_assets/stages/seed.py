@@ -12,8 +12,10 @@ a stopword, we drop the word.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
+import os
 import random
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +25,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
+from resources.common.processes import map_batches
 from resources.models.context import ModelContext
 from resources.models.model_source import fetch_initial_policy
 from resources.settings.method import PublishedScorer
@@ -40,11 +43,13 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.graph.tables import check
 from synpo_assets.method.chat_rows import unwritable
-from synpo_assets.method.keywords import Keywords, keyword_set, paragraph_keyword_sets
+from synpo_assets.method.keywords import Keywords, keyword_set, paragraph_keyword_sets, paragraphs_of
 from synpo_assets.method.row_lengths import Room, length_problem
 from synpo_assets.method.seed import HELD_OUT, BadRow, overlapping_rows, rows_of_templates, seed_rows
 from synpo_assets.method.verifiable import instruction_rows
 
+# A second's work, so that a small corpus starts no processes.
+PARAGRAPH_BATCH = 400
 POOL_BATCH = 10_000
 SHOWN_BAD_ROWS = 5
 SHORTER = "The limits are max_new_tokens of responses, evaluation and response_improver. "
@@ -113,13 +118,14 @@ def keyword_pool(
     """
     pool = services.settings.keyword_pool
     rows, unusable = read_rows(pool.corpus, "keyword_pool.corpus", (pool.text_column,)), list[int]()
-    sets = paragraph_keyword_sets(
+    keywords = Keywords(pool.language, pool.drop_personal_names)
+    extracted = map_batches(
+        functools.partial(keywords.of_each, count=pool.keywords_per_set * pool.sets_per_paragraph),
         _paragraphs(rows, pool.text_column, unusable),
-        Keywords(pool.language, pool.drop_personal_names),
-        pool.keywords_per_set,
-        pool.sets_per_paragraph,
-        services.settings.random_seed,
+        PARAGRAPH_BATCH,
+        services.settings.engine.threads or os.cpu_count() or 1,
     )
+    sets = paragraph_keyword_sets(extracted, pool.keywords_per_set, services.settings.random_seed)
     limited = itertools.islice(sets, pool.max_sets)
     with tempfile.TemporaryDirectory() as directory:
         version, rows_written = _write_batches(itertools.starmap(keyword_set, limited), Path(directory))
@@ -135,11 +141,11 @@ def keyword_pool(
 
 
 def _paragraphs(rows: Iterable[tuple[int, Mapping[str, Any]]], column: str, unusable: list[int]) -> Iterator[str]:
-    """The paragraphs of corpus rows; the lines of those without one are added to `unusable`."""
+    """The paragraphs of corpus rows, each a paragraph or a document; the lines of those without one are added to `unusable`."""
     for line, row in rows:
         text = row.get(column)
         if isinstance(text, str) and text.strip() and unwritable(text) is None:
-            yield text
+            yield from paragraphs_of(text)
         else:
             unusable.append(line)
 

@@ -13,7 +13,9 @@ def trainer(loss: SimPO | CPOSimPO, training: PreferenceTraining) -> tuple[type,
     """TRL's trainer on exact token ids, the class of its arguments, and the arguments of this loss."""
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-    class SimPOTrainer(ExactTokenIds, CPOTrainer):
+    from resources.training.completion_logits import CompletionLogits
+
+    class SimPOTrainer(ExactTokenIds, CompletionLogits, CPOTrainer):
         """CPOTrainer; the loss is untouched."""
 
     return SimPOTrainer, CPOConfig, {
