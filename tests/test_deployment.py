@@ -93,7 +93,7 @@ def test_everything_refers_to_what_exists():
 
 
 def test_concurrency_is_as_in_the_project_and_the_settings_load(tmp_path):
-    ours = yaml.safe_load((Path(__file__).parents[1] / "dagster.yaml").read_text())
+    ours = yaml.safe_load((Path(__file__).parents[1] / "synpo_assets/cli/dagster.yaml").read_text())
     assert INSTANCE["concurrency"] == ours["concurrency"]
     assert set(INSTANCE) == {*ours, "storage", "run_launcher"}
     (tmp_path / "settings.yaml").write_text(FILES["settings.yaml"])

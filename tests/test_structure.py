@@ -101,7 +101,7 @@ def test_the_root_holds_only_what_was_agreed():
         pytest.skip("not a git checkout")
     top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
     assert top <= {
-        "pyproject.toml", "README.md", "synpo_assets", "resources", "definitions.py", "tests", "dagster.yaml", ".ci",
+        "pyproject.toml", "README.md", "synpo_assets", "resources", "definitions.py", "tests", "constraints.txt", ".ci",
         ".gitignore", "LICENSE",
     }  # fmt: skip
 
@@ -155,7 +155,7 @@ def test_the_table_of_the_algorithm_names_the_files_that_define_its_assets():
 
 
 def test_one_iteration_at_a_time_is_configured():
-    config = yaml.safe_load((ROOT / "dagster.yaml").read_text())["concurrency"]
+    config = yaml.safe_load((ROOT / "synpo_assets/cli/dagster.yaml").read_text())["concurrency"]
     limit = config["runs"]["tag_concurrency_limits"][0]
     assert (limit["key"], limit["limit"]) == ("dagster/backfill", 1)
     assert config["pools"] == {"granularity": "op", "default_limit": 1}

@@ -138,8 +138,10 @@ def dagster_configuration(home: Path) -> str:
 
 
 def home_directory() -> Path:
-    """Where history and artifacts live: SYNPO_HOME, else `.synpo` beside `definitions.py`."""
-    return Path(os.environ.get("SYNPO_HOME", Path(__file__).parents[2] / ".synpo")).absolute()
+    """Where history and artifacts live: SYNPO_HOME, else `.synpo` in a checkout; of an installed wheel in the working directory."""
+    project = Path(__file__).parents[2]
+    beside = project if (project / "pyproject.toml").exists() else Path()
+    return Path(os.environ.get("SYNPO_HOME", beside / ".synpo")).absolute()
 
 
 def _read(path: Path) -> dict[str, Any]:

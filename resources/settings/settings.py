@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from resources.settings.cost import Cost
 from resources.settings.data import InitialPolicy, KeywordPool, SeedData
 from resources.settings.evaluation import (
     RULE_GAIN,
@@ -62,6 +63,7 @@ class Settings(Section):
     checks: Checks = Field(default_factory=Checks)
     gate: Gate = Field(default_factory=Gate)
     automation: Automation = Field(default_factory=Automation)
+    cost: Cost = Field(default_factory=Cost)
     publishing: Publishing = Field(default_factory=Publishing)
     benchmarks: Benchmarks = Field(default_factory=Benchmarks)
 

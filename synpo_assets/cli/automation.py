@@ -8,6 +8,7 @@ import dagster as dg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from resources.settings.files import settings_problem
+from synpo_assets.graph.budget import budget_refusal
 from synpo_assets.graph.history import CONSIDERED, never_began
 from synpo_assets.graph.missing import missing_assets, missing_checks
 from synpo_assets.graph.partitions import partition_key
@@ -92,6 +93,8 @@ def reason_to_wait(instance: DagsterInstance, services: Services, iteration: int
     target = min(settings.automation.target_iterations or settings.max_iterations, settings.max_iterations)
     if iteration > target:
         return f"Stopped: iteration {target} is finished, which is the target (automation.target_iterations)."
+    if spent := budget_refusal(instance, services):
+        return f"Stopped. {spent}"
     if live := instance.get_runs(RunsFilter(statuses=UNFINISHED), limit=1):
         return f"Run {live[0].run_id} is at work."
     of_iteration = instance.get_runs(RunsFilter(tags={PARTITION_TAG: partition_key(iteration)}), limit=CONSIDERED)

@@ -2,10 +2,7 @@
 
 import contextlib
 import os
-import shlex
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +22,7 @@ from synpo_assets.cli.application import (
     opened,
     services_of,
 )
-from synpo_assets.cli.home import PROJECT, chosen_settings, prepare_home
+from synpo_assets.cli.home import PROJECT, chosen_settings, interruptible, prepare_home
 from synpo_assets.publishing.forms import Format
 
 __all__ = ["app"]
@@ -49,7 +46,7 @@ def run(
     from synpo_assets.cli.runs import locked, run_missing
     from synpo_assets.cli.summary import print_summary
 
-    with _interruptible(place, iterations), locked(place), contextlib.ExitStack() as stack:
+    with interruptible(place, iterations), locked(place), contextlib.ExitStack() as stack:
         # Another first run may have made the home in the meantime, with other settings.
         settings = chosen_settings(place, preset, settings_file)
         prepare_home(place, settings)
@@ -319,16 +316,3 @@ def ui(
             "iteration, with 0001."
         )
         serve(host, port, secret)
-
-
-@contextlib.contextmanager
-def _interruptible(home: Path, iterations: int) -> Iterator[None]:
-    """Lets SIGTERM end the block as Ctrl-C does; either tells the command that goes on from there."""
-    before = signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
-    try:
-        yield
-    except KeyboardInterrupt:
-        same = shlex.join(["synpo", "run", "--home", str(home), "--iterations", str(iterations)])
-        raise KeyboardInterrupt(f"Finished work is kept, and this goes on from there: {same}") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import re
+import shlex
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,11 +82,28 @@ def prepare_home(home: Path, settings: Settings) -> None:
         (home / "settings.yaml").chmod(OWNER_ALONE)
     file = home / "dagster.yaml"
     written = dagster_configuration(home)
-    wanted = _with_storage(written or (PROJECT / "dagster.yaml").read_text(), settings.storage.dagster_database)
+    template = Path(__file__).with_name("dagster.yaml").read_text()
+    wanted = _with_storage(written or template, settings.storage.dagster_database)
     if wanted != written:
         write_atomically(file, wanted.encode())
         file.chmod(OWNER_ALONE)
     os.environ["SYNPO_HOME"] = os.environ["DAGSTER_HOME"] = str(home)
+
+
+@contextlib.contextmanager
+def interruptible(home: Path, iterations: int) -> Iterator[None]:
+    """Lets SIGTERM end the block as Ctrl-C does; either tells the command that goes on from there."""
+    # A shell script that starts it with `&`, as a batch job does, has it ignore Ctrl-C.
+    ends = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(each, signal.default_int_handler) for each in ends]
+    try:
+        yield
+    except KeyboardInterrupt:
+        same = shlex.join(["synpo", "run", "--home", str(home), "--iterations", str(iterations)])
+        raise KeyboardInterrupt(f"Finished work is kept, and this goes on from there: {same}") from None
+    finally:
+        for each, handler in zip(ends, before, strict=True):
+            signal.signal(each, handler)
 
 
 def _with_storage(configuration: str, database: str | None) -> str:

@@ -251,6 +251,10 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     facts.add_row("gate", gate_power(counts["dev"], settings.gate.minimum, settings.gate.error_rate))
     facts.add_row("M_0", f"{named}{where}")
     facts.add_row("device", f"{device}, {os.cpu_count()} cores")
+    if settings.cost.budget_seconds is not None:
+        facts.add_row(
+            "budget", f"{settings.cost.stop_after}, for all runs of the home together; then no further step begins"
+        )
     facts.add_row("disk", f"about {decimal(disk)} for all iterations" if cached else "unknown until M_0 is downloaded")
     console.print(facts)
     console.print(_cost(sizes_of(settings, seed, instructions), *known_rates(calibration, cached, device)))
@@ -280,11 +284,14 @@ def _cost(sizes: Sizes, rates: Mapping[Kind, Rate] | None, basis: str) -> Table:
     phases[f"all {last} iterations"] = (repeated, list(range(1, last + 1)))
     caption = f"Tokens are upper bounds (every completion as long as allowed). Time: {basis}"
     table = Table(title="Expected work", title_justify="left", caption=caption, caption_justify="left")
-    for column in ("", "tokens written", "tokens trained on", "tokens scored", "time"):
+    cost = sizes.settings.cost
+    money = ["cost"] if cost.per_hour else []
+    for column in ("", "tokens written", "tokens trained on", "tokens scored", "time", *money):
         table.add_column(column, justify="right")
     for phase, (items, iterations) in phases.items():
         every = [(item, iteration) for item in items for iteration in iterations]
         tokens = [sum(item.in_iteration(t) for item, t in every if item.kind == kind) for kind in get_args(Kind)]
-        time = "?" if rates is None else duration(sum(seconds(item, rates, t) for item, t in every))
-        table.add_row(phase, *(f"{count:,.0f}" for count in tokens), time)
+        taken = None if rates is None else sum(seconds(item, rates, t) for item, t in every)
+        times = ["?"] * (1 + len(money)) if taken is None else [duration(taken), cost.money(taken)][: 1 + len(money)]
+        table.add_row(phase, *(f"{count:,.0f}" for count in tokens), *times)
     return table

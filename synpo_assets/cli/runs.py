@@ -20,6 +20,7 @@ from resources.settings.sections import SettingsError
 from resources.storage.files import remove_abandoned
 from synpo_assets.cli.automation import ALL_ASSETS_JOB
 from synpo_assets.cli.healing import damaged_assets
+from synpo_assets.graph.budget import SPENT, budget_refusal
 from synpo_assets.graph.missing import VERDICTS, missing_assets, missing_checks, outdated_assets
 from synpo_assets.graph.outlook import ITERATIONS_TAG
 from synpo_assets.graph.partitions import partition_key
@@ -118,6 +119,8 @@ def _run(instance: DagsterInstance, services: Services, partition: str | None, i
     checks = missing_checks(instance, services, partition, names)
     if not (names or checks):
         return True
+    if spent := budget_refusal(instance, services):
+        raise FinalError(spent)
     tags = {FOREGROUND_TAG: "true", ITERATIONS_TAG: str(iterations)}
     if partition is not None:
         tags |= {PARTITION_TAG: partition}
@@ -138,6 +141,8 @@ def _run(instance: DagsterInstance, services: Services, partition: str | None, i
                 sentence = failure_sentence(event)
                 if (reason := full_disk(sentence)) is not None:
                     raise FinalError(DISK_IS_FULL.format(reason))
+                if SPENT in sentence and (spent := budget_refusal(instance, services)):
+                    raise FinalError(spent)
                 logging.getLogger("synpo").error(sentence)
                 told = True
             elif event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:

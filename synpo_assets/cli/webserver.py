@@ -64,7 +64,9 @@ def serve(host: str, port: int, token: str | None = None) -> None:
     if token is not None:
         os.environ[TOKEN] = token
     dev.open_ipc_subprocess = _start
-    dg(["dev", "--host", host, "--port", str(port)])
+    # A checkout says in its pyproject.toml what to load; an installed wheel has none.
+    code = [] if Path("pyproject.toml").exists() else ["-m", "definitions"]
+    dg(["dev", *code, "--host", host, "--port", str(port)])
 
 
 def _start(parts: Sequence[str], **kwargs: Any) -> subprocess.Popen[Any]:

@@ -16,11 +16,13 @@ from dagster._core.definitions.definition_config_schema import IDefinitionConfig
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from resources.common.errors import FinalError
 from resources.common.processes import end_soon_after_interrupt
 from resources.common.progress import Progress
 from resources.settings.files import OF_THE_HOME, changed_settings, changes_between, settings_problem
 from resources.settings.sections import SettingsError, sections_in
 from resources.settings.settings import Settings
+from synpo_assets.graph.budget import budget_refusal
 from synpo_assets.graph.outlook import told
 from synpo_assets.graph.services import Services
 
@@ -77,6 +79,10 @@ def run_resources(services: Services, rebuild: Rebuild) -> dict[str, dg.Resource
         end_soon_after_interrupt()
         chosen = opened(context.resources.changes)
         of_this_run = dataclasses.replace(chosen, checkpoints=chosen.checkpoints.of_run(context.run_id))
+        # `synpo run` asks by itself before each run, and needs the resources once more to tell how a run ended.
+        instance = context.instance if multiprocessing.parent_process() and context.run else None
+        if instance and (spent := budget_refusal(instance, of_this_run)):
+            raise FinalError(spent)
         with told(context, of_this_run), Progress(None, "At work", logger):
             yield of_this_run
         of_this_run.trainer.forget_finished()

@@ -1,6 +1,7 @@
 """What Dagster's event log knows about an asset: its newest materialization, its run and time, and its checks."""
 
 import itertools
+import time
 from collections.abc import Iterator
 
 import dagster as dg
@@ -73,6 +74,12 @@ def seconds_of(instance: DagsterInstance, asset: str, partition: str | None) -> 
         if stats.start_time and stats.end_time:
             return stats.end_time - stats.start_time
     return 0.0
+
+
+def seconds_so_far(context: dg.AssetExecutionContext) -> float:
+    """How long the running step has been at work."""
+    stats = context.instance.get_run_step_stats(context.run_id, step_keys=[context.asset_key.to_user_string()])
+    return sum(time.time() - each.start_time for each in stats if each.start_time)
 
 
 def failed_checks(instance: DagsterInstance, graph: AssetGraph, asset: str, partition: str | None) -> list[str]:

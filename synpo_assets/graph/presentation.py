@@ -15,7 +15,7 @@ from resources.models.device import peak_memory
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.job import TrainingSummary
 from synpo_assets.graph.curves import training_curves
-from synpo_assets.graph.history import data_version_of, newest
+from synpo_assets.graph.history import data_version_of, newest, seconds_so_far
 from synpo_assets.graph.metrics import WORK, Metric, record
 from synpo_assets.graph.partitions import partition_of
 from synpo_assets.graph.services import Services
@@ -105,7 +105,9 @@ def _recorded(
     record(services.metrics, context.asset_key.to_user_string(), partition_of(context), rows)
     headlines = {name: shown[name] for name in HEADLINES if name in shown}
     figures = {"metrics": _metrics_table([row for row in rows if row.metric not in WORK], shown)}
-    work = {"work": _metrics_table([row for row in rows if row.metric in WORK], shown)}
+    work: dict[str, Any] = {"work": _metrics_table([row for row in rows if row.metric in WORK], shown)}
+    if services.settings.cost.per_hour:
+        work["cost"] = services.settings.cost.text(seconds_so_far(context))
     made_with = {"made_with": ", ".join(services.changes)} if _version_tags(context, services) else {}
     made = made_with | record_settings(context, services) | {"made_from": made_from(context)}
     # Once more as numbers, which the UI draws over iterations.

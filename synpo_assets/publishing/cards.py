@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 import yaml
 
+from resources.common.text import duration
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.rows import Row, report_rows
 from synpo_assets.reports.search import HEAD, candidate_rows, metric_name, search_of
@@ -36,6 +37,14 @@ class CardData:
     iterations: Sequence[FinishedIteration]
     scorer: str
     sample: str
+
+    @property
+    def cost(self) -> str | None:
+        """What each iteration cost, as a sentence; None if the settings do not say what an hour costs."""
+        costs = [
+            f"iteration {each.number} {each.cost} ({duration(each.seconds)})" for each in self.iterations if each.cost
+        ]
+        return f"What the machine cost: {', '.join(costs)}." if costs else None
 
     @property
     def metrics(self) -> str:

@@ -104,10 +104,12 @@ def read_iteration(instance: dg.DagsterInstance, services: Services, key: str) -
     metrics, sentence = recorded(services.metrics, key).without(LAST), judge_doubt(services.metrics)
     manifest = services.checkpoints.manifest("model_checkpoint", key) or {}
     refused = (promoted := metrics.find("promoted", "candidate")) is not None and not promoted.value
+    seconds = sum(seconds_of(instance, asset, key) for asset in metrics.assets)
     return FinishedIteration(
         key=key,
         metrics=metrics.without_rates_by(INDEPENDENT) if sentence else metrics,
-        seconds=sum(seconds_of(instance, asset, key) for asset in metrics.assets),
+        seconds=seconds,
+        cost=services.settings.cost.money(seconds),
         pairs=services.tables.read("preference_pairs", key),
         training_log=services.checkpoints.training_log("model_checkpoint", key),
         reward_axis=loss_module(services.settings.preference_optimization.loss.kind).REWARD_AXIS,

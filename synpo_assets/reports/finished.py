@@ -28,6 +28,7 @@ class FinishedIteration:
         settings: What its assets read of the settings, by dotted name.
         refusal: Why M_t was not promoted, as a sentence; None if it was, or was not judged.
         judge_doubt: Why the independent judge's win rates say nothing and are left out, as a sentence; None if they are not.
+        cost: What its steps cost; None if the settings do not say what an hour costs.
     """
 
     key: str
@@ -40,6 +41,7 @@ class FinishedIteration:
     settings: Mapping[str, str]
     refusal: str | None
     judge_doubt: str | None = None
+    cost: str | None = None
 
     @property
     def number(self) -> int:

@@ -194,6 +194,7 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
     for what, metric in totals.items():
         yield "Work", f"tokens {what}", _total(metric)
     yield "Work", "seconds", lambda iteration: count_text(round(iteration.seconds))
+    yield "Work", "cost", lambda iteration: iteration.cost or MISSING
     yield "Work", "largest memory of a process, GB", _largest("peak_memory_gb")
     yield "Work", "largest GPU memory of a process, GB", _largest("peak_gpu_memory_gb")
 
