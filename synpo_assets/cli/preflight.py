@@ -228,7 +228,7 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
         refuse_too_little_memory(settings, initial)
     device = prepare_device(settings.engine)
     counts = dict.fromkeys(("train", "scorer", "judge", *HELD_OUT), 0) | dict(seed["split"].value_counts().iter_rows())
-    named = "" if str(cached) == settings.initial_policy.name else f"{settings.initial_policy.name}, "
+    named = "" if str(cached) == settings.initial_policy.title else f"{settings.initial_policy.title}, "
     where = f"on this machine, {cached}" if cached else "not on this machine yet: the first run downloads it"
     refuse_small_budget(sizes_of(settings, seed, instructions))
     facts = Table.grid(padding=(0, 2))
