@@ -18,6 +18,7 @@ What is measured of M_t, and whether it enters the next iteration, is in evaluat
 
 from resources.settings.settings import Settings
 from synpo_assets.evaluation import (
+    agreement,
     benchmarks,
     diversity,
     equal_steps,
@@ -40,6 +41,7 @@ from synpo_assets.stages import (
     prompts,
     ranked_samples,
     responses,
+    reviews,
     scorers,
     seed,
 )
@@ -71,4 +73,11 @@ def stages_of(settings: Settings) -> list[Stage]:
     controls = [equal_steps] if settings.preference_optimization.equal_steps_control else []
     if settings.trains_improver and settings.response_improver.damaged_copies:
         controls.append(improver_edits)
+    if settings.preferences.reviewed:
+        controls += [reviews, agreement]
     return stages_in([*sides, *algorithm, *MEASURES, *controls])
+
+
+def sides_of(settings: Settings) -> dict[str, str]:
+    """The assets that make the two sides of a pair, by the names that other stages have for them."""
+    return {stage.side: stage.name for stage in stages_of(settings) if stage.side}

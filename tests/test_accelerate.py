@@ -148,11 +148,20 @@ def test_a_training_whose_result_was_lost_is_not_done_again(tmp_path, nano_check
 
 
 @pytest.mark.slow
-def test_two_states_are_kept_and_short_trainings_save_none(tmp_path, nano_checkpoint, stop_after):
+def test_two_states_are_kept_the_older_of_which_stands_in_for_a_damaged_one(
+    tmp_path, nano_checkpoint, stop_after, said
+):
     with stop_after(7):
         sft(trainer(tmp_path / "states", save_every_steps=2), nano_checkpoint, tmp_path / "a")
-    assert sorted(state.name for state in tmp_path.glob("states/*/checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    states = sorted(tmp_path.glob("states/*/checkpoint-*"))
+    assert [state.name for state in states] == ["checkpoint-4", "checkpoint-6"]
+    with (states[1] / "optimizer.pt").open("r+b") as file:
+        file.write(b"damage")
+    sft(trainer(tmp_path / "states", save_every_steps=2), nano_checkpoint, tmp_path / "resumed")
+    assert "Training goes on after step 4, from the state that an earlier run saved." in said
+    assert list(tmp_path.glob("states/*/step-6.damaged"))
     sft(trainer(tmp_path / "short", save_every_steps=STEPS + 1), nano_checkpoint, tmp_path / "b")
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "b")
     assert list(tmp_path.glob("short/*/checkpoint-*")) == []
 
 

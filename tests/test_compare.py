@@ -9,7 +9,8 @@ import yaml
 from typer.testing import CliRunner
 
 from resources.settings.files import load_settings
-from synpo_assets.cli.commands import _services, app
+from synpo_assets.cli.application import services_of
+from synpo_assets.cli.commands import app
 from synpo_assets.graph.used_settings import SCHEMA
 from synpo_assets.reports.compare import compared
 from tests.nano import nano_settings, write_settings
@@ -73,10 +74,10 @@ def test_it_shows_what_differs_and_what_came_of_it(homes, tmp_path):
 def test_a_password_is_not_shown(homes, tmp_path):
     place = shutil.copytree(homes[1], tmp_path / "c")
     settings = yaml.safe_load((place / "settings.yaml").read_text())
-    assert compared([homes[1], place], _services)[0] == {}
+    assert compared([homes[1], place], services_of)[0] == {}
     settings["storage"]["dagster_database"] = "postgresql://u:secret@h/d"
     write_settings(place / "settings.yaml", settings)
-    differing, _ = compared([homes[1], place], _services)
+    differing, _ = compared([homes[1], place], services_of)
     assert differing == {"storage.dagster_database": ["not shown", "not shown"]}
 
 

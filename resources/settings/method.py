@@ -238,6 +238,13 @@ class Preferences(Section):
         "left differs less by length. None: none are dropped (paper).",
     )
     pairs_per_iteration: int = Field(ge=1, description="Pairs kept per iteration, a random sample. Paper: 10,000.")
+    reviewed: str | None = Field(
+        None,
+        pattern=r"(?i)\.(csv|jsonl|parquet)$",
+        description="A .csv, .jsonl or .parquet file (relative to the settings file) of what people say of pairs, as `synpo export "
+        "--format review` writes it and they fill it in: a verdict for the chosen answer confirms a pair, one for the other answer "
+        "exchanges the two, and tie, neither or both drops it. None: nobody reads pairs (paper).",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:

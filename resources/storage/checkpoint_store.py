@@ -160,9 +160,7 @@ class CheckpointStore(dg.IOManager):
         manifest = manifest_pointed_to(self._pointer(asset, partition), self._root, asset, partition)
         if damaged := damaged_file(self._root / manifest.directory, manifest):
             raise DamageError(f"{damaged} of {label} is missing or has changed size", label)
-        if self._is_remote:
-            self._fetch(manifest.directory, manifest.label)
-        found = open_checkpoint(self._local / manifest.directory)
+        found = self._opened(manifest.directory, manifest.label)
         if self._run_id is not None and _text_of(Path(found.directory) / VERIFIED) != self._run_id:
             self.verify(found)
             write_atomically(Path(found.directory) / VERIFIED, self._run_id.encode())
@@ -179,6 +177,17 @@ class CheckpointStore(dg.IOManager):
         """The manifest of the checkpoint with these weights, current or superseded; None if it is gone."""
         files = sorted(self._root.glob(f"*/*/{sha[:16]}/{MANIFEST}"), key=str)
         return json.loads(files[0].read_text()) if files else None
+
+    def with_sha(self, asset: str, beginning: str) -> list[Checkpoint]:
+        """The checkpoints of an asset, current or superseded, whose sha begins so, in all its iterations."""
+        files = sorted(self._root.glob(f"{asset}/*/*/{MANIFEST}"), key=str)
+        found = [file for file in files if json.loads(file.read_text())["sha"].startswith(beginning)]
+        return [self._opened(f"{asset}/{file.parent.parent.name}/{file.parent.name}", asset) for file in found]
+
+    def _opened(self, name: str, label: str) -> Checkpoint:
+        if self._is_remote:
+            self._fetch(name, label)
+        return open_checkpoint(self._local / name)
 
     def training_log(self, asset: str, partition: str | None) -> list[dict[str, Any]]:
         """What the trainer of the current checkpoint logged, one entry per step; empty if it is gone or was not trained."""

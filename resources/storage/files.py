@@ -13,7 +13,6 @@ from typing import IO, Any
 from upath import UPath
 
 AnyPath = Path | UPath
-BLOCK_BYTES = 8 * 2**20
 # Ends the name of what was found damaged, and is kept for whoever wants to look.
 DAMAGED = ".damaged"
 
@@ -119,11 +118,8 @@ def is_abandoned(directory: AnyPath) -> bool:
 
 def file_sha256(path: AnyPath) -> str:
     """The sha256 of a file's bytes, as 64 hex digits."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def json_sha256(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Tables as parquet files, one folder per asset and one file per iteration, each with a checksum beside it."""
 
+import hashlib
 import io
 from typing import IO, Any
 
@@ -10,7 +11,7 @@ from upath import UPath
 
 from resources.common.errors import DamageError
 from resources.common.text import asset_label, visible
-from resources.storage.files import BLOCK_BYTES, opened_atomically, storage_root, write_atomically
+from resources.storage.files import opened_atomically, storage_root, write_atomically
 
 SAMPLE_ROWS = 5
 SHOWN_CHARACTERS = 300
@@ -158,9 +159,7 @@ def _opened(path: UPath, label: str) -> IO[bytes]:
         raise DamageError(f"A directory lies in the place of the table {path} of {label}", label) from None
     # Tables of earlier versions have none.
     if expected is not None:
-        hashed = xxhash.xxh3_128()
-        while block := file.read(BLOCK_BYTES):
-            hashed.update(block)
+        hashed = hashlib.file_digest(file, xxhash.xxh3_128)  # type: ignore[arg-type]
         file.seek(0)
         if hashed.hexdigest() != expected:
             raise _damaged(path, label)

@@ -1,99 +1,34 @@
-"""The command `synpo`: run, check, ui, rows, trace, compare, export, clean."""
+"""The command `synpo`: init, run, check, ui, ask, rows, trace, compare, export, clean."""
 
 import contextlib
-import importlib.metadata
 import os
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from resources.common.errors import DISK_IS_FULL, FinalError, full_disk
+from resources.common.errors import FinalError
 from resources.models.model_source import ModelSourceError
-from resources.settings.files import home_directory
 from resources.settings.sections import SettingsError
-from resources.settings.settings import Settings
+from synpo_assets.cli.application import (
+    Home,
+    Preset,
+    SettingsFile,
+    app,
+    chosen,
+    command,
+    existing,
+    opened,
+    services_of,
+)
 from synpo_assets.cli.home import PROJECT, chosen_settings, prepare_home
 from synpo_assets.publishing.forms import Format
 
-if TYPE_CHECKING:
-    from synpo_assets.graph.services import Services
-
-
-class _Help:
-    """Help in which a flag, which takes no value, shows no type of one."""
-
-    def get_params(self, ctx: Any) -> Any:
-        """The options of a command, `--help` among them."""
-        options = super().get_params(ctx)  # type: ignore[misc]
-        for option in options:
-            if getattr(option, "is_flag", False):
-                option.metavar = ""
-        return options
-
-
-class Command(_Help, typer.core.TyperCommand):
-    """One command."""
-
-
-class Commands(_Help, typer.core.TyperGroup):
-    """The commands; an error that the user can mend is printed as its sentence, with exit code 2."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Runs a command."""
-        try:
-            return super().invoke(ctx)
-        except (SettingsError, ModelSourceError, FinalError) as error:
-            typer.echo(f"synpo: {error}", err=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt as interrupt:
-            continues = str(interrupt) or "Give the same command again."
-            typer.echo(f"synpo: interrupted. {continues}", err=True)
-            raise typer.Exit(130) from None
-        except Exception as error:
-            if (reason := full_disk(error)) is None:
-                raise
-            typer.echo(f"synpo: {DISK_IS_FULL.format(reason)}", err=True)
-            raise typer.Exit(2) from None
-
-
-app = typer.Typer(
-    cls=Commands,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-
-
-def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a function a command, with examples at the end of its help."""
-    return app.command(cls=Command, epilog="\n\n".join(["Examples:", *examples]))
-
-
-def _print_version(is_asked: bool) -> None:
-    if is_asked:
-        typer.echo(f"synpo {importlib.metadata.version('synpo')}")
-        raise typer.Exit
-
-
-@app.callback(epilog="Examples:\n\nsynpo run --preset laptop\n\nsynpo ui\n\nsynpo run --help")
-def synpo(
-    version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None:
-    """SynPO: a language model boosts itself with synthetic preference data."""
-
-
-Preset = Annotated[
-    str | None, typer.Option(help="laptop, single_gpu, paper_mistral or paper_llama3. A new home starts from laptop.")
-]
-SettingsFile = Annotated[Path | None, typer.Option("--settings", help="A settings file of your own (YAML).")]
-Home = Annotated[
-    Path | None, typer.Option(help="Where history and artifacts live. Default: SYNPO_HOME, else .synpo in the project.")
-]
+__all__ = ["app"]
 
 
 @command("synpo run --preset laptop", "synpo run --settings mine.yaml --home runs/mine --iterations 4")
@@ -104,7 +39,7 @@ def run(
     iterations: Annotated[int, typer.Option(help="Make sure that iterations 1 to N exist.")] = 1,
 ) -> None:
     """Materialize whatever of iterations 1 to N is missing, in order, in the foreground."""
-    settings, place = _chosen(home, preset, settings_file)
+    settings, place = chosen(home, preset, settings_file)
     from synpo_assets.cli.preflight import check_before_run, keep_expected_seconds
 
     data = check_before_run(settings, place, iterations)
@@ -120,7 +55,7 @@ def run(
         prepare_home(place, settings)
         start_preloading()
         keep_expected_seconds(settings, place, *data)
-        services = _services(settings, place)
+        services = services_of(settings, place)
         instance = stack.enter_context(DagsterInstance.get())
         if not run_missing(instance, services, iterations):
             typer.echo(
@@ -130,6 +65,57 @@ def run(
             )
             raise typer.Exit(1)
         print_summary(instance, services, iterations)
+
+
+@command(
+    "synpo init mine.yaml --data questions.jsonl",
+    "synpo init mine.yaml --data questions.csv --model org/name@4f2c9e1 --minutes 30 --no-gpu",
+    "synpo init --presets",
+)
+def init(
+    output: Annotated[Path | None, typer.Argument(help="The settings file to write; it must not exist.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Questions with good answers: a .jsonl, .csv or .parquet file.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="M_0: a folder, or a hub id such as org/name@revision. Default: the preset's.")
+    ] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column of the question. Default: by its name.")] = None,
+    answer_column: Annotated[str | None, typer.Option(help="Column of the answer. Default: by its name.")] = None,
+    gpu: Annotated[
+        bool | None, typer.Option("--gpu/--no-gpu", help="Whether there is a GPU. Default: what this machine has.")
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="How long one iteration with all before it may take. Default: as in the preset."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="The preset to start from. Default: single_gpu with a GPU, else laptop.")
+    ] = None,
+    presets: Annotated[bool, typer.Option("--presets", help="List the presets and exit.")] = False,
+) -> None:
+    """Write a commented settings file for your model and data; on a terminal, what is not stated is asked for."""
+    from synpo_assets.cli.start import print_presets, write_settings_file
+
+    if presets:
+        print_presets()
+        return
+    asks = sys.stdin.isatty()
+    if asks:
+        output = output or typer.prompt("settings file to write", default="mine.yaml", type=Path)
+        data = data or typer.prompt("file of questions with answers", type=Path)
+        model = (
+            model
+            or typer.prompt("model (folder or hub id; empty: the preset's)", default="", show_default=False)
+            or None
+        )
+        minutes = minutes or typer.prompt("minutes for one iteration (0: as in the preset)", default=0.0) or None
+    if output is None or data is None:
+        raise SettingsError(
+            "Name the settings file to write and the --data: synpo init mine.yaml --data questions.jsonl"
+        )
+    confirm = (lambda what, proposal: typer.prompt(what, default=proposal)) if asks else None
+    write_settings_file(output, data, model, preset, (prompt_column, answer_column), gpu, minutes, confirm)
 
 
 @command("synpo check", "synpo check --settings mine.yaml", "synpo check --home runs/mine --calibrate")
@@ -149,28 +135,64 @@ def check(
     """Validate settings, seed data and hardware, and estimate tokens, time and disk; loads a model only to calibrate."""
     from synpo_assets.cli.preflight import print_check
 
-    print_check(*_chosen(home, preset, settings_file), calibrate)
+    print_check(*chosen(home, preset, settings_file), calibrate)
 
 
 @command(
     "synpo export --format trl --output pairs.parquet",
     "synpo export --format axolotl --output exported --only 2,3 --home runs/mine",
+    "synpo export --format review --output review.csv --iteration 2",
 )
 def export(
-    form: Annotated[Format, typer.Option("--format", help="The trainer that shall read the pairs.")],
+    form: Annotated[
+        Format, typer.Option("--format", help="The trainer that shall read the pairs; review: people, in a table.")
+    ],
     output: Annotated[
-        Path, typer.Option(help="A folder, or a .jsonl file; for trl also a .parquet file, for openai a .jsonl file.")
+        Path,
+        typer.Option(
+            help="A folder, or a .jsonl file; for trl also a .parquet file, for openai a .jsonl file, for review a .csv file."
+        ),
     ],
     home: Home = None,
     only: Annotated[
-        str | None, typer.Option(help="Only the pairs of these iterations, such as 2,3. Default: of all.")
+        str | None,
+        typer.Option("--only", "--iteration", help="Only the pairs of these iterations, such as 2,3. Default: of all."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
 ) -> None:
-    """Write the preference pairs in the form that another trainer reads."""
+    """Write the preference pairs in the form that another trainer reads, or people who shall say which answer is better."""
     from synpo_assets.publishing.export import print_export
 
-    print_export(*_existing(home), form, only, output, overwrite)
+    print_export(*existing(home), form, only, output, overwrite)
+
+
+@command(
+    'synpo ask "Why is the sky blue?"',
+    "synpo ask --models 0,2 --home runs/mine",
+    "synpo ask --file prompts.jsonl --output answers.jsonl",
+)
+def ask(
+    prompt: Annotated[
+        str | None, typer.Argument(help="A question. Without one and without --file, you are asked.")
+    ] = None,
+    home: Home = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            help="Which two answer, by iteration (0 is M_0) or the beginning of a sha: 0,2. Default: M_0 and the newest M_t."
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Prompts to answer: a .jsonl file with a `prompt` in each line.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write prompts and answers into this .jsonl file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Have M_0 and M_t answer the same prompts side by side; the judge of the home says which answer it prefers."""
+    services = opened(home)
+    from synpo_assets.cli.ask import ask as answer
+
+    answer(services, prompt, models, file, output, overwrite)
 
 
 @command("synpo clean --home runs/mine", "synpo clean --home runs/mine --delete")
@@ -254,7 +276,7 @@ def compare(
     """Put finished iterations of one home or several beside each other: settings that differ, and figures."""
     from synpo_assets.reports.compare import print_comparison
 
-    print_comparison(homes, _services, output, overwrite)
+    print_comparison(homes, services_of, output, overwrite)
 
 
 @command("synpo ui", "synpo ui --settings mine.yaml --home runs/mine --port 3001")
@@ -274,7 +296,7 @@ def ui(
     from synpo_assets.cli.webserver import address, new_secret, serve
 
     secret = new_secret(host, token)
-    settings, place = _chosen(home, preset, settings_file)
+    settings, place = chosen(home, preset, settings_file)
     from synpo_assets.cli.preflight import check_data_and_training, check_storage, keep_expected_seconds
 
     check_storage(settings.storage)
@@ -297,41 +319,6 @@ def ui(
             "iteration, with 0001."
         )
         serve(host, port, secret)
-
-
-def opened(home: Path | None) -> "Services":
-    """The services of a home that exists, with Dagster set to its history."""
-    settings, place = _existing(home)
-    prepare_home(place, settings)
-    return _services(settings, place)
-
-
-def _chosen(home: Path | None, preset: str | None = None, settings_file: Path | None = None) -> tuple[Settings, Path]:
-    place = home.absolute() if home else home_directory()
-    return chosen_settings(place, preset, settings_file), place
-
-
-def _existing(home: Path | None) -> tuple[Settings, Path]:
-    """The settings and place of a home that exists, once its storage has answered."""
-    settings, place = _chosen(home)
-    if not (place / "settings.yaml").exists():
-        raise SettingsError(
-            f"{place} is not the home of an experiment: it holds no settings.yaml. Name the right one with --home, or make "
-            "this one with `synpo run`."
-        )
-    from synpo_assets.cli.preflight import check_storage
-
-    check_storage(settings.storage)
-    return settings, place
-
-
-def _services(settings: Settings, home: Path) -> "Services":
-    """The services of an experiment, with the graph that its settings make."""
-    # The code location reads the settings of one home when it loads: it shall be one that is asked for.
-    os.environ.setdefault("SYNPO_HOME", str(home.absolute()))
-    from definitions import build
-
-    return build(settings, home)[1]
 
 
 @contextlib.contextmanager

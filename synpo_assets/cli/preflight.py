@@ -31,10 +31,11 @@ from resources.settings.sections import SettingsError, nearest
 from resources.settings.settings import Settings
 from resources.storage.files import storage_root, write_atomically
 from resources.storage.seed_source import read_rows
+from resources.storage.tables import ParquetTables
 from resources.training.memory import refuse_too_little_memory
 from resources.training.processes import processes_to_start, refuse_missing_packages
 from resources.training.state import KEPT_STATES
-from synpo_assets.algorithm import stages_of
+from synpo_assets.algorithm import sides_of, stages_of
 from synpo_assets.cli.calibration import Calibration, calibrate, known_calibration
 from synpo_assets.cli.estimate import Rate, expected_work, rates_on_cpu, seconds, sizes_of
 from synpo_assets.evaluation.benchmarks import questions_of
@@ -45,6 +46,7 @@ from synpo_assets.method.gate import gate_power
 from synpo_assets.method.seed import HELD_OUT, BadRow
 from synpo_assets.method.verifiable import has_rules
 from synpo_assets.stages.optimization import optimization_cost
+from synpo_assets.stages.reviews import check_verdicts
 from synpo_assets.stages.seed import seed_table, verifiable_table
 
 CONNECT_SECONDS = 10
@@ -63,6 +65,7 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> tup
         )
     check_data_and_training(settings)
     check_storage(settings.storage)
+    check_reviews(settings, home)
     check_disk(settings, home)
     initial, _ = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
     # What its context does not hold, and what its training takes, is known only now.
@@ -88,6 +91,11 @@ def read_seed(settings: Settings, initial: Path | None) -> tuple[pl.DataFrame, l
     seed, dropped = seed_table(settings, weights)
     shown_seed_prompts(settings, seed)
     return seed, dropped, verifiable_table(settings, weights)[0].height
+
+
+def check_reviews(settings: Settings, home: Path) -> str | None:
+    """What the verdicts of people are about, as a sentence; refuses a file of them that is wrong."""
+    return check_verdicts(settings, ParquetTables(f"{settings.storage.root(home)}/tables"), sides_of(settings))
 
 
 def check_training(settings: Settings) -> None:
@@ -217,6 +225,7 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     """Prints what was validated and what the run will cost; loads no model and writes nothing, unless asked to measure."""
     console = Console(soft_wrap=True)
     seed, dropped, instructions = check_data_and_training(settings)
+    reviewed = check_reviews(settings, home)
     check_disk(settings, home)
     calibration = calibrate(settings, seed) if measure else known_calibration(settings)
     # After the measurement, which downloads M_0: only then is its size known.
@@ -228,7 +237,7 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
         refuse_too_little_memory(settings, initial)
     device = prepare_device(settings.engine)
     counts = dict.fromkeys(("train", "scorer", "judge", *HELD_OUT), 0) | dict(seed["split"].value_counts().iter_rows())
-    named = "" if str(cached) == settings.initial_policy.title else f"{settings.initial_policy.title}, "
+    named = "" if str(cached) == settings.initial_policy.name else f"{settings.initial_policy.name}, "
     where = f"on this machine, {cached}" if cached else "not on this machine yet: the first run downloads it"
     refuse_small_budget(sizes_of(settings, seed, instructions))
     facts = Table.grid(padding=(0, 2))
@@ -237,6 +246,8 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     shares = f"{counts['train']} train{aside}, {counts['dev']} dev, {counts['test']} test"
     ruled = f" {count} rows with rules;" if (count := has_rules(seed).sum()) else ""
     facts.add_row("seed", f"{shares}, {len(dropped)} dropped;{ruled} {instructions} verifiable instructions")
+    if reviewed:
+        facts.add_row("reviewed", reviewed)
     facts.add_row("gate", gate_power(counts["dev"], settings.gate.minimum, settings.gate.error_rate))
     facts.add_row("M_0", f"{named}{where}")
     facts.add_row("device", f"{device}, {os.cpu_count()} cores")

@@ -20,7 +20,7 @@ from resources.settings.sections import SettingsError
 from resources.storage.files import remove_abandoned
 from synpo_assets.cli.automation import ALL_ASSETS_JOB
 from synpo_assets.cli.healing import damaged_assets
-from synpo_assets.graph.missing import missing_assets, missing_checks, outdated_assets
+from synpo_assets.graph.missing import VERDICTS, missing_assets, missing_checks, outdated_assets
 from synpo_assets.graph.outlook import ITERATIONS_TAG
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
@@ -149,7 +149,9 @@ def _run(instance: DagsterInstance, services: Services, partition: str | None, i
             raise KeyboardInterrupt
         if not (result.success or told):
             logging.getLogger("synpo").error("The run ended before its steps could say why. %s", KILLED)
-        return result.success
+        succeeded = result.success
+    # Only now is it known whether the verdicts of this iteration are others than its pairs were made with.
+    return succeeded and (VERDICTS not in names or _run(instance, services, partition, iterations))
 
 
 def _ended_early(event: dg.DagsterEvent) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from resources.settings.settings import Settings
-from resources.storage.files import json_sha256
+from resources.storage.files import file_sha256, json_sha256
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.tables import Table
 
@@ -27,6 +27,8 @@ NOT_FOLLOWED = ("synpo_assets.graph", "resources.common", "resources.settings", 
 FOLLOWED = ("resources.storage.seed_source",)
 TEMPLATE_SUFFIXES = (".jinja", ".yaml")
 VERSION_DIGITS = 12
+# A setting that names a file whose content decides what is made.
+REVIEWED = "preferences.reviewed"
 Scope = frozenset[str]
 
 
@@ -55,6 +57,7 @@ def code_version(
         "schema": schema and _constraints(schema),
         "settings": read,
         "templates": [_hash(Path(path).read_text()) for path in _template_files(read)],
+        **_reviewed(read),
     }
     return json_sha256(decided)[:VERSION_DIGITS]
 
@@ -273,6 +276,12 @@ def _template_files(value: Any) -> Iterator[str]:
             yield from _template_files(each)
     elif isinstance(value, str) and value.endswith(".jinja") and Path(value).is_file():
         yield value
+
+
+def _reviewed(read: dict[str, Any]) -> dict[str, str]:
+    """The content of the file of verdicts, where a stage reads the setting that names it."""
+    place = read.get(REVIEWED)
+    return {"reviewed": file_sha256(Path(place))} if place and Path(place).is_file() else {}
 
 
 def _hash(text: str) -> str:

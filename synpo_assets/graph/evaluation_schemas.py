@@ -6,6 +6,7 @@ import polars as pl
 from synpo_assets.graph.tables import Table, id_column, outcome_column, split_column, text_column
 from synpo_assets.method.damage import DAMAGES
 from synpo_assets.method.edits import EDIT_OUTCOMES
+from synpo_assets.method.outcomes import NO_VERDICT, POINTS
 from synpo_assets.method.verifiable import CONSTRAINTS
 
 
@@ -260,3 +261,23 @@ class ImproverEdits(Table):
     improver_checkpoint_sha: str = id_column("sha of R_t.")
     initial_checkpoint_sha: str = id_column("sha of M_0.")
     iteration: int = pa.Field(ge=1, description="The iteration t.")
+
+
+class VerdictAgreement(Table):
+    """What each judge says of the pairs in which people prefer one answer."""
+
+    class Config(Table.Config):
+        """Checked of the whole table."""
+
+        unique = ("pair_id", "judge")
+
+    pair_id: str = id_column("The pair.")
+    judge: str = text_column("The judge.")
+    margin: float = pa.Field(
+        nullable=True, description="Its score of the answer that people prefer, less that of the other."
+    )
+    outcome: str = pa.Field(
+        isin=[*POINTS, NO_VERDICT],
+        description="`win`: it prefers the answer that people prefer; `loss`: the other one.",
+    )
+    iteration: int = pa.Field(ge=1, description="The iteration that made the pair.")

@@ -202,7 +202,8 @@ class _Home:
     def pairs(self, whole: str) -> list[Node]:
         """For each iteration and prompt that an id belongs to, the pair, which may not exist."""
         column = ID_COLUMNS[whole.partition("-")[0]]
-        tables = [name for name in ("preference_pairs", *self.responses) if self.links[name].identity == column]
+        named = (name for name in ("preference_pairs", "pair_verdicts", *self.responses) if name in self.links)
+        tables = [name for name in named if self.links[name].identity == column]
         # What is none of these, a prompt or a keyword set, is looked up among the prompts.
         rows = [row for name in tables or ["synthetic_prompts"] for row in self._rows(name, **{column: whole})]
         return [self._pair(*place, whole) for place in sorted({(row["iteration"], row["prompt_id"]) for row in rows})]
@@ -228,6 +229,10 @@ class _Home:
         key, self.shown = partition_key(iteration), set()
         rows = self._rows("preference_pairs", key, prompt_id=prompt_id)
         pair = self._node("pair", "preference_pairs", rows[0]) if rows else None
+        said = self._rows("pair_verdicts", key, prompt_id=prompt_id) if "pair_verdicts" in self.links else []
+        verdicts = [_verdict(row, asset_label("pair_verdicts", key)) for row in said]
+        if pair:
+            pair.made_from.extend(verdicts)
         if pair and whole in _ids(pair):
             return pair
         exist = "preference_pairs" in self.unsaved or self.tables.scan("preference_pairs", key) is not None
@@ -241,7 +246,7 @@ class _Home:
         ]
         rewritten = {base.id for refined in responses for base in refined.made_from if base.kind == "base"}
         made_from = [node for node in responses if node.kind != "base" or node.id not in rewritten]
-        made_from.append(self._follow("prompt", "synthetic_prompts", prompt_id, key))
+        made_from += [self._follow("prompt", "synthetic_prompts", prompt_id, key), *([] if pair else verdicts)]
         return Node("pair", None, {"iteration": iteration}, note=note, made_from=made_from)
 
     def _node(self, kind: str, asset: str, row: dict[str, Any], note: str | None = None) -> Node:
@@ -272,8 +277,11 @@ class _Home:
 
     def _follow(self, kind: str, asset: str, whole: str, key: str | None, text: str | None = None) -> Node:
         """The row that an id leads to, or a node that says that it is gone."""
-        if rows := self._rows(asset, key, **{self.links[asset].identity: whole}):
-            return self._node(kind, asset, rows[0])
+        identity = self.links[asset].identity
+        # People may have exchanged the sides of a pair: its chosen answer is then one of the rejected responses.
+        for place in dict.fromkeys([asset, *(self.responses if identity == "response_id" else ())]):
+            if rows := self._rows(place, key, **{identity: whole}):
+                return self._node(kind, place, rows[0])
         note = f"no longer in {asset_label(asset, key)}, which was deleted or made again"
         return Node(kind, whole, {"text": text} if text else {}, note=note)
 
@@ -313,6 +321,11 @@ class _Home:
 def _checkpoint(role: str, manifest: dict[str, Any], note: str | None = None) -> Node:
     label = asset_label(manifest["asset"], manifest["partition"])
     return Node(role, label, {"sha": manifest["sha"]}, run_id=manifest["run_id"], note=note)
+
+
+def _verdict(row: dict[str, Any], table: str) -> Node:
+    facts = {name: row[name] for name in ("outcome", "verdict", "reviewer", "reviewed_at") if row[name]}
+    return Node("verdict of people", row["pair_id"], facts, table)
 
 
 def _ids(node: Node) -> set[str | None]:

@@ -5,12 +5,24 @@ from collections.abc import Collection
 import dagster as dg
 from dagster import DagsterInstance
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
+from dagster._core.definitions.data_version import DATA_VERSION_TAG
 
 from resources.common.text import asset_label
-from synpo_assets.graph.history import failed_checks, newest, tag_of, unfinished_attempt, unfinished_checks
+from synpo_assets.graph.history import (
+    data_version_of,
+    failed_checks,
+    newest,
+    tag_of,
+    unfinished_attempt,
+    unfinished_checks,
+)
 from synpo_assets.graph.metrics import recorded
+from synpo_assets.graph.presentation import table_version
+from synpo_assets.graph.schemas import PairVerdicts
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import OPT_IN_TAG, STATE_TAG
+
+PAIRS, VERDICTS = "preference_pairs", "pair_verdicts"
 
 
 def asset_names(graph: AssetGraph, partitioned: bool) -> list[str]:
@@ -30,12 +42,19 @@ def missing_assets(
 
     An asset is missing if it was never materialized, if the newest attempt to make it has ended without a result, if it
     failed a blocking check, or if what was made is damaged. So is a promotion that was refused under other limits than those
-    of now.
+    of now. So are verdicts of people whose file has changed, and pairs that were made with other verdicts than those of now, with
+    all that is made from them.
     """
     graph = services.graph
     names = asset_names(graph, partitioned=partition is not None)
     missing = {name for name in names if name in damaged or _is_missing(instance, graph, name, partition)}
     missing |= {name for name in names if _is_to_be_judged_again(instance, services, name, partition)}
+    if _has_other_verdicts(instance, services, partition):
+        renewed = {PAIRS}
+        for name in names:
+            if any(key.to_user_string() in renewed for key in graph.get(dg.AssetKey(name)).parent_keys):
+                renewed.add(name)
+        missing |= renewed
     if partition is None or not missing:
         return [name for name in names if name in missing]
     return [name for name in names if name in missing or STATE_TAG in graph.get(dg.AssetKey(name)).tags]
@@ -63,8 +82,32 @@ def _has_ended(instance: DagsterInstance, run_id: str | None) -> bool:
     return run_id is not None and (run is None or run.is_finished)
 
 
+def _has_other_verdicts(instance: DagsterInstance, services: Services, partition: str | None) -> bool:
+    """Whether the pairs of an iteration were made with other verdicts of people than those that are made now.
+
+    What stood there when the pairs were made is found by order: of an input with iterations Dagster records a hash alone.
+    """
+    made = (
+        newest(instance, PAIRS, partition)
+        if partition and dg.AssetKey(VERDICTS) in services.graph.materializable_asset_keys
+        else None
+    )
+    if made is None:
+        return False
+    before = dg.AssetRecordsFilter(
+        asset_key=dg.AssetKey(VERDICTS), asset_partitions=[str(partition)], before_storage_id=made.storage_id
+    )
+    records = instance.fetch_materializations(before, limit=1).records
+    materialization = records[0].asset_materialization if records else None
+    read = (materialization.tags or {}).get(DATA_VERSION_TAG) if materialization else None
+    nothing = table_version(PairVerdicts.empty())
+    return (data_version_of(instance, VERDICTS, partition) or nothing) != (read or nothing)
+
+
 def _is_to_be_judged_again(instance: DagsterInstance, services: Services, name: str, partition: str | None) -> bool:
-    """True if the gate rejected M_t under limits that have changed since; promotion is then evaluated again."""
+    """True if the gate rejected M_t under limits that have changed since, or if the file of verdicts has changed."""
+    if name == VERDICTS:
+        return _is_outdated(instance, services.graph, name, partition)
     if name != "promotion":
         return False
     judged = recorded(services.metrics, partition).find("promoted", "candidate")

@@ -5,6 +5,7 @@ import polars as pl
 
 from synpo_assets.graph.tables import Table, id_column, text_column
 from synpo_assets.method.pairs import MESSAGES
+from synpo_assets.method.reviews import OUTCOMES, WORDS
 from synpo_assets.method.seed import HELD_OUT
 from synpo_assets.method.verifiable import CONSTRAINTS
 
@@ -96,7 +97,9 @@ class SeedResponses(Responses):
 class PreferencePairs(Table):
     """Preference pairs in TRL's conversational format."""
 
-    pair_id: str = id_column("Content hash of the two responses.", unique=True)
+    pair_id: str = id_column(
+        "Content hash of the two responses; that of before, if people exchanged them.", unique=True
+    )
     prompt_id: str = id_column("The prompt.", unique=True)
     prompt: MESSAGES = pa.Field(description="The prompt as one user message.")  # type: ignore[valid-type]
     chosen: MESSAGES = pa.Field(  # type: ignore[valid-type]
@@ -122,6 +125,28 @@ class PreferencePairs(Table):
     rejected_response_id: str = id_column("The rejected answer.")
     chosen_checkpoint_sha: str = id_column("sha of the model that wrote the chosen side.")
     rejected_checkpoint_sha: str = id_column("sha of the model that wrote the rejected side.")
+    iteration: int = pa.Field(ge=1, description="The iteration that made the pair.")
+
+
+class PairVerdicts(Table):
+    """What people say of pairs, as they were before anybody read them."""
+
+    pair_id: str = id_column("The pair: content hash of its two responses.", unique=True)
+    prompt_id: str = id_column("The prompt.", unique=True)
+    prompt: str = text_column("The instruction.")
+    chosen: str = pa.Field(description="The answer that is chosen unless people prefer the other one.")
+    rejected: str = pa.Field(description="The other answer.")
+    verdict: str = pa.Field(
+        isin=WORDS, description="Their word: `1` or `2`, as the answers stood in the file, or that neither is better."
+    )
+    outcome: str = pa.Field(
+        isin=OUTCOMES,
+        description="What becomes of the pair: it stays, its sides change places, or it is dropped.",
+    )
+    reviewer: str = pa.Field(description="Who said so; empty if the file does not say.")
+    reviewed_at: str = pa.Field(description="When, as the file has it; empty if it does not say.")
+    chosen_response_id: str = id_column("The answer that is chosen unless people prefer the other one.")
+    rejected_response_id: str = id_column("The other answer.")
     iteration: int = pa.Field(ge=1, description="The iteration that made the pair.")
 
 

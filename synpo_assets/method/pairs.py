@@ -26,13 +26,15 @@ def repetition(text: str, size: int) -> float:
 
 
 def join_sides(chosen: pl.DataFrame, rejected: pl.DataFrame) -> pl.DataFrame:
-    """The answers to each prompt that has both sides, side by side in columns chosen_* and rejected_*."""
+    """The answers to each prompt that has both sides, side by side in columns chosen_* and rejected_*, with an id of the two."""
     columns = ["response_id", "response", "finish_reason", "checkpoint_sha"]
     sides = {name: [pl.col(column).alias(f"{name}_{column}") for column in columns] for name in ("chosen", "rejected")}
     # A join shares the texts with frames of one chunk; from frames of several it copies them.
     left = chosen.select("prompt_id", "prompt", *sides["chosen"]).rechunk()
     right = rejected.select("prompt_id", *sides["rejected"]).rechunk()
-    return left.join(right, on="prompt_id", validate="1:1", maintain_order="left")
+    joined = left.join(right, on="prompt_id", validate="1:1", maintain_order="left")
+    ids = joined.select("chosen_response_id", "rejected_response_id").iter_rows()
+    return joined.with_columns(pair_id=pl.Series((content_id("pair", *both) for both in ids), dtype=pl.String))
 
 
 def length_factor(text: pl.Expr, other: pl.Expr) -> pl.Expr:
@@ -90,11 +92,9 @@ def select_pairs(
 
 
 def as_preferences(pairs: pl.DataFrame) -> pl.DataFrame:
-    """Turns selected pairs into TRL's conversational preference format, with ids; other columns stay as they are."""
-    sides = pairs.select("chosen_response_id", "rejected_response_id").iter_rows()
+    """Turns selected pairs into TRL's conversational preference format; other columns stay as they are."""
     rules = (rules_text(constraints) for constraints in pairs["constraints"].to_list())
     return pairs.with_columns(
-        pair_id=pl.Series((content_id("pair", *ids) for ids in sides), dtype=pl.String),
         prompt=_message("user", "prompt"),
         chosen=_message("assistant", "chosen_response"),
         rejected=_message("assistant", "rejected_response"),

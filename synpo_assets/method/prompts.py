@@ -12,6 +12,7 @@ from typing import Any
 
 from rensa import RMinHash, RMinHashLSH
 
+from synpo_assets.method.stated_rules import is_stated
 from synpo_assets.method.templates import parse_question, parse_rules
 from synpo_assets.method.words import words_of
 
@@ -119,8 +120,8 @@ class PromptFilter:
     `near_duplicates` holds what is known at the start, such as the seed prompts, and every kept prompt; `contamination` the
     held-out prompts. `matches` are dropped prompts, each with the held-out prompt it overlaps with. Without a language
     (ISO 639-1) all are kept. `parse` finds the prompt in what was written; by default where the generator puts it. With rules, a
-    prompt whose rules do not parse is dropped: its words probably state one, which then nothing would check, and a reward model
-    would choose between its answers by style.
+    prompt whose rules do not parse, or which does not state them, is dropped: its words probably state one, which then nothing
+    would check, and a reward model would choose between its answers by style.
     """
 
     min_words: int
@@ -136,13 +137,21 @@ class PromptFilter:
     def keep(self, written: str) -> str | None:
         """The prompt in what was written, or None; then the reason is counted."""
         prompt = self.parse(written)
-        bad_rules = self.with_rules and parse_rules(written) is None
-        reason = "unparsable" if prompt is None else "bad_rules" if bad_rules else self._reason(prompt)
+        reason = "unparsable" if prompt is None else self._reason_of_rules(prompt, written) or self._reason(prompt)
         if prompt is None or reason is not None:
             self.dropped[str(reason)] += 1
             return None
         self.near_duplicates.add(prompt)
         return prompt
+
+    def _reason_of_rules(self, prompt: str, written: str) -> str | None:
+        if not self.with_rules:
+            return None
+        rules = parse_rules(written)
+        if rules is None:
+            return "bad_rules"
+        stated = self.language != "en" or all(is_stated(prompt, rule) for rule in rules)
+        return None if stated else "rules_not_stated"
 
     def _reason(self, prompt: str) -> str | None:
         length = len(words_of(prompt))

@@ -42,9 +42,9 @@ def generator_instruction(keywords: Sequence[str], with_rules: bool = False) -> 
 
 
 def generator_target(prompt: str, answer: str, constraints: Sequence[Mapping[str, str]] = ()) -> str:
-    """What the prompt generator learns to write: the rules of a question if it has any, the question, its solution.
+    """What the prompt generator learns to write: the question, the rules that it states if it does, its solution.
 
-    The rules come first because writing stops where the question ends.
+    Rules follow the question, because it is easier to say what rules a question states than to ask what states given rules.
     """
     template = _environment().get_template("prompt_generator_target.jinja")
     return template.render(prompt=prompt, answer=answer, rules=rules_text(constraints))
@@ -83,18 +83,18 @@ def parse_question(text: str) -> str | None:
 
 
 def parse_rules(text: str) -> list[dict[str, str]] | None:
-    r"""The rules that the generator wrote before the question; none if it wrote no such tag, None if they do not parse.
+    r"""The rules that the generator wrote after the question; none if it wrote no such tag, None if they do not parse.
 
     Examples:
-        >>> parse_rules('OUTPUT\n<rules>[{"rule": "words_at_most", "value": 9}]</rules>\n<question>Why?</question>')
+        >>> parse_rules('<question>Why? In 9 words.</question>\n<rules>[{"rule": "words_at_most", "value": 9}]</rules>')
         [{'rule': 'words_at_most', 'value': '9'}]
         >>> parse_rules("<question>Why?</question>")
         []
-        >>> parse_rules("<rules>be brief</rules><question>Why?</question>") is None
+        >>> parse_rules("<question>Why?</question><rules>be brief</rules>") is None
         True
     """
-    before, _, question = text.partition(QUESTION_START)
-    _, start, rest = before.partition(RULES_START)
+    question, _, after = text.partition(QUESTION_END)
+    _, start, rest = after.partition(SOLUTION_START)[0].partition(RULES_START)
     written, end, _ = rest.partition(RULES_END)
     if not start and not any(tag in text for tag in (RULES_START, RULES_END)):
         return []
@@ -102,7 +102,7 @@ def parse_rules(text: str) -> list[dict[str, str]] | None:
         stated = json.loads(written)
     except (ValueError, RecursionError):
         return None
-    if not end or RULES_START in question or constraints_problem(stated):
+    if not end or RULES_START in question or RULES_START in written or constraints_problem(stated):
         return None
     return read_constraints(stated)
 

@@ -1,4 +1,4 @@
-"""Writing the preference pairs of a home in the form that another trainer reads."""
+"""Writing the preference pairs of a home in the form that another trainer reads, or people."""
 
 import contextlib
 import json
@@ -14,7 +14,8 @@ from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from resources.storage.files import opened_atomically, write_atomically
 from resources.storage.tables import ParquetTables
-from synpo_assets.publishing.forms import CONVERSIONS, Format, axolotl_dataset, dataset_info
+from synpo_assets.publishing.forms import CONVERSIONS, Format, Trainer, axolotl_dataset, dataset_info
+from synpo_assets.publishing.review import review_table
 
 NAME = "preference_pairs"
 DATASET = "synpo_preference_pairs"
@@ -40,16 +41,28 @@ def print_export(
         raise SettingsError(f"{existing[0]} exists{of_what}: choose another --output, or replace it with --overwrite.")
     pairs = read_pairs(ParquetTables(f"{settings.storage.root(home)}/tables"), only)
     with _writing(output):
-        write_pairs(pairs, form, file)
+        if form == "review":
+            write_atomically(file, review_table(pairs, settings.random_seed).write_csv(include_bom=True).encode())
+        else:
+            write_pairs(pairs, form, file)
     counts = ", ".join(f"{count} of iteration {number}" for number, count in _counts(pairs))
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(f"{pairs.height} pairs ({counts}) in the form of {form}: {file}")
     for place in _beside(form, file):
         console.print(f"{'how to use it':<18}{place}")
+    if form == "review":
+        console.print(
+            "Fill in `verdict`: 1 or 2 for the better answer, or tie, neither or both; rows without one stay as they are. Then "
+            f"name the file in {home / 'settings.yaml'} as preferences.reviewed, and give `synpo run` again."
+        )
 
 
 def output_file(form: Format, output: Path) -> Path:
     """The file that the pairs go into: `output` itself, or one in it if it is a folder."""
+    if form == "review":
+        if output.suffix.lower() != ".csv" and not output.is_dir():
+            raise SettingsError(f"Pairs for people are written as .csv: give --output a .csv file, not {output}.")
+        return output / "review.csv" if output.is_dir() else output
     if output.suffix not in SUFFIXES:
         if output.is_file() or (output.suffix and not output.exists()):
             raise SettingsError(
@@ -86,7 +99,7 @@ def read_pairs(tables: ParquetTables, only: str | None = None) -> pl.DataFrame:
     return pairs.filter(pl.col("iteration").is_in(wanted))
 
 
-def write_pairs(pairs: pl.DataFrame, form: Format, file: Path) -> None:
+def write_pairs(pairs: pl.DataFrame, form: Trainer, file: Path) -> None:
     """Writes pairs in the form of a trainer, each file as a whole or not at all; what uses the pairs comes last."""
     if file.suffix == ".parquet":
         with opened_atomically(file) as opened:

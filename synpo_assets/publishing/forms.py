@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 Row = dict[str, Any]
-Format = Literal["trl", "llama-factory", "axolotl", "openai"]
+Trainer = Literal["trl", "llama-factory", "axolotl", "openai"]
+Format = Literal[Trainer, "review"]
 
 MESSAGES = ("prompt", "chosen", "rejected")
 # https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md: the default tags of the sharegpt format.
@@ -128,7 +129,7 @@ def axolotl_dataset(file: str) -> dict[str, Any]:
     return {"rl": "dpo", "chat_template": "tokenizer_default", "datasets": [dataset]}
 
 
-CONVERSIONS: Mapping[Format, Callable[[Mapping[str, Any]], Row]] = {
+CONVERSIONS: Mapping[Trainer, Callable[[Mapping[str, Any]], Row]] = {
     # https://huggingface.co/docs/trl/dataset_formats#preference: the trainers take three columns and ignore the others.
     "trl": dict,
     "llama-factory": llama_factory_row,

@@ -23,7 +23,7 @@ TELLING = (
 def identity_of(services: Services, iterations: Sequence[FinishedIteration]) -> dict[str, str]:
     """M_0, home, preset, dates, machine and versions, by name."""
     settings, manifest = services.settings, services.checkpoints.manifest("initial_policy", None)
-    name = settings.initial_policy.title
+    name = settings.initial_policy.name
     made = sorted(str(each.manifest["created"])[:16].replace("T", " ") for each in iterations if each.manifest)
     libraries = iterations[-1].manifest.get("libraries", {})
     versions = {"synpo": importlib.metadata.version("synpo")} | libraries

@@ -21,6 +21,7 @@ from synpo_assets.graph.texts import (
 from synpo_assets.graph.used_settings import differing_settings
 from synpo_assets.method.evaluation import LENGTH_BANDS
 from synpo_assets.method.judging import ANOTHER_GOLD
+from synpo_assets.method.reviews import OUTCOMES
 from synpo_assets.reports.edits import edit_lines
 from synpo_assets.reports.finished import FEWEST_ALIKE, FinishedIteration
 from synpo_assets.reports.search import chosen_text, chosen_value_text
@@ -146,6 +147,11 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
         label = f"{what} that pass the improver's filter, 95 % interval"
         yield "Pairs", label, lambda it, whose=whose: rate_text(it.metrics.find("passing_share", whose))  # type: ignore[misc]
     yield "Pairs", "mean margin of scores", _of("mean_margin", number_text)
+    for outcome in OUTCOMES:
+        yield "Pairs", f"pairs {outcome} by people", _of("verdicts", count_text, outcome)
+    for judge in judge_labels(iterations):
+        label = f"{judge}: agreement with people, 95 % interval, pairs"
+        yield "Pairs", label, _found("agreement_rate", _rate_of_pairs, "people", by=judge)
     yield "Pairs", "chosen length / rejected length", _of("chosen_to_rejected_length", number_text)
     yield "Pairs", "reward margin, last quarter of training", _last_quarter("rewards/margins", number_text)
     yield "Pairs", "reward accuracy, last quarter of training", _last_quarter("rewards/accuracies", share_text)
@@ -320,8 +326,12 @@ def _over_initial(metric: MetricName, form: Callable[[Metric | None], str]) -> C
     return lambda iteration: form(iteration.metrics.find(metric, "candidate", over="initial"))
 
 
+def _rate_of_pairs(rate: Metric | None) -> str:
+    return f"{rate_text(rate)} of {rate.n}" if rate and rate.value is not None else MISSING
+
+
 def _of_pairs(column: str) -> Cell:
-    return lambda iteration: _sha(iteration.pairs[column][0])
+    return lambda iteration: ", ".join(map(_sha, iteration.pairs[column].unique(maintain_order=True)))
 
 
 def _parent(iteration: FinishedIteration, role: str) -> str | None:

@@ -6,8 +6,8 @@ drawn at random per iteration.
 Here: the same, of whatever two sides `preferences.chosen_from` makes. Pairs with a side that was cut at the token limit are
 dropped as well (see method/cut.py). Where a prompt has rules (`scorer.kind: verifier`), a pair is kept if chosen follows all
 of them and rejected does not. Pairs whose sides differ too much in length can be dropped too
-(`preferences.max_length_ratio`), so that length tells them apart less. The repetition measure is ours, and so is the
-convention that says what a margin of PairRM is, since the paper leaves both open.
+(`preferences.max_length_ratio`), so that length tells them apart less. People may read what is left (reviews.py). The
+repetition measure is ours, and so is the convention that says what a margin of PairRM is, since the paper leaves both open.
 """
 
 import dagster as dg
@@ -15,6 +15,7 @@ import polars as pl
 
 from resources.common.errors import FinalError
 from resources.common.text import asset_label
+from resources.settings.method import Preferences
 from resources.storage.checkpoint_store import Checkpoint
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
@@ -26,9 +27,13 @@ from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.pairs import as_preferences, join_sides, select_pairs
+from synpo_assets.method.reviews import apply_outcomes
 from synpo_assets.method.verifiable import BY_RULES
 from synpo_assets.stages.loop import report_history
 from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone, scored_answers
+
+# The file of verdicts decides `pair_verdicts`, of which the rows of an iteration decide its pairs.
+PAIR_READS = tuple(f"preferences.{name}" for name in Preferences.model_fields if name != "reviewed")
 
 
 def _cost(sizes: Sizes) -> list[Work]:
@@ -43,8 +48,9 @@ def _cost(sizes: Sizes) -> list[Work]:
     group="preferences",
     work=("scores",),
     # Whether one rewrite is chosen or the best of several: it decides which table the chosen side is read from.
-    reads=("preferences", "response_improver.samples", "scorer.convention", "scorer.max_length"),
+    reads=(*PAIR_READS, "response_improver.samples", "scorer.convention", "scorer.max_length"),
     cost=_cost,
+    deps=("pair_verdicts",),
     made_from={
         "prompt_id": "synthetic_prompts",
         "chosen_response_id": "chosen_responses",
@@ -79,6 +85,9 @@ def preference_pairs(
         services.settings.random_seed,
         options.max_length_ratio,
     )
+    if options.reviewed:
+        verdicts = services.tables.read("pair_verdicts", context.partition_key)
+        kept, dropped["people"] = apply_outcomes(kept, verdicts)
     if kept.is_empty():
         is_improved = services.settings.trains_improver
         writer = "response_improver" if is_improved else "responses"
@@ -87,7 +96,7 @@ def preference_pairs(
             f"None of {joined.height} pairs was kept: {dropped}. If `margin` dropped most, lower preferences.margin_threshold; if "
             f"`cut` did, raise {writer}.sampling.max_new_tokens; if `rules` did, write more seed rows with such rules, or raise "
             f"{samples}; if `equal_sides` did, {writer}.sampling.temperature; if `length` "
-            "did, preferences.max_length_ratio."
+            "did, preferences.max_length_ratio; if `people` did, the file of preferences.reviewed leaves no pair to learn from."
         )
     frame = as_preferences(kept).with_columns(
         iteration=pl.lit(iteration_of(context), pl.Int64),
@@ -106,7 +115,7 @@ def preference_pairs(
         services,
         frame,
         measured,
-        checkpoints=checkpoints_table(_checkpoints(services, frame, reward_model)),
+        checkpoints=checkpoints_table(_checkpoints(services, joined, reward_model)),
         score_convention=compared.conventions,
         median_pair=median_pair(context, services, frame),
     )

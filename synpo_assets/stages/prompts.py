@@ -5,7 +5,7 @@ prompt and its answer; at generation three keywords of one paragraph go in, and 
 Here: the prompt is masked in the SFT loss (not stated). Keyword sets are drawn without repetition across iterations,
 until enough prompts are valid or the cap `max_overdraw` is hit. We also drop near-duplicates, other languages and
 prompts that overlap with held-out ones, which the paper does not do. Where seed rows have rules that a program checks
-(`scorer.kind: verifier`), G also learns to write the rules of a prompt, in front of it.
+(`scorer.kind: verifier`), G also learns to write the rules of a prompt, after it; a prompt that does not state them is dropped.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +33,8 @@ from synpo_assets.method.keywords import Keywords, drawn_rows, training_keywords
 from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter, draw_until_enough
 from synpo_assets.method.seed import IS_HELD_OUT
 from synpo_assets.method.templates import (
-    QUESTION_END,
+    RULES_END,
+    SOLUTION_START,
     generator_instruction,
     generator_target,
     parse_question,
@@ -122,8 +123,8 @@ def keyword_sets(
 
 
 def prompt_sampling(settings: Settings) -> Sampling:
-    """How G samples: only the question is used, so writing stops where it ends."""
-    return settings.prompt_generator.sampling.model_copy(update={"stop": [QUESTION_END]})
+    """How G samples: only the question and its rules are used, so writing stops where they end."""
+    return settings.prompt_generator.sampling.model_copy(update={"stop": [RULES_END, SOLUTION_START]})
 
 
 @Stage(

@@ -25,10 +25,11 @@ import polars as pl
 
 from resources.storage import tables
 from resources.storage.tables import ParquetTables
+from synpo_assets.graph.lineage import ID_COLUMNS
 from tests.nano import nano_settings, seed_rows, write_settings
 
 ROWS, PAIRS, SEED_ROWS = 1_000_000, 100_000, 200_000
-REPETITIONS = 5
+REPETITIONS = 21
 TEXTS = ("prompt", "response", "paragraph")
 
 
@@ -53,21 +54,23 @@ def checksums(folder: Path) -> dict[str, Any]:
     store, ratios, seconds = ParquetTables(str(folder)), list[float](), list[tuple[float, float]]()
     store.write("base_responses", "0001", answers(ROWS, 46))
 
-    def read() -> float:
-        started = time.process_time()
-        store.read("base_responses", "0001")
-        return time.process_time() - started
+    def read(with_comparison: bool) -> float:
+        checksum = tables._checksum_file if with_comparison else lambda path: path.with_name("none")
+        with mock.patch.object(tables, "_checksum_file", checksum):
+            started = time.process_time()
+            store.read("base_responses", "0001")
+            return time.process_time() - started
 
-    read()
-    for _ in range(REPETITIONS):
-        compared = read()
-        with mock.patch.object(tables, "_checksum_file", lambda path: path.with_name("none")):
-            seconds.append((compared, read()))
-        ratios.append(seconds[-1][0] / seconds[-1][1])
-    compared, plain = (min(column) for column in zip(*seconds, strict=True))
+    read(True)
+    for repetition in range(REPETITIONS):
+        # Either is the first as often as the other.
+        taken = {compare: read(compare) for compare in (repetition % 2 == 0, repetition % 2 == 1)}
+        seconds.append((taken[True], taken[False]))
+        ratios.append(taken[True] / taken[False])
+    compared, plain = (statistics.median(column) for column in zip(*seconds, strict=True))
     size = (folder / "base_responses" / "0001.parquet").stat().st_size
-    return {"rows": ROWS, "megabytes": round(size / 1e6), "compared": compared, "plain": plain, "ratio_of_least": compared / plain,
-            "median_ratio": statistics.median(ratios)}  # fmt: skip
+    return {"rows": ROWS, "megabytes": round(size / 1e6), "compared": compared, "plain": plain,
+            "ratio_of_medians": compared / plain, "median_ratio": statistics.median(ratios)}  # fmt: skip
 
 
 def trace(folder: Path) -> dict[str, Any]:
@@ -78,11 +81,13 @@ def trace(folder: Path) -> dict[str, Any]:
     home = Home(folder)
     written = home.iteration(1)
     for asset, frame in written.items():
-        identity = frame.columns[0]
         number, texts_of = pl.int_range(PAIRS), [name for name in TEXTS if frame.schema.get(name) == pl.String]
-        own = {identity: pl.format("{}-{}", pl.lit(identity.removesuffix("_id")), number)}
-        if identity != "prompt_id" and "prompt_id" in frame.columns:
-            own["prompt_id"] = pl.format("prompt-{}", number)
+        own = {
+            name: pl.format(f"{kind}-{{}}", number)
+            for kind, identity in ID_COLUMNS.items()
+            for name in frame.columns
+            if name.endswith(identity)
+        }
         columns: dict[str, Any] = own | {name: texts(PAIRS, 46) for name in texts_of}
         for name in {"chosen", "rejected"} & set(frame.columns):
             columns[name] = pl.Series([[{"role": "assistant", "content": text}] for text in texts(PAIRS, 46)])
@@ -118,15 +123,21 @@ def seed(folder: Path) -> dict[str, Any]:
 
 def measured(code: str, *arguments: str) -> dict[str, Any]:
     """Runs Python code in a fresh process."""
+    # `getrusage` would count the memory of the process that started it, too.
+    told = (
+        "import atexit, pathlib, sys\n"
+        "atexit.register(lambda: sys.stderr.write(pathlib.Path('/proc/self/status').read_text()))\n"
+    )
     started = time.monotonic()
-    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", told + code, *arguments], capture_output=True, text=True)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    said, _, status = result.stderr.rpartition("VmHWM:")
     return {
         "returned": result.returncode,
-        "said": (result.stdout + result.stderr)[-200:],
+        "said": (result.stdout + said)[-200:],
         "seconds": round(time.monotonic() - started, 1),
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
-        "megabytes_of_memory": round(used.ru_maxrss / 1024),
+        "megabytes_of_memory": round(int(status.split()[0]) / 1024),
     }
 
 
