@@ -7,8 +7,8 @@ from typing import Any
 
 from resources.settings.sections import SettingsError
 
-# The families whose tensors are written here, by their name in config.json, which is GGUF's too.
-FAMILIES = ("llama", "qwen2")
+# The family whose tensors are written here, by its name in config.json, which is GGUF's too.
+FAMILY = "llama"
 CONVERTER = "Convert {} with convert_hf_to_gguf.py of llama.cpp."
 # How llama.cpp cuts a text before it merges bytes, by what tokenizer.json holds.
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -29,16 +29,16 @@ def write_gguf(directory: Path, target: Path) -> None:
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     family = config["model_type"]
     scaling = (config.get("rope_parameters") or {}).get("rope_type", "default")
-    if family not in FAMILIES or scaling != "default":
+    if family != FAMILY or scaling != "default":
         raise SettingsError(
             f"The model in {directory} is of the family {family} with positions of the kind {scaling}, and only "
-            f"{' and '.join(FAMILIES)} with those of the kind default are written as GGUF. {CONVERTER.format(directory)}"
+            f"{FAMILY} with those of the kind default is written as GGUF. {CONVERTER.format(directory)}"
         )
-    writer = gguf.GGUFWriter(target, family)
+    writer = gguf.GGUFWriter(target, FAMILY)
     try:
         _describe(writer, config)
         _add_tokenizer(writer, directory, config["vocab_size"])
-        for name, values, kind in _tensors(directory, family, config):
+        for name, values, kind in _tensors(directory, config):
             writer.add_tensor(name, values, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -97,17 +97,16 @@ def _add_tokenizer(writer: Any, directory: Path, size: int) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _tensors(directory: Path, family: str, config: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _tensors(directory: Path, config: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """The name in GGUF, the values and the number format of each tensor."""
     import gguf
     import torch
     from safetensors import safe_open
 
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
-    names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     kinds = gguf.GGMLQuantizationType
     heads = config["num_attention_heads"]
-    permuted = {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads} if family == "llama" else {}
+    permuted = {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118
