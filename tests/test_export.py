@@ -1,6 +1,7 @@
 """Pairs for other trainers: TRL's form by TRL's own checks, the others against models of what their authors document."""
 
 import json
+import shutil
 from typing import Any, Literal
 
 import polars as pl
@@ -16,6 +17,7 @@ from resources.storage.tables import ParquetTables
 from synpo_assets.cli.commands import app
 from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.publishing.forms import CONVERSIONS, openai_row
+from tests.conftest import WORK
 from tests.nano import nano_settings, write_settings
 
 TEXT = 'Ünïcode, "quotes",\nlines \u2028 and \u202e marks'
@@ -319,3 +321,26 @@ def test_a_write_that_fails_leaves_nothing(home, tmp_path, monkeypatch):
     monkeypatch.setitem(module.CONVERSIONS, "openai", fails)
     assert export(home, "openai", tmp_path / "x.jsonl").exit_code == 1
     assert [file.name for file in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize(("name", "arguments", "words"), [
+    ("m.gguf", (), "name its iteration"),
+    ("m.gguf", ("--iteration", "1,2"), "name its iteration"),
+    ("m.bin", ("--iteration", "1"), "give --output a .gguf file"),
+    ("m.gguf", ("--iteration", "1"), "Iteration 1 has no finished model"),
+])  # fmt: skip
+def test_a_model_that_cannot_be_exported_is_refused(home, tmp_path, name, arguments, words):
+    result = export(home, "gguf", tmp_path / name, *arguments)
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.split())
+    assert not (tmp_path / name).exists()
+
+
+def test_the_model_of_an_iteration_is_exported(home, tmp_path, adapted_checkpoint, nano_model):
+    shutil.copytree(WORK / "adapted", home / "checkpoints", symlinks=True)
+    target = tmp_path / "m.gguf"
+    result = export(home, "gguf", target, "--iteration", "1")
+    assert result.exit_code == 0, result.output
+    assert target.read_bytes()[:4] == b"GGUF"
+    again = export(home, "gguf", target, "--iteration", "1")
+    assert (again.exit_code, "--overwrite" in again.output) == (2, True)

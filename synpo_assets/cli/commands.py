@@ -139,10 +139,12 @@ def check(
     "synpo export --format trl --output pairs.parquet",
     "synpo export --format axolotl --output exported --only 2,3 --home runs/mine",
     "synpo export --format review --output review.csv --iteration 2",
+    "synpo export --format gguf --output model.gguf --iteration 2",
 )
 def export(
     form: Annotated[
-        Format, typer.Option("--format", help="The trainer that shall read the pairs; review: people, in a table.")
+        Format,
+        typer.Option("--format", help="The trainer that shall read the pairs; review: people, in a table; gguf: M_t."),
     ],
     output: Annotated[
         Path,

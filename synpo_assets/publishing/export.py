@@ -10,10 +10,13 @@ import polars as pl
 import yaml
 from rich.console import Console
 
+from resources.models.gguf_file import write_gguf
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
-from resources.storage.files import opened_atomically, write_atomically
+from resources.storage.checkpoint_store import CheckpointStore
+from resources.storage.files import opened_atomically, temporary_directory_beside, write_atomically
 from resources.storage.tables import ParquetTables
+from synpo_assets.graph.partitions import partition_key
 from synpo_assets.publishing.forms import CONVERSIONS, Format, Trainer, axolotl_dataset, dataset_info
 from synpo_assets.publishing.review import review_table
 
@@ -31,6 +34,8 @@ def print_export(
 
     Only with `overwrite` are files replaced; of a `dataset_info.json`, only what it says about these pairs.
     """
+    if form == "gguf":
+        return _print_gguf(settings, home, only, output, overwrite)
     with _writing(output):
         file = output_file(form, output)
         is_described = form == "llama-factory" and DATASET in _data_sets(file)
@@ -55,6 +60,26 @@ def print_export(
             "Fill in `verdict`: 1 or 2 for the better answer, or tie, neither or both; rows without one stay as they are. Then "
             f"name the file in {home / 'settings.yaml'} as preferences.reviewed, and give `synpo run` again."
         )
+
+
+def _print_gguf(settings: Settings, home: Path, only: str | None, output: Path, overwrite: bool) -> None:
+    """Writes M_t, the model of one iteration, as a GGUF file and prints where."""
+    if only is None or not (only.isascii() and only.isdecimal()):
+        raise SettingsError("One model goes into a GGUF file: name its iteration, such as --iteration 2.")
+    if output.suffix != ".gguf":
+        raise SettingsError(f"A model is written as .gguf: give --output a .gguf file, not {output}.")
+    if output.exists() and not overwrite:
+        raise SettingsError(f"{output} exists: choose another --output, or replace it with --overwrite.")
+    root, cache = settings.storage.root(home), str(home / "cache" / "checkpoints")
+    store = CheckpointStore(f"{root}/checkpoints", cache if settings.storage.artifacts else None)
+    if store.manifest("model_checkpoint", partition_key(int(only))) is None:
+        raise SettingsError(f"Iteration {only} has no finished model: make it with `synpo run --iterations {only}`.")
+    model = store.current("model_checkpoint", partition_key(int(only)))
+    with _writing(output), temporary_directory_beside(output) as temporary:
+        write_gguf(Path(model.weights), temporary / output.name)
+        (temporary / output.name).rename(output)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(f"M_{only} (sha {model.sha[:16]}) as GGUF: {output}")
 
 
 def output_file(form: Format, output: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 Row = dict[str, Any]
 Trainer = Literal["trl", "llama-factory", "axolotl", "openai"]
-Format = Literal[Trainer, "review"]
+Format = Literal[Trainer, "review", "gguf"]
 
 MESSAGES = ("prompt", "chosen", "rejected")
 # https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md: the default tags of the sharegpt format.
