@@ -149,16 +149,20 @@ def question(text):
 
 
 def test_each_rule_drops_and_counts():
-    prompts = prompt_filter(["How do I keep my bread fresh for a week?"], language="en")
+    def fits(prompt):
+        return "Pneumonoultramicroscopicsilicovolcanoconiosis" not in prompt
+
+    prompts = prompt_filter(["How do I keep my bread fresh for a week?"], language="en", fits=fits)
     assert prompts.keep(question("How can a beginner learn to knit scarves?")) is not None
     for written in [
         "nothing", question("Why?"), question("word " * 13), question("Wie lange muss man Kartoffeln im Topf kochen?"),
         question("Please tell me how do I keep my bread fresh today"),
         question("How can a beginner learn to knit scarves?"),
+        question("What is Pneumonoultramicroscopicsilicovolcanoconiosis and who has it?"),
     ]:  # fmt: skip
         assert prompts.keep(written) is None
     assert dict(prompts.dropped) == dict.fromkeys(
-        ["unparsable", "too_short", "too_long", "other_language", "contaminated", "near_duplicate"], 1
+        ["unparsable", "too_short", "too_long", "other_language", "contaminated", "near_duplicate", "over_context"], 1
     )
     assert prompts.matches == [
         ("Please tell me how do I keep my bread fresh today", "How do I keep my bread fresh for a week?")

@@ -213,7 +213,10 @@ def test_a_checkpoint_made_again_needs_a_new_promotion_unless_it_is_the_same(ins
     make(instance, services)
     run(model_checkpoint_asset(), instance, services, "0001")
     assert enter(instance, services, "0002").label == "model_checkpoint[0001]"
+    judging = {"evaluation", "promotion"}
+    assert not judging & set(missing_assets(instance, services, "0001"))
     run(model_checkpoint_asset("M_1 again"), instance, services, "0001")
+    assert judging <= set(missing_assets(instance, services, "0001")), "`synpo run` makes them again"
     with pytest.raises(CheckpointError, match=r"by now: materialize evaluation\[0001\] and promotion\[0001\] again"):
         enter(instance, services, "0002")
 

@@ -125,6 +125,18 @@ def refuse_earlier_version(root: Path | UPath) -> None:
         raise SettingsError(EARLIER_VERSION.format(root))
 
 
+def dagster_configuration(home: Path) -> str:
+    """What `dagster.yaml` of a home says; nothing if there is none yet."""
+    file = home / "dagster.yaml"
+    try:
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        if isinstance(yaml.safe_load(text) or {}, dict):
+            return text
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        pass
+    raise SettingsError(f"{file} is no configuration of Dagster: move it away, and it is written anew.")
+
+
 def home_directory() -> Path:
     """Where history and artifacts live: SYNPO_HOME, else `.synpo` in a checkout; of an installed wheel in the working directory."""
     project = Path(__file__).parents[2]

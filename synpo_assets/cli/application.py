@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resources.common.errors import DISK_IS_FULL, FinalError, full_disk
+from resources.common.errors import FinalError
 from resources.models.model_source import ModelSourceError
 from resources.settings.files import home_directory
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
+from synpo_assets.cli.errors import sentence_of
 from synpo_assets.cli.home import chosen_settings, prepare_home
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ class Commands(_Help, typer.core.TyperGroup):
             typer.echo(f"synpo: interrupted. {continues}", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
-            if (reason := full_disk(error)) is None:
+            if (sentence := sentence_of(error)) is None:
                 raise
-            typer.echo(f"synpo: {DISK_IS_FULL.format(reason)}", err=True)
+            typer.echo(f"synpo: {sentence}", err=True)
             raise typer.Exit(2) from None
 
 

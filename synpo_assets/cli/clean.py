@@ -14,10 +14,12 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from rich.console import Console
 from upath import UPath
 
+from resources.common.text import asset_label
 from resources.judging.judge_choice import judge_scorer, server_judge, topic_labeler
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import is_abandoned, storage_root
+from resources.storage.manifests import MANIFEST, parsed_manifest, read_pointer
 from resources.storage.shards import FINGERPRINT_FILE, Shards
 from synpo_assets.algorithm import stages_of
 from synpo_assets.cli.runs import FOREGROUND_TAG, locked
@@ -119,10 +121,22 @@ def remove(removed: Iterable[Leftover]) -> None:
 
 
 def _current_manifests(store: UPath) -> dict[str, dict[str, Any]]:
-    """The manifests of all checkpoints that a pointer names, by their place below the store."""
-    names = {json.loads(pointer.read_text())["directory"] for pointer in store.glob("*/*.json")}
-    files = {name: store / name / "manifest.json" for name in sorted(names)}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    """The manifests of all checkpoints that a pointer names, by their place below the store.
+
+    Raises:
+        DamageError: One of them cannot be read, so that what is in use is not known.
+    """
+    named = dict[str, str]()
+    for pointer in sorted(store.glob("*/*.json"), key=str):
+        asset, partition = pointer.parent.name, None if pointer.stem == "once" else pointer.stem
+        named[read_pointer(pointer, asset, partition).directory] = asset_label(asset, partition)
+    files = {name: store / name / MANIFEST for name in sorted(named)}
+    return {name: _manifest(file, named[name]) for name, file in files.items() if file.exists()}
+
+
+def _manifest(file: UPath, label: str) -> dict[str, Any]:
+    parsed_manifest(file, label)
+    return json.loads(file.read_text())
 
 
 def _without_past_candidates(manifests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -178,8 +192,9 @@ def _superseded(store: UPath, in_use: set[str | None]) -> Iterator[Leftover]:
         name = directory.relative_to(store).as_posix()
         hidden = any(part.startswith(".") for part in name.split("/"))
         if directory.is_dir() and not hidden and name not in in_use:
-            manifest = _json(directory / "manifest.json")
-            made_for = f"made by run {manifest['run_id']}" if manifest else "no manifest: it was never finished"
+            manifest = _json(directory / MANIFEST)
+            run_id = manifest.get("run_id")
+            made_for = f"made by run {run_id}" if run_id else "no manifest: it was never finished"
             yield _leftover(CHECKPOINTS, directory, made_for)
 
 
@@ -201,16 +216,20 @@ def _leftover(group: str, place: UPath, made_for: str, rows: int | None = None) 
 
 def _height(file: UPath) -> int:
     """The rows of a shard; none if it was damaged on the disk."""
-    with file.open("rb") as opened:
-        try:
+    try:
+        with file.open("rb") as opened:
             return pl.scan_parquet(opened).select(pl.len()).collect().item()
-        except pl.exceptions.PolarsError:
-            return 0
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException):
+        return 0
 
 
 def _json(file: UPath) -> dict[str, Any]:
-    """What a small file says; nothing if it was never written."""
-    return json.loads(file.read_text()) if file.exists() else {}
+    """What a small file says; nothing if it was never written, or was damaged."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _stated(values: Mapping[str, Any]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from resources.settings.files import home_settings, load_settings, preset_path
+from resources.settings.files import dagster_configuration, home_settings, load_settings, preset_path
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from resources.storage.files import write_atomically
@@ -81,10 +81,9 @@ def prepare_home(home: Path, settings: Settings) -> None:
         write_atomically(home / "settings.yaml", text.encode())
         (home / "settings.yaml").chmod(OWNER_ALONE)
     file = home / "dagster.yaml"
-    written = file.read_text() if file.exists() else ""
-    wanted = _with_storage(
-        written or Path(__file__).with_name("dagster.yaml").read_text(), settings.storage.dagster_database
-    )
+    written = dagster_configuration(home)
+    shipped = Path(__file__).with_name("dagster.yaml").read_text()
+    wanted = _with_storage(written or shipped, settings.storage.dagster_database)
     if wanted != written:
         write_atomically(file, wanted.encode())
         file.chmod(OWNER_ALONE)

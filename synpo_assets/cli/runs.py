@@ -155,8 +155,11 @@ def _run(instance: DagsterInstance, services: Services, partition: str | None, i
         if not (result.success or told):
             logging.getLogger("synpo").error("The run ended before its steps could say why. %s", KILLED)
         succeeded = result.success
-    # Only now is it known whether the verdicts of this iteration are others than its pairs were made with.
-    return succeeded and (VERDICTS not in names or _run(instance, services, partition, iterations))
+    # Only now is it known whether the verdicts of this iteration are others than its pairs were made with, and whether other
+    # weights came of an M_t that was made again, so that what was measured of the earlier ones is missing.
+    return succeeded and (
+        {VERDICTS, "model_checkpoint"}.isdisjoint(names) or _run(instance, services, partition, iterations)
+    )
 
 
 def _ended_early(event: dg.DagsterEvent) -> bool:

@@ -1,12 +1,15 @@
 """Which assets are still to be made, and which were made with other settings."""
 
+import contextlib
 from collections.abc import Collection
 
 import dagster as dg
+import polars as pl
 from dagster import DagsterInstance
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 from dagster._core.definitions.data_version import DATA_VERSION_TAG
 
+from resources.common.errors import DamageError
 from resources.common.text import asset_label
 from synpo_assets.graph.history import (
     data_version_of,
@@ -42,13 +45,16 @@ def missing_assets(
 
     An asset is missing if it was never materialized, if the newest attempt to make it has ended without a result, if it
     failed a blocking check, or if what was made is damaged. So is a promotion that was refused under other limits than those
-    of now. So are verdicts of people whose file has changed, and pairs that were made with other verdicts than those of now, with
-    all that is made from them.
+    of now, and whatever measured an M_t with other weights than those of now. So are verdicts of people whose file has changed, and
+    pairs that were made with other verdicts than those of now, with all that is made from them.
     """
     graph = services.graph
     names = asset_names(graph, partitioned=partition is not None)
     missing = {name for name in names if name in damaged or _is_missing(instance, graph, name, partition)}
-    missing |= {name for name in names if _is_to_be_judged_again(instance, services, name, partition)}
+    # What is damaged is made again first.
+    with contextlib.suppress(DamageError):
+        missing |= {name for name in names if _is_to_be_judged_again(instance, services, name, partition)}
+        missing |= _of_other_weights(services, partition).intersection(names)
     if _has_other_verdicts(instance, services, partition):
         renewed = {PAIRS}
         for name in names:
@@ -112,6 +118,16 @@ def _is_to_be_judged_again(instance: DagsterInstance, services: Services, name: 
         return False
     judged = recorded(services.metrics, partition).find("promoted", "candidate")
     return judged is not None and not judged.value and _is_outdated(instance, services.graph, name, partition)
+
+
+def _of_other_weights(services: Services, partition: str | None) -> set[str]:
+    """The assets that measured an M_t which was trained again since, to other weights: nothing that they say is about it."""
+    made = partition and services.checkpoints.manifest("model_checkpoint", partition)
+    if not made:
+        return set()
+    measured = recorded(services.metrics, partition).frame
+    of_others = measured.filter(pl.col("of") == "candidate", pl.col("checkpoint_sha") != made["sha"])
+    return set(of_others["asset"])
 
 
 def _is_outdated(instance: DagsterInstance, graph: AssetGraph, name: str, partition: str | None) -> bool:

@@ -1,7 +1,8 @@
 """Which synthetic prompts are kept, and drawing what they are written from until there are enough of them.
 
 The paper keeps what parses. We also drop prompts that are too short or long, in another language, near-duplicates
-of a seed prompt or of an earlier prompt, or that have the words of a held-out prompt or share a long run of words with one.
+of a seed prompt or of an earlier prompt, that have the words of a held-out prompt or share a long run of words with one, or
+that M_0's context does not hold with what is written after them.
 """
 
 import collections
@@ -118,10 +119,10 @@ class PromptFilter:
     """Decides which prompts are kept, and counts by reason why the others are not.
 
     `near_duplicates` holds what is known at the start, such as the seed prompts, and every kept prompt; `contamination` the
-    held-out prompts. `matches` are dropped prompts, each with the held-out prompt it overlaps with. Without a language
-    (ISO 639-1) all are kept. `parse` finds the prompt in what was written; by default where the generator puts it. With rules, a
-    prompt whose rules do not parse, or which does not state them, is dropped: its words probably state one, which then nothing
-    would check, and a reward model would choose between its answers by style.
+    held-out prompts. `matches` are dropped prompts, each with the held-out prompt it overlaps with. Without a language (ISO
+    639-1) all are kept. `fits` says whether a model can answer it. `parse` finds the prompt in what was written; by default
+    where the generator puts it. With rules, a prompt whose rules do not parse, or which does not state them, is dropped: its words
+    probably state one, which then nothing would check, and a reward model would choose between its answers by style.
     """
 
     min_words: int
@@ -131,6 +132,7 @@ class PromptFilter:
     contamination: Contamination
     parse: Callable[[str], str | None] = parse_question
     with_rules: bool = False
+    fits: Callable[[str], bool] = lambda prompt: True
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     matches: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
@@ -164,7 +166,9 @@ class PromptFilter:
         if overlap := self.contamination.find(prompt):
             self.matches.append((prompt, overlap))
             return "contaminated"
-        return "near_duplicate" if self.near_duplicates.find(prompt) else None
+        if self.near_duplicates.find(prompt):
+            return "near_duplicate"
+        return None if self.fits(prompt) else "over_context"
 
 
 def draw_until_enough(

@@ -1,4 +1,7 @@
-"""Rows of the seed that M_0's context does not hold with what is written after them (the paper takes its seed as given)."""
+"""Rows of the seed, and new prompts, that M_0's context does not hold with what is written after them.
+
+The paper takes its seed as given, and says nothing of prompts that are too long.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +39,21 @@ def length_problem(row: Mapping[str, Any], room: Room, tokens: Callable[[Sequenc
             after = f", with up to {written} that are written after them" if written else ","
             return f"its {what} takes {taken} tokens{after} more than M_0's context of {room.context}"
     return None
+
+
+def has_room(prompt: str, room: Room, tokens: Callable[[Sequence[Message]], int]) -> bool:
+    """Whether a prompt that a model wrote fits with its answer, and where an improver is trained with the rewrite of that.
+
+    Examples:
+        >>> def letters(messages):
+        ...     return sum(len(each["content"]) for each in messages)
+        >>> [has_room("Why? " * count, Room(200, 64, None), letters) for count in (20, 30)]
+        [True, False]
+    """
+    uses = [(user_message(prompt), room.answer)]
+    if room.rewrite is not None:
+        uses.append((improver_instruction(prompt, ""), room.answer + room.rewrite))
+    return all(tokens(read) + written <= room.context for read, written in uses)
 
 
 def _uses(row: Mapping[str, Any], room: Room) -> Iterator[tuple[str, list[Message], int]]:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from resources.common.text import visible
 from resources.judging.judge_choice import INDEPENDENT
-from resources.settings.files import home_settings
+from resources.settings.files import dagster_configuration, home_settings
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from synpo_assets.graph.metrics import MetricName, Which
@@ -126,6 +126,7 @@ def print_comparison(
 def _settings_of(home: Path) -> Settings:
     if not (home / "settings.yaml").is_file() or not (home / "dagster.yaml").is_file():
         raise SettingsError(f"{home} is not the home of an experiment: it holds no settings.yaml or no dagster.yaml.")
+    dagster_configuration(home)
     return home_settings(home)
 
 

@@ -16,6 +16,7 @@ import polars as pl
 
 from resources.common.errors import FinalError
 from resources.generation.language_model import Usage
+from resources.models.context import ModelContext
 from resources.settings.method import Sampling
 from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
@@ -31,6 +32,7 @@ from synpo_assets.graph.stage import Stage
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.keywords import Keywords, drawn_rows, training_keywords
 from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter, draw_until_enough
+from synpo_assets.method.row_lengths import has_room
 from synpo_assets.method.seed import IS_HELD_OUT
 from synpo_assets.method.templates import (
     RULES_END,
@@ -41,6 +43,7 @@ from synpo_assets.method.templates import (
     parse_rules,
 )
 from synpo_assets.method.verifiable import CONSTRAINTS, has_rules
+from synpo_assets.stages.seed import WRITTEN, room_of
 from synpo_assets.stages.training import train_from_initial
 
 # What decides which prompts any source keeps.
@@ -131,7 +134,8 @@ def prompt_sampling(settings: Settings) -> Sampling:
     SyntheticPrompts,
     group="prompts",
     work=("generates",),
-    reads=("prompt_generator",),
+    # How long the answers and rewrites may be, for which there must be room after a prompt.
+    reads=("prompt_generator", *WRITTEN, "response_improver.sampling.max_new_tokens"),
     samplings=lambda settings: [prompt_sampling(settings)],
     cost=lambda sizes: [
         Work("generate", sizes.settings.keyword_sets_per_iteration * prompt_sampling(sizes.settings).max_new_tokens)
@@ -150,13 +154,15 @@ def synthetic_prompts(
     """New prompts that G writes from the keyword sets; only valid ones stay (paper, section 2.1).
 
     Read the sample: could a person have asked this, and can it be answered? `dropped` says how many were too short, repeated an
-    earlier one, or overlap with what evaluations ask.
+    earlier one, overlap with what evaluations ask, or leave too little room for an answer in the context.
     """
     wanted, sampling = services.settings.prompt_generator.prompts_per_iteration, prompt_sampling(services.settings)
     earlier = [messages[0]["content"] for messages in preference_history["prompt"].to_list()]
     known = [*seed_pairs.filter(split="train")["prompt"], *earlier]
     with_rules, asked_later = writes_rules(seed_pairs), asked_in_evaluations(seed_pairs, verifiable_instructions)
-    prompts = prompt_filter(services.settings, known, asked_later, with_rules=with_rules)
+    prompts = prompt_filter(
+        services.settings, known, asked_later, with_rules=with_rules, fits=room_in(prompt_generator, services.settings)
+    )
     usages: list[Usage] = []
 
     def write(drawn: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -197,6 +203,15 @@ def synthetic_prompts(
     )
 
 
+def room_in(checkpoint: Checkpoint, settings: Settings) -> Callable[[str], bool]:
+    """Says of a prompt whether M_0, and so what is trained from it, has room for it with what is written after it."""
+    context = ModelContext(checkpoint.weights, settings.engine.trust_remote_code)
+    if context.length is None:
+        return lambda prompt: True
+    room = room_of(settings, context.length)
+    return lambda prompt: has_room(prompt, room, context.tokens)
+
+
 def writes_rules(seed_pairs: pl.DataFrame) -> bool:
     """Whether G learns to write rules with its prompts."""
     return bool(has_rules(seed_pairs.filter(split="train")).any())
@@ -213,6 +228,7 @@ def prompt_filter(
     asked_later: Iterable[str] = (),
     parse: Callable[[str], str | None] = parse_question,
     with_rules: bool = False,
+    fits: Callable[[str], bool] = lambda prompt: True,
 ) -> PromptFilter:
     """The filter of all sources of prompts: it knows prompts that are not written again, and those of evaluations."""
     options = settings.prompt_generator
@@ -221,5 +237,5 @@ def prompt_filter(
         earlier.add(prompt)
     contamination = Contamination(asked_later, options.decontamination_ngram)
     return PromptFilter(
-        options.min_words, options.max_words, options.language, earlier, contamination, parse, with_rules
+        options.min_words, options.max_words, options.language, earlier, contamination, parse, with_rules, fits
     )

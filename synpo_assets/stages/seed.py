@@ -279,14 +279,19 @@ def _that_fit(
     context, bad = ModelContext(weights, settings.engine.trust_remote_code), list[BadRow]()
     if context.length is None:
         return rows, []
-    answer = max(settings.responses.sampling.max_new_tokens, settings.evaluation.sampling.max_new_tokens)
-    rewrite = settings.response_improver.sampling.max_new_tokens if settings.trains_improver else None
-    room = Room(context.length, answer, rewrite, bool(rewrite and settings.response_improver.damaged_copies))
+    room = room_of(settings, context.length)
     for row in rows:
         if (problem := length_problem(row, room, context.tokens)) is not None:
             bad.append(BadRow(row["split"], row["line"], problem))
     long = {(row.split, row.line) for row in bad}
     return [row for row in rows if (row["split"], row["line"]) not in long], bad
+
+
+def room_of(settings: Settings, context: int) -> Room:
+    """How many tokens there are, and how many of them are written."""
+    answer = max(settings.responses.sampling.max_new_tokens, settings.evaluation.sampling.max_new_tokens)
+    rewrite = settings.response_improver.sampling.max_new_tokens if settings.trains_improver else None
+    return Room(context, answer, rewrite, bool(rewrite and settings.response_improver.damaged_copies))
 
 
 def _named(rows: Sequence[BadRow]) -> str:

@@ -1,0 +1,29 @@
+"""What commands say of a home or a disk that cannot be used."""
+
+import os
+import sqlite3
+
+from resources.common.errors import DISK_IS_FULL, full_disk
+
+
+def sentence_of(error: BaseException) -> str | None:
+    """What is wrong with a home or its disk, and what mends it; None if an error tells of neither."""
+    if (reason := full_disk(error)) is not None:
+        return DISK_IS_FULL.format(reason)
+    home = os.environ.get("DAGSTER_HOME", "the home")
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, sqlite3.DatabaseError):
+            return (
+                f"The history in {home}/history cannot be used: {cause}. Put the folder back from a copy; or move it away, and "
+                "`synpo run` makes everything again, for which it reads the finished completions in the folder shards."
+            )
+        if type(cause).__name__ == "DagsterInvalidConfigError":
+            return f"{home}/dagster.yaml is no configuration of Dagster: move it away, and it is written anew."
+        if isinstance(cause, OSError) and cause.filename is not None:
+            return (
+                f"{cause.filename} cannot be used: {cause.strerror}. Put back what belongs there, or move away what does not, and "
+                "give the same command again."
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
