@@ -15,17 +15,15 @@ set -u
 synpo=${SYNPO:-$HOME/synpo/.venv/bin/synpo}
 home=${SYNPO_HOME:-$HOME/runs/mine}
 
-# In the background, so that a signal is answered at once; `wait` alone is interrupted by it.
-"$synpo" run --home "$home" --iterations "${ITERATIONS:-4}" &
-run=$!
-
 stop() {
-    kill -TERM "$run"
-    wait "$run"
+    run=$(jobs -p)
+    [ -z "$run" ] || { kill -TERM "$run" && wait "$run"; }
 }
 # The time is up: what is unfinished goes on from its shards and saved training states.
 trap 'stop; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
 # Somebody cancelled it, or Slurm preempts it and requeues it by itself.
 trap 'stop; exit 143' TERM
 
-wait "$run"
+# In the background, so that a signal is answered at once: it interrupts `wait` alone.
+"$synpo" run --home "$home" --iterations "${ITERATIONS:-4}" &
+wait "$!"
