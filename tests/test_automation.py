@@ -98,10 +98,12 @@ def test_it_stops_where_the_newest_checkpoint_was_not_promoted_and_says_why(inst
     assert skipped.skip_message.startswith(f"Stopped after iteration 1: {verdict} Mend the cause")
 
 
-def test_it_stops_where_an_older_checkpoint_was_promoted(instance, services):
+def test_where_an_older_checkpoint_was_promoted_it_asks_for_another_promotion(instance, services):
     finish(instance, services, None)
     finish(instance, services, "0001", made="b" * 64)
-    assert f"promotion[0001] is about {sha_of('a' * 64)[:16]}, but" in tick(instance, services).skip_message
+    request = tick(instance, services)
+    asked = {key.to_user_string() for key in request.asset_selection}
+    assert (request.partition_key, "promotion" in asked, "model_checkpoint" in asked) == ("0001", True, False)
 
 
 def test_it_stops_at_the_target(instance, services):

@@ -246,6 +246,7 @@ def test_in_an_object_store(tmp_path):
     for directory in (name, "initial_policy/once/fedcba9876543210"):
         manifest = {
             "asset": "initial_policy", "partition": None, "sha": "in use", "run_id": "run", "weights": "merged", "parents": {},
+            "files": {"merged/a": {"bytes": 1, "sha256": "0"}}, "trained_on": {}, "settings": {}, "created": "2026-01-01",
         }  # fmt: skip
         (root / "checkpoints" / directory / "manifest.json").write_text(json.dumps(manifest))
     (root / "checkpoints/initial_policy/once.json").write_text(json.dumps({"directory": name}))

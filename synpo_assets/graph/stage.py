@@ -62,7 +62,8 @@ class Stage:
         code: Functions that the settings choose and that it calls without naming them.
         made_from: The columns of its table that hold the id of a row of another table, with that asset.
         side: The name that other stages have for the side of a pair that it makes. The last stage that makes it counts.
-        deps: Assets that it depends on without reading them as arguments, as far as the settings make them.
+        deps: Assets that it depends on without reading them as arguments.
+        deps_where_made: The same, of stages that some settings leave out.
         once: Whether it is made once and not in each iteration.
         state: Whether it looks up what other iterations left.
         opt_in: Whether it is made only when it is asked for by name.
@@ -85,6 +86,7 @@ class Stage:
     made_from: Mapping[str, str] = dataclasses.field(default_factory=dict)
     side: str | None = None
     deps: Sequence[str] = ()
+    deps_where_made: Sequence[str] = ()
     once: bool = False
     state: bool = False
     opt_in: bool = False
@@ -165,11 +167,11 @@ class Stage:
         }
         if self.needs(settings):
             inputs = [sides.get(name, name) for name in self.inputs]
-            return dg.AssetsDefinition(specs=[dg.AssetSpec(self.name, deps=[*inputs, *deps], **shown)])
+            return dg.AssetsDefinition(specs=[dg.AssetSpec(self.name, deps=[*inputs, *deps, *self.deps], **shown)])
         make = dg.asset(
             name=self.name,
             ins={name: dg.AssetIn(key=sides[name]) for name in self.inputs if name in sides},
-            deps=deps,
+            deps=[*deps, *self.deps],
             pool=GPU_POOL if self.work else None,
             code_version=code_version(self.functions(settings), self.schema, reads, settings),
             retry_policy=RETRIES,
@@ -196,9 +198,16 @@ def assets_of(stages: Sequence[Stage], settings: Settings) -> list[dg.AssetsDefi
     repeated = {each.name for each in stages if not each.once}
     once = [each for each in stages if each.once and repeated.isdisjoint([*each.inputs, *each.deps])]
     used = {name for each in [*once, *(each for each in stages if each.name == FIRST)] for name in each.inputs}
-    read = {sides.get(name, name) for each in stages if not each.opt_in for name in [*each.inputs, *each.deps]}
+    read = {
+        sides.get(name, name)
+        for each in stages
+        if not each.opt_in
+        for name in [*each.inputs, *each.deps, *each.deps_where_made]
+    }
     ends = [each.name for each in stages if not each.once and not each.opt_in and each.name not in {*read, LAST}]
     deps = {FIRST: [each.name for each in once if each.name not in used], LAST: ends}
     made = {each.name for each in stages}
-    stated = {each.name: [name for name in each.deps if name in made] for each in stages}
-    return [each.asset(settings, sides, [*deps.get(each.name, []), *stated[each.name]]) for each in stages]
+    return [
+        each.asset(settings, sides, [*deps.get(each.name, []), *made.intersection(each.deps_where_made)])
+        for each in stages
+    ]

@@ -50,7 +50,7 @@ def _cost(sizes: Sizes) -> list[Work]:
     # Whether one rewrite is chosen or the best of several: it decides which table the chosen side is read from.
     reads=(*PAIR_READS, "response_improver.samples", "scorer.convention", "scorer.max_length"),
     cost=_cost,
-    deps=("pair_verdicts",),
+    deps_where_made=("pair_verdicts",),
     made_from={
         "prompt_id": "synthetic_prompts",
         "chosen_response_id": "chosen_responses",
