@@ -20,7 +20,8 @@ def test_an_installed_wheel_works_without_the_checkout(tmp_path, nano_model):
         told = {
             key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "SYNPO_HOME", "DAGSTER_HOME")
         }
-        done = subprocess.run(command, cwd=folder, env=told, capture_output=True, text=True)
+        # A long path is not broken at the end of a line.
+        done = subprocess.run(command, cwd=folder, env=told | {"COLUMNS": "300"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

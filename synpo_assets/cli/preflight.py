@@ -11,7 +11,7 @@ from typing import get_args
 import polars as pl
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
+from rich.table import Column, Table
 
 from resources.common.text import duration
 from resources.judging.server_judge import load_template
@@ -240,7 +240,7 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     named = "" if str(cached) == settings.initial_policy.name else f"{settings.initial_policy.name}, "
     where = f"on this machine, {cached}" if cached else "not on this machine yet: the first run downloads it"
     refuse_small_budget(sizes_of(settings, seed, instructions))
-    facts = Table.grid(padding=(0, 2))
+    facts = Table.grid(Column(), Column(overflow="fold"), padding=(0, 2))
     facts.add_row("settings", f"valid (preset {settings.preset}), home {home}")
     aside = "".join(f", {counts[split]} for the {split}" for split in ("scorer", "judge") if counts[split])
     shares = f"{counts['train']} train{aside}, {counts['dev']} dev, {counts['test']} test"
