@@ -158,8 +158,9 @@ def test_an_answer_ends_as_it_was_written(train, nano_checkpoint, monkeypatch, l
         assert whole[~is_answer].tolist() == prompt_ids(tokenizer, pair["prompt"])
 
 
-@pytest.mark.parametrize("loss", [LOSSES[0], LOSSES[3]], ids=lambda loss: loss.kind)
-@pytest.mark.parametrize(("piece", "lora"), [(1024, PAIRED.lora), (7, None)], ids=["at_once", "in_pieces"])
+@pytest.mark.parametrize(
+    ("loss", "piece", "lora"), [(LOSSES[0], 1024, PAIRED.lora), (LOSSES[3], 7, None)], ids=["at_once", "in_pieces"]
+)
 def test_logits_of_completion_tokens_alone_train_as_those_of_all_tokens(
     train, tmp_path, monkeypatch, loss, piece, lora
 ):

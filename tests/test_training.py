@@ -313,7 +313,10 @@ def test_without_a_length_of_its_own_a_side_has_what_the_prompt_leaves(nano_chec
     )
 
 
-@pytest.mark.parametrize("kind", ["supervised", "preference", "reward"])
+SLOW_BUT_ONE = ["preference", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("supervised", "reward"))]
+
+
+@pytest.mark.parametrize("kind", SLOW_BUT_ONE)
 def test_batches_of_like_length_and_activations_made_twice_change_order_and_memory_alone(
     tmp_path, trainer, nano_checkpoint, monkeypatch, kind
 ):
