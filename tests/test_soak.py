@@ -1,0 +1,98 @@
+"""A home whose runs are killed at random and whose settings are edited meanwhile ends as an undisturbed one.
+
+SYNPO_SOAK_SECONDS says for how long, and without it nothing is tried; SYNPO_SOAK_SEED which moments and victims are drawn:
+`SYNPO_SOAK_SECONDS=1200 pytest -n 0 -m slow tests/test_soak.py`.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+
+from resources.storage.manifests import Pointer
+from tests.conftest import synpo
+from tests.nano import nano_settings, write_settings
+from tests.ui import processes_of
+
+SECONDS = float(os.environ.get("SYNPO_SOAK_SECONDS", "0"))
+SEED = int(os.environ.get("SYNPO_SOAK_SEED", "1"))
+# Of a run: past its start, in which nothing is at work yet, until well into the iteration.
+MOMENTS = (4.0, 40.0)
+ENDS_WITHIN = 60
+
+
+def kill_one_of(home, run, draw):
+    """Kills the run itself, or one of the processes that it started: a step, or what steps are forked from."""
+    victims = [run.pid, *processes_of(home)]
+    with suppress(ProcessLookupError):
+        os.kill(draw.choice(victims), draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+
+
+def edit_settings(home, draw):
+    """Changes what decides how work is done and not what comes of it, or leaves a file that nobody can read."""
+    file = home / "settings.yaml"
+    whole = file.read_bytes()
+    if draw.random() < 0.3:
+        file.write_bytes(draw.choice([b"", b"\xff", b"engine: [", whole[: len(whole) // 2] + b"\n: :"]))
+        refused = synpo("run", "--home", home)
+        file.write_bytes(whole)
+        assert (refused.returncode, refused.stderr.count("Traceback")) == (2, 0), refused.stderr
+    else:
+        values = yaml.safe_load(whole)
+        values["engine"]["shard_rows"] = draw.choice([1, 3, 16])
+        values["training_processes"]["save_every_steps"] = draw.choice([1, 2, 50])
+        write_settings(file, values)
+
+
+def made_in(home):
+    """The tables and the sha of the checkpoints of the first iteration, and of what is made once, by place."""
+    places = [*home.glob("tables/*.parquet"), *home.glob("tables/*/0001.parquet")]
+    tables = {file.relative_to(home).as_posix(): pl.read_parquet(file) for file in places}
+    pointers = [*home.glob("checkpoints/*/once.json"), *home.glob("checkpoints/*/0001.json")]
+    shas = {file.relative_to(home).as_posix(): Pointer.model_validate_json(file.read_bytes()).sha for file in pointers}
+    return tables, shas
+
+
+@pytest.mark.skipif(not SECONDS, reason="SYNPO_SOAK_SECONDS is not set")
+def test_a_home_whose_runs_are_killed_ends_as_an_undisturbed_one(nano_run, nano_model, tmp_path):
+    draw, home = random.Random(SEED), tmp_path / "home"
+    settings = write_settings(tmp_path / "nano.yaml", nano_settings(nano_model))
+    command = [str(Path(sys.executable).with_name("synpo")), "run", "--home", str(home)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("SYNPO_HOME", "DAGSTER_HOME")}
+    deadline, kills = time.monotonic() + SECONDS, 0
+    while time.monotonic() < deadline:
+        first = [] if (home / "settings.yaml").exists() else ["--settings", str(settings)]
+        with subprocess.Popen(
+            [*command, *first], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as run:
+            with suppress(subprocess.TimeoutExpired):
+                run.wait(min(draw.uniform(*MOMENTS), max(1.0, deadline - time.monotonic())))
+            if run.poll() is None:
+                kill_one_of(home, run, draw)
+                kills += 1
+            # Where a step was killed, the run goes on, or tries again.
+            with suppress(subprocess.TimeoutExpired):
+                run.wait(draw.uniform(1, 10))
+            run.kill()
+        ended = time.monotonic() + ENDS_WITHIN
+        while processes_of(home):
+            assert time.monotonic() < ended, processes_of(home)
+            time.sleep(0.2)
+        if (home / "settings.yaml").exists():
+            edit_settings(home, draw)
+    last = synpo("run", "--home", home)
+    assert last.returncode == 0, last.stderr[-2000:]
+    assert kills, "a soak in which nothing is killed shows nothing: give it more time"
+    (tables, shas), (undisturbed_tables, undisturbed_shas) = made_in(home), made_in(nano_run.home)
+    assert shas == undisturbed_shas
+    assert tables.keys() == undisturbed_tables.keys()
+    assert [place for place in tables if not tables[place].equals(undisturbed_tables[place])] == []
+    assert [file for file in home.rglob("*.tmp") if "training" not in file.parts] == []
