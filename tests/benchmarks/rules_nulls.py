@@ -1,0 +1,51 @@
+"""How many verifiable instructions M_t follows, beside what says the same of answers that are known to be no better.
+
+    python -m tests.benchmarks.rules_nulls HOME ITERATION FILE.csv
+
+The nulls: M_0's first sentence, M_0 cut to as many words as M_t wrote, and M_t's answers to other prompts of the split.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+import polars as pl
+
+from synpo_assets.method.verifiable import SENTENCE_END, followed
+
+
+def first_sentence(answer: str) -> str:
+    end = SENTENCE_END.search(answer.strip())
+    return answer.strip()[: end.end()] if end else answer
+
+
+def rows(asked: pl.DataFrame, split: str) -> list[dict[str, object]]:
+    asked = asked.filter(split=split)
+    candidate, initial = asked["candidate_response"].to_list(), asked["initial_response"].to_list()
+    as_long = [
+        " ".join(words[: max(1, len(other.split()))]) if len(words := text.split()) > len(other.split()) else text
+        for text, other in zip(initial, candidate, strict=True)
+    ]
+    answers = {
+        "M_t": candidate,
+        "M_0": initial,
+        "M_0, first sentence": [first_sentence(text) for text in initial],
+        "M_0, as many words as M_t": as_long,
+        "M_t, answer to another prompt": random.Random(1).sample(candidate, len(candidate)),
+    }
+    return [
+        {
+            "split": split,
+            "answers": name,
+            "n": len(texts),
+            "followed": sum(all(followed(*row)) for row in zip(asked["constraints"], texts, strict=True)),
+            "median_words": pl.Series([len(text.split()) for text in texts]).median(),
+        }
+        for name, texts in answers.items()
+    ]
+
+
+if __name__ == "__main__":
+    table = pl.read_parquet(Path(sys.argv[1]) / "tables" / "instruction_following" / f"{int(sys.argv[2]):04d}.parquet")
+    found = pl.DataFrame([row for split in ("dev", "test") for row in rows(table, split)])
+    found.write_csv(sys.argv[3])
