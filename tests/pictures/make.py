@@ -24,7 +24,7 @@ def main(home: Path) -> None:
             page.locator(f"text={group}").first.wait_for()
         page.wait_for_timeout(4000)
         # The graph without the lists and buttons around it.
-        page.screenshot(path=FOLDER / "lineage.png", clip={"x": 560, "y": 450, "width": 1420, "height": 240})
+        page.screenshot(path=FOLDER / "lineage.png", clip={"x": 560, "y": 425, "width": 1420, "height": 275})
         browser.close()
 
 
