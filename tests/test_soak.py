@@ -16,6 +16,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import yaml
+from polars.testing import assert_frame_equal
 
 from resources.storage.manifests import Pointer
 from tests.conftest import synpo
@@ -94,5 +95,7 @@ def test_a_home_whose_runs_are_killed_ends_as_an_undisturbed_one(nano_run, nano_
     (tables, shas), (undisturbed_tables, undisturbed_shas) = made_in(home), made_in(nano_run.home)
     assert shas == undisturbed_shas
     assert tables.keys() == undisturbed_tables.keys()
-    assert [place for place in tables if not tables[place].equals(undisturbed_tables[place])] == []
+    # A run that went on scored the rest in other batches, and sums are rounded by batch.
+    for place, table in tables.items():
+        assert_frame_equal(table, undisturbed_tables[place], abs_tol=1e-5)
     assert [file for file in home.rglob("*.tmp") if "training" not in file.parts] == []
