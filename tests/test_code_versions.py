@@ -35,8 +35,8 @@ EDITS = {
     ),
     "a template": (
         "synpo_assets/method/templates/response_improver.jinja", None, "\nBe brief.",
-        # How long a row of the seed is in it decides whether the row can be used.
-        {"seed_pairs", "verifiable_instructions", "response_improver", "refined_responses"},
+        # How long a row of the seed, or a new prompt, is in it decides whether it can be used.
+        {"seed_pairs", "synthetic_prompts", "verifiable_instructions", "response_improver", "refined_responses"},
     ),
     "a constant": ("synpo_assets/method/evaluation.py", "(0.5, 2.0)", "(0.5, 3.0)", {"gold_comparison"}),
     "a constant that another constant is made of": (
