@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from resources.common import progress
-from resources.common.progress import Progress, tell
+from resources.common.progress import Progress, say_in_silence, tell
 from resources.common.text import duration
 
 LOGGER = logging.getLogger("synpo.test")
@@ -80,3 +80,15 @@ def test_another_line_of_the_work_is_a_sign_of_life(clock, said):
     assert said == ["Step 1 of 2.", f"Training: {duration(19)} so far."]
     clock.now += 100
     assert not waits_for(said, 3), "it goes on after its end"
+
+
+def test_what_only_a_callback_sees_is_said_in_silence(clock, said):
+    with Progress(None, "Training", LOGGER):
+        clock.now += 10
+        assert waits_for(said, 1)
+        say_in_silence(lambda: f"Step 1 of 2, {1040 - clock.now:.0f} s left.")
+        for count in (2, 3):
+            clock.now += 10
+            assert waits_for(said, count)
+    assert said == ["Training: 10 s so far.", "Step 1 of 2, 20 s left.", "Step 1 of 2, 10 s left."]
+    say_in_silence(str)

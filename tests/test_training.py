@@ -7,6 +7,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from resources.common import progress
 from resources.models.chat import load_tokenizer, prompt_text
 from resources.settings.machine import Engine
 from resources.settings.training import PreferenceTraining, SimPO, Training, TrainingProcesses
@@ -231,8 +232,14 @@ def test_subsets_are_random_and_repeatable(trainer):
     assert subset != list(range(10))
 
 
-def test_the_progress_line_has_count_rate_and_time_left(tmp_path, trainer, nano_checkpoint, said):
+def test_the_progress_line_has_count_rate_and_time_left(tmp_path, trainer, nano_checkpoint, said, monkeypatch):
+    # Each step takes longer than it may be silent.
+    monkeypatch.setattr(progress, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(progress, "LOG_EVERY_SECONDS", 0.002)
     trainer.train("supervised", nano_checkpoint, EXAMPLES, SFT, tmp_path)
+    said = [line for line in said if not line.startswith("Merging")]
+    first = next(place for place, line in enumerate(said) if line.startswith("Step 1 of 2, loss "))
+    assert all(line.startswith("Step ") for line in said[first:])
     assert said[-1].startswith("Step 2 of 2, loss ")
     assert said[-1].endswith("s/step, 0 s left.")
     assert "reward" not in said[-1]

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import ClassVar, Self
 
 from resources.common.text import duration
@@ -24,6 +25,7 @@ class Progress:
         """Of `total` pieces of work that `what` names in the plural; None: they cannot be counted, `what` names the work."""
         self._total, self._what, self._logger = total, what, logger
         self._done = threading.Event()
+        self._own_words: Callable[[], str] | None = None
         self.restart()
 
     def __enter__(self) -> Self:
@@ -55,7 +57,9 @@ class Progress:
         """Says how far it is."""
         self._reported = time.monotonic()
         seconds = self._reported - self._started
-        if self._total is None:
+        if self._own_words is not None:
+            tell(self._logger, self._own_words())
+        elif self._total is None:
             tell(self._logger, f"{self._what}: {duration(seconds)} so far.")
         elif self._count:
             left = seconds / self._count * (self._total - self._count)
@@ -68,6 +72,12 @@ class Progress:
         while not self._done.wait(POLL_SECONDS):
             if is_silent() and Progress._under_way[-1:] == [self]:
                 self.report()
+
+
+def say_in_silence(words: Callable[[], str]) -> None:
+    """From now on the innermost work under way says this of itself: what only a library's callback sees of it."""
+    if Progress._under_way:
+        Progress._under_way[-1]._own_words = words
 
 
 def is_silent() -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from resources.common.progress import Progress
-from resources.models.batches import longest_first
+from resources.models.batches import longest_first, tokens_at_a_time
 from resources.models.device import DeviceResource, memory_explained, prepare_device
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class SentenceEmbedder(DeviceResource):
         token_ids = tokenize(truncation=True, max_length=longest).input_ids
         vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
         with Progress(len(texts), "embeddings", logger) as progress:
-            for places in longest_first([len(each) for each in token_ids], self.engine.batch_tokens):
+            for places in longest_first([len(each) for each in token_ids], tokens_at_a_time(self.engine)):
                 batch = [token_ids[place] for place in places]
                 with memory_explained(f"a batch of {len(batch)} texts to embed", "Lower engine.batch_tokens."):
                     vectors[places] = _mean_vectors(model, tokenizer, batch)

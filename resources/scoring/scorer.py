@@ -14,7 +14,7 @@ from typing import Any
 import polars as pl
 
 from resources.common.progress import Progress
-from resources.models.batches import longest_first
+from resources.models.batches import longest_first, tokens_at_a_time
 from resources.models.device import DeviceResource, memory_explained, prepare_device, torch_dtype
 from resources.scoring.pair_ranker import PairRanker
 from resources.scoring.reward_model import RewardModel
@@ -142,13 +142,13 @@ class RewardScorer(DeviceResource):
 
     def _finish(self, reward_model: Checkpoint, missing: pl.DataFrame, shards: Shards) -> None:
         """Scores what is missing, and writes a shard as soon as it is full."""
-        model = self.opened(reward_model)
+        model, batch_tokens = self.opened(reward_model), tokens_at_a_time(self.engine)
         with Progress(missing.height, "scores", logger) as progress:
             for done in range(0, missing.height, self.engine.shard_rows):
                 waiting = [model.read(*row) for row in missing.slice(done, self.engine.shard_rows).rows()]
                 rows: list[dict[str, Any]] = []
                 lengths = [len(reading.token_ids) for reading in waiting]
-                for places in longest_first(lengths, self.engine.batch_tokens):
+                for places in longest_first(lengths, batch_tokens):
                     batch = [waiting[place] for place in places]
                     rows += _scored(model, batch)
                     progress.add(len(batch), sum(len(reading.token_ids) for reading in batch))

@@ -7,7 +7,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from resources.common.progress import is_silent, tell
+from resources.common.progress import is_silent, say_in_silence, tell
 from resources.common.text import duration
 from resources.models.chat import load_tokenizer
 from resources.models.device import loading_options, memory_explained, prepare_device, torch_dtype
@@ -229,13 +229,16 @@ def _progress_callback(job: TrainingJob) -> "TrainerCallback":
                     f"The training loss became {loss} at step {state.global_step}: the run has diverged and nothing was "
                     "saved. Lower training.learning_rate (or loss.beta, for SimPO)."
                 )
-            if (is_silent() or state.global_step == state.max_steps) and state.is_world_process_zero:
-                pace = (time.monotonic() - self.started) / (state.global_step - self.first_step)
-                left = duration(pace * (state.max_steps - state.global_step))
-                tell(
-                    logger,
-                    f"Step {state.global_step} of {state.max_steps}, loss {float(loss):.3f}{pairs_text(job.loss, logs or {})}, "
-                    f"{pace:.1f} s/step, {left} left.",
-                )
+            logged, shown = time.monotonic(), f"{float(loss):.3f}{pairs_text(job.loss, logs or {})}"
+            step, steps = state.global_step, state.max_steps
+            pace = (logged - self.started) / (step - self.first_step)
+
+            def line() -> str:
+                left = max(0.0, pace * (steps - step) - (time.monotonic() - logged))
+                return f"Step {step} of {steps}, loss {shown}, {pace:.1f} s/step, {duration(left)} left."
+
+            say_in_silence(line)
+            if (is_silent() or step == steps) and state.is_world_process_zero:
+                tell(logger, line())
 
     return Progress()
