@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import random
 
 import polars as pl
 import pytest
@@ -263,6 +264,20 @@ def test_drawing_stops_when_enough_or_used_up(wanted, available, valid_share):
     assert len(kept) <= wanted
     assert len(kept) == wanted or used == available
     assert [row["row"] for row in kept] == sorted(row["row"] for row in kept)
+
+
+@pytest.mark.parametrize("valid_share", [0.3, 0.6, 0.9])
+def test_two_rounds_of_drawing_are_mostly_enough(valid_share):
+    draw, rounds = random.Random(1), []
+
+    def write(rows):
+        rounds.append(len(rows))
+        return [{"text": "valid" if draw.random() < valid_share else ""} for _ in rows]
+
+    kept, _ = draw_until_enough([{"row": number} for number in range(5000)], 1000, write, lambda text: text or None)
+    assert len(kept) == 1000
+    assert len(rounds) == 2
+    assert sum(rounds) < 1.25 * 1000 / valid_share
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c"]), max_size=20), st.integers(1, 3))

@@ -20,6 +20,7 @@ from synpo_assets.method.words import words_of
 Row = dict[str, Any]
 
 SMALLEST_ROUND = 8
+ROUND_MARGIN = 1.2
 
 # Texts are compared if they agree in all hashes of a band. Memory grows with the bands, about 100 bytes each per text.
 BANDS = 10
@@ -179,15 +180,16 @@ def draw_until_enough(
 ) -> tuple[list[Row], int]:
     """Writes prompts from keyword sets (or seed prompts shown) until enough are valid or all of these are used up.
 
-    Each round draws as many as the share of valid prompts so far makes necessary. `write` turns what was drawn into one
+    Each round draws as many as the share of valid prompts so far makes necessary, and from the second on somewhat more: a third
+    would start the engine once more. What is kept does not depend on the rounds. `write` turns what was drawn into one
     completion each, with the column `text`; `keep` finds the valid prompt in a text, or None. Returns the kept rows (source
     and completion together, plus the column `prompt`), and how many sources were used.
     """
     kept: list[Row] = []
     used = 0
     while len(kept) < wanted and used < len(sources):
-        valid_share = max(len(kept) / used, 0.1) if used else 1.0
-        size = max(SMALLEST_ROUND, math.ceil((wanted - len(kept)) / valid_share))
+        needed = math.ceil(ROUND_MARGIN * (wanted - len(kept)) / max(len(kept) / used, 0.1)) if used else wanted
+        size = max(SMALLEST_ROUND, needed)
         drawn = sources[used : used + size]
         used += len(drawn)
         for source, completion in zip(drawn, write(drawn), strict=True):
