@@ -12,11 +12,13 @@ from resources.settings.data import DataSource
 from resources.settings.files import load_settings, preset_path
 from resources.storage.seed_source import read_rows
 from resources.training.rows import supervised_rows
+from synpo_assets.method.chat_rows import VISIBLE
 from synpo_assets.method.seed import seed_rows as check_seed
 from synpo_assets.method.templates import user_message
 from tests.nano import nano_tokenizer
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
+LETTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufffd")
+TEXT = st.text(LETTERS, min_size=1).filter(VISIBLE.search)
 
 
 def openai(*turns):
@@ -38,7 +40,9 @@ def test_every_form_of_a_question_and_its_answer_is_read_alike(question, answer)
     turns = (("user", question), ("assistant", answer))
     parts = [("user", [{"type": "text", "text": question}]), ("assistant", [{"type": "text", "text": answer}])]
     empty_system = [{"role": "system", "content": ""}, *openai(*turns)]
-    for chat in (openai(*turns), sharegpt(*turns), openai(*parts), empty_system):
+    others = [{"role": "Human", "content": [question]}, {"role": "model", "content": answer}]
+    written = json.dumps(openai(*turns))
+    for chat in (openai(*turns), sharegpt(*turns), openai(*parts), empty_system, others, written):
         assert read({"chat": chat}, "chat", "chat") == expected
         assert read({"prompt": question, "answer": chat}) == expected
     assert read({"prompt": openai(turns[0]), "answer": openai(turns[1])}) == expected
@@ -64,12 +68,30 @@ REFUSED = [
     ({"prompt": "Why?", "answer": " \n"}, "the answer is empty"),
     (json.loads('{"prompt": "A party \\ud83d", "answer": "So."}'), "half of a surrogate pair (U+D83D)"),
     ({"prompt": "Why?", "answer": "So\0."}, "the answer holds the character NUL"),
+    ({"prompt": "Why?", "answer": "A caf\ufffd."}, "the answer holds U+FFFD, which stands where bytes"),
+    ({"prompt": "\u200b\u2060\ufe0f", "answer": "So."}, "the prompt is empty"),
+    ({"prompt": "Why?", "answer": b"So."}, "the answer is a byte string"),
+    ({"prompt": openai(("developer", "Be brief."), ("user", "Why?")), "answer": "So."}, "the prompt has a system turn"),
+    ({"prompt": [{"role": "user", "parts": ["Why?"]}], "answer": "So."}, "without `content`; it has `role`, `parts`"),
+    ({"prompt": "Why?", "answer": [{"role": "assistant", "content": "So.", "tool_calls": [{}]}]}, "that calls a tool"),
+    ({"prompt": json.dumps(openai(*CONVERSATION)), "answer": "So."}, "the prompt is a conversation of 3 turns"),
+    ({"prompt": "Translate.", "input": "Hallo", "answer": "Hello"}, "its column `input` is part of what was asked"),
+    ({"prompt": "Why?", "history": [["How?", "So."]], "answer": "So."}, "its column `history` is part of"),
 ]
 
 
 @pytest.mark.parametrize(("row", "reason"), REFUSED, ids=[reason for _, reason in REFUSED])
 def test_what_is_no_question_with_its_answer_is_named(row, reason):
     assert reason in read(row)
+
+
+def test_one_text_is_no_question_with_its_answer():
+    assert read({"text": "Why? So."}, "text", "text") == "`text` holds one text, which is no question and its answer"
+
+
+def test_columns_that_hold_nothing_are_no_part_of_a_question():
+    row = {"prompt": "Why?", "input": "", "system": None, "context": float("nan"), "answer": "So."}
+    assert read(row) == ("Why?", "So.")
 
 
 def test_a_number_is_an_answer():
