@@ -1,5 +1,6 @@
 """Where seed and corpus are read from: files, folders and names as people have them."""
 
+import gzip
 import json
 
 import datasets
@@ -79,6 +80,18 @@ def test_bytes_that_are_no_text_cost_their_line_alone(tmp_path):
     assert [line for line, row in found.items() if not row] == [351]
     assert found[1] == {"text": "line 0"}
     assert len(found) == 400
+
+
+@pytest.mark.parametrize("content", [
+    gzip.compress(b'{"text": "one"}'), '{"text": "one"}'.encode("utf-16"), json.dumps(ROWS).encode(), b"text\none\n",
+    json.dumps(ROWS, indent=1).encode(), b'{"text": "one"},\n{"text": "two"},\n', repr(ROWS[0]).encode(),
+], ids=["gzip", "UTF-16", "array", "CSV", "array of lines", "commas", "Python"])  # fmt: skip
+def test_a_file_of_another_kind_is_refused_with_what_it_should_be(tmp_path, content):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(
+        SettingsError, match=r"rows.jsonl \(keyword_pool.corpus\) is .*: save the file as one JSON object"
+    ):
+        list(read_rows(load_settings_of(tmp_path / "rows.jsonl"), "keyword_pool.corpus", ("text",)))
 
 
 def test_a_damaged_file_is_named_wherever_the_damage_is(tmp_path):

@@ -1,5 +1,6 @@
 """Checking the seed: which rows are bad, and why (the paper takes its seed as given)."""
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -112,6 +113,16 @@ def rows_of_templates(
         for row in rows
         if repr(row["template"]) in known
     ]
+
+
+def most_frequent(bad: Sequence[BadRow]) -> str:
+    """Why most rows were dropped, by one of them; nothing if none was."""
+    kinds = collections.Counter(row.reason.partition("'")[0] for row in bad)
+    if not kinds:
+        return ""
+    kind, count = kinds.most_common(1)[0]
+    example = next(row for row in bad if row.reason.startswith(kind))
+    return f" {len(bad)} were dropped, {count} of them like {example.split} line {example.line}: {example.reason}."
 
 
 def _question_and_answer(row: Mapping[str, Any], prompt_column: str, answer_column: str) -> dict[str, str]:
