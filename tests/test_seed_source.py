@@ -31,7 +31,7 @@ def corpus(tmp_path, stated, **more):
 
 
 @pytest.mark.parametrize(
-    "name", ["plain.jsonl", "LOUD.JSONL", "what?#%20.jsonl", "data [v2] *.parquet", "Größe ü.Parquet"]
+    "name", ["plain.jsonl", "LOUD.JSONL", "what?#%20.jsonl", "~tilde.jsonl", "data [v2] *.parquet", "Größe ü.Parquet"]
 )
 def test_any_name_of_a_file(tmp_path, monkeypatch, name):
     monkeypatch.chdir("/")
@@ -108,3 +108,9 @@ def load_settings_of(path):
     from resources.settings.data import DataSource
 
     return DataSource(path=str(path))
+
+
+def test_a_tilde_that_names_no_user_is_a_letter(tmp_path):
+    (tmp_path / "settings").mkdir()
+    write_jsonl(tmp_path / "settings" / "~rows.jsonl")
+    assert corpus(tmp_path, "~rows.jsonl") == ["one", "zwei", "三"]
