@@ -1,6 +1,7 @@
 """Chat templates are rendered once and give one BOS at most."""
 
 import functools
+import json
 import shutil
 
 import pytest
@@ -17,7 +18,7 @@ from resources.models.chat import (
     turns_text,
 )
 from resources.models.chat_template import refuse_other_text, with_stated_template
-from resources.models.model_source import fetch_initial_policy
+from resources.models.model_source import ModelSourceError, fetch_initial_policy
 from resources.settings.data import InitialPolicy
 from tests.nano import copy_that_adds_bos, nano_tokenizer
 
@@ -198,13 +199,39 @@ DATED = "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.<|im_end|>\
 @pytest.mark.parametrize(("template", "problem"), [
     (TURNS, "a prompt is"),  # The generation prompt is ignored.
     (THINKING, "a prompt is"),
-    (TURNS.replace("<|im_end|>", "</turn>") + OPENED, "it closes an answer with '</turn>'"),
-], ids=["no generation prompt", "open think block", "end that is no token"])  # fmt: skip
+    (TURNS.replace("<|im_end|>", "</turn>") + OPENED, "it closes an answer with '</turn>"),
+    (TURNS.replace("<|im_end|>", " <|im_end|>") + OPENED, "it closes an answer with ' <.im_end.>.n', which does not begin"),
+    (TURNS.replace("{{ m['content'] }}", "{{ m['content'] }}" * 2) + OPENED, "a prompt is .*the answered one is .*answeranswer"),
+], ids=["no generation prompt", "open think block", "end that is no token", "space before the end", "twice"])  # fmt: skip
 def test_a_template_that_renders_other_text_than_is_trained_is_refused(with_prompt, template, problem):
     with pytest.raises(
         ChatTemplateError, match=f"renders other text than would be trained: {problem}.*template_arguments"
     ):
         with_prompt(None, template)
+
+
+@pytest.mark.parametrize(("template", "reason"), [
+    ("{% for m in messages %}", "Unexpected end of template"), ("{{ say() }}", "'say' is undefined"),
+    ("{% if messages[0]['role'] != 'system' %}{{ raise_exception('Say who you are.') }}{% endif %}x", "Say who you are"),
+])  # fmt: skip
+def test_a_template_that_fails_is_refused_with_its_reason(with_prompt, template, reason):
+    with pytest.raises(
+        ChatTemplateError, match=rf"no question with its answer: {reason}.*initial_policy.system_prompt"
+    ):
+        with_prompt(None, template)
+
+
+@pytest.mark.parametrize(("file", "changes", "words"), [
+    ("tokenizer_config.json", {"pad_token": "[PAD]"}, r"uses the token 1021 to pad rows .* has 1021 tokens"),
+    ("config.json", {"pad_token_id": 32000}, r"uses the token 32000"),
+    ("config.json", {"pad_token_id": [0]}, r"cannot be loaded: Validation error for field 'pad_token_id'"),
+    ("tokenizer_config.json", {"pad_token": None, "eos_token": None}, r"neither an eos_token nor a pad_token: name one"),
+])  # fmt: skip
+def test_tokens_that_the_model_does_not_have_are_refused(nano_model, tmp_path, file, changes, words):
+    place = shutil.copytree(nano_model, tmp_path / "model") / file
+    place.write_text(json.dumps(json.loads(place.read_text()) | changes))
+    with pytest.raises((ModelSourceError, ChatTemplateError), match=words):
+        fetch_initial_policy(InitialPolicy(source="directory", name=str(place.parent)), trust_remote_code=False)
 
 
 def test_text_before_the_bos_is_refused(nano_model, tmp_path):

@@ -1,6 +1,7 @@
 """Other languages than English: words, keywords, overlaps and repetition measure what they mean."""
 
 import json
+import unicodedata
 
 import polars as pl
 import pytest
@@ -8,6 +9,7 @@ import yaml
 
 from resources.settings.files import load_settings
 from resources.settings.sections import SettingsError
+from synpo_assets.cli.preflight import check_data_and_training
 from synpo_assets.method.keywords import Keywords
 from synpo_assets.method.pairs import repetition
 from synpo_assets.method.prompts import Contamination, NearDuplicates
@@ -16,6 +18,7 @@ from synpo_assets.method.words import words_of
 from tests.conftest import synpo
 from tests.nano import make_nano_model, nano_settings, write_settings
 
+NON_JOINER = "\u200c"
 # By language: a paragraph, some keywords of it, and a word of the stopword list.
 PARAGRAPHS = {
     "zh": ("太阳能电池板把阳光变成电能。许多家庭可以在屋顶安装太阳能电池板以降低电费。", {"太阳能", "阳光", "屋顶"}, "把"),
@@ -46,6 +49,31 @@ def test_a_language_whose_words_cannot_be_told_apart_is_refused(tmp_path, nano_m
         load_settings(file)
 
 
+@pytest.mark.parametrize(("language", "text"), [
+    ("en", PARAGRAPHS["zh"][0]), ("de", PARAGRAPHS["th"][0]), ("en", "ແຜງໂຊລາປ່ຽນແສງຕາເວັນເປັນໄຟຟ້າ ຫຼາຍຄອບຄົວຕິດຕັ້ງ ເທິງຫຼັງຄາ"),
+    ("bo", "ཉི་མའི་འོད་ཟེར་གློག་ཏུ་བསྒྱུར་བའི་འཕྲུལ་ཆས་ཡིན། ཁྱིམ་ཚང་མང་པོས་ཐོག་ཁར་འཇོག"),
+], ids=["Chinese as English", "Thai as German", "Lao as English", "Tibetan"])  # fmt: skip
+@pytest.mark.parametrize("where", ["corpus", "train"])
+def test_texts_without_keywords_in_the_stated_language_are_refused(tmp_path, nano_model, language, text, where):
+    rows = [{"prompt": f"{text} {number}", "answer": "So.", "text": text} for number in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    values = nano_settings(nano_model)
+    values["keyword_pool"] = {"language": language} | ({"corpus": {"path": "rows.jsonl"}} if where == "corpus" else {})
+    if where == "train":
+        values["seed_data"] |= {"train": {"path": "rows.jsonl"}, "on_bad_rows": "drop"}
+    settings = load_settings(write_settings(tmp_path / "mine.yaml", values))
+    with pytest.raises(SettingsError, match=rf"Only 0 of .*[._]{where} have . keywords in the language `{language}`"):
+        check_data_and_training(settings)
+
+
+def test_a_seed_in_another_language_than_its_prompts_shall_be_in_is_refused(tmp_path, nano_model):
+    values = nano_settings(nano_model)
+    values["prompt_generator"]["language"] = "de"
+    settings = load_settings(write_settings(tmp_path / "mine.yaml", values))
+    with pytest.raises(SettingsError, match=r"prompt_generator.language is `de`, and \d+ of the first 24 prompts"):
+        check_data_and_training(settings)
+
+
 def test_yaml_takes_norwegian_for_a_denial(tmp_path, nano_model):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(nano_settings(nano_model)) + "keyword_pool: {language: no}\n")
@@ -71,9 +99,26 @@ def test_what_a_prompt_shares_with_another_is_found(phrase, other):
     assert repetition(phrase, 3) < 0.2
 
 
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_how_an_accent_is_encoded_hides_no_shared_words(form):
+    phrase = "Où est le café près d'ici, s'il vous plaît ?"
+    assert Contamination([phrase], 8).find(f"Dis : {unicodedata.normalize(form, phrase)}") == phrase
+
+
+def test_joiners_stand_inside_keywords():
+    assert "ශ්\u200dරී" in Keywords("si").of("ශ්\u200dරී ලංකාවේ සූර්ය පැනල", 9)
+    assert f"می{NON_JOINER}کنند" in Keywords("fa").of(
+        f"پنل{NON_JOINER}های خورشیدی نور خورشید را به برق تبدیل می{NON_JOINER}کنند.", 9
+    )
+
+
 def test_words_are_whole_or_characters():
     assert words_of("हिन्दी में लिखो") == ["हिन्दी", "में", "लिखो"]
     assert words_of("কী ভাষা") == ["কী", "ভাষা"]
+    assert words_of(f"می{NON_JOINER}خواهم") == ["میخواهم"]
+    assert words_of("ශ්\u200dරී שלו\u200fם Sonnen\u00adlicht") == ["ශ්රී", "שלום", "sonnenlicht"]
+    assert words_of("ส้ม\u200bหวาน ❤\ufe0f \u0301") == ["ส้", "ม", "ห", "ว", "า", "น"]
+    assert words_of("\uff27\uff30\uff34\uff0d\uff14 ｶﾞ") == words_of("GPT-4 ガ")
     assert words_of("五つ数えて") == list("五つ数えて")
     assert meets("words_at_most", "3", "五つです。") is False
     assert meets("words_at_most", "4", "五つです。") is True

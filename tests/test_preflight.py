@@ -1,6 +1,7 @@
 """What is checked and counted before any model is loaded."""
 
 import json
+import shutil
 
 import polars as pl
 import pytest
@@ -172,6 +173,30 @@ def test_rows_longer_than_the_context_are_dropped_and_counted(with_long_rows, in
     assert [found.value("dropped", asset=name) for name in ("seed_pairs", "verifiable_instructions")] == [2, 1]
     kept = pl.read_parquet(tmp_path / "home" / "tables" / "verifiable_instructions.parquet")
     assert kept["prompt"].to_list() == ["Say x."]
+
+
+@pytest.mark.parametrize("cell", ["answer", "prompt"])
+def test_a_row_that_the_chat_template_changes_is_named(tmp_path, nano_model, cell):
+    """Also a prompt, which the generator learns to write."""
+    model = shutil.copytree(nano_model, tmp_path / "model")
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("message['content']", "message['content'].split('</think>')[-1]"))
+    row = {"prompt": "Where do thoughts end?", "answer": "At their end."}
+    rows = [*seed_rows()[:20], row | {cell: f"{row[cell]} At </think>, or not?"}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def read(on_bad_rows):
+        stated = settings_with(tmp_path, train={"path": "train.jsonl"}, on_bad_rows=on_bad_rows)
+        return seed_table(stated, str(model))
+
+    with pytest.raises(
+        SettingsError, match=r"\(train line 21: the chat template of M_0 renders its .* otherwise"
+    ) as refused:
+        read("refuse")
+    assert "max_new_tokens" not in str(refused.value)
+    frame, bad = read("drop")
+    assert [row.line for row in bad] == [21]
+    assert not frame["prompt"].str.contains("thoughts").any()
 
 
 def test_a_wheel_must_be_pinned_and_hashed():

@@ -1,5 +1,6 @@
 """Where seed and corpus are read from: files, folders and names as people have them."""
 
+import gzip
 import json
 
 import datasets
@@ -30,7 +31,7 @@ def corpus(tmp_path, stated, **more):
 
 
 @pytest.mark.parametrize(
-    "name", ["plain.jsonl", "LOUD.JSONL", "what?#%20.jsonl", "data [v2] *.parquet", "Größe ü.Parquet"]
+    "name", ["plain.jsonl", "LOUD.JSONL", "what?#%20.jsonl", "~tilde.jsonl", "data [v2] *.parquet", "Größe ü.Parquet"]
 )
 def test_any_name_of_a_file(tmp_path, monkeypatch, name):
     monkeypatch.chdir("/")
@@ -81,6 +82,18 @@ def test_bytes_that_are_no_text_cost_their_line_alone(tmp_path):
     assert len(found) == 400
 
 
+@pytest.mark.parametrize("content", [
+    gzip.compress(b'{"text": "one"}'), '{"text": "one"}'.encode("utf-16"), json.dumps(ROWS).encode(), b"text\none\n",
+    json.dumps(ROWS, indent=1).encode(), b'{"text": "one"},\n{"text": "two"},\n', repr(ROWS[0]).encode(),
+], ids=["gzip", "UTF-16", "array", "CSV", "array of lines", "commas", "Python"])  # fmt: skip
+def test_a_file_of_another_kind_is_refused_with_what_it_should_be(tmp_path, content):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(
+        SettingsError, match=r"rows.jsonl \(keyword_pool.corpus\) is .*: save the file as one JSON object"
+    ):
+        list(read_rows(load_settings_of(tmp_path / "rows.jsonl"), "keyword_pool.corpus", ("text",)))
+
+
 def test_a_damaged_file_is_named_wherever_the_damage_is(tmp_path):
     frame = pl.DataFrame({"text": [str(number) * 50 for number in range(2000)]})
     frame.write_parquet(tmp_path / "rows.parquet", row_group_size=200, compression="uncompressed", statistics=False)
@@ -95,3 +108,9 @@ def load_settings_of(path):
     from resources.settings.data import DataSource
 
     return DataSource(path=str(path))
+
+
+def test_a_tilde_that_names_no_user_is_a_letter(tmp_path):
+    (tmp_path / "settings").mkdir()
+    write_jsonl(tmp_path / "settings" / "~rows.jsonl")
+    assert corpus(tmp_path, "~rows.jsonl") == ["one", "zwei", "三"]

@@ -19,7 +19,7 @@ ENGLISH = [
     for n in range(40)
 ]
 GERMAN = [
-    {"Frage": f"Wozu braucht man das Werkzeug {n}?", "Antwort": f"Man schneidet damit {n} Bretter am Tag."}
+    {"Frage": f"Wozu braucht man das Werkzeug {n}?", "Antwort": f"Ein Schreiner schneidet damit {n} lange Bretter."}
     for n in range(40)
 ]
 

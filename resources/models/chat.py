@@ -37,6 +37,10 @@ def load_tokenizer(directory: str, trust_remote_code: bool = False) -> "PreTrain
             f"The tokenizer in {directory} has no chat template. SynPO starts from an instruct model: "
             "choose one in initial_policy, or add a chat_template.jinja to the directory."
         )
+    if tokenizer.eos_token is None and tokenizer.pad_token is None:
+        raise ChatTemplateError(
+            f"The tokenizer in {directory} has neither an eos_token nor a pad_token: name one in its tokenizer_config.json."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -81,6 +85,19 @@ def answer_ids(
     together = whole[: len(asked)] == asked
     token_ids = whole[len(asked) :] if together else _token_ids(tokenizer, answer)
     return [*token_ids, end] if finished else token_ids
+
+
+def rendered_otherwise(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], answer: str) -> str | None:
+    """What a chat template makes of an answer that it does not render as it stands; None if it does."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        before, _ = _around_answers(tokenizer, str(tokenizer.chat_template))
+        prompt = prompt_text(tokenizer, messages)
+        whole = turns_text(tokenizer, [*messages, {"role": "assistant", "content": answer}])
+    except TemplateError as error:
+        return str(error)
+    return None if whole.startswith(prompt + before + answer) else whole.removeprefix(prompt)
 
 
 def _marked_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> str:

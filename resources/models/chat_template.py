@@ -77,9 +77,18 @@ def refuse_other_text(directory: Path, trust_remote_code: bool) -> None:
 
     The second is what is trained and generated, the first is what whoever uses the model renders.
     """
+    from jinja2.exceptions import TemplateError
+
     tokenizer = load_tokenizer(str(directory), trust_remote_code)
-    whole = turns_text(tokenizer, ANSWERED)
-    closing = whole.rpartition(ANSWER)[2].strip()
+    try:
+        whole = turns_text(tokenizer, ANSWERED)
+    except TemplateError as error:
+        reason = str(error).rstrip(".")
+        raise ChatTemplateError(
+            f"The chat template of {directory} renders no question with its answer: {reason}. Correct its chat_template.jinja, or "
+            "state what it asks for in initial_policy.system_prompt or initial_policy.template_arguments."
+        ) from None
+    closing, prompt = whole.rpartition(ANSWER)[2], prompt_text(tokenizer, ASKED)
     trained = prompt_ids(tokenizer, ASKED) + answer_ids(tokenizer, ASKED, ANSWER)
     rendered = tokenizer(whole, add_special_tokens=False).input_ids
     bos, problem = tokenizer.bos_token, None
@@ -87,11 +96,11 @@ def refuse_other_text(directory: Path, trust_remote_code: bool) -> None:
     # In SmolLM2's the BOS token opens every turn.
     if bos and bos in own and (own.startswith(bos + bos) or not own.startswith(bos)):
         problem = f"it writes {bos} elsewhere than once at the start"
-    elif rendered[: len(trained) - 1] != trained[:-1]:
-        prompt = prompt_text(tokenizer, ASKED)
+    elif rendered[: len(trained) - 1] != trained[:-1] or whole.removeprefix(prompt).count(ANSWER) > 1:
         problem = f"a prompt is {prompt[-60:]!r}, but the answered one is {whole[-90:]!r}"
-    elif closing and len(rendered) >= len(trained) and rendered[len(trained) - 1] != trained[-1]:
-        problem = f"it closes an answer with {closing[:40]!r}, which is no control token"
+    elif closing.strip() and len(rendered) >= len(trained) and rendered[len(trained) - 1] != trained[-1]:
+        end = tokenizer.decode(trained[-1])
+        problem = f"it closes an answer with {closing[:40]!r}, which does not begin with the control token {end}"
     if problem:
         raise ChatTemplateError(
             f"The chat template of {directory} renders other text than would be trained: {problem}. State what the template asks "

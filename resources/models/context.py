@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from resources.models.chat import Message, answer_ids, load_tokenizer, prompt_ids
+from resources.models.chat import Message, answer_ids, load_tokenizer, prompt_ids, rendered_otherwise
 
 
 class ModelContext:
@@ -25,3 +25,7 @@ class ModelContext:
             return len(prompt_ids(self._tokenizer, messages))
         asked, answer = messages[:-1], messages[-1]["content"]
         return len(prompt_ids(self._tokenizer, asked)) + len(answer_ids(self._tokenizer, asked, answer))
+
+    def rendered_otherwise(self, messages: Sequence[Message], answer: str) -> str | None:
+        """What the chat template makes of an answer that it does not render as it stands; None if it does."""
+        return rendered_otherwise(self._tokenizer, messages, answer)

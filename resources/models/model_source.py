@@ -13,7 +13,7 @@ from pathlib import Path
 
 import platformdirs
 
-from resources.models.chat import load_tokenizer
+from resources.models.chat import ASKED, end_of_turn_id, load_tokenizer, prompt_ids
 from resources.models.chat_template import refuse_other_text, with_stated_template
 from resources.settings.data import EmbeddingModel, InitialPolicy, ModelSource
 from resources.settings.sections import SettingsError
@@ -30,6 +30,7 @@ def fetch_initial_policy(source: InitialPolicy, trust_remote_code: bool) -> tupl
     check_tokenizer(directory, trust_remote_code)
     directory = with_stated_template(directory, source, _models_folder(), trust_remote_code)
     refuse_other_text(directory, trust_remote_code)
+    _refuse_beyond_vocabulary(directory, trust_remote_code)
     if source.system_prompt is not None:
         origin["system_prompt"] = source.system_prompt
     return directory, origin
@@ -113,6 +114,22 @@ def check_tokenizer(directory: Path, trust_remote_code: bool) -> None:
         )
 
 
+def _refuse_beyond_vocabulary(directory: Path, trust_remote_code: bool) -> None:
+    """Raises a sentence if a token that every batch or chat has is none of the model's, which looks it up all the same."""
+    from transformers import AutoConfig
+
+    with loading_explained(directory):
+        tokenizer = load_tokenizer(str(directory), trust_remote_code)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code).get_text_config()
+    used = {tokenizer.pad_token_id, end_of_turn_id(tokenizer), config.pad_token_id, *prompt_ids(tokenizer, ASKED)}
+    beyond = sorted(token_id for token_id in used if token_id is not None and token_id >= config.vocab_size)
+    if beyond:
+        raise ModelSourceError(
+            f"The tokenizer or config in {directory} uses the token {beyond[0]} to pad rows or to write chats, and the model has "
+            f"{config.vocab_size} tokens, counted from 0: name others there, or resize the model's embeddings."
+        )
+
+
 def refuse_without_classifier(directory: Path, section: str) -> None:
     """Raises a sentence if transformers knows no sequence classifier of a model's family, which a reward model is."""
     from transformers import AutoConfig
@@ -129,9 +146,11 @@ def refuse_without_classifier(directory: Path, section: str) -> None:
 @contextlib.contextmanager
 def loading_explained(directory: Path) -> Iterator[None]:
     """Around the loading of a config or tokenizer: turns its errors into a sentence."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelSourceError(f"The config or tokenizer in {directory} cannot be loaded: {reason}") from None
 

@@ -215,12 +215,13 @@ def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
     named += [(section, "name") for section in published if (folder / str(section["name"])).is_dir()]
     named += [(at(place), name) for place, name in FILES if at(place).get(name)]
     for section, name in named:
-        section[name] = str((folder / Path(str(section[name])).expanduser()).resolve())
+        section[name] = str((folder / os.path.expanduser(str(section[name]))).resolve())
 
 
 def _is_local(folder: Path, path: str) -> bool:
     """Whether a data source is a file or folder; what is neither, and is not written like one, is a dataset id."""
-    place = Path(path).expanduser()
+    # Unlike pathlib, it takes a `~` that names no user for a letter.
+    place = Path(os.path.expanduser(path))
     written_so = path.startswith(("~", ".", "/")) or place.suffix.lower() in SEED_DATA_SUFFIXES
     return bool(path) and (written_so or (folder / place).exists())
 

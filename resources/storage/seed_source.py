@@ -24,11 +24,12 @@ def read_rows(source: DataSource, setting: str, columns: tuple[str, ...]) -> Ite
     rows = _readable_rows(source, setting)
     first = list(itertools.islice(rows, ROWS_THAT_SHOW_THE_COLUMNS))
     if not first:
-        raise SettingsError(f"{source.path} ({setting}) holds no rows.")
+        raise SettingsError(f"{source.path} ({setting}) holds no rows: add some, or name another file.")
     found = list(dict.fromkeys(name for _, row in first for name in row))
     if not found:
         raise SettingsError(
-            f"None of the first {len(first)} rows of {source.path} ({setting}) is a JSON object in UTF-8."
+            f"None of the first {len(first)} rows of {source.path} ({setting}) is a JSON object in UTF-8: save the "
+            "file as one JSON object on each line, in UTF-8 and not compressed, or as parquet."
         )
     missing = [column for column in columns if column not in found]
     if missing:
@@ -44,7 +45,9 @@ def _readable_rows(source: DataSource, setting: str) -> Iterator[tuple[int, dict
     try:
         yield from _rows(source, setting)
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise SettingsError(f"{source.path} ({setting}) cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise SettingsError(
+            f"{source.path} ({setting}) cannot be read: {' '.join(str(error).split())[:200]}. Save it again."
+        ) from None
 
 
 def _rows(source: DataSource, setting: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,5 +1,6 @@
 """What can be checked before any model is loaded: seed data, sizes, disk; and what a run will cost."""
 
+import itertools
 import json
 import os
 import shutil
@@ -43,6 +44,8 @@ from synpo_assets.evaluation.diversity import shown_seed_prompts
 from synpo_assets.graph.cost import Kind, Sizes
 from synpo_assets.graph.outlook import EXPECTED_FILE
 from synpo_assets.method.gate import gate_power
+from synpo_assets.method.keywords import Keywords, paragraphs_of
+from synpo_assets.method.prompts import is_language
 from synpo_assets.method.seed import HELD_OUT, BadRow
 from synpo_assets.method.verifiable import has_rules
 from synpo_assets.stages.optimization import optimization_cost
@@ -51,6 +54,8 @@ from synpo_assets.stages.seed import seed_table, verifiable_table
 
 CONNECT_SECONDS = 10
 ROOM_WITHOUT_MODEL = 2_000_000_000
+# Of so many texts fewer are in another language by mistake.
+TRIED_TEXTS, LEAST_SHARE = 100, 0.05
 
 
 def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> tuple[pl.DataFrame, int]:
@@ -108,7 +113,7 @@ def check_training(settings: Settings) -> None:
 def check_data_and_training(settings: Settings) -> tuple[pl.DataFrame, list[BadRow], int]:
     """Reads all data that the settings name; the seed, its rows that were dropped, and how many instructions there are."""
     seed, dropped, instructions = read_seed(settings, None)
-    next(read_rows(settings.keyword_pool.corpus, "keyword_pool.corpus", (settings.keyword_pool.text_column,)))
+    refuse_other_languages(settings, seed)
     questions_of(settings.benchmarks)
     check_training(settings)
     # The server that judges may be started later; its template is read now.
@@ -116,6 +121,34 @@ def check_data_and_training(settings: Settings) -> tuple[pl.DataFrame, list[BadR
         load_template(settings.judge.server.template)
     _check_server(settings)
     return seed, dropped, instructions
+
+
+def refuse_other_languages(settings: Settings, seed: pl.DataFrame) -> None:
+    """Raises a sentence if corpus or seed are not in the languages that are stated: hardly a keyword or prompt would be left."""
+    pool, generator = settings.keyword_pool, settings.prompt_generator
+    rows = read_rows(pool.corpus, "keyword_pool.corpus", (pool.text_column,))
+    documents = (text for _, row in rows if isinstance(text := row.get(pool.text_column), str))
+    paragraphs = list(itertools.islice(itertools.chain.from_iterable(map(paragraphs_of, documents)), TRIED_TEXTS))
+    prompts = seed.filter(split="train")["prompt"].head(TRIED_TEXTS).to_list()
+    keywords = Keywords(pool.language, pool.drop_personal_names)
+    for texts, least, of in (
+        (paragraphs, pool.keywords_per_set, "paragraphs of keyword_pool.corpus"),
+        (prompts, settings.keywords_from_seed_prompt, "prompts of seed_data.train"),
+    ):
+        found = sum(len(keywords.of(text, least)) >= least for text in texts)
+        if found < LEAST_SHARE * len(texts) or not texts:
+            raise SettingsError(
+                f"Only {found} of the first {len(texts)} {of} have {least} keywords in the language `{pool.language}`: state the "
+                "language of seed and corpus in keyword_pool.language (of those without spaces zh, ja and th can be used), or "
+                "take longer texts."
+            )
+    if (language := generator.language) is not None:
+        found = sum(is_language(text, language) for text in prompts)
+        if found < LEAST_SHARE * len(prompts):
+            raise SettingsError(
+                f"prompt_generator.language is `{language}`, and {found} of the first {len(prompts)} prompts of seed_data.train "
+                "are in it, so new prompts would be dropped: state the language of the seed there, or null to keep all."
+            )
 
 
 def _check_server(settings: Settings) -> None:

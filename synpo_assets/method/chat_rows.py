@@ -2,15 +2,25 @@
 
 A row is one user turn and one assistant turn. A conversation of several turns, a system turn and a tool's turn are refused by name,
 because taking one turn out of them would change what was asked: a system prompt is a setting (`initial_policy.system_prompt`), and
-a conversation can be split into rows. Messages may be OpenAI's (role, content; content as text parts) or ShareGPT's (from, value).
+a conversation can be split into rows. Messages may be OpenAI's (role, content; content as text parts) or ShareGPT's (from, value),
+also as a text that holds their JSON. A row with a part of its question in another column is refused.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# ShareGPT's names of roles.
-ROLES = {"human": "user", "gpt": "assistant"}
+import regex
+
+# What others call the roles, in lower case.
+ROLES = {"human": "user", "prompter": "user", "developer": "system"}
+ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant")
+TEXT_PARTS = ("text", "input_text", "output_text")
+# Columns that Alpaca, Dolly, OpenOrca and their kin put a part of the question in.
+PARTS_OF_QUESTIONS = ("input", "context", "system", "system_prompt", "history")
+# Spaces without a width, marks of direction and their like are no text by themselves.
+VISIBLE = regex.compile(r"[^\s\p{Z}\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}]")
 SURROGATES = range(0xD800, 0xE000)
 # Those of the Arabic block; chats are marked with them (resources/models/chat.py).
 NONCHARACTERS = range(0xFDD0, 0xFDF0)
@@ -46,8 +56,8 @@ def cell_text(value: Any, role: str) -> str:
         >>> cell_text([{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}], "assistant")
         'Because.'
     """
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        turns = turns_of(value)
+    if (messages := messages_in(value)) is not None:
+        turns = turns_of(messages)
         if role not in turns:
             raise UnusableCellError(f"has no turn of role `{role}`")
         value = turns[role]
@@ -57,11 +67,27 @@ def cell_text(value: Any, role: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UnusableCellError(f"is a {_kind(value)}, where text or chat messages are needed")
     text = str(value).strip()
-    if not text:
-        raise UnusableCellError("is empty")
     if problem := unwritable(text):
         raise UnusableCellError(problem)
+    if not VISIBLE.search(text):
+        raise UnusableCellError("is empty")
     return text
+
+
+def messages_in(value: Any) -> Sequence[Any] | None:
+    """The chat messages in a cell, also where it holds them as JSON; None if it holds something else.
+
+    Examples:
+        >>> messages_in('[{"role": "user", "content": "Why?"}]'), messages_in("[1] is a footnote.")
+        ([{'role': 'user', 'content': 'Why?'}], None)
+    """
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            read = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+        return read if all(isinstance(each, dict) and each.keys() & {"role", "from"} for each in read) else None
+    return value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else None
 
 
 def unwritable(text: str) -> str | None:
@@ -76,6 +102,8 @@ def unwritable(text: str) -> str | None:
             return f"holds half of a surrogate pair (U+{ord(letter):04X}), which is no character"
         if ord(letter) in NONCHARACTERS:
             return f"holds U+{ord(letter):04X}, which is no character"
+    if "\ufffd" in text:
+        return "holds U+FFFD, which stands where bytes were read in a wrong encoding"
     return "holds the character NUL" if "\0" in text else None
 
 
@@ -90,9 +118,14 @@ def turns_of(messages: Sequence[Any]) -> dict[str, Any]:
         if not isinstance(message, Mapping):
             raise UnusableCellError("is a list, but not of chat messages (objects with role and content)")
         role = message.get("role") or message.get("from")
-        role = ROLES.get(str(role), role)
-        content = message.get("content") if message.get("content") is not None else message.get("value")
-        if role == "system" and not content:
+        role = ROLES.get(str(role).lower(), str(role).lower())
+        if not message.keys() & {"content", "value"}:
+            known = ", ".join(f"`{name}`" for name in message)
+            raise UnusableCellError(f"has a turn of role `{role}` without `content`; it has {known}")
+        if message.get("tool_calls"):
+            raise UnusableCellError(f"has a turn of role `{role}` that calls a tool: only text can be learned from")
+        content = _content(message.get("content") if message.get("content") is not None else message.get("value"))
+        if role == "system" and not str(content or "").strip():
             continue
         if role == "system":
             raise UnusableCellError(
@@ -104,21 +137,23 @@ def turns_of(messages: Sequence[Any]) -> dict[str, Any]:
             raise UnusableCellError(f"is a conversation of {len(messages)} turns: a row is one question and its answer")
         if role == "user" and "assistant" in turns:
             raise UnusableCellError("has the answer before the question")
-        turns[role] = _content(content)
+        turns[role] = content
     return turns
 
 
 def _content(content: Any) -> Any:
     """The content of a message; OpenAI's parts joined where all are text."""
-    if not isinstance(content, Sequence) or isinstance(content, str):
+    if not isinstance(content, Sequence) or isinstance(content, str | bytes):
         return content
-    kinds = [part.get("type") if isinstance(part, Mapping) else _kind(part) for part in content]
-    if other := next((kind for kind in kinds if kind != "text"), None):
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    kinds = [part.get("type", "text") if isinstance(part, Mapping) else _kind(part) for part in parts]
+    if other := next((kind for kind in kinds if kind not in TEXT_PARTS), None):
         raise UnusableCellError(f"has a part of type `{other}`: only text can be learned from")
-    if not all(isinstance(part.get("text"), str) for part in content):
+    if not all(isinstance(part.get("text"), str) for part in parts):
         raise UnusableCellError("has a part of type `text` without text")
-    return "".join(part["text"] for part in content)
+    return "".join(part["text"] for part in parts)
 
 
 def _kind(value: Any) -> str:
-    return {bool: "truth value", dict: "JSON object", list: "list"}.get(type(value), type(value).__name__)
+    names = {bool: "truth value", dict: "JSON object", bytes: "byte string"}
+    return names.get(type(value), type(value).__name__)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 import regex
 
 from synpo_assets.method.ids import content_id
-from synpo_assets.method.words import SEGMENTED, segments
+from synpo_assets.method.words import SEGMENTED, UNSPACED_CHARACTER, segments
 
 if TYPE_CHECKING:
     from yake import KeywordExtractor
 
 NAME_LOCALES = ("en_US", "en_GB", "de_DE", "es_ES", "fr_FR", "it_IT", "pt_BR", "pl_PL", "en_IN")
-# Of letters and their marks.
-WORD = regex.compile(r"[\p{L}\p{M}]+")
+# Of letters, their marks, and joiners between them.
+WORD = regex.compile(r"\p{L}[\p{L}\p{M}\u200c\u200d]*")
 BLANK_LINES = regex.compile(r"\r?\n\s*\n")
 SHORTEST, SHORTEST_SEGMENT = 3, 2
 # A letter that no text holds. YAKE leaves out words of two letters, which most Chinese words are.
@@ -41,7 +41,8 @@ class Keywords:
     def of(self, text: str, count: int) -> list[str]:
         """The best keywords, in lower case.
 
-        Stopwords, words of less than three letters (two, without spaces) and personal names are left out. A word counts as a
+        Stopwords, words of less than three letters (two, without spaces) and personal names are left out, and so is text without
+        spaces of another language than this one, of which nothing tells the words apart. A word counts as a
         name if it is on a list of names and never written in lower case in the text: `Maria Lopez` is dropped, `rose` is kept.
         """
         words, shortest = set(WORD.findall(text)), SHORTEST
@@ -54,6 +55,7 @@ class Keywords:
             word
             for word in dict.fromkeys(found)
             if len(word) >= shortest and WORD.fullmatch(word) and (word in words or word not in self._names)
+            if self._language in SEGMENTED or not UNSPACED_CHARACTER.search(word)
         ]
         return kept[:count]
 

@@ -162,7 +162,7 @@ class PromptFilter:
             return "too_short"
         if length > self.max_words:
             return "too_long"
-        if self.language is not None and not _is_language(prompt, self.language):
+        if self.language is not None and not is_language(prompt, self.language):
             return "other_language"
         if overlap := self.contamination.find(prompt):
             self.matches.append((prompt, overlap))
@@ -199,7 +199,8 @@ def draw_until_enough(
     return kept[:wanted], used
 
 
-def _is_language(text: str, language: str) -> bool:
+def is_language(text: str, language: str) -> bool:
+    """Whether a text is taken to be in a language (ISO 639-1)."""
     import py3langid
 
     return py3langid.classify(text)[0] == language

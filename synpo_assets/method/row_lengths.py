@@ -1,4 +1,4 @@
-"""Rows of the seed, and new prompts, that M_0's context does not hold with what is written after them.
+"""Rows of the seed, and new prompts, that M_0's context does not hold with what is written after them, or its template changes.
 
 The paper takes its seed as given, and says nothing of prompts that are too long.
 """
@@ -7,7 +7,16 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from synpo_assets.method.templates import Message, improver_instruction, user_message
+from synpo_assets.method.templates import (
+    Message,
+    generator_instruction,
+    generator_target,
+    improver_instruction,
+    user_message,
+)
+
+OVER_CONTEXT = "more than M_0's context of"
+SHOWN_CHARACTERS = 80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +46,31 @@ def length_problem(row: Mapping[str, Any], room: Room, tokens: Callable[[Sequenc
         taken = tokens(read)
         if taken + written > room.context:
             after = f", with up to {written} that are written after them" if written else ","
-            return f"its {what} takes {taken} tokens{after} more than M_0's context of {room.context}"
+            return f"its {what} takes {taken} tokens{after} {OVER_CONTEXT} {room.context}"
+    return None
+
+
+def rendering_problem(
+    row: Mapping[str, Any], rendered_otherwise: Callable[[Sequence[Message], str], str | None]
+) -> str | None:
+    """Which text that M_0 learns to write for a row its chat template changes, as a sentence about `it`; None if it changes none.
+
+    Templates of models that think leave out what stands before `</think>`, say.
+
+    Args:
+        row: A prompt, and the gold answer where it has one.
+        rendered_otherwise: What the template makes of an answer to chat messages; None if it stands there as it is.
+    """
+    prompt, gold = row["prompt"], row.get("answer")
+    if not gold:
+        return None
+    uses = {
+        "answer": (user_message(prompt), gold),
+        "prompt with its answer": (generator_instruction([]), generator_target(prompt, gold)),
+    }
+    for what, (asked, written) in uses.items():
+        if (made := rendered_otherwise(asked, written)) is not None:
+            return f"the chat template of M_0 renders its {what} otherwise, as {made[-SHOWN_CHARACTERS:]!r}"
     return None
 
 

@@ -1,5 +1,6 @@
 """Checking the seed: which rows are bad, and why (the paper takes its seed as given)."""
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from synpo_assets.method.chat_rows import UnusableCellError, row_text, turns_of
+from synpo_assets.method.chat_rows import PARTS_OF_QUESTIONS, UnusableCellError, messages_in, row_text, turns_of
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.prompts import Contamination
 from synpo_assets.method.verifiable import constraints_problem, followed, read_constraints
@@ -114,6 +115,16 @@ def rows_of_templates(
     ]
 
 
+def most_frequent(bad: Sequence[BadRow]) -> str:
+    """Why most rows were dropped, by one of them; nothing if none was."""
+    kinds = collections.Counter(row.reason.partition("'")[0] for row in bad)
+    if not kinds:
+        return ""
+    kind, count = kinds.most_common(1)[0]
+    example = next(row for row in bad if row.reason.startswith(kind))
+    return f" {len(bad)} were dropped, {count} of them like {example.split} line {example.line}: {example.reason}."
+
+
 def _question_and_answer(row: Mapping[str, Any], prompt_column: str, answer_column: str) -> dict[str, str]:
     """The texts of a row.
 
@@ -123,11 +134,19 @@ def _question_and_answer(row: Mapping[str, Any], prompt_column: str, answer_colu
     cells = (("prompt", prompt_column, "user"), ("answer", answer_column, "assistant"))
     texts = {name: row_text(row, column, name, role) for name, column, role in cells}
     for column, role, name in ((prompt_column, "assistant", "answer"), (answer_column, "user", "prompt")):
-        messages = row.get(column)
-        other = turns_of(messages).get(role) if isinstance(messages, list) else None
+        messages = messages_in(row.get(column))
+        other = None if messages is None else turns_of(messages).get(role)
         if other is not None and str(other).strip() != texts[name]:
             raise UnusableCellError(
                 f"the messages in `{column}` have another {name} than `{prompt_column}` and `{answer_column}`"
+            )
+    if prompt_column == answer_column and messages_in(row.get(prompt_column)) is None:
+        raise UnusableCellError(f"`{prompt_column}` holds one text, which is no question and its answer")
+    for column in PARTS_OF_QUESTIONS:
+        beside = row.get(column) if column not in (prompt_column, answer_column) else None
+        if isinstance(beside, str | Sequence | Mapping) and str(beside or "").strip():
+            raise UnusableCellError(
+                f"its column `{column}` is part of what was asked and would be left out: join it with `{prompt_column}`"
             )
     return texts
 

@@ -2,10 +2,12 @@
 
 In scripts that put no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character with its marks counts as
 a word, so that a run of words is a run of characters there. Elsewhere a word is a run of letters with their marks, digits and
-underscores: vowel signs of Hindi do not cut it.
+underscores: vowel signs of Hindi do not cut it, nor do joiners of Persian and Sinhala or a soft hyphen. Letters are compared as
+they look: composed or not, and of half, full or usual width.
 """
 
 import functools
+import unicodedata
 from typing import TYPE_CHECKING
 
 import regex
@@ -16,22 +18,29 @@ if TYPE_CHECKING:
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 # Combining marks of an unspaced script belong to the character before them.
 UNSPACED_CHARACTER = regex.compile(rf"[[{UNSPACED}]--\p{{M}}]\p{{M}}*", regex.VERSION1)
+SPACED = rf"--[[{UNSPACED}]--\p{{M}}]]"
 WORD = regex.compile(
-    rf"{UNSPACED_CHARACTER.pattern}|[[\p{{L}}\p{{M}}\p{{N}}_]--[[{UNSPACED}]--\p{{M}}]]+", regex.VERSION1
+    rf"{UNSPACED_CHARACTER.pattern}|[[\p{{L}}\p{{N}}_]{SPACED}[[\p{{L}}\p{{M}}\p{{N}}_]{SPACED}*", regex.VERSION1
 )
+# The space without a width parts words; other letters without a look stand inside them.
+UNSEEN = regex.compile(r"[\p{Cf}--\u200b]", regex.VERSION1)
+WIDE = regex.compile(r"[\uff00-\uffef]+")
 LETTERS = regex.compile(r"[\p{L}\p{M}]+")
 # Parsers that know where words begin, by language.
 SEGMENTED = {"zh": "simplified_chinese", "ja": "japanese", "th": "thai"}
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case.
+    r"""The words of a text in lower case.
 
     Examples:
         >>> words_of("Don't over-mix!"), words_of("हिन्दी भाषा"), words_of("猫はGPT-4が好き")
         (['don', 't', 'over', 'mix'], ['हिन्दी', 'भाषा'], ['猫', 'は', 'gpt', '4', 'が', '好', 'き'])
+        >>> words_of("Sonnen\u00adlicht, ＧＰＴ"), words_of("e\u0301t\u00e9") == words_of("\u00e9te\u0301")
+        (['sonnenlicht', 'gpt'], True)
     """
-    return WORD.findall(text.lower())
+    usual = WIDE.sub(lambda wide: unicodedata.normalize("NFKC", wide[0]), UNSEEN.sub("", text))
+    return WORD.findall(unicodedata.normalize("NFC", usual).lower())
 
 
 def segments(text: str, language: str) -> str:

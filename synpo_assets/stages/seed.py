@@ -10,13 +10,13 @@ training. Where the paper drops a list of keywords that holds a personal name or
 a stopword, we drop the word.
 """
 
-import collections
 import dataclasses
 import functools
 import hashlib
 import itertools
 import os
 import random
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,8 +44,8 @@ from synpo_assets.graph.stage import Stage
 from synpo_assets.graph.tables import check
 from synpo_assets.method.chat_rows import unwritable
 from synpo_assets.method.keywords import Keywords, keyword_set, paragraph_keyword_sets, paragraphs_of
-from synpo_assets.method.row_lengths import Room, length_problem
-from synpo_assets.method.seed import HELD_OUT, BadRow, overlapping_rows, rows_of_templates, seed_rows
+from synpo_assets.method.row_lengths import OVER_CONTEXT, Room, length_problem, rendering_problem
+from synpo_assets.method.seed import HELD_OUT, BadRow, most_frequent, overlapping_rows, rows_of_templates, seed_rows
 from synpo_assets.method.verifiable import instruction_rows
 
 # A second's work, so that a small corpus starts no processes.
@@ -198,13 +198,13 @@ def seed_table(settings: Settings, weights: str | None = None) -> tuple[pl.DataF
     bad += overlaps
     if bad and seed.on_bad_rows == "refuse":
         raise SettingsError(
-            f"{len(bad)} seed rows cannot be used ({_first(bad)}). {SHORTER if long else ''}Correct {', '.join(files[:-1])} and "
+            f"{len(bad)} seed rows cannot be used ({_first(bad)}). {_remedy(long)}Correct {', '.join(files[:-1])} and "
             f"{files[-1]}, or set seed_data.on_bad_rows to `drop`."
         )
     if {row["split"] for row in evaluated} != set(HELD_OUT):
         shares = " and ".join(f"{sum(row['split'] == split for row in evaluated)} for {split}" for split in HELD_OUT)
         raise SettingsError(
-            f"seed_data.held_out leaves {shares}, and at least one is needed for each.{_most_frequent(bad)} Add held-out rows."
+            f"seed_data.held_out leaves {shares}, and at least one is needed for each.{most_frequent(bad)} Add held-out rows."
         )
     left, chosen = usable["train"], list[dict[str, Any]]()
     for split, count in _split_sizes(settings, len(left), bad).items():
@@ -264,7 +264,7 @@ def _instructions(settings: Settings, weights: str | None) -> tuple[list[dict[st
     if bad and (settings.seed_data.on_bad_rows == "refuse" or not rows):
         raise SettingsError(
             f"{len(bad)} instructions of {source.path} (seed_data.verifiable) cannot be used ({_first(bad)}). "
-            f"{SHORTER if long else ''}Correct the file"
+            f"{_remedy(long)}Correct the file"
             + (", or set seed_data.on_bad_rows to `drop`." if rows else ", in which no other is left.")
         )
     return rows, bad
@@ -273,18 +273,21 @@ def _instructions(settings: Settings, weights: str | None) -> tuple[list[dict[st
 def _that_fit(
     rows: list[dict[str, Any]], settings: Settings, weights: str | None
 ) -> tuple[list[dict[str, Any]], list[BadRow]]:
-    """The rows that M_0's context holds with what is written after them, and those that it does not."""
+    """The rows that M_0's context holds with what is written after them, and its template renders, and the others."""
     if weights is None or not rows:
         return rows, []
     context, bad = ModelContext(weights, settings.engine.trust_remote_code), list[BadRow]()
-    if context.length is None:
-        return rows, []
-    room = room_of(settings, context.length)
+    room = room_of(settings, context.length or sys.maxsize)
     for row in rows:
-        if (problem := length_problem(row, room, context.tokens)) is not None:
+        problem = rendering_problem(row, context.rendered_otherwise) or length_problem(row, room, context.tokens)
+        if problem is not None:
             bad.append(BadRow(row["split"], row["line"], problem))
     long = {(row.split, row.line) for row in bad}
     return [row for row in rows if (row["split"], row["line"]) not in long], bad
+
+
+def _remedy(bad: Sequence[BadRow]) -> str:
+    return SHORTER if any(OVER_CONTEXT in row.reason for row in bad) else ""
 
 
 def room_of(settings: Settings, context: int) -> Room:
@@ -311,16 +314,6 @@ def _with_splits(rows: list[dict[str, Any]], settings: Settings) -> list[dict[st
     return [row | {"split": row.get("stated_split") or ("dev" if row["prompt_id"] in dev else "test")} for row in rows]
 
 
-def _most_frequent(bad: Sequence[BadRow]) -> str:
-    """Why most rows were dropped, by one of them; nothing if none was."""
-    kinds = collections.Counter(row.reason.partition("'")[0] for row in bad)
-    if not kinds:
-        return ""
-    kind, count = kinds.most_common(1)[0]
-    example = next(row for row in bad if row.reason.startswith(kind))
-    return f" {len(bad)} were dropped, {count} of them like {example.split} line {example.line}: {example.reason}."
-
-
 def _split_sizes(settings: Settings, usable: int, bad: Sequence[BadRow]) -> dict[str, int]:
     """How many usable rows of the training file are trained on, and how many are set aside for a judge and a scorer."""
     seed, limits = settings.seed_data, dict[str, int | None]()
@@ -331,7 +324,7 @@ def _split_sizes(settings: Settings, usable: int, bad: Sequence[BadRow]) -> dict
     if usable < (least := max(4, 4 * len(limits))):
         whose = ", 2 of them for ".join(["", *(f"the {split}" for split in limits)])
         raise SettingsError(
-            f"seed_data.train has {usable} usable rows; at least {least} are needed{whose}.{_most_frequent(bad)}"
+            f"seed_data.train has {usable} usable rows; at least {least} are needed{whose}.{most_frequent(bad)}"
         )
     wanted = min(seed.train_limit or usable, usable)
     wishes = {split: limit or max(wanted // 4, 2) for split, limit in limits.items()}
