@@ -3,9 +3,10 @@
 import array
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import polars as pl
 import yaml
@@ -123,13 +124,15 @@ def copy_that_adds_bos(model: Path, directory: Path) -> Path:
     return directory
 
 
-def prompt_table(prompts: Iterable[tuple[str, list[int]]]) -> "tuple[pl.DataFrame, array.array[int]]":
+def prompt_table(prompts: Iterable[tuple[str, list[int]]]) -> tuple[pl.DataFrame, IO[bytes]]:
     """What `Requests` takes, of pairs of key and token ids."""
-    pairs = list(prompts)
-    token_ids = array.array("i", (token for _, tokens in pairs for token in tokens))
+    pairs, token_ids = list(prompts), tempfile.TemporaryFile()  # noqa: SIM115
     lengths = pl.Series([len(tokens) for _, tokens in pairs], dtype=pl.Int64)
-    table = pl.DataFrame({"key": [key for key, _ in pairs], "start": lengths.cum_sum() - lengths, "length": lengths})
-    return table, token_ids
+    sizes = pl.Series([token_ids.write(array.array("i", tokens)) for _, tokens in pairs], dtype=pl.Int64)
+    token_ids.flush()
+    return pl.DataFrame(
+        {"key": [key for key, _ in pairs], "start": sizes.cum_sum() - sizes, "length": lengths}
+    ), token_ids
 
 
 def nano_settings(model: Path) -> dict[str, Any]:

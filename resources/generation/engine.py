@@ -2,8 +2,9 @@
 
 import array
 import dataclasses
+import os
 from collections.abc import Generator, Iterator
-from typing import Literal, Protocol
+from typing import IO, Literal, Protocol
 
 import polars as pl
 
@@ -22,15 +23,14 @@ class Request:
 class Requests:
     """Prompts to complete, longest first, so that running out of memory shows at once and not after hours.
 
-    Their token ids lie in one array and become `Request` objects while they are iterated over: a hundred thousand
-    prompts take little memory, and all of it is given back when they are done. `longest` is the longest one's number of tokens.
+    Their token ids lie in a file and become `Request` objects while they are iterated over, so that a hundred thousand
+    prompts take little memory. `longest` is the longest one's number of tokens.
     """
 
-    def __init__(self, table: pl.DataFrame, token_ids: "array.array[int]") -> None:
-        """Takes prompts without copying them.
+    def __init__(self, table: pl.DataFrame, token_ids: IO[bytes]) -> None:
+        """Takes an open file of token ids, and where in it each prompt lies.
 
-        The table has the columns key (32 hex digits, which also give the seed), start and length: where the prompt lies in
-        the token ids.
+        The table has the columns key (32 hex digits, which also give the seed), start in bytes, and length in tokens.
         """
         self._table = table.select("key", "start", "length").sort("length", descending=True, maintain_order=True)
         self._token_ids = token_ids
@@ -41,7 +41,10 @@ class Requests:
 
     def __iter__(self) -> Iterator[Request]:
         for key, start, length in self._table.iter_rows():
-            yield Request(key, self._token_ids[start : start + length].tolist(), seed=int(key[:16], 16) >> 1)
+            token_ids = array.array("i")
+            # At its place, whoever else reads the file meanwhile.
+            token_ids.frombytes(os.pread(self._token_ids.fileno(), length * token_ids.itemsize, start))
+            yield Request(key, token_ids.tolist(), seed=int(key[:16], 16) >> 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,10 @@ import hashlib
 import itertools
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -79,23 +80,21 @@ class LanguageModel(DeviceResource):
         """
         started = time.monotonic()
         tokenizer = load_tokenizer(checkpoint.weights, self.engine.trust_remote_code)
-        asked, token_ids = self._rendered(tokenizer, prompts)
         shards = self.shards_of(checkpoint, sampling)
-        finished = shards.finished(asked["key"])
-        if len(finished):
-            logger.info(f"{len(finished)} of {asked.height} completions were finished earlier and are reused.")
-        is_missing = pl.col("key").is_first_distinct() & ~pl.col("key").is_in(finished.implode())
-        requests = Requests(asked.filter(is_missing), token_ids)
-        asked = asked.select("id", "key")
-        if len(requests):
-            self._finish(checkpoint, requests, sampling, shards)
-        # The answers take their place: with many prompts, each of the two takes much of the memory.
-        del requests, token_ids
-        rows = shards.rows(asked["key"])
+        # Not in memory, of which the answers take enough.
+        with tempfile.TemporaryFile() as token_ids:
+            asked = self._rendered(tokenizer, prompts, token_ids)
+            finished = shards.finished(asked["key"])
+            if len(finished):
+                logger.info(f"{len(finished)} of {asked.height} completions were finished earlier and are reused.")
+            is_missing = pl.col("key").is_first_distinct() & ~pl.col("key").is_in(finished.implode())
+            requests = Requests(asked.filter(is_missing), token_ids)
+            asked = asked.select("id", "key")
+            if len(requests):
+                self._finish(checkpoint, requests, sampling, shards)
+        rows = shards.rows(asked["key"], _without_broken_characters)
         generated = rows["output_tokens"].filter(~rows["key"].is_in(finished.implode()))
         answered = asked.join(rows, on="key", how="inner", maintain_order="left").drop("key")
-        # What stands for bytes that are no character, as where a limit cuts one in two: nobody wrote it, and nobody shall learn it.
-        answered = answered.with_columns(pl.col("text").str.replace_all("\ufffd", "", literal=True))
         if answered.height < asked.height:
             raise RuntimeError(f"The engine answered only {answered.height} of {asked.height} prompts: run it again.")
         return answered, Usage(
@@ -131,23 +130,36 @@ class LanguageModel(DeviceResource):
         return Shards(self.shards, fingerprint, checkpoint.label, COMPLETION_COLUMNS)
 
     def _rendered(
-        self, tokenizer: "PreTrainedTokenizerBase", prompts: Iterable[tuple[str, Sequence[Message]]]
-    ) -> tuple[pl.DataFrame, "array.array[int]"]:
-        """The key that identifies the completion of each prompt, and where its tokens lie among those of all."""
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        prompts: Iterable[tuple[str, Sequence[Message]]],
+        token_ids: IO[bytes],
+    ) -> pl.DataFrame:
+        """The key that identifies the completion of each prompt, and where in the file its tokens are written."""
         schema: dict[str, Any] = {"id": pl.String, "key": pl.String, "start": pl.Int64, "length": pl.Int64}
-        blocks, token_ids = [pl.DataFrame(schema=schema)], array.array("i")
-        waiting = iter(prompts)
+        blocks, waiting, start = [pl.DataFrame(schema=schema)], iter(prompts), 0
         while block := list(itertools.islice(waiting, RENDERED_AT_A_TIME)):
             rows = []
             for row_id, messages in block:
                 tokens = prompt_ids(tokenizer, messages)
-                rows.append((row_id, self._key(row_id, tokens), len(token_ids), len(tokens)))
-                token_ids.extend(tokens)
+                rows.append((row_id, self._key(row_id, tokens), start, len(tokens)))
+                start += token_ids.write(array.array("i", tokens))
             blocks.append(pl.DataFrame(rows, schema=schema, orient="row"))
-        return pl.concat(blocks, rechunk=True), token_ids
+        token_ids.flush()
+        return pl.concat(blocks, rechunk=True)
 
     def _key(self, row_id: str, token_ids: list[int]) -> str:
         return hashlib.sha256(json.dumps([self.random_seed, row_id, token_ids]).encode()).hexdigest()[:32]
+
+
+def _without_broken_characters(rows: pl.DataFrame) -> pl.DataFrame:
+    """Leaves out what stands for bytes that are no character, as where a limit cuts one in two.
+
+    Nobody wrote it, and nobody shall learn it.
+    """
+    broken = rows["text"].str.contains("\ufffd", literal=True).any()
+    # What is written anew takes more memory.
+    return rows.with_columns(pl.col("text").str.replace_all("\ufffd", "", literal=True)) if broken else rows
 
 
 def _in_shards(batches: Iterator[list[Completion]], size: int) -> Iterator[list[Completion]]:

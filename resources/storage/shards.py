@@ -38,7 +38,7 @@ class Shards:
     def rows(self, keys: pl.Series, usable: Callable[[pl.DataFrame], pl.DataFrame] = lambda rows: rows) -> pl.DataFrame:
         """The finished rows with these keys, each once, in any order.
 
-        `usable` leaves rows out, before one row of several with the same key is chosen.
+        `usable` leaves rows out, or mends them, before one row of several with the same key is chosen.
         """
         found = pl.DataFrame(schema=self._columns)
         # Filtered only where need be, and appended in place: copies would take as much memory as the rows.
