@@ -103,7 +103,7 @@ def search_candidates(
         Metric("trained_tokens", sum(summary.tokens for summary in summaries)),
         Metric("training_seconds", round(sum(summary.seconds for summary in summaries), 1)),
         *metrics.generating(*searching.generated),
-        *(metrics.scoring(sum(searching.scored[1:], searching.scored[0])) if searching.scored else []),
+        *(metrics.scoring(*searching.scored) if searching.scored else []),
     ]
     links = checkpoints_table((text, each.label, each.sha, each.manifest["run_id"]) for text, each in made)
     shown = {"chosen": best.text, "search": table_metadata(frame.select(SHOWN)), "checkpoints": links}

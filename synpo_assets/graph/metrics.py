@@ -273,8 +273,9 @@ def training(summary: TrainingSummary) -> list[Metric]:
     ]
 
 
-def scoring(usage: ScoringUsage) -> list[Metric]:
-    """What scoring or judging cost."""
+def scoring(*usages: ScoringUsage) -> list[Metric]:
+    """What scoring or judging cost, over one call or several."""
+    usage = functools.reduce(operator.add, usages)
     return [
         Metric("readings", usage.readings),
         Metric("reused_readings", usage.reused),
