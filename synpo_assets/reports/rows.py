@@ -102,6 +102,23 @@ def _extrapolations(iteration: FinishedIteration) -> Iterator[str]:
 
 def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, Cell]]:
     """Section, label and cell of each row."""
+    yield from _counted_rows(iterations)
+    yield from _prompts()
+    yield from _pairs(judge_labels(iterations))
+    yield from _held_out(judge_labels(iterations))
+    yield "Search", "values chosen among the candidates", lambda iteration: chosen_text(iteration.manifest)
+    yield "Search", "the same on dev, 95 % interval", lambda iteration: chosen_value_text(iteration.manifest)
+    for judge in judge_labels(iterations):
+        for opponent, shown in {"initial": "M_0", "candidate": "M_t"}.items():
+            label = f"{judge}, the pairs of iteration 1 for as many steps over {shown}: win rate, 95 % interval"
+            yield "Equal steps", label, metric_cell("win_rate", rate_text, "equal_steps", over=opponent, by=judge)
+    yield from _without_a_judge()
+    yield from edit_lines()
+    yield "Gate", "M_t promoted to the next iteration", lambda iteration: PROMOTED[iteration.metrics.promoted]
+    yield from _checkpoints_and_work()
+
+
+def _counted_rows(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, Cell]]:
     for asset, label in {
         "keyword_sets": "keyword sets drawn", "synthetic_prompts": "synthetic prompts", "base_responses": "base responses",
         "rejected_responses": "rejected responses", "refined_responses": "refined responses (chosen side)",
@@ -129,6 +146,9 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
     generating = {asset for iteration in iterations for asset in iteration.metrics.assets_with("cut_share")}
     for asset in sorted(generating):
         yield "Cut at the token limit", asset, value_cell("cut_share", share_text, asset=asset)
+
+
+def _prompts() -> Iterator[tuple[str, str, Cell]]:
     yield "Prompts", "prompts compared, of each source", value_cell("prompts_compared", count_text)
     for source, what in PROMPT_SOURCES.items():
         yield (
@@ -147,18 +167,24 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
     for metric in ("topics", "intentions"):
         for source, what in PROMPT_SOURCES.items():
             yield "Prompts", f"{metric} of {what}, named by a judge", value_cell(metric, count_text, source)
+
+
+def _pairs(judges: Sequence[str]) -> Iterator[tuple[str, str, Cell]]:
     for whose, what in {"gold": "gold answers", ANOTHER_GOLD: "gold answers of other prompts"}.items():
         label = f"{what} that pass the improver's filter, 95 % interval"
         yield "Pairs", label, metric_cell("passing_share", rate_text, whose)
     yield "Pairs", "mean margin of scores", value_cell("mean_margin", number_text)
     for outcome in OUTCOMES:
         yield "Pairs", f"pairs {outcome} by people", value_cell("verdicts", count_text, outcome)
-    for judge in judge_labels(iterations):
+    for judge in judges:
         label = f"{judge}: agreement with people, 95 % interval, pairs"
         yield "Pairs", label, metric_cell("agreement_rate", _rate_of_pairs, "people", by=judge)
     yield "Pairs", "chosen length / rejected length", value_cell("chosen_to_rejected_length", number_text)
     yield "Pairs", "reward margin, last quarter of training", _last_quarter("rewards/margins", number_text)
     yield "Pairs", "reward accuracy, last quarter of training", _last_quarter("rewards/accuracies", share_text)
+
+
+def _held_out(judges: Sequence[str]) -> Iterator[tuple[str, str, Cell]]:
     yield "Held-out", "prompts of the test split, which all of this is of", value_cell("held_out_prompts", count_text)
     yield (
         "Held-out",
@@ -167,7 +193,7 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
     )
     for side, what in {"initial": "M_0", "candidate": "M_t", "gold": "the gold answers"}.items():
         yield "Held-out", f"mean reward of {what}, by the scorer", value_cell("held_out_reward", number_text, side)
-    for judge in judge_labels(iterations):
+    for judge in judges:
         for opponent, shown in OPPONENT_LABELS.items():
             yield from _win_rates(judge, opponent, f"{judge}, over {shown}")
         for model, shown in FORM_LABELS.items():
@@ -178,17 +204,11 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
     for side, model in MODELS.items():
         yield "Held-out", f"repeated 3-grams in {model}'s answers", value_cell("mean_repetition", share_text, side)
         yield "Held-out", f"answers of {model} cut", value_cell("cut_share", share_text, side)
-    for judge in judge_labels(iterations):
+    for judge in judges:
         yield from _wins_by_ending(judge)
-    yield "Search", "values chosen among the candidates", lambda iteration: chosen_text(iteration.manifest)
-    yield "Search", "the same on dev, 95 % interval", lambda iteration: chosen_value_text(iteration.manifest)
-    for judge in judge_labels(iterations):
-        for opponent, shown in {"initial": "M_0", "candidate": "M_t"}.items():
-            label = f"{judge}, the pairs of iteration 1 for as many steps over {shown}: win rate, 95 % interval"
-            yield "Equal steps", label, metric_cell("win_rate", rate_text, "equal_steps", over=opponent, by=judge)
-    yield from _without_a_judge()
-    yield from edit_lines()
-    yield "Gate", "M_t promoted to the next iteration", lambda iteration: PROMOTED[iteration.metrics.promoted]
+
+
+def _checkpoints_and_work() -> Iterator[tuple[str, str, Cell]]:
     yield "Checkpoints", "M_t", lambda iteration: _sha(iteration.metrics.candidate)
     update = value_cell("surviving_update", share_text, asset="model_checkpoint")
     yield "Checkpoints", "update of M_t left in the number format of generation", update
