@@ -212,7 +212,11 @@ def _checkpoints_and_work() -> Iterator[tuple[str, str, Cell]]:
     yield "Checkpoints", "M_t", lambda iteration: _sha(iteration.metrics.candidate)
     update = value_cell("surviving_update", share_text, asset="model_checkpoint")
     yield "Checkpoints", "update of M_t left in the number format of generation", update
-    yield "Checkpoints", "policy that answered", lambda iteration: _sha(_parent(iteration, "policy"))
+    yield (
+        "Checkpoints",
+        "policy that answered",
+        lambda it: _sha(it.manifest.get("parents", {}).get("policy", {}).get("sha")),
+    )
     for side in ("chosen", "rejected"):
         yield "Checkpoints", f"model that wrote the {side} side", _of_pairs(f"{side}_checkpoint_sha")
     yield "Checkpoints", "scorer", _of_pairs("scorer_sha")
@@ -343,10 +347,6 @@ def _rate_of_pairs(rate: Metric | None) -> str:
 
 def _of_pairs(column: str) -> Cell:
     return lambda iteration: ", ".join(map(_sha, iteration.pairs[column].unique(maintain_order=True)))
-
-
-def _parent(iteration: FinishedIteration, role: str) -> str | None:
-    return iteration.manifest.get("parents", {}).get(role, {}).get("sha")
 
 
 def _sha(value: str | None) -> str:
