@@ -89,6 +89,7 @@ SettingsFile = Annotated[Path | None, typer.Option("--settings", help="A setting
 Home = Annotated[
     Path | None, typer.Option(help="Where history and artifacts live. Default: SYNPO_HOME, else .synpo in the project.")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
 
 
 def opened(home: Path | None) -> "Services":

@@ -18,9 +18,9 @@ import polars as pl
 from resources.common.errors import FinalError
 from resources.settings.method import PreferenceOptimization
 from resources.storage.checkpoint_store import Checkpoint
-from resources.training.losses import loss_module
 from synpo_assets.evaluation.gold_comparison import refuse_answers_of_another
 from synpo_assets.evaluation.win_rates import (
+    JUDGING_READS,
     OUTCOME_COUNTS,
     doubted_rates,
     form_metrics,
@@ -47,7 +47,7 @@ from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.evaluation import win_rates
 from synpo_assets.method.ranking import repeated_prompts
 from synpo_assets.method.templates import prompt_requests
-from synpo_assets.stages.optimization import TRAINING_READS, USED_COLUMNS, optimization_cost
+from synpo_assets.stages.optimization import TRAINING_READS, USED_COLUMNS, loss_code, optimization_cost
 from synpo_assets.stages.scorers import comparison_tokens
 
 # Whose answers the control's are compared with.
@@ -61,7 +61,7 @@ NAME = "equal_steps"
     work=("trains",),
     reads=TRAINING_READS,
     cost=lambda sizes: [dataclasses.replace(work, later_only=True) for work in optimization_cost(sizes)],
-    code=lambda settings: [loss_module(settings.preference_optimization.loss.kind).trainer],
+    code=loss_code,
 )
 def equal_steps_checkpoint(
     context: dg.AssetExecutionContext,
@@ -109,7 +109,7 @@ def _evaluation_cost(sizes: Sizes) -> list[Work]:
     EqualSteps,
     group="evaluation",
     work=("generates", "scores"),
-    reads=("evaluation", "scorer.judging_convention", "scorer.max_length", "judge.max_length", "judge.server"),
+    reads=JUDGING_READS,
     samplings=lambda settings: [settings.evaluation.sampling],
     cost=_evaluation_cost,
     made_from={"prompt_id": "evaluation"},

@@ -50,6 +50,8 @@ from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
 # Whose answers are compared with whose.
 COMPARISONS = (("candidate", "initial"), ("candidate", "previous"), ("trimmed", "initial"), ("verbose", "initial"))
 
+# What decides answers to held-out prompts, and what all judges say of them.
+JUDGING_READS = ("evaluation", "scorer.judging_convention", "scorer.max_length", "judge.max_length", "judge.server")
 OUTCOME_COUNTS: tuple[tuple[MetricName, str], ...] = (("wins", "wins"), ("ties", "ties"), ("losses", "losses"))
 EVERY_COUNT: tuple[tuple[MetricName, str], ...] = (
     ("pairs_alike_in_length", "alike_in_length"), *OUTCOME_COUNTS, ("no_verdicts", "no_verdict"),
@@ -74,7 +76,7 @@ def _cost(sizes: Sizes) -> list[Work]:
     Evaluation,
     group="evaluation",
     work=("generates", "scores"),
-    reads=("evaluation", "scorer.judging_convention", "scorer.max_length", "judge.max_length", "judge.server"),
+    reads=JUDGING_READS,
     samplings=lambda settings: [settings.evaluation.sampling],
     cost=_cost,
     made_from={"prompt_id": "seed_pairs"},
