@@ -124,10 +124,8 @@ class RowSampler:
     (https://arxiv.org/abs/1411.0030, section 2); greedy decoding then takes the largest.
 
     Args:
-        sampling: How to decode.
         seeds: The seed of each row, integers of 64 bits on the device of the model.
         asked: The length of the prompts with their padding, where writing begins.
-        progress: Counts the tokens.
     """
 
     def __init__(self, sampling: Sampling, seeds: "torch.Tensor", asked: int, progress: Progress) -> None:

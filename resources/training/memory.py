@@ -28,12 +28,7 @@ ROOM = 0.7
 
 
 def refuse_too_little_memory(settings: Settings, initial: Path) -> None:
-    """Raises a sentence if a training cannot fit a GPU of this machine; not on a CPU, nor where the driver does not answer.
-
-    Args:
-        settings: The experiment.
-        initial: The weights that training starts from.
-    """
+    """Raises a sentence if a training cannot fit a GPU of this machine; not on a CPU, nor where the driver does not answer."""
     if prepare_device(settings.engine) == "cpu" or (available := _gpu_bytes()) is None:
         return
     weights, tokens = parameter_count(initial), _config(initial, settings.engine.trust_remote_code).vocab_size
@@ -57,8 +52,6 @@ def least_bytes(training: Training, weights: int, vocabulary: int, share: float)
     Activations, adapters and buffers come on top. Examples are taken to be as long as `max_length` allows.
 
     Args:
-        training: The training.
-        weights: The parameters of the model.
         vocabulary: The tokens of the model; 0 where it gives no logits.
         share: The share of the weights that each GPU holds.
     """
@@ -71,9 +64,6 @@ def keeps_activations(engine: Engine, training: Training, start: Path, share: fl
     """Whether the activations of a micro batch fit the GPUs here beside all else, so that none need be computed twice.
 
     Args:
-        engine: How models run.
-        training: The training.
-        start: The weights that it starts from.
         share: The share of the weights that each GPU holds.
     """
     if prepare_device(engine) == "cpu" or (available := _gpu_bytes()) is None:

@@ -54,7 +54,6 @@ def rows_of(services: Services, label: str, where: str | None, columns: str | No
     """The rows of a table, of all iterations or of one.
 
     Args:
-        services: Those of the home.
         label: `preference_pairs`, or `preference_pairs[0002]`.
         where: A condition in SQL; None: all rows.
         columns: Their names, with commas between them; None: all columns.

@@ -64,7 +64,6 @@ def write_settings_file(
     """Writes the settings, and the seed in two files beside them, none of which may exist.
 
     Args:
-        output: The settings file.
         data: A .jsonl, .csv or .parquet file of questions with good answers.
         model: A folder or hub id of M_0, with `@` and a revision if need be; None: the preset's.
         preset: The preset to start from; None: by whether there is a GPU.

@@ -22,7 +22,6 @@ def boosting_table(
     """The newest iterations with what the test split says of each M_t, what the running asset has just measured included.
 
     Args:
-        measured: The metrics of the running asset.
         doubt: Why the win rates say nothing, as a sentence; None if they do.
     """
     asset, running = context.asset_key.to_user_string(), context.partition_key

@@ -49,7 +49,6 @@ def code_version(
         functions: The body of the stage, and what it calls without naming it.
         schema: What its table may hold; None if it makes no table.
         reads: The settings that decide the result, by dotted name (`preferences`, `engine.dtype`).
-        settings: The experiment.
     """
     read = {name: to_jsonable_python(operator.attrgetter(name)(settings)) for name in reads}
     decided = {

@@ -41,13 +41,7 @@ ENDED_LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the report's table.
-
-    Attributes:
-        section: Which part of the table it belongs to.
-        label: What it shows, with its unit.
-        cells: One text per iteration.
-    """
+    """One line of the report's table."""
 
     section: str
     label: str

@@ -75,8 +75,6 @@ def check_verdicts(settings: Settings, tables: ParquetTables, sides: Mapping[str
     """What the verdicts of people are about, as a sentence; None if the settings name no file.
 
     Args:
-        settings: The experiment.
-        tables: Those of its home.
         sides: The assets that make the two sides, by the names that stages have for them.
 
     Raises:
