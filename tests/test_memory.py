@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_refused_by_name_with_the_remedy(on_gpus, tmp_path,
     full = settings.judge.training.model_copy(update={"lora": None})
     judged = settings.model_copy(update={"judge": settings.judge.model_copy(update={"training": full})})
     on_gpus(memory.parameter_count(nano_model) * 15)
-    monkeypatch.setattr(memory, "_config", lambda *arguments: SimpleNamespace(vocab_size=0))
+    monkeypatch.setattr(memory, "text_config", lambda *arguments: SimpleNamespace(vocab_size=0))
     memory.refuse_too_little_memory(settings, nano_model)
     with pytest.raises(TrainingError, match="training of judge takes at least"):
         memory.refuse_too_little_memory(judged, nano_model)

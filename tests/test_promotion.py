@@ -23,7 +23,7 @@ from synpo_assets.graph.history import data_version_of, input_version_of
 from synpo_assets.graph.metrics import Metric, record, recorded
 from synpo_assets.graph.missing import asset_names, missing_assets, outdated_assets
 from synpo_assets.graph.tables import check
-from synpo_assets.method.gate import judge as gate_rows
+from synpo_assets.method.gate import gate_rows
 from synpo_assets.method.judging import BOTH_ENDED
 from synpo_assets.method.length_control import length_controlled_win_rate
 from synpo_assets.method.outcomes import win_rate_interval

@@ -1,8 +1,9 @@
 """Generation with Hugging Face transformers: one batch at a time, runs anywhere."""
 
+import functools
 import itertools
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING
 
 from resources.common.progress import Progress
@@ -71,12 +72,18 @@ class TransformersEngine:
         asked, most = written.shape[1], sampling.max_new_tokens
         seeds = torch.tensor([request.seed for request in batch], device=device)
         ends = torch.tensor(self._end_ids, device=device)
-        waiting, finished = list(batch), dict[str, Completion]()
+        waiting, finished, write = list(batch), dict[str, Completion](), self._writer(cache, sampling)
         # A batch may take minutes on a CPU, and only then its completions are counted.
         with Progress(most, f"tokens at most, of {len(batch)} answers each", logger) as progress:
             while waiting:
-                sampler, done = RowSampler(sampling, seeds, asked, progress), written.shape[1] - asked
-                written = self._write(written, mask, cache, sampling, sampler, min(PIECE, most - done))
+                sampler, left = RowSampler(sampling, seeds, asked, progress), most - (written.shape[1] - asked)
+                with torch.inference_mode():
+                    written = write(
+                        input_ids=written,
+                        attention_mask=mask,
+                        logits_processor=[sampler],
+                        max_new_tokens=min(PIECE, left),
+                    )
                 last = written.shape[1] - asked >= most
                 # A stop text shows in the decoded text alone; without one, only what has ended is decoded.
                 ended = torch.isin(written[:, asked:], ends).any(-1)
@@ -85,43 +92,29 @@ class TransformersEngine:
                     made = completion(key, length, tokens, sampling, self._tokenizer, self._end_ids)
                     if last or made.finish_reason == "stop":
                         finished[key] = made
-                left = [row for row, request in enumerate(waiting) if request.key not in finished]
-                if len(left) < len(waiting):
-                    waiting, rows = [waiting[row] for row in left], torch.tensor(left, device=device, dtype=torch.long)
+                kept = [row for row, request in enumerate(waiting) if request.key not in finished]
+                if len(kept) < len(waiting):
+                    waiting, rows = [waiting[row] for row in kept], torch.tensor(kept, device=device, dtype=torch.long)
                     cache.reorder_cache(rows)
                     written, mask, seeds = written[rows], mask[rows], seeds[rows]
                 mask = torch.nn.functional.pad(mask, (0, written.shape[1] - mask.shape[1]), value=1)
         return [finished[request.key] for request in batch]
 
-    def _write(
-        self,
-        texts: "torch.Tensor",
-        mask: "torch.Tensor",
-        cache: "DynamicCache",
-        sampling: Sampling,
-        sampler: "RowSampler",
-        tokens: int,
-    ) -> "torch.Tensor":
-        """The texts with so many tokens more at most, padded on the right; the cache holds all of them but the last."""
-        import torch
-
-        with torch.inference_mode():
-            return self._model.generate(
-                input_ids=texts,
-                attention_mask=mask,
-                past_key_values=cache,
-                # Sampling is done by the processor below, which gives every row its own random stream.
-                do_sample=False,
-                temperature=None,
-                top_k=None,
-                top_p=None,
-                logits_processor=[sampler],
-                max_new_tokens=tokens,
-                eos_token_id=self._end_ids,
-                pad_token_id=self._tokenizer.pad_token_id,
-                stop_strings=sampling.stop or None,
-                tokenizer=self._tokenizer,
-            )
+    def _writer(self, cache: "DynamicCache", sampling: Sampling) -> "Callable[..., torch.Tensor]":
+        """What writes on: texts padded on the right; the cache holds all of their tokens but the last."""
+        return functools.partial(
+            self._model.generate,
+            past_key_values=cache,
+            # Sampling is done by a processor, which gives every row its own random stream.
+            do_sample=False,
+            temperature=None,
+            top_k=None,
+            top_p=None,
+            eos_token_id=self._end_ids,
+            pad_token_id=self._tokenizer.pad_token_id,
+            stop_strings=sampling.stop or None,
+            tokenizer=self._tokenizer,
+        )
 
 
 class RowSampler:
@@ -131,10 +124,8 @@ class RowSampler:
     (https://arxiv.org/abs/1411.0030, section 2); greedy decoding then takes the largest.
 
     Args:
-        sampling: How to decode.
         seeds: The seed of each row, integers of 64 bits on the device of the model.
         asked: The length of the prompts with their padding, where writing begins.
-        progress: Counts the tokens.
     """
 
     def __init__(self, sampling: Sampling, seeds: "torch.Tensor", asked: int, progress: Progress) -> None:

@@ -14,6 +14,7 @@ from resources.generation.adapters import adapter_of
 from resources.generation.completions import longest_sequence
 from resources.generation.engine import Completion, Requests
 from resources.generation.vllm_process import Ended, answer_in_this_process
+from resources.models.context import text_config
 from resources.models.device import GPU_BYTES_ELSEWHERE, prepare_device, torch_dtype, visible_gpus
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
@@ -38,11 +39,9 @@ class VllmEngine:
     """
 
     def __init__(self, checkpoint: Checkpoint, engine: Engine) -> None:
-        from transformers import AutoConfig
-
         self._adapter = adapter_of(checkpoint) if engine.adapters == "request" else None
         weights = self._adapter.base_weights if self._adapter else checkpoint.weights
-        config = AutoConfig.from_pretrained(weights, trust_remote_code=engine.trust_remote_code).get_text_config()
+        config = text_config(weights, engine.trust_remote_code)
         self._context_length = config.max_position_embeddings
         self._engine = engine
         self._devices = device_groups(engine, visible_gpus(engine), config.num_attention_heads)

@@ -1,7 +1,6 @@
 """One copy of a model in vLLM, in a process of its own."""
 
 import dataclasses
-import difflib
 import os
 import signal
 import traceback
@@ -18,6 +17,7 @@ from resources.generation.engine import Completion
 from resources.models.chat import load_tokenizer
 from resources.models.device import gpu_bytes_here
 from resources.settings.method import Sampling
+from resources.settings.sections import nearest
 
 # How vLLM and CUDA say that there is too little of it; they speak of memory in other errors too.
 OUT_OF_MEMORY = ("out of memory", "free memory", "available memory", "not enough gpu memory", "kv cache is needed")
@@ -132,9 +132,7 @@ def refuse_arguments(given: dict[str, Any], own: dict[str, Any], known: Sequence
                 "and the lengths in use: remove it."
             )
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"; did you mean `{nearest[0]}`?" if nearest else "."
-            raise FinalError(f"engine.vllm_arguments.{name} is no argument of vLLM{hint}")
+            raise FinalError(f"engine.vllm_arguments.{name} is no argument of vLLM{nearest(name, known)}")
 
 
 def _explained(error: Exception) -> Exception:

@@ -38,10 +38,7 @@ def with_stated_template(directory: Path, source: InitialPolicy, folder: Path, t
     """A directory with the same model, whose template holds what the settings state; the same one if they state nothing.
 
     Args:
-        directory: The model.
-        source: Its settings.
         folder: Where the new directory is made.
-        trust_remote_code: Whether its tokenizer may bring code.
 
     Raises:
         ChatTemplateError: The template does not end, or shows no system turn.

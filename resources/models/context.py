@@ -1,8 +1,17 @@
 """How many tokens a model reads and writes at once, and how many of them a chat takes."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from resources.models.chat import Message, answer_ids, load_tokenizer, prompt_ids, rendered_otherwise
+
+
+def text_config(weights: str | Path, trust_remote_code: bool) -> Any:
+    """The config of a model, or of its part that reads and writes text."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code).get_text_config()
 
 
 class ModelContext:
@@ -13,9 +22,7 @@ class ModelContext:
     """
 
     def __init__(self, weights: str, trust_remote_code: bool) -> None:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code).get_text_config()
+        config = text_config(weights, trust_remote_code)
         self.length: int | None = getattr(config, "max_position_embeddings", None)
         self._tokenizer = load_tokenizer(weights, trust_remote_code)
 

@@ -14,8 +14,6 @@ def fetch_reward_model(
     """The directory of a published reward model or pair ranker with safetensors weights, and its origin for the manifest.
 
     Args:
-        scorer: The model.
-        trust_remote_code: Whether code that ships with it may be run.
         section: The section of the settings that names it.
     """
     is_directory = Path(scorer.name).is_dir()

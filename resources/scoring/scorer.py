@@ -88,8 +88,6 @@ class RewardScorer(DeviceResource):
         """Scores two answers to each prompt.
 
         Args:
-            reward_model: The model that scores.
-            rows: A prompt and two answers each.
             judging: Whether models are judged by it. A pair ranker is then asked in both orders, whatever the scorer's
                 setting for pairs is: where one side always stands first, a preference for a place would be a win.
         """

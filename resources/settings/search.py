@@ -96,3 +96,8 @@ def combinations(space: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]
     names = list(space)
     for values in itertools.product(*(space[name] for name in reversed(names))):
         yield dict(zip(names, reversed(values), strict=True))
+
+
+def tried_text(tried: Mapping[str, Any]) -> str:
+    """Values that were tried, as people read them: `learning_rate 1e-06, loss.beta 4.0`."""
+    return ", ".join(f"{name} {value}" for name, value in tried.items())

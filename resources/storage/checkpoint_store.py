@@ -24,7 +24,7 @@ from resources.storage.manifests import (
     damaged_file,
     is_intact,
     manifest_pointed_to,
-    parsed_manifest,
+    manifest_values,
     read_manifest,
     read_pointer,
     weights_manifest,
@@ -169,9 +169,7 @@ class CheckpointStore(dg.IOManager):
     def manifest(self, asset: str, partition: str | None) -> dict[str, Any] | None:
         """The manifest of the current checkpoint, for which no weights are fetched; None if there is no such checkpoint."""
         file = self._file_of_current(asset, partition, MANIFEST)
-        if file is not None:
-            parsed_manifest(file, asset_label(asset, partition))
-        return json.loads(file.read_text()) if file else None
+        return manifest_values(file, asset_label(asset, partition)) if file else None
 
     def manifest_of_sha(self, sha: str) -> dict[str, Any] | None:
         """The manifest of the checkpoint with these weights, current or superseded; None if it is gone."""

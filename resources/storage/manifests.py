@@ -1,5 +1,6 @@
 """What the manifest of a checkpoint says of its directory, and whether the directory still holds it."""
 
+import json
 import logging
 from typing import Any
 
@@ -75,6 +76,12 @@ def parsed_manifest(file: AnyPath, label: str) -> Manifest:
         raise DamageError(f"{file.parent} holds no {MANIFEST}, so no finished checkpoint", label) from None
     except (OSError, ValidationError):
         raise _altered(file, label) from None
+
+
+def manifest_values(file: AnyPath, label: str) -> dict[str, Any]:
+    """All that the file of a manifest says, also what stands in it for people alone."""
+    parsed_manifest(file, label)
+    return json.loads(file.read_text())
 
 
 def _altered(file: AnyPath, label: str) -> DamageError:

@@ -38,6 +38,16 @@ def file_rows(path: Path, setting: str) -> Iterator[tuple[int, dict[str, Any]]]:
     yield from _csv_rows(text, named) if path.suffix.lower() == ".csv" else _json_rows(text, named)
 
 
+def table_rows(path: Path, option: str, held: str) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a table that an option of a command names; refused by name if it is no table, or holds none of what it should."""
+    if path.suffix.lower() not in (".jsonl", ".csv", ".parquet"):
+        raise SettingsError(f"{option} {path} is neither a .jsonl, .csv nor .parquet file.")
+    rows = list(file_rows(path, option))
+    if not rows:
+        raise SettingsError(f"{path} ({option}) holds no {held}.")
+    return rows
+
+
 def _csv_rows(text: str, named: str) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)

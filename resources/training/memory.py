@@ -3,10 +3,10 @@
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.filesize import decimal
 
+from resources.models.context import text_config
 from resources.models.device import prepare_device
 from resources.models.weights import parameter_count
 from resources.settings.evaluation import TrainedJudge
@@ -28,15 +28,10 @@ ROOM = 0.7
 
 
 def refuse_too_little_memory(settings: Settings, initial: Path) -> None:
-    """Raises a sentence if a training cannot fit a GPU of this machine; not on a CPU, nor where the driver does not answer.
-
-    Args:
-        settings: The experiment.
-        initial: The weights that training starts from.
-    """
+    """Raises a sentence if a training cannot fit a GPU of this machine; not on a CPU, nor where the driver does not answer."""
     if prepare_device(settings.engine) == "cpu" or (available := _gpu_bytes()) is None:
         return
-    weights, tokens = parameter_count(initial), _config(initial, settings.engine.trust_remote_code).vocab_size
+    weights, tokens = parameter_count(initial), text_config(initial, settings.engine.trust_remote_code).vocab_size
     for name, training, vocabulary in _trainings(settings, tokens):
         processes, _ = processes_to_start(settings.training_processes, training, settings.engine)
         share = least_share(settings.training_processes, processes)
@@ -57,8 +52,6 @@ def least_bytes(training: Training, weights: int, vocabulary: int, share: float)
     Activations, adapters and buffers come on top. Examples are taken to be as long as `max_length` allows.
 
     Args:
-        training: The training.
-        weights: The parameters of the model.
         vocabulary: The tokens of the model; 0 where it gives no logits.
         share: The share of the weights that each GPU holds.
     """
@@ -71,14 +64,11 @@ def keeps_activations(engine: Engine, training: Training, start: Path, share: fl
     """Whether the activations of a micro batch fit the GPUs here beside all else, so that none need be computed twice.
 
     Args:
-        engine: How models run.
-        training: The training.
-        start: The weights that it starts from.
         share: The share of the weights that each GPU holds.
     """
     if prepare_device(engine) == "cpu" or (available := _gpu_bytes()) is None:
         return False
-    config = _config(start, engine.trust_remote_code)
+    config = text_config(start, engine.trust_remote_code)
     layers, width = config.num_hidden_layers, config.hidden_size
     activations = _sequences(training) * training.max_length * layers * width * ACTIVATION_BYTES
     needed = least_bytes(training, parameter_count(start), config.vocab_size, share) + activations
@@ -99,12 +89,6 @@ def _trainings(settings: Settings, vocabulary: int) -> Iterator[tuple[str, Train
         yield "scorer", settings.scorer.training, 0
     if isinstance(settings.judge, TrainedJudge):
         yield "judge", settings.judge.training, 0
-
-
-def _config(weights: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code).get_text_config()
 
 
 def _gpu_bytes() -> int | None:

@@ -37,35 +37,7 @@ def train(job: TrainingJob, dataset: "Dataset", observe: Observe) -> None:
     training = job.training
     steps = job.steps or math.ceil(math.ceil(len(dataset) / training.batch_size) * training.epochs)
     # Before the model: with DeepSpeed or FSDP, these arguments decide how it is loaded.
-    config = config_class(
-        output_dir=str(job.state),
-        learning_rate=training.learning_rate,
-        num_train_epochs=training.epochs,
-        max_steps=job.steps or -1,
-        per_device_train_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=job.accumulation_steps,
-        # Rounded down: the first warm-up step has learning rate 0, and a run of one step must learn something.
-        warmup_steps=int(steps * training.warmup_ratio),
-        lr_scheduler_type=training.scheduler,
-        seed=job.random_seed,
-        bf16=device == "cuda",
-        use_cpu=device == "cpu",
-        # With FSDP, accelerate's own activation checkpointing takes its place: both together are refused.
-        gradient_checkpointing=job.gradient_checkpointing and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") != "true",
-        train_sampling_strategy="group_by_length" if training.group_by_length else "random",
-        dataloader_pin_memory=device == "cuda",
-        logging_steps=1,
-        # The default replaces a NaN loss in the log by an earlier value: divergence would go unseen.
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if steps >= job.save_every_steps else "no",
-        save_steps=job.save_every_steps,
-        save_total_limit=KEPT_STATES,
-        report_to=job.report_to,
-        run_name=job.name,
-        project=PROJECT,
-        disable_tqdm=True,
-        **options,
-    )
+    config = config_class(**_arguments(job, device, steps), **options)
     with memory_explained(
         f"training (micro_batch_size = {training.micro_batch_size}, max_length = {training.max_length})",
         "Lower training.micro_batch_size or training.max_length, train adapters (training.lora, with load_in_4bit if need be), "
@@ -89,6 +61,40 @@ def train(job: TrainingJob, dataset: "Dataset", observe: Observe) -> None:
             _adapters_in_float32(trainer.model)
         trainer.train(resume_from_checkpoint=job.resume_from and str(job.resume_from))
         _save(trainer, job)
+
+
+def _arguments(job: TrainingJob, device: str, steps: int) -> dict[str, Any]:
+    """The arguments of all kinds of training, for so many steps of the optimizer."""
+    training = job.training
+    return {
+        "output_dir": str(job.state),
+        "learning_rate": training.learning_rate,
+        "num_train_epochs": training.epochs,
+        "max_steps": job.steps or -1,
+        "per_device_train_batch_size": training.micro_batch_size,
+        "gradient_accumulation_steps": job.accumulation_steps,
+        # Rounded down: the first warm-up step has learning rate 0, and a run of one step must learn something.
+        "warmup_steps": int(steps * training.warmup_ratio),
+        "lr_scheduler_type": training.scheduler,
+        "seed": job.random_seed,
+        "bf16": device == "cuda",
+        "use_cpu": device == "cpu",
+        # With FSDP, accelerate's own activation checkpointing takes its place: both together are refused.
+        "gradient_checkpointing": job.gradient_checkpointing
+        and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") != "true",
+        "train_sampling_strategy": "group_by_length" if training.group_by_length else "random",
+        "dataloader_pin_memory": device == "cuda",
+        "logging_steps": 1,
+        # The default replaces a NaN loss in the log by an earlier value: divergence would go unseen.
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps" if steps >= job.save_every_steps else "no",
+        "save_steps": job.save_every_steps,
+        "save_total_limit": KEPT_STATES,
+        "report_to": job.report_to,
+        "run_name": job.name,
+        "project": PROJECT,
+        "disable_tqdm": True,
+    }
 
 
 def load_model(job: TrainingJob, *, quantized: bool) -> "PreTrainedModel":

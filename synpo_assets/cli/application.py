@@ -43,15 +43,13 @@ class Commands(_Help, typer.core.TyperGroup):
         """Runs a command."""
         try:
             return super().invoke(ctx)
-        except (SettingsError, ModelSourceError, FinalError) as error:
-            typer.echo(f"synpo: {error}", err=True)
-            raise typer.Exit(2) from None
         except KeyboardInterrupt as interrupt:
             continues = str(interrupt) or "Give the same command again."
             typer.echo(f"synpo: interrupted. {continues}", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
-            if (sentence := sentence_of(error)) is None:
+            is_sentence = isinstance(error, SettingsError | ModelSourceError | FinalError)
+            if (sentence := str(error) if is_sentence else sentence_of(error)) is None:
                 raise
             typer.echo(f"synpo: {sentence}", err=True)
             raise typer.Exit(2) from None
@@ -91,6 +89,7 @@ SettingsFile = Annotated[Path | None, typer.Option("--settings", help="A setting
 Home = Annotated[
     Path | None, typer.Option(help="Where history and artifacts live. Default: SYNPO_HOME, else .synpo in the project.")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
 
 
 def opened(home: Path | None) -> "Services":

@@ -13,16 +13,16 @@ from rich.panel import Panel
 from rich.text import Text
 
 from resources.common.text import visible
-from resources.generation.engine import GenerationEngine
 from resources.generation.language_model import LanguageModel
 from resources.judging.judge_choice import judge_scorer
 from resources.models.context import ModelContext
+from resources.models.device import DeviceResource
 from resources.scoring.scorer import RewardScorer
-from resources.scoring.scoring_model import ScoringModel
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import opened_atomically
-from resources.storage.row_files import file_rows
+from resources.storage.output_files import refuse_existing, writing
+from resources.storage.row_files import table_rows
 from synpo_assets.graph.metrics import judge_doubt
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
@@ -38,26 +38,23 @@ FEWEST_SHA_DIGITS = 6
 PREFERS = {"win": "second", "tie": "tie", "loss": "first"}
 
 
-class _KeptModel(LanguageModel):
+class _Keeping(DeviceResource):
     """Keeps the models that it has loaded: in a conversation, each would be loaded for every question."""
 
-    _engines: dict[str, GenerationEngine] = PrivateAttr(default_factory=dict)
+    _kept: dict[str, Any] = PrivateAttr(default_factory=dict)
 
-    def opened(self, checkpoint: Checkpoint) -> GenerationEngine:
-        if checkpoint.sha not in self._engines:
-            self._engines[checkpoint.sha] = super().opened(checkpoint)
-        return self._engines[checkpoint.sha]
+    def opened(self, checkpoint: Checkpoint) -> Any:
+        if checkpoint.sha not in self._kept:
+            self._kept[checkpoint.sha] = super().opened(checkpoint)  # type: ignore[misc]
+        return self._kept[checkpoint.sha]
 
 
-class _KeptScorer(RewardScorer):
-    """Keeps the judge likewise."""
+class _KeepingModel(_Keeping, LanguageModel):
+    """M_0 and M_t."""
 
-    _models: dict[str, ScoringModel] = PrivateAttr(default_factory=dict)
 
-    def opened(self, reward_model: Checkpoint) -> ScoringModel:
-        if reward_model.sha not in self._models:
-            self._models[reward_model.sha] = super().opened(reward_model)
-        return self._models[reward_model.sha]
+class _KeepingScorer(_Keeping, RewardScorer):
+    """The judge."""
 
 
 def ask(
@@ -82,11 +79,8 @@ def ask(
             for row in rows:
                 _show(console, row)
             return
-        try:
-            with opened_atomically(output) as opened:
-                opened.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-        except OSError as error:
-            raise SettingsError(f"--output {output} cannot be written: {error.strerror or error}.") from None
+        with writing(output), opened_atomically(output) as opened:
+            opened.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
         console.print(f"{len(rows)} prompts with two answers each: {output}")
         return
     console.print(f"{pair[0].label} and {pair[1].label} answer. An empty line ends the conversation.")
@@ -110,17 +104,11 @@ def _prompts(prompt: str | None, file: Path | None, output: Path | None, overwri
             )
         if output.suffix != ".jsonl" or output.is_dir():
             raise SettingsError(f"--output {output} is no .jsonl file: name one.")
-        if output.exists() and not overwrite:
-            raise SettingsError(f"{output} exists: choose another --output, or replace it with --overwrite.")
+        refuse_existing(output, overwrite)
     if file is None:
         return [] if prompt is None else [("The prompt", prompt)]
-    if file.suffix.lower() not in (".jsonl", ".csv", ".parquet"):
-        raise SettingsError(f"--file {file} is neither a .jsonl, .csv nor .parquet file.")
-    rows = list(file_rows(file, "--file"))
-    if not rows:
-        raise SettingsError(f"{file} (--file) holds no prompts.")
     found = []
-    for line, row in rows:
+    for line, row in table_rows(file, "--file", "prompts"):
         if "prompt" not in row:
             raise SettingsError(
                 f"{file} (--file) has no column `prompt` in line {line}; it has {', '.join(map(repr, row))}."
@@ -165,12 +153,10 @@ def _model(services: Services, name: str, finished: Sequence[str]) -> Checkpoint
     found = [each for asset in ANSWERING for each in store.with_sha(asset, name.lower())]
     by_sha = {each.sha: each for each in found}
     if len(by_sha) != 1:
-        many = (
-            f"{len(by_sha)} checkpoints have a sha that begins"
-            if by_sha
-            else "no checkpoint that answers has a sha that begins"
+        many = f"{len(by_sha)} checkpoints have" if by_sha else "no checkpoint that answers has"
+        raise SettingsError(
+            f"--models: {many} a sha that begins with {name!r}: `synpo trace` and the page of a checkpoint show shas."
         )
-        raise SettingsError(f"--models: {many} with {name!r}: `synpo trace` and the page of a checkpoint show shas.")
     return next(iter(by_sha.values()))
 
 
@@ -198,8 +184,8 @@ def _answerer(
         # vLLM has a process of its own for each call, which would load the model again.
         in_process = {} if settings.engine.server else {"kind": "transformers", "ray": None}
         engine = settings.engine.model_copy(update=in_process)
-        language_model = _KeptModel(**dict(language_model) | {"engine": engine})
-        judge = _KeptScorer(**dict(judge))
+        language_model = _KeepingModel(**dict(language_model) | {"engine": engine})
+        judge = _KeepingScorer(**dict(judge))
     has_judge = services.checkpoints.manifest("judge_model", None) is not None
     judge_model = services.checkpoints.current("judge_model", None) if has_judge else None
     doubt = judge_doubt(services.metrics)

@@ -78,13 +78,11 @@ def next_iteration(
 
 def first_unfinished(instance: DagsterInstance, services: Services) -> int:
     """The first iteration in which something is missing; max_iterations + 1 if there is none."""
-    iterations = range(1, services.settings.max_iterations + 1)
-    unfinished = (
-        number
-        for number, key in ((number, partition_key(number)) for number in iterations)
-        if missing_assets(instance, services, key) or missing_checks(instance, services, key)
-    )
-    return next(unfinished, services.settings.max_iterations + 1)
+    for number in range(1, services.settings.max_iterations + 1):
+        key = partition_key(number)
+        if missing_assets(instance, services, key) or missing_checks(instance, services, key):
+            return number
+    return services.settings.max_iterations + 1
 
 
 def reason_to_wait(instance: DagsterInstance, services: Services, iteration: int) -> str | None:

@@ -19,7 +19,7 @@ from resources.judging.judge_choice import judge_scorer, server_judge, topic_lab
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import is_abandoned, storage_root
-from resources.storage.manifests import MANIFEST, parsed_manifest, read_pointer
+from resources.storage.manifests import MANIFEST, manifest_values, read_pointer
 from resources.storage.shards import FINGERPRINT_FILE, Shards
 from synpo_assets.algorithm import stages_of
 from synpo_assets.cli.runs import FOREGROUND_TAG, locked
@@ -131,12 +131,7 @@ def _current_manifests(store: UPath) -> dict[str, dict[str, Any]]:
         asset, partition = pointer.parent.name, None if pointer.stem == "once" else pointer.stem
         named[read_pointer(pointer, asset, partition).directory] = asset_label(asset, partition)
     files = {name: store / name / MANIFEST for name in sorted(named)}
-    return {name: _manifest(file, named[name]) for name, file in files.items() if file.exists()}
-
-
-def _manifest(file: UPath, label: str) -> dict[str, Any]:
-    parsed_manifest(file, label)
-    return json.loads(file.read_text())
+    return {name: manifest_values(file, named[name]) for name, file in files.items() if file.exists()}
 
 
 def _without_past_candidates(manifests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

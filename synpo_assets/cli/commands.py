@@ -13,6 +13,7 @@ from resources.models.model_source import ModelSourceError
 from resources.settings.sections import SettingsError
 from synpo_assets.cli.application import (
     Home,
+    Overwrite,
     Preset,
     SettingsFile,
     app,
@@ -185,7 +186,7 @@ def ask(
         Path | None, typer.Option(help="Prompts to answer: a .jsonl file with a `prompt` in each line.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Write prompts and answers into this .jsonl file.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Have M_0 and M_t answer the same prompts side by side; the judge of the home says which answer it prefers."""
     services = opened(home)
@@ -253,7 +254,7 @@ def rows(
     where: Annotated[str | None, typer.Option(help="Only rows for which this condition in SQL holds.")] = None,
     columns: Annotated[str | None, typer.Option(help="Only these columns, with commas between them.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write all rows into this .csv, .jsonl or .parquet file.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Print the rows of a table, filter them, or write them into a file."""
     services = opened(home)
@@ -270,7 +271,7 @@ def compare(
     output: Annotated[
         Path | None, typer.Option(help="Write the figures of the iterations into this .csv file.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Put finished iterations of one home or several beside each other: settings that differ, and figures."""
     from synpo_assets.reports.compare import print_comparison

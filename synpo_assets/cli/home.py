@@ -30,8 +30,6 @@ def chosen_settings(home: Path, preset: str | None, file: Path | None) -> Settin
 
     Args:
         home: The home directory; it may not exist yet.
-        preset: Name of a preset, or None.
-        file: A settings file, or None.
 
     Raises:
         SettingsError: Both are given; something is wrong with them; or the home was made with other settings.

@@ -227,9 +227,7 @@ def disk_needed(settings: Settings) -> int:
 
 def refuse_small_budget(sizes: Sizes) -> None:
     """Raises a sentence if the training of one candidate takes longer than its search may, as far as rates are known."""
-    settings, search = sizes.settings, sizes.settings.preference_optimization.search
-    cached, device = cached_initial_policy(settings.initial_policy), prepare_device(settings.engine)
-    rates, basis = known_rates(known_calibration(settings), cached, device)
+    search, (rates, basis) = sizes.settings.preference_optimization.search, rates_here(sizes.settings)
     if search is None or search.max_minutes is None or rates is None:
         return
     needed = sum(seconds(work, rates) for work in optimization_cost(sizes))
@@ -243,8 +241,7 @@ def refuse_small_budget(sizes: Sizes) -> None:
 
 def keep_expected_seconds(settings: Settings, home: Path, seed: pl.DataFrame, instructions: int) -> None:
     """Writes into the home how long each asset will take in each iteration, which its runs tell; nothing if unknown."""
-    cached, device = cached_initial_policy(settings.initial_policy), prepare_device(settings.engine)
-    rates, _ = known_rates(known_calibration(settings), cached, device)
+    rates, _ = rates_here(settings)
     if rates is None:
         return
     expected = dict[str, list[float]]()
@@ -260,7 +257,8 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     seed, dropped, instructions = check_data_and_training(settings)
     reviewed = check_reviews(settings, home)
     check_disk(settings, home)
-    calibration = calibrate(settings, seed) if measure else known_calibration(settings)
+    if measure:
+        calibrate(settings, seed)
     # After the measurement, which downloads M_0: only then is its size known.
     disk = check_disk(settings, home)
     cached = cached_initial_policy(settings.initial_policy)
@@ -268,11 +266,11 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
         initial, _ = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
         seed, dropped, instructions = read_seed(settings, initial)
         refuse_too_little_memory(settings, initial)
-    device = prepare_device(settings.engine)
     counts = dict.fromkeys(("train", "scorer", "judge", *HELD_OUT), 0) | dict(seed["split"].value_counts().iter_rows())
     named = "" if str(cached) == settings.initial_policy.name else f"{settings.initial_policy.name}, "
     where = f"on this machine, {cached}" if cached else "not on this machine yet: the first run downloads it"
-    refuse_small_budget(sizes_of(settings, seed, instructions))
+    sizes = sizes_of(settings, seed, instructions)
+    refuse_small_budget(sizes)
     facts = Table.grid(Column(), Column(overflow="fold"), padding=(0, 2))
     facts.add_row("settings", f"valid (preset {settings.preset}), home {home}")
     aside = "".join(f", {counts[split]} for the {split}" for split in ("scorer", "judge") if counts[split])
@@ -283,14 +281,20 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
         facts.add_row("reviewed", reviewed)
     facts.add_row("gate", gate_power(counts["dev"], settings.gate.minimum, settings.gate.error_rate))
     facts.add_row("M_0", f"{named}{where}")
-    facts.add_row("device", f"{device}, {os.cpu_count()} cores")
+    facts.add_row("device", f"{prepare_device(settings.engine)}, {os.cpu_count()} cores")
     if settings.cost.budget_seconds is not None:
         facts.add_row(
             "budget", f"{settings.cost.stop_after}, for all runs of the home together; then no further step begins"
         )
     facts.add_row("disk", f"about {decimal(disk)} for all iterations" if cached else "unknown until M_0 is downloaded")
     console.print(facts)
-    console.print(_cost(sizes_of(settings, seed, instructions), *known_rates(calibration, cached, device)))
+    console.print(_cost(sizes, *rates_here(settings)))
+
+
+def rates_here(settings: Settings) -> tuple[Mapping[Kind, Rate] | None, str]:
+    """The `known_rates` of this machine with the settings."""
+    cached = cached_initial_policy(settings.initial_policy)
+    return known_rates(known_calibration(settings), cached, prepare_device(settings.engine))
 
 
 def known_rates(

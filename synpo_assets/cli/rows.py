@@ -11,6 +11,7 @@ from rich.console import Console
 from resources.common.text import visible
 from resources.settings.sections import SettingsError, nearest
 from resources.storage.files import opened_atomically
+from resources.storage.output_files import refuse_existing, writing
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
 
@@ -29,8 +30,8 @@ def print_rows(
     console = Console(soft_wrap=True, highlight=False, markup=False)
     if output is not None and output.suffix not in WRITERS:
         raise SettingsError(f"--output {output} ends in none of {', '.join(WRITERS)}: choose one of these.")
-    if output is not None and output.exists() and not overwrite:
-        raise SettingsError(f"{output} exists: choose another --output, or replace it with --overwrite.")
+    if output is not None:
+        refuse_existing(output, overwrite)
     frame = rows_of(services, label, where, columns)
     if output is None:
         with pl.Config(
@@ -44,19 +45,15 @@ def print_rows(
         left_out = f", of which these are the first {PRINTED_ROWS}" if frame.height > PRINTED_ROWS else ""
         console.print(f"{frame.height:,} rows{left_out}.")
         return
-    try:
-        with opened_atomically(output) as file:
-            WRITERS[output.suffix](frame, file)
-    except OSError as error:
-        raise SettingsError(f"--output {output} cannot be written: {error.strerror or error}.") from None
+    with writing(output), opened_atomically(output) as file:
+        WRITERS[output.suffix](frame, file)
     console.print(f"{frame.height:,} rows: {output}")
 
 
-def rows_of(services: Services, label: str, where: str | None = None, columns: str | None = None) -> pl.DataFrame:
+def rows_of(services: Services, label: str, where: str | None, columns: str | None) -> pl.DataFrame:
     """The rows of a table, of all iterations or of one.
 
     Args:
-        services: Those of the home.
         label: `preference_pairs`, or `preference_pairs[0002]`.
         where: A condition in SQL; None: all rows.
         columns: Their names, with commas between them; None: all columns.

@@ -18,7 +18,7 @@ from resources.common.errors import DISK_IS_FULL, FinalError, full_disk
 from resources.common.text import asset_label
 from resources.settings.sections import SettingsError
 from resources.storage.files import remove_abandoned
-from synpo_assets.cli.automation import ALL_ASSETS_JOB
+from synpo_assets.cli.automation import ALL_ASSETS_JOB, UNFINISHED
 from synpo_assets.cli.healing import damaged_assets
 from synpo_assets.graph.budget import SPENT, budget_refusal
 from synpo_assets.graph.missing import VERDICTS, missing_assets, missing_checks, outdated_assets
@@ -99,10 +99,7 @@ def close_dead_runs(instance: DagsterInstance) -> None:
 
     To be called while holding the lock of the home: then no unfinished foreground run can be alive.
     """
-    unfinished = [
-        DagsterRunStatus.STARTED, DagsterRunStatus.STARTING, DagsterRunStatus.NOT_STARTED, DagsterRunStatus.CANCELING,
-    ]  # fmt: skip
-    for run in instance.get_runs(RunsFilter(statuses=unfinished)):
+    for run in instance.get_runs(RunsFilter(statuses=UNFINISHED)):
         if FOREGROUND_TAG in run.tags:
             instance.report_run_failed(run, "The process of this run was killed. Finished work is kept.")
     for run_id in instance.event_log_storage.get_concurrency_run_ids():
@@ -135,24 +132,10 @@ def _run(instance: DagsterInstance, services: Services, partition: str | None, i
             run_config={"loggers": {"console": {}}},
         ) as result,
     ):
-        told = False
-        for event in result.all_events:
-            if event.is_step_failure and not _is_interrupt(event.step_failure_data.error):
-                sentence = failure_sentence(event)
-                if (reason := full_disk(sentence)) is not None:
-                    raise FinalError(DISK_IS_FULL.format(reason))
-                if SPENT in sentence and (spent := budget_refusal(instance, services)):
-                    raise FinalError(spent)
-                logging.getLogger("synpo").error(sentence)
-                told = True
-            elif event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
-                evaluation = event.asset_check_evaluation_data
-                if not evaluation.passed:
-                    logging.getLogger("synpo").warning(check_sentence(evaluation))
-                    told = True
+        told = [_is_told(instance, services, event) for event in result.all_events]
         if any(_ended_early(event) for event in result.all_events):
             raise KeyboardInterrupt
-        if not (result.success or told):
+        if not (result.success or any(told)):
             logging.getLogger("synpo").error("The run ended before its steps could say why. %s", KILLED)
         succeeded = result.success
     # Only now is it known whether the verdicts of this iteration are others than its pairs were made with, and whether other
@@ -160,6 +143,28 @@ def _run(instance: DagsterInstance, services: Services, partition: str | None, i
     return succeeded and (
         {VERDICTS, "model_checkpoint"}.isdisjoint(names) or _run(instance, services, partition, iterations)
     )
+
+
+def _is_told(instance: DagsterInstance, services: Services, event: dg.DagsterEvent) -> bool:
+    """Says why a step or a check failed; whether an event tells of either.
+
+    Raises:
+        FinalError: The disk is full or the budget is spent, so that nothing more can be made.
+    """
+    if event.is_step_failure and not _is_interrupt(event.step_failure_data.error):
+        sentence = failure_sentence(event)
+        if (reason := full_disk(sentence)) is not None:
+            raise FinalError(DISK_IS_FULL.format(reason))
+        if SPENT in sentence and (spent := budget_refusal(instance, services)):
+            raise FinalError(spent)
+        logging.getLogger("synpo").error(sentence)
+        return True
+    if event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
+        evaluation = event.asset_check_evaluation_data
+        if not evaluation.passed:
+            logging.getLogger("synpo").warning(check_sentence(evaluation))
+            return True
+    return False
 
 
 def _ended_early(event: dg.DagsterEvent) -> bool:

@@ -3,7 +3,7 @@
 import collections
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,18 @@ from rich.console import Console
 
 from resources.common.text import duration
 from resources.models.device import prepare_device
-from resources.models.model_source import cached_initial_policy
 from resources.settings.data import WITHOUT_KEYWORDS
 from resources.settings.files import PRESETS, changed_settings, load_settings, preset_path
 from resources.settings.machine import Engine
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from resources.storage.files import write_atomically
-from resources.storage.row_files import file_rows
-from synpo_assets.cli.calibration import known_calibration
+from resources.storage.row_files import table_rows
 from synpo_assets.cli.estimate import expected_work, seconds, sizes_of
-from synpo_assets.cli.preflight import check_data_and_training, known_rates
+from synpo_assets.cli.preflight import check_data_and_training, rates_here
 from synpo_assets.method.chat_rows import UnusableCellError, row_text
 from synpo_assets.method.ids import content_id
-from synpo_assets.method.seed import seed_rows
+from synpo_assets.method.seed import BadRow, seed_rows
 
 # Names of columns in the order in which they are proposed; one column of chat messages may hold both.
 PROMPTS = ("prompt", "instruction", "question", "query", "input", "problem", "user", "messages", "conversations")
@@ -61,12 +59,11 @@ def write_settings_file(
     columns: tuple[str | None, str | None],
     gpu: bool | None,
     minutes: float | None,
-    confirm: Callable[[str, str], str] | None = None,
+    confirm: Callable[[str, str], str] | None,
 ) -> None:
     """Writes the settings, and the seed in two files beside them, none of which may exist.
 
     Args:
-        output: The settings file.
         data: A .jsonl, .csv or .parquet file of questions with good answers.
         model: A folder or hub id of M_0, with `@` and a revision if need be; None: the preset's.
         preset: The preset to start from; None: by whether there is a GPU.
@@ -75,46 +72,25 @@ def write_settings_file(
         minutes: How long everything made once and one iteration may take; None: as large as the preset.
         confirm: Asks for a value, given what it is and a proposal; None: nobody is there to be asked.
     """
-    stem = output.with_suffix("")
-    train, held_out, corpus = (
-        output.with_name(f"{stem.name}_{part}.jsonl") for part in ("train", "held_out", "corpus")
-    )
-    if output.suffix not in (".yaml", ".yml"):
-        raise SettingsError(f"{output} is no .yaml file: name one, such as mine.yaml.")
-    if not output.parent.is_dir():
-        raise SettingsError(f"The folder {output.parent} does not exist: make it, or name another file.")
-    for place in (output, train, held_out, corpus):
-        if place.exists():
-            raise SettingsError(f"{place} exists and is not overwritten: name another settings file.")
+    places = {part: output.with_name(f"{output.stem}_{part}.jsonl") for part in ("train", "held_out", "corpus")}
+    _refuse_places(output, places.values())
     if minutes is not None and not 0 < minutes < float("inf"):
         raise SettingsError(f"--minutes {minutes:g} is no length of time: state how many minutes a run may take.")
     on_gpu = prepare_device(Engine.model_validate({})) == "cuda" if gpu is None else gpu
     name = preset or ("single_gpu" if on_gpu else "laptop")
-    base = load_settings(preset_path(name))
-    source = model_source(model)
-    rows = _rows_of(data)
+    base, source = load_settings(preset_path(name)), model_source(model)
+    rows = table_rows(data, "--data", "rows")
     proposed = chosen_columns([row for _, row in rows], data, columns)
     if confirm:
         proposed = (confirm("column of the question", proposed[0]), confirm("column of the answer", proposed[1]))
         chosen_columns([row for _, row in rows], data, proposed)
-    good, bad = seed_rows(rows, [], *proposed)
-    # The input of `seed_rows` that is split later: its `train`.
-    good = [{"prompt": row["prompt"], "answer": row["answer"]} for row in good]
-    if len(good) < FEWEST_ROWS:
-        raise SettingsError(f"{data} has {len(good)} usable rows and {FEWEST_ROWS} are needed at least: add rows.")
-    language = language_of(good)
-    if language in WITHOUT_KEYWORDS:
-        raise SettingsError(
-            f"{data} seems to be written in `{language}`, whose words nothing here tells apart, so that no keywords could be "
-            "drawn: use data in another language."
-        )
+    good, bad = _usable_rows(rows, data, proposed)
+    language = _language_with_keywords(good, data)
     kept_out = min(MOST_HELD_OUT, len(good) // HELD_OUT_OF)
-    # By a hash, so that neither order nor topic decides.
-    good.sort(key=lambda row: content_id("split", row["prompt"]))
-    files = {held_out: good[:kept_out], train: good[kept_out:]}
+    files = {places["held_out"]: good[:kept_out], places["train"]: good[kept_out:]}
     if language != "en":
-        files[corpus] = [{"text": row["answer"]} for row in good[kept_out:]]
-    values = _values(name, source, train, held_out, corpus if corpus in files else None, language, gpu)
+        files[places["corpus"]] = [{"text": row["answer"]} for row in good[kept_out:]]
+    values = _values(name, source, places, language, gpu)
     temporary = output.with_name(f".{output.name}.tmp.yaml")
     written = list[Path]()
     try:
@@ -196,13 +172,35 @@ def language_of(rows: Sequence[Mapping[str, str]]) -> str:
     return texts.most_common(1)[0][0]
 
 
-def _rows_of(data: Path) -> list[tuple[int, dict[str, Any]]]:
-    if data.suffix.lower() not in (".jsonl", ".csv", ".parquet"):
-        raise SettingsError(f"--data {data} is neither a .jsonl, .csv nor .parquet file.")
-    rows = list(file_rows(data, "--data"))
-    if not rows:
-        raise SettingsError(f"{data} (--data) holds no rows.")
-    return rows
+def _refuse_places(output: Path, beside: Iterable[Path]) -> None:
+    if output.suffix not in (".yaml", ".yml"):
+        raise SettingsError(f"{output} is no .yaml file: name one, such as mine.yaml.")
+    if not output.parent.is_dir():
+        raise SettingsError(f"The folder {output.parent} does not exist: make it, or name another file.")
+    for place in (output, *beside):
+        if place.exists():
+            raise SettingsError(f"{place} exists and is not overwritten: name another settings file.")
+
+
+def _usable_rows(
+    rows: Sequence[tuple[int, dict[str, Any]]], data: Path, columns: tuple[str, str]
+) -> tuple[list[dict[str, str]], list[BadRow]]:
+    """The questions and answers that can be used, in an order by which neither place nor topic decides, and the other rows."""
+    good, bad = seed_rows(rows, [], *columns)
+    if len(good) < FEWEST_ROWS:
+        raise SettingsError(f"{data} has {len(good)} usable rows and {FEWEST_ROWS} are needed at least: add rows.")
+    pairs = [{"prompt": row["prompt"], "answer": row["answer"]} for row in good]
+    return sorted(pairs, key=lambda row: content_id("split", row["prompt"])), bad
+
+
+def _language_with_keywords(rows: Sequence[Mapping[str, str]], data: Path) -> str:
+    language = language_of(rows)
+    if language in WITHOUT_KEYWORDS:
+        raise SettingsError(
+            f"{data} seems to be written in `{language}`, whose words nothing here tells apart, so that no keywords could be "
+            "drawn: use data in another language."
+        )
+    return language
 
 
 def _usable_share(rows: Sequence[Mapping[str, Any]], prompt: str, answer: str) -> float:
@@ -217,25 +215,17 @@ def _usable_share(rows: Sequence[Mapping[str, Any]], prompt: str, answer: str) -
 
 
 def _values(
-    preset: str,
-    source: dict[str, Any],
-    train: Path,
-    held_out: Path,
-    corpus: Path | None,
-    language: str,
-    gpu: bool | None,
+    preset: str, source: dict[str, Any], places: Mapping[str, Path], language: str, gpu: bool | None
 ) -> dict[str, Any]:
     """What differs from the preset."""
-    seed: dict[str, Any] = {
-        "train": {"path": train.name}, "held_out": {"path": held_out.name}, "prompt_column": "prompt",
-        "answer_column": "answer", "on_bad_rows": "drop",
-    }  # fmt: skip
+    train, held_out, corpus = ({"path": places[part].name} for part in ("train", "held_out", "corpus"))
+    columns = {"prompt_column": "prompt", "answer_column": "answer"}
+    seed: dict[str, Any] = {"train": train, "held_out": held_out, **columns, "on_bad_rows": "drop"}
     values: dict[str, Any] = {"preset": preset} | ({"initial_policy": source} if source else {})
+    values["seed_data"] = seed
     if language != "en":
         seed["verifiable"] = None
-    values["seed_data"] = seed
-    if corpus is not None:
-        values["keyword_pool"] = {"corpus": {"path": corpus.name}, "text_column": "text", "language": language}
+        values["keyword_pool"] = {"corpus": corpus, "text_column": "text", "language": language}
     values["prompt_generator"] = {"language": language}
     if gpu is False:
         values["engine"] = {"device": "cpu"}
@@ -247,8 +237,7 @@ def _size(settings: Settings, base: Settings, folder: Path, minutes: float | Non
     most, pairs = base.prompt_generator.prompts_per_iteration, base.preferences.pairs_per_iteration
     if minutes is None:
         return {}, f"As many prompts as in the preset: {most} in each iteration."
-    cached, device = cached_initial_policy(settings.initial_policy), prepare_device(settings.engine)
-    rates, _ = known_rates(known_calibration(settings), cached, device)
+    rates, _ = rates_here(settings)
     if rates is None:
         return {}, (
             f"How fast this machine is with this model is not known, so there are as many prompts as in the preset: {most}. "

@@ -70,5 +70,5 @@ def verdict_agreement(
         )
         frames.append(frame.select(*VerdictAgreement.to_schema().columns))
     if usages:
-        measured += metrics.scoring(sum(usages[1:], usages[0]))
+        measured += metrics.scoring(*usages)
     return table_output(context, services, pl.concat(frames), measured)

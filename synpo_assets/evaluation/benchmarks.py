@@ -166,8 +166,7 @@ def _compared(candidate: list[dict[str, Any]], initial: list[dict[str, Any]]) ->
 
 
 def _question_files(options: Benchmarks) -> dict[str, str]:
-    files = {"alpaca_eval": options.alpaca_eval, "arena_hard": options.arena_hard, "mt_bench": options.mt_bench}
-    return {benchmark: file for benchmark, file in files.items() if file}
+    return {benchmark: file for benchmark in QUESTION_FIELDS if (file := getattr(options, benchmark))}
 
 
 def _sampling(benchmark: str, row: Mapping[str, Any], options: Benchmarks) -> Sampling:

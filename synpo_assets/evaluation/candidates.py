@@ -17,7 +17,7 @@ from resources.judging.judge import RewardJudge
 from resources.judging.judge_choice import INDEPENDENT, judge_scorer
 from resources.scoring.scorer import ScoringUsage
 from resources.settings.method import PreferenceOptimization
-from resources.settings.search import Search, combinations
+from resources.settings.search import Search, combinations, tried_text
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import json_sha256
 from resources.training.job import TrainingSummary
@@ -26,7 +26,7 @@ from resources.training.trainer import Trainer
 from synpo_assets.evaluation.instruction_following import instruction_answers
 from synpo_assets.evaluation.win_rates import judged_by
 from synpo_assets.graph.code_versions import code_version
-from synpo_assets.graph.metrics import MetricName
+from synpo_assets.graph.metrics import Metric, MetricName
 from synpo_assets.graph.services import Services
 from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.evaluation import mean_gain, win_rates
@@ -45,16 +45,6 @@ COMPARED = (("candidate", "initial"),)
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """What a candidate reached on dev, with its 95 % interval over so many prompts."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Candidate:
     """What became of the values that were tried."""
 
@@ -63,14 +53,14 @@ class Candidate:
     tried: Mapping[str, Any]
     made: Checkpoint | None = None
     summary: TrainingSummary | None = None
-    measured: Measured | None = None
+    measured: Metric | None = None  # On dev.
     left_out: str | None = None
     earlier_seconds: float = 0.0  # Of a training that an earlier run finished.
 
     @property
     def text(self) -> str:
         """The values as people read them."""
-        return ", ".join(f"{name} {value}" for name, value in self.tried.items())
+        return tried_text(self.tried)
 
 
 def best_of(candidates: Sequence[Candidate]) -> Candidate | None:
@@ -177,11 +167,11 @@ class Searching:
         measured = self._followed(models) if self.search.metric == "instructions" else self._judged(models)
         value = "no value" if measured.value is None else f"{measured.value:.3f}"
         self.context.log.info(
-            f"The candidate with {candidate.text}: {METRICS[self.search.metric]} {value} on {measured.n} dev prompts."
+            f"The candidate with {candidate.text}: {measured.metric} {value} on {measured.n} dev prompts."
         )
         return dataclasses.replace(candidate, measured=measured)
 
-    def _judged(self, models: Mapping[str, Checkpoint]) -> Measured:
+    def _judged(self, models: Mapping[str, Checkpoint]) -> Metric:
         """The win rate over M_0 by the independent judge, for answers as they are or of equal length, as in `evaluation`."""
         settings = self.services.settings
         texts = repeated_prompts(self.dev.select("prompt_id", "prompt"), settings.evaluation.samples)
@@ -199,12 +189,12 @@ class Searching:
         rates = win_rates(texts.with_columns(*judged), {"judge": INDEPENDENT}, COMPARED, settings.random_seed)
         rate, metric = rates.row(0, named=True), self.search.metric
         low, high = ("low", "high") if metric == "win_rate" else (f"{metric}_low", f"{metric}_high")
-        return Measured(rate[metric], rate[low], rate[high], rate["prompts"])
+        return Metric(METRICS[metric], rate[metric], low=rate[low], high=rate[high], n=rate["prompts"])
 
-    def _followed(self, models: Mapping[str, Checkpoint]) -> Measured:
+    def _followed(self, models: Mapping[str, Checkpoint]) -> Metric:
         """The share of verifiable instructions that it follows, less M_0's, as in `instruction_following`."""
         frame, usages = instruction_answers(self.services, models, self.instructions)
         self.generated.extend(usages)
         shares = shares_followed(frame)
         gain, low, high = mean_gain(shares["candidate"] - shares["initial"], self.services.settings.random_seed)
-        return Measured(gain, low, high, shares.height)
+        return Metric("verifiable_gain", gain, low=low, high=high, n=shares.height)

@@ -236,9 +236,8 @@ def _labels(
     }
     answerable = answerable_shares(labelled)
     for row, covered in zip(answerable, rows, strict=True):
-        ends = {end: row[f"answerable_{end}"] for end in ("low", "high")}
         who = {"of": row["source"], "n": covered["labelled"]}
-        measured.append(Metric("answerable_share", row["answerable_share"], **ends, **who))
+        measured.append(Metric("answerable_share", row["answerable_share"], **metrics.ends(row, "answerable"), **who))
     return answerable, measured + metrics.scoring(usage), shown
 
 
@@ -264,9 +263,9 @@ def _prompt_metrics(frame: pl.DataFrame) -> list[Metric]:
     for row in frame.iter_rows(named=True):
         who = {"of": row["source"], "n": row["prompts"]}
         measured += [
-            Metric("mean_similarity", row["mean"], low=row["mean_low"], high=row["mean_high"], **who),
+            Metric("mean_similarity", row["mean"], **metrics.ends(row, "mean"), **who),
             Metric("effective_clusters", row["effective_clusters"], **who),
-            Metric("ordered_share", row["ordered_share"], low=row["ordered_low"], high=row["ordered_high"], **who),
+            Metric("ordered_share", row["ordered_share"], **metrics.ends(row, "ordered"), **who),
             Metric("shuffled_ordered_share", row["shuffled_ordered_share"], **who),
         ]
     return measured

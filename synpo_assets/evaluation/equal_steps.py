@@ -16,16 +16,15 @@ import dagster as dg
 import polars as pl
 
 from resources.common.errors import FinalError
-from resources.judging.judge_choice import open_judges
 from resources.settings.method import PreferenceOptimization
 from resources.storage.checkpoint_store import Checkpoint
-from resources.training.losses import loss_module
 from synpo_assets.evaluation.gold_comparison import refuse_answers_of_another
 from synpo_assets.evaluation.win_rates import (
+    JUDGING_READS,
     OUTCOME_COUNTS,
     doubted_rates,
     form_metrics,
-    judged_by,
+    judged_by_all,
     rate_metrics,
     with_all_columns,
 )
@@ -48,7 +47,7 @@ from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.evaluation import win_rates
 from synpo_assets.method.ranking import repeated_prompts
 from synpo_assets.method.templates import prompt_requests
-from synpo_assets.stages.optimization import TRAINING_READS, USED_COLUMNS, optimization_cost
+from synpo_assets.stages.optimization import TRAINING_READS, USED_COLUMNS, loss_code, optimization_cost
 from synpo_assets.stages.scorers import comparison_tokens
 
 # Whose answers the control's are compared with.
@@ -62,7 +61,7 @@ NAME = "equal_steps"
     work=("trains",),
     reads=TRAINING_READS,
     cost=lambda sizes: [dataclasses.replace(work, later_only=True) for work in optimization_cost(sizes)],
-    code=lambda settings: [loss_module(settings.preference_optimization.loss.kind).trainer],
+    code=loss_code,
 )
 def equal_steps_checkpoint(
     context: dg.AssetExecutionContext,
@@ -110,7 +109,7 @@ def _evaluation_cost(sizes: Sizes) -> list[Work]:
     EqualSteps,
     group="evaluation",
     work=("generates", "scores"),
-    reads=("evaluation", "scorer.judging_convention", "scorer.max_length", "judge.max_length", "judge.server"),
+    reads=JUDGING_READS,
     samplings=lambda settings: [settings.evaluation.sampling],
     cost=_evaluation_cost,
     made_from={"prompt_id": "evaluation"},
@@ -138,19 +137,16 @@ def equal_steps_evaluation(
         control_response=whole_answers(written), control_cut=written["finish_reason"] == "length"
     )
     texts = evaluation.join(answers, on=["prompt_id", "sample"], validate="1:1", maintain_order="left")
-    scorers = {name: services.checkpoints.current(name, None) for name in ("judge_model", "reward_model")}
-    judges = open_judges(settings.judge, services.scorer, **scorers)
-    judged, judging = judged_by(judges, texts, COMPARISONS)
+    labels, judged, judging = judged_by_all(services, texts, COMPARISONS)
     shas = {"control": control.sha, "candidate": model_checkpoint.sha}
     columns = [pl.lit(sha).alias(f"{name}_checkpoint_sha") for name, sha in shas.items()]
     frame = with_all_columns(texts.with_columns(*judged, *columns), EqualSteps)
-    labels = {judge.name: judge.label for judge in judges}
     written = written.with_columns(asked.join(texts, on=["prompt_id", "sample"], maintain_order="left")["split"])
     measured = [
         *metrics.by_split(frame, lambda rows: _rate_metrics(rows, labels, settings.random_seed, control.sha)),
         *metrics.by_split(written, partial(form_metrics, NAME, control.sha)),
         *metrics.generating(usage),
-        *metrics.scoring(sum(judging[1:], judging[0])),
+        *metrics.scoring(*judging),
     ]
     shown = doubted_rates(measured, judge_doubt(services.metrics))
     return table_output(context, services, frame, measured, **shown, **made_by(control))

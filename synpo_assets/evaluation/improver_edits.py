@@ -92,26 +92,10 @@ def edit_metrics(edits: pl.DataFrame, sha: str) -> list[Metric]:
     for row in edit_shares(edits).iter_rows(named=True):
         share, gain = EDIT_SHARES[row["outcome"]]
         about = {"by": row["damage"], "n": row["prompts"]}
+        ours = {"of": "improver", "checkpoint_sha": sha, **about}
         measured += [
-            Metric(
-                share,
-                row["improver"],
-                "improver",
-                low=row["improver_low"],
-                high=row["improver_high"],
-                checkpoint_sha=sha,
-                **about,
-            ),
-            Metric(share, row["initial"], "initial", low=row["initial_low"], high=row["initial_high"], **about),
-            Metric(
-                gain,
-                row["gain"],
-                "improver",
-                "initial",
-                low=row["gain_low"],
-                high=row["gain_high"],
-                checkpoint_sha=sha,
-                **about,
-            ),
+            Metric(share, row["improver"], **metrics.ends(row, "improver"), **ours),
+            Metric(share, row["initial"], of="initial", **metrics.ends(row, "initial"), **about),
+            Metric(gain, row["gain"], over="initial", **metrics.ends(row, "gain"), **ours),
         ]
     return measured

@@ -32,7 +32,7 @@ from synpo_assets.graph.partitions import iteration_of, partition_key
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
-from synpo_assets.method.gate import gate_power, judge, verdict
+from synpo_assets.method.gate import gate_power, gate_rows, verdict
 from synpo_assets.method.judging import doubt
 from synpo_assets.method.length_control import length_controlled_interval
 from synpo_assets.method.outcomes import win_rate_interval
@@ -73,7 +73,7 @@ def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Serv
     values = gate_metrics(measured) | certain | training_metrics(log)
     # A judge that cannot judge has measured nothing.
     unmeasured = dict.fromkeys(BY_JUDGE, doubted.rstrip(".")) if doubted else {}
-    rows = judge(values | dict.fromkeys(unmeasured), gate.minimum, gate.maximum, unmeasured)
+    rows = gate_rows(values | dict.fromkeys(unmeasured), gate.minimum, gate.maximum, unmeasured)
     sentence = verdict(rows, judged.label, asset_label("policy", partition_key(iteration_of(context) + 1)))
     promoted = all(row["passed"] for row in rows)
     if promoted:

@@ -24,7 +24,6 @@ from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
 from resources.training.history import last_quarter
-from resources.training.losses import loss_module
 from synpo_assets.evaluation.candidates import CANDIDATES, METRICS, Candidate, Searching, best_of
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work, training_work
@@ -34,7 +33,14 @@ from synpo_assets.graph.presentation import checkpoints_table, table_output
 from synpo_assets.graph.schemas import SearchCandidates
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
-from synpo_assets.stages.optimization import TRAINING_READS, optimization_cost, optimized, optimized_output, pairs_of
+from synpo_assets.stages.optimization import (
+    TRAINING_READS,
+    loss_code,
+    optimization_cost,
+    optimized,
+    optimized_output,
+    pairs_of,
+)
 
 SHOWN = ("settings", "metric", "value", "low", "high", "n", "loss", "reward_accuracy", "minutes", "chosen", "left_out")
 
@@ -70,7 +76,7 @@ def _cost(sizes: Sizes) -> list[Work]:
     ),
     samplings=lambda settings: [settings.evaluation.sampling],
     cost=_cost,
-    code=lambda settings: [loss_module(settings.preference_optimization.loss.kind).trainer],
+    code=loss_code,
     deps=("judge_model",),
 )  # fmt: skip
 def search_candidates(
@@ -103,7 +109,7 @@ def search_candidates(
         Metric("trained_tokens", sum(summary.tokens for summary in summaries)),
         Metric("training_seconds", round(sum(summary.seconds for summary in summaries), 1)),
         *metrics.generating(*searching.generated),
-        *(metrics.scoring(sum(searching.scored[1:], searching.scored[0])) if searching.scored else []),
+        *(metrics.scoring(*searching.scored) if searching.scored else []),
     ]
     links = checkpoints_table((text, each.label, each.sha, each.manifest["run_id"]) for text, each in made)
     shown = {"chosen": best.text, "search": table_metadata(frame.select(SHOWN)), "checkpoints": links}
@@ -122,7 +128,7 @@ def _later_training(sizes: Sizes) -> list[Work]:
     work=("trains",),
     reads=(*TRAINING_READS, "preference_optimization.search"),
     cost=_later_training,
-    code=lambda settings: [loss_module(settings.preference_optimization.loss.kind).trainer],
+    code=loss_code,
 )
 def model_checkpoint(
     context: dg.AssetExecutionContext,

@@ -50,6 +50,8 @@ from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
 # Whose answers are compared with whose.
 COMPARISONS = (("candidate", "initial"), ("candidate", "previous"), ("trimmed", "initial"), ("verbose", "initial"))
 
+# What decides answers to held-out prompts, and what all judges say of them.
+JUDGING_READS = ("evaluation", "scorer.judging_convention", "scorer.max_length", "judge.max_length", "judge.server")
 OUTCOME_COUNTS: tuple[tuple[MetricName, str], ...] = (("wins", "wins"), ("ties", "ties"), ("losses", "losses"))
 EVERY_COUNT: tuple[tuple[MetricName, str], ...] = (
     ("pairs_alike_in_length", "alike_in_length"), *OUTCOME_COUNTS, ("no_verdicts", "no_verdict"),
@@ -74,7 +76,7 @@ def _cost(sizes: Sizes) -> list[Work]:
     Evaluation,
     group="evaluation",
     work=("generates", "scores"),
-    reads=("evaluation", "scorer.judging_convention", "scorer.max_length", "judge.max_length", "judge.server"),
+    reads=JUDGING_READS,
     samplings=lambda settings: [settings.evaluation.sampling],
     cost=_cost,
     made_from={"prompt_id": "seed_pairs"},
@@ -95,14 +97,11 @@ def evaluation(
     """
     models = {"candidate": model_checkpoint, "previous": policy, "initial": initial_policy}
     texts, by_split, usage = _answers(services, models, seed_pairs)
-    scorers = {name: services.checkpoints.current(name, None) for name in ("judge_model", "reward_model")}
-    rewards, convention, rewarding = _rewards(services, texts, scorers["reward_model"])
-    judges = open_judges(services.settings.judge, services.scorer, **scorers)
-    judged, judging = judged_by(judges, texts, COMPARISONS)
+    rewards, convention, rewarding = _rewards(services, texts)
+    labels, judged, judging = judged_by_all(services, texts, COMPARISONS)
     shas = {f"{name}_checkpoint_sha": pl.lit(model.sha) for name, model in models.items()}
     frame = texts.with_columns(*rewards, *judged, **shas, iteration=pl.lit(iteration_of(context), pl.Int64))
     frame = with_all_columns(frame, Evaluation)
-    labels = {judge.name: judge.label for judge in judges}
     random_seed = services.settings.random_seed
     counted = {
         str(split): {
@@ -114,7 +113,7 @@ def evaluation(
     measured = metrics.by_split(
         frame, lambda rows: held_out_metrics(rows, counted[rows["split"][0]], model_checkpoint.sha)
     )
-    measured += [*by_split, *metrics.generating(usage), *metrics.scoring(sum(judging, rewarding))]
+    measured += [*by_split, *metrics.generating(usage), *metrics.scoring(rewarding, *judging)]
     doubt = judge_doubt(services.metrics)
     boosting = boosting_table(context, services, measured, doubt)
     tables = {
@@ -162,10 +161,9 @@ def form_metrics(model: str, sha: str, answers: pl.DataFrame) -> list[Metric]:
     return [Metric(name, found[name], of=model, n=answers.height, checkpoint_sha=sha) for name in names]
 
 
-def _rewards(
-    services: Services, texts: pl.DataFrame, reward_model: Checkpoint
-) -> tuple[list[pl.Series], str, ScoringUsage]:
+def _rewards(services: Services, texts: pl.DataFrame) -> tuple[list[pl.Series], str, ScoringUsage]:
     """The scorer's values of the gold answers, M_t's and M_0's, what their differences mean, and the cost."""
+    reward_model = services.checkpoints.current("reward_model", None)
     candidate, gold = (
         services.scorer.compare(reward_model, texts.select("prompt", side, "initial_response").rows(), judging=True)
         for side in ("candidate_response", "answer")
@@ -189,6 +187,15 @@ def doubted_rates(measured: Sequence[Metric], doubt: str | None) -> dict[str, st
     """What stands in the metadata in place of the independent judge's rates where it cannot judge."""
     rates = [each.label for each in measured if doubt and each.by == INDEPENDENT and "win_rate" in each.metric]
     return dict.fromkeys(rates, str(doubt))
+
+
+def judged_by_all(
+    services: Services, texts: pl.DataFrame, comparisons: Sequence[tuple[str, str]]
+) -> tuple[dict[str, str], list[pl.Series], list[ScoringUsage]]:
+    """The labels of all judges of the settings by their names, what each says of the answers compared, and the cost."""
+    scorers = {name: services.checkpoints.current(name, None) for name in ("judge_model", "reward_model")}
+    judges = open_judges(services.settings.judge, services.scorer, **scorers)
+    return {judge.name: judge.label for judge in judges}, *judged_by(judges, texts, comparisons)
 
 
 def judged_by(

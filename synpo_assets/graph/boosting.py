@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import dagster as dg
 
 from resources.judging.judge_choice import INDEPENDENT
-from synpo_assets.graph.metrics import Metric, Metrics, recorded
+from synpo_assets.graph.metrics import Metric, MetricName, Metrics, recorded
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.texts import MISSING, gain_text, rate_text
 
@@ -22,7 +22,6 @@ def boosting_table(
     """The newest iterations with what the test split says of each M_t, what the running asset has just measured included.
 
     Args:
-        measured: The metrics of the running asset.
         doubt: Why the win rates say nothing, as a sentence; None if they do.
     """
     asset, running = context.asset_key.to_user_string(), context.partition_key
@@ -36,10 +35,10 @@ def boosting_table(
     return dg.MetadataValue.md("\n".join([*lines, "", note]))
 
 
-def win_rate(measured: Metrics, controlled: bool = False, of: str = "candidate") -> Metric | None:
-    """How often the independent judge prefers a model's answers to M_0's, as it is or for answers of equal length."""
-    name = "length_controlled_win_rate" if controlled else "win_rate"
-    return measured.find(name, of, over="initial", by=INDEPENDENT)  # type: ignore[arg-type]
+def win_rate(measured: Metrics, controlled: bool = False) -> Metric | None:
+    """How often the independent judge prefers M_t's answers to M_0's, as it is or for answers of equal length."""
+    name: MetricName = "length_controlled_win_rate" if controlled else "win_rate"
+    return measured.find(name, "candidate", over="initial", by=INDEPENDENT)
 
 
 def instructions_gain(measured: Metrics) -> Metric | None:

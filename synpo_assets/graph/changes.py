@@ -55,7 +55,6 @@ def run_resources(services: Services, rebuild: Rebuild) -> dict[str, dg.Resource
     """What the stages of a run ask for; of all this the Launchpad offers `changes` alone.
 
     Args:
-        services: Those of the home.
         rebuild: Opens the services for other settings, given what differs in words.
     """
     at_start = settings_problem(services.home)

@@ -49,7 +49,6 @@ def code_version(
         functions: The body of the stage, and what it calls without naming it.
         schema: What its table may hold; None if it makes no table.
         reads: The settings that decide the result, by dotted name (`preferences`, `engine.dtype`).
-        settings: The experiment.
     """
     read = {name: to_jsonable_python(operator.attrgetter(name)(settings)) for name in reads}
     decided = {
@@ -140,7 +139,7 @@ class _Reader(ast.NodeTransformer):
     def _in_scope(self, node: ast.FunctionDef | ast.Lambda) -> ast.AST:
         if isinstance(node, ast.FunctionDef):
             _without_docstring(node)
-        self._scopes.append((frozenset(_bound(node)), dict(_imports(node, self._module))))
+        self._scopes.append((frozenset(_bound(node)), dict(_imports(ast.walk(node)))))
         node = self.generic_visit(node)  # type: ignore[assignment]
         self._scopes.pop()
         if isinstance(node, ast.FunctionDef) and not node.body:
@@ -218,20 +217,16 @@ def _names(module: str) -> dict[str, ast.stmt]:
 
 @functools.cache
 def _module_imports(module: str) -> dict[str, str]:
-    return {name: path for node in _tree(module).body for name, path in _imports_of(node)}
+    return dict(_imports(_tree(module).body))
 
 
-def _imports(function: ast.AST, module: str) -> Iterator[tuple[str, str]]:
-    for node in ast.walk(function):
-        yield from _imports_of(node)
-
-
-def _imports_of(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """The names that an import statement binds, with the dotted paths that they mean."""
-    if isinstance(node, ast.ImportFrom):
-        yield from ((each.asname or each.name, f"{node.module}.{each.name}") for each in node.names)
-    elif isinstance(node, ast.Import):
-        yield from ((each.asname, each.name) for each in node.names if each.asname)
+def _imports(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, str]]:
+    """The names that import statements bind, with the dotted paths that they mean."""
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            yield from ((each.asname or each.name, f"{node.module}.{each.name}") for each in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((each.asname, each.name) for each in node.names if each.asname)
 
 
 def _bound(function: ast.FunctionDef | ast.Lambda) -> Iterator[str]:

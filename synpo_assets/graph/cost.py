@@ -15,8 +15,8 @@ class Work:
     """What one stage has to do in one iteration, in tokens that are written, trained on or scored.
 
     `later_only`: iteration 1 does without it, because its rows are found in finished shards. `first_only`: only iteration 1
-    does it. `accumulates`: iteration t has t
-    times as much of it, the pairs of all iterations so far, but never more than `most_tokens`.
+    does it. `accumulates`: iteration t has t times as much of it, the pairs of all iterations so far, but never more than
+    `most_tokens`.
     """
 
     kind: Kind

@@ -3,15 +3,18 @@
 import pandera.polars as pa
 import polars as pl
 
-from synpo_assets.graph.tables import Table, id_column, outcome_column, split_column, text_column
+from synpo_assets.graph.tables import Table, id_column, outcome_column, share_column, split_column, text_column
 from synpo_assets.method.damage import DAMAGES
 from synpo_assets.method.edits import EDIT_OUTCOMES
 from synpo_assets.method.outcomes import NO_VERDICT, POINTS
 from synpo_assets.method.verifiable import CONSTRAINTS
 
+JUDGE, SCORER = "the independent judge", "the scorer, which took part in training,"
+SERVER = "the model of judge.server, if there is one,"
 
-class Evaluation(Table):
-    """Answers of M_t, M_{t-1} and M_0 to held-out prompts, with scores and what each judge says of them."""
+
+class HeldOutAnswers(Table):
+    """Answers to held-out prompts, several to each."""
 
     class Config(Table.Config):
         """Checked of the whole table."""
@@ -22,6 +25,11 @@ class Evaluation(Table):
     split: str = split_column()
     sample: int = pa.Field(ge=1, description="Which of the answers to this prompt, counted from 1.")
     prompt: str = text_column("The instruction.")
+
+
+class Evaluation(HeldOutAnswers):
+    """Answers of M_t, M_{t-1} and M_0 to held-out prompts, with scores and what each judge says of them."""
+
     answer: str = text_column("The gold answer.")
     candidate_response: str = pa.Field(description="M_t's answer.")
     previous_response: str = pa.Field(description="M_{t-1}'s answer; at t = 1 this is M_0's.")
@@ -37,16 +45,16 @@ class Evaluation(Table):
     answer_score: float = pa.Field(description="initial_score plus the margin of the gold answer over M_0's.")
     candidate_score: float = pa.Field(description="The scorer's value of M_t's answer, beside M_0's.")
     initial_score: float = pa.Field(description="The scorer's value of M_0's answer, beside M_t's.")
-    judge_over_initial: str = outcome_column("the independent judge", "M_0")
-    judge_over_previous: str = outcome_column("the independent judge", "M_{t-1}")
-    judge_trimmed_over_initial: str = outcome_column("the independent judge", "M_0", of="M_0's trimmed")
-    judge_verbose_over_initial: str = outcome_column("the independent judge", "M_0", of="M_0's verbose")
-    scorer_over_initial: str = outcome_column("the scorer, which took part in training,", "M_0")
-    scorer_over_previous: str = outcome_column("the scorer, which took part in training,", "M_{t-1}")
+    judge_over_initial: str = outcome_column(JUDGE, "M_0")
+    judge_over_previous: str = outcome_column(JUDGE, "M_{t-1}")
+    judge_trimmed_over_initial: str = outcome_column(JUDGE, "M_0", of="M_0's trimmed")
+    judge_verbose_over_initial: str = outcome_column(JUDGE, "M_0", of="M_0's verbose")
+    scorer_over_initial: str = outcome_column(SCORER, "M_0")
+    scorer_over_previous: str = outcome_column(SCORER, "M_{t-1}")
     scorer_trimmed_over_initial: str = outcome_column("the scorer", "M_0", of="M_0's trimmed")
     scorer_verbose_over_initial: str = outcome_column("the scorer", "M_0", of="M_0's verbose")
-    server_over_initial: str = outcome_column("the model of judge.server, if there is one,", "M_0", nullable=True)
-    server_over_previous: str = outcome_column("the model of judge.server, if there is one,", "M_{t-1}", nullable=True)
+    server_over_initial: str = outcome_column(SERVER, "M_0", nullable=True)
+    server_over_previous: str = outcome_column(SERVER, "M_{t-1}", nullable=True)
     server_trimmed_over_initial: str = outcome_column("the same model", "M_0", of="M_0's trimmed", nullable=True)
     server_verbose_over_initial: str = outcome_column("the same model", "M_0", of="M_0's verbose", nullable=True)
     candidate_checkpoint_sha: str = id_column("sha of M_t.")
@@ -136,26 +144,17 @@ class PromptDiversity(Table):
     )
     cluster_entropy: float = pa.Field(ge=0, description="Entropy of the source's shares in the clusters, in nats.")
     effective_clusters: float = pa.Field(ge=1, description="Equally large clusters that would have this entropy.")
-    ordered_share: float = pa.Field(
-        ge=0, le=1, description="Share of the prompts that M_0 finds likelier than their own words shuffled."
+    ordered_share: float = share_column("Share of the prompts that M_0 finds likelier than their own words shuffled.")
+    ordered_low: float = share_column("Lower end of its 95 % interval over prompts.")
+    ordered_high: float = share_column("Upper end of its 95 % interval over prompts.")
+    shuffled_ordered_share: float = share_column(
+        "The same share of the shuffled prompts: what nonsense of these words would reach."
     )
-    ordered_low: float = pa.Field(ge=0, le=1, description="Lower end of its 95 % interval over prompts.")
-    ordered_high: float = pa.Field(ge=0, le=1, description="Upper end of its 95 % interval over prompts.")
-    shuffled_ordered_share: float = pa.Field(
-        ge=0, le=1, description="The same share of the shuffled prompts: what nonsense of these words would reach."
+    answerable_share: float = share_column(
+        "Share of the prompts that the model of judge.server calls answerable; empty: it was not asked.", nullable=True
     )
-    answerable_share: float = pa.Field(
-        nullable=True,
-        ge=0,
-        le=1,
-        description="Share of the prompts that the model of judge.server calls answerable; empty: it was not asked.",
-    )
-    answerable_low: float = pa.Field(
-        nullable=True, ge=0, le=1, description="Lower end of its 95 % interval over prompts."
-    )
-    answerable_high: float = pa.Field(
-        nullable=True, ge=0, le=1, description="Upper end of its 95 % interval over prompts."
-    )
+    answerable_low: float = share_column("Lower end of its 95 % interval over prompts.", nullable=True)
+    answerable_high: float = share_column("Upper end of its 95 % interval over prompts.", nullable=True)
     embedding_model: str = text_column("The model that the figures belong to; those of two models cannot be compared.")
     iteration: int = pa.Field(ge=1, description="The iteration.")
 
@@ -201,36 +200,19 @@ class BenchmarkScores(Table):
     iteration: int = pa.Field(ge=1, description="The iteration t.")
 
 
-class EqualSteps(Table):
+class EqualSteps(HeldOutAnswers):
     """Held-out answers of the control of equal steps, and what each judge says of them beside those of M_0 and M_t."""
 
-    class Config(Table.Config):
-        """Checked of the whole table."""
-
-        unique = ("prompt_id", "sample")
-
-    prompt_id: str = id_column("The held-out prompt.")
-    split: str = split_column()
-    sample: int = pa.Field(ge=1, description="Which of the answers to this prompt, counted from 1.")
-    prompt: str = text_column("The instruction.")
     control_response: str = pa.Field(description="The control's answer; at t = 1 this is M_1's.")
     initial_response: str = pa.Field(description="M_0's answer.")
     candidate_response: str = pa.Field(description="M_t's answer.")
     control_cut: bool = pa.Field(description="Whether the control's answer was cut at the token limit.")
-    judge_control_over_initial: str = outcome_column("the independent judge", "M_0", of="the control's")
-    judge_control_over_candidate: str = outcome_column("the independent judge", "M_t", of="the control's")
-    scorer_control_over_initial: str = outcome_column(
-        "the scorer, which took part in training,", "M_0", of="the control's"
-    )
-    scorer_control_over_candidate: str = outcome_column(
-        "the scorer, which took part in training,", "M_t", of="the control's"
-    )
-    server_control_over_initial: str = outcome_column(
-        "the model of judge.server, if there is one,", "M_0", nullable=True, of="the control's"
-    )
-    server_control_over_candidate: str = outcome_column(
-        "the model of judge.server, if there is one,", "M_t", nullable=True, of="the control's"
-    )
+    judge_control_over_initial: str = outcome_column(JUDGE, "M_0", of="the control's")
+    judge_control_over_candidate: str = outcome_column(JUDGE, "M_t", of="the control's")
+    scorer_control_over_initial: str = outcome_column(SCORER, "M_0", of="the control's")
+    scorer_control_over_candidate: str = outcome_column(SCORER, "M_t", of="the control's")
+    server_control_over_initial: str = outcome_column(SERVER, "M_0", of="the control's", nullable=True)
+    server_control_over_candidate: str = outcome_column(SERVER, "M_t", of="the control's", nullable=True)
     control_checkpoint_sha: str = id_column("sha of the control.")
     candidate_checkpoint_sha: str = id_column("sha of M_t.")
     iteration: int = pa.Field(ge=1, description="The iteration t.")

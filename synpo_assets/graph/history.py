@@ -15,21 +15,28 @@ from dagster._core.storage.asset_check_execution_record import AssetCheckExecuti
 CONSIDERED = 100
 
 
-def newest(instance: DagsterInstance, asset: str, partition: str | None) -> dg.EventLogRecord | None:
+def newest(
+    instance: DagsterInstance, asset: str, partition: str | None, before: int | None = None
+) -> dg.EventLogRecord | None:
     """The newest materialization of an asset and iteration (None for assets made once), or None if there is none.
 
-    A state asset may have been reported by another run as well; the newest event is the one that counts.
+    A state asset may have been reported by another run as well; the newest event is the one that counts. `before` is the
+    storage id of an event, of which only earlier ones are looked at.
     """
     selection = dg.AssetRecordsFilter(
-        asset_key=dg.AssetKey(asset), asset_partitions=None if partition is None else [partition]
+        asset_key=dg.AssetKey(asset),
+        asset_partitions=None if partition is None else [partition],
+        before_storage_id=before,
     )
     records = instance.fetch_materializations(selection, limit=1).records
     return records[0] if records else None
 
 
-def tag_of(instance: DagsterInstance, asset: str, partition: str | None, tag: str) -> str | None:
+def tag_of(
+    instance: DagsterInstance, asset: str, partition: str | None, tag: str, before: int | None = None
+) -> str | None:
     """A tag that Dagster gave the newest materialization, by its name after `dagster/`; None if there is none."""
-    record = newest(instance, asset, partition)
+    record = newest(instance, asset, partition, before)
     materialization = record and record.asset_materialization
     return (materialization.tags or {}).get(f"dagster/{tag}") if materialization else None
 

@@ -6,7 +6,7 @@ Report, gate, comparison, summary, cards, checks and plots read these rows. Even
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import pandera.polars as pa
@@ -273,8 +273,9 @@ def training(summary: TrainingSummary) -> list[Metric]:
     ]
 
 
-def scoring(usage: ScoringUsage) -> list[Metric]:
-    """What scoring or judging cost."""
+def scoring(*usages: ScoringUsage) -> list[Metric]:
+    """What scoring or judging cost, over one call or several."""
+    usage = functools.reduce(operator.add, usages)
     return [
         Metric("readings", usage.readings),
         Metric("reused_readings", usage.reused),
@@ -300,6 +301,11 @@ def mean(values: pl.Series) -> float | None:
     """The mean of numbers, or the share of truths; None without any."""
     found = values.mean()
     return float(found) if isinstance(found, int | float) else None
+
+
+def ends(row: Mapping[str, Any], column: str) -> dict[str, Any]:
+    """The ends of the interval of a column of a row, which stand in columns of their own beside it."""
+    return {end: row[f"{column}_{end}"] for end in ("low", "high")}
 
 
 def share(metric: MetricName, true: pl.Series, of: str) -> Metric:

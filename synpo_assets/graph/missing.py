@@ -7,7 +7,6 @@ import dagster as dg
 import polars as pl
 from dagster import DagsterInstance
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
-from dagster._core.definitions.data_version import DATA_VERSION_TAG
 
 from resources.common.errors import DamageError
 from resources.common.text import asset_label
@@ -93,19 +92,12 @@ def _has_other_verdicts(instance: DagsterInstance, services: Services, partition
 
     What stood there when the pairs were made is found by order: of an input with iterations Dagster records a hash alone.
     """
-    made = (
-        newest(instance, PAIRS, partition)
-        if partition and dg.AssetKey(VERDICTS) in services.graph.materializable_asset_keys
-        else None
-    )
+    if partition is None or dg.AssetKey(VERDICTS) not in services.graph.materializable_asset_keys:
+        return False
+    made = newest(instance, PAIRS, partition)
     if made is None:
         return False
-    before = dg.AssetRecordsFilter(
-        asset_key=dg.AssetKey(VERDICTS), asset_partitions=[str(partition)], before_storage_id=made.storage_id
-    )
-    records = instance.fetch_materializations(before, limit=1).records
-    materialization = records[0].asset_materialization if records else None
-    read = (materialization.tags or {}).get(DATA_VERSION_TAG) if materialization else None
+    read = tag_of(instance, VERDICTS, partition, "data_version", before=made.storage_id)
     nothing = table_version(PairVerdicts.empty())
     return (data_version_of(instance, VERDICTS, partition) or nothing) != (read or nothing)
 

@@ -51,9 +51,8 @@ def table_output(
     **shown: Any,
 ) -> dg.Output[pl.DataFrame]:
     """A table with its content version; row count and memory join its metrics, sample rows are added where it is stored."""
-    metadata = _recorded(context, services, [Metric("rows", frame.height), *metrics], shown)
-    tags = _version_tags(context, services)
-    return dg.Output(frame, data_version=dg.DataVersion(table_version(frame)), metadata=metadata, tags=tags)
+    measured = [Metric("rows", frame.height), *metrics]
+    return dg.Output(frame, **_recorded(context, services, table_version(frame), measured, shown))
 
 
 def checkpoint_output(
@@ -71,18 +70,14 @@ def checkpoint_output(
             (role, parent["asset"], parent["sha"], parent["run_id"]) for role, parent in parents.items()
         )
     shown |= {"sha": made.sha, "path": dg.MetadataValue.path(made.weights)}
-    metadata = _recorded(context, services, metrics, shown)
-    tags = _version_tags(context, services)
-    return dg.Output(made, data_version=dg.DataVersion(made.sha[:16]), metadata=metadata, tags=tags)
+    return dg.Output(made, **_recorded(context, services, made.sha[:16], metrics, shown))
 
 
 def written_output(
     context: dg.AssetExecutionContext, services: Services, version: str, metrics: Sequence[Metric] = (), /, **shown: Any
 ) -> dg.MaterializeResult:
     """Files that an asset has written by itself, with their content version."""
-    metadata = _recorded(context, services, metrics, shown)
-    tags = _version_tags(context, services)
-    return dg.MaterializeResult(data_version=dg.DataVersion(version), metadata=metadata, tags=tags)
+    return dg.MaterializeResult(**_recorded(context, services, version, metrics, shown))
 
 
 def _version_tags(context: dg.AssetExecutionContext, services: Services) -> dict[str, str]:
@@ -95,9 +90,13 @@ def _version_tags(context: dg.AssetExecutionContext, services: Services) -> dict
 
 
 def _recorded(
-    context: dg.AssetExecutionContext, services: Services, metrics: Sequence[Metric], shown: dict[str, Any]
+    context: dg.AssetExecutionContext,
+    services: Services,
+    version: str,
+    metrics: Sequence[Metric],
+    shown: dict[str, Any],
 ) -> dict[str, Any]:
-    """Keeps the metrics and settings of the running asset, and shows them with what it was made from; headlines first."""
+    """Keeps the metrics and settings of the running asset; content version, tags and metadata for Dagster, headlines first."""
     memory = peak_memory()
     rows = [*metrics, Metric("peak_memory_gb", memory["peak_memory_gb"])]
     if (of_gpu := memory.get("peak_gpu_memory_gb")) is not None:
@@ -108,14 +107,15 @@ def _recorded(
     work: dict[str, Any] = {"work": _metrics_table([row for row in rows if row.metric in WORK], shown)}
     if services.settings.cost.per_hour:
         work["cost"] = services.settings.cost.text(seconds_so_far(context))
-    made_with = {"made_with": ", ".join(services.changes)} if _version_tags(context, services) else {}
+    tags = _version_tags(context, services)
+    made_with = {"made_with": ", ".join(services.changes)} if tags else {}
     made = made_with | record_settings(context, services) | {"made_from": made_from(context)}
     # Once more as numbers, which the UI draws over iterations.
     plotted = {row.label: None if row.value is None else round(row.value, 4) for row in rows}
     # What is shown for a figure stands in its place: a sentence where a judge cannot judge.
-    return (
-        headlines | figures | shown | made | work | plotted | {name: shown[name] for name in plotted if name in shown}
-    )
+    in_place = {name: shown[name] for name in plotted if name in shown}
+    metadata = headlines | figures | shown | made | work | plotted | in_place
+    return {"data_version": dg.DataVersion(version), "metadata": metadata, "tags": tags}
 
 
 def _metrics_table(rows: Iterable[Metric], shown: Mapping[str, Any]) -> dg.TableMetadataValue:

@@ -145,7 +145,6 @@ class Stage:
         """The asset for some settings; only its place in the graph where they do not state what it needs.
 
         Args:
-            settings: The experiment.
             sides: The assets that make the sides of a pair, by the names that other stages have for them.
             deps: Assets that it depends on beside its own inputs.
         """

@@ -36,6 +36,11 @@ def text_column(description: str) -> str:
     return pa.Field(str_length={"min_value": 1}, description=description)
 
 
+def share_column(description: str, nullable: bool = False) -> float:
+    """A share, from 0 to 1."""
+    return pa.Field(ge=0, le=1, nullable=nullable, description=description)
+
+
 def split_column() -> str:
     """Which of the held-out splits a row belongs to."""
     return pa.Field(isin=HELD_OUT, description="`dev`: searches and the gate read it; `test`: tables report it.")

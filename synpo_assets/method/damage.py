@@ -159,7 +159,6 @@ def damaged(name: str, text: str, other: str, seed: int) -> str | None:
 
     Args:
         name: The damage, a name in `DAMAGES`.
-        text: The answer.
         other: An answer to another prompt, for what is off topic.
         seed: Draws where the damage is done; the same for equal texts.
     """

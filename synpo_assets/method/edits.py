@@ -35,7 +35,6 @@ def damaged_copies(rows: pl.DataFrame, copies: int, seed: int) -> pl.DataFrame:
 
     Args:
         rows: prompt and answer, and columns that stay.
-        copies: How often, at most.
         seed: Draws the damages, and where they are done.
     """
     found, others = [], other_answers(rows["answer"].to_list())

@@ -13,7 +13,7 @@ COMPARED_DIGITS = 9
 BETTER, PROMISED = 0.65, 0.8
 
 
-def judge(
+def gate_rows(
     measured: Mapping[str, float | None],
     minimum: Mapping[str, float],
     maximum: Mapping[str, float],
@@ -24,11 +24,11 @@ def judge(
     `unmeasured` says why metrics were not measured, where that is known.
 
     Examples:
-        >>> [(row["passed"], row["reason"]) for row in judge({"win_rate": 0.61}, {"win_rate": 0.5}, {})]
+        >>> [(row["passed"], row["reason"]) for row in gate_rows({"win_rate": 0.61}, {"win_rate": 0.5}, {})]
         [(True, None)]
-        >>> [row["reason"] for row in judge({"win_rate": 0.61}, {"win_rate": 0.7, "gain": 0}, {"win_rate": 0.9})]
+        >>> [row["reason"] for row in gate_rows({"win_rate": 0.61}, {"win_rate": 0.7, "gain": 0}, {"win_rate": 0.9})]
         ['win_rate is 0.61, less than 0.7', 'gain was not measured']
-        >>> judge({"gain": 0.35 - 0.40}, {"gain": -0.05}, {})[0]["passed"]
+        >>> gate_rows({"gain": 0.35 - 0.40}, {"gain": -0.05}, {})[0]["passed"]
         True
     """
     rows, known = [], unmeasured or {}
@@ -46,7 +46,7 @@ def verdict(rows: Iterable[Mapping[str, Any]], checkpoint: str, following: str) 
     """The sentence that says whether a checkpoint becomes the next policy, and why not.
 
     Examples:
-        >>> verdict(judge({"repetition": 0.4}, {}, {"repetition": 0.2}), "model_checkpoint[0002]", "policy[0003]")
+        >>> verdict(gate_rows({"repetition": 0.4}, {}, {"repetition": 0.2}), "model_checkpoint[0002]", "policy[0003]")
         'model_checkpoint[0002] was not promoted to policy[0003]: repetition is 0.4, more than 0.2.'
         >>> verdict([], "model_checkpoint[0002]", "policy[0003]")
         'model_checkpoint[0002] was promoted to policy[0003]: the gate has no limits.'

@@ -95,9 +95,6 @@ def doubt(accuracy: float | None, low: float | None, high: float | None, pairs: 
 
     Args:
         accuracy: Its accuracy on held-out pairs whose both sides ended.
-        low: The lower end of its interval.
-        high: The upper end.
-        pairs: How many there are.
 
     Examples:
         >>> doubt(0.5625, 0.3933, 0.7183, 32)

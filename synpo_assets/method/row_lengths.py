@@ -34,7 +34,6 @@ def length_problem(row: Mapping[str, Any], room: Room, tokens: Callable[[Sequenc
 
     Args:
         row: A prompt, and the gold answer where it has one.
-        room: What fits.
         tokens: Counts the tokens of chat messages, as they are put to M_0.
 
     Examples:

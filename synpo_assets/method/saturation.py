@@ -14,8 +14,6 @@ def saturation(
     Args:
         accuracy: The share of pairs whose chosen side has the higher reward, late in training.
         argument: The mean of what the loss's sigmoid is taken of: margin - gamma for SimPO.
-        least_accuracy: A lower one is too low.
-        least_argument: Likewise.
 
     Examples:
         >>> saturation(0.625, -6.0, 0.5, -4.0)

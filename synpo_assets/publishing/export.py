@@ -1,8 +1,6 @@
 """Writing the preference pairs of a home in the form that another trainer reads, or people."""
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import CheckpointStore
 from resources.storage.files import opened_atomically, temporary_directory_beside, write_atomically
+from resources.storage.output_files import refuse_existing, writing
 from resources.storage.tables import ParquetTables
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.publishing.forms import CONVERSIONS, Format, Trainer, axolotl_dataset, dataset_info
@@ -27,16 +26,14 @@ INFO = "dataset_info.json"
 SUFFIXES = (".jsonl", ".parquet")
 
 
-def print_export(
-    settings: Settings, home: Path, form: Format, only: str | None, output: Path, overwrite: bool = False
-) -> None:
+def print_export(settings: Settings, home: Path, form: Format, only: str | None, output: Path, overwrite: bool) -> None:
     """Writes the pairs and prints what was written, where, and how to use it.
 
     Only with `overwrite` are files replaced; of a `dataset_info.json`, only what it says about these pairs.
     """
     if form == "gguf":
         return _print_gguf(settings, home, only, output, overwrite)
-    with _writing(output):
+    with writing(output):
         file = output_file(form, output)
         is_described = form == "llama-factory" and DATASET in _data_sets(file)
         places = [file, *(place for place in _beside(form, file) if place.name != INFO or is_described)]
@@ -45,7 +42,7 @@ def print_export(
         of_what = f" and names {DATASET}" if existing[0].name == INFO else ""
         raise SettingsError(f"{existing[0]} exists{of_what}: choose another --output, or replace it with --overwrite.")
     pairs = read_pairs(ParquetTables(f"{settings.storage.root(home)}/tables"), only)
-    with _writing(output):
+    with writing(output):
         if form == "review":
             write_atomically(file, review_table(pairs, settings.random_seed).write_csv(include_bom=True).encode())
         else:
@@ -68,14 +65,13 @@ def _print_gguf(settings: Settings, home: Path, only: str | None, output: Path, 
         raise SettingsError("One model goes into a GGUF file: name its iteration, such as --iteration 2.")
     if output.suffix != ".gguf":
         raise SettingsError(f"A model is written as .gguf: give --output a .gguf file, not {output}.")
-    if output.exists() and not overwrite:
-        raise SettingsError(f"{output} exists: choose another --output, or replace it with --overwrite.")
+    refuse_existing(output, overwrite)
     root, cache = settings.storage.root(home), str(home / "cache" / "checkpoints")
     store = CheckpointStore(f"{root}/checkpoints", cache if settings.storage.artifacts else None)
     if store.manifest("model_checkpoint", partition_key(int(only))) is None:
         raise SettingsError(f"Iteration {only} has no finished model: make it with `synpo run --iterations {only}`.")
     model = store.current("model_checkpoint", partition_key(int(only)))
-    with _writing(output), temporary_directory_beside(output) as temporary:
+    with writing(output), temporary_directory_beside(output) as temporary:
         write_gguf(Path(model.weights), temporary / output.name)
         (temporary / output.name).rename(output)
     console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -106,7 +102,7 @@ def output_file(form: Format, output: Path) -> Path:
     return output
 
 
-def read_pairs(tables: ParquetTables, only: str | None = None) -> pl.DataFrame:
+def read_pairs(tables: ParquetTables, only: str | None) -> pl.DataFrame:
     """The pairs of all iterations, or only of some, such as `2,3`, in order."""
     stored = tables.scan(NAME)
     pairs = None if stored is None else stored.sort("iteration", maintain_order=True).collect()
@@ -126,23 +122,14 @@ def read_pairs(tables: ParquetTables, only: str | None = None) -> pl.DataFrame:
 
 def write_pairs(pairs: pl.DataFrame, form: Trainer, file: Path) -> None:
     """Writes pairs in the form of a trainer, each file as a whole or not at all; what uses the pairs comes last."""
-    if file.suffix == ".parquet":
-        with opened_atomically(file) as opened:
+    with opened_atomically(file) as opened:
+        if file.suffix == ".parquet":
             pairs.write_parquet(opened)
-    else:
-        with opened_atomically(file) as opened:
+        else:
             for row in map(CONVERSIONS[form], pairs.iter_rows(named=True)):
                 opened.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
     for place in _beside(form, file):
         write_atomically(place, _use(form, file).encode())
-
-
-@contextlib.contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise SettingsError(f"--output {output} cannot be written: {error.strerror or error}.") from None
 
 
 def _beside(form: Format, file: Path) -> list[Path]:

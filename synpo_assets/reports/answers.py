@@ -20,9 +20,6 @@ class Answers:
     """A held-out prompt with all answers to it.
 
     Attributes:
-        prompt: Its text.
-        gold: The gold answer.
-        initial: M_0's.
         models: Of each M_t, the newest first: its name, its answer, and what the independent judge says of it; None if that
             judge is in doubt.
     """

@@ -19,6 +19,7 @@ from resources.judging.judge_choice import INDEPENDENT
 from resources.settings.files import dagster_configuration, home_settings
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
+from resources.storage.output_files import refuse_existing, writing
 from synpo_assets.graph.metrics import MetricName, Which
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.texts import MISSING
@@ -87,14 +88,12 @@ def compared(homes: Sequence[Path], open_experiment: Opener) -> tuple[dict[str, 
     return differing, pl.DataFrame(rows, infer_schema_length=None)
 
 
-def print_comparison(
-    homes: Sequence[Path], open_experiment: Opener, output: Path | None, overwrite: bool = False
-) -> None:
+def print_comparison(homes: Sequence[Path], open_experiment: Opener, output: Path | None, overwrite: bool) -> None:
     """Prints what differs and what came of it, and writes the figures as CSV where asked for."""
     if output is not None and output.suffix != ".csv":
         raise SettingsError(f"{output} is no .csv file: name one that ends so.")
-    if output is not None and output.exists() and not overwrite:
-        raise SettingsError(f"{output} exists: choose another --output, or replace it with --overwrite.")
+    if output is not None:
+        refuse_existing(output, overwrite)
     differing, figures = compared(homes, open_experiment)
     console = Console(width=WIDTH)
     where = homes if len(homes) > 1 else figures["iteration"].to_list()
@@ -117,10 +116,8 @@ def print_comparison(
         table.add_row(*[Text(visible(home))][len(homes) == 1 :], iteration.lstrip("0"), *cells)
     console.print(table)
     if output is not None:
-        try:
+        with writing(output):
             figures.write_csv(output)
-        except OSError as error:
-            raise SettingsError(f"{output} cannot be written: {error.strerror or error}.") from None
 
 
 def _settings_of(home: Path) -> Settings:

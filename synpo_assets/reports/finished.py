@@ -1,13 +1,13 @@
 """What the reports know of one finished iteration."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Unpack
 
 import polars as pl
 
 from resources.judging.judge_choice import INDEPENDENT
-from synpo_assets.graph.metrics import Metrics
+from synpo_assets.graph.metrics import Metric, MetricName, Metrics, Which
 
 # With fewer pairs alike in length, a length-controlled win rate is extrapolated.
 FEWEST_ALIKE = 10
@@ -69,3 +69,19 @@ class FinishedIteration:
             "candidate pairs": value("candidate_pairs"),
             "pairs kept": value("rows", asset="preference_pairs"),
         }
+
+
+# What a row of the report shows of an iteration.
+Cell = Callable[[FinishedIteration], str]
+
+
+def value_cell(
+    metric: MetricName, form: Callable[[float | None], str], of: str | None = None, **which: Unpack[Which]
+) -> Cell:
+    """The value of a metric."""
+    return lambda iteration: form(iteration.metrics.value(metric, of, **which))
+
+
+def metric_cell(metric: MetricName, form: Callable[[Metric | None], str], of: str, **which: Unpack[Which]) -> Cell:
+    """A metric with what stands beside its value, such as its interval."""
+    return lambda iteration: form(iteration.metrics.find(metric, of, **which))

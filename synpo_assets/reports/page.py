@@ -29,9 +29,6 @@ class Page:
     """What the report shows.
 
     Attributes:
-        iterations: The finished iterations, in order.
-        rows: The figures by iteration.
-        plots: The pictures, by name.
         notes: Sentences about what is missing.
         judging: How often judge and scorer are right about held-out pairs, by kind.
         identity: Which experiment it is, by name.

@@ -155,20 +155,19 @@ def _rates_figure(title: str, iterations: Sequence[FinishedIteration], lines: Ra
     numbers = [iteration.number for iteration in iterations]
     lines = {label: rates for label, rates in lines.items() if any(rates)}
     for place, (label, rates) in enumerate(lines.items()):
-        known = [(number, rate) for number, rate in zip(numbers, rates, strict=True) if rate is not None]
-        values = [100 * rate.value for _, rate in known if rate.value is not None]
+        known = [
+            (number, rate.value, rate.low, rate.high)
+            for number, rate in zip(numbers, rates, strict=True)
+            if rate is not None and rate.value is not None
+        ]
+        values = [100 * value for _, value, _, _ in known]
+        # Without a known end, a bar has no length.
         bars = [
-            [
-                value - 100 * rate.low if rate.low is not None else 0
-                for value, (_, rate) in zip(values, known, strict=True)
-            ],
-            [
-                100 * rate.high - value if rate.high is not None else 0
-                for value, (_, rate) in zip(values, known, strict=True)
-            ],
+            [100 * (value - (value if low is None else low)) for _, value, low, _ in known],
+            [100 * ((value if high is None else high) - value) for _, value, _, high in known],
         ]
         # Side by side, so that the bars of one iteration do not cover each other.
-        across = [number + 0.08 * (place - (len(lines) - 1) / 2) for number, _ in known]
+        across = [number + 0.08 * (place - (len(lines) - 1) / 2) for number, *_ in known]
         style, colour = STYLES[place % len(STYLES)]
         axes.errorbar(
             across,

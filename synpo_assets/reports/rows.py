@@ -23,7 +23,7 @@ from synpo_assets.method.evaluation import LENGTH_BANDS
 from synpo_assets.method.judging import ANOTHER_GOLD
 from synpo_assets.method.reviews import OUTCOMES
 from synpo_assets.reports.edits import edit_lines
-from synpo_assets.reports.finished import FEWEST_ALIKE, FinishedIteration
+from synpo_assets.reports.finished import FEWEST_ALIKE, Cell, FinishedIteration, metric_cell, value_cell
 from synpo_assets.reports.search import chosen_text, chosen_value_text
 
 PROMPT_SOURCES = {
@@ -41,20 +41,13 @@ ENDED_LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the report's table.
-
-    Attributes:
-        section: Which part of the table it belongs to.
-        label: What it shows, with its unit.
-        cells: One text per iteration.
-    """
+    """One line of the report's table."""
 
     section: str
     label: str
     cells: tuple[str, ...]
 
 
-Cell = Callable[[FinishedIteration], str]
 Format = Callable[[float | None], str]
 
 
@@ -103,18 +96,35 @@ def _extrapolations(iteration: FinishedIteration) -> Iterator[str]:
 
 def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, Cell]]:
     """Section, label and cell of each row."""
+    yield from _counted_rows(iterations)
+    yield from _prompts()
+    yield from _pairs(judge_labels(iterations))
+    yield from _held_out(judge_labels(iterations))
+    yield "Search", "values chosen among the candidates", lambda iteration: chosen_text(iteration.manifest)
+    yield "Search", "the same on dev, 95 % interval", lambda iteration: chosen_value_text(iteration.manifest)
+    for judge in judge_labels(iterations):
+        for opponent, shown in {"initial": "M_0", "candidate": "M_t"}.items():
+            label = f"{judge}, the pairs of iteration 1 for as many steps over {shown}: win rate, 95 % interval"
+            yield "Equal steps", label, metric_cell("win_rate", rate_text, "equal_steps", over=opponent, by=judge)
+    yield from _without_a_judge()
+    yield from edit_lines()
+    yield "Gate", "M_t promoted to the next iteration", lambda iteration: PROMOTED[iteration.metrics.promoted]
+    yield from _checkpoints_and_work()
+
+
+def _counted_rows(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, Cell]]:
     for asset, label in {
         "keyword_sets": "keyword sets drawn", "synthetic_prompts": "synthetic prompts", "base_responses": "base responses",
         "rejected_responses": "rejected responses", "refined_responses": "refined responses (chosen side)",
         "best_rewrites": "best of several rewrites (chosen side)",
         "chosen_responses": "ranked samples (chosen side)", "preference_pairs": "pairs kept",
     }.items():  # fmt: skip
-        yield "Rows", label, _of("rows", count_text, asset=asset)
-    yield "Rows", "synthetic prompts with rules", _of("with_rules", count_text, asset="synthetic_prompts")
-    yield "Rows", "pairs kept whose prompt has rules", _of("with_rules", count_text, asset="preference_pairs")
-    yield "Rows", "candidate pairs", _of("candidate_pairs", count_text)
-    yield "Rows", "pairs that M_t was trained on", _of("examples", count_text, asset="model_checkpoint")
-    yield "Rows", "optimizer steps of M_t", _of("training_steps", count_text, asset="model_checkpoint")
+        yield "Rows", label, value_cell("rows", count_text, asset=asset)
+    yield "Rows", "synthetic prompts with rules", value_cell("with_rules", count_text, asset="synthetic_prompts")
+    yield "Rows", "pairs kept whose prompt has rules", value_cell("with_rules", count_text, asset="preference_pairs")
+    yield "Rows", "candidate pairs", value_cell("candidate_pairs", count_text)
+    yield "Rows", "pairs that M_t was trained on", value_cell("examples", count_text, asset="model_checkpoint")
+    yield "Rows", "optimizer steps of M_t", value_cell("training_steps", count_text, asset="model_checkpoint")
     funnel = (("valid prompts", "prompts asked for", "valid prompts per keyword set used"),
               ("pairs kept", "candidate pairs", "pairs kept per candidate"))  # fmt: skip
     for part, whole, label in funnel:
@@ -122,69 +132,85 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
     for asset in ("synthetic_prompts", "preference_pairs"):
         reasons = {str(each.of) for iteration in iterations for each in iteration.metrics.every("dropped", asset)}
         for reason in sorted(reasons):
-            yield "Dropped", f"{asset}: {reason.replace('_', ' ')}", _of("dropped", count_text, reason, asset=asset)
+            yield (
+                "Dropped",
+                f"{asset}: {reason.replace('_', ' ')}",
+                value_cell("dropped", count_text, reason, asset=asset),
+            )
     generating = {asset for iteration in iterations for asset in iteration.metrics.assets_with("cut_share")}
     for asset in sorted(generating):
-        yield "Cut at the token limit", asset, _of("cut_share", share_text, asset=asset)
-    yield "Prompts", "prompts compared, of each source", _of("prompts_compared", count_text)
+        yield "Cut at the token limit", asset, value_cell("cut_share", share_text, asset=asset)
+
+
+def _prompts() -> Iterator[tuple[str, str, Cell]]:
+    yield "Prompts", "prompts compared, of each source", value_cell("prompts_compared", count_text)
     for source, what in PROMPT_SOURCES.items():
-        yield "Prompts", f"mean similarity of {what}, 95 % interval", _found("mean_similarity", estimate_text, source)
-    for source, what in PROMPT_SOURCES.items():
-        label = f"{what} likelier under M_0 than their words shuffled, 95 % interval"
-        yield "Prompts", label, _found("ordered_share", rate_text, source)
         yield (
             "Prompts",
-            f"the same of {what} whose words were shuffled",
-            _of("shuffled_ordered_share", share_text, source),
+            f"mean similarity of {what}, 95 % interval",
+            metric_cell("mean_similarity", estimate_text, source),
         )
     for source, what in PROMPT_SOURCES.items():
+        label = f"{what} likelier under M_0 than their words shuffled, 95 % interval"
+        yield "Prompts", label, metric_cell("ordered_share", rate_text, source)
+        label = f"the same of {what} whose words were shuffled"
+        yield "Prompts", label, value_cell("shuffled_ordered_share", share_text, source)
+    for source, what in PROMPT_SOURCES.items():
         label = f"{what} that can be answered, by a judge's word, 95 % interval"
-        yield "Prompts", label, _found("answerable_share", rate_text, source)
+        yield "Prompts", label, metric_cell("answerable_share", rate_text, source)
     for metric in ("topics", "intentions"):
         for source, what in PROMPT_SOURCES.items():
-            yield "Prompts", f"{metric} of {what}, named by a judge", _of(metric, count_text, source)
+            yield "Prompts", f"{metric} of {what}, named by a judge", value_cell(metric, count_text, source)
+
+
+def _pairs(judges: Sequence[str]) -> Iterator[tuple[str, str, Cell]]:
     for whose, what in {"gold": "gold answers", ANOTHER_GOLD: "gold answers of other prompts"}.items():
         label = f"{what} that pass the improver's filter, 95 % interval"
-        yield "Pairs", label, lambda it, whose=whose: rate_text(it.metrics.find("passing_share", whose))  # type: ignore[misc]
-    yield "Pairs", "mean margin of scores", _of("mean_margin", number_text)
+        yield "Pairs", label, metric_cell("passing_share", rate_text, whose)
+    yield "Pairs", "mean margin of scores", value_cell("mean_margin", number_text)
     for outcome in OUTCOMES:
-        yield "Pairs", f"pairs {outcome} by people", _of("verdicts", count_text, outcome)
-    for judge in judge_labels(iterations):
+        yield "Pairs", f"pairs {outcome} by people", value_cell("verdicts", count_text, outcome)
+    for judge in judges:
         label = f"{judge}: agreement with people, 95 % interval, pairs"
-        yield "Pairs", label, _found("agreement_rate", _rate_of_pairs, "people", by=judge)
-    yield "Pairs", "chosen length / rejected length", _of("chosen_to_rejected_length", number_text)
+        yield "Pairs", label, metric_cell("agreement_rate", _rate_of_pairs, "people", by=judge)
+    yield "Pairs", "chosen length / rejected length", value_cell("chosen_to_rejected_length", number_text)
     yield "Pairs", "reward margin, last quarter of training", _last_quarter("rewards/margins", number_text)
     yield "Pairs", "reward accuracy, last quarter of training", _last_quarter("rewards/accuracies", share_text)
-    yield "Held-out", "prompts of the test split, which all of this is of", _of("held_out_prompts", count_text)
-    yield "Held-out", "prompts of the dev split, which the gate reads", _of("held_out_prompts", count_text, split="dev")
+
+
+def _held_out(judges: Sequence[str]) -> Iterator[tuple[str, str, Cell]]:
+    yield "Held-out", "prompts of the test split, which all of this is of", value_cell("held_out_prompts", count_text)
+    yield (
+        "Held-out",
+        "prompts of the dev split, which the gate reads",
+        value_cell("held_out_prompts", count_text, split="dev"),
+    )
     for side, what in {"initial": "M_0", "candidate": "M_t", "gold": "the gold answers"}.items():
-        yield "Held-out", f"mean reward of {what}, by the scorer", _of("held_out_reward", number_text, side)
-    for judge in judge_labels(iterations):
+        yield "Held-out", f"mean reward of {what}, by the scorer", value_cell("held_out_reward", number_text, side)
+    for judge in judges:
         for opponent, shown in OPPONENT_LABELS.items():
             yield from _win_rates(judge, opponent, f"{judge}, over {shown}")
         for model, shown in FORM_LABELS.items():
             who = {"of": model, "over": "initial", "by": judge}
-            yield "Held-out", f"{judge}, {shown}: win rate, 95 % interval", _rate("win_rate", **who)
+            yield "Held-out", f"{judge}, {shown}: win rate, 95 % interval", metric_cell("win_rate", rate_text, **who)
             label = f"{judge}, {shown}: length-controlled win rate, 95 % interval"
-            yield "Held-out", label, _rate("length_controlled_win_rate", **who)
+            yield "Held-out", label, metric_cell("length_controlled_win_rate", rate_text, **who)
     for side, model in MODELS.items():
-        yield "Held-out", f"repeated 3-grams in {model}'s answers", _of("mean_repetition", share_text, side)
-        yield "Held-out", f"answers of {model} cut", _of("cut_share", share_text, side)
-    for judge in judge_labels(iterations):
+        yield "Held-out", f"repeated 3-grams in {model}'s answers", value_cell("mean_repetition", share_text, side)
+        yield "Held-out", f"answers of {model} cut", value_cell("cut_share", share_text, side)
+    for judge in judges:
         yield from _wins_by_ending(judge)
-    yield "Search", "values chosen among the candidates", lambda iteration: chosen_text(iteration.manifest)
-    yield "Search", "the same on dev, 95 % interval", lambda iteration: chosen_value_text(iteration.manifest)
-    for judge in judge_labels(iterations):
-        for opponent, shown in {"initial": "M_0", "candidate": "M_t"}.items():
-            label = f"{judge}, the pairs of iteration 1 for as many steps over {shown}: win rate, 95 % interval"
-            yield "Equal steps", label, _found("win_rate", rate_text, "equal_steps", over=opponent, by=judge)
-    yield from _without_a_judge()
-    yield from edit_lines()
-    yield "Gate", "M_t promoted to the next iteration", lambda iteration: PROMOTED[iteration.metrics.promoted]
+
+
+def _checkpoints_and_work() -> Iterator[tuple[str, str, Cell]]:
     yield "Checkpoints", "M_t", lambda iteration: _sha(iteration.metrics.candidate)
-    update = _of("surviving_update", share_text, asset="model_checkpoint")
+    update = value_cell("surviving_update", share_text, asset="model_checkpoint")
     yield "Checkpoints", "update of M_t left in the number format of generation", update
-    yield "Checkpoints", "policy that answered", lambda iteration: _sha(_parent(iteration, "policy"))
+    yield (
+        "Checkpoints",
+        "policy that answered",
+        lambda it: _sha(it.manifest.get("parents", {}).get("policy", {}).get("sha")),
+    )
     for side in ("chosen", "rejected"):
         yield "Checkpoints", f"model that wrote the {side} side", _of_pairs(f"{side}_checkpoint_sha")
     yield "Checkpoints", "scorer", _of_pairs("scorer_sha")
@@ -203,11 +229,6 @@ def _win_rates(judge: str, opponent: str, compared: str) -> Iterator[tuple[str, 
     """What a judge says of M_t compared with an opponent: the win rate with its interval, and the counts behind it."""
     where = {"of": "candidate", "over": opponent, "by": judge}
 
-    def counts(iteration: FinishedIteration) -> str:
-        names: tuple[MetricName, ...] = ("wins", "ties", "losses", "no_verdicts")
-        values = [iteration.metrics.value(name, **where) for name in names]
-        return MISSING if values[0] is None else ", ".join(map(count_text, values))
-
     def rate(iteration: FinishedIteration) -> str:
         doubted = judge == INDEPENDENT and iteration.judge_doubt is not None
         return AT_CHANCE if doubted else rate_text(iteration.metrics.find("win_rate", **where))
@@ -215,17 +236,16 @@ def _win_rates(judge: str, opponent: str, compared: str) -> Iterator[tuple[str, 
     yield "Held-out", f"{compared}: win rate, 95 % interval", rate
     # What a cut answer loses is no matter of content.
     label = f"{compared}: win rate where both answers ended, 95 % interval"
-    yield "Held-out", label, lambda it: _rate_of_some(it.metrics.find("win_rate_both_ended", **where))
+    yield "Held-out", label, metric_cell("win_rate_both_ended", _rate_of_some, **where)
     label = f"{compared}: length-controlled win rate, 95 % interval"
-    yield "Held-out", label, lambda it: rate_text(it.metrics.find("length_controlled_win_rate", **where))
+    yield "Held-out", label, metric_cell("length_controlled_win_rate", rate_text, **where)
     label = f"{compared}: pairs alike in length (ratio 0.8 to 1.25)"
-    yield "Held-out", label, _of("pairs_alike_in_length", count_text, **where)
-    yield "Held-out", f"{compared}: wins, ties, losses, no verdict", counts
-
-
-def _rate(metric: MetricName, of: str, **which: Unpack[Which]) -> Cell:
-    """A rate with its interval."""
-    return lambda iteration: rate_text(iteration.metrics.find(metric, of, **which))
+    yield "Held-out", label, value_cell("pairs_alike_in_length", count_text, **where)
+    yield (
+        "Held-out",
+        f"{compared}: wins, ties, losses, no verdict",
+        _counts(("wins", "ties", "losses", "no_verdicts"), **where),
+    )
 
 
 def _rate_of_some(rate: Metric | None) -> str:
@@ -233,30 +253,30 @@ def _rate_of_some(rate: Metric | None) -> str:
     return MISSING if rate is None or rate.value is None else f"{rate_text(rate)}, {count_text(rate.n)} prompts"
 
 
+def _counts(names: Sequence[MetricName], of: str, **which: Unpack[Which]) -> Cell:
+    def cell(iteration: FinishedIteration) -> str:
+        values = [iteration.metrics.value(name, of, **which) for name in names]
+        return MISSING if values[0] is None else ", ".join(map(count_text, values))
+
+    return cell
+
+
 def _wins_by_ending(judge: str) -> Iterator[tuple[str, str, Cell]]:
     """What a judge says of M_t compared with M_0, by which of the two answers ended by itself."""
-
-    def counts(names: Sequence[MetricName]) -> Cell:
-        def cell(iteration: FinishedIteration) -> str:
-            values = [iteration.metrics.value(name, "candidate", over="initial", by=judge) for name in names]
-            return MISSING if values[0] is None else ", ".join(map(count_text, values))
-
-        return cell
-
     for ended, names in ENDING_COUNTS.items():
         label = f"{judge}, over M_0, {ENDED_LABELS[ended]}: wins, ties, losses"
-        yield "Wins by ending", label, counts(names)
+        yield "Wins by ending", label, _counts(names, "candidate", over="initial", by=judge)
 
 
 def _without_a_judge() -> Iterator[tuple[str, str, Cell]]:
     section = "Without a judge"
-    yield section, "verifiable instructions", _of("instructions", count_text)
+    yield section, "verifiable instructions", value_cell("instructions", count_text)
     for side, model in MODELS.items():
-        yield section, f"instructions followed by {model}", _of("verifiable_rate", share_text, side)
+        yield section, f"instructions followed by {model}", value_cell("verifiable_rate", share_text, side)
     label = "instructions followed, M_t less M_0, 95 % interval"
-    yield section, label, _over_initial("verifiable_gain", gain_text)
+    yield section, label, metric_cell("verifiable_gain", gain_text, "candidate", over="initial")
     for side, model in MODELS.items():
-        yield section, f"constraints met by {model}", _of("constraint_rate", share_text, side)
+        yield section, f"constraints met by {model}", value_cell("constraint_rate", share_text, side)
     measures: tuple[tuple[str, MetricName, MetricName], ...] = (
         ("log-likelihood of gold's text per token", "gold_log_likelihood", "gold_log_likelihood_gain"),
         ("log-likelihood of gold's end of turn", "gold_end_log_likelihood", "gold_end_log_likelihood_gain"),
@@ -264,9 +284,9 @@ def _without_a_judge() -> Iterator[tuple[str, str, Cell]]:
     )
     for what, metric, gained in measures:
         for side, model in MODELS.items():
-            yield section, f"{what}, {model}", _of(metric, number_text, side)
+            yield section, f"{what}, {model}", value_cell(metric, number_text, side)
         label = f"{what}, M_t less M_0, 95 % interval"
-        yield section, label, _over_initial(gained, difference_text)
+        yield section, label, metric_cell(gained, difference_text, "candidate", over="initial")
     for band in LENGTH_BANDS:
         yield from _likeness_in(section, band)
 
@@ -291,14 +311,6 @@ def total(iteration: FinishedIteration, metric: MetricName) -> float:
     return sum(each.value or 0 for each in iteration.metrics.every(metric))
 
 
-def _of(metric: MetricName, form: Format, of: str | None = None, **which: Unpack[Which]) -> Cell:
-    return lambda iteration: form(iteration.metrics.value(metric, of, **which))
-
-
-def _found(metric: MetricName, form: Callable[[Metric | None], str], of: str, **which: Unpack[Which]) -> Cell:
-    return lambda iteration: form(iteration.metrics.find(metric, of, **which))
-
-
 def _ratio(part: str, whole: str) -> Cell:
     def cell(iteration: FinishedIteration) -> str:
         rows, of_all = iteration.funnel[part], iteration.funnel[whole]
@@ -311,6 +323,10 @@ def _last_quarter(name: str, form: Format) -> Cell:
     return lambda iteration: form(last_quarter(entry.get(name) for entry in iteration.training_log))
 
 
+def _total(metric: MetricName) -> Cell:
+    return lambda iteration: count_text(total(iteration, metric))
+
+
 def _largest(metric: MetricName) -> Cell:
     def cell(iteration: FinishedIteration) -> str:
         values = [each.value for each in iteration.metrics.every(metric) if each.value is not None]
@@ -319,24 +335,12 @@ def _largest(metric: MetricName) -> Cell:
     return cell
 
 
-def _total(metric: MetricName) -> Cell:
-    return lambda iteration: count_text(total(iteration, metric))
-
-
-def _over_initial(metric: MetricName, form: Callable[[Metric | None], str]) -> Cell:
-    return lambda iteration: form(iteration.metrics.find(metric, "candidate", over="initial"))
-
-
 def _rate_of_pairs(rate: Metric | None) -> str:
     return f"{rate_text(rate)} of {rate.n}" if rate and rate.value is not None else MISSING
 
 
 def _of_pairs(column: str) -> Cell:
     return lambda iteration: ", ".join(map(_sha, iteration.pairs[column].unique(maintain_order=True)))
-
-
-def _parent(iteration: FinishedIteration, role: str) -> str | None:
-    return iteration.manifest.get("parents", {}).get(role, {}).get("sha")
 
 
 def _sha(value: str | None) -> str:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from resources.settings.search import tried_text
 from resources.settings.sections import flattened
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.texts import MISSING, gain_text, number_text, rate_text, share_text
@@ -20,7 +21,7 @@ def candidate_rows(search: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row for each candidate, in the order in which they were tried."""
     return [
         (
-            settings_text(each["settings"]),
+            tried_text(json.loads(each["settings"])),
             value_text(each),
             MISSING if each["n"] is None else str(each["n"]),
             number_text(each["loss"]),
@@ -35,7 +36,7 @@ def candidate_rows(search: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def chosen_text(manifest: Mapping[str, Any]) -> str:
     """The values that were chosen."""
     search = search_of(manifest)
-    return MISSING if search is None else settings_text(_chosen(search)["settings"])
+    return MISSING if search is None else tried_text(json.loads(_chosen(search)["settings"]))
 
 
 def chosen_value_text(manifest: Mapping[str, Any]) -> str:
@@ -60,11 +61,6 @@ def chosen_values(manifest: Mapping[str, Any]) -> dict[str, str]:
     options = manifest["settings"]["preference_optimization"]
     values = flattened({name: options[name] for name in ("loss", "training")}, "preference_optimization.")
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values}
-
-
-def settings_text(settings: str) -> str:
-    """The values that were tried: `learning_rate 1e-06, loss.beta 4.0`."""
-    return ", ".join(f"{name} {value}" for name, value in json.loads(settings).items())
 
 
 def value_text(row: Mapping[str, Any]) -> str:

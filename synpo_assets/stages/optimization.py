@@ -7,7 +7,7 @@ not given in the paper; the presets take those of SimPO's own base-model runs.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import dagster as dg
 import polars as pl
 
 from resources.settings.method import PreferenceOptimization
+from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import link_or_copy
 from resources.training.job import TrainingSummary
@@ -30,10 +31,13 @@ from synpo_assets.graph.stage import Stage
 from synpo_assets.stages.loop import experiment_of, next_policy
 
 USED_COLUMNS = ("iteration", "prompt", "chosen", "rejected", "chosen_finish_reason", "rejected_finish_reason")
-
-
 # What decides a training on pairs.
 TRAINING_READS = tuple(f"preference_optimization.{name}" for name in ("policy_init", "accumulate", "loss", "training"))
+
+
+def loss_code(settings: Settings) -> list[Callable[..., Any]]:
+    """What the loss of the settings trains with, which no stage calls by its name."""
+    return [loss_module(settings.preference_optimization.loss.kind).trainer]
 
 
 def optimization_cost(sizes: Sizes) -> list[Work]:
@@ -49,7 +53,7 @@ def optimization_cost(sizes: Sizes) -> list[Work]:
     work=("trains",),
     reads=TRAINING_READS,
     cost=optimization_cost,
-    code=lambda settings: [loss_module(settings.preference_optimization.loss.kind).trainer],
+    code=loss_code,
 )
 def model_checkpoint(
     context: dg.AssetExecutionContext,

@@ -16,6 +16,7 @@ import polars as pl
 from resources.common.errors import FinalError
 from resources.common.text import asset_label
 from resources.settings.method import Preferences
+from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
@@ -89,15 +90,7 @@ def preference_pairs(
         verdicts = services.tables.read("pair_verdicts", context.partition_key)
         kept, dropped["people"] = apply_outcomes(kept, verdicts)
     if kept.is_empty():
-        is_improved = services.settings.trains_improver
-        writer = "response_improver" if is_improved else "responses"
-        samples = "response_improver.samples" if is_improved else "preferences.ranked_samples"
-        raise FinalError(
-            f"None of {joined.height} pairs was kept: {dropped}. If `margin` dropped most, lower preferences.margin_threshold; if "
-            f"`cut` did, raise {writer}.sampling.max_new_tokens; if `rules` did, write more seed rows with such rules, or raise "
-            f"{samples}; if `equal_sides` did, {writer}.sampling.temperature; if `length` "
-            "did, preferences.max_length_ratio; if `people` did, the file of preferences.reviewed leaves no pair to learn from."
-        )
+        raise FinalError(f"None of {joined.height} pairs was kept: {dropped}. {_remedy(services.settings)}")
     frame = as_preferences(kept).with_columns(
         iteration=pl.lit(iteration_of(context), pl.Int64),
         scorer_sha=pl.lit(reward_model.sha),
@@ -118,6 +111,18 @@ def preference_pairs(
         checkpoints=checkpoints_table(_checkpoints(services, joined, reward_model)),
         score_convention=compared.conventions,
         median_pair=median_pair(context, services, frame),
+    )
+
+
+def _remedy(settings: Settings) -> str:
+    """What to change where no pair was kept, by the filter that dropped most."""
+    writer = "response_improver" if settings.trains_improver else "responses"
+    samples = "response_improver.samples" if settings.trains_improver else "preferences.ranked_samples"
+    return (
+        "If `margin` dropped most, lower preferences.margin_threshold; if "
+        f"`cut` did, raise {writer}.sampling.max_new_tokens; if `rules` did, write more seed rows with such rules, or raise "
+        f"{samples}; if `equal_sides` did, {writer}.sampling.temperature; if `length` "
+        "did, preferences.max_length_ratio; if `people` did, the file of preferences.reviewed leaves no pair to learn from."
     )
 
 

@@ -187,20 +187,16 @@ def synthetic_prompts(
         prompt_id=pl.Series([content_id("prompt", row["prompt"]) for row in kept]),
         checkpoint_sha=pl.lit(prompt_generator.sha),
     )
-    return table_output(
-        context,
-        services,
-        frame.select(*SyntheticPrompts.to_schema().columns),
-        [
-            Metric("prompts_wanted", wanted),
-            Metric("keyword_sets_used", used),
-            *metrics.with_rules(frame),
-            *(Metric("dropped", count, of=reason) for reason, count in prompts.dropped.items()),
-            *metrics.generating(*usages),
-        ],
-        contaminated=table_metadata(pl.DataFrame(prompts.matches, schema=["prompt", "held_out_prompt"], orient="row")),
-        **made_by(prompt_generator),
-    )
+    frame = frame.select(*SyntheticPrompts.to_schema().columns)
+    measured = [
+        Metric("prompts_wanted", wanted),
+        Metric("keyword_sets_used", used),
+        *metrics.with_rules(frame),
+        *(Metric("dropped", count, of=reason) for reason, count in prompts.dropped.items()),
+        *metrics.generating(*usages),
+    ]
+    matches = table_metadata(pl.DataFrame(prompts.matches, schema=["prompt", "held_out_prompt"], orient="row"))
+    return table_output(context, services, frame, measured, contaminated=matches, **made_by(prompt_generator))
 
 
 def room_in(checkpoint: Checkpoint, settings: Settings) -> Callable[[str], bool]:

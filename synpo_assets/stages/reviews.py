@@ -5,7 +5,7 @@ Here: none either, unless that setting is stated. Its table keeps who said what 
 or leaves the pairs that it would keep, and evaluation/agreement.py says how often scorer and judge are of the same opinion.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import dagster as dg
@@ -75,8 +75,6 @@ def check_verdicts(settings: Settings, tables: ParquetTables, sides: Mapping[str
     """What the verdicts of people are about, as a sentence; None if the settings name no file.
 
     Args:
-        settings: The experiment.
-        tables: Those of its home.
         sides: The assets that make the two sides, by the names that stages have for them.
 
     Raises:
@@ -103,10 +101,6 @@ def _candidate_ids(tables: ParquetTables, sides: Mapping[str, str]) -> set[str]:
     """The ids of all pairs that answers of this home make, whether a filter keeps them or not."""
     found = set[str]()
     chosen, rejected = sides["chosen_responses"], sides.get("rejected_responses", "rejected_responses")
-    for key in _common(tables.partitions(chosen), tables.partitions(rejected)):
+    for key in set(tables.partitions(chosen)).intersection(tables.partitions(rejected)):
         found |= set(join_sides(tables.read(chosen, key), tables.read(rejected, key))["pair_id"])
     return found
-
-
-def _common(some: Iterable[str], others: Iterable[str]) -> list[str]:
-    return sorted(set(some) & set(others))

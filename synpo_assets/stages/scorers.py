@@ -23,7 +23,6 @@ import dataclasses
 import dagster as dg
 import polars as pl
 
-from resources.generation.language_model import Usage
 from resources.judging.judge_choice import judge_scorer
 from resources.scoring.published import fetch_reward_model
 from resources.scoring.scorer import SCORERS, RewardScorer, ScoringUsage
@@ -32,7 +31,6 @@ from resources.settings.settings import Settings
 from resources.settings.training import Training
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
-from resources.training.job import TrainingSummary
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work, training_work
 from synpo_assets.graph.metrics import Metric
@@ -131,12 +129,8 @@ def reward_model(
     `held_out_accuracy` says how often it prefers the better answer of pairs that it has not seen, by kind; one half is
     guessing, and a filter that guesses is none.
     """
-    settings = services.settings
-    answered, usage = _seed_answers(services, initial_policy, seed_pairs, "scorer")
-    made, summary = _made(
-        context, services, initial_policy, seed_pairs, answered, settings.scorer, settings.random_seed, "scorer"
-    )
-    return _scorer_output(context, services, made, summary, services.scorer, answered, usage)
+    scorer, random_seed = services.settings.scorer, services.settings.random_seed
+    return _made(context, services, initial_policy, seed_pairs, "scorer", scorer, services.scorer, random_seed)
 
 
 def _judge_model_cost(sizes: Sizes) -> list[Work]:
@@ -165,25 +159,9 @@ def judge_model(
     `held_out_accuracy` of pairs of which both answers ended says whether its win rates mean anything. If its interval holds one
     half, they are not shown.
     """
-    judge = judge_scorer(services.settings.judge, services.scorer)
-    answered, usage = _seed_answers(services, initial_policy, seed_pairs, "judge")
-    random_seed = services.settings.random_seed + 1
-    made, summary = _made(
-        context, services, initial_policy, seed_pairs, answered, services.settings.judge.scorer, random_seed, "judge"
-    )
-    return _scorer_output(context, services, made, summary, judge, answered, usage)
-
-
-def _seed_answers(
-    services: Services, initial_policy: Checkpoint, seed_pairs: pl.DataFrame, split: str
-) -> tuple[pl.DataFrame, Usage]:
-    """M_0's answers (`response`) to the rows set aside for a model, and to dev and test, and whether they were cut."""
-    asked = seed_pairs.filter(IS_HELD_OUT | (pl.col("split") == split))
-    sampling = services.settings.responses.sampling
-    written, usage = services.language_model.answer(initial_policy, prompt_requests(asked), sampling)
-    return asked.with_columns(
-        response=written["text"].str.strip_chars(), cut=written["finish_reason"] == "length"
-    ), usage
+    judge, random_seed = services.settings.judge, services.settings.random_seed + 1
+    reader = judge_scorer(judge, services.scorer)
+    return _made(context, services, initial_policy, seed_pairs, "judge", judge.scorer, reader, random_seed)
 
 
 def _made(
@@ -191,34 +169,30 @@ def _made(
     services: Services,
     initial_policy: Checkpoint,
     seed_pairs: pl.DataFrame,
-    answered: pl.DataFrame,
-    scorer: Scorer,
-    random_seed: int,
     section: str,
-) -> tuple[Checkpoint, TrainingSummary | None]:
-    """A reward model from M_0 on gold over worse answers, or the published one that the section names."""
+    scorer: Scorer,
+    reader: RewardScorer,
+    random_seed: int,
+) -> dg.Output[Checkpoint]:
+    """A reward model from M_0 on gold over worse answers, or the published one that the section of the settings names.
+
+    With its accuracy on held-out pairs of each kind, which it was not trained on; `reader` compares them with it.
+    """
+    asked = seed_pairs.filter(IS_HELD_OUT | (pl.col("split") == section))
+    sampling, summary = services.settings.responses.sampling, None
+    written, usage = services.language_model.answer(initial_policy, prompt_requests(asked), sampling)
+    answered = asked.with_columns(response=written["text"].str.strip_chars(), cut=written["finish_reason"] == "length")
     if isinstance(scorer, PublishedScorer):
         weights, origin = fetch_reward_model(scorer, services.settings.engine.trust_remote_code, section)
-        return services.checkpoints.adopt(context, weights, origin), None
-    pairs = training_pairs(answered.filter(~IS_HELD_OUT), random_seed)
-    return train_from_initial(
-        context, services, "reward", initial_policy, pairs, scorer.training, random_seed, seed_pairs=seed_pairs
-    )
-
-
-def _scorer_output(
-    context: dg.AssetExecutionContext,
-    services: Services,
-    made: Checkpoint,
-    summary: TrainingSummary | None,
-    scorer: RewardScorer,
-    answered: pl.DataFrame,
-    usage: Usage,
-) -> dg.Output[Checkpoint]:
-    """The model with its accuracy on held-out pairs of each kind, which it was not trained on."""
-    pairs = held_out_pairs(answered.filter(IS_HELD_OUT), services.settings.random_seed)
-    judged = scorer.compare(made, pairs.select("prompt", "better", "worse").rows(), judging=True)
-    accuracy = accuracy_by_kind(pairs, judged.margins)
+        made = services.checkpoints.adopt(context, weights, origin)
+    else:
+        pairs = training_pairs(answered.filter(~IS_HELD_OUT), random_seed)
+        made, summary = train_from_initial(
+            context, services, "reward", initial_policy, pairs, scorer.training, random_seed, seed_pairs=seed_pairs
+        )
+    held_out = held_out_pairs(answered.filter(IS_HELD_OUT), services.settings.random_seed)
+    judged = reader.compare(made, held_out.select("prompt", "better", "worse").rows(), judging=True)
+    accuracy = accuracy_by_kind(held_out, judged.margins)
     measured = [
         *_accuracy_metrics(accuracy),
         *metrics.generating(usage),
