@@ -1,4 +1,4 @@
-"""A home whose runs are killed at random and whose settings are edited meanwhile ends as an undisturbed one.
+"""A home whose runs are killed, whose files are damaged and whose settings are edited at random ends as an undisturbed one.
 
 SYNPO_SOAK_SECONDS says for how long, and without it nothing is tried; SYNPO_SOAK_SEED which moments and victims are drawn:
 `SYNPO_SOAK_SECONDS=1200 pytest -n 0 -m slow tests/test_soak.py`.
@@ -21,7 +21,8 @@ from polars.testing import assert_frame_equal
 from resources.storage.manifests import Pointer
 from tests.conftest import synpo
 from tests.nano import nano_settings, write_settings
-from tests.ui import processes_of
+from tests.test_healing import flipped
+from tests.ui import processes_of, running_ui
 
 SECONDS = float(os.environ.get("SYNPO_SOAK_SECONDS", "0"))
 SEED = int(os.environ.get("SYNPO_SOAK_SEED", "1"))
@@ -35,6 +36,30 @@ def kill_one_of(home, run, draw):
     victims = [run.pid, *processes_of(home)]
     with suppress(ProcessLookupError):
         os.kill(draw.choice(victims), draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+
+
+def damage_a_file(home, draw):
+    """Does to one finished file what a failing disk does."""
+    files = [file for place in ("tables/**/*.parquet", "metrics/**/*.parquet", "shards/**/*.parquet", "checkpoints/*/*.json",
+                                "checkpoints/**/manifest.json") for file in sorted(home.glob(place))]  # fmt: skip
+    if files:
+        file = draw.choice(files)
+        content = file.read_bytes()
+        damaged = draw.choice([None, b"", content[: len(content) // 2], flipped(content, draw) if content else b"?"])
+        if damaged is None:
+            file.unlink()
+        else:
+            file.write_bytes(damaged)
+
+
+def launch_in_the_ui(home, draw):
+    """Materializes the first iteration in the UI, whose processes are then ended with it, or killed one by one."""
+    with running_ui(home) as ui:
+        ui.launch("0001", [asset for asset, has_iterations in ui.assets().items() if has_iterations])
+        time.sleep(draw.uniform(*MOMENTS))
+        if draw.random() < 0.5:
+            with suppress(ProcessLookupError):
+                os.kill(draw.choice([*processes_of(home)]), signal.SIGKILL)
 
 
 def edit_settings(home, draw):
@@ -53,6 +78,13 @@ def edit_settings(home, draw):
         write_settings(file, values)
 
 
+def wait_for_the_end_of(home):
+    ended = time.monotonic() + ENDS_WITHIN
+    while processes_of(home):
+        assert time.monotonic() < ended, processes_of(home)
+        time.sleep(0.2)
+
+
 def made_in(home):
     """The tables and the sha of the checkpoints of the first iteration, and of what is made once, by place."""
     places = [*home.glob("tables/*.parquet"), *home.glob("tables/*/0001.parquet")]
@@ -68,8 +100,12 @@ def test_a_home_whose_runs_are_killed_ends_as_an_undisturbed_one(nano_run, nano_
     settings = write_settings(tmp_path / "nano.yaml", nano_settings(nano_model))
     command = [str(Path(sys.executable).with_name("synpo")), "run", "--home", str(home)]
     environment = {name: value for name, value in os.environ.items() if name not in ("SYNPO_HOME", "DAGSTER_HOME")}
-    deadline, kills = time.monotonic() + SECONDS, 0
+    deadline, kills, launches = time.monotonic() + SECONDS, 0, 0
     while time.monotonic() < deadline:
+        if kills > launches and draw.random() < 0.4:
+            launch_in_the_ui(home, draw)
+            launches += 1
+            wait_for_the_end_of(home)
         first = [] if (home / "settings.yaml").exists() else ["--settings", str(settings)]
         with subprocess.Popen(
             [*command, *first], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -83,12 +119,10 @@ def test_a_home_whose_runs_are_killed_ends_as_an_undisturbed_one(nano_run, nano_
             with suppress(subprocess.TimeoutExpired):
                 run.wait(draw.uniform(1, 10))
             run.kill()
-        ended = time.monotonic() + ENDS_WITHIN
-        while processes_of(home):
-            assert time.monotonic() < ended, processes_of(home)
-            time.sleep(0.2)
+        wait_for_the_end_of(home)
         if (home / "settings.yaml").exists():
             edit_settings(home, draw)
+            damage_a_file(home, draw)
     last = synpo("run", "--home", home)
     assert last.returncode == 0, last.stderr[-2000:]
     assert kills, "a soak in which nothing is killed shows nothing: give it more time"

@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.rules_nulls HOME ITERATION FILE.csv
 
-The nulls: M_0's first sentence, M_0 cut to as many words as M_t wrote, and M_t's answers to other prompts of the split.
+The nulls: M_0's first sentence, M_0 cut to as many words as M_t wrote, M_t's answers to other prompts of the split, and the prompt
+itself.
 """
 
 import random
@@ -32,6 +33,7 @@ def rows(asked: pl.DataFrame, split: str) -> list[dict[str, object]]:
         "M_0, first sentence": [first_sentence(text) for text in initial],
         "M_0, as many words as M_t": as_long,
         "M_t, answer to another prompt": random.Random(1).sample(candidate, len(candidate)),
+        "the prompt itself": asked["prompt"].to_list(),
     }
     return [
         {
