@@ -129,6 +129,7 @@ def recorded(iteration, kept=5):
         ],
         "instruction_following": [
             Metric("instructions", 9), *sides("verifiable_rate", 0.5, 0.375), *sides("constraint_rate", 0.6),
+            Metric("verifiable_rate", 0.25, of="prompt_as_answer"),
             gain("verifiable_gain", 0.125, -0.01, 0.25), Metric("generated_tokens", 1),
         ],
         "gold_comparison": [
@@ -313,6 +314,7 @@ def test_every_metric_is_in_its_place(instance, services):
         "verifiable instructions": ("9", "9"),
         "instructions followed by M_t": ("50.0%", "50.0%"),
         "instructions followed by M_0": ("37.5%", "37.5%"),
+        "instructions followed by their own prompts, given as answers": ("25.0%", "25.0%"),
         "instructions followed, M_t less M_0, 95 % interval": ("+12.5 points (-1.0 to +25.0)",) * 2,
         "log-likelihood of gold's text per token, M_t less M_0, 95 % interval": ("+0.500 (+0.250 to +0.750)",) * 2,
         "constraints met by M_t": ("60.0%", "60.0%"),

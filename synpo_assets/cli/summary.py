@@ -10,7 +10,7 @@ from resources.common.text import asset_label, visible
 from resources.judging.judge_choice import INDEPENDENT
 from resources.storage.tables import ParquetTables
 from synpo_assets.graph.history import seconds_of
-from synpo_assets.graph.metrics import MetricName, Metrics, judge_doubt, recorded
+from synpo_assets.graph.metrics import PROMPT_AS_ANSWER, MetricName, Metrics, judge_doubt, recorded
 from synpo_assets.graph.missing import asset_names
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
@@ -109,7 +109,10 @@ def _held_out(services: Services, iterations: int) -> Table:
         gain = measured.find("verifiable_gain", "candidate", over="initial")
         if gain is not None and gain.value is not None:
             shares = (share_text(measured.value("verifiable_rate", side)) for side in ("initial", "candidate"))
-            followings.append(f"{' → '.join(shares)}, {gain_text(gain)} (M_{number}, {gain.n} instructions)")
+            null = share_text(measured.value("verifiable_rate", PROMPT_AS_ANSWER))
+            followings.append(
+                f"{' → '.join(shares)}, {gain_text(gain)} (M_{number}, {gain.n} instructions; {null} by their prompts as answers)"
+            )
     table.caption_justify = "left"
     table.caption = f"Mean reward by the scorer, M_0 → M_t: {', '.join(rewards)}."
     if followings:

@@ -7,7 +7,7 @@ from typing import Unpack
 from resources.judging.judge_choice import INDEPENDENT
 from resources.training.history import last_quarter
 from synpo_assets.graph.boosting import AT_CHANCE, PROMOTED
-from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName, Which
+from synpo_assets.graph.metrics import ENDING_COUNTS, PROMPT_AS_ANSWER, Metric, MetricName, Which
 from synpo_assets.graph.texts import (
     MISSING,
     count_text,
@@ -273,6 +273,8 @@ def _without_a_judge() -> Iterator[tuple[str, str, Cell]]:
     yield section, "verifiable instructions", value_cell("instructions", count_text)
     for side, model in MODELS.items():
         yield section, f"instructions followed by {model}", value_cell("verifiable_rate", share_text, side)
+    label = "instructions followed by their own prompts, given as answers"
+    yield section, label, value_cell("verifiable_rate", share_text, PROMPT_AS_ANSWER)
     label = "instructions followed, M_t less M_0, 95 % interval"
     yield section, label, metric_cell("verifiable_gain", gain_text, "candidate", over="initial")
     for side, model in MODELS.items():
