@@ -75,6 +75,10 @@ REFUSED = [
     ({"prompt": openai(("developer", "Be brief."), ("user", "Why?")), "answer": "So."}, "the prompt has a system turn"),
     ({"prompt": [{"role": "user", "parts": ["Why?"]}], "answer": "So."}, "without `content`; it has `role`, `parts`"),
     ({"prompt": "Why?", "answer": [{"role": "assistant", "content": "So.", "tool_calls": [{}]}]}, "that calls a tool"),
+    (
+        {"prompt": "Why?", "answer": [{"role": "assistant", "content": "So.", "reasoning_content": "Hm."}]},
+        "has `reasoning_content` beside the answer",
+    ),
     ({"prompt": json.dumps(openai(*CONVERSATION)), "answer": "So."}, "the prompt is a conversation of 3 turns"),
     ({"prompt": "Translate.", "input": "Hallo", "answer": "Hello"}, "its column `input` is part of what was asked"),
     ({"prompt": "Why?", "history": [["How?", "So."]], "answer": "So."}, "its column `history` is part of"),

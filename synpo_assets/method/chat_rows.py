@@ -17,6 +17,8 @@ import regex
 ROLES = {"human": "user", "prompter": "user", "developer": "system"}
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant")
 TEXT_PARTS = ("text", "input_text", "output_text")
+# What servers and data sets call the thoughts before an answer.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 # Columns that Alpaca, Dolly, OpenOrca and their kin put a part of the question in.
 PARTS_OF_QUESTIONS = ("input", "context", "system", "system_prompt", "history")
 # Spaces without a width, marks of direction and their like are no text by themselves.
@@ -122,8 +124,10 @@ def turns_of(messages: Sequence[Any]) -> dict[str, Any]:
         if not message.keys() & {"content", "value"}:
             known = ", ".join(f"`{name}`" for name in message)
             raise UnusableCellError(f"has a turn of role `{role}` without `content`; it has {known}")
-        if message.get("tool_calls"):
+        if message.get("tool_calls") or message.get("function_call"):
             raise UnusableCellError(f"has a turn of role `{role}` that calls a tool: only text can be learned from")
+        if thought := next((name for name in THOUGHTS if message.get(name)), None):
+            raise UnusableCellError(f"has `{thought}` beside the answer, which would not be trained: leave it out of the rows")
         content = _content(message.get("content") if message.get("content") is not None else message.get("value"))
         if role == "system" and not str(content or "").strip():
             continue
