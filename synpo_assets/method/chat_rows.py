@@ -127,7 +127,9 @@ def turns_of(messages: Sequence[Any]) -> dict[str, Any]:
         if message.get("tool_calls") or message.get("function_call"):
             raise UnusableCellError(f"has a turn of role `{role}` that calls a tool: only text can be learned from")
         if thought := next((name for name in THOUGHTS if message.get(name)), None):
-            raise UnusableCellError(f"has `{thought}` beside the answer, which would not be trained: leave it out of the rows")
+            raise UnusableCellError(
+                f"has `{thought}` beside the answer, which would not be trained: leave it out of the rows"
+            )
         content = _content(message.get("content") if message.get("content") is not None else message.get("value"))
         if role == "system" and not str(content or "").strip():
             continue
