@@ -13,6 +13,11 @@ from resources.settings.data import SEED_DATA_SUFFIXES, DataSource
 from resources.settings.sections import SettingsError
 
 ROWS_THAT_SHOW_THE_COLUMNS = 100
+# Where the columns of a source are named; those of instructions have fixed names.
+COLUMN_SETTINGS = dict.fromkeys(
+    ("seed_data.train", "seed_data.held_out"), "seed_data.prompt_column and seed_data.answer_column"
+)
+COLUMN_SETTINGS |= {"keyword_pool.corpus": "keyword_pool.text_column"}
 
 
 def read_rows(source: DataSource, setting: str, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -33,9 +38,10 @@ def read_rows(source: DataSource, setting: str, columns: tuple[str, ...]) -> Ite
         )
     missing = [column for column in columns if column not in found]
     if missing:
+        named = COLUMN_SETTINGS.get(setting)
         raise SettingsError(
             f"{source.path} ({setting}) has no column {', '.join(f'`{name}`' for name in missing)}; it has "
-            f"{', '.join(f'`{name}`' for name in found)}. Name the right ones in the settings."
+            f"{', '.join(f'`{name}`' for name in found)}. {f'Name the right ones in {named}' if named else 'Rename them so'}."
         )
     yield from first
     yield from rows
