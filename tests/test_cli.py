@@ -43,7 +43,12 @@ def test_missing_seed_file(tmp_path, nano_model):
 def test_seed_without_the_right_columns(tmp_path, nano_model):
     settings = nano_settings(nano_model)
     settings["seed_data"]["answer_column"] = "gold"
-    refused(tmp_path, settings, "Name the right ones in seed_data.prompt_column and seed_data.answer_column.", command="check")
+    refused(
+        tmp_path,
+        settings,
+        "Name the right ones in seed_data.prompt_column and seed_data.answer_column.",
+        command="check",
+    )
 
 
 def test_bad_seed_rows_by_line(tmp_path, nano_model):

@@ -2,7 +2,8 @@
 
 Not in the paper, whose prompts have no rules. An answer can follow such a rule only by chance, and a pair in which the chosen one
 does teaches chance. What is compared is words: a number or text of the rule stands in the prompt, or, for a rule without a value, a
-word that names it. The words are English; in other languages rules are taken on trust.
+word that names it. A text that shall be contained or avoided must be named as such, in quotation marks or after a word like
+"mention": nearly every question holds words of its own subject. The words are English; in other languages rules are taken on trust.
 """
 
 import re
@@ -20,6 +21,11 @@ NAMED_BY = {
     "all_uppercase": ("upper", "capital", "block letter"),
     "in_quotes": ("quot",),
 }
+# Rules about a text, and what stands before a text that is meant as one.
+NAMING_TEXTS = ("contains", "avoids", "avoids_text", "starts_with", "ends_with")
+NAMES_A_TEXT = re.compile(
+    r"""(?:["'\u2018-\u201f\u00ab\u00bb]|\b(?:words?|phrase|mention\w*|includ\w*|contain\w*|avoid\w*|with|without|us(?:e|ing))\s+(?:the\s+)?)$"""
+)
 
 
 def is_stated(prompt: str, constraint: Mapping[str, str]) -> bool:
@@ -32,6 +38,8 @@ def is_stated(prompt: str, constraint: Mapping[str, str]) -> bool:
         False
         >>> is_stated("Is it wet? Say yes or no.", {"rule": "is_one_of", "value": "yes|no"})
         True
+        >>> [is_stated(prompt, {"rule": "contains", "value": "sea"}) for prompt in ("Why is the sea salty?", "Mention the sea.")]
+        [False, True]
     """
     said, rule, value = prompt.lower(), constraint["rule"], constraint["value"]
     if rule in NAMED_BY:
@@ -39,4 +47,7 @@ def is_stated(prompt: str, constraint: Mapping[str, str]) -> bool:
     if rule in COUNTING:
         names = [str(int(value)), *NUMBERS[int(value) : int(value) + 1]]
         return any(re.search(rf"(?<!\w){name}(?!\w)", said) for name in names)
+    if rule in NAMING_TEXTS:
+        places = (match.start() for match in re.finditer(re.escape(value.lower()), said))
+        return any(NAMES_A_TEXT.search(said[:place]) for place in places)
     return all(part.lower() in said for part in value.split("|"))
