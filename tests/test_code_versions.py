@@ -30,7 +30,7 @@ EDITS = {
         {"base_responses", "rejected_responses", "seed_responses"},
     ),
     "a function of the method, several calls away": (
-        "synpo_assets/method/words.py", "return WORD.findall(text.lower())", "return WORD.findall(text)",
+        "synpo_assets/method/words.py", ", usual).lower())", ", usual))",
         {"seed_pairs", "synthetic_prompts", "self_instruct_prompts", "prompt_diversity", "preference_pairs", "evaluation"},
     ),
     "a template": (
