@@ -15,6 +15,7 @@ import platformdirs
 
 from resources.models.chat import ASKED, end_of_turn_id, load_tokenizer, prompt_ids
 from resources.models.chat_template import refuse_other_text, with_stated_template
+from resources.models.context import text_config
 from resources.settings.data import EmbeddingModel, InitialPolicy, ModelSource
 from resources.settings.sections import SettingsError
 from resources.storage.files import file_sha256, temporary_directory_beside
@@ -116,11 +117,9 @@ def check_tokenizer(directory: Path, trust_remote_code: bool) -> None:
 
 def _refuse_beyond_vocabulary(directory: Path, trust_remote_code: bool) -> None:
     """Raises a sentence if a token that every batch or chat has is none of the model's, which looks it up all the same."""
-    from transformers import AutoConfig
-
     with loading_explained(directory):
         tokenizer = load_tokenizer(str(directory), trust_remote_code)
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code).get_text_config()
+        config = text_config(directory, trust_remote_code)
     used = {tokenizer.pad_token_id, end_of_turn_id(tokenizer), config.pad_token_id, *prompt_ids(tokenizer, ASKED)}
     beyond = sorted(token_id for token_id in used if token_id is not None and token_id >= config.vocab_size)
     if beyond:
