@@ -19,7 +19,10 @@ LOSSES = [SimPO(beta=2.5, gamma=1.25), DPO(beta=0.3), ORPO(beta=0.4), CPOSimPO(b
 def train(tmp_path, nano_checkpoint):
     def train(loss, rows, **changes):
         trainer = Trainer(
-            engine=Engine(threads=1), random_seed=1, processes=TrainingProcesses(), states=str(tmp_path / "states")
+            engine=Engine(threads=1, dtype="float32"),
+            random_seed=1,
+            processes=TrainingProcesses(),
+            states=str(tmp_path / "states"),
         )
         training = PAIRED.model_copy(update=changes)
         return trainer.train("preference", nano_checkpoint, rows, training, tmp_path / "out", loss)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+import torch
 
 from resources.common import progress
 from resources.models.chat import load_tokenizer, prompt_text
+from resources.models.device import trains_in_bfloat16
 from resources.settings.machine import Engine
 from resources.settings.training import PreferenceTraining, SimPO, Training, TrainingProcesses
 from resources.storage.checkpoint_store import Checkpoint
@@ -49,13 +51,15 @@ def pairs(rows=ROWS, **changes):
 @pytest.fixture
 def trainer(tmp_path):
     return Trainer(
-        engine=Engine(threads=1), random_seed=1, processes=TrainingProcesses(), states=str(tmp_path / "training")
+        engine=Engine(threads=1, dtype="float32"),
+        random_seed=1,
+        processes=TrainingProcesses(),
+        states=str(tmp_path / "training"),
     )
 
 
 def mean_log_probability(model, tokenizer, messages, answer):
     """Average log-probability of an answer and its end-of-turn token, computed from the logits by hand."""
-    import torch
 
     prompt = tokenizer(prompt_text(tokenizer, messages), add_special_tokens=False).input_ids
     whole = torch.tensor([[*prompt, *tokenizer(answer + "<|im_end|>", add_special_tokens=False).input_ids]])
@@ -83,7 +87,6 @@ def test_the_simpo_loss_is_the_papers_formula(tmp_path, trainer, nano_checkpoint
 
 def test_golden_numbers_of_the_simpo_loss():
     """-log sigmoid(beta (a - b) - gamma), by hand: beta 2, gamma 1.6, a -1, b -2 -> log(1 + e^-0.4)."""
-    import torch
     from trl.experimental.cpo import CPOTrainer
 
     class Loss:
@@ -107,6 +110,40 @@ def test_the_cpu_loss_of_supervised_training_is_trls(tmp_path, trainer, nano_che
     for mine, trl in zip(ours.history, theirs.history, strict=True):
         assert mine["loss"] == pytest.approx(trl["loss"], abs=1e-4)
         assert mine["grad_norm"] == pytest.approx(trl["grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["supervised", "preference"])
+def test_products_in_bfloat16_change_the_loss_little_and_keep_float32_weights(
+    tmp_path, trainer, nano_checkpoint, monkeypatch, kind
+):
+    from safetensors.torch import load_file
+
+    given = (EXAMPLES, SFT) if kind == "supervised" else (pairs()[:8], PAIRED)
+    losses = []
+    for in_bfloat16 in (False, True):
+        for module in ("run", "trainer"):
+            monkeypatch.setattr(f"resources.training.{module}.trains_in_bfloat16", lambda *_, told=in_bfloat16: told)
+        made = trainer.train(
+            kind, nano_checkpoint, *given, tmp_path / str(in_bfloat16), SIMPO if kind == "preference" else None
+        )
+        losses.append([step["loss"] for step in made.history])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
+    weights = load_file(tmp_path / "True" / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "instructions", "expected"),
+    [
+        ("auto", "cuda", set(), True), ("float32", "cuda", set(), False), ("auto", "cpu", {"avx2"}, False),
+        ("auto", "cpu", {"avx512_bf16"}, True), ("bfloat16", "cpu", {"amx_bf16"}, True),
+        ("float32", "cpu", {"avx512_bf16"}, False),
+    ],
+)  # fmt: skip
+def test_only_what_multiplies_bfloat16_fast_trains_in_it(monkeypatch, dtype, device, instructions, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True), raising=False)
+    assert trains_in_bfloat16(Engine(dtype=dtype), device) == expected
 
 
 def test_a_model_that_scales_its_logits_learns_by_its_own_loss(tmp_path, trainer, nano_model, monkeypatch):
@@ -180,7 +217,6 @@ def test_last_layers_only(tmp_path, trainer, nano_checkpoint):
 
 
 def test_the_merged_copy_equals_base_plus_adapter(tmp_path, trainer, nano_checkpoint):
-    import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

@@ -33,11 +33,12 @@ class CpuSFTTrainer(SFTTrainer):
         read = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
         if self._only_projects is None:
             self._only_projects = only_projects(base, inputs["input_ids"][:1])
-        if self._only_projects:
-            hidden = base.base_model(**read).last_hidden_state
-            logits = base.get_output_embeddings()(hidden[:, :-1][wanted]).float()
-        else:
-            logits = base(**read).logits[:, :-1][wanted].float()
+        with self.accelerator.autocast():
+            if self._only_projects:
+                hidden = base.base_model(**read).last_hidden_state
+                logits = base.get_output_embeddings()(hidden[:, :-1][wanted]).float()
+            else:
+                logits = base(**read).logits[:, :-1][wanted].float()
         loss = cross_entropy(logits, labels[wanted], reduction="sum") / (num_items_in_batch or wanted.sum())
         return (loss, {"logits": logits}) if return_outputs else loss
 

@@ -19,7 +19,7 @@ from pydantic import PrivateAttr
 from resources.common.progress import Progress
 from resources.common.text import asset_label
 from resources.models.chat import load_tokenizer
-from resources.models.device import DeviceResource, prepare_device, torch_dtype, visible_gpus
+from resources.models.device import DeviceResource, prepare_device, torch_dtype, trains_in_bfloat16, visible_gpus
 from resources.settings.training import Loss, Training, TrainingProcesses
 from resources.storage.checkpoint_store import TRAINING_LOG, Checkpoint
 from resources.storage.files import json_sha256, write_atomically
@@ -195,8 +195,9 @@ class Trainer(DeviceResource):
             "rows": [json_sha256(row) for row in prepared.rows],
             "training": training.model_dump(),
             "loss": loss and loss.model_dump(),
-            "device": prepare_device(self.engine),
+            "device": (device := prepare_device(self.engine)),
             "dtype": str(torch_dtype(self.engine)),
+            "in_bfloat16": trains_in_bfloat16(self.engine, device),
             "random_seed": self.random_seed,
             "steps": steps,
             "processes": processes,

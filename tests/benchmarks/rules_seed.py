@@ -187,6 +187,16 @@ def json_lowercase(ask: Ask) -> Task:
     return ask.prompt(), json.dumps(ask.items), {"json_list_of": len(ask.items), "all_lowercase": None}
 
 
+def lowercase_contains(ask: Ask) -> Task:
+    word = max(_words(ask.fact), key=len).lower()
+    return ask.prompt(word=word), ask.fact.lower(), {"contains": word, "all_lowercase": None}
+
+
+def sentence_contains(ask: Ask) -> Task:
+    word = max(_words(ask.fact), key=len).lower()
+    return ask.prompt(word=word), ask.fact, {"contains": word, "sentences_at_most": 1}
+
+
 def short_with_end(ask: Ask) -> Task:
     gold = f"{ask.text} {ask.end}"
     most = len(gold.split()) + 2
@@ -201,6 +211,7 @@ KINDS: tuple[Callable[[Ask], Task], ...] = (
     dashes, numbered, commas, json_list, json_object, one_sentence, words_at_most, words_at_least, starts_with, ends_with,
     contains, avoids, lowercase, uppercase, in_quotes, question, classify, extract, arithmetic, sort, steps, rewrite,
     dashes_lowercase, sentence_uppercase, sentence_in_quotes, json_lowercase, short_with_end, numbered_lowercase,
+    lowercase_contains, sentence_contains,
 )  # fmt: skip
 
 
@@ -224,6 +235,9 @@ def tasks_of(split: str, topics: list[dict[str, Any]], templates: dict[str, Any]
             ])  # fmt: skip
             if not all(followed(constraints, answer)):
                 raise SystemExit(f"Gold fails its own rules: {prompt!r}, {answer!r}, {constraints}")
+            # An instruction whose rules its own words happen to follow says little of an answer.
+            if split != "train" and all(followed(constraints, prompt)):
+                continue
             yield {
                 "prompt": prompt, "answer": answer, "constraints": constraints, "topic": topic["topic"], "kind": kind.__name__,
                 "template": f"{kind.__name__}/{split}/{place}",

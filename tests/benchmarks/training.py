@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
-from resources.models.device import prepare_device, torch_dtype
+from resources.models.device import prepare_device, torch_dtype, trains_in_bfloat16
 from resources.settings.machine import Engine
 from resources.settings.training import PreferenceTraining, SimPO, TrainingProcesses
 from resources.storage.checkpoint_store import Checkpoint
@@ -114,7 +114,7 @@ def raw(
         "output_dir": str(directory / "trainer"), "learning_rate": training.learning_rate, "num_train_epochs": 1,
         "per_device_train_batch_size": training.micro_batch_size, "lr_scheduler_type": training.scheduler,
         "gradient_accumulation_steps": training.batch_size // training.micro_batch_size,
-        "max_length": training.max_length, "use_cpu": not on_gpu, "bf16": on_gpu,
+        "max_length": training.max_length, "use_cpu": not on_gpu, "bf16": trains_in_bfloat16(engine, "cuda" if on_gpu else "cpu"),
         "gradient_checkpointing": on_gpu and checkpointing, "dataloader_pin_memory": on_gpu, "logging_steps": 1,
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
     }  # fmt: skip
