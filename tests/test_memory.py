@@ -125,7 +125,7 @@ def test_what_is_split_or_kept_elsewhere_is_not_asked_of_one_gpu(tmp_path, text,
 def test_the_papers_models_fit_eight_gpus_of_80_gb_and_not_one(preset):
     settings = load_settings(preset_path(preset))
     assert Path(settings.training_processes.accelerate_config).name == "fsdp_8_gpus.yaml"
-    for each in settings.trainings:
+    for _, each in settings.trainings:
         assert each.batch_size % (8 * each.micro_batch_size) == 0
         assert memory.least_bytes(each, LLAMA_3, VOCABULARY, 1 / 8) < 40e9
         assert memory.least_bytes(each, LLAMA_3, VOCABULARY, 1) > 80e9

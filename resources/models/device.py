@@ -98,7 +98,7 @@ def trains_in_bfloat16(engine: Engine, device: str) -> bool:
     import torch
 
     # Not every torch in our range tells.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     capable = device == "cuda" or any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS)
     return capable and engine.dtype != "float32"
 

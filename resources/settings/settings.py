@@ -154,15 +154,15 @@ class Settings(Section):
         return self
 
     @property
-    def trainings(self) -> list[Training]:
-        """All training runs that the settings ask for."""
+    def trainings(self) -> list[tuple[str, Training]]:
+        """All training runs that the settings ask for, each with the section that it stands in."""
         optimization = self.preference_optimization
         tried = optimization.search.possible if optimization.search else [{}]
-        trainings = [self.prompt_generator.training, *(optimization.with_values(each).training for each in tried)]
-        if self.trains_improver:
-            trainings.append(self.response_improver.training)
-        trainings += [self.scorer.training] if isinstance(self.scorer, RewardTraining) else []
-        return trainings + ([self.judge.training] if isinstance(self.judge, TrainedJudge) else [])
+        trainings = [("prompt_generator", self.prompt_generator.training)]
+        trainings += [("response_improver", self.response_improver.training)] if self.trains_improver else []
+        trainings += [("preference_optimization", optimization.with_values(each).training) for each in tried]
+        trainings += [("scorer", self.scorer.training)] if isinstance(self.scorer, RewardTraining) else []
+        return trainings + ([("judge", self.judge.training)] if isinstance(self.judge, TrainedJudge) else [])
 
     @property
     def trains_improver(self) -> bool:

@@ -1,7 +1,6 @@
 """What a training takes of a GPU's memory at least, worked out before anything is made or a model is loaded."""
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.filesize import decimal
@@ -9,9 +8,7 @@ from rich.filesize import decimal
 from resources.models.context import text_config
 from resources.models.device import prepare_device
 from resources.models.weights import parameter_count
-from resources.settings.evaluation import TrainedJudge
 from resources.settings.machine import Engine
-from resources.settings.method import RewardTraining
 from resources.settings.settings import Settings
 from resources.settings.training import PreferenceTraining, Training
 from resources.training.job import TrainingError
@@ -32,10 +29,11 @@ def refuse_too_little_memory(settings: Settings, initial: Path) -> None:
     if prepare_device(settings.engine) == "cpu" or (available := _gpu_bytes()) is None:
         return
     weights, tokens = parameter_count(initial), text_config(initial, settings.engine.trust_remote_code).vocab_size
-    for name, training, vocabulary in _trainings(settings, tokens):
+    for name, training in settings.trainings:
         processes, _ = processes_to_start(settings.training_processes, training, settings.engine)
         share = least_share(settings.training_processes, processes)
-        needed = least_bytes(training, weights, vocabulary, share)
+        # A reward model gives no logits of tokens.
+        needed = least_bytes(training, weights, 0 if name in ("scorer", "judge") else tokens, share)
         if needed > available:
             raise TrainingError(
                 f"The training of {name} takes at least {decimal(needed)} of each GPU, for {share:.0%} of {weights / 1e9:.2f} "
@@ -77,18 +75,6 @@ def keeps_activations(engine: Engine, training: Training, start: Path, share: fl
 
 def _sequences(training: Training) -> int:
     return training.micro_batch_size * (2 if isinstance(training, PreferenceTraining) else 1)
-
-
-def _trainings(settings: Settings, vocabulary: int) -> Iterator[tuple[str, Training, int]]:
-    """The trainings from M_0 by the section of the settings, with the tokens that each gives logits of; a reward model, none."""
-    yield "prompt_generator", settings.prompt_generator.training, vocabulary
-    if settings.trains_improver:
-        yield "response_improver", settings.response_improver.training, vocabulary
-    yield "preference_optimization", settings.preference_optimization.training, vocabulary
-    if isinstance(settings.scorer, RewardTraining):
-        yield "scorer", settings.scorer.training, 0
-    if isinstance(settings.judge, TrainedJudge):
-        yield "judge", settings.judge.training, 0
 
 
 def _gpu_bytes() -> int | None:

@@ -105,7 +105,7 @@ def check_reviews(settings: Settings, home: Path) -> str | None:
 
 def check_training(settings: Settings) -> None:
     """Checks that every training can be divided among its processes here, and that its packages are installed."""
-    for training in settings.trainings:
+    for _, training in settings.trainings:
         refuse_missing_packages(settings.training_processes, training)
         processes_to_start(settings.training_processes, training, settings.engine)
 
@@ -221,7 +221,7 @@ def disk_needed(settings: Settings) -> int:
     candidates = search.candidates * (1 if search.when == "first" else settings.max_iterations) if search else 0
     checkpoints = 2 * weights * (3 + per_iteration * settings.max_iterations + candidates)
     # A saved state of a full training holds the weights and two moments of AdamW for each, in float32.
-    is_full = any(training.lora is None for training in settings.trainings)
+    is_full = any(training.lora is None for _, training in settings.trainings)
     return checkpoints + (KEPT_STATES * 3 * 2 * weights if is_full else 0)
 
 
