@@ -54,7 +54,10 @@ def pairs():
 
 def trainer(states, **processes):
     return Trainer(
-        engine=Engine(threads=1), random_seed=1, processes=TrainingProcesses(**processes), states=str(states)
+        engine=Engine(threads=1, dtype="float32"),
+        random_seed=1,
+        processes=TrainingProcesses(**processes),
+        states=str(states),
     )
 
 
@@ -370,7 +373,8 @@ def test_two_processes_learn_what_one_learns(tmp_path, nano_checkpoint, said, tr
     config.write_text("distributed_type: MULTI_GPU\nnum_processes: 2\n")
     together = train(trainer(tmp_path / "b", accelerate_config=str(config)), nano_checkpoint, tmp_path / "2", lora=None)
     assert "Training starts in processes of its own: 2." in said
-    assert said[-1].startswith(f"Step {STEPS} of {STEPS}, loss ")
+    # On a busy machine, a sign of life may follow.
+    assert [line for line in said if line.startswith("Step ")][-1].startswith(f"Step {STEPS} of {STEPS}, loss ")
     assert not [line for line in said if "observed" in line], (
         "it is for the process of the step, and for nobody to read"
     )
