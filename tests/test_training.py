@@ -60,7 +60,6 @@ def trainer(tmp_path):
 
 def mean_log_probability(model, tokenizer, messages, answer):
     """Average log-probability of an answer and its end-of-turn token, computed from the logits by hand."""
-
     prompt = tokenizer(prompt_text(tokenizer, messages), add_special_tokens=False).input_ids
     whole = torch.tensor([[*prompt, *tokenizer(answer + "<|im_end|>", add_special_tokens=False).input_ids]])
     with torch.no_grad():

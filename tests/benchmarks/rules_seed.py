@@ -216,7 +216,7 @@ KINDS: tuple[Callable[[Ask], Task], ...] = (
 
 
 def tasks_of(split: str, topics: list[dict[str, Any]], templates: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Each kind of task that a split has a template for, once for each of its topics."""
+    """Each kind of task that a split has a template for, once for each topic; in dev and test none that its prompt follows."""
     for topic in topics:
         for kind in KINDS:
             draw = random.Random(f"{split}:{topic['topic']}:{kind.__name__}")
