@@ -56,10 +56,10 @@ def test_more_minutes_are_more_prompts_and_never_more_than_they_take(folder, nan
     counts = []
     for minutes in (0.2, 2, 20):
         name = f"mine{len(counts)}.yaml"
-        assert init(name, "--data", "data.jsonl", "--no-gpu", "--minutes", minutes).exit_code == 0
+        result = init(name, "--data", "data.jsonl", "--model", nano_model, "--no-gpu", "--minutes", minutes)
+        assert result.exit_code == 0, result.output
         counts.append(load_settings(folder / name).prompt_generator.prompts_per_iteration)
-    assert counts == sorted(counts)
-    assert counts[0] < counts[-1]
+    assert counts == sorted(set(counts))
 
 
 def test_another_language_is_found_and_needs_no_english_file(folder):
