@@ -15,10 +15,9 @@ import pytest
 from resources.storage.tables import table_metadata
 from synpo_assets.graph.stage import Group, stages_in
 from synpo_assets.stages import improver, responses
-from tests.ui import running_ui, wait_for
+from tests.ui import CHROMIUM, browser_page, running_ui, wait_for
 
 pytestmark = pytest.mark.slow
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<script>document.title = 'owned'; alert(1)</script> | **bold** | \x1b[31mred\x1b[0m\n| a | b |\n|---|---|"
 
 
@@ -34,16 +33,11 @@ def ui(nano_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(ui):
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright to test the UI in a browser")
+    pytest.importorskip("playwright.sync_api", reason="pip install playwright to test the UI in a browser")
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        page.set_default_timeout(60_000)
-        page.goto(ui.url)
+    with browser_page(ui.url) as page:
         yield page
-        browser.close()
 
 
 @pytest.fixture

@@ -8,13 +8,15 @@ on the copy with two iterations and again on that with all of them; a page is op
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,13 @@ import dagster as dg
 from dagster._serdes import deserialize_value, serialize_value
 
 from synpo_assets.graph.partitions import partition_key
-from tests.ui import Ui, running_ui
+from synpo_assets.stages.loop import PARTITION_TAG
+from tests.ui import Ui, browser_page, running_ui
 
 LAST_MADE = 2
-PARTITION_TAG = "dagster/partition"
-# The path of a page below the UI's address, with the partition it shows, and a text that stands there when it is open.
+# The path of a page below the UI's address, with the partition it shows, and a whole text that stands there when it is open.
 PAGES = {
-    "runs": ("/runs", "synpo"),
+    "runs": ("/runs", "Success"),
     "catalog": ("/assets", "model_checkpoint"),
     "lineage": ("/asset-groups", "optimization"),
     "model_checkpoint, partition": ("/assets/model_checkpoint?view=partitions&partition={partition}", "trained_on"),
@@ -41,25 +43,26 @@ PAGES = {
 
 def stored_again(instance: dg.DagsterInstance, iterations: int) -> int:
     """Stores the runs of the last iteration and their events for each further iteration; returns the number of events."""
-    storage, last, events = instance.event_log_storage, partition_key(LAST_MADE), 0
+    last, events = partition_key(LAST_MADE), 0
     runs = instance.get_runs(dg.RunsFilter(tags={PARTITION_TAG: last}))[::-1]
-    seconds = max(entry.timestamp for run in runs for entry in instance.all_logs(run.run_id)) - min(
-        entry.timestamp for run in runs for entry in instance.all_logs(run.run_id)
-    )
-    for number in range(LAST_MADE + 1, iterations + 1):
-        for run in runs:
-            run_id = str(uuid.uuid4())
-
-            def renamed(value: Any, run: dg.DagsterRun = run, run_id: str = run_id, number: int = number) -> Any:
-                text = serialize_value(value).replace(run.run_id, run_id)
-                return deserialize_value(text.replace(f'"{last}"', f'"{partition_key(number)}"'))
-
-            instance.run_storage.add_run(renamed(run))
-            for entry in instance.all_logs(run.run_id):
-                later = entry.timestamp + (number - LAST_MADE) * (seconds + 1)
-                storage.store_event(renamed(entry)._replace(timestamp=later))
-                events += 1
+    for number, run in itertools.product(range(LAST_MADE + 1, iterations + 1), runs):
+        run_id = str(uuid.uuid4())
+        renamed = partial(_renamed, {run.run_id: run_id, f'"{last}"': f'"{partition_key(number)}"'})
+        instance.run_storage.add_run(renamed(run))
+        for entry in instance.all_logs(run.run_id):
+            # An hour after that of the iteration before.
+            later = entry.timestamp + 3600 * (number - LAST_MADE)
+            instance.event_log_storage.store_event(renamed(entry)._replace(timestamp=later))
+            events += 1
     return events
+
+
+def _renamed(names: Mapping[str, str], value: Any) -> Any:
+    """A value of Dagster's with other texts in place of some of its own."""
+    text = serialize_value(value)
+    for name, other in names.items():
+        text = text.replace(name, other)
+    return deserialize_value(text)
 
 
 def size_of(home: Path) -> float:
@@ -68,20 +71,13 @@ def size_of(home: Path) -> float:
 
 
 def seconds_by_page(ui: Ui, partition: str) -> Iterator[tuple[str, float]]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        chromium = shutil.which("chromium") or shutil.which("google-chrome")
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        page.goto(ui.url)  # The scripts of the UI are in the browser's cache from here on.
-        page.get_by_text("Runs").first.wait_for()
+    with browser_page(ui.url) as page:
+        page.get_by_text("Runs").first.wait_for()  # The scripts of the UI are in the browser's cache from here on.
         for name, (path, text) in PAGES.items():
             started = time.monotonic()
             page.goto(ui.url + path.format(partition=partition))
-            page.get_by_text(text).first.wait_for(timeout=120_000)
+            page.get_by_text(text, exact=True).first.wait_for()
             yield name, round(time.monotonic() - started, 1)
-        browser.close()
 
 
 def main() -> None:
