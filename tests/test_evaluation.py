@@ -523,13 +523,14 @@ def materialize(assets, instance, home, monkeypatch, scorer=None, **sections):
     return seen, services, run([*MODELS, *assets], instance, services, "0002")
 
 
-def test_no_stage_reads_rows_of_another_split(instance, tmp_path, monkeypatch):
+def test_no_stage_trains_on_or_compares_rows_of_another_split(instance, tmp_path, monkeypatch):
     stages = [prompt_generator, reward_model, judge_model, seed_responses, evaluation]
     seen, _, _ = materialize(stages, instance, tmp_path, monkeypatch)
     assert seen.trained == {"prompt_generator": {"train"}, "reward_model": {"scorer"}, "judge_model": {"judge"}}
+    # M_0 answers the rows of scorer and judge in one batch, whichever is made first.
+    aside = {"scorer", "judge", *HELD_OUT}
     assert seen.answered == {
-        "reward_model": {"scorer", *HELD_OUT}, "judge_model": {"judge", *HELD_OUT}, "seed_responses": {"train"},
-        "evaluation": set(HELD_OUT),
+        "reward_model": aside, "judge_model": aside, "seed_responses": {"train"}, "evaluation": set(HELD_OUT),
     }  # fmt: skip
     assert seen.compared == {
         "reward_model": set(HELD_OUT), "judge_model": set(HELD_OUT), "seed_responses": {"train"},

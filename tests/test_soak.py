@@ -39,7 +39,9 @@ def victims_of(home):
 def kill_one_of(home, run, draw):
     """Kills the run itself, or one of the processes that it started: a step, or what steps are forked from."""
     with suppress(ProcessLookupError):
-        os.kill(draw.choice([run.pid, *victims_of(home)]), draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+        os.kill(
+            draw.choice([run.pid, *victims_of(home)]), draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+        )
 
 
 def damage_a_file(home, draw):

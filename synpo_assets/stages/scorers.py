@@ -88,10 +88,13 @@ def comparison_tokens(sizes: Sizes, first: float, second: float, judging: bool =
 
 
 def _made_cost(sizes: Sizes, training: Training | None, rows: int, scoring: float) -> list[Work]:
-    """What it takes to train a model on so many rows of the seed, and to try it on the held-out ones."""
+    """What it takes to train a model on so many rows of the seed, and to try it on the held-out ones.
+
+    M_0 answers the held-out ones once for scorer and judge.
+    """
     length = 2 * sizes.asked + sizes.gold + sizes.written
     trained = [training_work(training, TRAINED_PAIRS * rows, length)] if training else []
-    return [*trained, Work("generate", (rows + sizes.held_out) * sizes.written), Work("score", scoring)]
+    return [*trained, Work("generate", (rows + sizes.held_out / 2) * sizes.written), Work("score", scoring)]
 
 
 def _reward_model_cost(sizes: Sizes) -> list[Work]:
@@ -178,7 +181,8 @@ def _made(
 
     With its accuracy on held-out pairs of each kind, which it was not trained on; `reader` compares them with it.
     """
-    asked = seed_pairs.filter(IS_HELD_OUT | (pl.col("split") == section))
+    # The rows of scorer and judge in one batch, which takes little longer than one of them: the other stage finds the answers.
+    asked = seed_pairs.filter(pl.col("split") != "train")
     sampling, summary = services.settings.responses.sampling, None
     written, usage = services.language_model.answer(initial_policy, prompt_requests(asked), sampling)
     answered = asked.with_columns(response=written["text"].str.strip_chars(), cut=written["finish_reason"] == "length")
@@ -186,7 +190,7 @@ def _made(
         weights, origin = fetch_reward_model(scorer, services.settings.engine.trust_remote_code, section)
         made = services.checkpoints.adopt(context, weights, origin)
     else:
-        pairs = training_pairs(answered.filter(~IS_HELD_OUT), random_seed)
+        pairs = training_pairs(answered.filter(split=section), random_seed)
         made, summary = train_from_initial(
             context, services, "reward", initial_policy, pairs, scorer.training, random_seed, seed_pairs=seed_pairs
         )
