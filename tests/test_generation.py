@@ -9,12 +9,14 @@ import shutil
 
 import polars as pl
 import pytest
+import torch
 
 import resources.generation.completions
 import resources.generation.transformers_engine
 import resources.storage.shards
 from resources.common.errors import FinalError
 from resources.common.progress import Progress
+from resources.generation.few_rows import MOST_ROWS, multiply_few_rows_faster
 from resources.generation.language_model import LanguageModel
 from resources.generation.transformers_engine import RowSampler, _mixed, uniform_numbers
 from resources.settings.machine import Engine
@@ -224,3 +226,27 @@ def test_bytes_that_are_no_character_are_left_out(tmp_path, nano_checkpoint, mon
     assert stored["text"].str.contains("\ufffd").all()
     assert not frame["text"].str.contains("\ufffd").any()
     assert (frame["text"].str.len_chars() > 0).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (40, 1), (2, MOST_ROWS), (7,)])
+def test_few_rows_are_multiplied_to_the_same_numbers(shape, bias):
+    layer, states = torch.nn.Linear(48, 80, bias=bias), torch.randn(*shape, 48)
+    expected = layer(states)
+    multiply_few_rows_faster(layer)
+    found = layer(states)
+    assert "forward" in vars(layer)
+    assert found.shape == expected.shape
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected)
+
+
+def test_layers_in_other_formats_and_of_other_kinds_multiply_as_they_did():
+    class Quantized(torch.nn.Linear):
+        pass
+
+    layers = torch.nn.Sequential(
+        torch.nn.Linear(8, 8, dtype=torch.bfloat16), Quantized(8, 8), torch.nn.Linear(8, 8, device="meta")
+    )
+    multiply_few_rows_faster(layers)
+    assert not any("forward" in vars(layer) for layer in layers)

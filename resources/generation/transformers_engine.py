@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from resources.common.progress import Progress
 from resources.generation.completions import completion, end_ids, longest_sequence
 from resources.generation.engine import Completion, Request, Requests
+from resources.generation.few_rows import multiply_few_rows_faster
 from resources.models.chat import load_tokenizer
 from resources.models.device import loading_options, memory_explained, prepare_device
 from resources.settings.machine import Engine
@@ -37,6 +38,7 @@ class TransformersEngine:
         self._tokenizer = load_tokenizer(weights, engine.trust_remote_code)
         self._model = AutoModelForCausalLM.from_pretrained(weights, **loading_options(engine)).to(device)
         self._model.eval()
+        multiply_few_rows_faster(self._model)
         self._end_ids = end_ids(self._tokenizer, self._model.generation_config.eos_token_id)
         # A model may bring a repetition penalty and other habits; the settings state all there is.
         self._model.generation_config = GenerationConfig()
