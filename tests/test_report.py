@@ -417,8 +417,8 @@ def test_a_length_controlled_rate_that_is_extrapolated_is_named(instance, servic
     make_iteration(instance, services, 2, evaluation=evaluated(9))
     metadata, _, page = report(instance, services)
     sentence = (
-        "Iteration 0002, M_t over {}: 9 of 8 pairs of answers are alike in length (ratio 0.8 to 1.25), so the "
-        "length-controlled win rate is extrapolated."
+        "Iteration 0002, M_t over {}: 9 of 8 pairs of answers are alike in length (ratio 0.8 to 1.25), fewer than 10, so "
+        "the length-controlled win rate is extrapolated."
     )
     # Once for both judges.
     assert metadata["notes"] == " ".join(sentence.format(name) for name in ("M_0", "M_t-1"))

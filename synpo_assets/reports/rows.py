@@ -90,7 +90,8 @@ def _extrapolations(iteration: FinishedIteration) -> Iterator[str]:
         if alike.of == "candidate" and alike.value is not None and alike.value < FEWEST_ALIKE:
             yield (
                 f"Iteration {iteration.key}, M_t over {OPPONENT_LABELS[str(alike.over)]}: {alike.value:.0f} of {alike.n} pairs of "
-                "answers are alike in length (ratio 0.8 to 1.25), so the length-controlled win rate is extrapolated."
+                f"answers are alike in length (ratio 0.8 to 1.25), fewer than {FEWEST_ALIKE}, so the length-controlled win rate is "
+                "extrapolated."
             )
 
 
