@@ -1,9 +1,10 @@
 """Step processes end with the run that started them, and soon after they are told to."""
 
 import collections
+import contextlib
 import ctypes
-import functools
 import itertools
+import logging
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.util
@@ -11,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import TypeVar
@@ -20,6 +20,7 @@ Value = TypeVar("Value")
 Result = TypeVar("Result")
 PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 8.0
+logger = logging.getLogger("synpo")
 
 
 def end_with_parent() -> None:
@@ -62,30 +63,49 @@ def end_with_run() -> None:
     threading.Thread(target=watch, name="end-with-run", daemon=True).start()
 
 
-@functools.cache
-def end_soon_after_interrupt() -> None:
-    """Makes a step process end within two grace periods of its first interrupt, whatever it is doing.
+@contextlib.contextmanager
+def ended_after_interrupt(*pauses: float) -> Iterator[None]:
+    """Ends this process if the block goes on after its first SIGINT or SIGTERM, which is repeated after each pause but the last.
 
     An interrupt raises an exception between two Python instructions. A library may swallow that exception, and a long
-    call into C delays it, while the device stays occupied. So the interrupt is repeated once, and then the process ends.
-    Only child processes are treated so: the main process of a command is the user's to stop.
+    call into C or a wait for a process that is dead delays it, while the device stays occupied.
+
+    Args:
+        pauses: Seconds until the next repetition, and in the end until the process is ended with exit code 1.
     """
-    if multiprocessing.parent_process() is None or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    # Python writes the number of each signal here at once, before its handlers get their turn.
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    ended = threading.Event()
 
     def watch() -> None:
-        while os.read(reader, 1)[0] != signal.SIGINT:
+        while (number := os.read(reader, 1)) and number[0] not in (signal.SIGINT, signal.SIGTERM):
             pass
-        time.sleep(GRACE_SECONDS)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(GRACE_SECONDS)
-        os._exit(1)
+        for pause in pauses[:-1]:
+            if not ended.wait(pause):
+                os.kill(os.getpid(), signal.SIGINT)
+        if not ended.wait(pauses[-1]):
+            logger.error(
+                "Process %d did not end within %g s of being told to, and is ended now. Finished work is kept.",
+                os.getpid(),
+                sum(pauses),
+            )
+            os._exit(1)
 
-    threading.Thread(target=watch, name="end-soon-after-interrupt", daemon=True).start()
+    # Python writes the number of each signal there at once, before its handlers get their turn.
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, name="ended-after-interrupt", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        watcher.join()
+        os.close(reader)
 
 
 def map_batches(

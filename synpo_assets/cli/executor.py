@@ -5,9 +5,15 @@ Each step is a process of its own, so that the memory of one phase is free again
 
 import multiprocessing
 import os
+from collections.abc import Iterator
 from multiprocessing import forkserver
+from typing import Any
 
 import dagster as dg
+from dagster._core.execution.retries import RetryMode
+from dagster._core.executor.multiprocess import MultiprocessExecutor
+
+from resources.common.processes import ended_after_interrupt
 
 # Progress bars fill the logs of the UI; assets log count, rate and time left instead.
 os.environ["TQDM_DISABLE"] = "1"
@@ -23,7 +29,26 @@ PRELOADED = [
     "transformers.models.auto.modeling_auto", "trl.trainer.sft_trainer", "trl.trainer.reward_trainer", "trl.experimental.cpo",
     "matplotlib.backends.backend_svg",
 ]  # fmt: skip
-executor = dg.multiprocess_executor.configured({"start_method": {"forkserver": {"preload_modules": PRELOADED}}})
+# Of a run, after it was told to stop: longer than its steps are given, and than a server takes to end.
+ENDS_WITHIN_SECONDS = 30.0
+
+
+class BoundedExecutor(MultiprocessExecutor):
+    """Dagster's own, in a process that ends soon after it was told to.
+
+    Dagster tells a step to stop by setting an event, which returns once the step has heard: never, if it was killed meanwhile.
+    """
+
+    def execute(self, *arguments: Any) -> Iterator[dg.DagsterEvent]:
+        """Runs the steps of a plan, each in a process of its own."""
+        with ended_after_interrupt(ENDS_WITHIN_SECONDS):
+            yield from super().execute(*arguments)
+
+
+@dg.executor(config_schema={}, requirements=dg.multiple_process_executor_requirements())
+def executor(_: dg.InitExecutorContext) -> BoundedExecutor:
+    """Steps are forked from a process that has imported the heavy libraries."""
+    return BoundedExecutor(RetryMode.ENABLED, None, start_method="forkserver", explicit_forkserver_preload=PRELOADED)
 
 
 def start_preloading() -> None:

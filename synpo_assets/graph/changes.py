@@ -4,6 +4,7 @@ Dagster asks for the resources of a run when it is launched, when its process st
 where a run is refused while the settings of its home are wrong.
 """
 
+import contextlib
 import dataclasses
 import logging
 import multiprocessing
@@ -17,7 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from resources.common.errors import FinalError
-from resources.common.processes import end_soon_after_interrupt
+from resources.common.processes import GRACE_SECONDS, ended_after_interrupt
 from resources.common.progress import Progress
 from resources.settings.files import OF_THE_HOME, changed_settings, changes_between, settings_problem
 from resources.settings.sections import SettingsError, sections_in
@@ -75,14 +76,18 @@ def run_resources(services: Services, rebuild: Rebuild) -> dict[str, dg.Resource
 
     @dg.resource(required_resource_keys={"changes"}, config_schema=NOTHING)
     def of_run(context: dg.InitResourceContext) -> Iterator[Services]:
-        end_soon_after_interrupt()
-        chosen = opened(context.resources.changes)
-        of_this_run = dataclasses.replace(chosen, checkpoints=chosen.checkpoints.of_run(context.run_id))
-        # `synpo run` asks by itself before each run, and needs the resources once more to tell how a run ended.
-        instance = context.instance if multiprocessing.parent_process() and context.run else None
-        if instance and (spent := budget_refusal(instance, of_this_run)):
-            raise FinalError(spent)
-        with told(context, of_this_run), Progress(None, "At work", logger):
+        with contextlib.ExitStack() as stack:
+            # The main process of a command is the user's to stop.
+            if multiprocessing.parent_process():
+                stack.enter_context(ended_after_interrupt(GRACE_SECONDS, GRACE_SECONDS))
+            chosen = opened(context.resources.changes)
+            of_this_run = dataclasses.replace(chosen, checkpoints=chosen.checkpoints.of_run(context.run_id))
+            # `synpo run` asks by itself before each run, and needs the resources once more to tell how a run ended.
+            instance = context.instance if multiprocessing.parent_process() and context.run else None
+            if instance and (spent := budget_refusal(instance, of_this_run)):
+                raise FinalError(spent)
+            stack.enter_context(told(context, of_this_run))
+            stack.enter_context(Progress(None, "At work", logger))
             yield of_this_run
         of_this_run.trainer.forget_finished()
 
