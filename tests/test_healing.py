@@ -162,6 +162,15 @@ def test_weights_are_read_once_in_each_run(tmp_path, monkeypatch):
     assert len(read) == 2
 
 
+def test_a_superseded_checkpoint_whose_manifest_was_altered_is_passed_over(tmp_path):
+    store = services_in(tmp_path).checkpoints
+    earlier, newest = (create(store, write_weights(name)) for name in ("M_1", "M_1 made anew"))
+    assert store.with_sha("model_checkpoint", "") == sorted((earlier, newest), key=lambda made: made.sha)
+    Path(earlier.directory, "manifest.json").write_bytes(b'{"sha": ')
+    assert store.with_sha("model_checkpoint", "") == [newest]
+    assert (store.manifest_of_sha(earlier.sha), store.manifest_of_sha(newest.sha)["sha"]) == (None, newest.sha)
+
+
 def test_a_table_of_an_earlier_version_has_no_checksum_and_is_read(tmp_path):
     tables = ParquetTables(str(tmp_path))
     tables.write("pairs", "0001", pl.DataFrame({"a": [1]}))

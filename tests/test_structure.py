@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from resources.settings.files import load_settings, preset_path
+from synpo_assets.algorithm import stages_of
+from synpo_assets.graph import code_versions
+from synpo_assets.graph.code_versions import Definition
+
 ROOT = Path(__file__).parents[1]
 READMES = ["README.md", "synpo_assets/README.md", "resources/README.md", "tests/results/README.md"]
 HEAVY = [
@@ -69,6 +74,36 @@ def test_resources_know_no_asset_and_only_what_is_below_them(folder):
     for path in (ROOT / "resources" / folder).rglob("*.py"):
         ours = {name for name in imported(path) if name.split(".")[0] in ("resources", "synpo_assets", "definitions")}
         assert {name for name in ours if ".".join(name.split(".")[:2]) not in below} == set(), path
+
+
+# Stages that look up what the iteration before left.
+OF_OTHERS = ("policy", "preference_history")
+READ_BY_NAME = re.compile(r'services\.(?:tables|checkpoints)\.\w+\(\s*"(\w+)"')
+
+
+def read_by_name(function):
+    """The assets that the code of a stage looks up by their names, wherever it does so."""
+    start = Definition(function.__module__, function.__name__)
+    waiting, seen, found = [start], {start}, set()
+    while waiting:
+        definition = waiting.pop()
+        statement = code_versions._names(definition.module)[definition.name]
+        lines = code_versions._file(definition.module).read_text().splitlines()
+        found |= set(READ_BY_NAME.findall("\n".join(lines[statement.lineno - 1 : statement.end_lineno])))
+        new = code_versions._read(definition.module, statement)[1] - seen
+        seen |= new
+        waiting += new
+    return found
+
+
+def test_what_a_stage_looks_up_is_made_before_it():
+    """A run that makes both anew would else read what is not made yet, or is damaged; what other iterations left is there."""
+    stages = stages_of(load_settings(preset_path("laptop")))
+    once = {stage.name for stage in stages if stage.once}
+    known = {stage.name: {*stage.inputs, *stage.deps, *stage.deps_where_made} for stage in stages}
+    looked_up = {stage.name: read_by_name(stage.function) - once for stage in stages if stage.name not in OF_OTHERS}
+    assert looked_up["promotion"] == {"model_checkpoint", "evaluation"}
+    assert {name: names - known[name] for name, names in looked_up.items() if names - known[name]} == {}
 
 
 @pytest.mark.parametrize("folder", PIPELINE)

@@ -17,8 +17,11 @@ from resources.common.processes import ended_after_interrupt
 
 # Progress bars fill the logs of the UI; assets log count, rate and time left instead.
 os.environ["TQDM_DISABLE"] = "1"
-# Threads that wait for each other by spinning make a step several times slower as soon as another program needs a core.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that wait for each other by spinning make a step several times slower as soon as another program needs a core, and those
+# that sleep at once are slower alone. So they spin for a moment first (tests/benchmarks/waiting.py).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # SimPO lives in trl.experimental, which is why trl is pinned exactly.
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 # The process that steps are forked from takes seconds to import: it has to notice that its run has ended before that.

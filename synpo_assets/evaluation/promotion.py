@@ -52,7 +52,7 @@ OF_PROMPTS: frozenset[GateMetric] = frozenset({"prompt_similarity", "prompt_simi
     group="evaluation",
     kinds=("polars",),
     reads=("gate",),
-    deps=("evaluation", "instruction_following", "gold_comparison", "prompt_diversity"),
+    deps=("model_checkpoint", "evaluation", "instruction_following", "gold_comparison", "prompt_diversity"),
     code=lambda settings: [doubt],
 )
 def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.Output[pl.DataFrame]:

@@ -45,7 +45,7 @@ TEXT_LIMIT = 2000
     opt_in=True,
     kinds=("huggingface",),
     reads=("publishing",),
-    deps=("preference_pairs", "evaluation"),
+    deps=("preference_pairs", "model_checkpoint", "evaluation", "promotion"),
 )
 def published_dataset(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.MaterializeResult:
     """The pairs of all finished iterations as parquet files with a card, published if `publishing.dry_run` is off.
@@ -81,7 +81,13 @@ def published_dataset(context: dg.AssetExecutionContext, services: dg.ResourcePa
     return _result(context, services, place, card, to, table_version(pairs), rows, iterations=", ".join(keys))
 
 
-@Stage(group="publishing", opt_in=True, kinds=("huggingface",), reads=("publishing",), deps=("evaluation",))
+@Stage(
+    group="publishing",
+    opt_in=True,
+    kinds=("huggingface",),
+    reads=("publishing",),
+    deps=("preference_pairs", "model_checkpoint", "evaluation", "promotion"),
+)
 def published_model(
     context: dg.AssetExecutionContext, model_checkpoint: Checkpoint, services: dg.ResourceParam[Services]
 ) -> dg.MaterializeResult:

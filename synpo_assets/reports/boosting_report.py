@@ -34,8 +34,8 @@ from synpo_assets.stages.loop import promotion_verdict
 READ_ASSETS = ("preference_pairs", "model_checkpoint", "evaluation", "promotion")
 
 
-# In the graph it depends on all that its iteration ends with (graph/stage.py); of the others it reads what was recorded.
-@Stage(group="evaluation", state=True, kinds=("matplotlib",))
+# In the graph it depends on all else that its iteration ends with, too (graph/stage.py): of that it reads what was recorded.
+@Stage(group="evaluation", state=True, kinds=("matplotlib",), deps=READ_ASSETS)
 def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.MaterializeResult:
     """All finished iterations side by side: rows, pass rates, margins, rewards, cost (paper, section 3).
 
