@@ -8,11 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-import dagster as dg
-
 from resources.common import processes
-from synpo_assets.cli import executor
-from tests.ui import wait_for
 
 
 def deaf_step(ready, listens):
@@ -46,47 +42,6 @@ def test_a_step_that_swallows_interrupts_is_ended_after_two_grace_periods():
 
 def test_a_step_that_listens_ends_by_itself():
     assert ended_after(listens=True)[0] == 0
-
-
-@dg.asset
-def endless(_: dg.AssetExecutionContext) -> None:
-    Path(os.environ["STEP"]).write_text(str(os.getpid()))
-    time.sleep(60)
-
-
-def endless_job():
-    job = dg.define_asset_job("endless_job", dg.AssetSelection.all())
-    return dg.Definitions(assets=[endless], jobs=[job], executor=executor.executor).resolve_job_def("endless_job")
-
-
-def run_endless_job():
-    """What a run does: in a process of its own, which takes an interrupt as Dagster's server does."""
-    executor.ENDS_WITHIN_SECONDS, executor.PRELOADED = 1.0, []
-    with dg.DagsterInstance.local_temp(os.environ["HOME_OF_RUN"]) as instance:
-        dg.execute_job(dg.reconstructable(endless_job), instance)
-
-
-def test_a_run_ends_soon_after_it_was_told_to_though_a_step_never_hears_of_it(tmp_path):
-    """Dagster waits until a step has heard; one that is stopped does not hear, nor does one that was killed in that moment."""
-    step, said = tmp_path / "step", tmp_path / "said"
-    code = "from tests.test_processes import run_endless_job; run_endless_job()"
-    environment = os.environ | {"STEP": str(step), "HOME_OF_RUN": str(tmp_path)}
-    with (
-        said.open("wb") as file,
-        subprocess.Popen(
-            [sys.executable, "-c", code], env=environment, stderr=file, cwd=Path(__file__).parents[1]
-        ) as run,
-    ):
-        process_id = int(wait_for(lambda: step.exists() and step.read_text()))
-        os.kill(process_id, signal.SIGSTOP)
-        run.terminate()
-        try:
-            run.wait(20)
-        finally:
-            run.kill()
-            os.kill(process_id, signal.SIGKILL)
-    assert run.returncode == 1
-    assert "did not end within 1 s of being told to" in said.read_text()
 
 
 def step(watched, process_id):

@@ -49,9 +49,23 @@ class BoundedExecutor(MultiprocessExecutor):
 
 
 @dg.executor(config_schema={}, requirements=dg.multiple_process_executor_requirements())
-def executor(_: dg.InitExecutorContext) -> BoundedExecutor:
-    """Steps are forked from a process that has imported the heavy libraries."""
-    return BoundedExecutor(RetryMode.ENABLED, None, start_method="forkserver", explicit_forkserver_preload=PRELOADED)
+def executor(context: dg.InitExecutorContext) -> BoundedExecutor:
+    """Steps are forked from a process that has imported the heavy libraries, and those of the pool wait for each other.
+
+    The pool alone would do, but whoever finds it full asks again after up to 15 seconds.
+    """
+    from synpo_assets.graph.stage import GPU_POOL, GPU_TAG
+
+    events = context.instance.event_log_storage
+    limits = {pool.name: pool.limit for pool in events.get_pool_limits()}
+    limit = limits.get(GPU_POOL, events.get_pool_config().default_pool_limit)
+    return BoundedExecutor(
+        RetryMode.ENABLED,
+        max_concurrent=None,
+        tag_concurrency_limits=[{"key": GPU_TAG, "limit": limit}] if limit else [],
+        start_method="forkserver",
+        explicit_forkserver_preload=PRELOADED,
+    )
 
 
 def start_preloading() -> None:

@@ -23,6 +23,8 @@ from synpo_assets.graph.partitions import iterations
 from synpo_assets.graph.tables import Table, column_schema, frame_type
 
 GPU_POOL = "gpu"
+# By it a run knows which of its own steps wait for each other (cli/executor.py).
+GPU_TAG = "synpo/pool"
 # What is made only when it is asked for by name has this tag: no job, no sensor and no `synpo run` makes it.
 OPT_IN_TAG = "synpo/opt_in"
 # What looks up other iterations, and so runs whenever anything of its iteration does.
@@ -172,6 +174,7 @@ class Stage:
             ins={name: dg.AssetIn(key=sides[name]) for name in self.inputs if name in sides},
             deps=[*deps, *self.deps],
             pool=GPU_POOL if self.work else None,
+            op_tags={GPU_TAG: "true"} if self.work else None,
             code_version=code_version(self.functions(settings), self.schema, reads, settings),
             retry_policy=RETRIES,
             io_manager_key="tables" if self.schema else "checkpoints" if self.checkpoint else None,

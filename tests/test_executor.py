@@ -1,0 +1,88 @@
+"""A run's steps of the pool follow each other at once, and its process ends soon after it was told to."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import dagster as dg
+from dagster._core.execution.plan import instance_concurrency_context
+
+from synpo_assets.cli import executor
+from synpo_assets.graph.stage import GPU_POOL, GPU_TAG
+from tests.ui import wait_for
+
+ONE_AT_A_TIME = {"concurrency": {"pools": {"default_limit": 1}}}
+
+
+@dg.asset
+def endless(_: dg.AssetExecutionContext) -> None:
+    Path(os.environ["STEP"]).write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def endless_job():
+    job = dg.define_asset_job("endless_job", dg.AssetSelection.all())
+    return dg.Definitions(assets=[endless], jobs=[job], executor=executor.executor).resolve_job_def("endless_job")
+
+
+def run_endless_job():
+    """What a run does: in a process of its own, which takes an interrupt as Dagster's server does."""
+    executor.ENDS_WITHIN_SECONDS, executor.PRELOADED = 1.0, []
+    with dg.DagsterInstance.local_temp(os.environ["HOME_OF_RUN"]) as instance:
+        dg.execute_job(dg.reconstructable(endless_job), instance)
+
+
+def test_a_run_ends_soon_after_it_was_told_to_though_a_step_never_hears_of_it(tmp_path):
+    """Dagster waits until a step has heard; one that is stopped does not hear, nor does one that was killed in that moment."""
+    step, said = tmp_path / "step", tmp_path / "said"
+    code = "from tests.test_executor import run_endless_job; run_endless_job()"
+    environment = os.environ | {"STEP": str(step), "HOME_OF_RUN": str(tmp_path)}
+    with (
+        said.open("wb") as file,
+        subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stderr=file, cwd=Path(__file__).parents[1]
+        ) as run,
+    ):
+        process_id = int(wait_for(lambda: step.exists() and step.read_text()))
+        os.kill(process_id, signal.SIGSTOP)
+        run.terminate()
+        try:
+            run.wait(20)
+        finally:
+            run.kill()
+            os.kill(process_id, signal.SIGKILL)
+    assert run.returncode == 1
+    assert "did not end within 1 s of being told to" in said.read_text()
+
+
+def of_the_pool(name):
+    @dg.asset(name=name, pool=GPU_POOL, op_tags={GPU_TAG: "true"})
+    def made() -> None:
+        time.sleep(0.2)
+
+    return made
+
+
+def job_of_the_pool():
+    assets = [of_the_pool(name) for name in ("one", "another", "a_third")]
+    job = dg.define_asset_job("pool_job", dg.AssetSelection.all())
+    return dg.Definitions(assets=assets, jobs=[job], executor=executor.executor).resolve_job_def("pool_job")
+
+
+def test_steps_of_the_pool_follow_each_other_at_once(tmp_path, monkeypatch):
+    """Whoever found the pool full would ask again after the time that is so long here."""
+    monkeypatch.setattr(instance_concurrency_context, "INITIAL_INTERVAL_VALUE", 60)
+    monkeypatch.setattr(instance_concurrency_context, "MAX_CONCURRENCY_CLAIM_BLOCKED_INTERVAL", 60)
+    monkeypatch.setattr(executor, "PRELOADED", [])
+    with (
+        dg.DagsterInstance.local_temp(str(tmp_path), ONE_AT_A_TIME) as instance,
+        dg.execute_job(dg.reconstructable(job_of_the_pool), instance) as result,
+    ):
+        assert result.success
+        stats = sorted((each.start_time, each.end_time) for each in instance.get_run_step_stats(result.run_id))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(stats))
+    assert stats[-1][1] - stats[0][0] < 30
