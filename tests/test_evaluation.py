@@ -354,12 +354,12 @@ def test_judge_and_scorer_get_rows_that_training_leaves_and_at_most_half(tmp_pat
 
 
 @pytest.mark.parametrize(("published", "aside"), [
-    ({"scorer"}, {"judge": 24}), ({"judge"}, {"scorer": 16}), ({"scorer", "judge"}, {}),
+    ({"scorer"}, {"judge": 16}), ({"judge"}, {"scorer": 16}), ({"scorer", "judge"}, {}),
 ])  # fmt: skip
 def test_rows_are_set_aside_only_for_what_is_trained_here(tmp_path, published, aside):
     sections = {name: {"kind": "pretrained", "name": "a/b"} for name in published}
     frame, _ = seed_table(load_settings(write_settings(tmp_path / "published.yaml", {"preset": "laptop", **sections})))
-    assert dict(frame.group_by("split").len().iter_rows()) == {"train": 48, "dev": 8, "test": 8} | aside
+    assert dict(frame.group_by("split").len().iter_rows()) == {"train": 40, "dev": 8, "test": 8} | aside
     # Generator and improver read the same rows whoever scores and judges.
     assert frame.filter(split="train").equals(seed_table(laptop_with(tmp_path))[0].filter(split="train"))
 

@@ -131,28 +131,31 @@ def _answers(
     options = services.settings.evaluation
     held_out = seed_pairs.filter(IS_HELD_OUT).select("prompt_id", "split", "prompt", "answer")
     frame = repeated_prompts(held_out, options.samples)
-    usages, written = list[Usage](), dict[str, pl.DataFrame]()
-    for name, model in models.items():
-        answers, usage = services.language_model.answer(model, prompt_requests(frame, "sample_id"), options.sampling)
-        written[name] = answers.with_columns(frame["split"])
-        usages.append(usage)
-    asked = [
+    asked = prompt_requests(frame, "sample_id")
+    wordier = [
         (f"{row_id} verbose", verbose_message(prompt)) for row_id, prompt in frame.select("sample_id", "prompt").rows()
     ]
-    verbose, usage = services.language_model.answer(models["initial"], asked, options.sampling)
-    every = written | {"verbose": verbose}
-    columns = {f"{name}_response": whole_answers(answers) for name, answers in every.items()}
+    # In one batch, and before M_{t-1}, which is M_0 at first.
+    both, cost = services.language_model.answer(models["initial"], [*asked, *wordier], options.sampling)
+    answered = {"initial": both.head(frame.height), "verbose": both.tail(frame.height)}
+    # What was asked to be long may be cut; that is no fault of the token limit.
+    cost = dataclasses.replace(cost, cut=answered["initial"]["finish_reason"].to_list().count("length"))
+    for name in ("candidate", "previous"):
+        answered[name], usage = services.language_model.answer(models[name], asked, options.sampling)
+        cost += usage
+    columns = {f"{name}_response": whole_answers(answers) for name, answers in answered.items()}
     columns["trimmed_response"] = pl.Series(map(first_half, columns["initial_response"]), dtype=pl.String)
-    columns |= {f"{name}_cut": answers["finish_reason"] == "length" for name, answers in every.items()}
+    columns |= {f"{name}_cut": answers["finish_reason"] == "length" for name, answers in answered.items()}
     # Where there is nothing to leave out, nothing is compared.
     columns["trimmed_cut"] = columns["trimmed_response"] == ""
     measured = [
         metric
-        for name, answers in written.items()
-        for metric in metrics.by_split(answers, partial(form_metrics, name, models[name].sha))
+        for name, model in models.items()
+        for metric in metrics.by_split(
+            answered[name].with_columns(frame["split"]), partial(form_metrics, name, model.sha)
+        )
     ]
-    # What was asked to be long may be cut; that is no fault of the token limit.
-    return frame.with_columns(**columns), measured, sum(usages, dataclasses.replace(usage, cut=0))
+    return frame.with_columns(**columns), measured, cost
 
 
 def form_metrics(model: str, sha: str, answers: pl.DataFrame) -> list[Metric]:
