@@ -1,7 +1,11 @@
 """Pool slots of runs that ended without giving them back."""
 
+import json
+import socket
+
 import dagster as dg
 import pytest
+from dagster._core.storage.tags import GRPC_INFO_TAG
 
 from synpo_assets.cli.runs import FOREGROUND_TAG, close_dead_runs
 
@@ -42,6 +46,19 @@ def test_a_run_that_the_ui_started_and_that_lives_keeps_its_slot(instance):
     living = run_with_the_slot(instance, dg.DagsterRunStatus.STARTED)
     assert claims_after_closing(instance) == {living.run_id}
     assert instance.get_run_by_id(living.run_id).status == dg.DagsterRunStatus.STARTED
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_run_of_a_ui_that_ended_is_closed(instance, tmp_path, lives):
+    """Its process went with the server that it was started in; no daemon may be at work to see that."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "server"))
+        if lives:
+            server.listen()
+        tags = {GRPC_INFO_TAG: json.dumps({"host": "localhost", "socket": str(tmp_path / "server")})}
+        run = run_with_the_slot(instance, dg.DagsterRunStatus.STARTED, tags)
+        assert claims_after_closing(instance) == ({run.run_id} if lives else set())
+        assert instance.get_run_by_id(run.run_id).is_finished is not lives
 
 
 def test_the_slot_of_a_run_that_was_deleted_is_free(instance):

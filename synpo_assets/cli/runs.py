@@ -1,9 +1,12 @@
 """Materializing what is missing, in order, in the foreground."""
 
+import errno
 import fcntl
+import json
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +15,8 @@ from pathlib import Path
 import dagster as dg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from dagster._core.events import RunFailureReason
+from dagster._core.storage.runs import SqliteRunStorage
+from dagster._core.storage.tags import GRPC_INFO_TAG
 from dagster._utils.error import SerializableErrorInfo
 
 from resources.common.errors import DISK_IS_FULL, FinalError, full_disk
@@ -92,7 +97,7 @@ def warn_of_outdated(instance: DagsterInstance, services: Services) -> None:
 
 
 def close_dead_runs(instance: DagsterInstance) -> None:
-    """Marks foreground runs that were killed as failed, and gives back the pool slots that ended runs still hold.
+    """Marks runs that were killed as failed, and gives back the pool slots that ended runs still hold.
 
     A run that was killed or terminated may have claimed a slot for a step that never reported its end. The daemon
     frees such slots where it runs; without one, the next run would wait for them forever.
@@ -100,12 +105,29 @@ def close_dead_runs(instance: DagsterInstance) -> None:
     To be called while holding the lock of the home: then no unfinished foreground run can be alive.
     """
     for run in instance.get_runs(RunsFilter(statuses=UNFINISHED)):
-        if FOREGROUND_TAG in run.tags:
+        if FOREGROUND_TAG in run.tags or _was_in_the_ui_that_ended(instance, run):
             instance.report_run_failed(run, "The process of this run was killed. Finished work is kept.")
     for run_id in instance.event_log_storage.get_concurrency_run_ids():
         holder = instance.get_run_by_id(run_id)
         if holder is None or holder.is_finished:
             instance.event_log_storage.free_concurrency_slots_for_run(run_id)
+
+
+def _was_in_the_ui_that_ended(instance: DagsterInstance, run: dg.DagsterRun) -> bool:
+    """Whether the server that the UI had start this run is gone, and the run with it.
+
+    A history that machines share tells of servers of which nothing can be seen from here.
+    """
+    if GRPC_INFO_TAG not in run.tags or not isinstance(instance.run_storage, SqliteRunStorage):
+        return False
+    server = json.loads(run.tags[GRPC_INFO_TAG])
+    family, address = (
+        (socket.AF_UNIX, server["socket"])
+        if server.get("socket")
+        else (socket.AF_INET, (server["host"], server["port"]))
+    )
+    with socket.socket(family) as connection:
+        return connection.connect_ex(address) in (errno.ENOENT, errno.ECONNREFUSED)
 
 
 def _run(instance: DagsterInstance, services: Services, partition: str | None, iterations: int) -> bool:
