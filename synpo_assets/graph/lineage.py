@@ -4,6 +4,7 @@ Follows the ids stored in each row. If a table was rebuilt, a referenced row may
 Tables are searched lazily, so that a large keyword pool is never held in memory.
 """
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import polars as pl
 from dagster import DagsterInstance
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 
+from resources.common.errors import DamageError
 from resources.common.text import asset_label, visible
 from resources.settings.sections import SettingsError
 from resources.storage.tables import ParquetTables
@@ -179,13 +181,15 @@ class _Home:
         return list(dict.fromkeys([*below, *(name for each in below for name in self._origins(each))]))
 
     def _manifests(self, graph: AssetGraph) -> list[dict[str, Any]]:
-        """The manifests of all current checkpoints that were trained here."""
+        """The manifests of all current checkpoints that were trained here; one that was altered is made again, and not read."""
         manifests = []
         for key in sorted(graph.materializable_asset_keys):
             node, name = graph.get(key), key.to_user_string()
             if node.io_manager_key == "checkpoints" and STATE_TAG not in node.tags:
                 partitions = node.partitions_def.get_partition_keys() if node.partitions_def else [None]
-                manifests += [self.checkpoints.manifest(name, partition) for partition in partitions]
+                for partition in partitions:
+                    with contextlib.suppress(DamageError):
+                        manifests.append(self.checkpoints.manifest(name, partition))
         # Two assets may point to one checkpoint: in iteration 1 the control of equal steps is M_1.
         return list({(each["asset"], each["partition"]): each for each in manifests if each}.values())
 
