@@ -253,6 +253,17 @@ def test_a_checkpoint_that_was_replaced_is_named_by_its_own_manifest(home):
     assert "model_checkpoint[0001]: not a current checkpoint any more, sha=first" in home.shown("keywords-aa11")
 
 
+def test_a_checkpoint_whose_manifest_was_altered_stops_nothing_that_tells_of_a_pair(home):
+    """The pairs may be made again while the checkpoint is."""
+    home.checkpoint("response_improver", 1, "improver1")
+    pairs = home.iteration(1)["preference_pairs"]
+    (manifest,) = home.path.glob("checkpoints/response_improver/0001/*/manifest.json")
+    manifest.write_bytes(b'{"sha": "impr')
+    context = dg.build_asset_context(instance=home.instance, partition_key="0001")
+    told = median_pair(context, home.services, pairs).value
+    assert "- **written by** unknown checkpoint: not a current checkpoint any more, sha improver1" in told
+
+
 def test_forward_to_the_checkpoints_that_were_trained_on_it(home):
     pairs = home.iteration(1)["preference_pairs"]
     home.iteration(2)
