@@ -44,6 +44,14 @@ def test_a_step_that_listens_ends_by_itself():
     assert ended_after(listens=True)[0] == 0
 
 
+def test_after_the_block_signals_are_told_to_whom_they_were_before():
+    before = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(before)
+    with processes.ended_after_interrupt(60):
+        pass
+    assert signal.set_wakeup_fd(before) == before
+
+
 def step(watched, process_id):
     if watched:
         processes.end_with_run()
