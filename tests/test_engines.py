@@ -112,6 +112,21 @@ def test_a_prompt_beyond_the_context_is_refused_alike_by_vllm(nano_checkpoint):
         next(engine.generate(requests([1020]), Sampling(max_new_tokens=16)))
 
 
+@pytest.mark.parametrize(("prompts", "stated", "eager"), [
+    (1_900, {}, True), (2_100, {}, False), (2_100, {"enforce_eager": True}, True), (1_900, {"enforce_eager": False}, False),
+])  # fmt: skip
+def test_vllm_compiles_where_two_copies_have_enough_to_write(
+    nano_checkpoint, monkeypatch, said, prompts, stated, eager
+):
+    monkeypatch.setattr("resources.generation.vllm_engine.prepare_device", lambda _: "cuda")
+    monkeypatch.setattr("resources.generation.vllm_engine.visible_gpus", lambda _: GPUS[:2])
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: None)
+    engine = VllmEngine(nano_checkpoint, Engine(kind="vllm", device="cuda", vllm_arguments=stated))
+    with pytest.raises(AttributeError):
+        next(engine.generate(requests([4] * prompts), Sampling(max_new_tokens=1_000)))
+    assert f"'enforce_eager': {eager}" in said[-1]
+
+
 def test_too_little_memory_is_said_with_the_settings_to_lower(nano_model, monkeypatch):
     import torch
 

@@ -111,6 +111,37 @@ def test_the_cpu_loss_of_supervised_training_is_trls(tmp_path, trainer, nano_che
         assert mine["grad_norm"] == pytest.approx(trl["grad_norm"], rel=1e-2)
 
 
+@pytest.mark.parametrize("whose", ["CpuSFTTrainer", "SFTTrainer"])
+def test_examples_laid_end_to_end_have_the_loss_of_padded_ones(tmp_path, trainer, nano_checkpoint, monkeypatch, whose):
+    import trl
+
+    import resources.training.cpu_sft
+
+    monkeypatch.setattr(resources.training.cpu_sft, "CpuSFTTrainer", vars(resources.training.cpu_sft)[whose])
+    rows, collate = [], trl.trainer.sft_trainer.DataCollatorForLanguageModeling.torch_call
+
+    def noting(self, examples):
+        rows.append(collate(self, examples))
+        return rows[-1]
+
+    monkeypatch.setattr(trl.trainer.sft_trainer.DataCollatorForLanguageModeling, "torch_call", noting)
+    histories = []
+    for end_to_end in (False, True):
+        told = trainer.model_copy(update={"processes": TrainingProcesses(padding_free=end_to_end)})
+        made = told.train("supervised", nano_checkpoint, EXAMPLES, SFT, tmp_path / str(end_to_end))
+        histories.append([(step["loss"], step["grad_norm"]) for step in made.history])
+    assert {len(row["input_ids"]) for row in rows} == {1, SFT.micro_batch_size}
+    for padded, laid in zip(*histories, strict=True):
+        assert laid == pytest.approx(padded, rel=1e-3)
+
+
+def test_examples_are_laid_end_to_end_where_attention_reads_each_by_itself(trainer):
+    flash = trainer.engine.model_copy(update={"attention": "flash_attention_2"})
+    with_flash = trainer.model_copy(update={"engine": flash})
+    told = with_flash.model_copy(update={"processes": TrainingProcesses(padding_free=False)})
+    assert [one._padding_free() for one in (trainer, with_flash, told)] == [False, True, False]
+
+
 @pytest.mark.parametrize("kind", ["supervised", "preference"])
 def test_products_in_bfloat16_change_the_loss_little_and_keep_float32_weights(
     tmp_path, trainer, nano_checkpoint, monkeypatch, kind

@@ -124,6 +124,11 @@ class TrainingProcesses(Section):
         description="Compute activations again in the backward pass: slower by about a third, for much less memory. None: on a GPU "
         "where they would not fit beside the weights.",
     )
+    padding_free: bool | None = Field(
+        None,
+        description="SFT lays the examples of a forward pass end to end in place of padding them to the longest, for the same "
+        "loss. None: where engine.attention is a flash_attention, which reads each by itself; others read the row as a whole.",
+    )
     report_to: Literal["none", "trackio", "wandb", "mlflow"] = Field(
         "none",
         description="Tracker that gets each training, and the home as one run with a row per iteration, besides the assets' own "

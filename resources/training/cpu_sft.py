@@ -30,7 +30,7 @@ class CpuSFTTrainer(SFTTrainer):
         labels = inputs["labels"][:, 1:]
         wanted = labels != -100
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        read = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+        read = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
         if self._only_projects is None:
             self._only_projects = only_projects(base, inputs["input_ids"][:1])
         with self.accelerator.autocast():

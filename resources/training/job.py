@@ -68,6 +68,7 @@ class TrainingJob(BaseModel):
     # As CUDA_VISIBLE_DEVICES names it; empty on a CPU. None: no other training is at work beside it.
     own_gpu: str | None
     gradient_checkpointing: bool
+    padding_free: bool
     save_every_steps: int
     report_to: str
     state: Path

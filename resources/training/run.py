@@ -130,7 +130,9 @@ def merge_adapter(job: TrainingJob) -> None:
     """Adds the trained adapter to the weights it was trained on, as they were before any quantization."""
     from peft import PeftModel
 
-    adapted = PeftModel.from_pretrained(load_model(job, quantized=False), job.directory / "adapter")
+    # Candidates that train side by side are merged by one process, which would crowd the first GPU.
+    device = "cpu" if job.own_gpu else prepare_device(job.engine)
+    adapted = PeftModel.from_pretrained(load_model(job, quantized=False).to(device), job.directory / "adapter")
     adapted.merge_and_unload().save_pretrained(job.directory / "merged")
     _tokenizer(job).save_pretrained(job.directory / "merged")
 
@@ -158,7 +160,7 @@ def _trainer(job: TrainingJob, device: str) -> tuple[Any, Any, dict[str, Any]]:
     from resources.training.cpu_sft import CpuSFTTrainer
 
     alone_on_cpu = device == "cpu" and not job.launched
-    options = {"max_length": None, "completion_only_loss": True}
+    options = {"max_length": None, "completion_only_loss": True, "padding_free": job.padding_free}
     return CpuSFTTrainer if alone_on_cpu else SFTTrainer, SFTConfig, options
 
 

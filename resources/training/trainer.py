@@ -224,6 +224,7 @@ class Trainer(DeviceResource):
             launched=launched or self.own_gpu is not None,
             own_gpu=self.own_gpu,
             gradient_checkpointing=self._gradient_checkpointing(training, Path(start.weights), processes),
+            padding_free=self._padding_free(),
             save_every_steps=self.processes.save_every_steps,
             report_to=self.processes.report_to,
             state=state,
@@ -237,6 +238,10 @@ class Trainer(DeviceResource):
         if stated is not None or prepare_device(self.engine) == "cpu":
             return bool(stated)
         return not keeps_activations(self.engine, training, start, least_share(self.processes, processes))
+
+    def _padding_free(self) -> bool:
+        stated = self.processes.padding_free
+        return stated if stated is not None else (self.engine.attention or "").startswith("flash_attention")
 
 
 def _asset_in_progress() -> str | None:
