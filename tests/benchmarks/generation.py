@@ -26,7 +26,7 @@ from typing import Any
 import resources.generation.language_model
 from resources.generation.engine import Completion, Requests
 from resources.generation.engine_choice import engine_fingerprint, open_engine
-from resources.generation.vllm_engine import CPU_ARGUMENTS, CPU_ENVIRONMENT, ENVIRONMENT
+from resources.generation.vllm_engine import CPU_ARGUMENTS, CPU_ENVIRONMENT, ENVIRONMENT, WORTH_COMPILING
 from resources.models.chat import load_tokenizer, prompt_ids
 from resources.models.device import prepare_device, torch_dtype
 from resources.settings.machine import Engine
@@ -130,10 +130,12 @@ def raw_vllm(
     from vllm import LLM, SamplingParams, TokensPrompt
 
     longest = max(map(len, rendered(model, count))) + sampling.max_new_tokens
+    # As the stage chooses, so that both do the same.
+    own = CPU_ARGUMENTS if on_cpu else {"enforce_eager": count * sampling.max_new_tokens < WORTH_COMPILING}
     engine = LLM(
         model, dtype=str(torch_dtype(settings)).removeprefix("torch."), max_model_len=longest,
         max_num_batched_tokens=max(settings.batch_tokens, longest), disable_log_stats=True,
-        **(CPU_ARGUMENTS if on_cpu else {}), **settings.vllm_arguments,
+        **own | settings.vllm_arguments,
     )  # fmt: skip
     options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "max_tokens": sampling.max_new_tokens}
     started = time.monotonic()
