@@ -4,12 +4,13 @@ import os
 import random
 import shutil
 
+import polars as pl
 import pytest
 
 from synpo_assets.cli import runs
 from synpo_assets.cli.healing import damaged_assets
 from synpo_assets.graph.missing import missing_assets
-from tests.conftest import synpo_here
+from tests.conftest import synpo, synpo_here
 
 CHECKPOINT = "checkpoints/model_checkpoint/0001"
 PLACES = (
@@ -42,6 +43,23 @@ DAMAGES = (become_random_bytes, become_a_directory, lose_its_end, lambda file: o
 # Each place with one of the damages; all of them with all take minutes.
 CASES = [(place, DAMAGES[number % len(DAMAGES)]) for number, place in enumerate(PLACES)]
 CASES += [("history/runs.db", become_random_bytes), ("shards/*/fingerprint.json", become_random_bytes)]
+
+
+@pytest.mark.slow
+def test_what_a_stage_looks_up_later_in_the_graph_does_not_keep_it_from_being_made_again(nano_run, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(nano_run.home, home, symlinks=True)
+    (home / "tables/evaluation/0001.parquet").unlink()
+    damaged = [home / place for place in (
+        "metrics/gold_comparison/0001.parquet", "metrics/promotion/0002.parquet", "tables/evaluation/0002.parquet",
+        "settings/keyword_pool/once.parquet",
+    )]  # fmt: skip
+    for file in damaged:
+        lose_its_end(file)
+    result = synpo("run", "--home", home, "--iterations", 2)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for file in damaged:
+        assert pl.read_parquet(file).height
 
 
 @pytest.mark.parametrize(("place", "damage"), CASES)

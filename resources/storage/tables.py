@@ -1,6 +1,7 @@
 """Tables as parquet files, one folder per asset and one file per iteration, each with a checksum beside it."""
 
 import io
+import uuid
 from typing import IO, Any
 
 import dagster as dg
@@ -10,7 +11,7 @@ from upath import UPath
 
 from resources.common.errors import DamageError
 from resources.common.text import asset_label, visible
-from resources.storage.files import opened_atomically, storage_root, write_atomically
+from resources.storage.files import DAMAGED, opened_atomically, storage_root, write_atomically
 
 SAMPLE_ROWS = 5
 SHOWN_CHARACTERS = 300
@@ -65,6 +66,20 @@ class ParquetTables(dg.UPathIOManager):
         """The iterations of which an asset, or if none is named any asset, has a table."""
         names = {file.stem for file in self._base_path.glob(f"{asset}/*.parquet")}
         return sorted(name for name in names if name.isdecimal())
+
+    def set_damaged_aside(self) -> bool:
+        """Renames the tables that are not as they were written, so that they count as not made; whether there were any."""
+        damaged = []
+        for file in [*self._base_path.glob("*.parquet"), *self._base_path.glob("*/*.parquet")]:
+            label = _label(file, self._base_path)
+            try:
+                with _opened(file, label) as content:
+                    _count(content, file, label)
+            except DamageError:
+                damaged.append(file)
+        for file in damaged:
+            file.rename(file.with_name(f"{file.name}.{uuid.uuid4().hex}{DAMAGED}"))
+        return bool(damaged)
 
     def write(self, asset: str, partition: str, frame: pl.DataFrame) -> None:
         """Writes the table of an asset and iteration other than the running one."""

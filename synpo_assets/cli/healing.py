@@ -36,8 +36,7 @@ def _look_at(services: Services, name: str, partition: str | None, version: str 
     """Raises a DamageError if something that an asset keeps is gone or damaged."""
     node, label = services.graph.get(dg.AssetKey(name)), asset_label(name, partition)
     services.metrics.verify(name, partition or ONCE)
-    if partition or ONCE in services.used_settings.partitions(name):
-        services.used_settings.verify(name, partition or ONCE)
+    services.used_settings.verify(name, partition or ONCE)
     if "dagster/column_schema" in node.metadata:
         services.tables.verify(name, partition)
     elif node.io_manager_key == "checkpoints":

@@ -55,6 +55,19 @@ def table_output(
     return dg.Output(frame, **_recorded(context, services, table_version(frame), measured, shown))
 
 
+def streamed_output(
+    context: dg.AssetExecutionContext,
+    services: Services,
+    frame: pl.LazyFrame,
+    version: str,
+    metrics: Sequence[Metric] = (),
+    /,
+    **shown: Any,
+) -> dg.Output[pl.LazyFrame]:
+    """A table that is never held in memory as a whole, with the content version that its rows gave while they were made."""
+    return dg.Output(frame, **_recorded(context, services, version, metrics, shown))
+
+
 def checkpoint_output(
     context: dg.AssetExecutionContext,
     services: Services,

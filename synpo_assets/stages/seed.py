@@ -35,8 +35,8 @@ from resources.storage.seed_source import read_rows
 from resources.storage.tables import table_metadata
 from synpo_assets.graph import metrics
 from synpo_assets.graph.evaluation_schemas import VerifiableInstructions
-from synpo_assets.graph.metrics import Metric, record
-from synpo_assets.graph.presentation import checkpoint_output, table_output
+from synpo_assets.graph.metrics import Metric
+from synpo_assets.graph.presentation import checkpoint_output, streamed_output, table_output
 from synpo_assets.graph.schemas import KeywordPool, SeedPairs
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
@@ -128,7 +128,7 @@ def keyword_pool(
     limited = itertools.islice(sets, pool.max_sets)
     with tempfile.TemporaryDirectory() as directory:
         version, rows_written = _write_batches(itertools.starmap(keyword_set, limited), Path(directory))
-        record(services.metrics, "keyword_pool", None, [Metric("rows", rows_written), Metric("dropped", len(unusable))])
+        measured = [Metric("rows", rows_written), Metric("dropped", len(unusable))]
         if unusable:
             named = ", ".join(map(str, unusable[:SHOWN_BAD_ROWS]))
             context.log.warning(
@@ -136,7 +136,7 @@ def keyword_pool(
             )
         frame = pl.scan_parquet(Path(directory) / "*.parquet")
         # Yielded, not returned: the table is stored while the batches still exist.
-        yield dg.Output(frame, data_version=dg.DataVersion(version))
+        yield streamed_output(context, services, frame, version, measured)
 
 
 def _paragraphs(rows: Iterable[tuple[int, Mapping[str, Any]]], column: str, unusable: list[int]) -> Iterator[str]:
