@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import uuid
 from pathlib import Path
 
 import dagster as dg
@@ -10,7 +13,7 @@ import pytest
 
 from resources.common.errors import DamageError
 from resources.storage.checkpoint_store import CheckpointStore
-from resources.storage.files import temporary_directory_beside, write_atomically
+from resources.storage.files import remove_abandoned, temporary_directory_beside, write_atomically
 from resources.storage.tables import ParquetTables, table_metadata
 from synpo_assets.graph.schemas import KeywordPool, PreferencePairs, SeedPairs
 from synpo_assets.graph.tables import check, column_schema, frame_type
@@ -26,6 +29,20 @@ def test_a_file_is_replaced_whole(tmp_path):
     write_atomically(file, b"new")
     assert file.read_bytes() == b"new"
     assert os.listdir(file.parent) == ["file.txt"]
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_what_others_write_is_kept(tmp_path):
+    dead, alive = (
+        tmp_path / "tables" / f".0001.parquet.{uuid.uuid4().hex}.{pid}.tmp" for pid in (4194305, os.getppid())
+    )
+    dead.parent.mkdir()
+    for file in (dead, alive):
+        file.write_bytes(b"half")
+    writing = f"import os; from resources.storage.files import opened_atomically\nwith opened_atomically({str(tmp_path / 'file')!r}): os._exit(1)"
+    subprocess.run([sys.executable, "-c", writing], check=False)
+    assert len(list(tmp_path.glob(".file.*.tmp"))) == 1
+    remove_abandoned(tmp_path, "**/.*.tmp")
+    assert list(tmp_path.rglob("*.tmp")) == [alive]
 
 
 def test_leftovers_of_dead_processes_are_removed_and_live_ones_kept(tmp_path):

@@ -36,7 +36,7 @@ def opened_atomically(path: AnyPath) -> Iterator[IO[bytes]]:
     """Opens a file for writing under a temporary name beside its place; when all is written, it is renamed."""
     final = UPath(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
+    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -97,15 +97,19 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 def remove_abandoned(folder: Path, pattern: str) -> None:
-    """Removes the temporary directories of processes that are dead."""
+    """Removes the temporary files and directories of processes that are dead."""
     for leftover in folder.glob(pattern):
-        if is_abandoned(leftover):
+        if not is_abandoned(leftover):
+            continue
+        if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
-def is_abandoned(directory: AnyPath) -> bool:
-    """Whether a temporary directory belongs to a process that is dead: the last but one part of its name is the id."""
-    process_id = directory.name.split(".")[-2]
+def is_abandoned(place: AnyPath) -> bool:
+    """Whether a temporary file or directory belongs to a process that is dead: the last but one part of its name is the id."""
+    process_id = place.name.split(".")[-2]
     if process_id.isdigit():
         try:
             os.kill(int(process_id), 0)

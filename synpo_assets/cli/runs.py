@@ -74,8 +74,7 @@ def run_missing(instance: DagsterInstance, services: Services, iterations: int) 
         KeyboardInterrupt: The run was interrupted, or terminated in the UI.
     """
     close_dead_runs(instance)
-    for checkpoints in ("checkpoints", "cache/checkpoints"):
-        remove_abandoned(services.home, f"{checkpoints}/*/.*.tmp")
+    remove_abandoned(services.home, "**/.*.tmp")
     warn_of_outdated(instance, services)
     partitions = [None, *(partition_key(number) for number in range(1, iterations + 1))]
     for _ in range(ROUNDS):
