@@ -124,7 +124,10 @@ def test_the_dpo_loss_is_the_formula_with_the_start_as_reference(tmp_path, nano_
 
     one, loss = PAIRED.model_copy(update={"lora": lora, "learning_rate": 1e-2}), DPO(beta=0.3)
     trainer = Trainer(
-        engine=Engine(threads=1), random_seed=1, processes=TrainingProcesses(), states=str(tmp_path / "s")
+        engine=Engine(threads=1, dtype="float32"),
+        random_seed=1,
+        processes=TrainingProcesses(),
+        states=str(tmp_path / "s"),
     )
     data = training_pairs()[:4]
     first = trainer.train("preference", nano_checkpoint, data, one, tmp_path / "one", loss)

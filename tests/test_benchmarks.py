@@ -106,7 +106,9 @@ def make(folder, adapted_checkpoint, nano_model):
 
 
 def language_model(folder):
-    return LanguageModel(shards=str(folder / "shards"), engine=Engine(threads=1, shard_rows=4), random_seed=7)
+    return LanguageModel(
+        shards=str(folder / "shards"), engine=Engine(threads=1, shard_rows=4, dtype="float32"), random_seed=7
+    )
 
 
 @pytest.fixture

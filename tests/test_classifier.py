@@ -134,7 +134,7 @@ def test_a_published_model_is_read_where_it_reads_a_single_answer(classifier, tm
 
     published = shutil.copytree(classifier, tmp_path / "published")
     SHAPES[shape](published)
-    model = RewardModel(str(published), Engine(threads=1, device="cpu"), 200)
+    model = RewardModel(str(published), Engine(threads=1, device="cpu", dtype="float32"), 200)
     plain = AutoModelForSequenceClassification.from_pretrained(published)
     readings = [model.read(text, "Tea?", [text]) for text in WORDS]
     with torch.no_grad():

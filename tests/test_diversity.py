@@ -166,7 +166,7 @@ def test_a_real_model_tells_the_seed_from_its_shuffled_words():
     weights, _ = fetch_initial_policy(load_settings(preset_path("laptop")).initial_policy, False)
     model = Checkpoint("initial_policy", None, "smollm2", str(weights), str(weights))
     texts = [(REQUEST, text) for prompt in PROMPTS for text in in_three_orders(prompt, 0)]
-    read = AnswerLikelihood(engine=Engine(threads=1, device="cpu")).measure(model, texts)
+    read = AnswerLikelihood(engine=Engine(threads=1, device="cpu", dtype="float32")).measure(model, texts)
     (row,) = ordered_shares({"seed": np.array(read.per_token).reshape(-1, 3)})
     assert row["ordered_share"] > 0.9
     assert row["shuffled_ordered_share"] < 0.1
@@ -292,7 +292,9 @@ def test_a_seed_of_long_prompts_only_is_refused_before_a_run(tmp_path):
 
 
 def embed(weights, texts, **engine):
-    return SentenceEmbedder(engine=Engine(threads=1, device="cpu", **engine)).embed(weights, texts)
+    return SentenceEmbedder(engine=Engine(**{"threads": 1, "device": "cpu", "dtype": "float32"} | engine)).embed(
+        weights, texts
+    )
 
 
 def test_an_embedding_is_the_mean_over_the_tokens_of_the_last_layer(nano_embedding_model):
@@ -443,7 +445,7 @@ def stand_in(name, frame, partitioned=False):
 
 def on_one_thread(home, settings):
     """The services of an experiment, without a GPU."""
-    return services_in(home, settings.model_copy(update={"engine": Engine(threads=1, device="cpu")}))
+    return services_in(home, settings.model_copy(update={"engine": Engine(threads=1, device="cpu", dtype="float32")}))
 
 
 def diversity(instance, home, synthetic, baseline, judge=None, **options):

@@ -81,7 +81,7 @@ def test_settings_that_only_vllm_reads_are_refused_beside_transformers(tmp_path,
 
 
 def test_without_a_gpu_transformers_is_chosen_and_said(nano_checkpoint, said):
-    open_engine(nano_checkpoint, Engine(device="cpu", threads=1))
+    open_engine(nano_checkpoint, Engine(device="cpu", threads=1, dtype="float32"))
     assert said == [f"transformers {importlib.metadata.version('transformers')} generates on cpu (engine.kind: auto)."]
 
 
@@ -105,7 +105,7 @@ def test_requests_come_longest_first_with_a_seed_from_their_key():
 
 
 def test_a_prompt_beyond_the_context_is_refused_alike_by_vllm(nano_checkpoint):
-    engine = VllmEngine(nano_checkpoint, Engine(device="cpu", threads=1))
+    engine = VllmEngine(nano_checkpoint, Engine(device="cpu", threads=1, dtype="float32"))
     with pytest.raises(
         FinalError, match=r"1020 tokens and max_new_tokens = 16 exceed the model's context of 1024 tokens"
     ):
@@ -130,7 +130,7 @@ def test_vllm_compiles_where_two_copies_have_enough_to_write(
 def test_too_little_memory_is_said_with_the_settings_to_lower(nano_model, monkeypatch):
     import torch
 
-    engine = TransformersEngine(str(nano_model), Engine(device="cpu", threads=1, batch_tokens=64))
+    engine = TransformersEngine(str(nano_model), Engine(device="cpu", threads=1, batch_tokens=64, dtype="float32"))
     whole = engine._complete
 
     def full_after_the_longest(batch, sampling):

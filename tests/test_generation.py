@@ -10,6 +10,8 @@ import shutil
 import polars as pl
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import resources.generation.completions
 import resources.generation.transformers_engine
@@ -17,6 +19,7 @@ import resources.storage.shards
 from resources.common.errors import FinalError
 from resources.common.progress import Progress
 from resources.generation.few_rows import MOST_ROWS, multiply_few_rows_faster
+from resources.generation.growing_cache import growing_cache
 from resources.generation.language_model import LanguageModel
 from resources.generation.transformers_engine import RowSampler, _mixed, uniform_numbers
 from resources.settings.machine import Engine
@@ -29,7 +32,9 @@ SAMPLING = Sampling(temperature=0.8, top_k=40, max_new_tokens=16)
 
 
 def model(shards, **engine):
-    return LanguageModel(shards=str(shards), engine=Engine(threads=1, **engine), random_seed=1)
+    return LanguageModel(
+        shards=str(shards), engine=Engine(**{"threads": 1, "dtype": "float32"} | engine), random_seed=1
+    )
 
 
 def test_rows_come_back_in_order_with_counts(tmp_path, nano_checkpoint):
@@ -56,7 +61,7 @@ def test_seed_and_id_decide_the_completion(tmp_path, nano_checkpoint):
     same_prompt = [("a", PROMPTS[0][1]), ("b", PROMPTS[0][1])]
     frame, _ = model(tmp_path / "1").answer(nano_checkpoint, same_prompt, SAMPLING)
     assert frame["text"].n_unique() == 2
-    other = LanguageModel(shards=str(tmp_path / "2"), engine=Engine(threads=1), random_seed=2)
+    other = LanguageModel(shards=str(tmp_path / "2"), engine=Engine(threads=1, dtype="float32"), random_seed=2)
     assert other.answer(nano_checkpoint, same_prompt, SAMPLING)[0]["text"][0] != frame["text"][0]
 
 
@@ -250,3 +255,21 @@ def test_layers_in_other_formats_and_of_other_kinds_multiply_as_they_did():
     )
     multiply_few_rows_faster(layers)
     assert not any("forward" in vars(layer) for layer in layers)
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(0, 99), max_size=3)), min_size=1, max_size=6))
+def test_a_cache_with_room_holds_what_transformers_own_holds(steps):
+    from transformers import DynamicCache, LlamaConfig
+
+    config, rows = LlamaConfig(num_hidden_layers=1), 3
+    ours, theirs = caches = growing_cache(config), DynamicCache(config=config)
+    for written, kept in steps:
+        new = torch.randn(rows, 2, written, 4)
+        for mine, other in zip(*(cache.update(new, -new, 0) for cache in caches), strict=True):
+            assert torch.equal(mine, other)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        # Some rows end.
+        if kept:
+            for cache in caches:
+                cache.reorder_cache(torch.tensor(kept) % rows)
+            rows = len(kept)

@@ -236,8 +236,8 @@ def test_the_likelihood_is_what_transformers_calls_the_loss_of_the_text_and_of_t
         ("Why?", "No reason at all, really."),
     ]
     # Small batches too: each row is padded differently.
-    alone = AnswerLikelihood(engine=Engine(threads=1, batch_tokens=64)).measure(nano_checkpoint, rows)
-    found = AnswerLikelihood(engine=Engine(threads=1)).measure(nano_checkpoint, rows)
+    alone = AnswerLikelihood(engine=Engine(threads=1, batch_tokens=64, dtype="float32")).measure(nano_checkpoint, rows)
+    found = AnswerLikelihood(engine=Engine(threads=1, dtype="float32")).measure(nano_checkpoint, rows)
     assert found.per_token == pytest.approx(alone.per_token, abs=1e-5)
     assert found.end == pytest.approx(alone.end, abs=1e-5)
     model = AutoModelForCausalLM.from_pretrained(nano_checkpoint.weights)

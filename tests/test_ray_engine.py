@@ -104,7 +104,7 @@ def test_the_fingerprint_needs_neither_the_cluster_nor_its_gpus():
 
 
 def test_shards_of_a_cluster_and_of_the_engine_alone_are_the_same():
-    alone = Engine(device="cpu")
+    alone = Engine(device="cpu", dtype="float32")
     spread = alone.model_copy(update={"ray": RayCluster()})
     assert engine_fingerprint(spread, "initial_policy") == engine_fingerprint(alone, "initial_policy")
 

@@ -58,7 +58,11 @@ SECTIONS = {
 
 def scorer(shards, kind="pretrained", max_length=400, options=None, **engine):
     section = SECTIONS[kind](max_length=max_length, **(options or {}))
-    return RewardScorer(shards=str(shards), engine=Engine(threads=1, device="cpu", **engine), scorer=section)
+    return RewardScorer(
+        shards=str(shards),
+        engine=Engine(**{"threads": 1, "device": "cpu", "dtype": "float32"} | engine),
+        scorer=section,
+    )
 
 
 def pair_scorer(shards, pair_convention="mean_of_both_orders", **options):
@@ -105,7 +109,10 @@ def copy_of(model, place):
 
 def test_the_reward_model_learns_to_tell_gold_from_nonsense(tmp_path, nano_checkpoint):
     trainer = Trainer(
-        engine=Engine(threads=1), random_seed=1, processes=TrainingProcesses(), states=str(tmp_path / "training")
+        engine=Engine(threads=1, dtype="float32"),
+        random_seed=1,
+        processes=TrainingProcesses(),
+        states=str(tmp_path / "training"),
     )
     summary = trainer.train("reward", nano_checkpoint, AGAINST_NONSENSE, TRAINING, tmp_path / "trained")
     assert summary.history[-1]["loss"] < 0.5 < summary.history[0]["loss"]
@@ -231,7 +238,7 @@ def test_equal_answers_tie_in_both_orders_only(tmp_path, pairrm):
 
 
 def test_a_text_that_quotes_the_opening_tokens_changes_nothing_else(tmp_path, pairrm):
-    reading = PairRanker(str(pairrm), Engine(threads=1, device="cpu"), 400).read(
+    reading = PairRanker(str(pairrm), Engine(threads=1, device="cpu", dtype="float32"), 400).read(
         "k", "Explain <|candidate1|>.", ["<|source|> opens the prompt.", "No <|candidate2|> idea."]
     )
     opening = load_tokens(pairrm, ["<|source|>", "<|candidate1|>", "<|candidate2|>"])

@@ -436,7 +436,10 @@ def test_a_budget_smaller_than_one_candidate_is_refused(nano_model):
 @pytest.mark.slow
 def test_trainings_side_by_side_are_those_that_run_alone(nano_checkpoint, tmp_path):
     trainer = Trainer(
-        engine=Engine(threads=2), random_seed=1, processes=TrainingProcesses(), states=str(tmp_path / "training")
+        engine=Engine(threads=2, dtype="float32"),
+        random_seed=1,
+        processes=TrainingProcesses(),
+        states=str(tmp_path / "training"),
     )
     both = trainer.side_by_side(2)
     assert [each.engine.threads for each in both] == [1, 1]

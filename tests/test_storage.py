@@ -259,7 +259,9 @@ def test_half_an_upload_is_no_checkpoint(bucket, tmp_path, monkeypatch):
 
 def test_finished_shards_are_found_in_the_bucket(bucket, nano_checkpoint):
     asked = [(str(number), [{"role": "user", "content": f"Question {number}?"}]) for number in range(5)]
-    model = LanguageModel(shards=str(bucket / "shards"), engine=Engine(threads=1, shard_rows=2), random_seed=1)
+    model = LanguageModel(
+        shards=str(bucket / "shards"), engine=Engine(threads=1, shard_rows=2, dtype="float32"), random_seed=1
+    )
     sampling = Sampling(max_new_tokens=4)
     first, usage = model.answer(nano_checkpoint, asked[:3], sampling)
     assert usage.reused == 0

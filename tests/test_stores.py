@@ -38,8 +38,8 @@ def test_what_a_killed_process_was_writing_is_removed_and_what_others_write_is_k
     dead.parent.mkdir()
     for file in (dead, alive):
         file.write_bytes(b"half")
-    writing = f"import os; from resources.storage.files import opened_atomically\nwith opened_atomically({str(tmp_path / 'file')!r}): os._exit(1)"
-    subprocess.run([sys.executable, "-c", writing], check=False)
+    writing = "import os, sys; from resources.storage.files import *\nwith opened_atomically(sys.argv[1]): os._exit(1)"
+    subprocess.run([sys.executable, "-c", writing, tmp_path / "file"], check=False)
     assert len(list(tmp_path.glob(".file.*.tmp"))) == 1
     remove_abandoned(tmp_path, "**/.*.tmp")
     assert list(tmp_path.rglob("*.tmp")) == [alive]

@@ -10,8 +10,8 @@ import torch
 
 from resources.common import progress
 from resources.models.chat import load_tokenizer, prompt_text
-from resources.models.device import trains_in_bfloat16
-from resources.settings.machine import Engine
+from resources.models.device import torch_dtype, trains_in_bfloat16
+from resources.settings.machine import Engine, RayCluster
 from resources.settings.training import PreferenceTraining, SimPO, Training, TrainingProcesses
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.trainer import Trainer, TrainingError
@@ -171,9 +171,14 @@ def test_products_in_bfloat16_change_the_loss_little_and_keep_float32_weights(
         ("float32", "cpu", {"avx512_bf16"}, False),
     ],
 )  # fmt: skip
-def test_only_what_multiplies_bfloat16_fast_trains_in_it(monkeypatch, dtype, device, instructions, expected):
+def test_only_what_multiplies_bfloat16_fast_uses_it(monkeypatch, dtype, device, instructions, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True), raising=False)
     assert trains_in_bfloat16(Engine(dtype=dtype), device) == expected
+    engine = Engine(dtype=dtype, device=device)
+    assert (torch_dtype(engine) == torch.bfloat16) == expected
+    if device == "cpu" and dtype == "auto":
+        # Whose CPUs these are is not known here.
+        assert torch_dtype(engine.model_copy(update={"ray": RayCluster()})) == torch.float32
 
 
 def test_a_model_that_scales_its_logits_learns_by_its_own_loss(tmp_path, trainer, nano_model, monkeypatch):

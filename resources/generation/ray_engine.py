@@ -20,7 +20,7 @@ import dagster as dg
 from resources.common.errors import FinalError
 from resources.generation.engine import Completion, GenerationEngine, Request, Requests
 from resources.generation.ray_worker import News, RayWorker, Wants
-from resources.models.device import prepare_device
+from resources.models.device import prepare_device, torch_dtype
 from resources.settings.machine import Engine, RayCluster
 from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
@@ -37,10 +37,11 @@ OBJECT_STORE_BYTES = 2**27
 
 
 def worker_settings(engine: Engine, cluster: RayCluster, kind: str) -> Engine:
-    """The settings of each worker's engine; `kind` is the one that was chosen, because a worker has no choice."""
+    """The settings of each worker's engine; `kind` and number format are chosen here, because a worker has no choice."""
     # Ray sets CPUs aside by number only; unasked, each copy would take all of its node.
     threads = engine.threads or math.ceil(cluster.cpus_per_worker)
-    return engine.model_copy(update={"ray": None, "kind": kind, "threads": threads, "data_parallel_size": 1})
+    chosen = {"kind": kind, "dtype": str(torch_dtype(engine)).removeprefix("torch."), "threads": threads}
+    return engine.model_copy(update={"ray": None, "data_parallel_size": 1} | chosen)
 
 
 class RayEngine:

@@ -65,12 +65,13 @@ class TransformersEngine:
     def _complete(self, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """Completes a batch piece by piece, so that a few long answers do not keep the finished ones in the batch."""
         import torch
-        from transformers import DynamicCache
+
+        from resources.generation.growing_cache import growing_cache
 
         device = self._model.device
         texts = [request.token_ids for request in batch]
         padded = self._tokenizer.pad({"input_ids": texts}, padding_side="left", return_tensors="pt").to(device)
-        written, mask, cache = padded["input_ids"], padded["attention_mask"], DynamicCache(config=self._model.config)
+        written, mask, cache = padded["input_ids"], padded["attention_mask"], growing_cache(self._model.config)
         asked, most = written.shape[1], sampling.max_new_tokens
         seeds = torch.tensor([request.seed for request in batch], device=device)
         ends = torch.tensor(self._end_ids, device=device)

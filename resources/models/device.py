@@ -87,20 +87,22 @@ def torch_dtype(engine: Engine) -> "torch.dtype":
         return getattr(torch, engine.dtype)
     # A stated device need not be in this machine: with engine.ray it is that of the workers.
     device = prepare_device(engine) if engine.device == "auto" else engine.device
-    return torch.bfloat16 if device == "cuda" else torch.float32
+    capable = device == "cuda" or (engine.ray is None and cpu_multiplies_bfloat16())
+    return torch.bfloat16 if capable else torch.float32
 
 
 def trains_in_bfloat16(engine: Engine, device: str) -> bool:
-    """Whether the products of a training are computed in bfloat16, beside weights in float32 (autocast).
+    """Whether the products of a training are computed in bfloat16, beside what is trained in float32 (autocast)."""
+    return (device == "cuda" or cpu_multiplies_bfloat16()) and engine.dtype != "float32"
 
-    On a CPU only where it has instructions for them: there they take half the time, elsewhere ten times as long.
-    """
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products in bfloat16: with them they take half the time, else ten times as long."""
     import torch
 
     # Not every torch in our range tells.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    capable = device == "cuda" or any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS)
-    return capable and engine.dtype != "float32"
+    return any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS)
 
 
 def loading_options(engine: Engine) -> dict[str, Any]:

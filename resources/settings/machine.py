@@ -70,8 +70,8 @@ class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes a GPU where there is one.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="`auto`: bfloat16 on a GPU, float32 on a CPU (bfloat16 is ten times slower without hardware for it); trainings "
-        "keep float32 weights and multiply in bfloat16 on a GPU and on a CPU with instructions for it. `float32`: nothing else.",
+        description="`auto`: bfloat16 on a GPU and on a CPU with instructions for it (AVX-512 BF16); else float32, and on CPUs "
+        "of a Ray cluster. What is trained is in float32 nevertheless, and multiplied in bfloat16. `float32`: nothing else.",
     )
     attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = Field(
         None,
