@@ -19,7 +19,6 @@ from synpo_assets.cli.settings_watch import with_settings_check
 from synpo_assets.graph.changes import RunRefused
 from synpo_assets.graph.history import failed_checks, unfinished_attempt, unfinished_checks
 from synpo_assets.graph.missing import outdated_assets
-from synpo_assets.stages import seed
 from tests.conftest import HOME
 from tests.nano import write_settings
 from tests.stand_ins import instance as instance
@@ -169,11 +168,10 @@ def test_the_manifest_of_a_checkpoint_names_the_changes(home):
 
 
 def test_every_output_records_the_version_that_changes_make():
-    """Those that graph/presentation.py makes carry it; the keyword pool, which streams, reads no setting of a run."""
+    """Those that graph/presentation.py makes carry it."""
     files = (ROOT / "synpo_assets").rglob("*.py")
     making = {file.name for file in files if re.search(r"dg\.(Output|MaterializeResult)\(", file.read_text())}
-    assert making == {"presentation.py", "seed.py"}
-    assert set(seed.keyword_pool.reads) <= set(OF_THE_HOME)
+    assert making == {"presentation.py"}
 
 
 def test_while_the_settings_are_wrong_no_run_starts_and_the_last_valid_graph_stays(home, instance):
