@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 
 import dagster as dg
+import pytest
 from dagster._core.execution.plan import instance_concurrency_context
 
 from synpo_assets.cli import executor
+from synpo_assets.graph.changes import run_resources
 from synpo_assets.graph.stage import GPU_POOL, GPU_TAG
+from tests.stand_ins import services_in
 from tests.ui import wait_for
 
 ONE_AT_A_TIME = {"concurrency": {"pools": {"default_limit": 1}}}
@@ -34,6 +37,24 @@ def run_endless_job():
     executor.ENDS_WITHIN_SECONDS, executor.PRELOADED = 1.0, []
     with dg.DagsterInstance.local_temp(os.environ["HOME_OF_RUN"]) as instance:
         dg.execute_job(dg.reconstructable(endless_job), instance)
+
+
+@pytest.mark.parametrize("is_a_step", [False, True])
+def test_only_the_process_of_a_step_is_ended_after_an_interrupt(tmp_path, monkeypatch, is_a_step):
+    listening = []
+
+    @dg.asset(required_resource_keys={"services"})
+    def looking() -> None:
+        number = signal.set_wakeup_fd(-1)
+        listening.append(number >= 0)
+        signal.set_wakeup_fd(number)
+
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: object() if is_a_step else None)
+    services = services_in(tmp_path)
+    resources = run_resources(services, lambda *_: services)
+    del resources["io_manager"]
+    assert dg.materialize([looking], instance=dg.DagsterInstance.ephemeral(), resources=resources).success
+    assert listening == [is_a_step]
 
 
 def test_a_run_ends_soon_after_it_was_told_to_though_a_step_never_hears_of_it(tmp_path):

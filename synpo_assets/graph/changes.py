@@ -76,15 +76,16 @@ def run_resources(services: Services, rebuild: Rebuild) -> dict[str, dg.Resource
 
     @dg.resource(required_resource_keys={"changes"}, config_schema=NOTHING)
     def of_run(context: dg.InitResourceContext) -> Iterator[Services]:
+        in_a_step = multiprocessing.parent_process() is not None
         with contextlib.ExitStack() as stack:
             # The main process of a command is the user's to stop.
-            if multiprocessing.parent_process():
+            if in_a_step:
                 stack.enter_context(ended_after_interrupt(GRACE_SECONDS, GRACE_SECONDS))
             chosen = opened(context.resources.changes)
             of_this_run = dataclasses.replace(chosen, checkpoints=chosen.checkpoints.of_run(context.run_id))
             # `synpo run` asks by itself before each run, and needs the resources once more to tell how a run ended.
-            instance = context.instance if multiprocessing.parent_process() and context.run else None
-            if instance and (spent := budget_refusal(instance, of_this_run)):
+            instance = context.instance
+            if in_a_step and context.run and instance and (spent := budget_refusal(instance, of_this_run)):
                 raise FinalError(spent)
             stack.enter_context(told(context, of_this_run))
             stack.enter_context(Progress(None, "At work", logger))
