@@ -5,11 +5,15 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from resources.settings.machine import Engine
 from resources.settings.training import Lora, Training, TrainingProcesses
+from resources.storage.files import file_sha256
 from resources.training.job import TrainingError
+from resources.training.rounding import LOWER_HALF, rounded_at_random
 from resources.training.surviving import surviving_update
 from resources.training.trainer import Trainer
 
@@ -58,16 +62,56 @@ def test_the_measure_of_an_adapter_is_that_of_the_difference_of_the_weights(tmp_
     )
 
 
-def test_steps_that_bfloat16_rounds_off_are_refused_with_the_remedy(tmp_path, nano_checkpoint):
-    """Published weights are numbers of bfloat16, as these are made to be."""
-    start = shutil.copytree(nano_checkpoint.weights, tmp_path / "start")
+@given(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1, max_size=50), st.integers(0, 99))
+def test_a_number_is_rounded_to_one_of_its_two_neighbours_and_stays_if_it_is_one(numbers, seed):
+    exact = torch.tensor(numbers)
+    found = rounded_at_random(exact, torch.Generator().manual_seed(seed))
+    assert found.dtype == torch.bfloat16
+    nearest = exact.bfloat16()
+    assert torch.equal(rounded_at_random(nearest.float(), torch.Generator().manual_seed(seed)), nearest)
+    # Towards zero and away from it.
+    lower = (exact.view(torch.int32) & -LOWER_HALF).view(torch.float32)
+    upper = ((exact.view(torch.int32) & -LOWER_HALF) + LOWER_HALF).view(torch.float32)
+    assert bool(((found.float() == lower) | (found.float() == upper)).all())
+
+
+@pytest.mark.parametrize("share", [0.03, 0.5, 0.9])
+def test_what_is_rounded_at_random_is_right_on_average(share):
+    """Between 1 and 2 the numbers of bfloat16 are 2^-7 apart."""
+    exact = torch.full((100_000,), 1 + share * 2.0**-7)
+    up = (rounded_at_random(exact, torch.Generator().manual_seed(1)) > 1).float().mean().item()
+    assert up == pytest.approx(share, abs=0.006)
+
+
+def test_a_small_update_by_an_adapter_is_kept_in_bfloat16(tmp_path, nano_checkpoint, monkeypatch):
+    """As much of it as in float32, where to the nearest next to nothing would be left."""
+    options = {"lora": Lora(rank=2, alpha=4), "learning_rate": 3e-5}
+    start = dataclasses.replace(nano_checkpoint, weights=str(in_bfloat16(nano_checkpoint, tmp_path / "start")))
+    left = trained(tmp_path / "at random", start, "bfloat16", **options).surviving
+    assert left.share == pytest.approx(1, abs=0.15)
+    again = trained(tmp_path / "again", start, "bfloat16", **options)
+    assert again.surviving == left
+    files = [tmp_path / name / "made/merged/model.safetensors" for name in ("at random", "again")]
+    assert file_sha256(files[0]) == file_sha256(files[1])
+    monkeypatch.setattr("resources.training.rounding.rounded_at_random", lambda numbers, _: numbers.bfloat16())
+    with pytest.raises(TrainingError, match="is left once its weights are read in bfloat16"):
+        trained(tmp_path / "nearest", start, "bfloat16", **options)
+
+
+def in_bfloat16(checkpoint, place):
+    """A copy of a checkpoint's weights in numbers of bfloat16, as published ones are."""
+    start = shutil.copytree(checkpoint.weights, place)
     weights = load_file(start / "model.safetensors")
-    save_file(
-        {name: tensor.bfloat16().float() for name, tensor in weights.items()},
-        start / "model.safetensors",
-        {"format": "pt"},
+    rounded = {name: tensor.bfloat16().float() for name, tensor in weights.items()}
+    save_file(rounded, start / "model.safetensors", {"format": "pt"})
+    return start
+
+
+def test_steps_that_bfloat16_rounds_off_are_refused_with_the_remedy(tmp_path, nano_checkpoint):
+    """As all weights are, where no adapter is trained: whoever reads them rounds to the nearest."""
+    nano_checkpoint = dataclasses.replace(
+        nano_checkpoint, weights=str(in_bfloat16(nano_checkpoint, tmp_path / "start"))
     )
-    nano_checkpoint = dataclasses.replace(nano_checkpoint, weights=str(start))
     with pytest.raises(
         TrainingError, match=r"% is left .* bfloat16.*Raise training\.learning_rate .*engine\.dtype: float32"
     ):

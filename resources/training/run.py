@@ -128,12 +128,20 @@ def load_model(job: TrainingJob, *, quantized: bool) -> "PreTrainedModel":
 
 def merge_adapter(job: TrainingJob) -> None:
     """Adds the trained adapter to the weights it was trained on, as they were before any quantization."""
+    import torch
     from peft import PeftModel
+
+    from resources.training.rounding import merge_rounding_at_random
 
     # Candidates that train side by side are merged by one process, which would crowd the first GPU.
     device = "cpu" if job.own_gpu else prepare_device(job.engine)
     adapted = PeftModel.from_pretrained(load_model(job, quantized=False).to(device), job.directory / "adapter")
-    adapted.merge_and_unload().save_pretrained(job.directory / "merged")
+    if torch_dtype(job.engine) == torch.bfloat16:
+        merge_rounding_at_random(adapted, job.random_seed)
+        merged = adapted.unload()
+    else:
+        merged = adapted.merge_and_unload()
+    merged.save_pretrained(job.directory / "merged")
     _tokenizer(job).save_pretrained(job.directory / "merged")
 
 

@@ -33,7 +33,8 @@ def measured(directory: str) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     from resources.generation.few_rows import multiply_few_rows_faster
-    from tests.benchmarks.few_rows import step_milliseconds
+    from resources.generation.growing_cache import growing_cache
+    from tests.benchmarks.token_steps import step_milliseconds
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     scored, trained = torch.randint(0, 1000, (8, 120)), torch.randint(0, 1000, (4, 200))
@@ -48,7 +49,12 @@ def measured(directory: str) -> dict[str, float]:
 
     found = {"score": _milliseconds(score), "train": _milliseconds(train)}
     multiply_few_rows_faster(model.eval())
-    steps = {f"{rows} rows": statistics.median(step_milliseconds(model, rows) for _ in range(ROUNDS)) for rows in ROWS}
+    steps = {
+        f"{rows} rows": statistics.median(
+            step_milliseconds(model, growing_cache(model.config), rows) for _ in range(ROUNDS)
+        )
+        for rows in ROWS
+    }
     return {name: round(each, 1) for name, each in (steps | found).items()}
 
 
