@@ -32,7 +32,7 @@ ANSWER_LENGTH = 900
 
 def settings(*, batch: int, micro: int, lora: Lora | None) -> PreferenceTraining:
     return PreferenceTraining(
-        learning_rate=1e-5, batch_size=batch, micro_batch_size=micro, max_length=1024, max_prompt_length=448,
+        learning_rate=1e-4, batch_size=batch, micro_batch_size=micro, max_length=1024, max_prompt_length=448,
         max_completion_length=576, lora=lora,
     )  # fmt: skip
 
