@@ -69,7 +69,9 @@ def test_seed_and_id_decide_and_the_batch_does_not(answered, tmp_path, nano_chec
     again = PROMPTS[3:9][::-1]
     twice, _ = vllm_model(tmp_path / "same").answer(nano_checkpoint, again, SAMPLING)
     assert twice["text"].to_list() == frame["text"].to_list()[3:9][::-1]
-    other = LanguageModel(shards=str(tmp_path / "other"), engine=Engine(threads=1, kind="vllm", dtype="float32"), random_seed=2)
+    other = LanguageModel(
+        shards=str(tmp_path / "other"), engine=Engine(threads=1, kind="vllm", dtype="float32"), random_seed=2
+    )
     same_prompt = [("a", PROMPTS[0][1]), ("b", PROMPTS[0][1]), PROMPTS[0]]
     differently = other.answer(nano_checkpoint, same_prompt, SAMPLING)[0]["text"].to_list()
     assert len({*differently, frame["text"][0]}) == 4
