@@ -50,11 +50,16 @@ def opened_atomically(path: AnyPath) -> Iterator[IO[bytes]]:
             temporary.rename(final)
         except IsADirectoryError:
             # Somebody put a directory there.
-            final.rename(final.with_name(f"{final.name}.{uuid.uuid4().hex}{DAMAGED}"))
+            set_aside(final)
             temporary.rename(final)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def set_aside(place: UPath) -> None:
+    """Renames what is damaged, so that it counts as not there."""
+    place.rename(place.with_name(f"{place.name}.{uuid.uuid4().hex}{DAMAGED}"))
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Tables as parquet files, one folder per asset and one file per iteration, each with a checksum beside it."""
 
 import io
-import uuid
 from typing import IO, Any
 
 import dagster as dg
@@ -11,7 +10,7 @@ from upath import UPath
 
 from resources.common.errors import DamageError
 from resources.common.text import asset_label, visible
-from resources.storage.files import DAMAGED, opened_atomically, storage_root, write_atomically
+from resources.storage.files import opened_atomically, set_aside, storage_root, write_atomically
 
 SAMPLE_ROWS = 5
 SHOWN_CHARACTERS = 300
@@ -69,17 +68,16 @@ class ParquetTables(dg.UPathIOManager):
 
     def set_damaged_aside(self) -> bool:
         """Renames the tables that are not as they were written, so that they count as not made; whether there were any."""
-        damaged = []
+        found = False
         for file in [*self._base_path.glob("*.parquet"), *self._base_path.glob("*/*.parquet")]:
             label = _label(file, self._base_path)
             try:
                 with _opened(file, label) as content:
                     _count(content, file, label)
             except DamageError:
-                damaged.append(file)
-        for file in damaged:
-            file.rename(file.with_name(f"{file.name}.{uuid.uuid4().hex}{DAMAGED}"))
-        return bool(damaged)
+                set_aside(file)
+                found = True
+        return found
 
     def write(self, asset: str, partition: str, frame: pl.DataFrame) -> None:
         """Writes the table of an asset and iteration other than the running one."""
