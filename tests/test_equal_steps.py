@@ -19,11 +19,13 @@ from synpo_assets.cli.preflight import disk_needed
 from synpo_assets.evaluation.equal_steps import (
     equal_steps_checkpoint,
     equal_steps_evaluation,
+    equal_steps_instructions,
     first_pairs,
     refuse_control_of_another,
 )
+from synpo_assets.evaluation.instruction_following import instruction_following
 from synpo_assets.evaluation.win_rates import evaluation
-from synpo_assets.graph.evaluation_schemas import EqualSteps
+from synpo_assets.graph.evaluation_schemas import EqualSteps, EqualStepsInstructions
 from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.presentation import table_version
 from synpo_assets.graph.schemas import PreferenceHistory
@@ -40,7 +42,7 @@ from tests.test_training import EXAMPLES, PAIRED, SFT, SIMPO
 from tests.test_training import pairs as training_pairs
 from tests.test_training import trainer as trainer
 
-CONTROLS = {"equal_steps_checkpoint", "equal_steps_evaluation"}
+CONTROLS = {"equal_steps_checkpoint", "equal_steps_evaluation", "equal_steps_instructions"}
 
 
 def with_control(settings, **changes):
@@ -171,6 +173,36 @@ def test_the_controls_answers_are_compared_with_those_of_m_0_and_m_t(instance, t
     assert {rate.checkpoint_sha for rate in of_control} == set(frame["control_checkpoint_sha"])
     assert measured.value("cut_share", "equal_steps") == 0.0
     assert measured.value("win_rate", "candidate", over="initial", by=INDEPENDENT) == 1.0
+
+
+RULES = {"Name it.": ("contains", "M_2"), "Say it.": ("contains", "control"), "Put it.": ("words_at_most", "2")}
+
+
+@dg.asset(io_manager_key="tables")
+def verifiable_instructions() -> pl.DataFrame:
+    rows = [
+        {"prompt_id": prompt, "split": "test", "prompt": prompt, "constraints": [{"rule": rule, "value": value}]}
+        for prompt, (rule, value) in RULES.items()
+    ]
+    return pl.DataFrame(rows)
+
+
+def test_the_instructions_that_the_control_follows_are_counted_beside_those_of_m_t(instance, tmp_path, monkeypatch):
+    control = stand_in("equal_steps_checkpoint", "control", ITERATIONS)
+    monkeypatch.setattr("synpo_assets.evaluation.equal_steps.refuse_control_of_another", lambda *_: None)
+    assets = [control, verifiable_instructions, instruction_following, equal_steps_instructions]
+    _, services, result = materialize(assets, instance, tmp_path, monkeypatch)
+    frame = result.output_for_node("equal_steps_instructions")
+    assert check(EqualStepsInstructions, frame) is None
+    asked = frame.filter(sample=1).iter_rows(named=True)
+    held = {row["prompt"]: (*row["candidate_met"], *row["control_met"]) for row in asked}
+    # The models write their names.
+    assert held == {"Name it.": (True, False), "Say it.": (False, True), "Put it.": (True, True)}
+    measured = recorded(services.metrics, "0002")
+    assert measured.value("verifiable_rate", "equal_steps") == pytest.approx(2 / 3)
+    gain = measured.find("verifiable_gain", "candidate", over="equal_steps")
+    assert (gain.value, gain.n, gain.checkpoint_sha) == (0, 3, frame["candidate_checkpoint_sha"][0])
+    assert gain.low < 0 < gain.high
 
 
 # The setting.

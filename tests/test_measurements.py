@@ -80,6 +80,10 @@ def test_the_difference_has_an_interval_and_rules_are_shown_apart():
             "constraints": [constraints] * 20,
             # A list of three, in which there is an a, is what no other prompt is.
             "prompt": ['["a", "b", "c"]'] + ["Write a list."] * 19,
+            "sample": 1,
+            # Of M_t's answers one would do for every prompt, and none of M_0's would if it were shorter.
+            "candidate_response": ['["a", "b", "c"]'] + ["A word."] * 19,
+            "initial_response": ["No. And a word more."] * 20,
             "candidate_met": [[True, True]] * 15 + [[True, False]] * 5,
             "initial_met": [[True, True]] * 5 + [[False, True]] * 15,
         }
@@ -87,7 +91,8 @@ def test_the_difference_has_an_interval_and_rules_are_shown_apart():
     *rates, gain = [each for each in following_metrics(answered, "sha", random_seed=0)[1:] if each.by is None]
     assert [(rate.metric, rate.of, rate.value) for rate in rates] == [
         ("verifiable_rate", "candidate", 0.75), ("verifiable_rate", "initial", 0.25),
-        ("verifiable_rate", "prompt_as_answer", 0.05),
+        ("verifiable_rate", "prompt_as_answer", 0.05), ("verifiable_rate", "first_sentence", 0.0),
+        ("verifiable_rate", "as_brief", 0.0), ("verifiable_rate", "another_answer", 0.05),
         ("constraint_rate", "candidate", 0.875), ("constraint_rate", "initial", 0.625),
     ]  # fmt: skip
     assert gain == Metric(

@@ -143,6 +143,10 @@ def recorded(iteration, kept=5):
             Metric("win_rate", 0.45, of="equal_steps", over=opponent, by=INDEPENDENT, low=0.3, high=0.6, n=8)
             for opponent in ("initial", "candidate")
         ],
+        "equal_steps_instructions": [
+            Metric("verifiable_rate", 0.45, of="equal_steps"),
+            dataclasses.replace(gain("verifiable_gain", 0.05, -0.1, 0.2), over="equal_steps"),
+        ],
         "promotion": [Metric("promoted", 1, of="candidate")],
     }  # fmt: skip
 
@@ -308,13 +312,15 @@ def test_every_metric_is_in_its_place(instance, services):
             * 2
             for opponent in ("M_0", "M_t")
         },
+        "instructions followed by the model of the pairs of iteration 1 for as many steps": ("45.0%", "45.0%"),
+        "instructions followed, M_t less that model, 95 % interval": ("+5.0 points (-10.0 to +20.0)",) * 2,
         "repeated 3-grams in M_t's answers": ("25.0%", "25.0%"),
         "repeated 3-grams in M_0's answers": ("12.5%", "12.5%"),
         "answers of M_t cut": ("75.0%", "75.0%"),
         "verifiable instructions": ("9", "9"),
         "instructions followed by M_t": ("50.0%", "50.0%"),
         "instructions followed by M_0": ("37.5%", "37.5%"),
-        "instructions followed by their own prompts, given as answers": ("25.0%", "25.0%"),
+        "null: instructions followed by their own prompts, given as answers": ("25.0%", "25.0%"),
         "instructions followed, M_t less M_0, 95 % interval": ("+12.5 points (-1.0 to +25.0)",) * 2,
         "log-likelihood of gold's text per token, M_t less M_0, 95 % interval": ("+0.500 (+0.250 to +0.750)",) * 2,
         "constraints met by M_t": ("60.0%", "60.0%"),

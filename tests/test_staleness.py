@@ -23,7 +23,9 @@ CASES = {
     "preference_optimization.policy_init": ("previous", {"model_checkpoint"}),
     "preference_optimization.loss": ({"kind": "dpo", "beta": 0.1}, {"model_checkpoint"}),
     "preference_optimization.accumulate": (False, {"model_checkpoint"}),
-    "preference_optimization.equal_steps_control": (True, {"equal_steps_checkpoint", "equal_steps_evaluation"}),
+    "preference_optimization.equal_steps_control": (
+        True, {"equal_steps_checkpoint", "equal_steps_evaluation", "equal_steps_instructions"}
+    ),
     "preferences.margin_threshold": (0.5, {"preference_pairs"}),
     "preferences.rejected_from": ("previous", {"preference_pairs", "rejected_responses"}),
     "preferences.chosen_from": (

@@ -10,11 +10,12 @@ from resources.common.text import asset_label, visible
 from resources.judging.judge_choice import INDEPENDENT
 from resources.storage.tables import ParquetTables
 from synpo_assets.graph.history import seconds_of
-from synpo_assets.graph.metrics import PROMPT_AS_ANSWER, MetricName, Metrics, judge_doubt, recorded
+from synpo_assets.graph.metrics import MetricName, Metrics, judge_doubt, recorded
 from synpo_assets.graph.missing import asset_names
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.texts import gain_text, number_text, rate_text, share_text
+from synpo_assets.method.verifiable import NULLS
 from synpo_assets.reports import FOLDER, REPORT
 from synpo_assets.stages.loop import promotion_refusal, promotion_verdict
 
@@ -109,9 +110,10 @@ def _held_out(services: Services, iterations: int) -> Table:
         gain = measured.find("verifiable_gain", "candidate", over="initial")
         if gain is not None and gain.value is not None:
             shares = (share_text(measured.value("verifiable_rate", side)) for side in ("initial", "candidate"))
-            null = share_text(measured.value("verifiable_rate", PROMPT_AS_ANSWER))
+            nulls = (measured.value("verifiable_rate", null) for null in NULLS)
+            strongest = share_text(max((null for null in nulls if null is not None), default=None))
             followings.append(
-                f"{' → '.join(shares)}, {gain_text(gain)} (M_{number}, {gain.n} instructions; {null} by their prompts as answers)"
+                f"{' → '.join(shares)}, {gain_text(gain)} (M_{number}, {gain.n} instructions; strongest null {strongest})"
             )
     table.caption_justify = "left"
     table.caption = f"Mean reward by the scorer, M_0 → M_t: {', '.join(rewards)}."

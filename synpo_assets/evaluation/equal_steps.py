@@ -4,8 +4,9 @@ Paper: none. The pairs accumulate, so M_4 takes four times the optimizer steps o
 be one over steps.
 Here: where `preference_optimization.equal_steps_control` is set. The control starts from the model that M_t starts from and
 is trained on the pairs of iteration 1 for as many steps as M_t took, with the same loss and schedule. It answers the
-held-out prompts, and the judges compare its answers with those of M_0 and of M_t. If M_t wins no more than its control,
-the later iterations added steps and nothing else. In iteration 1 the control is M_1 itself, and nothing is trained.
+held-out prompts and the verifiable instructions; the judges compare its answers with those of M_0 and of M_t, and the
+instructions that it follows are counted beside M_t's. If M_t does no better than its control, the later iterations added
+steps and nothing else. In iteration 1 the control is M_1 itself, and nothing is trained.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from resources.common.errors import FinalError
 from resources.settings.method import PreferenceOptimization
 from resources.storage.checkpoint_store import Checkpoint
 from synpo_assets.evaluation.gold_comparison import refuse_answers_of_another
+from synpo_assets.evaluation.instruction_following import instruction_answers
 from synpo_assets.evaluation.win_rates import (
     JUDGING_READS,
     OUTCOME_COUNTS,
@@ -30,7 +32,7 @@ from synpo_assets.evaluation.win_rates import (
 )
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
-from synpo_assets.graph.evaluation_schemas import EqualSteps
+from synpo_assets.graph.evaluation_schemas import EqualSteps, EqualStepsInstructions
 from synpo_assets.graph.metrics import Metric, judge_doubt
 from synpo_assets.graph.partitions import iteration_of, partition_key
 from synpo_assets.graph.presentation import (
@@ -44,9 +46,10 @@ from synpo_assets.graph.presentation import (
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.cut import whole_answers
-from synpo_assets.method.evaluation import win_rates
+from synpo_assets.method.evaluation import mean_gain, win_rates
 from synpo_assets.method.ranking import repeated_prompts
 from synpo_assets.method.templates import prompt_requests
+from synpo_assets.method.verifiable import shares_followed
 from synpo_assets.stages.optimization import TRAINING_READS, USED_COLUMNS, loss_code, optimization_cost
 from synpo_assets.stages.scorers import comparison_tokens
 
@@ -152,6 +155,56 @@ def equal_steps_evaluation(
     return table_output(context, services, frame, measured, **shown, **made_by(control))
 
 
+@Stage(
+    EqualStepsInstructions,
+    group="evaluation",
+    work=("generates",),
+    reads=("evaluation.sampling", "evaluation.instruction_samples"),
+    samplings=lambda settings: [settings.evaluation.sampling],
+    cost=lambda sizes: [
+        Work(
+            "generate",
+            sizes.settings.evaluation.instruction_samples * sizes.instructions * sizes.judged,
+            later_only=True,
+        )
+    ],
+    made_from={"prompt_id": "instruction_following"},
+)
+def equal_steps_instructions(
+    context: dg.AssetExecutionContext,
+    equal_steps_checkpoint: Checkpoint,
+    model_checkpoint: Checkpoint,
+    instruction_following: pl.DataFrame,
+    services: dg.ResourceParam[Services],
+) -> dg.Output[pl.DataFrame]:
+    """Which of the verifiable instructions the control follows, compared with M_t; no judge has a say.
+
+    `verifiable_gain` is M_t's share less the control's; with an interval that holds 0, the later pairs are not shown to add
+    anything to the steps.
+    """
+    refuse_answers_of_another(model_checkpoint, instruction_following, "instruction_following")
+    refuse_control_of_another(equal_steps_checkpoint, model_checkpoint)
+    asked = instruction_following.filter(sample=1).select("prompt_id", "split", "prompt", "constraints")
+    answers, usages = instruction_answers(services, {"control": equal_steps_checkpoint}, asked)
+    columns = ("prompt_id", "sample", "candidate_response", "candidate_met", "candidate_checkpoint_sha", "iteration")
+    frame = answers.join(
+        instruction_following.select(columns), on=["prompt_id", "sample"], validate="1:1", maintain_order="left"
+    ).with_columns(control_checkpoint_sha=pl.lit(equal_steps_checkpoint.sha))
+    measured = [
+        *metrics.by_split(
+            frame, lambda rows: _following_metrics(rows, services.settings.random_seed, model_checkpoint.sha)
+        ),
+        *metrics.generating(*usages),
+    ]
+    return table_output(
+        context,
+        services,
+        frame.select(*EqualStepsInstructions.to_schema().columns),
+        measured,
+        **made_by(equal_steps_checkpoint),
+    )
+
+
 def made_with(made: Checkpoint) -> PreferenceOptimization:
     """The settings that M_t was trained with, which a search may have chosen."""
     return PreferenceOptimization.model_validate(made.manifest["settings"]["preference_optimization"])
@@ -193,3 +246,13 @@ def _rate_metrics(frame: pl.DataFrame, labels: Mapping[str, str], random_seed: i
     """Win rates of the control over M_0 and over M_t, with their intervals and counts."""
     rates = win_rates(frame, labels, COMPARISONS, random_seed).iter_rows(named=True)
     return [metric for rate in rates for metric in rate_metrics(rate, NAME, sha, OUTCOME_COUNTS)]
+
+
+def _following_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[Metric]:
+    """The share of instructions that the control follows, and what M_t follows more."""
+    shares = shares_followed(frame, ("candidate", "control"))
+    gain, low, high = mean_gain(shares["candidate"] - shares["control"], random_seed)
+    return [
+        Metric("verifiable_rate", metrics.mean(shares["control"]), of=NAME, n=shares.height),
+        Metric("verifiable_gain", gain, "candidate", NAME, None, low, high, shares.height, sha),
+    ]

@@ -117,11 +117,11 @@ def _gain(
     return Metric(name, gain, "candidate", "initial", band, low, high, frame.height, sha)
 
 
-def refuse_answers_of_another(model_checkpoint: Checkpoint, evaluation: pl.DataFrame) -> None:
-    """Raises a sentence if the answers in `evaluation` are not those of this M_t."""
-    answered = evaluation["candidate_checkpoint_sha"].first()
+def refuse_answers_of_another(model_checkpoint: Checkpoint, answers: pl.DataFrame, asset: str = "evaluation") -> None:
+    """Raises a sentence if the answers in the table of an asset are not those of this M_t."""
+    answered = answers["candidate_checkpoint_sha"].first()
     if answered != model_checkpoint.sha:
         raise FinalError(
-            f"The answers in `evaluation` are those of {str(answered)[:16]}, not of {model_checkpoint.label}, which is "
-            f"{model_checkpoint.sha[:16]}: materialize `evaluation` of this iteration again first."
+            f"The answers in `{asset}` are those of {str(answered)[:16]}, not of {model_checkpoint.label}, which is "
+            f"{model_checkpoint.sha[:16]}: materialize `{asset}` of this iteration again first."
         )

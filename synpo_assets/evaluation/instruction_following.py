@@ -15,14 +15,14 @@ from resources.storage.tables import table_metadata
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Work
 from synpo_assets.graph.evaluation_schemas import InstructionFollowing
-from synpo_assets.graph.metrics import PROMPT_AS_ANSWER, Metric
+from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.evaluation import mean_gain
 from synpo_assets.method.templates import user_message
-from synpo_assets.method.verifiable import followed, rates_by_rule, shares_followed
+from synpo_assets.method.verifiable import followed, nulls_followed, rates_by_rule, shares_followed
 
 
 @Stage(
@@ -47,7 +47,7 @@ def instruction_following(
     """Which of the verifiable instructions M_t follows, compared with M_0.
 
     No judge has a say. `verifiable_gain` is M_t's share less M_0's; with an interval that holds 0, nothing is shown. A share below
-    that of `prompt_as_answer`, the prompts themselves given as answers, shows no skill either.
+    that of the strongest null, such as the prompts themselves given as answers, shows no skill either.
     """
     models = {"candidate": model_checkpoint, "initial": initial_policy}
     frame, usages = instruction_answers(services, models, verifiable_instructions)
@@ -91,16 +91,17 @@ def instruction_answers(
 def following_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric]:
     """The shares of instructions followed and of constraints met, by rule too, and M_t's gain over M_0.
 
-    Beside them stands a null: how many instructions their own prompts follow, given as answers.
+    Beside them stand the nulls: how many instructions are followed by answers that show no skill.
     """
     shares, sides = shares_followed(frame), ("candidate", "initial")
-    asked = frame.unique("prompt_id", maintain_order=True).select("constraints", "prompt")
-    by_prompts = pl.Series([all(followed(*row)) for row in asked.iter_rows()])
     gain, low, high = mean_gain(shares["candidate"] - shares["initial"], random_seed)
     return [
         Metric("instructions", shares.height),
         *(Metric("verifiable_rate", metrics.mean(shares[side]), of=side, n=shares.height) for side in sides),
-        Metric("verifiable_rate", metrics.mean(by_prompts), of=PROMPT_AS_ANSWER, n=asked.height),
+        *(
+            Metric("verifiable_rate", metrics.mean(pl.Series(held)), of=null, n=shares.height)
+            for null, held in nulls_followed(frame).items()
+        ),
         *(Metric("constraint_rate", metrics.mean(frame[f"{side}_met"].explode()), of=side) for side in sides),
         Metric("verifiable_gain", gain, "candidate", "initial", None, low, high, shares.height, sha),
         *_rule_metrics(frame, sha),

@@ -11,6 +11,7 @@ from synpo_assets.method.verifiable import CONSTRAINTS
 
 JUDGE, SCORER = "the independent judge", "the scorer, which took part in training,"
 SERVER = "the model of judge.server, if there is one,"
+MET = pl.List(pl.Boolean)
 
 
 class HeldOutAnswers(Table):
@@ -74,8 +75,8 @@ class VerifiableInstructions(Table):
     )
 
 
-class InstructionFollowing(Table):
-    """Answers of M_t and M_0 to the verifiable instructions, several to each, and the constraints that they meet."""
+class InstructionAnswers(Table):
+    """Answers to the verifiable instructions, several to each, and the constraints that they meet."""
 
     class Config(Table.Config):
         """Checked of the whole table."""
@@ -85,17 +86,20 @@ class InstructionFollowing(Table):
     prompt_id: str = id_column("The instruction.")
     split: str = split_column()
     prompt: str = text_column("The instruction's text.")
-    constraints: CONSTRAINTS = pa.Field(  # type: ignore[valid-type]
-        description="What an answer must meet."
-    )
+    constraints: CONSTRAINTS = pa.Field(description="What an answer must meet.")  # type: ignore[valid-type]
     sample: int = pa.Field(ge=1, description="Which of the answers to this instruction, counted from 1.")
     candidate_response: str = pa.Field(description="M_t's answer.")
-    candidate_met: pl.List(pl.Boolean) = pa.Field(description="Whether M_t's answer meets each constraint, in order.")  # type: ignore[valid-type]
-    initial_response: str = pa.Field(description="M_0's answer.")
-    initial_met: pl.List(pl.Boolean) = pa.Field(description="Whether M_0's answer meets each constraint, in order.")  # type: ignore[valid-type]
+    candidate_met: MET = pa.Field(description="Whether M_t's answer meets each constraint, in order.")  # type: ignore[valid-type]
     candidate_checkpoint_sha: str = id_column("sha of M_t.")
-    initial_checkpoint_sha: str = id_column("sha of M_0.")
     iteration: int = pa.Field(ge=1, description="The iteration t.")
+
+
+class InstructionFollowing(InstructionAnswers):
+    """Answers of M_t and M_0 to the verifiable instructions."""
+
+    initial_response: str = pa.Field(description="M_0's answer.")
+    initial_met: MET = pa.Field(description="Whether M_0's answer meets each constraint, in order.")  # type: ignore[valid-type]
+    initial_checkpoint_sha: str = id_column("sha of M_0.")
 
 
 class Promotion(Table):
@@ -216,6 +220,14 @@ class EqualSteps(HeldOutAnswers):
     control_checkpoint_sha: str = id_column("sha of the control.")
     candidate_checkpoint_sha: str = id_column("sha of M_t.")
     iteration: int = pa.Field(ge=1, description="The iteration t.")
+
+
+class EqualStepsInstructions(InstructionAnswers):
+    """Answers of the control of equal steps to the verifiable instructions, beside those of M_t."""
+
+    control_response: str = pa.Field(description="The control's answer; at t = 1 this is M_1's.")
+    control_met: MET = pa.Field(description="Whether the control's answer meets each constraint, in order.")  # type: ignore[valid-type]
+    control_checkpoint_sha: str = id_column("sha of the control.")
 
 
 class ImproverEdits(Table):

@@ -60,8 +60,6 @@ MetricName = Literal[
     "edits_worse_gain",
 ]  # fmt: skip
 
-# What follows an instruction without answering it.
-PROMPT_AS_ANSWER = "prompt_as_answer"
 # Wins, ties and losses by which of the two answers ended by itself.
 ENDING_COUNTS: dict[str, tuple[MetricName, MetricName, MetricName]] = {
     "both_ended": ("wins_both_ended", "ties_both_ended", "losses_both_ended"),

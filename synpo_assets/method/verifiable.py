@@ -27,6 +27,13 @@ DASHED = re.compile(r"\s*[-\u2013\u2014]\s*[^\s\-\u2013\u2014]")
 # A full stop after these, or between their letters, ends no sentence.
 ABBREVIATION = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|e\.g|i\.e)\.", re.IGNORECASE)
 SENTENCE_END = re.compile(r"[.!?]+[\"'”\u2019)\]]*(?=\s|$)")
+# Answers that show no skill, and yet follow some instructions.
+NULLS = {
+    "prompt_as_answer": "their own prompts, given as answers",
+    "first_sentence": "the first sentences of M_0's answers",
+    "as_brief": "M_0's answers, cut to as many words as M_t's",
+    "another_answer": "M_t's answers to other instructions",
+}
 
 
 def meets(rule: str, value: str, answer: str) -> bool:
@@ -83,8 +90,8 @@ def rules_text(constraints: Sequence[Mapping[str, str]]) -> str:
     return json.dumps(stated, ensure_ascii=False) if stated else ""
 
 
-def shares_followed(answered: pl.DataFrame) -> pl.DataFrame:
-    """The share of samples that meet all constraints of an instruction, for the candidate and for M_0.
+def shares_followed(answered: pl.DataFrame, sides: Sequence[str] = ("candidate", "initial")) -> pl.DataFrame:
+    """The share of samples that meet all constraints of an instruction, for each side: the candidate and M_0, if not told.
 
     Examples:
         >>> met = {"candidate_met": [[True, True], [True]], "initial_met": [[True, False], [True]]}
@@ -92,8 +99,43 @@ def shares_followed(answered: pl.DataFrame) -> pl.DataFrame:
         [('a', 1.0, 0.0), ('b', 1.0, 1.0)]
     """
     return answered.group_by("prompt_id", maintain_order=True).agg(
-        pl.col(f"{side}_met").list.all().mean().alias(side) for side in ("candidate", "initial")
+        pl.col(f"{side}_met").list.all().mean().alias(side) for side in sides
     )
+
+
+def nulls_followed(answered: pl.DataFrame) -> dict[str, list[bool]]:
+    """Whether the answers of each of `NULLS` follow the instructions.
+
+    Examples:
+        >>> rule = [{"rule": "words_at_most", "value": "2"}]
+        >>> texts = {"prompt": ["Say hi.", "Say so."], "initial_response": ["Hi there, you.", "No. It is not so."]}
+        >>> more = {"candidate_response": ["Hi.", "It is so."], "prompt_id": ["a", "b"], "sample": [1, 1]}
+        >>> nulls_followed(pl.DataFrame({**texts, **more, "constraints": [rule] * 2}))["another_answer"]
+        [False, True]
+    """
+    # In the order of ids, which are hashes, so that neighbours need not be of one kind.
+    answered = answered.sort("sample", "prompt_id")
+    candidate, initial = answered["candidate_response"].to_list(), answered["initial_response"].to_list()
+    texts = {
+        "prompt_as_answer": answered["prompt"].to_list(),
+        "first_sentence": list(map(first_sentence, initial)),
+        "as_brief": [as_brief(text, len(other.split())) for text, other in zip(initial, candidate, strict=True)],
+        "another_answer": candidate[1:] + candidate[:1],
+    }
+    constraints = answered["constraints"].to_list()
+    return {null: [all(followed(*row)) for row in zip(constraints, texts[null], strict=True)] for null in NULLS}
+
+
+def first_sentence(answer: str) -> str:
+    """An answer up to the end of its first sentence, or the whole of it."""
+    end = SENTENCE_END.search(answer.strip())
+    return answer.strip()[: end.end()] if end else answer
+
+
+def as_brief(answer: str, words: int) -> str:
+    """An answer cut to so many words, or the whole of it if it has no more."""
+    parts = answer.split()
+    return answer if len(parts) <= words else " ".join(parts[:words])
 
 
 def rates_by_rule(answered: pl.DataFrame) -> pl.DataFrame:

@@ -52,6 +52,7 @@ COLUMNS: dict[str, tuple[Callable[[FinishedIteration], float | None], str]] = {
     "M_0 verbose": (_value("win_rate", "verbose", over="initial", by=INDEPENDENT), "{:.1%}"),
     "instructions M_0": (_value("verifiable_rate", "initial"), "{:.1%}"),
     "instructions M_t": (_value("verifiable_rate", "candidate"), "{:.1%}"),
+    "instructions equal steps": (_value("verifiable_rate", "equal_steps"), "{:.1%}"),
     "reward M_0": (_value("held_out_reward", "initial"), "{:.3f}"),
     "reward M_t": (_value("held_out_reward", "candidate"), "{:.3f}"),
     "margin": (_value("mean_margin"), "{:.3f}"),

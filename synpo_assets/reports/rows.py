@@ -7,11 +7,10 @@ from typing import Unpack
 from resources.judging.judge_choice import INDEPENDENT
 from resources.training.history import last_quarter
 from synpo_assets.graph.boosting import AT_CHANCE, PROMOTED
-from synpo_assets.graph.metrics import ENDING_COUNTS, PROMPT_AS_ANSWER, Metric, MetricName, Which
+from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName, Which
 from synpo_assets.graph.texts import (
     MISSING,
     count_text,
-    difference_text,
     estimate_text,
     gain_text,
     number_text,
@@ -19,17 +18,16 @@ from synpo_assets.graph.texts import (
     share_text,
 )
 from synpo_assets.graph.used_settings import differing_settings
-from synpo_assets.method.evaluation import LENGTH_BANDS
 from synpo_assets.method.judging import ANOTHER_GOLD
 from synpo_assets.method.reviews import OUTCOMES
 from synpo_assets.reports.edits import edit_lines
 from synpo_assets.reports.finished import FEWEST_ALIKE, Cell, FinishedIteration, metric_cell, value_cell
 from synpo_assets.reports.search import chosen_text, chosen_value_text
+from synpo_assets.reports.without_judge import MODELS, without_a_judge
 
 PROMPT_SOURCES = {
     "synthetic": "synthetic prompts", "seed": "seed prompts", "self_instruct": "Self-Instruct prompts by M_0",
 }  # fmt: skip
-MODELS = {"candidate": "M_t", "initial": "M_0"}
 OPPONENT_LABELS = {"initial": "M_0", "previous": "M_t-1"}
 # What form alone wins: M_0's answers with half of their sentences, and when it is asked for long ones.
 FORM_LABELS = {"trimmed": "M_0 trimmed, over M_0", "verbose": "M_0 verbose, over M_0"}
@@ -107,7 +105,11 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
         for opponent, shown in {"initial": "M_0", "candidate": "M_t"}.items():
             label = f"{judge}, the pairs of iteration 1 for as many steps over {shown}: win rate, 95 % interval"
             yield "Equal steps", label, metric_cell("win_rate", rate_text, "equal_steps", over=opponent, by=judge)
-    yield from _without_a_judge()
+    label = "instructions followed by the model of the pairs of iteration 1 for as many steps"
+    yield "Equal steps", label, value_cell("verifiable_rate", share_text, "equal_steps")
+    label = "instructions followed, M_t less that model, 95 % interval"
+    yield "Equal steps", label, metric_cell("verifiable_gain", gain_text, "candidate", over="equal_steps")
+    yield from without_a_judge()
     yield from edit_lines()
     yield "Gate", "M_t promoted to the next iteration", lambda iteration: PROMOTED[iteration.metrics.promoted]
     yield from _checkpoints_and_work()
@@ -267,46 +269,6 @@ def _wins_by_ending(judge: str) -> Iterator[tuple[str, str, Cell]]:
     for ended, names in ENDING_COUNTS.items():
         label = f"{judge}, over M_0, {ENDED_LABELS[ended]}: wins, ties, losses"
         yield "Wins by ending", label, _counts(names, "candidate", over="initial", by=judge)
-
-
-def _without_a_judge() -> Iterator[tuple[str, str, Cell]]:
-    section = "Without a judge"
-    yield section, "verifiable instructions", value_cell("instructions", count_text)
-    for side, model in MODELS.items():
-        yield section, f"instructions followed by {model}", value_cell("verifiable_rate", share_text, side)
-    label = "instructions followed by their own prompts, given as answers"
-    yield section, label, value_cell("verifiable_rate", share_text, PROMPT_AS_ANSWER)
-    label = "instructions followed, M_t less M_0, 95 % interval"
-    yield section, label, metric_cell("verifiable_gain", gain_text, "candidate", over="initial")
-    for side, model in MODELS.items():
-        yield section, f"constraints met by {model}", value_cell("constraint_rate", share_text, side)
-    measures: tuple[tuple[str, MetricName, MetricName], ...] = (
-        ("log-likelihood of gold's text per token", "gold_log_likelihood", "gold_log_likelihood_gain"),
-        ("log-likelihood of gold's end of turn", "gold_end_log_likelihood", "gold_end_log_likelihood_gain"),
-        ("similarity of the answers to gold", "gold_similarity", "gold_similarity_gain"),
-    )
-    for what, metric, gained in measures:
-        for side, model in MODELS.items():
-            yield section, f"{what}, {model}", value_cell(metric, number_text, side)
-        label = f"{what}, M_t less M_0, 95 % interval"
-        yield section, label, metric_cell(gained, difference_text, "candidate", over="initial")
-    for band in LENGTH_BANDS:
-        yield from _likeness_in(section, band)
-
-
-def _likeness_in(section: str, band: str) -> Iterator[tuple[str, str, Cell]]:
-    def cell(form: Callable[[Metric], str], metric: MetricName, of: str, over: str | None = None) -> Cell:
-        def of_band(iteration: FinishedIteration) -> str:
-            found = iteration.metrics.find(metric, of, over=over, by=band)
-            return MISSING if found is None else f"{form(found)}, n = {count_text(found.n)}"
-
-        return of_band
-
-    what = f"similarity to gold, answers of {band}"
-    for side, model in MODELS.items():
-        yield section, f"{what}, {model}", cell(lambda each: number_text(each.value), "gold_similarity", side)
-    label = f"{what} by both, M_t less M_0, 95 % interval"
-    yield section, label, cell(difference_text, "gold_similarity_gain", "candidate", "initial")
 
 
 def total(iteration: FinishedIteration, metric: MetricName) -> float:

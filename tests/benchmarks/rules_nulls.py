@@ -2,8 +2,7 @@
 
     python -m tests.benchmarks.rules_nulls HOME ITERATION FILE.csv
 
-The nulls: M_0's first sentence, M_0 cut to as many words as M_t wrote, M_t's answers to other prompts of the split, and the prompt
-itself.
+The nulls are those of `instruction_following`, on the same split. Beside each stands how many words its answers have.
 """
 
 import random
@@ -12,25 +11,17 @@ from pathlib import Path
 
 import polars as pl
 
-from synpo_assets.method.verifiable import SENTENCE_END, followed
-
-
-def first_sentence(answer: str) -> str:
-    end = SENTENCE_END.search(answer.strip())
-    return answer.strip()[: end.end()] if end else answer
+from synpo_assets.method.verifiable import as_brief, first_sentence, followed
 
 
 def rows(asked: pl.DataFrame, split: str) -> list[dict[str, object]]:
     asked = asked.filter(split=split)
     candidate, initial = asked["candidate_response"].to_list(), asked["initial_response"].to_list()
-    as_long = [
-        " ".join(words[: max(1, len(other.split()))]) if len(words := text.split()) > len(other.split()) else text
-        for text, other in zip(initial, candidate, strict=True)
-    ]
+    as_long = [as_brief(text, len(other.split())) for text, other in zip(initial, candidate, strict=True)]
     answers = {
         "M_t": candidate,
         "M_0": initial,
-        "M_0, first sentence": [first_sentence(text) for text in initial],
+        "M_0, first sentence": list(map(first_sentence, initial)),
         "M_0, as many words as M_t": as_long,
         "M_t, answer to another prompt": random.Random(1).sample(candidate, len(candidate)),
         "the prompt itself": asked["prompt"].to_list(),

@@ -1,0 +1,52 @@
+"""The rows of the boosting report that ask no judge: instructions followed, and how near M_t's answers are to gold."""
+
+from collections.abc import Callable, Iterator
+
+from synpo_assets.graph.metrics import Metric, MetricName
+from synpo_assets.graph.texts import MISSING, count_text, difference_text, gain_text, number_text, share_text
+from synpo_assets.method.evaluation import LENGTH_BANDS
+from synpo_assets.method.verifiable import NULLS
+from synpo_assets.reports.finished import Cell, FinishedIteration, metric_cell, value_cell
+
+SECTION = "Without a judge"
+MODELS = {"candidate": "M_t", "initial": "M_0"}
+
+
+def without_a_judge() -> Iterator[tuple[str, str, Cell]]:
+    """Section, label and cell of each row."""
+    yield SECTION, "verifiable instructions", value_cell("instructions", count_text)
+    for side, model in MODELS.items():
+        yield SECTION, f"instructions followed by {model}", value_cell("verifiable_rate", share_text, side)
+    for null, what in NULLS.items():
+        yield SECTION, f"null: instructions followed by {what}", value_cell("verifiable_rate", share_text, null)
+    label = "instructions followed, M_t less M_0, 95 % interval"
+    yield SECTION, label, metric_cell("verifiable_gain", gain_text, "candidate", over="initial")
+    for side, model in MODELS.items():
+        yield SECTION, f"constraints met by {model}", value_cell("constraint_rate", share_text, side)
+    measures: tuple[tuple[str, MetricName, MetricName], ...] = (
+        ("log-likelihood of gold's text per token", "gold_log_likelihood", "gold_log_likelihood_gain"),
+        ("log-likelihood of gold's end of turn", "gold_end_log_likelihood", "gold_end_log_likelihood_gain"),
+        ("similarity of the answers to gold", "gold_similarity", "gold_similarity_gain"),
+    )
+    for what, metric, gained in measures:
+        for side, model in MODELS.items():
+            yield SECTION, f"{what}, {model}", value_cell(metric, number_text, side)
+        label = f"{what}, M_t less M_0, 95 % interval"
+        yield SECTION, label, metric_cell(gained, difference_text, "candidate", over="initial")
+    for band in LENGTH_BANDS:
+        yield from _likeness_in(band)
+
+
+def _likeness_in(band: str) -> Iterator[tuple[str, str, Cell]]:
+    def cell(form: Callable[[Metric], str], metric: MetricName, of: str, over: str | None = None) -> Cell:
+        def of_band(iteration: FinishedIteration) -> str:
+            found = iteration.metrics.find(metric, of, over=over, by=band)
+            return MISSING if found is None else f"{form(found)}, n = {count_text(found.n)}"
+
+        return of_band
+
+    what = f"similarity to gold, answers of {band}"
+    for side, model in MODELS.items():
+        yield SECTION, f"{what}, {model}", cell(lambda each: number_text(each.value), "gold_similarity", side)
+    label = f"{what} by both, M_t less M_0, 95 % interval"
+    yield SECTION, label, cell(difference_text, "gold_similarity_gain", "candidate", "initial")
