@@ -1,6 +1,7 @@
 """What is left of an update where the weights are read in bfloat16: small steps vanish, and the user is told."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ from resources.settings.machine import Engine
 from resources.settings.training import Lora, Training, TrainingProcesses
 from resources.storage.files import file_sha256
 from resources.training.job import TrainingError
-from resources.training.rounding import LOWER_HALF, rounded_at_random
+from resources.training.rounding import LOWER_HALF, round_saved_weights, rounded_at_random
 from resources.training.surviving import surviving_update
 from resources.training.trainer import Trainer
 
@@ -83,19 +84,38 @@ def test_what_is_rounded_at_random_is_right_on_average(share):
     assert up == pytest.approx(share, abs=0.006)
 
 
-def test_a_small_update_by_an_adapter_is_kept_in_bfloat16(tmp_path, nano_checkpoint, monkeypatch):
+@pytest.mark.parametrize("changes", [{"lora": Lora(rank=2, alpha=4), "learning_rate": 3e-5}, {"learning_rate": 1e-5}])
+def test_a_small_update_is_kept_in_bfloat16(tmp_path, nano_checkpoint, monkeypatch, changes):
     """As much of it as in float32, where to the nearest next to nothing would be left."""
-    options = {"lora": Lora(rank=2, alpha=4), "learning_rate": 3e-5}
     start = dataclasses.replace(nano_checkpoint, weights=str(in_bfloat16(nano_checkpoint, tmp_path / "start")))
-    left = trained(tmp_path / "at random", start, "bfloat16", **options).surviving
+    left = trained(tmp_path / "at random", start, "bfloat16", **changes).surviving
     assert left.share == pytest.approx(1, abs=0.15)
-    again = trained(tmp_path / "again", start, "bfloat16", **options)
+    again = trained(tmp_path / "again", start, "bfloat16", **changes)
     assert again.surviving == left
     files = [tmp_path / name / "made/merged/model.safetensors" for name in ("at random", "again")]
     assert file_sha256(files[0]) == file_sha256(files[1])
+    assert not (tmp_path / "again/made/exact").exists()
     monkeypatch.setattr("resources.training.rounding.rounded_at_random", lambda numbers, _: numbers.bfloat16())
-    with pytest.raises(TrainingError, match="is left once its weights are read in bfloat16"):
-        trained(tmp_path / "nearest", start, "bfloat16", **options)
+    with pytest.raises(
+        TrainingError, match=r"% is left .* bfloat16.*Raise training\.learning_rate .*engine\.dtype: float32"
+    ):
+        trained(tmp_path / "nearest", start, "bfloat16", **changes)
+
+
+def test_a_model_that_is_rounded_says_so_and_keeps_its_head(tmp_path):
+    exact, head = tmp_path / "exact", torch.full((1, 4), 1 / 3)
+    exact.mkdir()
+    whole = {"layer.weight": torch.full((4, 4), 1 / 3), "layer.counts": torch.arange(3), "score.weight": head}
+    save_file(whole, exact / "model.safetensors", {"format": "pt"})
+    (exact / "config.json").write_text('{"dtype": "float32", "vocab_size": 3}')
+    (exact / "tokenizer.json").write_text("{}")
+    round_saved_weights(exact, tmp_path / "rounded", random_seed=1)
+    found = load_file(tmp_path / "rounded" / "model.safetensors")
+    assert found["layer.weight"].dtype == torch.bfloat16
+    assert torch.equal(found["score.weight"], head)
+    assert torch.equal(found["layer.counts"], whole["layer.counts"])
+    assert json.loads((tmp_path / "rounded" / "config.json").read_text()) == {"dtype": "bfloat16", "vocab_size": 3}
+    assert (tmp_path / "rounded" / "tokenizer.json").read_text() == "{}"
 
 
 def in_bfloat16(checkpoint, place):
@@ -105,16 +125,3 @@ def in_bfloat16(checkpoint, place):
     rounded = {name: tensor.bfloat16().float() for name, tensor in weights.items()}
     save_file(rounded, start / "model.safetensors", {"format": "pt"})
     return start
-
-
-def test_steps_that_bfloat16_rounds_off_are_refused_with_the_remedy(tmp_path, nano_checkpoint):
-    """As all weights are, where no adapter is trained: whoever reads them rounds to the nearest."""
-    nano_checkpoint = dataclasses.replace(
-        nano_checkpoint, weights=str(in_bfloat16(nano_checkpoint, tmp_path / "start"))
-    )
-    with pytest.raises(
-        TrainingError, match=r"% is left .* bfloat16.*Raise training\.learning_rate .*engine\.dtype: float32"
-    ):
-        trained(tmp_path / "small", nano_checkpoint, "bfloat16", learning_rate=1e-7)
-    left = trained(tmp_path / "large", nano_checkpoint, "bfloat16", learning_rate=1e-2).surviving
-    assert left.share > 0.9

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.common.progress import is_silent, say_in_silence, tell
@@ -143,6 +144,20 @@ def merge_adapter(job: TrainingJob) -> None:
         merged = adapted.merge_and_unload()
     merged.save_pretrained(job.directory / "merged")
     _tokenizer(job).save_pretrained(job.directory / "merged")
+
+
+def round_weights(job: TrainingJob) -> Path | None:
+    """Where all weights were trained and bfloat16 is read: rounds them at random, and says where the exact ones are."""
+    import torch
+
+    from resources.training.rounding import round_saved_weights
+
+    if torch_dtype(job.engine) != torch.bfloat16:
+        return None
+    merged, exact = job.directory / "merged", job.directory / "exact"
+    merged.rename(exact)
+    round_saved_weights(exact, merged, job.random_seed)
+    return exact
 
 
 def _tokenizer(job: TrainingJob) -> "PreTrainedTokenizerBase":

@@ -31,7 +31,9 @@ class _Weights:
         return self._files[name].get_tensor(name)
 
 
-def surviving_update(start: Path, trained: Path, adapter: Path | None, dtype: torch.dtype) -> SurvivingUpdate | None:
+def surviving_update(
+    start: Path, trained: Path, adapter: Path | None, dtype: torch.dtype, exact: Path | None = None
+) -> SurvivingUpdate | None:
     """Compares the weights before and after training, as they are read.
 
     Args:
@@ -39,11 +41,13 @@ def surviving_update(start: Path, trained: Path, adapter: Path | None, dtype: to
         trained: That of the weights which readers load.
         adapter: That of the LoRA adapter, whose product is the update; without one, it is the difference of the weights.
         dtype: The number format in which readers load them.
+        exact: That of the weights before they were rounded for readers, if they were.
 
     Returns:
         None if nothing was updated, or if the tensors of the two directories have other names.
     """
     before, after = _Weights(start), _Weights(trained)
+    learned = after if exact is None else _Weights(exact)
     products = None if adapter is None else _Products(adapter)
     along = size = changed = updated = 0.0
     common = before.names & after.names
@@ -51,7 +55,7 @@ def surviving_update(start: Path, trained: Path, adapter: Path | None, dtype: to
         old, new = before[name], after[name]
         if not old.is_floating_point():
             continue
-        update = new.float() - old.float() if products is None else products[name]
+        update = learned[name].float() - old.float() if products is None else products[name]
         read = new.to(dtype).float() - old.to(dtype).float()
         along += (read * update).sum(dtype=torch.float64).item()
         size += (update * update).sum(dtype=torch.float64).item()

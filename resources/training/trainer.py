@@ -28,7 +28,7 @@ from resources.training.live import TRACKED, observe_asset
 from resources.training.memory import keeps_activations
 from resources.training.processes import least_share, processes_to_start, refuse_missing_packages, run_in_processes
 from resources.training.rows import ROWS_OF, TrainingRows
-from resources.training.run import merge_adapter, train
+from resources.training.run import merge_adapter, round_weights, train
 from resources.training.state import newest_state
 
 logger = logging.getLogger("synpo.training")
@@ -132,9 +132,14 @@ class Trainer(DeviceResource):
             else:
                 train(job, dataset, observe)
         with Progress(None, "Merging and measuring what was trained", logger):
-            if training.lora is not None:
+            exact = None
+            if training.lora is None:
+                exact = round_weights(job)
+            else:
                 merge_adapter(job)
-            surviving = self._surviving(job)
+            surviving = self._surviving(job, exact)
+            if exact is not None:
+                shutil.rmtree(exact)
         log = directory / TRAINING_LOG
         self._finished.append((job.state, log.open()))
         history = [json.loads(line) for line in log.read_text().splitlines()]
@@ -151,13 +156,13 @@ class Trainer(DeviceResource):
             tracked=tracked[0] if tracked else None,
         )
 
-    def _surviving(self, job: TrainingJob) -> SurvivingUpdate | None:
+    def _surviving(self, job: TrainingJob, exact: Path | None) -> SurvivingUpdate | None:
         """What generation will see of the update; next to nothing of it is refused."""
         from resources.training.surviving import surviving_update
 
         directory, dtype = job.directory, torch_dtype(self.engine)
         adapter = None if job.training.lora is None else directory / "adapter"
-        left = surviving_update(Path(job.start), directory / "merged", adapter, dtype)
+        left = surviving_update(Path(job.start), directory / "merged", adapter, dtype, exact)
         if left is not None and left.share < LEAST_SURVIVING and self.engine.adapters != "request":
             raise TrainingError(
                 f"Of the update by this training {left.share:.0%} is left once its weights are read in "
