@@ -1,6 +1,8 @@
 """The error of a step that would fail in the same way again."""
 
+import os
 import re
+import shutil
 
 import dagster as dg
 
@@ -8,6 +10,9 @@ import dagster as dg
 FULL = re.compile(
     r"(\[Errno \d+\] )?(No space left on device|Disk quota exceeded|database or disk is full)(: '[^']*')?"
 )
+# What SQLite says of any failure of a disk, also of a full one where it cannot make its index of the log.
+FAILS = "disk I/O error"
+LEAST_FREE = 1 << 20
 DISK_IS_FULL = (
     "A disk is full ({}). Finished work is kept: free some space (`synpo clean` lists what is not needed any more) and give the "
     "same command again."
@@ -35,5 +40,12 @@ def full_disk(error: BaseException | str | None) -> str | None:
         if (reason := full_disk(str(error))) is not None:
             return reason
         error = error.__cause__ or error.__context__
-    found = FULL.search(error or "")
-    return found[0] if found else None
+    error = error or ""
+    if (found := FULL.search(error)) is not None:
+        return found[0]
+    return FAILS if FAILS in error and _home_is_full() else None
+
+
+def _home_is_full() -> bool:
+    home = os.environ.get("DAGSTER_HOME")
+    return home is not None and os.path.isdir(home) and shutil.disk_usage(home).free < LEAST_FREE

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import dagster as dg
@@ -18,6 +18,7 @@ from dagster._core.events import RunFailureReason
 from dagster._core.storage.runs import SqliteRunStorage
 from dagster._core.storage.tags import GRPC_INFO_TAG
 from dagster._utils.error import SerializableErrorInfo
+from sqlalchemy.exc import SQLAlchemyError
 
 from resources.common.errors import DISK_IS_FULL, FinalError, full_disk
 from resources.common.text import asset_label
@@ -209,9 +210,11 @@ def _ended_from_the_ui(instance: DagsterInstance) -> Iterator[None]:
 
     def watch() -> None:
         while not done.wait(CANCELLATION_POLL_SECONDS):
-            if instance.get_runs(terminated, limit=1):
-                os.kill(os.getpid(), signal.SIGINT)
-                return
+            # What is wrong with a history that cannot be read is said by the run itself.
+            with suppress(SQLAlchemyError):
+                if instance.get_runs(terminated, limit=1):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    return
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
