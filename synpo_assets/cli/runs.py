@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -147,6 +148,7 @@ def _run(instance: DagsterInstance, services: Services, partition: str | None, i
         tags |= {PARTITION_TAG: partition}
     with (
         _ended_from_the_ui(instance),
+        _leaving_no_step_behind(),
         dg.execute_job(
             dg.reconstructable(asset_job).get_subset(
                 asset_selection=frozenset(map(dg.AssetKey, names)), asset_check_selection=frozenset(checks)
@@ -223,6 +225,18 @@ def _ended_from_the_ui(instance: DagsterInstance) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+@contextmanager
+def _leaving_no_step_behind() -> Iterator[None]:
+    """Ends the steps that the executor leaves at work where it cannot write to the history."""
+    try:
+        yield
+    except SQLAlchemyError:
+        for step in multiprocessing.active_children():
+            step.kill()
+            step.join()
+        raise
 
 
 def failure_sentence(event: dg.DagsterEvent) -> str:
