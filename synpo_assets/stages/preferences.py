@@ -31,7 +31,7 @@ from synpo_assets.method.pairs import as_preferences, join_sides, select_pairs
 from synpo_assets.method.reviews import apply_outcomes
 from synpo_assets.method.verifiable import BY_RULES
 from synpo_assets.stages.loop import report_history
-from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone, scored_answers
+from synpo_assets.stages.scorers import Scored, comparison_tokens, reads_answers_alone, scored_answers
 
 # The file of verdicts decides `pair_verdicts`, of which the rows of an iteration decide its pairs.
 PAIR_READS = tuple(f"preferences.{name}" for name in Preferences.model_fields if name != "reviewed")
@@ -72,11 +72,9 @@ def preference_pairs(
     Read `median_pair` and the sample: the chosen answer should be the better one for a reason that you can name. `dropped` says
     how many pairs each filter took, and `statistics` how long both sides are.
     """
-    options, rules = services.settings.preferences, synthetic_prompts.select("prompt_id", "constraints")
-    joined = join_sides(chosen_responses, rejected_responses).join(rules, on="prompt_id", maintain_order="left")
-    asked = joined.select("prompt", "constraints", first="chosen_response", second="rejected_response")
-    compared = scored_answers(services, reward_model, asked)
-    scored = joined.hstack(compared.rows.rename({"first_score": "chosen_score", "second_score": "rejected_score"}))
+    options = services.settings.preferences
+    joined = join_sides(chosen_responses, rejected_responses)
+    scored, compared = scored_sides(services, reward_model, joined, synthetic_prompts)
     kept, dropped = select_pairs(
         scored,
         options.margin_threshold,
@@ -112,6 +110,18 @@ def preference_pairs(
         score_convention=compared.conventions,
         median_pair=median_pair(context, services, frame),
     )
+
+
+def scored_sides(
+    services: Services, scorer: Checkpoint, joined: pl.DataFrame, prompts: pl.DataFrame
+) -> tuple[pl.DataFrame, Scored]:
+    """Both sides of each pair with the scores that F, or the rules of the prompt, give them."""
+    joined = joined.join(prompts.select("prompt_id", "constraints"), on="prompt_id", maintain_order="left")
+    asked = joined.select("prompt", "constraints", first="chosen_response", second="rejected_response")
+    compared = scored_answers(services, scorer, asked)
+    return joined.hstack(
+        compared.rows.rename({"first_score": "chosen_score", "second_score": "rejected_score"})
+    ), compared
 
 
 def _remedy(settings: Settings) -> str:

@@ -156,22 +156,50 @@ def synthetic_prompts(
     Read the sample: could a person have asked this, and can it be answered? `dropped` says how many were too short, repeated an
     earlier one, overlap with what evaluations ask, or leave too little room for an answer in the context.
     """
-    wanted, sampling = services.settings.prompt_generator.prompts_per_iteration, prompt_sampling(services.settings)
     earlier = [messages[0]["content"] for messages in preference_history["prompt"].to_list()]
     known = [*seed_pairs.filter(split="train")["prompt"], *earlier]
     with_rules, asked_later = writes_rules(seed_pairs), asked_in_evaluations(seed_pairs, verifiable_instructions)
     prompts = prompt_filter(
         services.settings, known, asked_later, with_rules=with_rules, fits=room_in(prompt_generator, services.settings)
     )
-    usages: list[Usage] = []
+    kept, used, usages = written_prompts(
+        services, prompt_generator, keyword_sets, prompts, with_rules, context.partition_key
+    )
+    constraints = [parse_rules(row["text"]) if with_rules else [] for row in kept]
+    frame = pl.DataFrame(kept).with_columns(
+        constraints=pl.Series(constraints, dtype=CONSTRAINTS),
+        prompt_id=pl.Series([content_id("prompt", row["prompt"]) for row in kept]),
+        checkpoint_sha=pl.lit(prompt_generator.sha),
+    )
+    frame = frame.select(*SyntheticPrompts.to_schema().columns)
+    measured = [
+        Metric("prompts_wanted", services.settings.prompt_generator.prompts_per_iteration),
+        Metric("keyword_sets_used", used),
+        *metrics.with_rules(frame),
+        *(Metric("dropped", count, of=reason) for reason, count in prompts.dropped.items()),
+        *metrics.generating(*usages),
+    ]
+    matches = table_metadata(pl.DataFrame(prompts.matches, schema=["prompt", "held_out_prompt"], orient="row"))
+    return table_output(context, services, frame, measured, contaminated=matches, **made_by(prompt_generator))
+
+
+def written_prompts(
+    services: Services,
+    generator: Checkpoint,
+    keyword_sets: pl.DataFrame,
+    prompts: PromptFilter,
+    with_rules: bool,
+    key: str,
+) -> tuple[list[dict[str, Any]], int, list[Usage]]:
+    """Draws keyword sets until G has written enough valid prompts: these, how many sets that took, and what it cost."""
+    wanted, usages = services.settings.prompt_generator.prompts_per_iteration, list[Usage]()
 
     def write(drawn: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         # With the iteration in its id, a keyword set that is drawn again later gives another prompt.
         requests = [
-            (f"{row['keyword_set_id']} {context.partition_key}", generator_instruction(row["keywords"], with_rules))
-            for row in drawn
+            (f"{row['keyword_set_id']} {key}", generator_instruction(row["keywords"], with_rules)) for row in drawn
         ]
-        written, usage = services.language_model.answer(prompt_generator, requests, sampling)
+        written, usage = services.language_model.answer(generator, requests, prompt_sampling(services.settings))
         usages.append(usage)
         return written.to_dicts()
 
@@ -181,22 +209,7 @@ def synthetic_prompts(
             f"None of {used} completions of the prompt generator held a valid prompt: {dict(prompts.dropped)}. "
             "If most are unparsable, train longer (prompt_generator.training); else loosen the filter that dropped them."
         )
-    constraints = [parse_rules(row["text"]) if with_rules else [] for row in kept]
-    frame = pl.DataFrame(kept).with_columns(
-        constraints=pl.Series(constraints, dtype=CONSTRAINTS),
-        prompt_id=pl.Series([content_id("prompt", row["prompt"]) for row in kept]),
-        checkpoint_sha=pl.lit(prompt_generator.sha),
-    )
-    frame = frame.select(*SyntheticPrompts.to_schema().columns)
-    measured = [
-        Metric("prompts_wanted", wanted),
-        Metric("keyword_sets_used", used),
-        *metrics.with_rules(frame),
-        *(Metric("dropped", count, of=reason) for reason, count in prompts.dropped.items()),
-        *metrics.generating(*usages),
-    ]
-    matches = table_metadata(pl.DataFrame(prompts.matches, schema=["prompt", "held_out_prompt"], orient="row"))
-    return table_output(context, services, frame, measured, contaminated=matches, **made_by(prompt_generator))
+    return kept, used, usages
 
 
 def room_in(checkpoint: Checkpoint, settings: Settings) -> Callable[[str], bool]:
