@@ -83,7 +83,7 @@ def test_the_check_says_what_its_estimate_is_based_on(load, measured, tmp_path, 
     assert f"measured on this machine ({measured.made_for['device']}) on {measured.measured}" in capsys.readouterr().out
     print_check(load(engine={"batch_tokens": 64}), tmp_path / "home")
     printed = capsys.readouterr().out
-    assert "scaled by parameters from rates of SmolLM2-135M on two CPU cores" in printed
+    assert "scaled by parameters from rates of SmolLM2-135M in float32 on two CPU cores" in printed
     assert "synpo check --calibrate" in printed
     assert not (tmp_path / "home").exists()
 
@@ -95,9 +95,9 @@ def test_a_server_is_measured_only_where_its_name_for_the_model_is_stated(load):
 
 
 def test_nothing_is_known_of_a_gpu_or_a_model_that_is_not_here_before_it_is_measured(nano_model, measured):
-    assert known_rates(None, nano_model, "cuda") == known_rates(None, None, "cpu")
-    assert known_rates(None, nano_model, "cuda")[0] is None
-    assert known_rates(measured, nano_model, "cuda")[0] == measured.rates
+    assert known_rates(None, nano_model, "cuda", "bfloat16") == known_rates(None, None, "cpu", "float32")
+    assert known_rates(None, nano_model, "cuda", "bfloat16")[0] is None
+    assert known_rates(measured, nano_model, "cuda", "bfloat16")[0] == measured.rates
 
 
 def test_time_is_that_of_the_start_and_of_the_tokens():

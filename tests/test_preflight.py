@@ -259,7 +259,7 @@ def test_more_prompts_cost_more_and_the_papers_size_is_the_papers(tmp_path):
     more = load_settings(
         write_settings(tmp_path / "more.yaml", {"preset": "laptop", "prompt_generator": {"prompts_per_iteration": 80}})
     )
-    rates = rates_on_cpu(10**8)
+    rates = rates_on_cpu(10**8, "float32")
     assert sum(seconds(item, rates) for _, item in expected_work(sizes_of(more, seed, 0))) > sum(
         seconds(item, rates) for _, item in work
     )
@@ -294,4 +294,6 @@ def test_training_and_scoring_of_the_judge_are_counted():
 
 def test_a_larger_model_takes_longer_in_proportion():
     work = Work("generate", 1000)
-    assert seconds(work, rates_on_cpu(10**9)) == pytest.approx(10 * seconds(work, rates_on_cpu(10**8)))
+    assert seconds(work, rates_on_cpu(10**9, "bfloat16")) == pytest.approx(
+        10 * seconds(work, rates_on_cpu(10**8, "bfloat16"))
+    )

@@ -20,7 +20,7 @@ import dagster as dg
 from resources.common.errors import FinalError
 from resources.generation.engine import Completion, GenerationEngine, Request, Requests
 from resources.generation.ray_worker import News, RayWorker, Wants
-from resources.models.device import prepare_device, torch_dtype
+from resources.models.device import dtype_name, prepare_device
 from resources.settings.machine import Engine, RayCluster
 from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
@@ -40,7 +40,7 @@ def worker_settings(engine: Engine, cluster: RayCluster, kind: str) -> Engine:
     """The settings of each worker's engine; `kind` and number format are chosen here, because a worker has no choice."""
     # Ray sets CPUs aside by number only; unasked, each copy would take all of its node.
     threads = engine.threads or math.ceil(cluster.cpus_per_worker)
-    chosen = {"kind": kind, "dtype": str(torch_dtype(engine)).removeprefix("torch."), "threads": threads}
+    chosen = {"kind": kind, "dtype": dtype_name(engine), "threads": threads}
     return engine.model_copy(update={"ray": None, "data_parallel_size": 1} | chosen)
 
 

@@ -15,7 +15,7 @@ from resources.generation.completions import longest_sequence
 from resources.generation.engine import Completion, Requests
 from resources.generation.vllm_process import Ended, answer_in_this_process
 from resources.models.context import text_config
-from resources.models.device import GPU_BYTES_ELSEWHERE, prepare_device, torch_dtype, visible_gpus
+from resources.models.device import GPU_BYTES_ELSEWHERE, dtype_name, prepare_device, visible_gpus
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
@@ -50,7 +50,7 @@ class VllmEngine:
         self._devices = device_groups(engine, visible_gpus(engine), config.num_attention_heads)
         self._arguments = {
             "model": weights,
-            "dtype": str(torch_dtype(engine)).removeprefix("torch."),
+            "dtype": dtype_name(engine),
             "load_format": "safetensors",
             "trust_remote_code": engine.trust_remote_code,
             "tensor_parallel_size": max(1, len(self._devices[0])),

@@ -91,6 +91,11 @@ def torch_dtype(engine: Engine) -> "torch.dtype":
     return torch.bfloat16 if capable else torch.float32
 
 
+def dtype_name(engine: Engine) -> str:
+    """The same by its name."""
+    return str(torch_dtype(engine)).removeprefix("torch.")
+
+
 def trains_in_bfloat16(engine: Engine, device: str) -> bool:
     """Whether the products of a training are computed in bfloat16, beside what is trained in float32 (autocast)."""
     return (device == "cuda" or cpu_multiplies_bfloat16()) and engine.dtype != "float32"

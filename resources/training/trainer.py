@@ -19,7 +19,14 @@ from pydantic import PrivateAttr
 from resources.common.progress import Progress
 from resources.common.text import asset_label
 from resources.models.chat import load_tokenizer
-from resources.models.device import DeviceResource, prepare_device, torch_dtype, trains_in_bfloat16, visible_gpus
+from resources.models.device import (
+    DeviceResource,
+    dtype_name,
+    prepare_device,
+    torch_dtype,
+    trains_in_bfloat16,
+    visible_gpus,
+)
 from resources.settings.training import Loss, Training, TrainingProcesses
 from resources.storage.checkpoint_store import TRAINING_LOG, Checkpoint
 from resources.storage.files import json_sha256, write_atomically
@@ -166,7 +173,7 @@ class Trainer(DeviceResource):
         if left is not None and left.share < LEAST_SURVIVING and self.engine.adapters != "request":
             raise TrainingError(
                 f"Of the update by this training {left.share:.0%} is left once its weights are read in "
-                f"{str(dtype).rpartition('.')[2]}, and {1 - left.changed_weights:.0%} of them are read as before: the steps are "
+                f"{dtype_name(self.engine)}, and {1 - left.changed_weights:.0%} of them are read as before: the steps are "
                 "smaller than the distance of two numbers there, so the model would answer as the one that it was trained from. "
                 "Raise training.learning_rate (for LoRA to 1e-4 or more) or the number of steps, or read the weights with "
                 "engine.dtype: float32."

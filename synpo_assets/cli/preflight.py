@@ -16,7 +16,7 @@ from rich.table import Column, Table
 
 from resources.common.text import duration
 from resources.judging.server_judge import load_template
-from resources.models.device import prepare_device
+from resources.models.device import dtype_name, prepare_device
 from resources.models.model_source import (
     cached_initial_policy,
     fetch_embedding_model,
@@ -294,11 +294,12 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
 def rates_here(settings: Settings) -> tuple[Mapping[Kind, Rate] | None, str]:
     """The `known_rates` of this machine with the settings."""
     cached = cached_initial_policy(settings.initial_policy)
-    return known_rates(known_calibration(settings), cached, prepare_device(settings.engine))
+    device, dtype = prepare_device(settings.engine), dtype_name(settings.engine)
+    return known_rates(known_calibration(settings), cached, device, dtype)
 
 
 def known_rates(
-    calibration: Calibration | None, cached: Path | None, device: str
+    calibration: Calibration | None, cached: Path | None, device: str, dtype: str
 ) -> tuple[Mapping[Kind, Rate] | None, str]:
     """How fast this machine is, None if that is unknown; and the end of a sentence that says how it is known."""
     if calibration is not None:
@@ -308,8 +309,8 @@ def known_rates(
         return calibration.rates, basis
     measuring = "`synpo check --calibrate` measures this machine."
     if device == "cpu" and cached is not None and cached.exists():
-        basis = f"scaled by parameters from rates of SmolLM2-135M on two CPU cores. {measuring}"
-        return rates_on_cpu(parameter_count(cached)), basis
+        basis = f"scaled by parameters from rates of SmolLM2-135M in {dtype} on two CPU cores. {measuring}"
+        return rates_on_cpu(parameter_count(cached), dtype), basis
     return None, f"unknown. {measuring}"
 
 

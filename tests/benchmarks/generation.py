@@ -28,7 +28,7 @@ from resources.generation.engine import Completion, Requests
 from resources.generation.engine_choice import engine_fingerprint, open_engine
 from resources.generation.vllm_engine import CPU_ARGUMENTS, CPU_ENVIRONMENT, ENVIRONMENT, WORTH_COMPILING
 from resources.models.chat import load_tokenizer, prompt_ids
-from resources.models.device import prepare_device, torch_dtype
+from resources.models.device import dtype_name, prepare_device, torch_dtype
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
@@ -133,7 +133,7 @@ def raw_vllm(
     # As the stage chooses, so that both do the same.
     own = CPU_ARGUMENTS if on_cpu else {"enforce_eager": count * sampling.max_new_tokens < WORTH_COMPILING}
     engine = LLM(
-        model, dtype=str(torch_dtype(settings)).removeprefix("torch."), max_model_len=longest,
+        model, dtype=dtype_name(settings), max_model_len=longest,
         max_num_batched_tokens=max(settings.batch_tokens, longest), disable_log_stats=True,
         **own | settings.vllm_arguments,
     )  # fmt: skip
