@@ -270,8 +270,8 @@ class PreferenceOptimization(Section):
     equal_steps_control: bool = Field(
         False,
         description="In each iteration, also train a control from the start of M_t on the pairs of iteration 1 alone, for as many "
-        "optimizer steps as M_t took, and judge it on the held-out prompts. It doubles this training. Not in the paper, where M_4 "
-        "takes four times the steps of M_1.",
+        "optimizer steps as M_t took, and measure it on the held-out prompts and the verifiable instructions. It doubles this "
+        "training. Not in the paper, where M_4 takes four times the steps of M_1.",
     )
     search: Search | None = Field(
         None,

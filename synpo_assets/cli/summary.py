@@ -1,5 +1,7 @@
 """The closing summary of a run on the terminal, read back from what the assets recorded."""
 
+import operator
+
 from dagster import DagsterInstance
 from rich.console import Console
 from rich.panel import Panel
@@ -15,8 +17,8 @@ from synpo_assets.graph.missing import asset_names
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.texts import gain_text, number_text, rate_text, share_text
-from synpo_assets.method.verifiable import NULLS
 from synpo_assets.reports import FOLDER, REPORT
+from synpo_assets.reports.without_judge import NULL_LABELS
 from synpo_assets.stages.loop import promotion_refusal, promotion_verdict
 
 # The win rates of each judge: whose over whom, and what is made equal. The last two show what form alone wins.
@@ -110,10 +112,11 @@ def _held_out(services: Services, iterations: int) -> Table:
         gain = measured.find("verifiable_gain", "candidate", over="initial")
         if gain is not None and gain.value is not None:
             shares = (share_text(measured.value("verifiable_rate", side)) for side in ("initial", "candidate"))
-            nulls = (measured.value("verifiable_rate", null) for null in NULLS)
-            strongest = share_text(max((null for null in nulls if null is not None), default=None))
+            nulls = {what: measured.value("verifiable_rate", null) or 0.0 for null, what in NULL_LABELS.items()}
+            what, strongest = max(nulls.items(), key=operator.itemgetter(1))
             followings.append(
-                f"{' → '.join(shares)}, {gain_text(gain)} (M_{number}, {gain.n} instructions; strongest null {strongest})"
+                f"{' → '.join(shares)}, {gain_text(gain)} (M_{number}, {gain.n} instructions; "
+                f"{share_text(strongest)} by {what})"
             )
     table.caption_justify = "left"
     table.caption = f"Mean reward by the scorer, M_0 → M_t: {', '.join(rewards)}."

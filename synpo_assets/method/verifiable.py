@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import polars as pl
+import regex
 
 from synpo_assets.method.chat_rows import UnusableCellError, row_text
 from synpo_assets.method.ids import content_id
@@ -27,13 +28,9 @@ DASHED = re.compile(r"\s*[-\u2013\u2014]\s*[^\s\-\u2013\u2014]")
 # A full stop after these, or between their letters, ends no sentence.
 ABBREVIATION = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|e\.g|i\.e)\.", re.IGNORECASE)
 SENTENCE_END = re.compile(r"[.!?]+[\"'”\u2019)\]]*(?=\s|$)")
+WORD = regex.compile(rf"{UNSPACED_CHARACTER.pattern}|(?:(?!{UNSPACED_CHARACTER.pattern})\S)+", regex.VERSION1)
 # Answers that show no skill, and yet follow some instructions.
-NULLS = {
-    "prompt_as_answer": "their own prompts, given as answers",
-    "first_sentence": "the first sentences of M_0's answers",
-    "as_brief": "M_0's answers, cut to as many words as M_t's",
-    "another_answer": "M_t's answers to other instructions",
-}
+NULLS = ("prompt_as_answer", "first_sentence", "as_brief", "another_answer")
 
 
 def meets(rule: str, value: str, answer: str) -> bool:
@@ -104,38 +101,60 @@ def shares_followed(answered: pl.DataFrame, sides: Sequence[str] = ("candidate",
 
 
 def nulls_followed(answered: pl.DataFrame) -> dict[str, list[bool]]:
-    """Whether the answers of each of `NULLS` follow the instructions.
+    """Whether the answers of each of `NULLS` follow the instructions."""
+    constraints = answered["constraints"].to_list()
+    return {
+        null: [all(followed(*row)) for row in zip(constraints, texts, strict=True)]
+        for null, texts in null_answers(answered).items()
+    }
+
+
+def null_answers(answered: pl.DataFrame) -> dict[str, list[str]]:
+    """The answers of each of `NULLS`, a text per row; of a single instruction there are no answers to another.
 
     Examples:
-        >>> rule = [{"rule": "words_at_most", "value": "2"}]
         >>> texts = {"prompt": ["Say hi.", "Say so."], "initial_response": ["Hi there, you.", "No. It is not so."]}
         >>> more = {"candidate_response": ["Hi.", "It is so."], "prompt_id": ["a", "b"], "sample": [1, 1]}
-        >>> nulls_followed(pl.DataFrame({**texts, **more, "constraints": [rule] * 2}))["another_answer"]
-        [False, True]
+        >>> found = null_answers(pl.DataFrame(texts | more))
+        >>> found["first_sentence"], found["as_brief"], found["another_answer"]
+        (['Hi there, you.', 'No.'], ['Hi', 'No. It is'], ['It is so.', 'Hi.'])
     """
-    # In the order of ids, which are hashes, so that neighbours need not be of one kind.
-    answered = answered.sort("sample", "prompt_id")
     candidate, initial = answered["candidate_response"].to_list(), answered["initial_response"].to_list()
-    texts = {
+    found = {
         "prompt_as_answer": answered["prompt"].to_list(),
         "first_sentence": list(map(first_sentence, initial)),
-        "as_brief": [as_brief(text, len(other.split())) for text, other in zip(initial, candidate, strict=True)],
-        "another_answer": candidate[1:] + candidate[:1],
+        "as_brief": [as_brief(text, len(_words(other))) for text, other in zip(initial, candidate, strict=True)],
     }
-    constraints = answered["constraints"].to_list()
-    return {null: [all(followed(*row)) for row in zip(constraints, texts[null], strict=True)] for null in NULLS}
+    if answered["prompt_id"].n_unique() > 1:
+        # The next one's in the order of ids, which are hashes, so that neighbours need not be of one kind.
+        order = answered.select(pl.arg_sort_by("sample", "prompt_id")).to_series().to_list()
+        following = dict(zip(order, order[1:] + order[:1], strict=True))
+        found["another_answer"] = [candidate[following[row]] for row in range(answered.height)]
+    return found
 
 
 def first_sentence(answer: str) -> str:
-    """An answer up to the end of its first sentence, or the whole of it."""
-    end = SENTENCE_END.search(answer.strip())
-    return answer.strip()[: end.end()] if end else answer
+    r"""An answer up to the end of its first sentence, or the whole of it; the number of a list is no sentence.
+
+    Examples:
+        >>> first_sentence("Dr. Smith is here. He waits."), first_sentence("1. Pears\n2. Plums")
+        ('Dr. Smith is here.', '1. Pears\n2.')
+    """
+    answer = answer.strip()
+    masked = ABBREVIATION.sub(lambda found: "x" * len(found[0]), answer)
+    ends = (mark.end() for mark in SENTENCE_END.finditer(masked))
+    return answer[: next((end for end in ends if any(map(str.isalpha, answer[:end]))), len(answer))]
 
 
 def as_brief(answer: str, words: int) -> str:
-    """An answer cut to so many words, or the whole of it if it has no more."""
-    parts = answer.split()
-    return answer if len(parts) <= words else " ".join(parts[:words])
+    r"""An answer cut after so many words, or the whole of it if it has no more.
+
+    Examples:
+        >>> as_brief("- pears, ripe\n- plums", 2), as_brief("今天天气", 2)
+        ('- pears, ripe', '今天')
+    """
+    found = [word.end() for word in WORD.finditer(answer) if any(map(str.isalnum, word[0]))]
+    return answer if len(found) <= words else answer[: found[words - 1] if words else 0]
 
 
 def rates_by_rule(answered: pl.DataFrame) -> pl.DataFrame:

@@ -5,11 +5,17 @@ from collections.abc import Callable, Iterator
 from synpo_assets.graph.metrics import Metric, MetricName
 from synpo_assets.graph.texts import MISSING, count_text, difference_text, gain_text, number_text, share_text
 from synpo_assets.method.evaluation import LENGTH_BANDS
-from synpo_assets.method.verifiable import NULLS
 from synpo_assets.reports.finished import Cell, FinishedIteration, metric_cell, value_cell
 
 SECTION = "Without a judge"
 MODELS = {"candidate": "M_t", "initial": "M_0"}
+# What follows instructions and shows no skill (method/verifiable.py).
+NULL_LABELS = {
+    "prompt_as_answer": "their own prompts, given as answers",
+    "first_sentence": "the first sentences of M_0's answers",
+    "as_brief": "M_0's answers, cut to as many words as M_t's",
+    "another_answer": "M_t's answers to other instructions",
+}
 
 
 def without_a_judge() -> Iterator[tuple[str, str, Cell]]:
@@ -17,7 +23,7 @@ def without_a_judge() -> Iterator[tuple[str, str, Cell]]:
     yield SECTION, "verifiable instructions", value_cell("instructions", count_text)
     for side, model in MODELS.items():
         yield SECTION, f"instructions followed by {model}", value_cell("verifiable_rate", share_text, side)
-    for null, what in NULLS.items():
+    for null, what in NULL_LABELS.items():
         yield SECTION, f"null: instructions followed by {what}", value_cell("verifiable_rate", share_text, null)
     label = "instructions followed, M_t less M_0, 95 % interval"
     yield SECTION, label, metric_cell("verifiable_gain", gain_text, "candidate", over="initial")

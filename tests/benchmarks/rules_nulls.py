@@ -5,26 +5,20 @@
 The nulls are those of `instruction_following`, on the same split. Beside each stands how many words its answers have.
 """
 
-import random
 import sys
 from pathlib import Path
 
 import polars as pl
 
-from synpo_assets.method.verifiable import as_brief, first_sentence, followed
+from synpo_assets.method.verifiable import followed, null_answers
 
 
 def rows(asked: pl.DataFrame, split: str) -> list[dict[str, object]]:
     asked = asked.filter(split=split)
-    candidate, initial = asked["candidate_response"].to_list(), asked["initial_response"].to_list()
-    as_long = [as_brief(text, len(other.split())) for text, other in zip(initial, candidate, strict=True)]
     answers = {
-        "M_t": candidate,
-        "M_0": initial,
-        "M_0, first sentence": list(map(first_sentence, initial)),
-        "M_0, as many words as M_t": as_long,
-        "M_t, answer to another prompt": random.Random(1).sample(candidate, len(candidate)),
-        "the prompt itself": asked["prompt"].to_list(),
+        "M_t": asked["candidate_response"].to_list(),
+        "M_0": asked["initial_response"].to_list(),
+        **null_answers(asked),
     }
     return [
         {
