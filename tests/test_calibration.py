@@ -95,9 +95,9 @@ def test_a_server_is_measured_only_where_its_name_for_the_model_is_stated(load):
 
 
 def test_nothing_is_known_of_a_gpu_or_a_model_that_is_not_here_before_it_is_measured(nano_model, measured):
-    assert known_rates(None, nano_model, "cuda", "bfloat16") == known_rates(None, None, "cpu", "float32")
-    assert known_rates(None, nano_model, "cuda", "bfloat16")[0] is None
-    assert known_rates(measured, nano_model, "cuda", "bfloat16")[0] == measured.rates
+    assert known_rates(None, nano_model, None) == known_rates(None, None, "float32")
+    assert known_rates(None, nano_model, None)[0] is None
+    assert known_rates(measured, nano_model, None)[0] == measured.rates
 
 
 def test_time_is_that_of_the_start_and_of_the_tokens():

@@ -292,8 +292,8 @@ def test_training_and_scoring_of_the_judge_are_counted():
     assert of_judge[0].tokens / rows["judge"] == pytest.approx(train.tokens / rows["scorer"]), "the same training"
 
 
-def test_a_larger_model_takes_longer_in_proportion():
+def test_a_larger_model_takes_longer_in_proportion_and_bfloat16_less_than_float32():
     work = Work("generate", 1000)
-    assert seconds(work, rates_on_cpu(10**9, "bfloat16")) == pytest.approx(
-        10 * seconds(work, rates_on_cpu(10**8, "bfloat16"))
-    )
+    small, large = (seconds(work, rates_on_cpu(parameters, "bfloat16")) for parameters in (10**8, 10**9))
+    assert large == pytest.approx(10 * small)
+    assert small < seconds(work, rates_on_cpu(10**8, "float32")) / 2

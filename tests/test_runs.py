@@ -1,13 +1,22 @@
-"""Pool slots of runs that ended without giving them back."""
+"""What runs leave behind where they end early: pool slots, steps at work."""
 
 import json
+import multiprocessing
+import signal
 import socket
+import sqlite3
+import threading
+import time
+from contextlib import suppress
 
 import dagster as dg
 import pytest
 from dagster._core.storage.tags import GRPC_INFO_TAG
+from sqlalchemy.exc import OperationalError
 
-from synpo_assets.cli.runs import FOREGROUND_TAG, close_dead_runs
+from synpo_assets.cli.runs import FOREGROUND_TAG, _ended_from_the_ui, _leaving_no_step_behind, close_dead_runs
+
+FAILED = OperationalError("SELECT", {}, sqlite3.OperationalError("disk I/O error"))
 
 JOB = dg.Definitions([dg.AssetSpec("anything")]).resolve_implicit_global_asset_job_def()
 
@@ -65,3 +74,33 @@ def test_the_slot_of_a_run_that_was_deleted_is_free(instance):
     run = run_with_the_slot(instance, dg.DagsterRunStatus.STARTED)
     instance.run_storage.delete_run(run.run_id)
     assert claims_after_closing(instance) == set()
+
+
+def test_a_run_that_cannot_write_its_history_ends_its_own_steps_alone():
+    context = multiprocessing.get_context("fork")
+    other = context.Process(target=time.sleep, args=(60,))
+    other.start()
+    step = context.Process(target=time.sleep, args=(60,))
+    with suppress(OperationalError), _leaving_no_step_behind():
+        step.start()
+        raise FAILED
+    assert (step.exitcode, other.is_alive()) == (-signal.SIGKILL, True)
+    other.kill()
+    other.join()
+
+
+def test_the_watch_for_the_uis_word_survives_a_history_that_cannot_be_read(monkeypatch):
+    """And interrupts the run once it can be read again."""
+    monkeypatch.setattr("synpo_assets.cli.runs.CANCELLATION_POLL_SECONDS", 0.01)
+    answers, interrupted = iter([FAILED, [], ["a run that is to be canceled"]]), threading.Event()
+    monkeypatch.setattr("os.kill", lambda *_: interrupted.set())
+
+    class Instance:
+        def get_runs(self, *_, **__):
+            answer = next(answers)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    with _ended_from_the_ui(Instance()):
+        assert interrupted.wait(10)

@@ -92,7 +92,7 @@ def torch_dtype(engine: Engine) -> "torch.dtype":
 
 
 def dtype_name(engine: Engine) -> str:
-    """The same by its name."""
+    """The name of `torch_dtype`, as settings and engines spell it."""
     return str(torch_dtype(engine)).removeprefix("torch.")
 
 

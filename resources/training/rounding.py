@@ -7,10 +7,12 @@ by less than that distance, and what thousands of weights have in common is kept
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -37,19 +39,41 @@ def merge_rounding_at_random(adapted: "PeftModel", random_seed: int) -> None:
 
 
 def round_saved_weights(exact: Path, rounded: Path, random_seed: int) -> None:
-    """Writes the model of a directory into another, its float32 weights rounded; a classifier's head is read in float32."""
+    """Writes the model of a directory into another, its float32 weights rounded, but for those that are read in float32.
+
+    Equal weights are rounded in the same way: where several processes trained, tied ones are saved twice, and must stay equal.
+    """
     shutil.copytree(exact, rounded, ignore=shutil.ignore_patterns("*.safetensors"))
-    generator = torch.Generator().manual_seed(random_seed)
+    config = json.loads((rounded / "config.json").read_text())
+    exempt, total = _read_in_float32(config), 0
     for path in sorted(exact.glob("*.safetensors")):
         weights = dict[str, torch.Tensor]()
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 weight = file.get_tensor(name)
-                is_read_rounded = weight.dtype == torch.float32 and not name.startswith(f"{HEAD}.")
-                weights[name] = rounded_at_random(weight, generator) if is_read_rounded else weight
+                if weight.dtype == torch.float32 and not any(part in f".{name}" for part in exempt):
+                    noise = xxhash.xxh3_64_intdigest(weight.numpy(), seed=random_seed)
+                    weight = rounded_at_random(weight, torch.Generator().manual_seed(noise))
+                weights[name] = weight
             save_file(weights, rounded / path.name, file.metadata())
-    config = json.loads((rounded / "config.json").read_text())
-    (rounded / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}, indent=2) + "\n")
+        total += sum(weight.nbytes for weight in weights.values())
+    _write_json(rounded / "config.json", config | {"dtype": "bfloat16"})
+    if (index := rounded / "model.safetensors.index.json").exists():
+        listed = json.loads(index.read_text())
+        _write_json(index, listed | {"metadata": listed["metadata"] | {"total_size": total}})
+
+
+def _read_in_float32(config: Mapping[str, Any]) -> list[str]:
+    """Parts of the names of weights that transformers reads in float32, and a classifier's head, which we do."""
+    import transformers
+
+    classes = (getattr(transformers, name, None) for name in config.get("architectures") or ())
+    strict = (getattr(each, "_keep_in_fp32_modules_strict", None) or () for each in classes)
+    return [f".{HEAD}.", *(f".{name}" for names in strict for name in names)]
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def rounded_at_random(numbers: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -21,7 +21,6 @@ from resources.common.text import asset_label
 from resources.models.chat import load_tokenizer
 from resources.models.device import (
     DeviceResource,
-    dtype_name,
     prepare_device,
     torch_dtype,
     trains_in_bfloat16,
@@ -30,7 +29,7 @@ from resources.models.device import (
 from resources.settings.training import Loss, Training, TrainingProcesses
 from resources.storage.checkpoint_store import TRAINING_LOG, Checkpoint
 from resources.storage.files import json_sha256, write_atomically
-from resources.training.job import Kind, SurvivingUpdate, TrainingError, TrainingJob, TrainingSummary
+from resources.training.job import Kind, TrainingError, TrainingJob, TrainingSummary
 from resources.training.live import TRACKED, observe_asset
 from resources.training.memory import keeps_activations
 from resources.training.processes import least_share, processes_to_start, refuse_missing_packages, run_in_processes
@@ -41,8 +40,6 @@ from resources.training.state import newest_state
 logger = logging.getLogger("synpo.training")
 
 DESCRIPTION = "description.json"
-# Below it a model answers as the one that it was trained from.
-LEAST_SURVIVING = 0.2
 DECIDING_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
@@ -114,6 +111,8 @@ class Trainer(DeviceResource):
         """
         from datasets import Dataset
 
+        from resources.training.surviving import surviving_update
+
         started = time.monotonic()
         tokenizer = load_tokenizer(start.weights, self.engine.trust_remote_code)
         prepared = ROWS_OF[kind](tokenizer, self._subset(examples, training.max_examples), training)
@@ -144,7 +143,9 @@ class Trainer(DeviceResource):
                 exact = round_weights(job)
             else:
                 merge_adapter(job)
-            surviving = self._surviving(job, exact)
+            adapter = None if training.lora is None else directory / "adapter"
+            dtype = torch_dtype(self.engine)
+            surviving = surviving_update(Path(job.start), directory / "merged", adapter, dtype, exact)
             if exact is not None:
                 shutil.rmtree(exact)
         log = directory / TRAINING_LOG
@@ -162,23 +163,6 @@ class Trainer(DeviceResource):
             surviving=surviving,
             tracked=tracked[0] if tracked else None,
         )
-
-    def _surviving(self, job: TrainingJob, exact: Path | None) -> SurvivingUpdate | None:
-        """What generation will see of the update; next to nothing of it is refused."""
-        from resources.training.surviving import surviving_update
-
-        directory, dtype = job.directory, torch_dtype(self.engine)
-        adapter = None if job.training.lora is None else directory / "adapter"
-        left = surviving_update(Path(job.start), directory / "merged", adapter, dtype, exact)
-        if left is not None and left.share < LEAST_SURVIVING and self.engine.adapters != "request":
-            raise TrainingError(
-                f"Of the update by this training {left.share:.0%} is left once its weights are read in "
-                f"{dtype_name(self.engine)}, and {1 - left.changed_weights:.0%} of them are read as before: the steps are "
-                "smaller than the distance of two numbers there, so the model would answer as the one that it was trained from. "
-                "Raise training.learning_rate (for LoRA to 1e-4 or more) or the number of steps, or read the weights with "
-                "engine.dtype: float32."
-            )
-        return left
 
     def _subset(self, examples: Sequence[Any], limit: int | None) -> Sequence[Any]:
         """A random subset in the original order; all of them without a limit."""

@@ -3,7 +3,7 @@
 import os
 import sqlite3
 
-from resources.common.errors import DISK_IS_FULL, full_disk
+from resources.common.errors import DISK_IS_FULL, FAILS, full_disk
 
 
 def sentence_of(error: BaseException) -> str | None:
@@ -14,9 +14,14 @@ def sentence_of(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, sqlite3.DatabaseError):
+            was_full = (
+                "If the disk was full, free some space and give the same command again. Else put"
+                if FAILS in str(cause)
+                else "Put"
+            )
             return (
-                f"The history in {home}/history cannot be used: {cause}. Put the folder back from a copy; or move it away, and "
-                "`synpo run` makes everything again, for which it reads the finished completions in the folder shards."
+                f"The history in {home}/history cannot be used: {cause}. {was_full} the folder back from a copy; or move it away, "
+                "and `synpo run` makes everything again, for which it reads the finished completions in the folder shards."
             )
         if type(cause).__name__ == "DagsterInvalidConfigError":
             return f"{home}/dagster.yaml is no configuration of Dagster: move it away, and it is written anew."

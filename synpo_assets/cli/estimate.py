@@ -15,8 +15,8 @@ from synpo_assets.method.templates import generator_instruction, generator_targe
 TOKENS_PER_WORD = 1.4
 CHAT_TOKENS = 30
 
-# Tokens per second of SmolLM2-135M (134.5 million parameters) on two cores of an AMD EPYC, in float32 of one without AVX-512,
-# in bfloat16 of one with instructions for it, as assets recorded them. Other sizes are scaled by their number of parameters.
+# Tokens per second of SmolLM2-135M (134.5 million parameters) on two cores of an AMD EPYC, as assets recorded them: float32
+# without AVX-512, and bfloat16 with instructions for it. Other model sizes are scaled by their number of parameters.
 CPU_RATES: dict[str, dict[Kind, float]] = {
     "float32": {"generate": 95.0, "train": 240.0, "score": 300.0},
     "bfloat16": {"generate": 390.0, "train": 480.0, "score": 2100.0},
@@ -57,9 +57,8 @@ def expected_work(sizes: Sizes) -> list[tuple[Stage, Work]]:
 
 
 def rates_on_cpu(parameters: int, dtype: str) -> dict[Kind, Rate]:
-    """Rates of a model with so many parameters on a CPU, from the table of known ones; another number format is float32's."""
-    known = CPU_RATES.get(dtype, CPU_RATES["float32"])
-    return {kind: Rate(rate * CPU_RATES_PARAMETERS / parameters) for kind, rate in known.items()}
+    """Rates of a model with so many parameters on a CPU, from the table of known ones."""
+    return {kind: Rate(rate * CPU_RATES_PARAMETERS / parameters) for kind, rate in CPU_RATES[dtype].items()}
 
 
 def seconds(work: Work, rates: Mapping[Kind, Rate], iteration: int = 1) -> float:

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 
 from resources.common.text import duration
 from resources.judging.server_judge import load_template
-from resources.models.device import dtype_name, prepare_device
+from resources.models.device import cpu_multiplies_bfloat16, dtype_name, prepare_device
 from resources.models.model_source import (
     cached_initial_policy,
     fetch_embedding_model,
@@ -294,21 +294,26 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
 def rates_here(settings: Settings) -> tuple[Mapping[Kind, Rate] | None, str]:
     """The `known_rates` of this machine with the settings."""
     cached = cached_initial_policy(settings.initial_policy)
-    device, dtype = prepare_device(settings.engine), dtype_name(settings.engine)
-    return known_rates(known_calibration(settings), cached, device, dtype)
+    dtype = dtype_name(settings.engine)
+    is_known = prepare_device(settings.engine) == "cpu" and (dtype == "float32" or cpu_multiplies_bfloat16())
+    return known_rates(known_calibration(settings), cached, dtype if is_known else None)
 
 
 def known_rates(
-    calibration: Calibration | None, cached: Path | None, device: str, dtype: str
+    calibration: Calibration | None, cached: Path | None, dtype: str | None
 ) -> tuple[Mapping[Kind, Rate] | None, str]:
-    """How fast this machine is, None if that is unknown; and the end of a sentence that says how it is known."""
+    """How fast this machine is, None if that is unknown; and the end of a sentence that says how it is known.
+
+    Args:
+        dtype: The number format, on a CPU that is like those of the table of known rates; None on other devices.
+    """
     if calibration is not None:
         rates = ", ".join(f"{kind} {rate.tokens_per_second:,.0f}" for kind, rate in calibration.rates.items())
         place, model = calibration.made_for["device"], calibration.made_for["model"]["name"]
         basis = f"measured on this machine ({place}) on {calibration.measured} with {model}, in tokens/s: {rates}."
         return calibration.rates, basis
     measuring = "`synpo check --calibrate` measures this machine."
-    if device == "cpu" and cached is not None and cached.exists():
+    if dtype is not None and cached is not None and cached.exists():
         basis = f"scaled by parameters from rates of SmolLM2-135M in {dtype} on two CPU cores. {measuring}"
         return rates_on_cpu(parameter_count(cached), dtype), basis
     return None, f"unknown. {measuring}"

@@ -230,13 +230,13 @@ def _ended_from_the_ui(instance: DagsterInstance) -> Iterator[None]:
 @contextmanager
 def _leaving_no_step_behind() -> Iterator[None]:
     """Ends the steps that the executor leaves at work where it cannot write to the history."""
+    others = set(multiprocessing.active_children())
     try:
         yield
-    except SQLAlchemyError:
-        for step in multiprocessing.active_children():
+    finally:
+        for step in set(multiprocessing.active_children()) - others:
             step.kill()
             step.join()
-        raise
 
 
 def failure_sentence(event: dg.DagsterEvent) -> str:
