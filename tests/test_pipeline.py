@@ -1,6 +1,7 @@
 """Two whole iterations on the nano model through `synpo run`, then everything that can be asked about them."""
 
 import json
+import re
 import shutil
 import sqlite3
 from collections import Counter
@@ -55,6 +56,9 @@ def test_the_summary_shows_what_was_made(nano_run, home):
         assert asset in printed
     for word in ("chosen", "rejected", "win rate", "M_2", "synpo ui --home"):
         assert word in printed
+    # The strongest of the nulls, by name, beside what M_t follows.
+    assert re.search(r"instructions; \d+\.\d% by (their own prompts|the first sentences|M_0's answers|M_t's answers)",
+                     " ".join(printed.split()))  # fmt: skip
 
 
 def test_progress_is_in_the_event_log_under_its_asset_and_once_on_the_terminal(nano_run, home, instance):
