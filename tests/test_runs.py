@@ -14,7 +14,14 @@ import pytest
 from dagster._core.storage.tags import GRPC_INFO_TAG
 from sqlalchemy.exc import OperationalError
 
-from synpo_assets.cli.runs import FOREGROUND_TAG, _ended_from_the_ui, _leaving_no_step_behind, close_dead_runs
+from synpo_assets.cli.runs import (
+    FOREGROUND_TAG,
+    _ended_from_the_ui,
+    _leaving_no_step_behind,
+    close_dead_runs,
+    run_missing,
+)
+from tests.stand_ins import services_in
 
 FAILED = OperationalError("SELECT", {}, sqlite3.OperationalError("disk I/O error"))
 
@@ -104,3 +111,22 @@ def test_the_watch_for_the_uis_word_survives_a_history_that_cannot_be_read(monke
 
     with _ended_from_the_ui(Instance()):
         assert interrupted.wait(10)
+
+
+@pytest.mark.parametrize(("damaged", "rounds", "succeeds"), [(["keyword_sets"], 2, True), ([], 1, False)])
+def test_a_run_that_failed_while_damage_was_mended_begins_once_more(
+    instance, tmp_path, monkeypatch, damaged, rounds, succeeds
+):
+    """The report may have read a table in the moment before it was made again."""
+    services, begun = services_in(tmp_path / "home"), []
+
+    def made(instance, services, partition, iterations, mended):
+        begun.append(partition)
+        mended += damaged if partition and len(begun) == 2 else []
+        return partition is None or len(begun) > 2
+
+    monkeypatch.setattr("synpo_assets.cli.runs._run", made)
+    monkeypatch.setattr("synpo_assets.cli.runs.damaged_assets", lambda *_: {})
+    monkeypatch.setattr("synpo_assets.cli.runs.warn_of_outdated", lambda *_: None)
+    assert run_missing(instance, services, 1) == succeeds
+    assert begun == [None, "0001"] * rounds

@@ -80,11 +80,15 @@ def run_missing(instance: DagsterInstance, services: Services, iterations: int) 
     warn_of_outdated(instance, services)
     partitions = [None, *(partition_key(number) for number in range(1, iterations + 1))]
     for _ in range(ROUNDS):
-        if all(_run(instance, services, partition, iterations) for partition in partitions):
+        mended = list[str]()
+        if all(_run(instance, services, partition, iterations, mended) for partition in partitions):
             return True
         # Stages look up what others measured, also later in the iteration, and in later iterations.
         set_aside = [store.set_damaged_aside() for store in (services.tables, services.metrics, services.used_settings)]
-        if not (any(set_aside) or any(damaged_assets(instance, services, partition) for partition in partitions)):
+        # What failed may have read what was made again beside it.
+        if not (
+            mended or any(set_aside) or any(damaged_assets(instance, services, partition) for partition in partitions)
+        ):
             break
     return False
 
@@ -133,8 +137,12 @@ def _was_in_the_ui_that_ended(instance: DagsterInstance, run: dg.DagsterRun) -> 
         return connection.connect_ex(address) in (errno.ENOENT, errno.ECONNREFUSED)
 
 
-def _run(instance: DagsterInstance, services: Services, partition: str | None, iterations: int) -> bool:
+def _run(
+    instance: DagsterInstance, services: Services, partition: str | None, iterations: int, mended: list[str]
+) -> bool:
+    """Materializes what is missing of an iteration; `mended` is told of what was damaged. Whether all of it is there now."""
     damaged = damaged_assets(instance, services, partition)
+    mended += damaged
     for name, problem in damaged.items():
         logging.getLogger("synpo").warning("%s is made again. %s.", asset_label(name, partition), problem)
     names = missing_assets(instance, services, partition, damaged)
@@ -167,7 +175,7 @@ def _run(instance: DagsterInstance, services: Services, partition: str | None, i
     # Only now is it known whether the verdicts of this iteration are others than its pairs were made with, and whether other
     # weights came of an M_t that was made again, so that what was measured of the earlier ones is missing.
     return succeeded and (
-        {VERDICTS, "model_checkpoint"}.isdisjoint(names) or _run(instance, services, partition, iterations)
+        {VERDICTS, "model_checkpoint"}.isdisjoint(names) or _run(instance, services, partition, iterations, mended)
     )
 
 
