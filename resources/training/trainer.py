@@ -19,13 +19,7 @@ from pydantic import PrivateAttr
 from resources.common.progress import Progress
 from resources.common.text import asset_label
 from resources.models.chat import load_tokenizer
-from resources.models.device import (
-    DeviceResource,
-    prepare_device,
-    torch_dtype,
-    trains_in_bfloat16,
-    visible_gpus,
-)
+from resources.models.device import DeviceResource, prepare_device, torch_dtype, trains_in_bfloat16, visible_gpus
 from resources.settings.training import Loss, Training, TrainingProcesses
 from resources.storage.checkpoint_store import TRAINING_LOG, Checkpoint
 from resources.storage.files import json_sha256, write_atomically
@@ -138,12 +132,11 @@ class Trainer(DeviceResource):
             else:
                 train(job, dataset, observe)
         with Progress(None, "Merging and measuring what was trained", logger):
-            exact = None
             if training.lora is None:
-                exact = round_weights(job)
+                adapter, exact = None, round_weights(job)
             else:
                 merge_adapter(job)
-            adapter = None if training.lora is None else directory / "adapter"
+                adapter, exact = directory / "adapter", None
             dtype = torch_dtype(self.engine)
             surviving = surviving_update(Path(job.start), directory / "merged", adapter, dtype, exact)
             if exact is not None:

@@ -20,7 +20,7 @@ from resources.common.errors import FinalError
 from resources.settings.method import PreferenceOptimization
 from resources.storage.checkpoint_store import Checkpoint
 from synpo_assets.evaluation.gold_comparison import refuse_answers_of_another
-from synpo_assets.evaluation.instruction_following import instruction_answers
+from synpo_assets.evaluation.instruction_following import ANSWERING_READS, instruction_answers, instruction_tokens
 from synpo_assets.evaluation.win_rates import (
     JUDGING_READS,
     OUTCOME_COUNTS,
@@ -159,15 +159,9 @@ def equal_steps_evaluation(
     EqualStepsInstructions,
     group="evaluation",
     work=("generates",),
-    reads=("evaluation.sampling", "evaluation.instruction_samples"),
+    reads=ANSWERING_READS,
     samplings=lambda settings: [settings.evaluation.sampling],
-    cost=lambda sizes: [
-        Work(
-            "generate",
-            sizes.settings.evaluation.instruction_samples * sizes.instructions * sizes.judged,
-            later_only=True,
-        )
-    ],
+    cost=lambda sizes: [Work("generate", instruction_tokens(sizes), later_only=True)],
     made_from={"prompt_id": "instruction_following"},
 )
 def equal_steps_instructions(

@@ -13,7 +13,7 @@ from resources.generation.language_model import Usage
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
 from synpo_assets.graph import metrics
-from synpo_assets.graph.cost import Work
+from synpo_assets.graph.cost import Sizes, Work
 from synpo_assets.graph.evaluation_schemas import InstructionFollowing
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.partitions import iteration_of
@@ -24,17 +24,22 @@ from synpo_assets.method.evaluation import mean_gain
 from synpo_assets.method.templates import user_message
 from synpo_assets.method.verifiable import followed, nulls_followed, rates_by_rule, shares_followed
 
+ANSWERING_READS = ("evaluation.sampling", "evaluation.instruction_samples")
+
+
+def instruction_tokens(sizes: Sizes) -> float:
+    """Tokens that one model writes at most when it answers the instructions."""
+    return sizes.settings.evaluation.instruction_samples * sizes.instructions * sizes.judged
+
 
 @Stage(
     InstructionFollowing,
     group="evaluation",
     work=("generates",),
-    reads=("evaluation.sampling", "evaluation.instruction_samples"),
+    reads=ANSWERING_READS,
     samplings=lambda settings: [settings.evaluation.sampling],
     # M_0's answers are found in the shards from the second iteration on.
-    cost=lambda sizes: [
-        Work("generate", 2 * sizes.settings.evaluation.instruction_samples * sizes.instructions * sizes.judged)
-    ],
+    cost=lambda sizes: [Work("generate", 2 * instruction_tokens(sizes))],
     made_from={"prompt_id": "verifiable_instructions"},
 )
 def instruction_following(

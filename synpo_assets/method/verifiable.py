@@ -29,8 +29,6 @@ DASHED = re.compile(r"\s*[-\u2013\u2014]\s*[^\s\-\u2013\u2014]")
 ABBREVIATION = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|e\.g|i\.e)\.", re.IGNORECASE)
 SENTENCE_END = re.compile(r"[.!?]+[\"'”\u2019)\]]*(?=\s|$)")
 WORD = regex.compile(rf"{UNSPACED_CHARACTER.pattern}|(?:(?!{UNSPACED_CHARACTER.pattern})\S)+", regex.VERSION1)
-# Answers that show no skill, and yet follow some instructions.
-NULLS = ("prompt_as_answer", "first_sentence", "as_brief", "another_answer")
 
 
 def meets(rule: str, value: str, answer: str) -> bool:
@@ -101,7 +99,7 @@ def shares_followed(answered: pl.DataFrame, sides: Sequence[str] = ("candidate",
 
 
 def nulls_followed(answered: pl.DataFrame) -> dict[str, list[bool]]:
-    """Whether the answers of each of `NULLS` follow the instructions."""
+    """Whether the answers of each null follow the instructions."""
     constraints = answered["constraints"].to_list()
     return {
         null: [all(followed(*row)) for row in zip(constraints, texts, strict=True)]
@@ -110,7 +108,9 @@ def nulls_followed(answered: pl.DataFrame) -> dict[str, list[bool]]:
 
 
 def null_answers(answered: pl.DataFrame) -> dict[str, list[str]]:
-    """The answers of each of `NULLS`, a text per row; of a single instruction there are no answers to another.
+    """Nulls: answers that show no skill and yet follow some instructions, a text per row of each.
+
+    Of a single instruction there are no answers to another.
 
     Examples:
         >>> texts = {"prompt": ["Say hi.", "Say so."], "initial_response": ["Hi there, you.", "No. It is not so."]}

@@ -119,9 +119,8 @@ def scored_sides(
     joined = joined.join(prompts.select("prompt_id", "constraints"), on="prompt_id", maintain_order="left")
     asked = joined.select("prompt", "constraints", first="chosen_response", second="rejected_response")
     compared = scored_answers(services, scorer, asked)
-    return joined.hstack(
-        compared.rows.rename({"first_score": "chosen_score", "second_score": "rejected_score"})
-    ), compared
+    scores = compared.rows.rename({"first_score": "chosen_score", "second_score": "rejected_score"})
+    return joined.hstack(scores), compared
 
 
 def _remedy(settings: Settings) -> str:
