@@ -67,7 +67,7 @@ def test_a_command_on_a_damaged_home_ends_with_a_sentence(nano_run, tmp_path, mo
     home = tmp_path / "home"
     shutil.copytree(nano_run.home, home, symlinks=True)
 
-    def look(instance, services, partition, iterations):
+    def look(instance, services, partition, *_):
         missing_assets(instance, services, partition, damaged_assets(instance, services, partition))
         return True
 
