@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,15 +38,16 @@ def victims_of(home):
 
 
 def kill_one_of(home, run, draw):
-    """Kills the run itself, or one of the processes that it started: a step, or what steps are forked from."""
+    """Kills the run itself, or one of the processes that it started, a step or what steps are forked from; says which."""
+    victim = draw.choice([run.pid, *victims_of(home)])
+    how = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
     with suppress(ProcessLookupError):
-        os.kill(
-            draw.choice([run.pid, *victims_of(home)]), draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
-        )
+        os.kill(victim, how)
+    return f"{how.name} to {'the run' if victim == run.pid else 'a process of the run'}"
 
 
 def damage_a_file(home, draw):
-    """Does to one finished file what a failing disk does."""
+    """Does to one finished file what a failing disk does; says of which kind it is."""
     files = [file for place in ("tables/**/*.parquet", "metrics/**/*.parquet", "shards/**/*.parquet", "checkpoints/*/*.json",
                                 "checkpoints/**/manifest.json") for file in sorted(home.glob(place))]  # fmt: skip
     if files:
@@ -56,6 +58,8 @@ def damage_a_file(home, draw):
             file.unlink()
         else:
             file.write_bytes(damaged)
+        return f"damage in {file.relative_to(home).parts[0]}"
+    return "nothing to damage"
 
 
 def launch_in_the_ui(home, draw):
@@ -66,6 +70,8 @@ def launch_in_the_ui(home, draw):
         if draw.random() < 0.5:
             with suppress(ProcessLookupError):
                 os.kill(draw.choice(victims_of(home)), signal.SIGKILL)
+            return "UI, a process of which is killed"
+    return "UI that ends beside its run"
 
 
 def edit_settings(home, draw):
@@ -77,11 +83,12 @@ def edit_settings(home, draw):
         refused = synpo("run", "--home", home)
         file.write_bytes(whole)
         assert (refused.returncode, refused.stderr.count("Traceback")) == (2, 0), refused.stderr
-    else:
-        values = yaml.safe_load(whole)
-        values["engine"]["shard_rows"] = draw.choice([1, 3, 16])
-        values["training_processes"]["save_every_steps"] = draw.choice([1, 2, 50])
-        write_settings(file, values)
+        return "unreadable settings"
+    values = yaml.safe_load(whole)
+    values["engine"]["shard_rows"] = draw.choice([1, 3, 16])
+    values["training_processes"]["save_every_steps"] = draw.choice([1, 2, 50])
+    write_settings(file, values)
+    return "edited settings"
 
 
 def wait_for_the_end_of(home):
@@ -110,9 +117,10 @@ def test_a_home_whose_runs_are_killed_ends_as_an_undisturbed_one(nano_model, tmp
     command = [str(Path(sys.executable).with_name("synpo")), "run", "--home", str(home)]
     environment = {name: value for name, value in os.environ.items() if name not in ("SYNPO_HOME", "DAGSTER_HOME")}
     deadline, kills, launches = time.monotonic() + SECONDS, 0, 0
+    done = Counter[str]()
     while time.monotonic() < deadline:
         if kills > launches and draw.random() < 0.4:
-            launch_in_the_ui(home, draw)
+            done[launch_in_the_ui(home, draw)] += 1
             launches += 1
             wait_for_the_end_of(home)
         first = [] if (home / "settings.yaml").exists() else ["--settings", str(settings)]
@@ -122,7 +130,7 @@ def test_a_home_whose_runs_are_killed_ends_as_an_undisturbed_one(nano_model, tmp
             with suppress(subprocess.TimeoutExpired):
                 run.wait(min(draw.uniform(*MOMENTS), max(1.0, deadline - time.monotonic())))
             if run.poll() is None:
-                kill_one_of(home, run, draw)
+                done[kill_one_of(home, run, draw)] += 1
                 kills += 1
             # Where a step was killed, the run goes on, or tries again.
             with suppress(subprocess.TimeoutExpired):
@@ -130,8 +138,9 @@ def test_a_home_whose_runs_are_killed_ends_as_an_undisturbed_one(nano_model, tmp
             run.kill()
         wait_for_the_end_of(home)
         if (home / "settings.yaml").exists():
-            edit_settings(home, draw)
-            damage_a_file(home, draw)
+            done[edit_settings(home, draw)] += 1
+            done[damage_a_file(home, draw)] += 1
+    sys.stdout.write(f"{dict(done)}\n")
     last = synpo("run", "--home", home)
     assert last.returncode == 0, last.stderr[-2000:]
     assert kills, "a soak in which nothing is killed shows nothing: give it more time"

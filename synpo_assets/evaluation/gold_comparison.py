@@ -8,10 +8,15 @@ may come from it alone. Likeness is also reported in bands of length, because an
 it whatever it says.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import dagster as dg
+import numpy as np
 import polars as pl
 
 from resources.common.errors import FinalError
+from resources.models.embeddings import Embedded
 from resources.models.model_source import fetch_embedding_model
 from resources.storage.checkpoint_store import Checkpoint
 from synpo_assets.graph import metrics
@@ -55,11 +60,7 @@ def gold_comparison(
     gold = evaluation.select("prompt", "answer").rows()
     likelihoods = {name: services.likelihood.measure(model, gold) for name, model in models.items()}
     weights, origin = fetch_embedding_model(settings.diversity.embedding_model, settings.engine.trust_remote_code)
-    columns = ("answer", *(f"{name}_response" for name in models))
-    texts = [text.strip() or NOTHING_SAID for column in columns for text in evaluation[column]]
-    embedded = services.embedder.embed(weights, texts)
-    vectors = embedded.vectors.reshape(len(columns), evaluation.height, -1)
-    similarities = dict(zip(models, (vectors[1:] * vectors[0]).sum(axis=2), strict=True))
+    similarities, embedded = similarities_to_gold(services, weights, evaluation, list(models))
     frame = evaluation.select("prompt_id", "split", "prompt", "answer").with_columns(
         *(pl.Series(f"{name}_log_likelihood", likelihoods[name].per_token) for name in models),
         *(pl.Series(f"{name}_end_log_likelihood", likelihoods[name].end) for name in models),
@@ -80,6 +81,17 @@ def gold_comparison(
         *metrics.embedding(embedded),
     ]
     return table_output(context, services, frame, measured, embedding_model=origin["name"], **made_by(model_checkpoint))
+
+
+def similarities_to_gold(
+    services: Services, weights: Path, evaluation: pl.DataFrame, sides: Sequence[str]
+) -> tuple[dict[str, np.ndarray], Embedded]:
+    """For each side, the cosine of each of its answers with the gold one."""
+    columns = ("answer", *(f"{side}_response" for side in sides))
+    texts = [text.strip() or NOTHING_SAID for column in columns for text in evaluation[column]]
+    embedded = services.embedder.embed(weights, texts)
+    vectors = embedded.vectors.reshape(len(columns), evaluation.height, -1)
+    return dict(zip(sides, (vectors[1:] * vectors[0]).sum(axis=2), strict=True)), embedded
 
 
 def gold_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric]:

@@ -47,16 +47,7 @@ def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourcePara
             "No iteration is finished, so there is nothing to report: materialize an iteration up to its evaluation first."
         )
     iterations = [read_iteration(context.instance, services, key) for key in finished]
-    page = Page(
-        iterations=iterations,
-        rows=report_rows(iterations),
-        plots={plot.name: plot for plot in draw_plots(iterations)},
-        notes=report_notes(iterations, unfinished),
-        judging=judging_rows(recorded(services.metrics, None)),
-        identity=identity_of(services, iterations),
-        settings=telling_settings(services, iterations[-1]),
-        answers=same_prompts(services.tables.scan("evaluation"), iterations),
-    )
+    page = page_of(services, iterations, unfinished)
     path, version = services.home / FOLDER / REPORT, _content_version(page)
     write_atomically(path, page.html().encode())
     pictures = [f"![{plot.description}]({plot.data_uri})" for plot in page.plots.values()]
@@ -76,6 +67,20 @@ def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourcePara
         tracked_as=tracked or "not tracked: training_processes.report_to is none",
         made_of=versions_table(context.instance, [(asset, key) for key in finished for asset in READ_ASSETS]),
         table=_table(page.rows, finished),
+    )
+
+
+def page_of(services: Services, iterations: Sequence[FinishedIteration], unfinished: Sequence[str]) -> Page:
+    """What the page shows of the finished iterations; of the others it says that they are missing."""
+    return Page(
+        iterations=iterations,
+        rows=report_rows(iterations),
+        plots={plot.name: plot for plot in draw_plots(iterations)},
+        notes=report_notes(iterations, unfinished),
+        judging=judging_rows(recorded(services.metrics, None)),
+        identity=identity_of(services, iterations),
+        settings=telling_settings(services, iterations[-1]),
+        answers=same_prompts(services.tables.scan("evaluation"), iterations),
     )
 
 

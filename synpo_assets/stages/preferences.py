@@ -72,23 +72,9 @@ def preference_pairs(
     Read `median_pair` and the sample: the chosen answer should be the better one for a reason that you can name. `dropped` says
     how many pairs each filter took, and `statistics` how long both sides are.
     """
-    options = services.settings.preferences
     joined = join_sides(chosen_responses, rejected_responses)
     scored, compared = scored_sides(services, reward_model, joined, synthetic_prompts)
-    kept, dropped = select_pairs(
-        scored,
-        options.margin_threshold,
-        options.max_repetition,
-        options.repetition_ngram,
-        options.pairs_per_iteration,
-        services.settings.random_seed,
-        options.max_length_ratio,
-    )
-    if options.reviewed:
-        verdicts = services.tables.read("pair_verdicts", context.partition_key)
-        kept, dropped["people"] = apply_outcomes(kept, verdicts)
-    if kept.is_empty():
-        raise FinalError(f"None of {joined.height} pairs was kept: {dropped}. {_remedy(services.settings)}")
+    kept, dropped = kept_pairs(services, context.partition_key, scored)
     frame = as_preferences(kept).with_columns(
         iteration=pl.lit(iteration_of(context), pl.Int64),
         scorer_sha=pl.lit(reward_model.sha),
@@ -121,6 +107,29 @@ def scored_sides(
     compared = scored_answers(services, scorer, asked)
     scores = compared.rows.rename({"first_score": "chosen_score", "second_score": "rejected_score"})
     return joined.hstack(scores), compared
+
+
+def kept_pairs(services: Services, partition: str, scored: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
+    """The pairs that pass every filter and the verdicts of people, and how many each took.
+
+    Raises:
+        FinalError: No pair is left to learn from.
+    """
+    options = services.settings.preferences
+    kept, dropped = select_pairs(
+        scored,
+        options.margin_threshold,
+        options.max_repetition,
+        options.repetition_ngram,
+        options.pairs_per_iteration,
+        services.settings.random_seed,
+        options.max_length_ratio,
+    )
+    if options.reviewed:
+        kept, dropped["people"] = apply_outcomes(kept, services.tables.read("pair_verdicts", partition))
+    if kept.is_empty():
+        raise FinalError(f"None of {scored.height} pairs was kept: {dropped}. {_remedy(services.settings)}")
+    return kept, dropped
 
 
 def _remedy(settings: Settings) -> str:
