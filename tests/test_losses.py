@@ -17,7 +17,7 @@ LOSSES = [SimPO(beta=2.5, gamma=1.25), DPO(beta=0.3), ORPO(beta=0.4), CPOSimPO(b
 
 @pytest.fixture
 def train(tmp_path, nano_checkpoint):
-    def train(loss, rows, **changes):
+    def train(loss, rows, kind="preference", **changes):
         trainer = Trainer(
             engine=Engine(threads=1, dtype="float32"),
             random_seed=1,
@@ -25,7 +25,7 @@ def train(tmp_path, nano_checkpoint):
             states=str(tmp_path / "states"),
         )
         training = PAIRED.model_copy(update=changes)
-        return trainer.train("preference", nano_checkpoint, rows, training, tmp_path / "out", loss)
+        return trainer.train(kind, nano_checkpoint, rows, training, tmp_path / "out", loss)
 
     return train
 
@@ -88,6 +88,18 @@ def test_the_loss_of_one_pair_is_that_of_its_sigmoid_argument(train, loss):
     }
     assert second["step"] == 2
     assert second["loss"] == pytest.approx(wanted[loss.kind](), abs=2e-3)
+
+
+def test_with_a_beta_of_nearly_nothing_it_is_fine_tuning_on_the_chosen_answers(train):
+    """The control of what rejected answers add."""
+    rows = pairs()
+    alone = train(CPOSimPO(beta=1e-6, gamma=0.0, alpha=1.0), rows, learning_rate=1e-2, epochs=2)
+    chosen = [(row["prompt"], row["chosen"][0]["content"]) for row in rows]
+    tuned = train(None, chosen, "supervised", learning_rate=1e-2, epochs=2)
+    losses, wanted = ([entry["loss"] for entry in made.history if "loss" in entry] for made in (alone, tuned))
+    assert len(wanted) > 2
+    assert wanted[-1] < wanted[0] - 0.1
+    assert losses == pytest.approx([math.log(2) + loss for loss in wanted], abs=5e-3)
 
 
 def test_what_a_step_says_of_its_pairs():

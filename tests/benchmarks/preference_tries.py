@@ -16,7 +16,6 @@ from typing import Any
 import polars as pl
 
 from resources.settings.method import PreferenceOptimization
-from resources.settings.training import DPO
 from resources.storage.checkpoint_store import Checkpoint
 from tests.benchmarks.controls import trained_in
 
@@ -27,9 +26,11 @@ TRIES: dict[str, dict[str, Any]] = {
     "learning rate 1e-4": {"learning_rate": 1e-4},
     "beta 0.5, gamma 0.25": {"loss.beta": 0.5, "loss.gamma": 0.25},
     "alpha 4": {"loss.alpha": 4.0},
+    "alpha 16": {"loss.alpha": 16.0},
+    "alpha 4, beta 0.5, gamma 0.25": {"loss.alpha": 4.0, "loss.beta": 0.5, "loss.gamma": 0.25},
 }
 EPOCHS = 2.0
-CHOSEN_ALONE, DPO_TRY = "SFT on the chosen answers", "DPO, learning rate 2e-4"
+CHOSEN_ALONE = "SFT on the chosen answers"
 SAMPLES = 2
 
 
@@ -100,8 +101,6 @@ def run(home: Path, iterations: int, file: Path) -> None:
         trained(name, preferring(base.with_values(values)))
     chosen = [(pair["prompt"], pair["chosen"][0]["content"]) for pair in pairs]
     trained(CHOSEN_ALONE, lambda folder: services.trainer.train("supervised", initial, chosen, base.training, folder))
-    slower = base.with_values({"learning_rate": 2e-4})
-    trained(DPO_TRY, preferring(slower.model_copy(update={"loss": DPO()})))
 
 
 if __name__ == "__main__":
