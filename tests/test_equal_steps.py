@@ -27,6 +27,7 @@ from synpo_assets.evaluation.instruction_following import instruction_following
 from synpo_assets.evaluation.win_rates import evaluation
 from synpo_assets.graph.evaluation_schemas import EqualSteps, EqualStepsInstructions
 from synpo_assets.graph.metrics import recorded
+from synpo_assets.graph.missing import missing_assets
 from synpo_assets.graph.presentation import table_version
 from synpo_assets.graph.schemas import PreferenceHistory
 from synpo_assets.graph.tables import check
@@ -38,6 +39,7 @@ from tests.stand_ins import instance as instance
 from tests.test_ablations import entering, preference_history, preference_pairs
 from tests.test_evaluation import materialize, stand_in
 from tests.test_loop import pairs
+from tests.test_stores import create, write_weights
 from tests.test_training import EXAMPLES, PAIRED, SFT, SIMPO
 from tests.test_training import pairs as training_pairs
 from tests.test_training import trainer as trainer
@@ -141,6 +143,14 @@ def test_in_iteration_1_the_control_is_m_1_itself(iteration):
     )
     assert control == made
     refuse_control_of_another(control, made)
+
+
+def test_the_control_of_an_m_t_that_was_made_again_is_made_again_too(iteration, instance):
+    services, _ = iteration("0001")
+    assert "equal_steps_checkpoint" not in missing_assets(instance, services, "0001")
+    again = create(services.checkpoints, write_weights("M_1 again"), "0001")
+    services.checkpoints.point_to("model_checkpoint", "0001", again)
+    assert "equal_steps_checkpoint" in missing_assets(instance, services, "0001")
 
 
 def test_without_the_pairs_of_iteration_1_there_is_no_control():

@@ -28,7 +28,7 @@ from resources.storage.files import remove_abandoned
 from synpo_assets.cli.automation import ALL_ASSETS_JOB, UNFINISHED
 from synpo_assets.cli.healing import damaged_assets
 from synpo_assets.graph.budget import SPENT, budget_refusal
-from synpo_assets.graph.missing import VERDICTS, missing_assets, missing_checks, outdated_assets
+from synpo_assets.graph.missing import CONTROL, MADE, VERDICTS, missing_assets, missing_checks, outdated_assets
 from synpo_assets.graph.outlook import ITERATIONS_TAG
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
@@ -173,9 +173,9 @@ def _run(
             logging.getLogger("synpo").error("The run ended before its steps could say why. %s", KILLED)
         succeeded = result.success
     # Only now is it known whether the verdicts of this iteration are others than its pairs were made with, and whether other
-    # weights came of an M_t that was made again, so that what was measured of the earlier ones is missing.
+    # weights came of an M_t or a control that was made again, so that what was measured of the earlier ones is missing.
     return succeeded and (
-        {VERDICTS, "model_checkpoint"}.isdisjoint(names) or _run(instance, services, partition, iterations, mended)
+        {VERDICTS, MADE, CONTROL}.isdisjoint(names) or _run(instance, services, partition, iterations, mended)
     )
 
 

@@ -34,6 +34,7 @@ from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
 from synpo_assets.graph.evaluation_schemas import EqualSteps, EqualStepsInstructions
 from synpo_assets.graph.metrics import Metric, judge_doubt
+from synpo_assets.graph.missing import controlled_sha
 from synpo_assets.graph.partitions import iteration_of, partition_key
 from synpo_assets.graph.presentation import (
     checkpoint_output,
@@ -228,7 +229,7 @@ def steps_of(services: Services, made: Checkpoint) -> int:
 
 def refuse_control_of_another(control: Checkpoint, made: Checkpoint) -> None:
     """Raises a sentence if the control was made for another M_t than the one that was judged."""
-    compared = control.manifest["parents"].get("control of", {"sha": control.sha})["sha"]
+    compared = controlled_sha(control.manifest)
     if compared != made.sha:
         raise FinalError(
             f"{control.label} is the control of {compared[:16]}, but {made.label} is {made.sha[:16]} by now: materialize "

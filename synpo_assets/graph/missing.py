@@ -1,7 +1,8 @@
 """Which assets are still to be made, and which were made with other settings."""
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import dagster as dg
 import polars as pl
@@ -25,6 +26,9 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import OPT_IN_TAG, STATE_TAG
 
 PAIRS, VERDICTS = "preference_pairs", "pair_verdicts"
+# What is measured, as metrics call it, and the checkpoint that it is.
+MADE, CONTROL = "model_checkpoint", "equal_steps_checkpoint"
+MEASURED = {"candidate": MADE, "equal_steps": CONTROL}
 
 
 def asset_names(graph: AssetGraph, partitioned: bool) -> list[str]:
@@ -44,8 +48,8 @@ def missing_assets(
 
     An asset is missing if it was never materialized, if the newest attempt to make it has ended without a result, if it
     failed a blocking check, or if what was made is damaged. So is a promotion that was refused under other limits than those
-    of now, and whatever measured an M_t with other weights than those of now. So are verdicts of people whose file has changed, and
-    pairs that were made with other verdicts than those of now, with all that is made from them.
+    of now, the control of an M_t with other weights than those of now, and whatever measured either. So are verdicts of people
+    whose file has changed, and pairs that were made with other verdicts than those of now, with all that is made from them.
     """
     graph = services.graph
     names = asset_names(graph, partitioned=partition is not None)
@@ -113,13 +117,26 @@ def _is_to_be_judged_again(instance: DagsterInstance, services: Services, name: 
 
 
 def _of_other_weights(services: Services, partition: str | None) -> set[str]:
-    """The assets that measured an M_t which was trained again since, to other weights: nothing that they say is about it."""
-    made = partition and services.checkpoints.manifest("model_checkpoint", partition)
-    if not made:
+    """What measured an M_t, or its control, which was trained again since, to other weights; and the control of such an M_t."""
+    if partition is None:
         return set()
+    manifests = {name: services.checkpoints.manifest(name, partition) for name in MEASURED.values()}
+    shas = {name: manifest["sha"] for name, manifest in manifests.items() if manifest}
     measured = recorded(services.metrics, partition).frame
-    of_others = measured.filter(pl.col("of") == "candidate", pl.col("checkpoint_sha") != made["sha"])
-    return set(of_others["asset"])
+    found = {
+        asset
+        for side, name in MEASURED.items()
+        if name in shas
+        for asset in measured.filter(pl.col("of") == side, pl.col("checkpoint_sha") != shas[name])["asset"]
+    }
+    if (control := manifests[CONTROL]) and MADE in shas and controlled_sha(control) != shas[MADE]:
+        found.add(CONTROL)
+    return found
+
+
+def controlled_sha(control: Mapping[str, Any]) -> str:
+    """The sha of the M_t that a control was made for, by the control's manifest; M_1 is its own control."""
+    return control["parents"].get("control of", control)["sha"]
 
 
 def _is_outdated(instance: DagsterInstance, graph: AssetGraph, name: str, partition: str | None) -> bool:
