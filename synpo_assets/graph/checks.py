@@ -32,6 +32,10 @@ from synpo_assets.method.verifiable import BY_RULES
 # Partitions of asset checks are marked preview; the pinned Dagster minor version is the one they were tested with.
 warnings.filterwarnings("ignore", category=dg.PreviewWarning)
 
+MORE_PAIRS = (
+    "`dropped` of preference_pairs says which filter took most: let it take less, write more prompts "
+    "(prompt_generator.prompts_per_iteration), or lower the limit."
+)
 BLOCKING = ("enough_pairs", "no_empty_side", "finite_weights")
 Results = Iterator[dg.AssetCheckResult]
 
@@ -43,13 +47,15 @@ def synthetic_prompts_checks(context: dg.AssetCheckExecutionContext, services: S
     used = measured.value("keyword_sets_used", asset=asset) or 1
     rate = (measured.value("dropped", "near_duplicate", asset=asset) or 0) / used
     most = limits.max_near_duplicate_rate
-    yield _result("few_near_duplicates", rate <= most, near_duplicate_rate=rate, most_allowed=most)
+    shown: dict[str, Any] = {"near_duplicate_rate": rate, "most_allowed": most}
+    yield _result("few_near_duplicates", rate <= most, **shown, setting="checks.max_near_duplicate_rate")
     here, first = (
         mean_similarity(services.tables.read(asset, key)["prompt"].to_list(), services.settings.random_seed)
         for key in (context.partition_key, partition_key(1))
     )
     most = first * limits.max_similarity_growth
-    yield _result("varied_prompts", here <= most, mean_similarity=here, in_iteration_1=first, most_allowed=most)
+    shown = {"mean_similarity": here, "in_iteration_1": first, "most_allowed": most}
+    yield _result("varied_prompts", here <= most, **shown, setting="checks.max_similarity_growth")
 
 
 def preference_pairs_checks(context: dg.AssetCheckExecutionContext, services: Services, stage: Stage) -> Results:
@@ -58,17 +64,21 @@ def preference_pairs_checks(context: dg.AssetCheckExecutionContext, services: Se
     pairs = services.tables.read("preference_pairs", context.partition_key)
     chosen, rejected = (_texts(pairs[side]) for side in ("chosen", "rejected"))
     least = limits.min_pairs_share * options.pairs_per_iteration
-    yield _result("enough_pairs", pairs.height >= least, pairs=pairs.height, least_allowed=least)
+    shown: dict[str, Any] = {"pairs": pairs.height, "least_allowed": least, "setting": "checks.min_pairs_share"}
+    yield _result("enough_pairs", pairs.height >= least, **shown, remedy=MORE_PAIRS)
     empty = sum(not text.strip() for text in chosen + rejected)
     yield _result("no_empty_side", empty == 0, empty_answers=empty)
     # Where rules decide, every margin is 1.
     margin, least = mean(pairs.filter(~BY_RULES)["margin"]), limits.min_mean_margin
-    yield _result("score_margin", margin is None or margin >= least, mean_margin=margin, least_allowed=least)
+    shown = {"mean_margin": margin, "least_allowed": least, "setting": "checks.min_mean_margin"}
+    yield _result("score_margin", margin is None or margin >= least, **shown)
     ratio, most = length_ratio(chosen, rejected), limits.max_length_ratio
     within = 1 / most <= ratio <= most
-    yield _result("length_ratio", within, chosen_to_rejected_length=ratio, least_allowed=1 / most, most_allowed=most)
+    shown = {"chosen_to_rejected_length": ratio, "least_allowed": 1 / most, "most_allowed": most}
+    yield _result("length_ratio", within, **shown, setting="checks.max_length_ratio")
     repeated, most = mean_repetition(chosen, options.repetition_ngram), limits.max_mean_repetition
-    yield _result("repetition", repeated <= most, mean_repetition=repeated, most_allowed=most)
+    shown = {"mean_repetition": repeated, "most_allowed": most, "setting": "checks.max_mean_repetition"}
+    yield _result("repetition", repeated <= most, **shown)
 
 
 def trained_weights_checks(context: dg.AssetCheckExecutionContext, services: Services, stage: Stage) -> Results:
@@ -120,12 +130,17 @@ def evaluation_checks(context: dg.AssetCheckExecutionContext, services: Services
     wins, by_scorer = (measured.value("win_rate", **who, by=judge) for judge in (INDEPENDENT, TOOK_PART))
     least, doubt = limits.min_win_rate, judge_doubt(services.metrics)
     won = doubt is None and wins is not None and wins >= least
-    shown = {"win_rate": wins if doubt is None else doubt, "by_the_scorer": by_scorer, "least_allowed": least}
-    yield _result("win_rate", won, **shown)
+    shown: dict[str, Any] = {
+        "win_rate": wins if doubt is None else doubt,
+        "by_the_scorer": by_scorer,
+        "least_allowed": least,
+    }
+    yield _result("win_rate", won, **shown, setting="checks.min_win_rate")
     repeated, before = (measured.value("mean_repetition", side) for side in ("candidate", "initial"))
     most = limits.max_mean_repetition
     shown = {"mean_repetition": repeated, "of_the_initial_policy": before, "most_allowed": most}
-    yield _result("answers_without_loops", repeated is not None and repeated <= most, **shown)
+    looping = repeated is None or repeated > most
+    yield _result("answers_without_loops", not looping, **shown, setting="checks.max_mean_repetition")
 
 
 def promotion_checks(context: dg.AssetCheckExecutionContext, services: Services, stage: Stage) -> Results:
@@ -238,7 +253,9 @@ def _checks(stage: Stage, settings: Settings, parts: Sequence[CheckGroup]) -> dg
     return checks
 
 
-def _result(name: str, passed: bool, **shown: Any) -> dg.AssetCheckResult:
+def _result(name: str, passed: bool, remedy: str | None = None, **shown: Any) -> dg.AssetCheckResult:
+    if remedy and not passed:
+        shown["remedy"] = remedy
     severity = dg.AssetCheckSeverity.ERROR if name in BLOCKING else dg.AssetCheckSeverity.WARN
     return dg.AssetCheckResult(check_name=name, passed=bool(passed), severity=severity, metadata=shown)
 
