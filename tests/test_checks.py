@@ -12,7 +12,7 @@ from resources.settings.files import active_settings
 from resources.storage.checkpoint_store import TRAINING_LOG
 from synpo_assets.algorithm import stages_of
 from synpo_assets.graph import history
-from synpo_assets.graph.checks import MORE_PAIRS, checks_of
+from synpo_assets.graph.checks import CHOOSE_SAMPLES, MORE_PAIRS, checks_of
 from synpo_assets.graph.metrics import Metric
 from tests.stand_ins import ITERATIONS, measured, run, services_in, win_rates
 from tests.stand_ins import instance as instance
@@ -222,6 +222,20 @@ def test_many_cut_answers_warn_and_the_setting_is_named(instance, services, asse
     assert (share <= 0.1) == (
         warning not in found["answers_ended"].metadata.get("warning", dg.TextMetadataValue("")).value
     )
+    assert went_on
+
+
+@pytest.mark.parametrize(("policy", "improver"), [(0.5, 0.4), (0.4, 0.5), (0.5, 0.5), (None, None)])
+def test_rewrites_that_follow_fewer_rules_than_what_they_rewrote_warn(instance, services, policy, improver):
+    shares = {"policy": policy, "improver": improver}.items()
+    measured(services, "refined_responses", *(Metric("rules_followed_share", share, who, n=9) for who, share in shares))
+    found, went_on = evaluate(instance, services, "refined_responses", pl.DataFrame({"prompt": ["What is tea?"]}))
+    worse = policy == 0.5 and improver == 0.4
+    assert found["rewrites_follow_rules"].passed is not worse
+    assert figures(found["rewrites_follow_rules"]) == {
+        "of_what_it_rewrote": policy, "of_its_rewrites": improver, "prompts_with_rules": 9,
+        **({"remedy": CHOOSE_SAMPLES} if worse else {}),
+    }  # fmt: skip
     assert went_on
 
 

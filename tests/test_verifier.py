@@ -414,6 +414,14 @@ def test_an_iteration_whose_scorer_is_a_verifier(iteration, instance):
     assert kept.height == answers.height - 1
     assert [gold for _, gold in stand_in.learned["response_improver"]] == kept["answer"].to_list()
 
+    # What the improver rewrote stands beside what it made of it.
+    for who, name in {"policy": "base_responses", "improver": "refined_responses"}.items():
+        rows = zip(prompts["constraints"].to_list(), tables[name]["response"], strict=True)
+        held = [all(followed(rules, text)) for rules, text in rows if rules]
+        found = measured.find("rules_followed_share", who, asset="refined_responses")
+        assert (found.value, found.n) == (sum(held) / 5, 5)
+        assert sum(held) == {"policy": 1, "improver": 4}[who]
+
     # Of the pairs with rules, those stay whose chosen side alone follows them.
     pairs = tables["preference_pairs"]
     shown = {row["prompt"][0]["content"].rstrip(".").rpartition(" ")[2]: row for row in pairs.to_dicts()}

@@ -36,6 +36,10 @@ MORE_PAIRS = (
     "`dropped` of preference_pairs says which filter took most: let it take less, write more prompts "
     "(prompt_generator.prompts_per_iteration), or lower the limit."
 )
+CHOOSE_SAMPLES = (
+    "Raise response_improver.samples, give R_t more seed rows with rules, or let the policy's own answers be chosen from "
+    "(preferences.chosen_from: ranked_samples)."
+)
 BLOCKING = ("enough_pairs", "no_empty_side", "finite_weights")
 Results = Iterator[dg.AssetCheckResult]
 
@@ -79,6 +83,20 @@ def preference_pairs_checks(context: dg.AssetCheckExecutionContext, services: Se
     repeated, most = mean_repetition(chosen, options.repetition_ngram), limits.max_mean_repetition
     shown = {"mean_repetition": repeated, "most_allowed": most, "setting": "checks.max_mean_repetition"}
     yield _result("repetition", repeated <= most, **shown)
+
+
+def refined_responses_checks(context: dg.AssetCheckExecutionContext, services: Services, stage: Stage) -> Results:
+    """Whether R_t makes answers better, by the one thing that no model has to judge."""
+    measured = recorded(services.metrics, context.partition_key)
+    sides = [measured.find("rules_followed_share", who, asset=stage.name) for who in ("policy", "improver")]
+    policy, improver = (side.value if side else None for side in sides)
+    shown = {
+        "of_what_it_rewrote": policy,
+        "of_its_rewrites": improver,
+        "prompts_with_rules": sides[0].n if sides[0] else 0,
+    }
+    better = policy is None or improver is None or improver >= policy
+    yield _result("rewrites_follow_rules", better, **shown, remedy=CHOOSE_SAMPLES)
 
 
 def trained_weights_checks(context: dg.AssetCheckExecutionContext, services: Services, stage: Stage) -> Results:
@@ -196,6 +214,13 @@ CHECKS = (
             "score_margin": "Mean of score(chosen) - score(rejected).",
             "length_ratio": "Characters of chosen over rejected answers: length is an easy reward.",
             "repetition": "Mean share of repeated word n-grams in chosen answers.",
+        },
+    ),
+    CheckGroup(
+        refined_responses_checks,
+        _named("refined_responses"),
+        {
+            "rewrites_follow_rules": "Share of prompts with rules whose first rewrite follows them, and whose rewritten answer did."
         },
     ),
     CheckGroup(

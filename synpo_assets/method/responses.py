@@ -1,9 +1,10 @@
-"""Turning completions into response tables with ids."""
+"""Turning completions into response tables with ids, and what the rules of their prompts say of them."""
 
 import polars as pl
 
 from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.ids import content_id
+from synpo_assets.method.verifiable import followed, has_rules
 
 
 def response_table(
@@ -31,3 +32,16 @@ def response_table(
             "finish_reason": completions["finish_reason"],
         }
     ).hstack(prompts.drop("prompt_id", "prompt"))
+
+
+def answers_that_follow(prompts: pl.DataFrame, answers: pl.DataFrame) -> pl.Series:
+    """Of the prompts that have rules and an answer, whether the answer follows all of them.
+
+    Examples:
+        >>> rules = [[{"rule": "words_at_most", "value": "1"}], []]
+        >>> prompts = pl.DataFrame({"prompt_id": ["a", "b"], "constraints": rules})
+        >>> answers_that_follow(prompts, pl.DataFrame({"prompt_id": ["a", "b"], "response": ["So be it.", "Yes."]})).to_list()
+        [False]
+    """
+    ruled = prompts.filter(has_rules(prompts)).join(answers, on="prompt_id")
+    return pl.Series([all(followed(*row)) for row in ruled.select("constraints", "response").rows()], dtype=pl.Boolean)

@@ -132,6 +132,8 @@ def _counted_rows(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str
               ("pairs kept", "candidate pairs", "pairs kept per candidate"))  # fmt: skip
     for part, whole, label in funnel:
         yield "Pass rates", label, _ratio(part, whole)
+    for who, label in {"policy": "M_{t-1}'s answers follow", "improver": "R_t's first rewrites follow"}.items():
+        yield "Pass rates", f"prompts whose rules {label}", value_cell("rules_followed_share", share_text, who)
     for asset in ("synthetic_prompts", "preference_pairs"):
         reasons = {str(each.of) for iteration in iterations for each in iteration.metrics.every("dropped", asset)}
         for reason in sorted(reasons):

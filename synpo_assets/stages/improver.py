@@ -13,6 +13,8 @@ it is shown and not only to answer anew; the paper trains on own answers alone. 
 better one by construction. What R_t makes of damaged answers is measured in evaluation/improver_edits.py.
 """
 
+from collections.abc import Iterator
+
 import dagster as dg
 import polars as pl
 
@@ -28,7 +30,7 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.edits import damaged_copies
 from synpo_assets.method.judging import ANOTHER_GOLD, other_answers
-from synpo_assets.method.responses import response_table
+from synpo_assets.method.responses import answers_that_follow, response_table
 from synpo_assets.method.templates import Message, improver_instruction
 from synpo_assets.method.verifiable import preferred
 from synpo_assets.stages.responses import answer_prompts
@@ -188,6 +190,7 @@ def _origin_metrics(valid: pl.DataFrame, damaged: pl.DataFrame) -> list[Metric]:
 )
 def refined_responses(
     context: dg.AssetExecutionContext,
+    synthetic_prompts: pl.DataFrame,
     base_responses: pl.DataFrame,
     response_improver: Checkpoint,
     services: dg.ResourceParam[Services],
@@ -195,7 +198,8 @@ def refined_responses(
     """The policy's answers, rewritten by R_t: the chosen side (algorithm 1, line 3).
 
     Read the sample beside `base_responses`: a rewrite should be better for its content. `unchanged_share` counts rewrites that
-    change nothing; much longer ones teach length.
+    change nothing; much longer ones teach length. Where prompts have rules, `rules_followed_share` of the improver should lie
+    above that of the policy, whose answers it was shown.
     """
     base = base_responses.select("prompt_id", "prompt", "response", base_response_id="response_id")
     rows = base.select("base_response_id", "prompt", "response").iter_rows()
@@ -203,7 +207,14 @@ def refined_responses(
     sampling = services.settings.response_improver.sampling
     written, usage = services.language_model.answer(response_improver, requests, sampling)
     frame = response_table(base.drop("response"), written, response_improver.sha, iteration_of(context))
-    unchanged = Metric(
-        "unchanged_share", metrics.mean(frame["response"] == base["response"].str.strip_chars()), n=frame.height
-    )
-    return table_output(context, services, frame, [unchanged, *metrics.generating(usage)], **made_by(response_improver))
+    measured = [*_rewriting_metrics(synthetic_prompts, base, frame), *metrics.generating(usage)]
+    return table_output(context, services, frame, measured, **made_by(response_improver))
+
+
+def _rewriting_metrics(prompts: pl.DataFrame, base: pl.DataFrame, rewritten: pl.DataFrame) -> Iterator[Metric]:
+    """How many rewrites change nothing, and how many follow the rules of their prompt, beside the answers that they rewrote."""
+    unchanged = rewritten["response"] == base["response"].str.strip_chars()
+    yield Metric("unchanged_share", metrics.mean(unchanged), n=rewritten.height)
+    for who, answers in {"policy": base, "improver": rewritten}.items():
+        if (held := answers_that_follow(prompts, answers)).len():
+            yield Metric("rules_followed_share", metrics.mean(held), of=who, n=held.len())
