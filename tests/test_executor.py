@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from synpo_assets.graph.stage import GPU_POOL, GPU_TAG
 from tests.stand_ins import services_in
 from tests.ui import wait_for
 
+WAITS = 4.0
 ONE_AT_A_TIME = {"concurrency": {"pools": {"default_limit": 1}}}
 
 
@@ -92,6 +94,21 @@ def job_of_the_pool():
     assets = [of_the_pool(name) for name in ("one", "another", "a_third")]
     job = dg.define_asset_job("pool_job", dg.AssetSelection.all())
     return dg.Definitions(assets=assets, jobs=[job], executor=executor.executor).resolve_job_def("pool_job")
+
+
+def test_a_run_that_waits_for_what_another_holds_takes_no_core(tmp_path, monkeypatch):
+    monkeypatch.setattr(instance_concurrency_context, "INITIAL_INTERVAL_VALUE", 0.5)
+    monkeypatch.setattr(executor, "PRELOADED", [])
+    with dg.DagsterInstance.local_temp(str(tmp_path), ONE_AT_A_TIME) as instance:
+        storage = instance.event_log_storage
+        storage.set_concurrency_slots(GPU_POOL, 1)
+        assert storage.claim_concurrency_slot(GPU_POOL, "another run", "its step").is_claimed
+        threading.Timer(WAITS, storage.free_concurrency_slots_for_run, ["another run"]).start()
+        began, worked = time.monotonic(), time.thread_time()
+        with dg.execute_job(dg.reconstructable(job_of_the_pool), instance) as result:
+            assert result.success
+        assert time.monotonic() - began > WAITS
+        assert time.thread_time() - worked < WAITS / 2
 
 
 def test_steps_of_the_pool_follow_each_other_at_once(tmp_path, monkeypatch):

@@ -5,13 +5,16 @@ Each step is a process of its own, so that the memory of one phase is free again
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from multiprocessing import forkserver
 from typing import Any
 
 import dagster as dg
+from dagster._core.execution.plan.active import ActiveExecution
+from dagster._core.execution.plan.step import ExecutionStep
 from dagster._core.execution.retries import RetryMode
-from dagster._core.executor.multiprocess import MultiprocessExecutor
+from dagster._core.executor import multiprocess
 
 from resources.common.processes import ended_after_interrupt
 
@@ -34,9 +37,30 @@ PRELOADED = [
 ]  # fmt: skip
 # Of a run, after it was told to stop: longer than its steps are given, and than a server takes to end.
 ENDS_WITHIN_SECONDS = 30.0
+# Between two looks of a run that has nothing at work.
+LOOKS_AGAIN_SECONDS = 0.1
 
 
-class BoundedExecutor(MultiprocessExecutor):
+class PatientExecution(ActiveExecution):
+    """Dagster's own, which sleeps while nothing is at work and nothing may start.
+
+    The loop of its executor asks again at once. A run that waits for what holds the pool, or to try a step again, would take
+    a whole core meanwhile.
+    """
+
+    def get_steps_to_execute(self, limit: int | None = None) -> Sequence[ExecutionStep]:
+        """The steps that may start now."""
+        steps = super().get_steps_to_execute(limit)
+        if not (steps or self._in_flight):
+            time.sleep(LOOKS_AGAIN_SECONDS)
+        return steps
+
+
+# The executor makes it by this name, and takes no other.
+multiprocess.ActiveExecution = PatientExecution  # type: ignore[misc]
+
+
+class BoundedExecutor(multiprocess.MultiprocessExecutor):
     """Dagster's own, in a process that ends soon after it was told to.
 
     Dagster tells a step to stop by setting an event, which returns once the step has heard: never, if it was killed meanwhile.
