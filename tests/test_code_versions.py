@@ -44,7 +44,7 @@ EDITS = {
         '"words_at_most": lambda answer, value: len(_words(answer)) <',
         {
             "instruction_following", "verifiable_instructions", "seed_pairs", "seed_responses", "preference_pairs",
-            "synthetic_prompts", "self_instruct_prompts", "prompt_diversity",
+            "synthetic_prompts", "self_instruct_prompts", "prompt_diversity", "refined_responses",
         },
     ),
     "how training rows are built": (
