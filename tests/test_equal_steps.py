@@ -212,6 +212,8 @@ def test_the_instructions_that_the_control_follows_are_counted_beside_those_of_m
     assert measured.value("verifiable_rate", "equal_steps") == pytest.approx(2 / 3)
     gain = measured.find("verifiable_gain", "candidate", over="equal_steps")
     assert (gain.value, gain.n, gain.checkpoint_sha) == (0, 3, frame["candidate_checkpoint_sha"][0])
+    rate = measured.find("verifiable_rate", "equal_steps")
+    assert rate.checkpoint_sha == frame["control_checkpoint_sha"][0]
     assert gain.low < 0 < gain.high
 
 

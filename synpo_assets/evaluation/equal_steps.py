@@ -247,7 +247,8 @@ def _following_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[
     """The share of instructions that the control follows, and what M_t follows more."""
     shares = shares_followed(frame, ("candidate", "control"))
     gain, low, high = mean_gain(shares["candidate"] - shares["control"], random_seed)
+    control = str(frame["control_checkpoint_sha"].first())
     return [
-        Metric("verifiable_rate", metrics.mean(shares["control"]), of=NAME, n=shares.height),
+        Metric("verifiable_rate", metrics.mean(shares["control"]), of=NAME, n=shares.height, checkpoint_sha=control),
         Metric("verifiable_gain", gain, "candidate", NAME, None, low, high, shares.height, sha),
     ]

@@ -37,8 +37,8 @@ MORE_PAIRS = (
     "(prompt_generator.prompts_per_iteration), or lower the limit."
 )
 CHOOSE_SAMPLES = (
-    "Raise response_improver.samples, give R_t more seed rows with rules, or let the policy's own answers be chosen from "
-    "(preferences.chosen_from: ranked_samples)."
+    "Give R_t more seed rows with rules, or let the policy's own answers be chosen from (preferences.chosen_from: ranked_samples). "
+    "The best of several rewrites (response_improver.samples) may still be better than what was rewritten."
 )
 BLOCKING = ("enough_pairs", "no_empty_side", "finite_weights")
 Results = Iterator[dg.AssetCheckResult]
@@ -137,6 +137,7 @@ def model_checkpoint_checks(context: dg.AssetCheckExecutionContext, services: Se
         )
         context.log.warning(shown["warning"])
     shown |= {"least_accuracy": limits.min_reward_accuracy, "least_argument": limits.min_sigmoid_argument}
+    shown["setting"] = "checks.min_reward_accuracy, checks.min_sigmoid_argument"
     yield _result("loss_not_saturated", reason is None, **shown)
 
 
@@ -172,7 +173,7 @@ def answers_ended_checks(context: dg.AssetCheckExecutionContext, services: Servi
     """Whether most answers ended by themselves: what is cut is trimmed, and its pair is dropped (method/cut.py)."""
     most, partition = services.settings.checks.max_cut_share, partition_of(context)
     cut = recorded(services.metrics, partition).value("cut_share", asset=stage.name)
-    shown: dict[str, Any] = {"cut_share": cut, "most_allowed": most}
+    shown: dict[str, Any] = {"cut_share": cut, "most_allowed": most, "setting": "checks.max_cut_share"}
     ended = cut is None or cut <= most
     if not ended:
         shown["warning"] = (

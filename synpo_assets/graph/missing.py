@@ -130,7 +130,8 @@ def _of_other_weights(services: Services, partition: str | None) -> set[str]:
         for asset in measured.filter(pl.col("of") == side, pl.col("checkpoint_sha") != shas[name])["asset"]
     }
     if (control := manifests[CONTROL]) and MADE in shas and controlled_sha(control) != shas[MADE]:
-        found.add(CONTROL)
+        # The control may come out as it was, and was compared with another M_t nevertheless.
+        found |= {CONTROL, *measured.filter(of="equal_steps")["asset"]}
     return found
 
 

@@ -85,7 +85,7 @@ def run(home: Path, iterations: int, file: Path) -> None:
         rows.append(row)
         sys.stdout.write(f"{row}\n")
         sys.stdout.flush()
-        pl.DataFrame(rows).write_csv(file, float_precision=4)
+        pl.DataFrame(rows).write_csv(file, float_precision=6)
 
     def trained(name: str, train: Callable[[Path], Any]) -> None:
         with tempfile.TemporaryDirectory() as folder:
