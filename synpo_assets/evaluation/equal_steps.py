@@ -34,7 +34,7 @@ from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
 from synpo_assets.graph.evaluation_schemas import EqualSteps, EqualStepsInstructions
 from synpo_assets.graph.metrics import Metric, judge_doubt
-from synpo_assets.graph.missing import controlled_sha
+from synpo_assets.graph.missing import EQUAL_STEPS, controlled_sha
 from synpo_assets.graph.partitions import iteration_of, partition_key
 from synpo_assets.graph.presentation import (
     checkpoint_output,
@@ -56,7 +56,6 @@ from synpo_assets.stages.scorers import comparison_tokens
 
 # Whose answers the control's are compared with.
 COMPARISONS = (("control", "initial"), ("control", "candidate"))
-NAME = "equal_steps"
 
 
 @Stage(
@@ -148,7 +147,7 @@ def equal_steps_evaluation(
     written = written.with_columns(asked.join(texts, on=["prompt_id", "sample"], maintain_order="left")["split"])
     measured = [
         *metrics.by_split(frame, lambda rows: _rate_metrics(rows, labels, settings.random_seed, control.sha)),
-        *metrics.by_split(written, partial(form_metrics, NAME, control.sha)),
+        *metrics.by_split(written, partial(form_metrics, EQUAL_STEPS, control.sha)),
         *metrics.generating(usage),
         *metrics.scoring(*judging),
     ]
@@ -240,7 +239,7 @@ def refuse_control_of_another(control: Checkpoint, made: Checkpoint) -> None:
 def _rate_metrics(frame: pl.DataFrame, labels: Mapping[str, str], random_seed: int, sha: str) -> list[Metric]:
     """Win rates of the control over M_0 and over M_t, with their intervals and counts."""
     rates = win_rates(frame, labels, COMPARISONS, random_seed).iter_rows(named=True)
-    return [metric for rate in rates for metric in rate_metrics(rate, NAME, sha, OUTCOME_COUNTS)]
+    return [metric for rate in rates for metric in rate_metrics(rate, EQUAL_STEPS, sha, OUTCOME_COUNTS)]
 
 
 def _following_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[Metric]:
@@ -249,6 +248,8 @@ def _following_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[
     gain, low, high = mean_gain(shares["candidate"] - shares["control"], random_seed)
     control = str(frame["control_checkpoint_sha"].first())
     return [
-        Metric("verifiable_rate", metrics.mean(shares["control"]), of=NAME, n=shares.height, checkpoint_sha=control),
-        Metric("verifiable_gain", gain, "candidate", NAME, None, low, high, shares.height, sha),
+        Metric(
+            "verifiable_rate", metrics.mean(shares["control"]), of=EQUAL_STEPS, n=shares.height, checkpoint_sha=control
+        ),
+        Metric("verifiable_gain", gain, "candidate", EQUAL_STEPS, None, low, high, shares.height, sha),
     ]

@@ -28,7 +28,8 @@ from synpo_assets.graph.stage import OPT_IN_TAG, STATE_TAG
 PAIRS, VERDICTS = "preference_pairs", "pair_verdicts"
 # What is measured, as metrics call it, and the checkpoint that it is.
 MADE, CONTROL = "model_checkpoint", "equal_steps_checkpoint"
-MEASURED = {"candidate": MADE, "equal_steps": CONTROL}
+EQUAL_STEPS = "equal_steps"
+MEASURED = {"candidate": MADE, EQUAL_STEPS: CONTROL}
 
 
 def asset_names(graph: AssetGraph, partitioned: bool) -> list[str]:
@@ -131,7 +132,7 @@ def _of_other_weights(services: Services, partition: str | None) -> set[str]:
     }
     if (control := manifests[CONTROL]) and MADE in shas and controlled_sha(control) != shas[MADE]:
         # The control may come out as it was, and was compared with another M_t nevertheless.
-        found |= {CONTROL, *measured.filter(of="equal_steps")["asset"]}
+        found |= {CONTROL, *measured.filter(of=EQUAL_STEPS)["asset"]}
     return found
 
 
