@@ -43,6 +43,7 @@ CASES = {
     "prompt_generator.noise_keywords": (0, {"prompt_generator", "synthetic_prompts"}),
     "response_improver.sampling.temperature": (0.9, {"refined_responses"}),
     "response_improver.damaged_copies": (1, {"seed_pairs", "response_improver", "improver_edits"}),
+    "response_improver.init_from": ("previous", {"response_improver"}),
     "response_improver.samples": (3, {"best_rewrites", "preference_pairs"}),
     "preferences.max_length_ratio": (1.25, {"preference_pairs"}),
     "response_improver.margin_threshold": (0.3, {"response_improver"}),

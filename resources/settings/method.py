@@ -78,9 +78,12 @@ class ResponseImprover(Section):
     margin_threshold: float = Field(
         description="Train only where score(gold) - score(own answer) exceeds this. Paper: the threshold of the pair filter."
     )
-    training: Training = Field(
-        description="SFT from M_0, anew in every iteration. Paper: as the generator, length 6000."
+    init_from: Literal["initial", "previous"] = Field(
+        "initial",
+        description="Train R_t from M_0 (paper), or from M_{t-1}, whose answers it is to rewrite: once M_{t-1} writes better than "
+        "M_0 can be taught to rewrite, R_t from M_0 makes them worse. Both are M_0 at t = 1.",
     )
+    training: Training = Field(description="SFT, anew in every iteration. Paper: as the generator, length 6000.")
     sampling: Sampling = Field(description="Decoding of the rewrites. Paper: T = 0.7.")
     damaged_copies: int = Field(
         0,

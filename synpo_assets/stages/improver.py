@@ -3,7 +3,8 @@
 Paper (section 2.2, algorithm 1 lines 2 to 4): the policy M_{t-1} answers the seed prompts; where gold beats its answer
 by a margin, (prompt, own answer) -> gold trains the response improver R_t, from M_0 in every iteration. R_t then
 rewrites the policy's answers to the synthetic prompts, once. M_0's answers to them become the rejected side.
-Here: the same, with `preferences.rejected_from` as a setting because the paper states it in two ways. At t = 1 the
+Here: the same, with `preferences.rejected_from` as a setting because the paper states it in two ways, and
+`response_improver.init_from` because an improver that starts from M_0 can fall behind the policy that it rewrites. At t = 1 the
 policy is M_0, so its answers to synthetic prompts are found in the shards and not generated twice. A scorer that is trained
 here never saw the seed rows that are filtered (scorers.py), and how many gold answers pass stands beside how many would pass
 in whose place gold of another prompt is scored: if these are as many, the filter knows nothing of what was asked. Several
@@ -35,7 +36,7 @@ from synpo_assets.method.templates import Message, improver_instruction
 from synpo_assets.method.verifiable import preferred
 from synpo_assets.stages.responses import answer_prompts
 from synpo_assets.stages.scorers import comparison_tokens, scored_answers
-from synpo_assets.stages.training import train_from_initial
+from synpo_assets.stages.training import train_on_table
 
 # Whose margin over the policy's answer stands in which column.
 MARGINS = {"gold": "margin", ANOTHER_GOLD: "other_margin"}
@@ -125,13 +126,16 @@ def _training_cost(sizes: Sizes) -> list[Work]:
     group="responses",
     checkpoint=True,
     work=("trains",),
-    reads=("response_improver.training", "response_improver.margin_threshold", "response_improver.damaged_copies"),
+    reads=tuple(
+        f"response_improver.{name}" for name in ("init_from", "training", "margin_threshold", "damaged_copies")
+    ),
     cost=_training_cost,
 )
 def response_improver(
     context: dg.AssetExecutionContext,
     seed_responses: pl.DataFrame,
     initial_policy: Checkpoint,
+    policy: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[Checkpoint]:
     """R_t, fine-tuned from M_0 to turn the policy's own answer into the gold answer (algorithm 1, line 2).
@@ -147,9 +151,9 @@ def response_improver(
         )
     damaged = damaged_copies(seed_responses.select("prompt", "answer"), options.damaged_copies, random_seed)
     examples = [*_examples(valid, "response"), *_examples(damaged, "damaged")]
-    made, summary = train_from_initial(
-        context, services, "supervised", initial_policy, examples, options.training, random_seed,
-        seed_responses=seed_responses,
+    start = initial_policy if options.init_from == "initial" else policy
+    made, summary = train_on_table(
+        context, services, "supervised", start, examples, options.training, random_seed, seed_responses=seed_responses,
     )  # fmt: skip
     answered = seed_responses.filter(pl.col("response") != "")
     passing = [

@@ -44,7 +44,7 @@ from synpo_assets.method.templates import (
 )
 from synpo_assets.method.verifiable import CONSTRAINTS, has_rules
 from synpo_assets.stages.seed import WRITTEN, room_of
-from synpo_assets.stages.training import train_from_initial
+from synpo_assets.stages.training import train_on_table
 
 # What decides which prompts any source keeps.
 FILTER_READS = (
@@ -91,7 +91,7 @@ def prompt_generator(
         if keywords is not None
     ]
     training, random_seed = generator.training, settings.random_seed
-    made, summary = train_from_initial(
+    made, summary = train_on_table(
         context, services, "supervised", initial_policy, examples, training, random_seed, seed_pairs=seed_pairs
     )
     measured = [Metric("examples_without_keywords", drawn.count(None)), *metrics.training(summary)]

@@ -42,7 +42,7 @@ from synpo_assets.method.judging import TRAINED_PAIRS, accuracy_by_kind, held_ou
 from synpo_assets.method.seed import IS_HELD_OUT
 from synpo_assets.method.templates import prompt_requests
 from synpo_assets.method.verifiable import RULES_HOLD, has_rules, rule_scores
-from synpo_assets.stages.training import train_from_initial
+from synpo_assets.stages.training import train_on_table
 
 # The columns of the accuracy of judges that cannot read, and what they are called.
 NULLS = {"length_alone": "length alone", "ending_alone": "ending alone"}
@@ -191,7 +191,7 @@ def _made(
         made = services.checkpoints.adopt(context, weights, origin)
     else:
         pairs = training_pairs(answered.filter(split=section), random_seed)
-        made, summary = train_from_initial(
+        made, summary = train_on_table(
             context, services, "reward", initial_policy, pairs, scorer.training, random_seed, seed_pairs=seed_pairs
         )
     held_out = held_out_pairs(answered.filter(IS_HELD_OUT), services.settings.random_seed)

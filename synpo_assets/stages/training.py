@@ -1,4 +1,4 @@
-"""How prompt generator, improver and reward models are trained: from M_0, on rows of one table (paper, section 2)."""
+"""How prompt generator, improver and reward models are trained: from one policy, on rows of one table (paper, section 2)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,17 +13,17 @@ from synpo_assets.graph.presentation import table_version
 from synpo_assets.graph.services import Services
 
 
-def train_from_initial(
+def train_on_table(
     context: dg.AssetExecutionContext,
     services: Services,
     kind: Kind,
-    initial_policy: Checkpoint,
+    start: Checkpoint,
     examples: Sequence[Any],
     training: Training,
     random_seed: int,
     **table: pl.DataFrame,
 ) -> tuple[Checkpoint, TrainingSummary]:
-    """Trains M_0 and stores the result.
+    """Trains `start` and stores the result.
 
     Args:
         kind: How, with examples as `Trainer.train` takes them.
@@ -33,8 +33,8 @@ def train_from_initial(
     trainer = services.trainer.model_copy(update={"random_seed": random_seed})
     return services.checkpoints.create(
         context,
-        lambda directory: trainer.train(kind, initial_policy, examples, training, directory),
-        parents={"start": initial_policy},
+        lambda directory: trainer.train(kind, start, examples, training, directory),
+        parents={"start": start},
         trained_on={name: table_version(frame) for name, frame in table.items()},
         settings=training.model_dump(),
         random_seed=random_seed,
