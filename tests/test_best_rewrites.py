@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from definitions import build
+from resources.generation.language_model import Usage
 from resources.settings.files import active_settings, load_settings
 from resources.settings.sections import SettingsError
 from synpo_assets.cli.estimate import CHAT_TOKENS, TOKENS_PER_WORD, expected_work, sizes_of
@@ -94,9 +95,10 @@ def rewritten(tmp_path, nano_checkpoint):
     ]
     stages = [base_responses, rejected_responses, refined_responses, best_rewrites]
 
-    def rewritten(**changes):
+    def rewritten(writer=None, **changes):
         scorer = PrefersLong()
         services = dataclasses.replace(services_in(tmp_path, several(**changes)), scorer=scorer)
+        services = dataclasses.replace(services, language_model=writer or services.language_model)
         with dg.DagsterInstance.ephemeral() as instance:
             result = run([*models, synthetic_prompts, *stages], instance, services, "0001")
         tables = [result.output_for_node(stage.name) for stage in stages]
@@ -122,6 +124,33 @@ def test_the_first_rewrite_is_not_made_again_and_the_best_is_chosen(rewritten):
     _, again, _ = rewritten(max_length_ratio=1.01)
     assert again.value("generated_tokens", asset="best_rewrites") == 0
     assert again.value("like_length_share") < 1
+
+
+SAID = dict(zip(ASKED, ["the longest of all answers", "short", "the longest, and M_0's"], strict=True))
+
+
+class Scripted:
+    """Stands in for the models: R_t's second rewrite is the longest, and the policy's answers are told."""
+
+    def answer(self, checkpoint, prompts, sampling):
+        asked = [(row_id, messages[-1]["content"]) for row_id, messages in prompts]
+        texts = [self.written(checkpoint.asset, row_id, text) for row_id, text in asked]
+        tokens = {"input_tokens": pl.lit(3, pl.Int64), "output_tokens": pl.lit(4, pl.Int64)}
+        frame = pl.DataFrame({"id": [row_id for row_id, _ in asked], "text": texts}).with_columns(**tokens)
+        return frame.with_columns(finish_reason=pl.lit("stop")), Usage(len(asked), 0, 3, 4, 4, 0, 1.0)
+
+    def written(self, asset, row_id, asked):
+        if asset == "response_improver":
+            return "long rewrite" if row_id.endswith("sample 2") else "rewrite"
+        return SAID[asked] if asset == "policy" or asked == ASKED[2] else "by M_0"
+
+
+def test_the_policys_answer_is_chosen_where_it_is_above_every_rewrite_and_not_the_rejected_one(rewritten):
+    (base, _, _, best), measured, _ = rewritten(Scripted(), max_length_ratio=100.0)
+    assert check(RefinedResponses, best) is None
+    assert best["response"].to_list() == ["the longest of all answers", "long rewrite", "long rewrite"]
+    assert (best["response_id"] == base["response_id"]).to_list() == [True, False, False]
+    assert measured.value("own_answer_share") == pytest.approx(1 / 3)
 
 
 def test_only_several_rewrites_have_a_stage_of_their_own(tmp_path):
@@ -152,10 +181,17 @@ def test_the_estimate_counts_further_rewrites_and_what_is_read(tmp_path, nano_mo
     stated = load_settings(write_settings(tmp_path / "settings.yaml", changed))
     seed = pl.DataFrame({"split": ["train", "held_out"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
     planned = expected_work(sizes_of(stated, seed, 0))
-    work = {work.kind: work.tokens for stage, work in planned if stage is best_rewrites}
+    work, later = (
+        {work.kind: work.tokens for stage, work in planned if stage is best_rewrites and work.later_only == only}
+        for only in (False, True)
+    )
     length, answers = stated.response_improver.sampling.max_new_tokens, 2 if kind == "pair_ranker" else 1
     assert work["generate"] == 10 * 2 * length
-    assert work["score"] == pytest.approx(10 * readings * (CHAT_TOKENS + 2 * TOKENS_PER_WORD + answers * length))
+    asked = CHAT_TOKENS + 2 * TOKENS_PER_WORD
+    assert work["score"] == pytest.approx(10 * readings * (asked + answers * length))
+    written = stated.responses.sampling.max_new_tokens
+    of_own = 2 * (asked + written + length) if kind == "pair_ranker" else asked + written
+    assert later == {"score": pytest.approx(10 * of_own)}, "the policy's answer is read too, from iteration 2 on"
 
 
 # Pairs of like length.

@@ -1,10 +1,12 @@
-"""A chosen side near the policy: the best of several rewrites of each answer, among those of like length.
+"""A chosen side near the policy: the best of several rewrites of each answer and the answer itself, among those of like length.
 
 Paper (section 2.2, algorithm 1 line 3): R_t rewrites each answer once.
 Here: the same by default. Where `response_improver.samples` is more than 1, R_t rewrites each answer so often, and the best by
 the scorer is chosen among those whose length is that of the rejected answer, within `response_improver.max_length_ratio`;
 if there is none, the nearest in length. A single rewrite is often far from what the policy would write, and longer or shorter
 than the rejected answer: preference optimization then learns length before content, and every pair pulls with full weight.
+R_t has learned to change answers, and changes right ones too: what M_{t-1} answered is therefore chosen where the scorer, or
+the rules of the prompt, put it above every rewrite, unless it is the rejected answer, as at t = 1.
 The first sample is the one in refined_responses. As for ranked samples, the scorer gives margins over the first sample, so
 that a pair ranker needs no reading of every two.
 """
@@ -29,13 +31,20 @@ from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone, 
 
 
 def _cost(sizes: Sizes) -> list[Work]:
-    """The first rewrite is made before; the others are written here, and all are read."""
+    """The first rewrite is made before; the others are written here, and all are read; later also the policy's answer."""
     options = sizes.settings.response_improver
     further, length = options.samples - 1, options.sampling.max_new_tokens
-    reading = further * comparison_tokens(sizes, length, length)
+    reading, of_own = (
+        further * comparison_tokens(sizes, length, length),
+        comparison_tokens(sizes, sizes.written, length),
+    )
     if reads_answers_alone(sizes.settings):
-        reading = options.samples * (sizes.asked + length)
-    return [Work("generate", sizes.prompts * further * length), Work("score", sizes.prompts * reading)]
+        reading, of_own = options.samples * (sizes.asked + length), sizes.asked + sizes.written
+    return [
+        Work("generate", sizes.prompts * further * length),
+        Work("score", sizes.prompts * reading),
+        Work("score", sizes.prompts * of_own, later_only=True),
+    ]
 
 
 @Stage(
@@ -61,21 +70,22 @@ def best_rewrites(
     reward_model: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """The best of R_t's rewrites of each answer that is about as long as the rejected one: the chosen side.
+    """The best of R_t's rewrites of each answer, or the answer, that is about as long as the rejected one: the chosen side.
 
     Read the sample: each rewrite should say the same better, not longer. `like_length_share` says for how many prompts there
-    was one of like length.
+    was one of like length, `own_answer_share` for how many the policy's own answer is better than every rewrite.
     """
     options, columns = services.settings.response_improver, RefinedResponses.to_schema().columns
-    first = refined_responses.select(*columns, sample=pl.lit(1, pl.Int64))
     further, usage = _further_rewrites(context, services, base_responses, response_improver)
-    rejected = rejected_responses.select("prompt_id", rejected="response")
-    beside = synthetic_prompts.select("prompt_id", "constraints").join(rejected, on="prompt_id")
-    rewrites = pl.concat([first, further.select(first.columns)]).join(beside, on="prompt_id", maintain_order="left")
-    compared = scored_answers(services, reward_model, beside_first(rewrites))
-    best = best_of_like_length(rewrites, compared.rows["margin"], options.max_length_ratio)
+    first = refined_responses.with_columns(sample=pl.lit(1, pl.Int64))
+    own = base_responses.with_columns(base_response_id="response_id", sample=pl.lit(options.samples + 1, pl.Int64))
+    written = pl.concat([each.select(*columns, "sample") for each in (first, further, own)])
+    candidates = _candidates(written, synthetic_prompts, rejected_responses)
+    compared = scored_answers(services, reward_model, beside_first(candidates))
+    best = best_of_like_length(candidates, compared.rows["margin"], options.max_length_ratio)
     measured = [
         Metric("samples_per_prompt", options.samples),
+        Metric("own_answer_share", metrics.mean(best["sample"] > options.samples), n=best.height),
         Metric("like_length_share", metrics.mean(best["is_alike"]), n=best.height),
         metrics.margin_over_first(best),
         *metrics.generating(usage),
@@ -83,6 +93,14 @@ def best_rewrites(
     ]
     shown = {"score_convention": compared.conventions, **made_by(response_improver)}
     return table_output(context, services, best.select(*columns), measured, **shown)
+
+
+def _candidates(written: pl.DataFrame, prompts: pl.DataFrame, rejected_responses: pl.DataFrame) -> pl.DataFrame:
+    """What can be chosen, with the rules of its prompt and the rejected answer: no policy's answer that is the rejected one."""
+    rejected = rejected_responses.select("prompt_id", rejected="response")
+    beside = prompts.select("prompt_id", "constraints").join(rejected, on="prompt_id")
+    is_rejected = (pl.col("response_id") == pl.col("base_response_id")) & (pl.col("response") == pl.col("rejected"))
+    return written.join(beside, on="prompt_id", maintain_order="left").filter(~is_rejected)
 
 
 def _further_rewrites(
