@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from resources.models.chat import load_tokenizer
-from resources.settings.files import load_settings
+from resources.settings.files import active_settings, load_settings
 from resources.settings.machine import Engine
 from resources.settings.settings import Settings
 from resources.settings.training import DPO, TrainingProcesses
@@ -18,11 +18,13 @@ from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.presentation import table_output
 from synpo_assets.graph.services import Services
 from synpo_assets.method.keywords import Keywords, training_keywords
+from synpo_assets.stages.improver import response_improver
 from synpo_assets.stages.optimization import model_checkpoint
 from synpo_assets.stages.seed import initial_policy
 from tests.nano import nano_settings, write_settings
 from tests.stand_ins import ITERATIONS, run, services_in, shown
 from tests.stand_ins import instance as instance
+from tests.test_improver_edits import POLICIES, RecordingTrainer, seed_responses
 from tests.test_loop import pairs
 from tests.test_training import PAIRED, mean_log_probability
 from tests.test_training import pairs as training_pairs
@@ -80,6 +82,22 @@ def test_accumulate_decides_which_pairs_are_trained_on(instance, tmp_path, nano_
     measured = recorded(services.metrics, "0002").every("pairs_of_iteration", "model_checkpoint")
     assert [(metric.of, metric.value) for metric in measured] == [(key, iterations.count(int(key))) for key in keys]
     assert ("0001" in shown(instance, "model_checkpoint", "0002")["trained_on"]) == accumulate
+
+
+@pytest.mark.parametrize(("chosen", "start"), [("initial", "initial_policy"), ("previous", "policy")])
+def test_the_settings_choose_what_improver_and_policy_start_from(instance, tmp_path, chosen, start):
+    shared = active_settings()
+    improver = shared.response_improver.model_copy(update={"init_from": chosen})
+    optimization = shared.preference_optimization.model_copy(update={"policy_init": chosen})
+    trainer = RecordingTrainer()
+    changed = {"response_improver": improver, "preference_optimization": optimization}
+    services = dataclasses.replace(services_in(tmp_path, shared.model_copy(update=changed)), trainer=trainer)
+    history = [preference_history, preference_pairs]
+    for stages in ([seed_responses, response_improver], [*history, model_checkpoint]):
+        run([*POLICIES, *stages], instance, services, "0002")
+        assert trainer.start.asset == start
+        made = services.checkpoints.current(stages[-1].name, "0002").manifest
+        assert made["parents"]["start"]["sha"] == trainer.start.sha
 
 
 @pytest.mark.parametrize(("accumulate", "times"), [(True, 2), (False, 1)])

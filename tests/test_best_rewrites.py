@@ -70,17 +70,43 @@ def test_the_best_of_like_length_is_taken_or_else_the_nearest_and_rules_go_first
     }
     margins = pl.Series([margin for _, _, own in prompts for margin in own])
     rules = pl.Series([RULES if has_rules else []] * answered.height, dtype=CONSTRAINTS)
-    answered = answered.with_columns(**texts, finish_reason=pl.lit("stop"), constraints=rules)
+    answered = answered.with_columns(**texts, finish_reason=pl.lit("stop"), constraints=rules, is_own=False)
     best = best_of_like_length(answered, margins, most)
     assert best["prompt_id"].to_list() == names["prompt_id"].to_list()
     for (other, own, further), row in zip(prompts, best.to_dicts(), strict=True):
         factors = [max(length, other, 1) / max(min(length, other), 1) for length in own]
         ranks = [
-            (-margin if has_rules else 0.0, 1.0 if factor <= most else factor, -margin, sample)
-            for sample, (factor, margin) in enumerate(zip(factors, [0.0, *further], strict=True), 1)
+            (length == other, -margin if has_rules else 0.0, 1.0 if factor <= most else factor, -margin, sample)
+            for sample, (length, factor, margin) in enumerate(zip(own, factors, [0.0, *further], strict=True), 1)
         ]
         taken = min(ranks)[-1]
         assert (row["sample"], row["is_alike"]) == (taken, factors[taken - 1] <= most)
+
+
+@pytest.mark.parametrize(
+    ("own", "margin", "finish_reason", "is_chosen"),
+    [("own answer", 2.0, "stop", True), ("own answer", 1.0, "stop", False), ("own answer", 2.0, "length", False),
+     ("rejected", 2.0, "stop", False), ("o", 2.0, "stop", False)],
+)  # fmt: skip
+def test_an_own_answer_is_chosen_where_it_is_above_every_rewrite_and_no_less_alike_in_length(
+    own, margin, finish_reason, is_chosen
+):
+    """The second rewrite has the margin 1, and the first is as long as the own answer."""
+    answered = pl.DataFrame({
+        "prompt_id": ["a"] * 3, "sample": [1, 2, 3], "response": ["a rewrite", "rewritten", own], "rejected": ["rejected"] * 3,
+        "finish_reason": ["stop", "stop", finish_reason], "constraints": pl.Series([[]] * 3, dtype=CONSTRAINTS),
+        "is_own": [False, False, True],
+    })  # fmt: skip
+    best = best_of_like_length(answered, pl.Series([1.0, margin]), 1.25)
+    assert best["response"].to_list() == [own if is_chosen else "rewritten"]
+
+
+def test_a_rewrite_that_is_the_rejected_answer_is_the_last_choice():
+    answered = pl.DataFrame({
+        "prompt_id": ["a"] * 2, "sample": [1, 2], "response": [" rejected", "much longer than it"], "rejected": ["rejected"] * 2,
+        "finish_reason": ["stop"] * 2, "constraints": pl.Series([[]] * 2, dtype=CONSTRAINTS), "is_own": [False] * 2,
+    })  # fmt: skip
+    assert best_of_like_length(answered, pl.Series([-3.0]), 1.25)["sample"].to_list() == [2]
 
 
 # The asset.
@@ -146,11 +172,14 @@ class Scripted:
 
 
 def test_the_policys_answer_is_chosen_where_it_is_above_every_rewrite_and_not_the_rejected_one(rewritten):
-    (base, _, _, best), measured, _ = rewritten(Scripted(), max_length_ratio=100.0)
+    (base, _, _, best), measured, _ = rewritten(Scripted(), max_length_ratio=100.0, own_answers=True)
     assert check(RefinedResponses, best) is None
     assert best["response"].to_list() == ["the longest of all answers", "long rewrite", "long rewrite"]
     assert (best["response_id"] == base["response_id"]).to_list() == [True, False, False]
     assert measured.value("own_answer_share") == pytest.approx(1 / 3)
+    (base, _, _, best), measured, _ = rewritten(Scripted(), max_length_ratio=100.0)
+    assert best["response"].to_list() == ["long rewrite"] * 3
+    assert measured.find("own_answer_share") is None
 
 
 def test_only_several_rewrites_have_a_stage_of_their_own(tmp_path):
@@ -172,12 +201,13 @@ def test_greedy_rewrites_are_refused(tmp_path, nano_model):
         load_settings(write_settings(tmp_path / "settings.yaml", changed))
 
 
+@pytest.mark.parametrize("own_answers", [False, True])
 @pytest.mark.parametrize(("kind", "readings"), [("trained", 3), ("pair_ranker", 2 * 2)])
-def test_the_estimate_counts_further_rewrites_and_what_is_read(tmp_path, nano_model, kind, readings):
+def test_the_estimate_counts_further_rewrites_and_what_is_read(tmp_path, nano_model, kind, readings, own_answers):
     changed = nano_settings(nano_model)
     changed["judge"] = {"training": changed["scorer"]["training"]}
     changed |= {"scorer": {"kind": kind, "name": "some/ranker"}} if kind == "pair_ranker" else {}
-    changed["response_improver"] |= {"samples": 3}
+    changed["response_improver"] |= {"samples": 3, "own_answers": own_answers}
     stated = load_settings(write_settings(tmp_path / "settings.yaml", changed))
     seed = pl.DataFrame({"split": ["train", "held_out"], "prompt": ["a b"] * 2, "answer": ["c d"] * 2})
     planned = expected_work(sizes_of(stated, seed, 0))
@@ -191,7 +221,7 @@ def test_the_estimate_counts_further_rewrites_and_what_is_read(tmp_path, nano_mo
     assert work["score"] == pytest.approx(10 * readings * (asked + answers * length))
     written = stated.responses.sampling.max_new_tokens
     of_own = 2 * (asked + written + length) if kind == "pair_ranker" else asked + written
-    assert later == {"score": pytest.approx(10 * of_own)}, "the policy's answer is read too, from iteration 2 on"
+    assert later == {"score": pytest.approx(10 * of_own * own_answers)}, "the policy's answer too, from iteration 2 on"
 
 
 # Pairs of like length.

@@ -24,11 +24,9 @@ from synpo_assets.method.templates import improver_instruction
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.rows import report_rows
 from synpo_assets.stages.improver import response_improver
-from synpo_assets.stages.optimization import model_checkpoint
 from tests.nano import seed_rows
 from tests.stand_ins import ITERATIONS, run, services_in, shown
 from tests.stand_ins import instance as instance
-from tests.test_ablations import preference_history, preference_pairs
 from tests.test_evaluation import stand_in, weights
 from tests.test_loop import pairs
 from tests.test_ranked_samples import stand_in_checkpoint
@@ -211,22 +209,6 @@ def trained_on(instance, home, settings):
     services = dataclasses.replace(services_in(home, settings), trainer=trainer)
     run([*POLICIES, seed_responses, response_improver], instance, services, "0001")
     return trainer.examples, recorded(services.metrics, "0001"), services
-
-
-@pytest.mark.parametrize(("chosen", "start"), [("initial", "initial_policy"), ("previous", "policy")])
-def test_the_settings_choose_what_improver_and_policy_start_from(instance, tmp_path, chosen, start):
-    shared = active_settings()
-    improver = shared.response_improver.model_copy(update={"init_from": chosen})
-    optimization = shared.preference_optimization.model_copy(update={"policy_init": chosen})
-    trainer = RecordingTrainer()
-    changed = {"response_improver": improver, "preference_optimization": optimization}
-    services = dataclasses.replace(services_in(tmp_path, shared.model_copy(update=changed)), trainer=trainer)
-    history = [preference_history, preference_pairs]
-    for stages in ([seed_responses, response_improver], [*history, model_checkpoint]):
-        run([*POLICIES, *stages], instance, services, "0002")
-        assert trainer.start.asset == start
-        made = services.checkpoints.current(stages[-1].name, "0002").manifest
-        assert made["parents"]["start"]["sha"] == trainer.start.sha
 
 
 def test_damaged_gold_stands_beside_the_own_answers_and_is_counted_apart(instance, tmp_path):

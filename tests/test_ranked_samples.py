@@ -258,11 +258,20 @@ def test_the_card_of_the_pairs_says_where_both_sides_come_from(samples, rewrites
         repository=None, license_name=None, language="en", base_model="a model", base_model_id=None,
         base_model_name="model", iterations=[first], scorer="F", sample="{}",
     )  # fmt: skip
-    card = dataset_card(
-        data, pairs=pairs, columns={}, writers=[], ranked_samples=samples, rewrites=rewrites, settings={}
-    )
+    stated = {
+        "pairs": pairs,
+        "columns": {},
+        "writers": [],
+        "ranked_samples": samples,
+        "rewrites": rewrites,
+        "settings": {},
+    }
+    card = dataset_card(data, **stated)
     assert words in card
     assert others not in card
+    own = "or the answer itself where the scorer put it above every rewrite"
+    assert (own in dataset_card(data, **stated, own_answers=True)) == (rewrites > 1 and samples is None)
+    assert own not in card
 
 
 @pytest.mark.slow

@@ -88,6 +88,11 @@ def changed(tmp_path, **changes):
         ({"preference_optimization": {"training": {"max_prompt_length": 1000}}}, "do not fit into max_length"),
         ({"preference_optimization": {"training": {"micro_batch_size": 3}}}, "micro_batch_size (3) does not divide batch_size (4)"),
         ({"preferences": {"chosen_from": "ranked_samples", "rejected_from": "previous"}}, "Remove rejected_from"),
+        ({"response_improver": {"own_answers": True}}, "raise samples, or remove own_answers"),
+        (
+            {"response_improver": {"own_answers": True, "samples": 2}, "preferences": {"rejected_from": "previous"}},
+            "Remove one of the two",
+        ),
         ({"preferences": {"ranked_samples": 1}}, "`preferences.ranked_samples` is 1"),
         ({"scorer": {"kind": "pretrained"}}, "`scorer.name` is missing"),
         ({"scorer": {"kind": "pretrained", "name": "a/b", "training": {}}},

@@ -80,8 +80,8 @@ class ResponseImprover(Section):
     )
     init_from: Literal["initial", "previous"] = Field(
         "initial",
-        description="Train R_t from M_0 (paper), or from M_{t-1}, whose answers it is to rewrite: once M_{t-1} writes better than "
-        "M_0 can be taught to rewrite, R_t from M_0 makes them worse. Both are M_0 at t = 1.",
+        description="Train R_t from M_0 (paper), or from M_{t-1}, whose answers it is to rewrite: an R_t from M_0 may make answers "
+        "of a better M_{t-1} worse. Both are M_0 at t = 1.",
     )
     training: Training = Field(description="SFT, anew in every iteration. Paper: as the generator, length 6000.")
     sampling: Sampling = Field(description="Decoding of the rewrites. Paper: T = 0.7.")
@@ -98,6 +98,11 @@ class ResponseImprover(Section):
         description="Rewrites of each answer. Of several the scorer takes the best among those about as long as the rejected "
         "answer. Paper: 1.",
     )
+    own_answers: bool = Field(
+        False,
+        description="Where samples is more than 1: M_{t-1}'s own answer is chosen where the scorer, or the rules of the prompt, "
+        "put it above every rewrite; R_t may change right answers too. Never at t = 1: it is the rejected one. Not in the paper.",
+    )
     max_length_ratio: float = Field(
         1.25,
         gt=1,
@@ -111,6 +116,10 @@ class ResponseImprover(Section):
             raise ValueError(
                 f"samples is {self.samples} and sampling is greedy (temperature 0 or top_k 1), so all rewrites of an answer would "
                 "be equal: raise sampling.temperature (paper: 0.7) or top_k, or set samples to 1."
+            )
+        if self.own_answers and self.samples == 1:
+            raise ValueError(
+                "own_answers is true and samples is 1, so nothing is chosen from: raise samples, or remove own_answers."
             )
         return self
 

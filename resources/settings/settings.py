@@ -124,6 +124,11 @@ class Settings(Section):
                 "preferences.chosen_from is `ranked_samples` and responses.sampling is greedy (temperature 0 or top_k 1), so all "
                 "samples of a prompt would be equal: raise responses.sampling.temperature (paper: 0.7) or top_k."
             )
+        if self.response_improver.own_answers and self.preferences.rejected_from == "previous":
+            raise ValueError(
+                "response_improver.own_answers is true and preferences.rejected_from is `previous`: M_{t-1}'s own answer is then "
+                "the rejected one and never chosen. Remove one of the two."
+            )
         limited = self.gate.minimum.keys() | self.gate.maximum.keys()
         of_instructions = [name for name in limited if name == "verifiable_rate_gain" or name.startswith(RULE_GAIN)]
         if of_instructions and self.seed_data.verifiable is None:

@@ -37,8 +37,9 @@ MORE_PAIRS = (
     "(prompt_generator.prompts_per_iteration), or lower the limit."
 )
 CHOOSE_SAMPLES = (
-    "Give R_t more seed rows with rules, or let the policy's own answers be chosen from (preferences.chosen_from: ranked_samples). "
-    "The best of several rewrites (response_improver.samples) may still be better than what was rewritten."
+    "Give R_t more seed rows with rules, train it from the policy (response_improver.init_from: previous), or let the policy's own "
+    "answers be chosen where they are better (response_improver.samples and own_answers, or preferences.chosen_from: "
+    "ranked_samples). The best of several rewrites may still be better than what was rewritten."
 )
 BLOCKING = ("enough_pairs", "no_empty_side", "finite_weights")
 Results = Iterator[dg.AssetCheckResult]

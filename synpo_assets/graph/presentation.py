@@ -1,7 +1,7 @@
 """What an asset shows about itself in the UI, and the content version that staleness is judged by."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
@@ -12,7 +12,7 @@ from dagster._core.definitions.data_version import CODE_VERSION_TAG
 
 from resources.common.text import asset_label
 from resources.models.device import peak_memory
-from resources.storage.checkpoint_store import Checkpoint
+from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.training.job import TrainingSummary
 from synpo_assets.graph.curves import training_curves
 from synpo_assets.graph.history import data_version_of, newest, seconds_so_far
@@ -165,6 +165,14 @@ def checkpoints_table(checkpoints: Iterable[tuple[str, str, str, str]]) -> dg.Ma
     for role, label, sha, run_id in checkpoints:
         lines.append([role, label_link(label), f"`{sha[:16]}`", run_link(run_id)])
     return _markdown(lines)
+
+
+def writers_of(store: CheckpointStore, shas: Mapping[str, pl.Series]) -> Iterator[tuple[str, str, str, str]]:
+    """Each checkpoint that wrote, or scored, what stands under its role, as rows of `checkpoints_table`; none if it is not kept."""
+    for role, column in shas.items():
+        for sha in column.unique(maintain_order=True):
+            if manifest := store.manifest_of_sha(sha):
+                yield role, asset_label(manifest["asset"], manifest["partition"]), sha, manifest["run_id"]
 
 
 def made_from(context: dg.AssetExecutionContext) -> dg.MarkdownMetadataValue:

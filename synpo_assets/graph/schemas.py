@@ -73,10 +73,10 @@ class Responses(Table):
 
 
 class RefinedResponses(Responses):
-    """The chosen side: answers rewritten by the response improver, or the best of the policy's ranked samples."""
+    """The chosen side: rewrites by the response improver, or own answers of the policy that were chosen among others."""
 
     base_response_id: str = id_column(
-        "The policy's answer that was rewritten, or the first of the samples that were ranked."
+        "The policy's answer that was rewritten, the answer itself if it was chosen, or the first of the samples that were ranked."
     )
 
 
@@ -103,7 +103,8 @@ class PreferencePairs(Table):
     prompt_id: str = id_column("The prompt.", unique=True)
     prompt: MESSAGES = pa.Field(description="The prompt as one user message.")  # type: ignore[valid-type]
     chosen: MESSAGES = pa.Field(  # type: ignore[valid-type]
-        description="The chosen answer as one assistant message: the refined response, or the best of the ranked samples."
+        description="The chosen answer as one assistant message: the refined response, or the best of the ranked samples, or "
+        "an own answer above all rewrites."
     )
     rejected: MESSAGES = pa.Field(description="The rejected answer as one assistant message.")  # type: ignore[valid-type]
     chosen_score: float = pa.Field(description="The scorer's value of the chosen answer.")
@@ -121,7 +122,9 @@ class PreferencePairs(Table):
     rejected_finish_reason: str = pa.Field(
         isin=["stop", "length"], description="`length`: the rejected answer was cut."
     )
-    chosen_response_id: str = id_column("The refined response, or the best of the ranked samples.")
+    chosen_response_id: str = id_column(
+        "The refined response, or the best of the ranked samples, or an own answer above all rewrites."
+    )
     rejected_response_id: str = id_column("The rejected answer.")
     chosen_checkpoint_sha: str = id_column("sha of the model that wrote the chosen side.")
     rejected_checkpoint_sha: str = id_column("sha of the model that wrote the rejected side.")

@@ -53,14 +53,16 @@ def best_of_like_length(answered: pl.DataFrame, margins: pl.Series, max_ratio: f
     """Of the answers to each prompt, the best among those about as long as `rejected`, or else the nearest in length.
 
     An answer is about as long if the longer of the two has at most `max_ratio` times the characters of the other; `is_alike`
-    says whether it is. The margins are those of the rows of `beside_first`. Of equal answers the earlier sample is taken, and
-    one that was cut only where all were. Where a prompt has rules, an answer that follows them goes before length. The prompts
-    keep the order of their first samples.
+    says whether it is. The margins are those of the rows of `beside_first`. Of equal answers the earlier sample is taken, one
+    that was cut only where all were, and the rejected answer itself only where no other ended. Where a prompt has rules, an
+    answer that follows them goes before length. One that `is_own`, by the model whose answer the others rewrite, takes part only
+    where it ended, is not the rejected one, and has a higher margin than each of the others that ended. The prompts keep the order
+    of their first samples.
 
     Examples:
         >>> answered = pl.DataFrame({"prompt_id": ["a"] * 3, "sample": [1, 2, 3], "rejected": ["four"] * 3,
         ...                          "response": ["five!", "much longer", "for"], "finish_reason": ["stop"] * 3,
-        ...                          "constraints": [[]] * 3})
+        ...                          "constraints": [[]] * 3, "is_own": [False] * 3})
         >>> best_of_like_length(answered, pl.Series([9.0, -1.0]), 1.25)["response"].to_list()
         ['five!']
         >>> best_of_like_length(answered, pl.Series([9.0, -1.0]), 1.1)["response"].to_list()
@@ -72,9 +74,18 @@ def best_of_like_length(answered: pl.DataFrame, margins: pl.Series, max_ratio: f
     compared = _with_margins(answered, margins).with_columns(ratio=ratio, is_alike=ratio <= max_ratio)
     distance = pl.when("is_alike").then(1.0).otherwise("ratio")
     cut = pl.col("finish_reason") == "length"
+    is_rejected = pl.col("response").str.strip_chars() == pl.col("rejected").str.strip_chars()
+    highest = pl.col("margin_over_first").filter(~cut & ~pl.col("is_own")).max().over("prompt_id")
+    is_above = (pl.col("margin_over_first") > highest).fill_null(True)
+    compared = compared.filter(~pl.col("is_own") | (~cut & ~is_rejected & is_above))
     by_rules = pl.when(pl.col("constraints").list.len() > 0).then(-pl.col("margin_over_first")).otherwise(0.0)
     order = pl.struct(
-        cut, by_rules.alias("by_rules"), distance.alias("distance"), -pl.col("margin_over_first"), "sample"
+        cut,
+        is_rejected.alias("is_rejected"),
+        by_rules.alias("by_rules"),
+        distance.alias("distance"),
+        -pl.col("margin_over_first"),
+        "sample",
     )
     best = compared.filter(order.rank("ordinal").over("prompt_id") == 1)
     return answered.select(pl.col("prompt_id").unique(maintain_order=True)).join(

@@ -60,12 +60,14 @@ def dataset_card(
     writers: Sequence[Mapping[str, str]],
     ranked_samples: int | None,
     rewrites: int = 1,
+    own_answers: bool = False,
     settings: Mapping[str, Any],
 ) -> str:
     """The card of the preference pairs, as the hub and `datasets` read it.
 
     `writers` has a row for each iteration and role, with `checkpoint` and `sha`. `ranked_samples` is how many answers to a
-    prompt were ranked to find both sides; None if an improver wrote `chosen`, one of so many `rewrites`.
+    prompt were ranked to find both sides; None if an improver wrote `chosen`, one of so many `rewrites`, or the policy where
+    `own_answers` are better.
     """
     from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -94,6 +96,7 @@ def dataset_card(
         with_rules=int((pairs["rules"] != "").sum()),
         ranked_samples=ranked_samples,
         rewrites=rewrites,
+        own_answers=own_answers,
         settings=_yaml(settings),
         libraries=_libraries(data.iterations[-1].manifest.get("libraries", {})),
     )

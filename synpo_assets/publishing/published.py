@@ -30,12 +30,12 @@ from synpo_assets.graph.stage import Stage
 from synpo_assets.publishing.cards import CardData, dataset_card, model_card
 from synpo_assets.reports.boosting_report import iterations_of, read_iteration
 from synpo_assets.reports.finished import FinishedIteration
+from synpo_assets.stages.preferences import SIDES
 
 # Of what an iteration makes, the settings that decide what a pair is.
 CARD_SETTINGS = {"random_seed", "prompt_generator", "responses", "response_improver", "scorer", "preferences"}
 # Who had a part in a pair: by their own tables, and by the columns of the pairs.
 WRITERS = {"prompt": "synthetic_prompts", "answer of the policy": "base_responses"}
-SIDES = {"chosen": "chosen_checkpoint_sha", "rejected": "rejected_checkpoint_sha", "scorer": "scorer_sha"}
 TEXT_LIMIT = 2000
 
 
@@ -67,6 +67,7 @@ def published_dataset(context: dg.AssetExecutionContext, services: dg.ResourcePa
         writers=list(_writers(services, iterations)),
         ranked_samples=None if settings.trains_improver else settings.preferences.ranked_samples,
         rewrites=settings.response_improver.samples,
+        own_answers=settings.response_improver.own_answers,
         settings=settings.model_dump(include=CARD_SETTINGS, exclude=unused),
     )
 

@@ -1,12 +1,12 @@
-"""A chosen side near the policy: the best of several rewrites of each answer and the answer itself, among those of like length.
+"""A chosen side near the policy: the best of several rewrites of each answer, among those of like length.
 
 Paper (section 2.2, algorithm 1 line 3): R_t rewrites each answer once.
 Here: the same by default. Where `response_improver.samples` is more than 1, R_t rewrites each answer so often, and the best by
 the scorer is chosen among those whose length is that of the rejected answer, within `response_improver.max_length_ratio`;
 if there is none, the nearest in length. A single rewrite is often far from what the policy would write, and longer or shorter
 than the rejected answer: preference optimization then learns length before content, and every pair pulls with full weight.
-R_t has learned to change answers, and changes right ones too: what M_{t-1} answered is therefore chosen where the scorer, or
-the rules of the prompt, put it above every rewrite, unless it is the rejected answer, as at t = 1.
+R_t has learned to change answers, and may change right ones too: with `response_improver.own_answers` what M_{t-1} answered is
+chosen where the scorer, or the rules of the prompt, put it above every rewrite. At t = 1 it is the rejected answer, and is not.
 The first sample is the one in refined_responses. As for ranked samples, the scorer gives margins over the first sample, so
 that a pair ranker needs no reading of every two.
 """
@@ -20,7 +20,7 @@ from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.partitions import iteration_of
-from synpo_assets.graph.presentation import made_by, table_output
+from synpo_assets.graph.presentation import checkpoints_table, made_by, table_output, writers_of
 from synpo_assets.graph.schemas import RefinedResponses
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
@@ -31,19 +31,17 @@ from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone, 
 
 
 def _cost(sizes: Sizes) -> list[Work]:
-    """The first rewrite is made before; the others are written here, and all are read; later also the policy's answer."""
+    """The first rewrite is made before; the others are written here, and all are read, the policy's answer if it may be chosen."""
     options = sizes.settings.response_improver
     further, length = options.samples - 1, options.sampling.max_new_tokens
-    reading, of_own = (
-        further * comparison_tokens(sizes, length, length),
-        comparison_tokens(sizes, sizes.written, length),
-    )
+    reading = further * comparison_tokens(sizes, length, length)
+    of_own = comparison_tokens(sizes, sizes.written, length)
     if reads_answers_alone(sizes.settings):
         reading, of_own = options.samples * (sizes.asked + length), sizes.asked + sizes.written
     return [
         Work("generate", sizes.prompts * further * length),
         Work("score", sizes.prompts * reading),
-        Work("score", sizes.prompts * of_own, later_only=True),
+        Work("score", sizes.prompts * of_own * options.own_answers, later_only=True),
     ]
 
 
@@ -54,6 +52,7 @@ def _cost(sizes: Sizes) -> list[Work]:
     work=("generates", "scores"),
     reads=(
         "response_improver.sampling", "response_improver.samples", "response_improver.max_length_ratio",
+        "response_improver.own_answers",
         "scorer.convention", "scorer.max_length",
     ),
     samplings=lambda settings: [settings.response_improver.sampling],
@@ -70,37 +69,46 @@ def best_rewrites(
     reward_model: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[pl.DataFrame]:
-    """The best of R_t's rewrites of each answer, or the answer, that is about as long as the rejected one: the chosen side.
+    """The best of R_t's rewrites of each answer that is about as long as the rejected one: the chosen side.
 
-    Read the sample: each rewrite should say the same better, not longer. `like_length_share` says for how many prompts there
-    was one of like length, `own_answer_share` for how many the policy's own answer is better than every rewrite.
+    Read the sample: each rewrite should say the same better, not longer. `like_length_share` says for how many prompts the
+    chosen one is of like length, `own_answer_share` for how many it is the policy's own answer.
     """
     options, columns = services.settings.response_improver, RefinedResponses.to_schema().columns
     further, usage = _further_rewrites(context, services, base_responses, response_improver)
-    first = refined_responses.with_columns(sample=pl.lit(1, pl.Int64))
-    own = base_responses.with_columns(base_response_id="response_id", sample=pl.lit(options.samples + 1, pl.Int64))
-    written = pl.concat([each.select(*columns, "sample") for each in (first, further, own)])
-    candidates = _candidates(written, synthetic_prompts, rejected_responses)
+    rewrites = pl.concat([_numbered(refined_responses, 1), further.select(*columns, "sample")])
+    own = _numbered(base_responses.with_columns(base_response_id="response_id"), options.samples + 1)
+    candidates = _candidates(
+        rewrites, own if options.own_answers else own.clear(), synthetic_prompts, rejected_responses
+    )
     compared = scored_answers(services, reward_model, beside_first(candidates))
     best = best_of_like_length(candidates, compared.rows["margin"], options.max_length_ratio)
     measured = [
         Metric("samples_per_prompt", options.samples),
-        Metric("own_answer_share", metrics.mean(best["sample"] > options.samples), n=best.height),
         Metric("like_length_share", metrics.mean(best["is_alike"]), n=best.height),
+        *([Metric("own_answer_share", metrics.mean(best["is_own"]), n=best.height)] if options.own_answers else []),
         metrics.margin_over_first(best),
         *metrics.generating(usage),
         *metrics.scoring(compared.usage),
     ]
-    shown = {"score_convention": compared.conventions, **made_by(response_improver)}
+    writers = checkpoints_table(writers_of(services.checkpoints, {"chosen": best["checkpoint_sha"]}))
+    shown = {"score_convention": compared.conventions, "checkpoints": writers, **made_by(response_improver)}
     return table_output(context, services, best.select(*columns), measured, **shown)
 
 
-def _candidates(written: pl.DataFrame, prompts: pl.DataFrame, rejected_responses: pl.DataFrame) -> pl.DataFrame:
-    """What can be chosen, with the rules of its prompt and the rejected answer: no policy's answer that is the rejected one."""
+def _numbered(answers: pl.DataFrame, sample: int) -> pl.DataFrame:
+    return answers.select(*RefinedResponses.to_schema().columns, sample=pl.lit(sample, pl.Int64))
+
+
+def _candidates(
+    rewrites: pl.DataFrame, own: pl.DataFrame, prompts: pl.DataFrame, rejected_responses: pl.DataFrame
+) -> pl.DataFrame:
+    """What can be chosen, with the rules of its prompt and the rejected answer; an own answer that is the rejected one cannot."""
     rejected = rejected_responses.select("prompt_id", rejected="response")
     beside = prompts.select("prompt_id", "constraints").join(rejected, on="prompt_id")
-    is_rejected = (pl.col("response_id") == pl.col("base_response_id")) & (pl.col("response") == pl.col("rejected"))
-    return written.join(beside, on="prompt_id", maintain_order="left").filter(~is_rejected)
+    candidates = pl.concat([rewrites.with_columns(is_own=False), own.with_columns(is_own=True)])
+    candidates = candidates.join(beside, on="prompt_id", maintain_order="left")
+    return candidates.filter(~pl.col("is_own") | (pl.col("response") != pl.col("rejected")))
 
 
 def _further_rewrites(

@@ -138,9 +138,10 @@ def response_improver(
     policy: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[Checkpoint]:
-    """R_t, fine-tuned from M_0 to turn the policy's own answer into the gold answer (algorithm 1, line 2).
+    """R_t, fine-tuned to turn the policy's own answer into the gold answer (algorithm 1, line 2).
 
-    Look at `curves`: the loss should fall and stay down. `examples` says how many rows it learned from.
+    It starts from M_0, or from M_{t-1} where `response_improver.init_from` says so. Look at `curves`: the loss should fall and stay
+    down. `examples` says how many rows it learned from.
     """
     options, random_seed = services.settings.response_improver, services.settings.random_seed
     valid = seed_responses.filter(preferred("margin", options.margin_threshold), pl.col("response") != "")

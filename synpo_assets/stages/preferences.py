@@ -14,7 +14,6 @@ import dagster as dg
 import polars as pl
 
 from resources.common.errors import FinalError
-from resources.common.text import asset_label
 from resources.settings.method import Preferences
 from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
@@ -23,7 +22,7 @@ from synpo_assets.graph.cost import Sizes, Work
 from synpo_assets.graph.lineage import median_pair
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.partitions import iteration_of
-from synpo_assets.graph.presentation import checkpoints_table, table_output
+from synpo_assets.graph.presentation import checkpoints_table, table_output, writers_of
 from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
@@ -33,6 +32,8 @@ from synpo_assets.method.verifiable import BY_RULES
 from synpo_assets.stages.loop import report_history
 from synpo_assets.stages.scorers import Scored, comparison_tokens, reads_answers_alone, scored_answers
 
+# Which column says which checkpoint wrote a side, or scored both.
+SIDES = {"chosen": "chosen_checkpoint_sha", "rejected": "rejected_checkpoint_sha", "scorer": "scorer_sha"}
 # The file of verdicts decides `pair_verdicts`, of which the rows of an iteration decide its pairs.
 PAIR_READS = tuple(f"preferences.{name}" for name in Preferences.model_fields if name != "reviewed")
 
@@ -92,7 +93,9 @@ def preference_pairs(
         services,
         frame,
         measured,
-        checkpoints=checkpoints_table(_checkpoints(services, joined, reward_model)),
+        checkpoints=checkpoints_table(
+            writers_of(services.checkpoints, {role: frame[name] for role, name in SIDES.items()})
+        ),
         score_convention=compared.conventions,
         median_pair=median_pair(context, services, frame),
     )
@@ -152,15 +155,4 @@ def _pair_metrics(kept: pl.DataFrame) -> list[Metric]:
         Metric("mean_margin", metrics.mean(by_scorer["margin"]), n=by_scorer.height),
         *metrics.with_rules(kept),
         Metric("chosen_to_rejected_length", lengths[0] / max(lengths[1], 1), n=kept.height),
-    ]
-
-
-def _checkpoints(services: Services, pairs: pl.DataFrame, scorer: Checkpoint) -> list[tuple[str, str, str, str]]:
-    """Which checkpoints wrote the two sides, and which one scored them: role, label, sha and run."""
-    shas = {side: pairs[f"{side}_checkpoint_sha"][0] for side in ("chosen", "rejected")} | {"scorer": scorer.sha}
-    manifests = {role: services.checkpoints.manifest_of_sha(sha) for role, sha in shas.items()}
-    return [
-        (role, asset_label(manifest["asset"], manifest["partition"]), shas[role], manifest["run_id"])
-        for role, manifest in manifests.items()
-        if manifest
     ]
