@@ -134,7 +134,7 @@ def test_chosen_follows_all_rules_and_rejected_does_not_whatever_the_threshold()
 def test_samples_and_rewrites_are_ranked_by_the_rules():
     answered = repeated_prompts(pl.DataFrame({"prompt_id": ["a"], "prompt": ["A?"]}), 3).with_columns(
         response=pl.Series(["LOUD", "Longer, and not small", "calm"]), rejected=pl.lit("four"),
-        finish_reason=pl.lit("stop"), constraints=rules_of(*[[LOWERCASE]] * 3),
+        finish_reason=pl.lit("stop"), constraints=rules_of(*[[LOWERCASE]] * 3), is_own=False,
     )  # fmt: skip
     services = types.SimpleNamespace(scorer=PrefersLong())
     margins = scored_answers(services, None, beside_first(answered)).rows["margin"]
