@@ -2,12 +2,15 @@
 
 import functools
 import json
+import os
 import shutil
+import signal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from resources.models.bounded import OutOfBoundsError, within_bounds
 from resources.models.chat import (
     ChatTemplateError,
     answer_ids,
@@ -269,6 +272,22 @@ def test_a_bos_that_opens_every_turn_is_no_fault(nano_model, tmp_path):
 def test_the_date_is_the_settings(with_prompt):
     directory, _ = with_prompt(None, DATED, template_date="2024-02-29")
     assert "Today is 29 Feb 2024." in prompt_text(load_tokenizer(str(directory)), HELLO)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_trial_that_is_killed_from_outside_says_nothing_of_what_is_tried(tmp_path, times):
+    def is_small():
+        (tmp_path / str(os.getpid())).touch()
+        if len(list(tmp_path.iterdir())) <= times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return True
+
+    if times == 1:
+        within_bounds(is_small)
+    else:
+        with pytest.raises(OutOfBoundsError, match="is ended by signal 9"):
+            within_bounds(is_small)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(("template", "words"), [

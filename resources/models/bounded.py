@@ -19,9 +19,23 @@ class OutOfBoundsError(Exception):
 def within_bounds(is_small: Callable[[], bool]) -> None:
     """Calls a function of plain Python in a fork of this process; whatever it raises is left to whoever calls it for good.
 
+    A fork that is killed from outside, as where the machine's memory ends, says nothing of the function: it is tried again, once.
+
     Raises:
         OutOfBoundsError: It takes too long or too much memory, or it says that its result is too large.
     """
+    status = _tried(is_small)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        status = _tried(is_small)
+    if os.WIFSIGNALED(status):
+        ended = os.WTERMSIG(status)
+        raise OutOfBoundsError("does not end" if ended == signal.SIGXCPU else f"is ended by signal {ended}")
+    if os.WEXITSTATUS(status) == TOO_LARGE:
+        raise OutOfBoundsError("grows without end")
+
+
+def _tried(is_small: Callable[[], bool]) -> int:
+    """How the fork ended, as of `os.waitpid`; as if by the limit of its time if it did not."""
     child = os.fork()
     if child == 0:
         _bounded(is_small)
@@ -30,17 +44,15 @@ def within_bounds(is_small: Callable[[], bool]) -> None:
         ended, status = os.waitpid(child, os.WNOHANG)
         time.sleep(0.002)
     if not ended:
-        os.kill(child, signal.SIGKILL)
+        os.kill(child, signal.SIGXCPU)
         _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        raise OutOfBoundsError("does not end")
-    if os.WEXITSTATUS(status) == TOO_LARGE:
-        raise OutOfBoundsError("grows without end")
+    return status
 
 
 def _bounded(is_small: Callable[[], bool]) -> None:
     """What the fork does; it never returns."""
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
     try:
         with open("/proc/self/statm") as file:
             held = int(file.read().split()[0]) * resource.getpagesize()
