@@ -3,8 +3,8 @@
 Paper: none. R_t is trained on own answers alone, and measured by what M_t wins.
 Here: where `response_improver.damaged_copies` is more than 0 (stages/improver.py). The gold answers of dev and test, which no
 training reads, get each damage that applies to them under the random seed of the experiment; R_t rewrites each of them once, as it
-rewrites the policy's answers. M_0 is asked the same with R_t's template: what it makes right needs no training. So it is where R_t
-starts from M_{t-1} (`response_improver.init_from`): the gain then holds what preference optimization taught. The kinds of damage
+rewrites the policy's answers. M_0 is asked the same with R_t's template: what it makes right needs no training. Where R_t starts
+from M_{t-1} (`response_improver.init_from`), its gain over M_0 also holds what preference optimization taught. The kinds of damage
 are those that R_t may have been trained on, so this says how well it learned these kinds on other prompts, not whether it
 finds mistakes of another kind. How a rewrite counts is in method/edits.py.
 """

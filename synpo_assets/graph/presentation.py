@@ -1,7 +1,7 @@
 """What an asset shows about itself in the UI, and the content version that staleness is judged by."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
@@ -167,12 +167,14 @@ def checkpoints_table(checkpoints: Iterable[tuple[str, str, str, str]]) -> dg.Ma
     return _markdown(lines)
 
 
-def writers_of(store: CheckpointStore, shas: Mapping[str, pl.Series]) -> Iterator[tuple[str, str, str, str]]:
-    """Each checkpoint that wrote, or scored, what stands under its role, as rows of `checkpoints_table`; none if it is not kept."""
-    for role, column in shas.items():
-        for sha in column.unique(maintain_order=True):
-            if manifest := store.manifest_of_sha(sha):
-                yield role, asset_label(manifest["asset"], manifest["partition"]), sha, manifest["run_id"]
+def writers_table(store: CheckpointStore, shas: Mapping[str, pl.Series]) -> dg.MarkdownMetadataValue:
+    """The checkpoints that wrote, or scored, the rows of a table, of which each role has a column of shas; those that are kept."""
+    asked = [(role, sha) for role, column in shas.items() for sha in column.unique(maintain_order=True)]
+    return checkpoints_table(
+        (role, asset_label(manifest["asset"], manifest["partition"]), sha, manifest["run_id"])
+        for role, sha in asked
+        if (manifest := store.manifest_of_sha(sha))
+    )
 
 
 def made_from(context: dg.AssetExecutionContext) -> dg.MarkdownMetadataValue:

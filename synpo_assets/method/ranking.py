@@ -49,6 +49,11 @@ def with_ranks(answered: pl.DataFrame, margins: pl.Series) -> pl.DataFrame:
     return ranked.with_columns(rank=by_margin.cast(pl.Int64), worst=ended.cast(pl.Int64))
 
 
+def is_rejected() -> pl.Expr:
+    """Whether an answer is the rejected one, but for white space around it."""
+    return pl.col("response").str.strip_chars() == pl.col("rejected").str.strip_chars()
+
+
 def best_of_like_length(answered: pl.DataFrame, margins: pl.Series, max_ratio: float) -> pl.DataFrame:
     """Of the answers to each prompt, the best among those about as long as `rejected`, or else the nearest in length.
 
@@ -56,8 +61,7 @@ def best_of_like_length(answered: pl.DataFrame, margins: pl.Series, max_ratio: f
     says whether it is. The margins are those of the rows of `beside_first`. Of equal answers the earlier sample is taken, one
     that was cut only where all were, and the rejected answer itself only where no other ended. Where a prompt has rules, an
     answer that follows them goes before length. One that `is_own`, by the model whose answer the others rewrite, takes part only
-    where it ended, is not the rejected one, and has a higher margin than each of the others that ended. The prompts keep the order
-    of their first samples.
+    where it ended and has a higher margin than each of the others that ended. The prompts keep the order of their first samples.
 
     Examples:
         >>> answered = pl.DataFrame({"prompt_id": ["a"] * 3, "sample": [1, 2, 3], "rejected": ["four"] * 3,
@@ -74,14 +78,13 @@ def best_of_like_length(answered: pl.DataFrame, margins: pl.Series, max_ratio: f
     compared = _with_margins(answered, margins).with_columns(ratio=ratio, is_alike=ratio <= max_ratio)
     distance = pl.when("is_alike").then(1.0).otherwise("ratio")
     cut = pl.col("finish_reason") == "length"
-    is_rejected = pl.col("response").str.strip_chars() == pl.col("rejected").str.strip_chars()
     highest = pl.col("margin_over_first").filter(~cut & ~pl.col("is_own")).max().over("prompt_id")
     is_above = (pl.col("margin_over_first") > highest).fill_null(True)
-    compared = compared.filter(~pl.col("is_own") | (~cut & ~is_rejected & is_above))
+    compared = compared.filter(~pl.col("is_own") | (~cut & is_above))
     by_rules = pl.when(pl.col("constraints").list.len() > 0).then(-pl.col("margin_over_first")).otherwise(0.0)
     order = pl.struct(
         cut,
-        is_rejected.alias("is_rejected"),
+        is_rejected().alias("is_rejected"),
         by_rules.alias("by_rules"),
         distance.alias("distance"),
         -pl.col("margin_over_first"),

@@ -20,11 +20,11 @@ from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.partitions import iteration_of
-from synpo_assets.graph.presentation import checkpoints_table, made_by, table_output, writers_of
+from synpo_assets.graph.presentation import made_by, table_output, writers_table
 from synpo_assets.graph.schemas import RefinedResponses
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
-from synpo_assets.method.ranking import beside_first, best_of_like_length, repeated_prompts
+from synpo_assets.method.ranking import beside_first, best_of_like_length, is_rejected, repeated_prompts
 from synpo_assets.method.responses import response_table
 from synpo_assets.method.templates import improver_instruction
 from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone, scored_answers
@@ -91,7 +91,7 @@ def best_rewrites(
         *metrics.generating(usage),
         *metrics.scoring(compared.usage),
     ]
-    writers = checkpoints_table(writers_of(services.checkpoints, {"chosen": best["checkpoint_sha"]}))
+    writers = writers_table(services.checkpoints, {"chosen": best["checkpoint_sha"]})
     shown = {"score_convention": compared.conventions, "checkpoints": writers, **made_by(response_improver)}
     return table_output(context, services, best.select(*columns), measured, **shown)
 
@@ -108,7 +108,7 @@ def _candidates(
     beside = prompts.select("prompt_id", "constraints").join(rejected, on="prompt_id")
     candidates = pl.concat([rewrites.with_columns(is_own=False), own.with_columns(is_own=True)])
     candidates = candidates.join(beside, on="prompt_id", maintain_order="left")
-    return candidates.filter(~pl.col("is_own") | (pl.col("response") != pl.col("rejected")))
+    return candidates.filter(~(pl.col("is_own") & is_rejected()))
 
 
 def _further_rewrites(

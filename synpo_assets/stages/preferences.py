@@ -22,7 +22,7 @@ from synpo_assets.graph.cost import Sizes, Work
 from synpo_assets.graph.lineage import median_pair
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.partitions import iteration_of
-from synpo_assets.graph.presentation import checkpoints_table, table_output, writers_of
+from synpo_assets.graph.presentation import table_output, writers_table
 from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
@@ -93,9 +93,7 @@ def preference_pairs(
         services,
         frame,
         measured,
-        checkpoints=checkpoints_table(
-            writers_of(services.checkpoints, {role: frame[name] for role, name in SIDES.items()})
-        ),
+        checkpoints=writers_table(services.checkpoints, {role: frame[name] for role, name in SIDES.items()}),
         score_convention=compared.conventions,
         median_pair=median_pair(context, services, frame),
     )

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import polars as pl
 
+from tests.benchmarks.preference_tries import stated_gold
+
 DIFFERENCES = [("M_t", "M_0"), ("control", "M_0"), ("M_t", "M_{t-1}"), ("M_t", "control")]
 
 
@@ -19,7 +21,6 @@ def run(home: Path, iteration: int) -> None:
     os.environ["SYNPO_HOME"] = str(home.absolute())
     from definitions import build
     from resources.settings.files import home_settings
-    from resources.storage.seed_source import read_rows
     from synpo_assets.graph.partitions import partition_key
     from synpo_assets.method.evaluation import mean_gain
     from synpo_assets.stages.seed import verifiable_table
@@ -27,18 +28,13 @@ def run(home: Path, iteration: int) -> None:
     settings = home_settings(home.absolute())
     services = build(settings, home.absolute())[1]
     current, key = services.checkpoints.current, partition_key(iteration)
-    before = (
-        current("model_checkpoint", partition_key(iteration - 1)) if iteration > 1 else current("initial_policy", None)
-    )
     models = {
         "M_0": current("initial_policy", None),
-        "M_{t-1}": before,
+        "M_{t-1}": current("policy", key),
         "M_t": current("model_checkpoint", key),
         "control": current("equal_steps_checkpoint", key),
     }
-    assert settings.seed_data.verifiable is not None, "The settings name no verifiable instructions."
-    rows = read_rows(settings.seed_data.verifiable, "instructions", ("prompt", "answer"))
-    stated = {row["prompt"]: row["answer"] for _, row in rows}
+    stated = stated_gold(settings)
     instructions = verifiable_table(settings)[0]
     answers = [stated[prompt] for prompt in instructions["prompt"]]
     gold = {

@@ -16,6 +16,7 @@ from typing import Any
 import polars as pl
 
 from resources.settings.method import PreferenceOptimization
+from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
 from tests.benchmarks.controls import trained_in
 
@@ -34,12 +35,20 @@ CHOSEN_ALONE = "SFT on the chosen answers"
 SAMPLES = 2
 
 
+def stated_gold(settings: Settings) -> dict[str, str]:
+    """The gold answer to each verifiable instruction, which the table of instructions leaves out."""
+    from resources.storage.seed_source import read_rows
+
+    assert settings.seed_data.verifiable is not None, "The settings name no verifiable instructions."
+    rows = read_rows(settings.seed_data.verifiable, "instructions", ("prompt", "answer"))
+    return {row["prompt"]: row["answer"] for _, row in rows}
+
+
 def run(home: Path, iterations: int, file: Path) -> None:
     """Trains and measures every try, and writes a row for each model."""
     os.environ["SYNPO_HOME"] = str(home.absolute())
     from definitions import build
     from resources.settings.files import home_settings
-    from resources.storage.seed_source import read_rows
     from synpo_assets.evaluation.instruction_following import instruction_answers
     from synpo_assets.graph.partitions import partition_key
     from synpo_assets.method.cut import whole_answers
@@ -59,11 +68,7 @@ def run(home: Path, iterations: int, file: Path) -> None:
     pairs = pl.concat([services.tables.read("preference_pairs", key) for key in keys]).select(*USED_COLUMNS).to_dicts()
     instructions = verifiable_table(settings)[0].filter(split="dev")
     held_out = services.tables.read("evaluation", "0001").filter(sample=1, split="dev")
-    assert settings.seed_data.verifiable is not None, "The settings name no verifiable instructions."
-    stated = {
-        row["prompt"]: row["answer"]
-        for _, row in read_rows(settings.seed_data.verifiable, "instructions", ("prompt", "answer"))
-    }
+    stated = stated_gold(settings)
     gold = {
         "held-out prompts": held_out.select("prompt", "answer").rows(),
         "instructions": [(prompt, stated[prompt]) for prompt in instructions["prompt"]],
