@@ -105,7 +105,8 @@ def test_an_own_answer_is_chosen_where_it_is_above_every_rewrite_and_no_less_ali
 @pytest.mark.parametrize(("margin", "is_chosen"), [(0.5, False), (1.0, False), (2.0, True)])
 def test_an_own_answer_nearer_in_length_is_chosen_only_where_it_is_above_every_rewrite(rules, margin, is_chosen):
     answered = pl.DataFrame({
-        "prompt_id": ["a"] * 3, "sample": [1, 2, 3], "response": ["a rewrite", "rewritten", "rejectee"], "rejected": ["rejected"] * 3,
+        "prompt_id": ["a"] * 3, "sample": [1, 2, 3],
+        "response": ["a rewrite", "rewritten", "rejectee"], "rejected": ["rejected"] * 3,
         "finish_reason": ["stop"] * 3, "constraints": pl.Series([rules] * 3, dtype=CONSTRAINTS), "is_own": [False, False, True],
     })  # fmt: skip
     best = best_of_like_length(answered, pl.Series([1.0, margin]), 1.01)
