@@ -275,7 +275,7 @@ def test_the_date_is_the_settings(with_prompt):
 
 
 @pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGUSR2])
 def test_a_trial_that_is_killed_from_outside_says_nothing_of_what_is_tried(tmp_path, times, how):
     def is_small():
         (tmp_path / str(os.getpid())).touch()
