@@ -10,6 +10,7 @@ import pytest
 from definitions import build
 from resources.common.errors import FinalError
 from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
+from resources.models.likelihood import AnswerLikelihood, Likelihoods
 from resources.settings.files import active_settings, load_settings
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint
@@ -19,13 +20,14 @@ from synpo_assets.cli.preflight import disk_needed
 from synpo_assets.evaluation.equal_steps import (
     equal_steps_checkpoint,
     equal_steps_evaluation,
+    equal_steps_gold,
     equal_steps_instructions,
     first_pairs,
     refuse_control_of_another,
 )
 from synpo_assets.evaluation.instruction_following import instruction_following
 from synpo_assets.evaluation.win_rates import evaluation
-from synpo_assets.graph.evaluation_schemas import EqualSteps, EqualStepsInstructions
+from synpo_assets.graph.evaluation_schemas import EqualSteps, EqualStepsGold, EqualStepsInstructions
 from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.missing import missing_assets
 from synpo_assets.graph.presentation import table_version
@@ -44,7 +46,7 @@ from tests.test_training import EXAMPLES, PAIRED, SFT, SIMPO
 from tests.test_training import pairs as training_pairs
 from tests.test_training import trainer as trainer
 
-CONTROLS = {"equal_steps_checkpoint", "equal_steps_evaluation", "equal_steps_instructions"}
+CONTROLS = {"equal_steps_checkpoint", "equal_steps_evaluation", "equal_steps_gold", "equal_steps_instructions"}
 
 
 def with_control(settings, **changes):
@@ -215,6 +217,42 @@ def test_the_instructions_that_the_control_follows_are_counted_beside_those_of_m
     rate = measured.find("verifiable_rate", "equal_steps")
     assert rate.checkpoint_sha == frame["control_checkpoint_sha"][0]
     assert gain.low < 0 < gain.high
+
+
+@dg.asset(io_manager_key="tables", partitions_def=ITERATIONS)
+def gold_comparison(model_checkpoint: Checkpoint) -> pl.DataFrame:
+    rows = [
+        {"prompt_id": f"{split} {place}", "split": split, "prompt": "Which?", "answer": "gold " * place, "iteration": 2,
+         "candidate_log_likelihood": -1.0 * place, "candidate_checkpoint_sha": model_checkpoint.sha}
+        for split in ("dev", "test") for place in (1, 2, 3)
+    ]  # fmt: skip
+    return pl.DataFrame(rows)
+
+
+class GoldReader(AnswerLikelihood):
+    """To the control, each word of gold costs half as much again as to M_t; nobody else is asked."""
+
+    def measure(self, checkpoint, rows):
+        assert checkpoint.asset == "equal_steps_checkpoint"
+        return Likelihoods([-1.5 * len(answer.split()) for _, answer in rows], [-1.0] * len(rows), 12, 0.5)
+
+
+def test_how_likely_the_control_finds_gold_is_measured_beside_m_t(instance, tmp_path, monkeypatch):
+    control = stand_in("equal_steps_checkpoint", "control", ITERATIONS)
+    monkeypatch.setattr("synpo_assets.evaluation.equal_steps.refuse_control_of_another", lambda *_: None)
+    reader = GoldReader(engine=active_settings().engine)
+    services = dataclasses.replace(services_in(tmp_path, active_settings()), likelihood=reader)
+    made = stand_in("model_checkpoint", "M_2", ITERATIONS)
+    result = run([made, control, gold_comparison, equal_steps_gold], instance, services, "0002")
+    frame = result.output_for_node("equal_steps_gold")
+    assert check(EqualStepsGold, frame) is None
+    assert frame.filter(split="test")["control_log_likelihood"].to_list() == [-1.5, -3, -4.5]
+    measured = recorded(services.metrics, "0002")
+    gain = measured.find("gold_log_likelihood_gain", "candidate", over="equal_steps")
+    assert (gain.value, gain.n, gain.checkpoint_sha) == (1.0, 3, frame["candidate_checkpoint_sha"][0])
+    assert gain.low <= 1.0 <= gain.high
+    found = measured.find("gold_log_likelihood", "equal_steps")
+    assert (found.value, found.checkpoint_sha) == (-3.0, frame["control_checkpoint_sha"][0])
 
 
 # The setting.

@@ -70,7 +70,7 @@ def test_the_report_is_made_when_all_else_of_an_iteration_is():
     optimization = settings.preference_optimization.model_copy(update={"equal_steps_control": True})
     changed = settings.model_copy(update={"response_improver": improver, "preference_optimization": optimization})
     assert described(changed)["boosting_report"]["deps"] == sorted(
-        {"equal_steps_evaluation", "equal_steps_instructions", "improver_edits", *READ_ASSETS}
+        {"equal_steps_evaluation", "equal_steps_gold", "equal_steps_instructions", "improver_edits", *READ_ASSETS}
     )
 
 

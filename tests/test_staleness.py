@@ -24,7 +24,7 @@ CASES = {
     "preference_optimization.loss": ({"kind": "dpo", "beta": 0.1}, {"model_checkpoint"}),
     "preference_optimization.accumulate": (False, {"model_checkpoint"}),
     "preference_optimization.equal_steps_control": (
-        True, {"equal_steps_checkpoint", "equal_steps_evaluation", "equal_steps_instructions"}
+        True, {"equal_steps_checkpoint", "equal_steps_evaluation", "equal_steps_gold", "equal_steps_instructions"}
     ),
     "preferences.margin_threshold": (0.5, {"preference_pairs"}),
     "preferences.rejected_from": ("previous", {"preference_pairs", "rejected_responses"}),

@@ -5,8 +5,9 @@ be one over steps.
 Here: where `preference_optimization.equal_steps_control` is set. The control starts from the model that M_t starts from and
 is trained on the pairs of iteration 1 for as many steps as M_t took, with the same loss and schedule. It answers the
 held-out prompts and the verifiable instructions; the judges compare its answers with those of M_0 and of M_t, and the
-instructions that it follows are counted beside M_t's. If M_t does no better than its control, the later iterations added
-steps and nothing else. In iteration 1 the control is M_1 itself, and nothing is trained.
+instructions that it follows are counted beside M_t's. How likely it finds gold is measured too: many passes over few pairs may
+please rules and judges and forget what gold says. If M_t does no better than its control, the later iterations added steps
+and nothing else. In iteration 1 the control is M_1 itself, and nothing is trained.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from synpo_assets.evaluation.win_rates import (
 )
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
-from synpo_assets.graph.evaluation_schemas import EqualSteps, EqualStepsInstructions
+from synpo_assets.graph.evaluation_schemas import EqualSteps, EqualStepsGold, EqualStepsInstructions
 from synpo_assets.graph.metrics import Metric, judge_doubt
 from synpo_assets.graph.missing import EQUAL_STEPS, controlled_sha
 from synpo_assets.graph.partitions import iteration_of, partition_key
@@ -199,6 +200,41 @@ def equal_steps_instructions(
     )
 
 
+@Stage(
+    EqualStepsGold,
+    group="evaluation",
+    work=("scores",),
+    cost=lambda sizes: [Work("score", sizes.held_out * (sizes.asked + sizes.gold))],
+    made_from={"prompt_id": "gold_comparison"},
+)
+def equal_steps_gold(
+    context: dg.AssetExecutionContext,
+    equal_steps_checkpoint: Checkpoint,
+    model_checkpoint: Checkpoint,
+    gold_comparison: pl.DataFrame,
+    services: dg.ResourceParam[Services],
+) -> dg.Output[pl.DataFrame]:
+    """How likely the control finds the held-out gold answers, compared with M_t; neither a judge nor a rule has a say.
+
+    `gold_log_likelihood_gain` is M_t's less the control's. Above 0, the control has given up more of what gold says for the
+    same steps.
+    """
+    refuse_answers_of_another(model_checkpoint, gold_comparison, "gold_comparison")
+    refuse_control_of_another(equal_steps_checkpoint, model_checkpoint)
+    control, random_seed = equal_steps_checkpoint, services.settings.random_seed
+    found = services.likelihood.measure(control, gold_comparison.select("prompt", "answer").rows())
+    columns = EqualStepsGold.to_schema().columns
+    frame = gold_comparison.with_columns(
+        control_log_likelihood=pl.Series(found.per_token), control_checkpoint_sha=pl.lit(control.sha)
+    ).select(*columns)
+    measured = [
+        *metrics.by_split(frame, lambda rows: _gold_metrics(rows, random_seed, model_checkpoint.sha)),
+        Metric("scored_tokens", found.tokens),
+        Metric("scoring_seconds", round(found.seconds, 1)),
+    ]
+    return table_output(context, services, frame, measured, **made_by(control))
+
+
 def made_with(made: Checkpoint) -> PreferenceOptimization:
     """The settings that M_t was trained with, which a search may have chosen."""
     return PreferenceOptimization.model_validate(made.manifest["settings"]["preference_optimization"])
@@ -240,6 +276,16 @@ def _rate_metrics(frame: pl.DataFrame, labels: Mapping[str, str], random_seed: i
     """Win rates of the control over M_0 and over M_t, with their intervals and counts."""
     rates = win_rates(frame, labels, COMPARISONS, random_seed).iter_rows(named=True)
     return [metric for rate in rates for metric in rate_metrics(rate, EQUAL_STEPS, sha, OUTCOME_COUNTS)]
+
+
+def _gold_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[Metric]:
+    """How likely the control finds gold, and how much likelier M_t does, per token."""
+    gain, low, high = mean_gain(frame["candidate_log_likelihood"] - frame["control_log_likelihood"], random_seed)
+    control, found = str(frame["control_checkpoint_sha"].first()), metrics.mean(frame["control_log_likelihood"])
+    return [
+        Metric("gold_log_likelihood", found, of=EQUAL_STEPS, n=frame.height, checkpoint_sha=control),
+        Metric("gold_log_likelihood_gain", gain, "candidate", EQUAL_STEPS, None, low, high, frame.height, sha),
+    ]
 
 
 def _following_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[Metric]:

@@ -230,6 +230,23 @@ class EqualStepsInstructions(InstructionAnswers):
     control_checkpoint_sha: str = id_column("sha of the control.")
 
 
+class EqualStepsGold(Table):
+    """The held-out gold answers as the control of equal steps and M_t see them."""
+
+    prompt_id: str = id_column("The held-out prompt.", unique=True)
+    split: str = split_column()
+    prompt: str = text_column("The instruction.")
+    answer: str = text_column("The gold answer.")
+    control_log_likelihood: float = pa.Field(
+        le=0,
+        description="Mean log-probability per token of gold's text under the control, in nats; at t = 1 it is M_1.",
+    )
+    candidate_log_likelihood: float = pa.Field(le=0, description="The same under M_t.")
+    control_checkpoint_sha: str = id_column("sha of the control.")
+    candidate_checkpoint_sha: str = id_column("sha of M_t.")
+    iteration: int = pa.Field(ge=1, description="The iteration t.")
+
+
 class ImproverEdits(Table):
     """Damaged held-out gold answers, and what R_t and M_0, asked the same, made of them."""
 

@@ -53,6 +53,7 @@ COLUMNS: dict[str, tuple[Callable[[FinishedIteration], float | None], str]] = {
     "instructions M_0": (_value("verifiable_rate", "initial"), "{:.1%}"),
     "instructions M_t": (_value("verifiable_rate", "candidate"), "{:.1%}"),
     "instructions equal steps": (_value("verifiable_rate", "equal_steps"), "{:.1%}"),
+    "gold over equal steps": (_value("gold_log_likelihood_gain", "candidate", over="equal_steps"), "{:+.3f}"),
     "reward M_0": (_value("held_out_reward", "initial"), "{:.3f}"),
     "reward M_t": (_value("held_out_reward", "candidate"), "{:.3f}"),
     "margin": (_value("mean_margin"), "{:.3f}"),

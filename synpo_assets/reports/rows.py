@@ -11,6 +11,7 @@ from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName, Which
 from synpo_assets.graph.texts import (
     MISSING,
     count_text,
+    difference_text,
     estimate_text,
     gain_text,
     number_text,
@@ -109,6 +110,9 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
     yield "Equal steps", label, value_cell("verifiable_rate", share_text, "equal_steps")
     label = "instructions followed, M_t less that model, 95 % interval"
     yield "Equal steps", label, metric_cell("verifiable_gain", gain_text, "candidate", over="equal_steps")
+    label = "log-likelihood of gold per token, M_t less that model, 95 % interval"
+    gain = metric_cell("gold_log_likelihood_gain", difference_text, "candidate", over="equal_steps")
+    yield "Equal steps", label, gain
     yield from without_a_judge()
     yield from edit_lines()
     yield "Gate", "M_t promoted to the next iteration", lambda iteration: PROMOTED[iteration.metrics.promoted]
