@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import resources.generation.completions
 import resources.generation.transformers_engine
-import resources.storage.shards
+import resources.storage.files
 from resources.common.errors import FinalError
 from resources.common.progress import Progress
 from resources.generation.few_rows import MOST_ROWS, multiply_few_rows_faster
@@ -127,11 +127,11 @@ def test_equal_rows_are_generated_once_and_are_not_reused_ones(tmp_path, nano_ch
 def test_a_full_disk_is_said_and_keeps_what_is_finished(tmp_path, nano_checkpoint, monkeypatch):
     first, _ = model(tmp_path).answer(nano_checkpoint, PROMPTS[:5], SAMPLING)
 
-    def full(path, content):
+    def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(resources.storage.shards, "write_atomically", full)
-    with pytest.raises(FinalError, match=r"A disk is full .*`synpo clean`"):
+    monkeypatch.setattr(resources.storage.files.os, "fsync", full)
+    with pytest.raises(FinalError, match=rf"A disk is full .* device: '{tmp_path}/.*\.parquet'.*`synpo clean`"):
         model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING)
     monkeypatch.undo()
     whole, usage = model(tmp_path).answer(nano_checkpoint, PROMPTS, SAMPLING)

@@ -52,8 +52,11 @@ def opened_atomically(path: AnyPath) -> Iterator[IO[bytes]]:
             # Somebody put a directory there.
             set_aside(final)
             temporary.rename(final)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            # What fails in writing, as on a full disk, does not say where.
+            error.filename = str(final)
         raise
 
 
