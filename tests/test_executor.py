@@ -82,6 +82,16 @@ def test_a_run_ends_soon_after_it_was_told_to_though_a_step_never_hears_of_it(tm
     assert "did not end within 1 s of being told to" in said.read_text()
 
 
+@pytest.mark.parametrize(("warnings", "says"), [({}, False), ({"PYTHONWARNINGS": "default"}, True)])
+def test_python_does_not_say_that_it_removes_what_a_run_left_in_shared_memory(warnings, says):
+    """Unless somebody asks for warnings."""
+    leaves = "import multiprocessing as m, os, synpo_assets.cli.executor; e = m.get_context('forkserver').Event(); os._exit(0)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"} | warnings
+    # Returns when the process that removes it has ended too.
+    said = subprocess.run([sys.executable, "-c", leaves], env=environment, capture_output=True, text=True, timeout=60)
+    assert ("leaked semaphore" in said.stderr) == says
+
+
 def of_the_pool(name):
     @dg.asset(name=name, pool=GPU_POOL, op_tags={GPU_TAG: "true"})
     def made() -> None:

@@ -27,6 +27,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # SimPO lives in trl.experimental, which is why trl is pinned exactly.
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+# What is left in shared memory by a killed step, or by a run that had to end at once, is removed. Python need not say so, after the
+# last sentence of the run.
+os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
 # The process that steps are forked from takes seconds to import: it has to notice that its run has ended before that.
 os.environ["SYNPO_RUN_PROCESS"] = str(os.getpid())
 
