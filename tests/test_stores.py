@@ -14,6 +14,7 @@ import pytest
 from resources.common.errors import DamageError
 from resources.storage.checkpoint_store import CheckpointStore
 from resources.storage.files import remove_abandoned, temporary_directory_beside, write_atomically
+from resources.storage.shards import Shards
 from resources.storage.tables import ParquetTables, table_metadata
 from synpo_assets.graph.schemas import KeywordPool, PreferencePairs, SeedPairs
 from synpo_assets.graph.tables import check, column_schema, frame_type
@@ -21,6 +22,18 @@ from synpo_assets.graph.tables import check, column_schema, frame_type
 SEED = pl.DataFrame({"prompt_id": ["prompt-1", "prompt-2"], "prompt": ["a", "b"], "answer": ["x", "y"],
                      "constraints": [[{"rule": "all_lowercase", "value": ""}], []], "split": ["train", "test"],
                      "line": [1, 1]})  # fmt: skip
+
+
+def test_shards_give_each_row_once_that_is_asked_for_and_no_other(tmp_path):
+    columns = {"key": pl.String, "row": pl.Int64}
+    shards = Shards(str(tmp_path), {}, "a test", columns)
+    assert shards.rows(pl.Series(["key-1"])).is_empty()
+    for first in (0, 3, 2):
+        shards.write([{"key": f"key-{row}", "row": row} for row in range(first, first + 3)])
+    for asked in ([], ["none"], ["key-4"], [f"key-{row}" for row in range(6)], ["key-3", "none", "key-0"]):
+        found = shards.rows(pl.Series(asked, dtype=pl.String))
+        assert found.schema == columns
+        assert sorted(found.rows()) == sorted((key, int(key[4:])) for key in asked if key != "none")
 
 
 def test_a_file_is_replaced_whole(tmp_path):

@@ -16,6 +16,7 @@ from resources.storage.files import DAMAGED, json_sha256, storage_root, write_at
 logger = logging.getLogger("synpo.storage")
 
 FINGERPRINT_FILE = "fingerprint.json"
+LARGEST_HASH = 2**64 - 1
 
 
 class Shards:
@@ -40,13 +41,16 @@ class Shards:
 
         `usable` leaves rows out, or mends them, before one row of several with the same key is chosen.
         """
-        found = pl.DataFrame(schema=self._columns)
+        found, largest = pl.DataFrame(schema=self._columns), pl.Series([LARGEST_HASH], dtype=pl.UInt64)
+        # Sorted once: a set of all keys, made anew for each shard, would take time as the square of the rows.
+        wanted = keys.hash().append(largest).sort()
         # Filtered only where need be, and appended in place: copies would take as much memory as the rows.
         for shard in self._shards(list(self._columns)):
-            is_wanted = shard["key"].is_in(keys.implode())
+            hashes = shard["key"].hash()
+            is_wanted = wanted[wanted.search_sorted(hashes)] == hashes
             found.extend(usable(shard if is_wanted.all() else shard.filter(is_wanted)))
         # Two runs that were at work side by side may both have finished a row.
-        return found if found["key"].n_unique() == found.height else found.unique("key", keep="first")
+        return found if found["key"].hash().n_unique() == found.height else found.unique("key", keep="first")
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Writes one shard, as a whole or not at all."""
