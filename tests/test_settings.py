@@ -93,6 +93,7 @@ def changed(tmp_path, **changes):
             {"response_improver": {"own_answers": True, "samples": 2}, "preferences": {"rejected_from": "previous"}},
             "Remove one of the two",
         ),
+        ({"response_improver": {"keep_right_answers": True}}, "set scorer.kind to `verifier`, or remove keep_right_answers"),
         ({"preferences": {"ranked_samples": 1}}, "`preferences.ranked_samples` is 1"),
         ({"scorer": {"kind": "pretrained"}}, "`scorer.name` is missing"),
         ({"scorer": {"kind": "pretrained", "name": "a/b", "training": {}}},

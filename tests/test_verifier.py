@@ -51,6 +51,7 @@ from synpo_assets.stages.seed import seed_pairs, seed_table
 from tests.nano import nano_settings, seed_rows, write_settings
 from tests.stand_ins import ITERATIONS, run, scored, services_in
 from tests.stand_ins import instance as instance
+from tests.test_improver_edits import RecordingTrainer
 from tests.test_loop import pairs as some_pairs
 from tests.test_measurements import CASES
 from tests.test_ranked_samples import preference_history, stand_in_checkpoint
@@ -380,6 +381,30 @@ def iteration(tmp_path, nano_model, instance):
     result = run([*given_assets, *stages], instance, services, "0001")
     tables = {stage.name: result.output_for_node(stage.name) for stage in stages}
     return services, tables, recorded(services.metrics, "0001"), stand_in, scorer
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_rows_that_the_policy_answers_rightly_stay_where_the_setting_says_so(tmp_path, instance, nano_model, keeps):
+    """Never those in which gold itself breaks a rule, or a scorer finds gold no better."""
+    rows = [("better", RULES_HOLD, 1, 0), ("both right", RULES_HOLD, 1, 1), ("both wrong", RULES_HOLD, 0, 0),
+            ("worse", RULES_HOLD, 0, 1), ("better", "reward_difference", 3, 1), ("equal", "reward_difference", 1, 1)]  # fmt: skip
+
+    @dg.asset(io_manager_key="tables", partitions_def=ITERATIONS)
+    def seed_responses():
+        columns = ("answer", "score_convention", "answer_score", "response_score")
+        frame = pl.DataFrame(
+            rows, schema=dict.fromkeys(columns[:2], pl.String) | dict.fromkeys(columns[2:], pl.Float64), orient="row"
+        )
+        margin = pl.col("answer_score") - pl.col("response_score")
+        return frame.with_columns(prompt=pl.lit("Why?"), response=pl.lit("So."), margin=margin, other_margin=margin)
+
+    shared, trainer = active_settings(), RecordingTrainer()
+    improver = shared.response_improver.model_copy(update={"margin_threshold": 0.0, "keep_right_answers": keeps})
+    services = services_in(tmp_path, shared.model_copy(update={"response_improver": improver}))
+    models = [stand_in_checkpoint("initial_policy", nano_model), stand_in_checkpoint("policy", nano_model, ITERATIONS)]
+    services = dataclasses.replace(services, trainer=trainer)
+    run([*models, seed_responses, response_improver], instance, services, "0001")
+    assert [gold for _, gold in trainer.examples] == ["better", *["both right"] * keeps, "better"]
 
 
 def test_an_iteration_whose_scorer_is_a_verifier(iteration, instance):

@@ -78,26 +78,24 @@ class ResponseImprover(Section):
     margin_threshold: float = Field(
         description="Train only where score(gold) - score(own answer) exceeds this. Paper: the threshold of the pair filter."
     )
+    keep_right_answers: bool = Field(
+        False,
+        description="Where a prompt has rules: also train on rows whose own answer follows them as gold does, so that an R_t "
+        "from M_0 learns what M_{t-1} has learned. Paper: dropped, since gold is no better.",
+    )
     init_from: Literal["initial", "previous"] = Field(
         "initial",
-        description="Train R_t from M_0 (paper), or from M_{t-1}, whose answers it is to rewrite: an R_t from M_0 may make answers "
-        "of a better M_{t-1} worse. Both are M_0 at t = 1.",
+        description="Train R_t from M_0 (paper), or from M_{t-1}, whose answers it is to rewrite. Both are M_0 at t = 1.",
     )
     training: Training = Field(description="SFT, anew in every iteration. Paper: as the generator, length 6000.")
     sampling: Sampling = Field(description="Decoding of the rewrites. Paper: T = 0.7.")
     damaged_copies: int = Field(
         0,
         ge=0,
-        description="Besides the own answers, train R_t to turn damaged gold into gold: so many copies of each gold answer, each "
-        "with another damage, such as a lost item or a changed number. What it makes of damaged held-out gold is then measured. "
-        "With training.max_examples, copies and own answers are drawn from alike. Paper: 0.",
+        description="Also train R_t to turn damaged gold into gold: so many copies of each gold answer, each with another damage, "
+        "such as a lost item. What it makes of such held-out answers is measured. training.max_examples draws from both. Paper: 0.",
     )
-    samples: int = Field(
-        1,
-        ge=1,
-        description="Rewrites of each answer. Of several the scorer takes the best among those about as long as the rejected "
-        "answer. Paper: 1.",
-    )
+    samples: int = Field(1, ge=1, description="Rewrites of each answer; see max_length_ratio. Paper: 1.")
     own_answers: bool = Field(
         False,
         description="Where samples is more than 1: M_{t-1}'s own answer is chosen where the scorer, or the rules of the prompt, "
@@ -106,8 +104,9 @@ class ResponseImprover(Section):
     max_length_ratio: float = Field(
         1.25,
         gt=1,
-        description="Where samples is more than 1: a rewrite is about as long as the rejected answer if the longer of the two has "
-        "at most this many times the characters of the other. If no rewrite is, the nearest in length is chosen. Not in the paper.",
+        description="Where samples is more than 1, the scorer takes the best of the rewrites about as long as the rejected answer: "
+        "the longer of the two has at most this many times the characters of the other. If no rewrite is, the nearest in length is "
+        "chosen. Not in the paper.",
     )
 
     @model_validator(mode="after")

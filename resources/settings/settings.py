@@ -129,6 +129,11 @@ class Settings(Section):
                 "response_improver.own_answers is true and preferences.rejected_from is `previous`: M_{t-1}'s own answer is then "
                 "the rejected one and never chosen. Remove one of the two."
             )
+        if self.response_improver.keep_right_answers and self.scorer.kind != "verifier":
+            raise ValueError(
+                f"response_improver.keep_right_answers is true and scorer.kind is `{self.scorer.kind}`, so no prompt has "
+                "rules: set scorer.kind to `verifier`, or remove keep_right_answers."
+            )
         limited = self.gate.minimum.keys() | self.gate.maximum.keys()
         of_instructions = [name for name in limited if name == "verifiable_rate_gain" or name.startswith(RULE_GAIN)]
         if of_instructions and self.seed_data.verifiable is None:

@@ -74,6 +74,11 @@ def preferred(margin: str, threshold: float) -> pl.Expr:
     return pl.when(BY_RULES).then(pl.col(margin) > 0).otherwise(pl.col(margin) > threshold)
 
 
+def both_follow(first_score: str, second_score: str) -> pl.Expr:
+    """Whether the prompt has rules and both answers follow all of them, so that F prefers neither."""
+    return BY_RULES & (pl.min_horizontal(first_score, second_score) == 1)
+
+
 def rules_text(constraints: Sequence[Mapping[str, str]]) -> str:
     """Constraints as the prompt generator writes them, JSON in one line; nothing if there are none.
 

@@ -9,6 +9,8 @@ policy is M_0, so its answers to synthetic prompts are found in the shards and n
 here never saw the seed rows that are filtered (scorers.py), and how many gold answers pass stands beside how many would pass
 in whose place gold of another prompt is scored: if these are as many, the filter knows nothing of what was asked. Several
 rewrites of an answer (`response_improver.samples`) are made and chosen from in best_rewrites.py.
+Where M_{t-1} already follows the rules of a seed prompt, gold is no better and the row is dropped, so that R_t, from M_0, sees
+ever less of what M_{t-1} has learned; with `response_improver.keep_right_answers` such rows stay.
 Where `response_improver.damaged_copies` is more than 0, R_t is also trained on damaged gold -> gold, so that it learns to edit what
 it is shown and not only to answer anew; the paper trains on own answers alone. Damaged gold needs no filter, because gold is the
 better one by construction. What R_t makes of damaged answers is measured in evaluation/improver_edits.py.
@@ -33,7 +35,7 @@ from synpo_assets.method.edits import damaged_copies
 from synpo_assets.method.judging import ANOTHER_GOLD, other_answers
 from synpo_assets.method.responses import answers_that_follow, response_table
 from synpo_assets.method.templates import Message, improver_instruction
-from synpo_assets.method.verifiable import preferred
+from synpo_assets.method.verifiable import both_follow, preferred
 from synpo_assets.stages.responses import answer_prompts
 from synpo_assets.stages.scorers import comparison_tokens, scored_answers
 from synpo_assets.stages.training import train_on_table
@@ -127,7 +129,8 @@ def _training_cost(sizes: Sizes) -> list[Work]:
     checkpoint=True,
     work=("trains",),
     reads=tuple(
-        f"response_improver.{name}" for name in ("init_from", "training", "margin_threshold", "damaged_copies")
+        f"response_improver.{name}"
+        for name in ("init_from", "training", "margin_threshold", "keep_right_answers", "damaged_copies")
     ),
     cost=_training_cost,
 )
@@ -144,7 +147,10 @@ def response_improver(
     down. `examples` says how many rows it learned from.
     """
     options, random_seed = services.settings.response_improver, services.settings.random_seed
-    valid = seed_responses.filter(preferred("margin", options.margin_threshold), pl.col("response") != "")
+    learned = preferred("margin", options.margin_threshold)
+    if options.keep_right_answers:
+        learned |= both_follow("answer_score", "response_score")
+    valid = seed_responses.filter(learned, pl.col("response") != "")
     if valid.is_empty():
         raise TrainingError(
             "No gold answer beats an answer of the policy's own by more than response_improver.margin_threshold = "
