@@ -44,6 +44,29 @@ def test_a_step_that_listens_ends_by_itself():
     assert ended_after(listens=True)[0] == 0
 
 
+REMOVES = """
+import signal, time
+from resources.common.processes import ended_after_interrupt
+
+class Removed:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+try:
+    with ended_after_interrupt(60):
+        Removed()
+        time.sleep(30)
+    print("not heard")
+except KeyboardInterrupt:
+    print("heard")
+"""
+
+
+def test_an_interrupt_that_comes_while_python_removes_an_object_is_not_lost():
+    removes = subprocess.run([sys.executable, "-c", REMOVES], capture_output=True, text=True, timeout=60)
+    assert (removes.stdout, removes.stderr) == ("heard\n", "")
+
+
 def test_after_the_block_signals_are_told_to_whom_they_were_before():
     before = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(before)

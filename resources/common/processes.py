@@ -16,10 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import TypeVar
 
+from dagster._core.errors import DagsterExecutionInterruptedError
+
 Value = TypeVar("Value")
 Result = TypeVar("Result")
 PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 8.0
+REPEATED_AFTER_SECONDS = 0.1
+INTERRUPTS = (KeyboardInterrupt, DagsterExecutionInterruptedError)
 logger = logging.getLogger("synpo")
 
 
@@ -68,7 +72,8 @@ def ended_after_interrupt(*pauses: float) -> Iterator[None]:
     """Ends this process if the block goes on after its first SIGINT or SIGTERM, which is repeated after each pause but the last.
 
     An interrupt raises an exception between two Python instructions. A library may swallow that exception, and a long
-    call into C or a wait for a process that is dead delays it, while the device stays occupied.
+    call into C or a wait for a process that is dead delays it, while the device stays occupied. Python itself swallows one
+    that comes while it removes an object; that interrupt is repeated in a moment.
 
     Args:
         pauses: Seconds until the next repetition, and in the end until the process is ended with exit code 1.
@@ -94,6 +99,19 @@ def ended_after_interrupt(*pauses: float) -> Iterator[None]:
             )
             os._exit(1)
 
+    hook = sys.unraisablehook
+
+    def interrupt_again() -> None:
+        if not ended.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def heard(unraisable: "sys.UnraisableHookArgs") -> None:
+        if isinstance(unraisable.exc_value, INTERRUPTS):
+            threading.Timer(REPEATED_AFTER_SECONDS, interrupt_again).start()
+        else:
+            hook(unraisable)
+
+    sys.unraisablehook = heard
     # Python writes the number of each signal there at once, before its handlers get their turn.
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     watcher = threading.Thread(target=watch, name="ended-after-interrupt", daemon=True)
@@ -102,6 +120,7 @@ def ended_after_interrupt(*pauses: float) -> Iterator[None]:
         yield
     finally:
         ended.set()
+        sys.unraisablehook = hook
         signal.set_wakeup_fd(before)
         os.close(writer)
         watcher.join()
