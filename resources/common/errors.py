@@ -1,11 +1,13 @@
 """The error of a step that would fail in the same way again."""
 
+import errno
 import os
 import re
 import shutil
 
 import dagster as dg
 
+FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 # What the operating system and SQLite say of a disk that is full, or of a quota that is used up.
 FULL = re.compile(
     r"(\[Errno \d+\] )?(No space left on device|Disk quota exceeded|database or disk is full)(: '[^']*')?"

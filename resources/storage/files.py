@@ -12,6 +12,8 @@ from typing import IO, Any
 
 from upath import UPath
 
+from resources.common.errors import FULL_ERRORS
+
 AnyPath = Path | UPath
 # Ends the name of what was found damaged, and is kept for whoever wants to look.
 DAMAGED = ".damaged"
@@ -54,8 +56,8 @@ def opened_atomically(path: AnyPath) -> Iterator[IO[bytes]]:
             temporary.rename(final)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            # What fails in writing, as on a full disk, does not say where.
+        if isinstance(error, OSError) and error.errno in FULL_ERRORS and error.filename is None:
+            # What fails in writing does not say where.
             error.filename = str(final)
         raise
 

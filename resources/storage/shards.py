@@ -1,6 +1,5 @@
 """Finished rows of long work, in files that survive a crash and are found again by what made them."""
 
-import errno
 import io
 import json
 import logging
@@ -10,7 +9,7 @@ from typing import Any
 import polars as pl
 import xxhash
 
-from resources.common.errors import DISK_IS_FULL, FinalError
+from resources.common.errors import DISK_IS_FULL, FULL_ERRORS, FinalError
 from resources.storage.files import DAMAGED, json_sha256, storage_root, write_atomically
 
 logger = logging.getLogger("synpo.storage")
@@ -61,7 +60,7 @@ class Shards:
                 write_atomically(self.folder / FINGERPRINT_FILE, json.dumps(self._description, indent=2).encode())
             write_atomically(self.folder / f"{checksum(content.getvalue())}.parquet", content.getvalue())
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL_ERRORS:
                 raise
             # To try again at once would not help.
             raise FinalError(DISK_IS_FULL.format(error)) from None
