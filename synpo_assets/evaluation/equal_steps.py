@@ -216,8 +216,8 @@ def equal_steps_gold(
 ) -> dg.Output[pl.DataFrame]:
     """How likely the control finds the held-out gold answers, compared with M_t; neither a judge nor a rule has a say.
 
-    `gold_log_likelihood_gain` is M_t's less the control's. Above 0, the control has given up more of what gold says for the
-    same steps.
+    `gold_log_likelihood_gain` is M_t's less the control's: above 0, M_t finds gold likelier. Whether the control lost or only
+    gained less is in `gold_comparison`, which has M_0.
     """
     refuse_answers_of_another(model_checkpoint, gold_comparison, "gold_comparison")
     refuse_control_of_another(equal_steps_checkpoint, model_checkpoint)

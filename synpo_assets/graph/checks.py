@@ -37,7 +37,7 @@ MORE_PAIRS = (
     "(prompt_generator.prompts_per_iteration), or lower the limit."
 )
 CHOOSE_SAMPLES = (
-    "Give R_t more seed rows with rules, train it from the policy (response_improver.init_from: previous), or let the policy's own "
+    "Give R_t more seed rows with rules, train it on right answers too (response_improver.keep_right_answers), or let own "
     "answers be chosen where they are better (response_improver.samples and own_answers, or preferences.chosen_from: "
     "ranked_samples). The best of several rewrites may still be better than what was rewritten."
 )
