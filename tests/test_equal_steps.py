@@ -253,6 +253,41 @@ def test_how_likely_the_control_finds_gold_is_measured_beside_m_t(instance, tmp_
     assert gain.low <= 1.0 <= gain.high
     found = measured.find("gold_log_likelihood", "equal_steps")
     assert (found.value, found.checkpoint_sha) == (-3.0, frame["control_checkpoint_sha"][0])
+    assert (measured.value("scored_tokens"), measured.value("scoring_seconds")) == (12, 0.5)
+
+
+def test_where_the_control_is_m_t_itself_gold_is_not_read_again(instance, tmp_path, monkeypatch):
+    monkeypatch.setattr("synpo_assets.evaluation.equal_steps.refuse_control_of_another", lambda *_: None)
+    models = [stand_in(name, "M_1", ITERATIONS) for name in ("model_checkpoint", "equal_steps_checkpoint")]
+    services = dataclasses.replace(services_in(tmp_path, active_settings()), likelihood=None)
+    run([*models, gold_comparison, equal_steps_gold], instance, services, "0001")
+    measured = recorded(services.metrics, "0001")
+    assert measured.value("gold_log_likelihood", "equal_steps") == -2.0
+    assert measured.find("gold_log_likelihood_gain", "candidate", over="equal_steps").value == 0
+    assert measured.value("scored_tokens") == 0
+
+
+@pytest.mark.parametrize(
+    ("refusal", "reason"),
+    [
+        ("refuse_answers_of_another", "is the control of"),
+        ("refuse_control_of_another", "in `gold_comparison` are those of"),
+    ],
+)
+def test_gold_of_another_m_t_or_control_is_refused(instance, tmp_path, monkeypatch, refusal, reason):
+    """Each by itself."""
+
+    @dg.asset(io_manager_key="tables", partitions_def=ITERATIONS)
+    def gold_comparison() -> pl.DataFrame:
+        return pl.DataFrame({"candidate_checkpoint_sha": ["f" * 64]})
+
+    monkeypatch.setattr(f"synpo_assets.evaluation.equal_steps.{refusal}", lambda *_: None)
+    models = [
+        stand_in("model_checkpoint", "M_2", ITERATIONS),
+        stand_in("equal_steps_checkpoint", "control", ITERATIONS),
+    ]
+    with pytest.raises(FinalError, match=reason):
+        run([*models, gold_comparison, equal_steps_gold], instance, services_in(tmp_path, active_settings()), "0002")
 
 
 # The setting.

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from resources.common import processes
 
 
@@ -46,24 +48,37 @@ def test_a_step_that_listens_ends_by_itself():
 
 REMOVES = """
 import signal, time
+from dagster import DagsterExecutionInterruptedError
 from resources.common.processes import ended_after_interrupt
 
 class Removed:
     def __del__(self):
         signal.raise_signal(signal.SIGINT)
 
+def told(*_):
+    raise {interrupt}
+
+signal.signal(signal.SIGINT, told)
 try:
     with ended_after_interrupt(60):
-        Removed()
-        time.sleep(30)
+        {block}
+    time.sleep(30)
     print("not heard")
-except KeyboardInterrupt:
+except {interrupt}:
     print("heard")
 """
+BLOCKS = {
+    "within the block": "Removed(); time.sleep(30)",
+    "as the last thing of it": "Removed()",
+    "in a block of it": "\n        with ended_after_interrupt(60): Removed()\n        time.sleep(30)",
+}
 
 
-def test_an_interrupt_that_comes_while_python_removes_an_object_is_not_lost():
-    removes = subprocess.run([sys.executable, "-c", REMOVES], capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize("interrupt", ["KeyboardInterrupt", "DagsterExecutionInterruptedError"])
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_an_interrupt_that_comes_while_python_removes_an_object_is_not_lost(block, interrupt):
+    code = REMOVES.format(block=block, interrupt=interrupt)
+    removes = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (removes.stdout, removes.stderr) == ("heard\n", "")
 
 

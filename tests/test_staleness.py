@@ -102,19 +102,30 @@ def changed(base, setting, value):
     return settings
 
 
+def versions_with(home, settings):
+    _, services = build(load_settings(write_settings(home / "settings.yaml", settings)), home)
+    graph = services.graph
+    return {key.to_user_string(): graph.get(key).code_version for key in graph.materializable_asset_keys}
+
+
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory):
     home, base = tmp_path_factory.mktemp("stale"), yaml.safe_load((HOME / "settings.yaml").read_text())
-
-    def loaded(settings):
-        _, services = build(load_settings(write_settings(home / "settings.yaml", settings)), home)
-        graph = services.graph
-        return {key.to_user_string(): graph.get(key).code_version for key in graph.materializable_asset_keys}
-
-    return {"": loaded(base)} | {name: loaded(changed(base, name, value)) for name, (value, _) in CASES.items()}
+    cases = {"": base} | {name: changed(base, name, value) for name, (value, _) in CASES.items()}
+    return {name: versions_with(home, settings) for name, settings in cases.items()}
 
 
 @pytest.mark.parametrize("setting", CASES)
 def test_a_setting_makes_exactly_the_assets_stale_that_it_decides(versions, setting):
     stale = {asset for asset, version in versions[setting].items() if version != versions[""].get(asset)}
     assert stale == CASES[setting][1]
+
+
+def test_right_answers_that_stay_decide_the_improver_alone(tmp_path):
+    """Only a verifier lets them stay."""
+    base = yaml.safe_load((HOME / "settings.yaml").read_text())
+    base = changed(base, "scorer.kind", "verifier")
+    before, after = (
+        versions_with(tmp_path, changed(base, "response_improver.keep_right_answers", keeps)) for keeps in (False, True)
+    )
+    assert {asset for asset, version in after.items() if version != before[asset]} == {"response_improver"}

@@ -1,5 +1,6 @@
 """Step processes end with the run that started them, and soon after they are told to."""
 
+import _thread
 import collections
 import contextlib
 import ctypes
@@ -12,11 +13,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import TypeVar
 
-from dagster._core.errors import DagsterExecutionInterruptedError
+from dagster import DagsterExecutionInterruptedError
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
@@ -101,13 +103,10 @@ def ended_after_interrupt(*pauses: float) -> Iterator[None]:
 
     hook = sys.unraisablehook
 
-    def interrupt_again() -> None:
-        if not ended.is_set():
-            os.kill(os.getpid(), signal.SIGINT)
-
     def heard(unraisable: "sys.UnraisableHookArgs") -> None:
         if isinstance(unraisable.exc_value, INTERRUPTS):
-            threading.Timer(REPEATED_AFTER_SECONDS, interrupt_again).start()
+            # Not by `threading`, whose locks may be held where an object is removed.
+            _thread.start_new_thread(_interrupt_in_a_moment, ())
         else:
             hook(unraisable)
 
@@ -125,6 +124,12 @@ def ended_after_interrupt(*pauses: float) -> Iterator[None]:
         os.close(writer)
         watcher.join()
         os.close(reader)
+
+
+def _interrupt_in_a_moment() -> None:
+    """Whoever listens by then hears it, also after the block."""
+    time.sleep(REPEATED_AFTER_SECONDS)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def map_batches(

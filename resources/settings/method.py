@@ -81,7 +81,7 @@ class ResponseImprover(Section):
     keep_right_answers: bool = Field(
         False,
         description="Where a prompt has rules: also train on rows whose own answer follows them as gold does, so that an R_t "
-        "from M_0 learns what M_{t-1} has learned. Paper: dropped, since gold is no better.",
+        "from M_0 learns to keep what is right. Paper: no rules.",
     )
     init_from: Literal["initial", "previous"] = Field(
         "initial",

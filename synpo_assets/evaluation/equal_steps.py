@@ -6,8 +6,8 @@ Here: where `preference_optimization.equal_steps_control` is set. The control st
 is trained on the pairs of iteration 1 for as many steps as M_t took, with the same loss and schedule. It answers the
 held-out prompts and the verifiable instructions; the judges compare its answers with those of M_0 and of M_t, and the
 instructions that it follows are counted beside M_t's. How likely it finds gold is measured too: many passes over few pairs may
-please rules and judges and forget what gold says. If M_t does no better than its control, the later iterations added steps
-and nothing else. In iteration 1 the control is M_1 itself, and nothing is trained.
+please rules and judges and forget what gold says, and then no single figure decides. If M_t does better than its control in none of
+them, the later iterations added steps and nothing else. In iteration 1 the control is M_1 itself, and nothing is trained.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import dagster as dg
 import polars as pl
 
 from resources.common.errors import FinalError
+from resources.models.likelihood import Likelihoods
 from resources.settings.method import PreferenceOptimization
 from resources.storage.checkpoint_store import Checkpoint
 from synpo_assets.evaluation.gold_comparison import refuse_answers_of_another
@@ -204,7 +205,7 @@ def equal_steps_instructions(
     EqualStepsGold,
     group="evaluation",
     work=("scores",),
-    cost=lambda sizes: [Work("score", sizes.held_out * (sizes.asked + sizes.gold))],
+    cost=lambda sizes: [Work("score", sizes.held_out * (sizes.asked + sizes.gold), later_only=True)],
     made_from={"prompt_id": "gold_comparison"},
 )
 def equal_steps_gold(
@@ -222,15 +223,18 @@ def equal_steps_gold(
     refuse_answers_of_another(model_checkpoint, gold_comparison, "gold_comparison")
     refuse_control_of_another(equal_steps_checkpoint, model_checkpoint)
     control, random_seed = equal_steps_checkpoint, services.settings.random_seed
-    found = services.likelihood.measure(control, gold_comparison.select("prompt", "answer").rows())
-    columns = EqualStepsGold.to_schema().columns
+    read = list[Likelihoods]()
+    # In iteration 1 the control is M_1, which gold_comparison has asked.
+    likelihoods = gold_comparison["candidate_log_likelihood"]
+    if control.sha != model_checkpoint.sha:
+        read.append(services.likelihood.measure(control, gold_comparison.select("prompt", "answer").rows()))
+        likelihoods = pl.Series(read[0].per_token)
     frame = gold_comparison.with_columns(
-        control_log_likelihood=pl.Series(found.per_token), control_checkpoint_sha=pl.lit(control.sha)
-    ).select(*columns)
+        control_log_likelihood=likelihoods, control_checkpoint_sha=pl.lit(control.sha)
+    ).select(*EqualStepsGold.to_schema().columns)
     measured = [
         *metrics.by_split(frame, lambda rows: _gold_metrics(rows, random_seed, model_checkpoint.sha)),
-        Metric("scored_tokens", found.tokens),
-        Metric("scoring_seconds", round(found.seconds, 1)),
+        *metrics.reading(read),
     ]
     return table_output(context, services, frame, measured, **made_by(control))
 

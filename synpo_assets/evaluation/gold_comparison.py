@@ -76,8 +76,7 @@ def gold_comparison(
     )
     measured = [
         *metrics.by_split(frame, lambda rows: gold_metrics(rows, model_checkpoint.sha, settings.random_seed)),
-        Metric("scored_tokens", sum(each.tokens for each in likelihoods.values())),
-        Metric("scoring_seconds", round(sum(each.seconds for each in likelihoods.values()), 1)),
+        *metrics.reading(likelihoods.values()),
         *metrics.embedding(embedded),
     ]
     return table_output(context, services, frame, measured, embedding_model=origin["name"], **made_by(model_checkpoint))

@@ -6,7 +6,7 @@ Report, gate, comparison, summary, cards, checks and plots read these rows. Even
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import pandera.polars as pa
@@ -14,6 +14,7 @@ import polars as pl
 
 from resources.generation.language_model import Usage
 from resources.models.embeddings import Embedded
+from resources.models.likelihood import Likelihoods
 from resources.scoring.scorer import ScoringUsage
 from resources.storage.tables import ParquetTables
 from resources.training.job import TrainingSummary
@@ -284,6 +285,14 @@ def scoring(*usages: ScoringUsage) -> list[Metric]:
         Metric("answers_unread", usage.answers_cut),
         Metric("scoring_seconds", round(usage.seconds, 1)),
         *(_rate("scored_tokens_per_second", usage.tokens, usage.seconds) if not usage.reused else []),
+    ]
+
+
+def reading(found: Collection[Likelihoods]) -> list[Metric]:
+    """What it cost to ask models how likely they find answers."""
+    return [
+        Metric("scored_tokens", sum(each.tokens for each in found)),
+        Metric("scoring_seconds", round(sum(each.seconds for each in found), 1)),
     ]
 
 

@@ -9,8 +9,8 @@ policy is M_0, so its answers to synthetic prompts are found in the shards and n
 here never saw the seed rows that are filtered (scorers.py), and how many gold answers pass stands beside how many would pass
 in whose place gold of another prompt is scored: if these are as many, the filter knows nothing of what was asked. Several
 rewrites of an answer (`response_improver.samples`) are made and chosen from in best_rewrites.py.
-Where M_{t-1} already follows the rules of a seed prompt, gold is no better and the row is dropped, so that R_t, from M_0, sees
-ever less of what M_{t-1} has learned; with `response_improver.keep_right_answers` such rows stay.
+Where M_{t-1} already follows the rules of a seed prompt, gold is no better and the row is dropped, so that R_t, from M_0, is shown
+ever fewer right answers; with `response_improver.keep_right_answers` such rows stay.
 Where `response_improver.damaged_copies` is more than 0, R_t is also trained on damaged gold -> gold, so that it learns to edit what
 it is shown and not only to answer anew; the paper trains on own answers alone. Damaged gold needs no filter, because gold is the
 better one by construction. What R_t makes of damaged answers is measured in evaluation/improver_edits.py.
