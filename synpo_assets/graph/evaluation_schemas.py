@@ -163,8 +163,8 @@ class PromptDiversity(Table):
     iteration: int = pa.Field(ge=1, description="The iteration.")
 
 
-class HeldOutGold(Table):
-    """The held-out gold answers as M_t sees them."""
+class GoldComparison(Table):
+    """The held-out gold answers as M_t and M_0 see them, and how close their own answers are."""
 
     prompt_id: str = id_column("The held-out prompt.", unique=True)
     split: str = split_column()
@@ -173,13 +173,6 @@ class HeldOutGold(Table):
     candidate_log_likelihood: float = pa.Field(
         le=0, description="Mean log-probability per token of gold's text under M_t, without the end of turn, in nats."
     )
-    candidate_checkpoint_sha: str = id_column("sha of M_t.")
-    iteration: int = pa.Field(ge=1, description="The iteration t.")
-
-
-class GoldComparison(HeldOutGold):
-    """The same beside M_0, and how close the own answers of both are to gold."""
-
     initial_log_likelihood: float = pa.Field(le=0, description="The same under M_0.")
     candidate_end_log_likelihood: float = pa.Field(
         le=0, description="Log-probability under M_t that the turn ends where gold ends, in nats."
@@ -189,7 +182,9 @@ class GoldComparison(HeldOutGold):
     initial_similarity: float = pa.Field(description="The same for M_0's answer.")
     candidate_length_ratio: float = pa.Field(ge=0, description="Characters of M_t's answer over those of gold.")
     initial_length_ratio: float = pa.Field(ge=0, description="The same for M_0's answer.")
+    candidate_checkpoint_sha: str = id_column("sha of M_t.")
     initial_checkpoint_sha: str = id_column("sha of M_0.")
+    iteration: int = pa.Field(ge=1, description="The iteration t.")
 
 
 class BenchmarkScores(Table):
@@ -235,11 +230,21 @@ class EqualStepsInstructions(InstructionAnswers):
     control_checkpoint_sha: str = id_column("sha of the control.")
 
 
-class EqualStepsGold(HeldOutGold):
-    """The same beside the control of equal steps."""
+class EqualStepsGold(Table):
+    """The held-out gold answers as the control of equal steps and M_t see them."""
 
-    control_log_likelihood: float = pa.Field(le=0, description="The same under the control; at t = 1 it is M_1.")
+    prompt_id: str = id_column("The held-out prompt.", unique=True)
+    split: str = split_column()
+    prompt: str = text_column("The instruction.")
+    answer: str = text_column("The gold answer.")
+    control_log_likelihood: float = pa.Field(
+        le=0,
+        description="Mean log-probability per token of gold's text under the control, in nats; at t = 1 it is M_1.",
+    )
+    candidate_log_likelihood: float = pa.Field(le=0, description="The same under M_t.")
     control_checkpoint_sha: str = id_column("sha of the control.")
+    candidate_checkpoint_sha: str = id_column("sha of M_t.")
+    iteration: int = pa.Field(ge=1, description="The iteration t.")
 
 
 class ImproverEdits(Table):
