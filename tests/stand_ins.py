@@ -14,7 +14,7 @@ from synpo_assets.graph.metrics import Metric, record
 from synpo_assets.graph.partitions import iterations
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
-from synpo_assets.method.verifiable import CONSTRAINTS
+from synpo_assets.method.rules import CONSTRAINTS
 
 EMPTY_JOB = dg.Definitions([dg.AssetSpec("anything")]).resolve_implicit_global_asset_job_def()
 ITERATIONS = iterations(active_settings())

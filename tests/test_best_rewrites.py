@@ -19,7 +19,7 @@ from synpo_assets.graph.stage import MADE_FROM
 from synpo_assets.graph.tables import check
 from synpo_assets.method.pairs import join_sides, select_pairs
 from synpo_assets.method.ranking import best_of_like_length, repeated_prompts
-from synpo_assets.method.verifiable import CONSTRAINTS
+from synpo_assets.method.rules import CONSTRAINTS
 from synpo_assets.stages.best_rewrites import best_rewrites
 from synpo_assets.stages.improver import refined_responses, rejected_responses
 from synpo_assets.stages.responses import base_responses

@@ -40,8 +40,8 @@ EDITS = {
     ),
     "a constant": ("synpo_assets/method/evaluation.py", "(0.5, 2.0)", "(0.5, 3.0)", {"gold_comparison"}),
     "a constant that another constant is made of": (
-        "synpo_assets/method/verifiable.py", '"words_at_most": lambda answer, value: len(_words(answer)) <=',
-        '"words_at_most": lambda answer, value: len(_words(answer)) <',
+        "synpo_assets/method/rules.py", '"words_at_most": lambda answer, value: len(words_in(answer)) <=',
+        '"words_at_most": lambda answer, value: len(words_in(answer)) <',
         {
             "instruction_following", "verifiable_instructions", "seed_pairs", "seed_responses", "preference_pairs",
             "synthetic_prompts", "self_instruct_prompts", "prompt_diversity", "refined_responses",

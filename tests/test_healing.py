@@ -76,6 +76,7 @@ DAMAGES = [
     (MANIFEST, edit_json(files=[])),
     (MANIFEST, edit_json(sha="0" * 64)),
     (MANIFEST, edit_json(asset="judge_model")),
+    (MANIFEST, edit_json(parents={"start": {"asset": "reward_model"}})),
     (DIRECTORY, shutil.rmtree),
     (WEIGHTS, Path.unlink),
 ]  # fmt: skip

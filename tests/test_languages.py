@@ -13,7 +13,7 @@ from synpo_assets.cli.preflight import check_data_and_training
 from synpo_assets.method.keywords import Keywords
 from synpo_assets.method.pairs import repetition
 from synpo_assets.method.prompts import Contamination, NearDuplicates
-from synpo_assets.method.verifiable import meets
+from synpo_assets.method.rules import meets
 from synpo_assets.method.words import words_of
 from tests.conftest import synpo
 from tests.nano import make_nano_model, nano_settings, write_settings

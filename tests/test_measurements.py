@@ -14,7 +14,8 @@ from synpo_assets.evaluation.instruction_following import following_metrics
 from synpo_assets.graph.evaluation_schemas import InstructionFollowing
 from synpo_assets.graph.metrics import Metric, recorded
 from synpo_assets.method.evaluation import LENGTH_BANDS, length_bands
-from synpo_assets.method.verifiable import RULES, meets, rates_by_rule
+from synpo_assets.method.rules import RULES, meets
+from synpo_assets.method.verifiable import rates_by_rule
 from synpo_assets.stages.seed import seed_table, verifiable_table
 from tests.nano import seed_rows, write_settings
 from tests.stand_ins import services_in
@@ -54,6 +55,26 @@ CASES = [
     ("in_order", "ant|bee", "ant bee", "ants, bees"),
     # Not by trying all ways to choose the places.
     ("in_order", "|".join("a" * 30), "a " * 30, "a " * 29 + "b " * 9_000),
+    # Marks and words of other scripts.
+    ("sentences_at_most", "1", "今天天气很好。", "今天天气很好。我们去公园吧\uff01"),
+    ("sentences_at_most", "1", "मैं घर जाता हूँ।", "मैं घर जाता हूँ। वह आता है।"),
+    ("sentences_at_most", "1", "أين أنت؟", "أين أنت؟ أنا هنا."),
+    ("question_marks_exactly", "1", "你好吗\uff1f", "你好。"),
+    ("question_marks_exactly", "1", "أين أنت؟", "أنا هنا."),
+    ("comma_items_exactly", "3", "苹果、梨\uff0c李子", "苹果\uff0c梨"),
+    ("numbered_exactly", "2", "1、苹果\n2、梨", "1、苹果\n3、梨"),
+    ("numbered_exactly", "2", "\u0661. تفاح\n٢. كمثرى", "\u0661. تفاح"),
+    ("contains", "苹果", "我爱苹果。", "我爱水果。"),
+    ("contains", "काम", "यह काम है।", "यह कामना है।"),
+    ("contains", "हिन्द", "जय हिन्द!", "हिन्दी"),
+    ("avoids", "糖", "没有盐。", "没有糖。"),
+    ("starts_with", "是", "「是的\uff0c可以。」", "不是。"),
+    ("starts_with", "Claro", "¡Claro que sí!", "Sí, claro"),
+    ("ends_with", "再见", "我走了\uff0c再见。", "再见\uff0c我走了。"),
+    ("is_one_of", "是|否", "是。", "也许。"),
+    ("in_quotes", "", "「早上好」", "他说「好」"),
+    ("in_quotes", "", "« Bonjour »", "Bonjour"),
+    ("in_order", "盐|糖", "先放盐再放糖", "先放糖再放盐"),
 ]
 
 

@@ -31,7 +31,7 @@ from synpo_assets.graph.metrics import Metric, recorded
 from synpo_assets.graph.schemas import SearchCandidates
 from synpo_assets.graph.tables import check
 from synpo_assets.method.judging import BOTH_ENDED
-from synpo_assets.method.verifiable import CONSTRAINTS
+from synpo_assets.method.rules import CONSTRAINTS
 from synpo_assets.reports.search import HEAD, candidate_rows, chosen_text, chosen_values
 from tests.nano import nano_settings, write_settings
 from tests.stand_ins import ITERATIONS, measured, run, services_in, shown, without_rules

@@ -7,7 +7,7 @@ import yaml
 
 from resources.settings.files import load_settings, preset_path
 from synpo_assets.method.prompts import Contamination, NearDuplicates
-from synpo_assets.method.verifiable import RULES
+from synpo_assets.method.rules import RULES
 from synpo_assets.method.words import words_of
 from synpo_assets.stages.seed import seed_table, verifiable_table
 from tests.benchmarks.rules_seed import tasks_of

@@ -17,7 +17,7 @@ from synpo_assets.graph.presentation import table_version
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.pairs import as_preferences, join_sides, select_pairs
 from synpo_assets.method.responses import response_table
-from synpo_assets.method.verifiable import CONSTRAINTS
+from synpo_assets.method.rules import CONSTRAINTS
 from synpo_assets.reports.trace import as_tree
 from tests.conftest import synpo_here
 from tests.stand_ins import scored, services_in

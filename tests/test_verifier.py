@@ -25,18 +25,10 @@ from synpo_assets.graph.schemas import PreferencePairs, SeedPairs, SeedResponses
 from synpo_assets.graph.tables import check
 from synpo_assets.method.pairs import select_pairs
 from synpo_assets.method.ranking import beside_first, best_of_like_length, repeated_prompts, with_ranks
+from synpo_assets.method.rules import ALONE, COMPARING, CONSTRAINTS, COUNTING, followed, read_constraints
 from synpo_assets.method.stated_rules import is_stated
 from synpo_assets.method.templates import generator_instruction, generator_target, parse_question, parse_rules
-from synpo_assets.method.verifiable import (
-    ALONE,
-    COMPARING,
-    CONSTRAINTS,
-    COUNTING,
-    RULES_HOLD,
-    followed,
-    read_constraints,
-    rule_scores,
-)
+from synpo_assets.method.verifiable import RULES_HOLD, rule_scores
 from synpo_assets.publishing.cards import CardData, dataset_card
 from synpo_assets.publishing.forms import CONVERSIONS
 from synpo_assets.publishing.published import _scorer
@@ -405,6 +397,8 @@ def test_rows_that_the_policy_answers_rightly_stay_where_the_setting_says_so(tmp
     services = dataclasses.replace(services, trainer=trainer)
     run([*models, seed_responses, response_improver], instance, services, "0001")
     assert [gold for _, gold in trainer.examples] == ["better", *["both right"] * keeps, "better"]
+    kept = recorded(services.metrics, "0001").find("right_answers_kept")
+    assert (kept and kept.value) == (1 if keeps else None)
 
 
 def test_an_iteration_whose_scorer_is_a_verifier(iteration, instance):

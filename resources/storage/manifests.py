@@ -22,6 +22,13 @@ class _File(BaseModel):
     sha256: str
 
 
+class _Parent(BaseModel):
+    asset: str
+    sha: str
+    run_id: str
+    directory: str
+
+
 class Manifest(BaseModel):
     """What every manifest holds; more stands in it for people."""
 
@@ -31,7 +38,7 @@ class Manifest(BaseModel):
     weights: str
     files: dict[str, _File] = Field(min_length=1)
     run_id: str
-    parents: dict[str, dict[str, Any]]
+    parents: dict[str, _Parent]
     trained_on: dict[str, str]
     settings: dict[str, Any]
 

@@ -21,8 +21,9 @@ from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.evaluation import mean_gain
+from synpo_assets.method.rules import followed
 from synpo_assets.method.templates import user_message
-from synpo_assets.method.verifiable import followed, nulls_followed, rates_by_rule, shares_followed
+from synpo_assets.method.verifiable import nulls_followed, rates_by_rule, shares_followed
 
 ANSWERING_READS = ("evaluation.sampling", "evaluation.instruction_samples")
 

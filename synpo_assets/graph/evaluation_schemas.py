@@ -7,7 +7,7 @@ from synpo_assets.graph.tables import Table, id_column, outcome_column, share_co
 from synpo_assets.method.damage import DAMAGES
 from synpo_assets.method.edits import EDIT_OUTCOMES
 from synpo_assets.method.outcomes import NO_VERDICT, POINTS
-from synpo_assets.method.verifiable import CONSTRAINTS
+from synpo_assets.method.rules import CONSTRAINTS
 
 JUDGE, SCORER = "the independent judge", "the scorer, which took part in training,"
 SERVER = "the model of judge.server, if there is one,"
@@ -71,7 +71,7 @@ class VerifiableInstructions(Table):
     split: str = split_column()
     prompt: str = text_column("The instruction.")
     constraints: CONSTRAINTS = pa.Field(  # type: ignore[valid-type]
-        description="What an answer must meet: a rule of method/verifiable.py, and the value it compares with."
+        description="What an answer must meet: a rule of method/rules.py, and the value it compares with."
     )
 
 

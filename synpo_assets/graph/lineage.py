@@ -24,8 +24,8 @@ from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.presentation import label_link, run_link, table_version
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import MADE_FROM, STATE_TAG
+from synpo_assets.method.rules import rules_text
 from synpo_assets.method.seed import HELD_OUT
-from synpo_assets.method.verifiable import rules_text
 
 ID_COLUMNS = {"keywords": "keyword_set_id", "prompt": "prompt_id", "response": "response_id", "pair": "pair_id"}
 LONG_FACTS = ("paragraph", "prompt", "answer", "response", "text")

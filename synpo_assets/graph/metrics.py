@@ -45,7 +45,7 @@ MetricName = Literal[
     # Responses, scorers and pairs.
     "gold_better_share", "passing_share", "unchanged_share", "samples_per_prompt", "mean_margin_over_first_sample",
     "like_length_share", "own_answer_share", "rules_followed_share", "held_out_accuracy", "candidate_pairs", "mean_margin",
-    "chosen_to_rejected_length", "pairs_of_iteration", "verdicts", "agreement_rate",
+    "chosen_to_rejected_length", "pairs_of_iteration", "verdicts", "agreement_rate", "right_answers_kept",
     # Held-out prompts.
     "held_out_prompts", "held_out_reward", "win_rate", "length_controlled_win_rate", "pairs_alike_in_length", "wins", "ties",
     "losses", "no_verdicts", "win_rate_both_ended", "wins_both_ended", "ties_both_ended", "losses_both_ended",

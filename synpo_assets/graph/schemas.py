@@ -6,8 +6,8 @@ import polars as pl
 from synpo_assets.graph.tables import Table, id_column, text_column
 from synpo_assets.method.pairs import MESSAGES
 from synpo_assets.method.reviews import OUTCOMES, WORDS
+from synpo_assets.method.rules import CONSTRAINTS
 from synpo_assets.method.seed import HELD_OUT
-from synpo_assets.method.verifiable import CONSTRAINTS
 
 
 class SeedPairs(Table):

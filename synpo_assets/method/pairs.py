@@ -5,7 +5,8 @@ import collections
 import polars as pl
 
 from synpo_assets.method.ids import content_id
-from synpo_assets.method.verifiable import BY_RULES, rules_text
+from synpo_assets.method.rules import rules_text
+from synpo_assets.method.verifiable import BY_RULES
 from synpo_assets.method.words import words_of
 
 

@@ -4,7 +4,8 @@ import polars as pl
 
 from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.ids import content_id
-from synpo_assets.method.verifiable import followed, has_rules
+from synpo_assets.method.rules import followed
+from synpo_assets.method.verifiable import has_rules
 
 
 def response_table(

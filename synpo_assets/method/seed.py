@@ -11,7 +11,7 @@ import polars as pl
 from synpo_assets.method.chat_rows import PARTS_OF_QUESTIONS, UnusableCellError, messages_in, row_text, turns_of
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.prompts import Contamination
-from synpo_assets.method.verifiable import constraints_problem, followed, read_constraints
+from synpo_assets.method.rules import constraints_problem, followed, read_constraints
 from synpo_assets.method.words import words_of
 
 # The splits of the held-out pairs: searches and the gate read dev, tables report test.

@@ -9,7 +9,7 @@ word that names it. A text that shall be contained or avoided must be named as s
 import re
 from collections.abc import Mapping
 
-from synpo_assets.method.verifiable import COUNTING
+from synpo_assets.method.rules import COUNTING
 
 NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",

@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 import polars as pl
 
-from synpo_assets.method.verifiable import constraints_problem, read_constraints, rules_text
+from synpo_assets.method.rules import constraints_problem, read_constraints, rules_text
 
 Message = dict[str, str]
 

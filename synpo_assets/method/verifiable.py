@@ -5,47 +5,26 @@ followed when it meets all constraints of its prompt; an empty answer meets none
 `scorer.kind: verifier` the same rules decide between two answers to a prompt of the seed, or of the generator, that has some.
 """
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
-import regex
 
 from synpo_assets.method.chat_rows import UnusableCellError, row_text
 from synpo_assets.method.ids import content_id
-from synpo_assets.method.words import UNSPACED_CHARACTER
+from synpo_assets.method.rules import (
+    ABBREVIATION,
+    SENTENCE_END,
+    WORD,
+    constraints_problem,
+    followed,
+    read_constraints,
+    words_in,
+)
 
-CONSTRAINTS = pl.List(pl.Struct({"rule": pl.String, "value": pl.String}))
 # What a margin is where rules decide: 1 if the first answer alone follows all of them, -1 if the second one alone does, else 0.
 RULES_HOLD = "rules_hold"
 BY_RULES = pl.col("score_convention") == RULES_HOLD
-# A number with more digits is no count of words or lines.
-MOST_DIGITS = 6
-NUMBERED = re.compile(r"\s*(\d+)[.)]\s")
-DASHED = re.compile(r"\s*[-\u2013\u2014]\s*[^\s\-\u2013\u2014]")
-# A full stop after these, or between their letters, ends no sentence.
-ABBREVIATION = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|e\.g|i\.e)\.", re.IGNORECASE)
-SENTENCE_END = re.compile(r"[.!?]+[\"'”\u2019)\]]*(?=\s|$)")
-WORD = regex.compile(rf"{UNSPACED_CHARACTER.pattern}|(?:(?!{UNSPACED_CHARACTER.pattern})\S)+", regex.VERSION1)
-
-
-def meets(rule: str, value: str, answer: str) -> bool:
-    """Whether an answer meets one constraint: a rule of `RULES`, and the value it compares with where it compares.
-
-    Examples:
-        >>> meets("words_at_most", "3", "Only three words"), meets("dashes_exactly", "2", "- one")
-        (True, False)
-        >>> meets("avoids", "sand", "A sandy beach"), meets("ends_with", "the end", "So it was. The End.")
-        (True, True)
-    """
-    return bool(answer.strip()) and RULES[rule](answer.strip(), value)
-
-
-def followed(constraints: Sequence[Mapping[str, str]], answer: str) -> list[bool]:
-    """Whether an answer meets each constraint of its prompt."""
-    return [meets(constraint["rule"], constraint["value"], answer) for constraint in constraints]
 
 
 def has_rules(prompts: pl.DataFrame) -> pl.Series:
@@ -77,17 +56,6 @@ def preferred(margin: str, threshold: float) -> pl.Expr:
 def both_follow(first_score: str, second_score: str) -> pl.Expr:
     """Whether the prompt has rules and both answers follow all of them, so that F prefers neither."""
     return BY_RULES & (pl.min_horizontal(first_score, second_score) == 1)
-
-
-def rules_text(constraints: Sequence[Mapping[str, str]]) -> str:
-    """Constraints as the prompt generator writes them, JSON in one line; nothing if there are none.
-
-    Examples:
-        >>> rules_text([{"rule": "words_at_most", "value": "20"}, {"rule": "all_lowercase", "value": ""}])
-        '[{"rule": "words_at_most", "value": "20"}, {"rule": "all_lowercase"}]'
-    """
-    stated = [{name: text for name, text in constraint.items() if text} for constraint in constraints]
-    return json.dumps(stated, ensure_ascii=False) if stated else ""
 
 
 def shares_followed(answered: pl.DataFrame, sides: Sequence[str] = ("candidate", "initial")) -> pl.DataFrame:
@@ -128,7 +96,7 @@ def null_answers(answered: pl.DataFrame) -> dict[str, list[str]]:
     found = {
         "prompt_as_answer": answered["prompt"].to_list(),
         "first_sentence": list(map(first_sentence, initial)),
-        "as_brief": [as_brief(text, len(_words(other))) for text, other in zip(initial, candidate, strict=True)],
+        "as_brief": [as_brief(text, len(words_in(other))) for text, other in zip(initial, candidate, strict=True)],
     }
     if answered["prompt_id"].n_unique() > 1:
         # The next one's in the order of ids, which are hashes, so that neighbours need not be of one kind.
@@ -208,140 +176,3 @@ def instruction_rows(
             of_row |= {"prompt_id": content_id("prompt", prompt), "prompt": prompt}
             good[prompt] = of_row | {"constraints": read_constraints(constraints)}
     return list(good.values()), bad
-
-
-def constraints_problem(stated: Any) -> str | None:
-    """What is wrong with constraints as written, if anything is.
-
-    Examples:
-        >>> constraints_problem([{"rule": "words_at_most", "value": "a few"}])
-        "the rule `words_at_most` needs a whole number as value, not 'a few'"
-    """
-    if not isinstance(stated, list):
-        return "`constraints` is no list"
-    return next(filter(None, map(_problem, stated)), None)
-
-
-def read_constraints(stated: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Constraints in which nothing is wrong, in the form of the tables."""
-    return [{"rule": each["rule"], "value": "" if each["rule"] in ALONE else str(each["value"])} for each in stated]
-
-
-def _problem(constraint: Any) -> str | None:
-    """What is wrong with a constraint as written, if anything is."""
-    if not isinstance(constraint, Mapping) or not isinstance(constraint.get("rule"), str):
-        return "a constraint is no object with a `rule`"
-    rule, value = constraint["rule"], constraint.get("value")
-    if rule not in RULES:
-        return f"there is no rule `{rule}`"
-    digits = str(value)
-    if rule in COUNTING and not (digits.isascii() and digits.isdecimal() and len(digits) <= MOST_DIGITS):
-        return f"the rule `{rule}` needs a whole number as value, not {value!r}"
-    # A text with half of a surrogate pair, which JSON can spell, fits in no table.
-    if rule in COMPARING and not (isinstance(value, str | int) and str(value) and str(value).isprintable()):
-        return f"the rule `{rule}` needs a text as value, in one line"
-    return None
-
-
-def _words(answer: str) -> list[str]:
-    spaced = UNSPACED_CHARACTER.sub(r" \g<0> ", answer)
-    return [word for word in spaced.split() if any(letter.isalnum() for letter in word)]
-
-
-def _sentences(answer: str) -> int:
-    """How many sentences there are; a last one without an end mark counts."""
-    parts = SENTENCE_END.split(ABBREVIATION.sub("abbreviation", answer))
-    return len([part for part in parts if any(letter.isalnum() for letter in part)])
-
-
-def _find_word(answer: str, text: str, start: int = 0) -> re.Match[str] | None:
-    """Where a text first stands in an answer with no letter or digit beside it."""
-    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE).search(answer, start)
-
-
-def _has_word(answer: str, text: str) -> bool:
-    return _find_word(answer, text) is not None
-
-
-def _lines(answer: str) -> list[str]:
-    return [line for line in answer.splitlines() if line.strip()]
-
-
-def _json(answer: str) -> Any:
-    """The value of an answer that is JSON and nothing else, if only in a fence; None of any other."""
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", answer, re.DOTALL)
-    try:
-        return json.loads(fenced[1] if fenced else answer)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _is_list_of(answer: str, count: str) -> bool:
-    listed = _json(answer)
-    return isinstance(listed, list) and len(listed) == int(count)
-
-
-def _has_key(answer: str, key: str) -> bool:
-    stated = _json(answer)
-    return isinstance(stated, dict) and key in stated
-
-
-def _is_numbered(answer: str, count: str) -> bool:
-    """Whether the lines that start with a number are numbered from 1 to a count, and nothing else."""
-    return [line[1] for line in map(NUMBERED.match, _lines(answer)) if line] == [
-        str(number) for number in range(1, int(count) + 1)
-    ]
-
-
-def _in_order(answer: str, texts: str) -> bool:
-    """Whether texts, written with bars between them, all stand in an answer, each after the one before."""
-    place = 0
-    for text in texts.split("|"):
-        found = _find_word(answer, text, place)
-        if found is None:
-            return False
-        place = found.end()
-    return True
-
-
-def _bare(text: str) -> str:
-    """In lowercase, without quotes and marks around it."""
-    return text.lower().strip(".!?\"'“”\u2018\u2019* \n")
-
-
-def _starts_with(answer: str, text: str) -> bool:
-    return re.match(rf"{re.escape(_bare(text))}(?!\w)", _bare(answer)) is not None
-
-
-def _ends_with(answer: str, text: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(_bare(text))}$", _bare(answer)) is not None
-
-
-COUNTING: dict[str, Callable[[str, str], bool]] = {
-    "words_at_most": lambda answer, value: len(_words(answer)) <= int(value),
-    "words_at_least": lambda answer, value: len(_words(answer)) >= int(value),
-    "sentences_at_most": lambda answer, value: _sentences(answer) <= int(value),
-    "lines_exactly": lambda answer, value: len(_lines(answer)) == int(value),
-    "dashes_exactly": lambda answer, value: len([x for x in _lines(answer) if DASHED.match(x)]) == int(value),
-    "numbered_exactly": _is_numbered,
-    "comma_items_exactly": lambda answer, value: len(_lines(answer)) == 1 and answer.count(",") == int(value) - 1,
-    "json_list_of": _is_list_of,
-    "question_marks_exactly": lambda answer, value: answer.count("?") == int(value),
-}
-COMPARING: dict[str, Callable[[str, str], bool]] = {
-    "contains": _has_word,
-    "avoids": lambda answer, value: not _has_word(answer, value),
-    "avoids_text": lambda answer, value: value not in answer,
-    "starts_with": _starts_with,
-    "ends_with": _ends_with,
-    "in_order": _in_order,
-    "is_one_of": lambda answer, value: _bare(answer) in value.lower().split("|"),
-    "json_object_with": _has_key,
-}
-ALONE: dict[str, Callable[[str, str], bool]] = {
-    "all_lowercase": lambda answer, _: answer == answer.lower(),
-    "all_uppercase": lambda answer, _: answer == answer.upper() and any(letter.isalpha() for letter in answer),
-    "in_quotes": lambda answer, _: len(answer) > 2 and answer[0] in '"“' and answer[-1] in '"”',
-}
-# By name: whether an answer meets it, given the value that it is compared with.
-RULES = COUNTING | COMPARING | ALONE

@@ -127,6 +127,7 @@ def _counted_rows(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str
         "chosen_responses": "ranked samples (chosen side)", "preference_pairs": "pairs kept",
     }.items():  # fmt: skip
         yield "Rows", label, value_cell("rows", count_text, asset=asset)
+    yield "Rows", "examples of R_t that the policy answers rightly", value_cell("right_answers_kept", count_text)
     yield "Rows", "chosen side: the policy's own answers, share", value_cell("own_answer_share", share_text)
     yield "Rows", "synthetic prompts with rules", value_cell("with_rules", count_text, asset="synthetic_prompts")
     yield "Rows", "pairs kept whose prompt has rules", value_cell("with_rules", count_text, asset="preference_pairs")

@@ -147,10 +147,8 @@ def response_improver(
     down. `examples` says how many rows it learned from.
     """
     options, random_seed = services.settings.response_improver, services.settings.random_seed
-    learned = preferred("margin", options.margin_threshold)
-    if options.keep_right_answers:
-        learned |= both_follow("answer_score", "response_score")
-    valid = seed_responses.filter(learned, pl.col("response") != "")
+    right = both_follow("answer_score", "response_score") if options.keep_right_answers else pl.lit(False)
+    valid = seed_responses.filter(preferred("margin", options.margin_threshold) | right, pl.col("response") != "")
     if valid.is_empty():
         raise TrainingError(
             "No gold answer beats an answer of the policy's own by more than response_improver.margin_threshold = "
@@ -167,7 +165,8 @@ def response_improver(
         metrics.share("passing_share", answered.select(passes).to_series(), whose)
         for whose, passes in ((whose, preferred(column, options.margin_threshold)) for whose, column in MARGINS.items())
     ]
-    measured = [*passing, *_origin_metrics(valid, damaged), *metrics.training(summary)]
+    kept = [Metric("right_answers_kept", valid.filter(right).height)] if options.keep_right_answers else []
+    measured = [*passing, *kept, *_origin_metrics(valid, damaged), *metrics.training(summary)]
     return checkpoint_output(context, services, made, measured, **training_log(summary))
 
 

@@ -33,6 +33,7 @@ from synpo_assets.method.ids import content_id
 from synpo_assets.method.keywords import Keywords, drawn_rows, training_keywords
 from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter, draw_until_enough
 from synpo_assets.method.row_lengths import has_room
+from synpo_assets.method.rules import CONSTRAINTS
 from synpo_assets.method.seed import IS_HELD_OUT
 from synpo_assets.method.templates import (
     RULES_END,
@@ -42,7 +43,7 @@ from synpo_assets.method.templates import (
     parse_question,
     parse_rules,
 )
-from synpo_assets.method.verifiable import CONSTRAINTS, has_rules
+from synpo_assets.method.verifiable import has_rules
 from synpo_assets.stages.seed import WRITTEN, room_of
 from synpo_assets.stages.training import train_on_table
 

@@ -32,8 +32,8 @@ def run(home: Path, file: Path) -> None:
     from resources.settings.files import home_settings
     from resources.storage.seed_source import read_rows
     from synpo_assets.method.outcomes import share_interval
+    from synpo_assets.method.rules import followed, read_constraints
     from synpo_assets.method.templates import prompt_requests, user_message
-    from synpo_assets.method.verifiable import followed, read_constraints
     from synpo_assets.stages.seed import verifiable_table
 
     settings = home_settings(home.absolute())

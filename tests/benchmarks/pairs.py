@@ -28,8 +28,8 @@ import polars as pl
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.pairs import as_preferences, join_sides, select_pairs
 from synpo_assets.method.prompts import Contamination, NearDuplicates, PromptFilter
+from synpo_assets.method.rules import CONSTRAINTS
 from synpo_assets.method.templates import QUESTION_END, QUESTION_START
-from synpo_assets.method.verifiable import CONSTRAINTS
 
 STEPS = ("prompts", "pairs")
 WARM_UP_ROWS = 100

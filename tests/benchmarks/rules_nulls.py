@@ -10,7 +10,8 @@ from pathlib import Path
 
 import polars as pl
 
-from synpo_assets.method.verifiable import followed, null_answers
+from synpo_assets.method.rules import followed
+from synpo_assets.method.verifiable import null_answers
 
 
 def rows(asked: pl.DataFrame, split: str) -> list[dict[str, object]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from synpo_assets.method.verifiable import followed, read_constraints
+from synpo_assets.method.rules import followed, read_constraints
 
 SEED = Path(__file__).parents[2] / "resources" / "seed"
 # Words that a sentence of a fact can do without.

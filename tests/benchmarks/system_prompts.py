@@ -24,8 +24,8 @@ def run(home: Path, iteration: int) -> pl.DataFrame:
     from definitions import build
     from resources.settings.files import home_settings
     from synpo_assets.graph.partitions import partition_key
+    from synpo_assets.method.rules import followed
     from synpo_assets.method.templates import prompt_requests
-    from synpo_assets.method.verifiable import followed
 
     settings = home_settings(home)
     services = build(settings, home)[1]
