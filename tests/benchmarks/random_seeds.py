@@ -1,0 +1,86 @@
+"""How many verifiable instructions M_t follows in runs that differ in their random seed alone, beside controls and nulls.
+
+    python -m tests.benchmarks.random_seeds SPLIT FILE.csv HOME HOME ...
+
+For each iteration that all homes have: a line for each home, and one for their mean. Differences are in points, with 95 % intervals
+over instructions. Those of the mean take the average over homes of each instruction first, so they say how far other instructions
+would move it; how far other random seeds would is to be seen in the lines of the homes.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+
+from synpo_assets.method.evaluation import mean_gain
+from synpo_assets.method.rules import followed
+from synpo_assets.method.verifiable import null_answers, shares_followed
+
+MEAN = "mean"
+DIFFERENCES = [("M_t", "M_0"), ("M_t", "M_{t-1}"), ("M_t", "control")]
+
+
+def followed_shares(home: Path, iteration: int, split: str) -> pl.DataFrame | None:
+    """Of each instruction the share of answers that follow it: a column for each model and null; None if not all is made."""
+
+    def table(asset: str, number: int) -> pl.DataFrame | None:
+        file = home / "tables" / asset / f"{number:04d}.parquet"
+        return pl.read_parquet(file).filter(split=split) if file.exists() else None
+
+    asked = table("instruction_following", iteration)
+    if asked is None:
+        return None
+    shares = shares_followed(asked).rename({"candidate": "M_t", "initial": "M_0"})
+    if (before := table("instruction_following", iteration - 1)) is not None:
+        shares = shares.join(shares_followed(before, ["candidate"]).rename({"candidate": "M_{t-1}"}), on="prompt_id")
+    if (controlled := table("equal_steps_instructions", iteration)) is not None:
+        shares = shares.join(shares_followed(controlled, ["control"]), on="prompt_id")
+    for null, texts in null_answers(asked).items():
+        met = [all(followed(*row)) for row in zip(asked["constraints"], texts, strict=True)]
+        of_null = asked.select("prompt_id", pl.Series(null, met)).group_by("prompt_id").agg(pl.col(null).mean())
+        shares = shares.join(of_null, on="prompt_id")
+    words = {side: pl.col(f"{answered}_response").str.count_matches(r"\S+") for side, answered in
+             (("words_of_M_t", "candidate"), ("words_of_M_0", "initial"))}  # fmt: skip
+    return shares.join(
+        asked.group_by("prompt_id").agg(**{side: count.mean() for side, count in words.items()}), on="prompt_id"
+    )
+
+
+def lines(found: dict[str, pl.DataFrame]) -> Iterator[dict[str, object]]:
+    """A line for each home and one for the mean of all of them."""
+    one = next(iter(found.values()))
+    together = pl.concat(found.values()).group_by("prompt_id").agg(pl.col(one.columns[1:]).mean()).sort("prompt_id")
+    for name, shares in [*found.items(), (MEAN, together)]:
+        of_words = [column for column in one.columns if column.startswith("words_of_")]
+        line: dict[str, object] = {"home": name, "n": shares.height}
+        for column in one.columns[1:]:
+            value = shares[column].mean()
+            assert isinstance(value, float)
+            line[column] = round(value, 1) if column in of_words else round(100 * value, 1)
+        for first, second in DIFFERENCES:
+            if second in one.columns:
+                gain = mean_gain(shares[first] - shares[second], random_seed=0)
+                line |= zip(
+                    (f"{first} less {second}", f"{second} low", f"{second} high"),
+                    (None if each is None else round(100 * each, 1) for each in gain),
+                    strict=True,
+                )
+        yield line
+
+
+def run(split: str, file: Path, homes: list[Path]) -> None:
+    """Writes the lines of all iterations that each home has."""
+    rows: list[dict[str, object]] = []
+    iteration = 1
+    while True:
+        found = {home.name: shares for home in homes if (shares := followed_shares(home, iteration, split)) is not None}
+        if len(found) < len(homes):
+            break
+        rows += [{"split": split, "iteration": iteration} | line for line in lines(found)]
+        iteration += 1
+    pl.DataFrame(rows, infer_schema_length=None).write_csv(file)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], Path(sys.argv[2]), [Path(home) for home in sys.argv[3:]])
