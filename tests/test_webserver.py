@@ -57,6 +57,10 @@ MUTATION = "/graphql?query=mutation{deletePipelineRun(runId:%22x%22){__typename}
     ("POST", "/graphql", {"origin": "http://127.0.0.1:8000"}, 403),
     ("POST", "/graphql", {"origin": "null"}, 403),
     ("GET", MUTATION, {}, 403),
+    ("GET", MUTATION.replace("query", "q%75ery"), {"accept": "image/*"}, 403),
+    ("HEAD", MUTATION, {}, 403),
+    ("GET", "/assets", {"host": "[::1"}, 403),
+    ("GET", "/assets", {"origin": "http://[::1"}, 403),
     ("GET", "/reports/boosting_report.html", {"host": "evil.example"}, 403),
 ])  # fmt: skip
 def test_pages_of_other_sites_are_refused(client, method, path, headers, status):
@@ -74,7 +78,7 @@ def test_whoever_listens_on_all_addresses_is_reached_under_any_name(client, monk
 
 def test_whoever_does_not_bring_the_token_is_refused(client, monkeypatch):
     monkeypatch.setenv("SYNPO_UI_TOKEN", "secret")
-    for path in ("/assets", "/reports/boosting_report.html", "/?token=", "/?token=wrong", "/graphql?token=wrong"):
+    for path in ("/assets", "/reports/boosting_report.html", "/?token=", "/?token=wrong", "/assets?token=wrong"):
         assert client.get(path, follow_redirects=False).status_code == 401, path
     with pytest.raises(WebSocketDisconnect), client.websocket_connect("/graphql"):
         pass

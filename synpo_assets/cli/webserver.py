@@ -131,15 +131,17 @@ class SameSite:
 
 def _foreign(scope: Scope) -> str | None:
     headers, listens_on = Headers(scope=scope), os.environ.get(LISTENS_ON, LOOPBACK[0])
-    asked = urlsplit(f"//{headers.get('host', '')}")
+    try:
+        asked, origin = urlsplit(f"//{headers.get('host', '')}"), urlsplit(headers.get("origin", ""))
+    except ValueError:
+        return "The Host or Origin of this request is no address."
     # Who listens on all addresses is reached under names that are not known here.
     if asked.hostname not in (*LOOPBACK, listens_on) and listens_on not in ANY_ADDRESS:
         return f"This UI answers at {listens_on} alone: start it with --host to reach it under another name."
-    origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != asked.netloc:
+    if "origin" in headers and origin.netloc != asked.netloc:
         return "Requests of other sites are refused."
-    # Everything that the pages ask is sent by POST; an address can be opened by any page.
-    if scope.get("method") == "GET" and scope["path"].endswith("/graphql") and b"query=" in scope["query_string"]:
+    # Everything that the pages ask is sent by POST; an address can be opened by any page. Names in it may be encoded in many ways.
+    if scope.get("method") in ("GET", "HEAD") and scope["path"].endswith("/graphql") and scope["query_string"]:
         return "Send queries by POST."
     return None
 
