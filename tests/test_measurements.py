@@ -1,6 +1,7 @@
 """What is measured of M_t without a judge: rules that a program checks, likelihood of gold, and likeness to it."""
 
 import json
+import time
 
 import polars as pl
 import pytest
@@ -13,9 +14,11 @@ from synpo_assets.evaluation.gold_comparison import gold_metrics, refuse_answers
 from synpo_assets.evaluation.instruction_following import following_metrics
 from synpo_assets.graph.evaluation_schemas import InstructionFollowing
 from synpo_assets.graph.metrics import Metric, recorded
+from synpo_assets.method.cut import first_half, whole_sentences
+from synpo_assets.method.damage import all_damages
 from synpo_assets.method.evaluation import LENGTH_BANDS, length_bands
-from synpo_assets.method.rules import RULES, meets
-from synpo_assets.method.verifiable import rates_by_rule
+from synpo_assets.method.rules import ALONE, COMPARING, COUNTING, RULES, meets
+from synpo_assets.method.verifiable import as_brief, first_sentence, rates_by_rule
 from synpo_assets.stages.seed import seed_table, verifiable_table
 from tests.nano import seed_rows, write_settings
 from tests.stand_ins import services_in
@@ -127,6 +130,24 @@ def test_the_difference_has_an_interval_and_rules_are_shown_apart():
         ("rule_rate_gain", "candidate", "contains", 0.75, 20), ("rule_rate", "candidate", "json_list_of", 0.75, 20),
         ("rule_rate", "initial", "json_list_of", 1.0, 20), ("rule_rate_gain", "candidate", "json_list_of", -0.25, 20),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("of", [".", "\n", " ", "1", "?", "\u3002", '"', "-", ". ", "a", "\u0301", "[", "|", ","])
+def test_an_answer_that_repeats_one_mark_takes_no_rule_long(of):
+    values = dict.fromkeys(COUNTING, "2") | dict.fromkeys(COMPARING, "a|b") | dict.fromkeys(ALONE, "")
+    for text in (of * 50_000 + "x", f"```\n{of * 50_000}x"):
+        began = time.process_time()
+        for rule, value in values.items():
+            meets(rule, value, text)
+        for helper in (first_sentence, whole_sentences, first_half):
+            helper(text)
+        as_brief(text, 3)
+        assert time.process_time() - began < 3
+
+
+def test_a_number_that_is_no_count_is_read_as_text():
+    assert not meets("numbered_exactly", "2", f"{'1' * 5_000}. one\n2. two")
+    assert all_damages(f"Wait {'9' * 5_000} minutes. Then go.\n{'1' * 5_000}. Tea", "Other.", seed=0)
 
 
 def test_without_instructions_the_metrics_are_missing():

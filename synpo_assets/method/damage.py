@@ -10,9 +10,10 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-MARKER = re.compile(r"\s*(?:[-*•]|(\d+)[.)])\s+")
+# A number with more digits is neither an item's nor one to change.
+MARKER = re.compile(r"\s*(?:[-*•]|(\d{1,15})[.)])\s+")
 SENTENCE_END = re.compile(r"(?<=[.!?])(?P<quote>[\"')\]]*)(?P<gap> +)(?=[\"'(\[]?[A-Z0-9])")
-NUMBER = re.compile(r"(?<![\w.])\d+(?!\w)")
+NUMBER = re.compile(r"(?<![\w.])\d{1,15}(?!\w)")
 WORD = re.compile(r"(?<!\w)[^\W\d_]{4,}(?!\w)")
 FEWEST_WORDS = 3
 

@@ -17,16 +17,18 @@ from synpo_assets.method.words import SPACED, UNSPACED_CHARACTER
 CONSTRAINTS = pl.List(pl.Struct({"rule": pl.String, "value": pl.String}))
 # A number with more digits is no count of words or lines.
 MOST_DIGITS = 6
-NUMBERED = re.compile(r"\s*(\d+)(?:[.)]\s|[\u3001\uff0e\uff09])")
+NUMBERED = re.compile(rf"\s*(\d{{1,{MOST_DIGITS}}})(?:[.)]\s|[\u3001\uff0e\uff09])")
 DASHED = re.compile(r"\s*[-\u2013\u2014]\s*[^\s\-\u2013\u2014]")
 # A full stop after these, or between their letters, ends no sentence.
 ABBREVIATION = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|e\.g|i\.e)\.", re.IGNORECASE)
 # Of Devanagari, Arabic, Urdu and Ethiopic; then of scripts without spaces, where they end a sentence wherever they stand.
 STOPS, UNSPACED_STOPS = ".!?\u0964\u061f\u06d4\u1362", "\u3002\uff01\uff1f\uff61"
+FENCE = "```"
 QUESTION_MARKS, COMMAS = "?\u061f\uff1f", ",\u060c\u3001\uff0c"
 OPENING, CLOSING = '"\u201c\u201e\u00ab\u00bb\u300c\u300e', '"\u201d\u201c\u00bb\u00ab\u300d\u300f'
+# A run of marks is entered at its first one, so that long runs take no longer than other text.
 SENTENCE_END = re.compile(
-    rf"[{STOPS}]+[\"'”\u2019)\]\u00bb]*(?=\s|$)|[{UNSPACED_STOPS}]+[\"'”\u2019)\]\u300d\u300f\uff09]*"
+    rf"(?<![{STOPS}])[{STOPS}]+[\"'”\u2019)\]\u00bb]*(?=\s|$)|[{UNSPACED_STOPS}]+[\"'”\u2019)\]\u300d\u300f\uff09]*"
 )
 WORD = regex.compile(rf"{UNSPACED_CHARACTER.pattern}|(?:(?!{UNSPACED_CHARACTER.pattern})\S)+", regex.VERSION1)
 # What makes a text part of a longer word where it stands beside it.
@@ -129,9 +131,10 @@ def _count(answer: str, marks: str) -> int:
 
 def _json(answer: str) -> Any:
     """The value of an answer that is JSON and nothing else, if only in a fence; None of any other."""
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", answer, re.DOTALL)
+    if len(answer) > 2 * len(FENCE) and answer.startswith(FENCE) and answer.endswith(FENCE):
+        answer = answer.removeprefix(FENCE).removesuffix(FENCE).removeprefix("json").strip()
     try:
-        return json.loads(fenced[1] if fenced else answer)
+        return json.loads(answer)
     except (ValueError, RecursionError):
         return None
 

@@ -115,8 +115,9 @@ def first_sentence(answer: str) -> str:
     """
     answer = answer.strip()
     masked = ABBREVIATION.sub(lambda found: "x" * len(found[0]), answer)
+    letter = next((place for place, mark in enumerate(answer) if mark.isalpha()), len(answer))
     ends = (mark.end() for mark in SENTENCE_END.finditer(masked))
-    return answer[: next((end for end in ends if any(map(str.isalpha, answer[:end]))), len(answer))]
+    return answer[: next((end for end in ends if end > letter), len(answer))]
 
 
 def as_brief(answer: str, words: int) -> str:
