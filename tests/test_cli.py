@@ -1,18 +1,21 @@
 """What the command line says to input that cannot work: one sentence, exit code 2, nothing half-written."""
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
 import typer.main
 
 from resources.settings.files import load_settings
+from resources.settings.sections import SettingsError
 from synpo_assets.cli import commands
-from synpo_assets.cli.home import prepare_home
+from synpo_assets.cli.home import prepare_home, settled
 from tests.conftest import synpo_here
 from tests.nano import SEED, nano_settings, write_settings
 
@@ -213,19 +216,42 @@ def test_a_home_whose_path_a_url_would_read_otherwise(tmp_path, command, name):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_two_first_runs_with_other_settings_one_is_refused(tmp_path, nano_model, monkeypatch):
-    """The other one makes the home while this one is still checking its data."""
+@pytest.mark.parametrize(("command", "check"), [("run", "check_before_run"), ("ui", "check_storage")])
+def test_of_two_first_commands_with_other_settings_one_is_refused(tmp_path, nano_model, monkeypatch, command, check):
+    """The other one makes the home while this one is still checking its settings."""
     home, mine = tmp_path / "home", nano_settings(nano_model)
     other = load_settings(write_settings(tmp_path / "other.yaml", mine | {"random_seed": 7}))
-    monkeypatch.setattr("synpo_assets.cli.preflight.check_before_run", lambda *_: prepare_home(home, other))
-    result = synpo_here("run", "--settings", write_settings(tmp_path / "mine.yaml", mine), "--home", home)
+    monkeypatch.setattr(f"synpo_assets.cli.preflight.{check}", lambda *_: prepare_home(home, other))
+    result = synpo_here(command, "--settings", write_settings(tmp_path / "mine.yaml", mine), "--home", home)
     assert result.returncode == 2
     assert f"The home {home} was made with other settings (random_seed: 7 there" in result.stderr
     assert (home.stat().st_mode & 0o777, (home / "settings.yaml").stat().st_mode & 0o777) == (0o700, 0o600)
 
 
+def test_settings_are_chosen_once_no_other_command_writes_them(tmp_path, nano_model):
+    mine = nano_settings(nano_model)
+    mine, other = (write_settings(tmp_path / f"{seed}.yaml", mine | {"random_seed": seed}) for seed in (1, 2))
+    home = tmp_path / "home"
+    home.mkdir()
+    with ThreadPoolExecutor() as threads:
+        with (home / "settings.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            waiting = threads.submit(settled, home, None, mine)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.5)
+            prepare_home(home, load_settings(other))
+        with pytest.raises(SettingsError, match="random_seed: 2 there, 1 asked for"):
+            waiting.result(timeout=30)
+
+
+def test_escape_sequences_of_a_file_stay_off_the_terminal(tmp_path, nano_model):
+    settings = nano_settings(nano_model) | {"preset": "x\x1b]0;PWNED\a\u2028"}
+    result = synpo_here("check", "--settings", write_settings(tmp_path / "mine.yaml", settings))
+    assert (result.returncode, "PWNED" in result.stderr) == (2, True)
+    assert not set("\x1b\a\u2028") & set(result.stderr)
+
+
 def test_two_runs_of_one_home_are_refused(tmp_path):
-    from resources.settings.sections import SettingsError
     from synpo_assets.cli.runs import locked
 
     with locked(tmp_path), pytest.raises(SettingsError, match="Another `synpo run` is at work"), locked(tmp_path):

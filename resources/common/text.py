@@ -2,7 +2,9 @@
 
 import unicodedata
 
-BIDIRECTIONAL_CONTROLS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+# What some scripts need beside letters: soft hyphens, spaces without a width, joiners, and marks of direction.
+WRITTEN = "\u00ad\u061c\u200b\u200c\u200d\u200e\u200f"
+CONTROLS = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 UNITS_OF_TIME = ((1, "s"), (60, "min"), (3600, "h"))
 
 
@@ -41,5 +43,4 @@ def visible(text: str) -> str:
 
 
 def _is_hidden(letter: str) -> bool:
-    control = unicodedata.category(letter) == "Cc" and letter not in "\n\t"
-    return control or unicodedata.bidirectional(letter) in BIDIRECTIONAL_CONTROLS
+    return unicodedata.category(letter) in CONTROLS and letter not in f"\n\t{WRITTEN}"

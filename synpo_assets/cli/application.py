@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resources.common.errors import FinalError
+from resources.common.text import visible
 from resources.models.model_source import ModelSourceError
 from resources.settings.files import home_directory
 from resources.settings.sections import SettingsError
@@ -51,7 +52,8 @@ class Commands(_Help, typer.core.TyperGroup):
             is_sentence = isinstance(error, SettingsError | ModelSourceError | FinalError)
             if (sentence := str(error) if is_sentence else sentence_of(error)) is None:
                 raise
-            typer.echo(f"synpo: {sentence}", err=True)
+            # It may repeat what a file or a server says.
+            typer.echo(f"synpo: {visible(sentence)}", err=True)
             raise typer.Exit(2) from None
 
 

@@ -23,7 +23,7 @@ from synpo_assets.cli.application import (
     opened,
     services_of,
 )
-from synpo_assets.cli.home import PROJECT, chosen_settings, interruptible, prepare_home
+from synpo_assets.cli.home import PROJECT, interruptible, settled
 from synpo_assets.publishing.forms import Format
 
 __all__ = ["app"]
@@ -48,9 +48,8 @@ def run(
     from synpo_assets.cli.summary import print_summary
 
     with interruptible(place, iterations), locked(place), contextlib.ExitStack() as stack:
-        # Another first run may have made the home in the meantime, with other settings.
-        settings = chosen_settings(place, preset, settings_file)
-        prepare_home(place, settings)
+        # Another first command may have made the home in the meantime, with other settings.
+        settings = settled(place, preset, settings_file)
         start_preloading()
         keep_expected_seconds(settings, place, *data)
         services = services_of(settings, place)
@@ -306,7 +305,7 @@ def ui(
 
     # Two daemons on one home would launch a run twice.
     with locked(place, "ui"):
-        prepare_home(place, settings)
+        settings = settled(place, preset, settings_file)
         # What is wrong with the data is shown in the UI; where a run is at work, none of it is dead.
         with contextlib.suppress(SettingsError, ModelSourceError, FinalError):
             seed, _, instructions = check_data_and_training(settings)

@@ -1,6 +1,7 @@
 """The home directory of one experiment: its settings, Dagster's history, tables, shards and checkpoints."""
 
 import contextlib
+import fcntl
 import os
 import re
 import shlex
@@ -52,6 +53,16 @@ def chosen_settings(home: Path, preset: str | None, file: Path | None) -> Settin
             "another directory with --home to start another experiment."
         )
     return asked
+
+
+def settled(home: Path, preset: str | None, file: Path | None) -> Settings:
+    """The settings of a home, which is made if it is new, as `chosen_settings`; of two first commands one makes it."""
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (home / "settings.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        settings = chosen_settings(home, preset, file)
+        prepare_home(home, settings)
+    return settings
 
 
 def last_valid_settings(home: Path) -> Settings | None:

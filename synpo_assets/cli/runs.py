@@ -22,7 +22,7 @@ from dagster._utils.error import SerializableErrorInfo
 from sqlalchemy.exc import SQLAlchemyError
 
 from resources.common.errors import DISK_IS_FULL, FinalError, full_disk
-from resources.common.text import asset_label
+from resources.common.text import asset_label, visible
 from resources.settings.sections import SettingsError
 from resources.storage.files import remove_abandoned
 from synpo_assets.cli.automation import ALL_ASSETS_JOB, UNFINISHED
@@ -260,7 +260,7 @@ def failure_sentence(event: dg.DagsterEvent) -> str:
     # The message starts with the full path of the exception's class, of which the name is enough.
     reason = f"{error.cls_name}: {error.message.partition(': ')[2].strip()}" if error else "No reason was recorded."
     place = error.stack[-1].strip().splitlines()[0] if error and error.stack else ""
-    return f"{event.step_key} failed. {reason}\n  {place}"
+    return visible(f"{event.step_key} failed. {reason}\n  {place}")
 
 
 def check_sentence(evaluation: dg.AssetCheckEvaluation) -> str:

@@ -4,6 +4,8 @@ import logging
 
 import dagster as dg
 
+from resources.common.text import visible
+
 
 class _Line(logging.Formatter):
     """`14:03:12  base_responses[0001]  48 of 64 completions, 97 tokens/s, 6 s left.` A line for people."""
@@ -13,7 +15,7 @@ class _Line(logging.Formatter):
         where = metadata.get("step_key") or "run"
         time = self.formatTime(record, "%H:%M:%S")
         level = "" if record.levelno <= logging.INFO else f"{record.levelname}: "
-        return f"{time}  {where:<19}  {level}{metadata.get('orig_message', record.getMessage())}"
+        return visible(f"{time}  {where:<19}  {level}{metadata.get('orig_message', record.getMessage())}")
 
 
 def _is_from_asset(record: logging.LogRecord) -> bool:
