@@ -195,7 +195,7 @@ def test_the_verdict_of_another_model_is_refused(tmp_path, faulty, name):
 
 def test_nonsense_of_a_judge_is_said_without_the_key(tmp_path, faulty, monkeypatch, said):
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    asked_once(tmp_path, faulty, {"choices": [reply("x" * 190 + f" your key is Bearer {SECRET}")]})
+    asked_once(tmp_path, faulty, {"choices": [reply("x" * 175 + f" your key is Bearer {SECRET}")]})
     (line,) = [line for line in said if "are no verdict" in line]
     assert "such as that to question-1: 'xxx" in line
     assert "sk-S" not in line
@@ -254,14 +254,19 @@ class Announcing(Dripping):
     begin, piece, pause = b"", b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.001
 
 
-@pytest.mark.parametrize("handler", [Dripping, DrippingHeaders, Announcing])
-def test_a_server_that_answers_drop_by_drop_is_not_waited_for(tmp_path, nano_checkpoint, handler):
+@pytest.mark.parametrize(
+    ("handler", "is_proxy"), [(Dripping, False), (DrippingHeaders, False), (Announcing, False), (DrippingHeaders, True)]
+)
+def test_a_server_that_answers_drop_by_drop_is_not_waited_for(
+    tmp_path, nano_checkpoint, monkeypatch, handler, is_proxy
+):
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        started = time.monotonic()
+        url, started = f"http://127.0.0.1:{server.server_port}", time.monotonic()
+        if is_proxy:
+            monkeypatch.setenv("HTTP_PROXY", url)
+            url = "http://elsewhere.invalid"
         with pytest.raises(RuntimeError, match=r"did not complete a request in 2 tries.*too slowly"):
-            asking(tmp_path, f"http://127.0.0.1:{server.server_port}/v1", timeout_seconds=0.5, attempts=2).answer(
-                nano_checkpoint, PROMPTS[:1], PLAIN
-            )
+            asking(tmp_path, f"{url}/v1", timeout_seconds=0.5, attempts=2).answer(nano_checkpoint, PROMPTS[:1], PLAIN)
         assert time.monotonic() - started < 8
         server.shutdown()

@@ -23,8 +23,8 @@ import pytest
 from resources.common.errors import FinalError
 from resources.generation.engine import Requests
 from resources.generation.engine_choice import engine_fingerprint, open_engine
+from resources.generation.failures import SPARE
 from resources.generation.language_model import LanguageModel
-from resources.generation.refusals import SPARE
 from resources.models.chat import load_tokenizer, prompt_ids
 from resources.settings.machine import Engine
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore

@@ -8,7 +8,7 @@ from typing import IO, Literal, Protocol
 
 import polars as pl
 
-from resources.generation.refusals import RefusedError
+from resources.generation.failures import RefusedError
 from resources.settings.method import Sampling
 
 

@@ -17,7 +17,7 @@ import polars as pl
 from resources.common.progress import Progress
 from resources.generation.engine import Completion, GenerationEngine, Requests
 from resources.generation.engine_choice import engine_fingerprint, open_engine
-from resources.generation.refusals import few_refused, in_shards
+from resources.generation.failures import few_refused, in_shards
 from resources.models.chat import Message, load_tokenizer, prompt_ids
 from resources.models.device import DeviceResource
 from resources.settings.method import Sampling

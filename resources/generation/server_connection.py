@@ -23,7 +23,7 @@ from resources.common.errors import FinalError
 from resources.common.outside_text import redacted, stated_key
 from resources.generation.adapters import Adapter
 from resources.generation.bounded_connection import bound
-from resources.generation.refusals import RefusedError
+from resources.generation.failures import RefusedError
 from resources.generation.server_answers import ChatAnswer, ModelList, ServedModel, TextAnswer
 from resources.settings.machine import ServerAccess
 

@@ -11,7 +11,7 @@ from resources.common.outside_text import redacted
 from resources.generation.adapters import adapter_of
 from resources.generation.completions import completion, end_ids, longest_sequence
 from resources.generation.engine import Completion, Request, Requests
-from resources.generation.refusals import RefusedError
+from resources.generation.failures import RefusedError
 from resources.generation.server_answers import ServedModel, TextAnswer
 from resources.models.chat import load_tokenizer
 from resources.settings.machine import Engine, Server

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from resources.common.outside_text import redacted
 from resources.common.progress import Progress
-from resources.generation.refusals import RefusedError, few_refused, in_shards
+from resources.generation.failures import RefusedError, few_refused, in_shards
 from resources.generation.server_answers import ChatAnswer
 from resources.scoring.scorer import ScoringUsage
 from resources.settings.evaluation import JudgeServer

@@ -1,4 +1,4 @@
-"""Prompts that a server refuses: few leave rows without an answer, and where it is half of them, nothing goes on."""
+"""What a failure leaves: what was finished before it, and all other rows where a server refuses a few prompts."""
 
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
