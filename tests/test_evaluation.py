@@ -705,7 +705,7 @@ def test_what_would_be_refused_again_ends_the_step_at_once(serve, tmp_path, stat
 
 def test_finished_verdicts_are_read_again_even_while_the_server_is_down(serve, tmp_path):
     server = serve(honest)
-    server.faults = [None] * 4 + [(400, {}, "enough")]
+    server.faults = [None] * 4 + [(401, {}, "enough")]
     with pytest.raises(FinalError):
         asked(server, tmp_path, shard_rows=2, concurrency=1).compare(ROWS)
     compared = asked(server, tmp_path, shard_rows=2, concurrency=1).compare(ROWS)

@@ -465,7 +465,8 @@ def test_a_killed_scoring_goes_on_where_it_was(tmp_path, classifier):
     assert compared.margins.to_list() == pytest.approx(undisturbed.margins.to_list(), abs=1e-4)
 
 
-def test_too_little_memory_is_said_with_the_settings_to_lower(tmp_path, classifier, monkeypatch):
+@pytest.mark.parametrize("shard_rows", [2, 256])
+def test_too_little_memory_is_said_with_the_settings_to_lower(tmp_path, classifier, monkeypatch, shard_rows):
     import torch
     from transformers import LlamaForSequenceClassification
 
@@ -479,7 +480,7 @@ def test_too_little_memory_is_said_with_the_settings_to_lower(tmp_path, classifi
         return whole(self, *arguments, **options)
 
     monkeypatch.setattr(LlamaForSequenceClassification, "forward", full_at_the_third)
-    small = scorer(tmp_path, shard_rows=2, batch_tokens=64)
+    small = scorer(tmp_path, shard_rows=shard_rows, batch_tokens=64)
     with pytest.raises(FinalError, match=r"Tried to allocate .* Lower engine\.batch_tokens or scorer\.max_length"):
         small.compare(as_checkpoint(classifier), PAIRS)
     assert small.compare(as_checkpoint(classifier), PAIRS).usage.reused == 2

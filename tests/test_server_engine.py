@@ -23,6 +23,7 @@ import pytest
 from resources.common.errors import FinalError
 from resources.generation.engine import Requests
 from resources.generation.engine_choice import engine_fingerprint, open_engine
+from resources.generation.failures import SPARE
 from resources.generation.language_model import LanguageModel
 from resources.models.chat import load_tokenizer, prompt_ids
 from resources.settings.machine import Engine
@@ -48,7 +49,9 @@ class FaultyServer(ThreadingHTTPServer):
         self.text, self.finish_reason = "one STOP two END three", "length"
         # Status, headers and message of the next answers to prompts; then all is well.
         self.faults = []
-        self.seconds, self.bodies, self.times, self.keys = 0.0, [], [], []
+        # What is answered to a body, every time; None if all is well.
+        self.fault_of = lambda body: None
+        self.seconds, self.bodies, self.times, self.keys, self.encodings = 0.0, [], [], [], []
         self.lock, self.busy, self.busiest = threading.Lock(), 0, 0
 
     def reply(self, body):
@@ -75,7 +78,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.bodies.append(body)
             self.server.times.append(time.monotonic())
             self.server.keys.append(self.headers["authorization"])
-            fault = self.server.faults.pop(0) if self.server.faults else None
+            self.server.encodings.append(self.headers["accept-encoding"])
+            fault = self.server.faults.pop(0) if self.server.faults else self.server.fault_of(body)
         time.sleep(self.server.seconds)
         with self.server.lock:
             self.server.busy -= 1
@@ -90,9 +94,8 @@ class Handler(BaseHTTPRequestHandler):
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.send_response(status)
-            for name, value in dict(headers).items():
+            for name, value in ({"content-type": "application/json"} | dict(headers)).items():
                 self.send_header(name, value)
-            self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
@@ -247,6 +250,66 @@ def test_what_was_finished_before_a_fault_is_kept(tmp_path, faulty, nano_checkpo
     frame, usage = server.answer(nano_checkpoint, PROMPTS, PLAIN)
     assert usage.reused == 6
     assert frame["id"].to_list() == [row_id for row_id, _ in PROMPTS]
+
+
+@pytest.mark.parametrize("fault", [(401, {}, "no"), (500, {}, "out of luck")])
+def test_what_was_finished_is_kept_where_no_shard_was_full(tmp_path, faulty, nano_checkpoint, fault):
+    faulty.faults = [None] * 9 + [fault]
+    server = asking(tmp_path, faulty.url, concurrency=1, attempts=1)
+    with pytest.raises(Exception, match="Finished shards are kept"):
+        server.answer(nano_checkpoint, PROMPTS, PLAIN)
+    assert rows_in(tmp_path) == 9
+
+
+def refusing(nano_checkpoint, prompts, fault):
+    """Refuses these prompts, whenever they are asked."""
+    tokenizer = load_tokenizer(nano_checkpoint.weights)
+    refused = [prompt_ids(tokenizer, messages) for _, messages in prompts]
+    return lambda body: fault if body["prompt"] in refused else None
+
+
+def ended_by(reason):
+    choice = {"text": "", "finish_reason": reason}
+    return json.dumps({"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 0}}).encode()
+
+
+@pytest.mark.parametrize(("fault", "reason"), [
+    ((400, {}, "it is filtered"), "It says: 400, it is filtered."),
+    (ended_by("content_filter"), "It withholds the answer: content_filter."),
+    (ended_by("abort"), "It answers: choices.finish_reason: Input should be 'stop', 'length' or 'content_filter'"),
+    (b'{"choices', 'It answers: {"choices.'),
+], ids=["400", "filter", "another reason", "cut off"])  # fmt: skip
+def test_a_prompt_that_the_server_refuses_counts_as_cut_and_stops_nothing(
+    tmp_path, faulty, nano_checkpoint, said, fault, reason
+):
+    faulty.fault_of = refusing(nano_checkpoint, PROMPTS[5:6], fault)
+    server = asking(tmp_path, faulty.url, attempts=1)
+    frame, usage = server.answer(nano_checkpoint, PROMPTS, PLAIN)
+    assert frame["id"].to_list() == [row_id for row_id, _ in PROMPTS]
+    assert frame.filter(text="").select("id", "output_tokens", "finish_reason").rows() == [("prompt-5", 1, "length")]
+    assert usage.generated_tokens == 7 * (len(PROMPTS) - 1)
+    (line,) = [line for line in said if "no answer" in line]
+    assert f"1 of 24 prompts get no answer of {nano_checkpoint.label}, such as prompt-5: {reason}" in line
+    # It is all that is missing then, and nevertheless no reason to stop.
+    again, usage = server.answer(nano_checkpoint, PROMPTS, PLAIN)
+    assert usage.reused == rows_in(tmp_path) == len(PROMPTS) - 1
+    assert again.equals(frame)
+    faulty.fault_of = lambda body: None
+    assert set(server.answer(nano_checkpoint, PROMPTS, PLAIN)[0]["text"]) == {faulty.text}
+
+
+def test_where_half_of_the_prompts_are_refused_the_step_ends_and_keeps_the_others(tmp_path, faulty, nano_checkpoint):
+    faulty.fault_of = refusing(nano_checkpoint, PROMPTS[::2], (400, {}, "it is filtered"))
+    with pytest.raises(FinalError, match=r"12 of 24 prompts have no answer\. .* It says: 400, it is filtered\."):
+        asking(tmp_path, faulty.url).answer(nano_checkpoint, PROMPTS, PLAIN)
+    assert rows_in(tmp_path) == 12
+
+
+def test_a_server_that_refuses_everything_is_not_asked_to_the_end(tmp_path, faulty, nano_checkpoint):
+    faulty.fault_of = lambda body: (400, {}, "no such parameter: seed")
+    with pytest.raises(FinalError, match="no such parameter"):
+        asking(tmp_path, faulty.url, concurrency=1).answer(nano_checkpoint, PROMPTS, PLAIN)
+    assert SPARE <= len(faulty.bodies) < len(PROMPTS)
 
 
 def test_as_many_requests_as_stated_are_under_way(tmp_path, faulty, nano_checkpoint):

@@ -113,7 +113,7 @@ def test_nonsense_is_asked_for_again_by_the_next_run(serve, tmp_path):
 
 def test_finished_labels_are_read_again_even_while_the_server_is_down(serve, tmp_path):
     server = serve()
-    server.faults = [None, None, (400, {}, "enough")]
+    server.faults = [None, None, (401, {}, "enough")]
     with pytest.raises(FinalError, match="enough"):
         labeler(server, tmp_path, shard_rows=1, concurrency=1).label_prompts(ASKED)
     named, usage = labeler(server, tmp_path).label_prompts(ASKED)

@@ -8,6 +8,7 @@ from typing import IO, Literal, Protocol
 
 import polars as pl
 
+from resources.generation.failures import RefusedError
 from resources.settings.method import Sampling
 
 
@@ -56,6 +57,7 @@ class Completion:
     input_tokens: int
     output_tokens: int  # The end-of-turn token included.
     finish_reason: Literal["stop", "length"]  # `stop` if the model ended by itself or hit a stop text.
+    refusal: RefusedError | None = None  # Why a server wrote nothing: the text is empty then, as if cut at once.
 
 
 class GenerationEngine(Protocol):

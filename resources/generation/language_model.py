@@ -17,6 +17,7 @@ import polars as pl
 from resources.common.progress import Progress
 from resources.generation.engine import Completion, GenerationEngine, Requests
 from resources.generation.engine_choice import engine_fingerprint, open_engine
+from resources.generation.failures import few_refused, in_shards
 from resources.models.chat import Message, load_tokenizer, prompt_ids
 from resources.models.device import DeviceResource
 from resources.settings.method import Sampling
@@ -72,7 +73,8 @@ class LanguageModel(DeviceResource):
     ) -> tuple[pl.DataFrame, Usage]:
         """Answers each prompt once, as chat messages under an id.
 
-        The id takes part in the seed, so equal prompts under different ids get different answers.
+        The id takes part in the seed, so equal prompts under different ids get different answers. A prompt that a server refuses
+        counts as cut with an empty text, which is not kept.
 
         Returns:
             One row per prompt in the given order, with columns id, text, input_tokens, output_tokens and
@@ -81,6 +83,7 @@ class LanguageModel(DeviceResource):
         started = time.monotonic()
         tokenizer = load_tokenizer(checkpoint.weights, self.engine.trust_remote_code)
         shards = self.shards_of(checkpoint, sampling)
+        refused: list[Completion] = []
         # Not in memory, of which the answers take enough.
         with tempfile.TemporaryFile() as token_ids:
             asked = self._rendered(tokenizer, prompts, token_ids)
@@ -91,9 +94,19 @@ class LanguageModel(DeviceResource):
             requests = Requests(asked.filter(is_missing), token_ids)
             asked = asked.select("id", "key")
             if len(requests):
-                self._finish(checkpoint, requests, sampling, shards)
+                refused = self._finish(checkpoint, requests, sampling, shards, len(finished))
         rows = shards.rows(asked["key"], _without_broken_characters)
         generated = rows["output_tokens"].filter(~rows["key"].is_in(finished.implode()))
+        if refused:
+            empty = pl.DataFrame([vars(each) for each in refused], schema=COMPLETION_COLUMNS)
+            # Another run may have got its answer meanwhile.
+            rows.extend(empty.filter(~pl.col("key").is_in(rows["key"].implode())))
+            reasons = [each.refusal.reason for each in refused if each.refusal]
+            of = asked.filter(pl.col("key") == refused[0].key)["id"][0]
+            logger.warning(
+                f"{len(refused)} of {asked.height} prompts get no answer of {checkpoint.label}, such as {of}: "
+                f"{reasons[0]} Each counts as cut at once, with an empty text, and is asked again when its table is made again."
+            )
         answered = asked.join(rows, on="key", how="inner", maintain_order="left").drop("key")
         if answered.height < asked.height:
             raise RuntimeError(f"The engine answered only {answered.height} of {asked.height} prompts: run it again.")
@@ -107,14 +120,20 @@ class LanguageModel(DeviceResource):
             seconds=time.monotonic() - started,
         )
 
-    def _finish(self, checkpoint: Checkpoint, requests: Requests, sampling: Sampling, shards: Shards) -> None:
-        """Generates what is missing, and writes a shard as soon as it is full."""
+    def _finish(
+        self, checkpoint: Checkpoint, requests: Requests, sampling: Sampling, shards: Shards, finished: int
+    ) -> list[Completion]:
+        """Generates what is missing, and writes a shard as soon as it is full; those that were refused."""
+        refused: list[Completion] = []
         # Around the loading of the model, which may take minutes, and the first batch.
         with Progress(len(requests), "completions", logger) as progress:
             engine = self.opened(checkpoint)
             with contextlib.closing(engine.generate(requests, sampling)) as batches:
-                for shard in _in_shards(_counted(batches, progress), self.engine.shard_rows):
-                    shards.write([dataclasses.asdict(completion) for completion in shard])
+                for shard in in_shards(few_refused(_counted(batches, progress), finished), self.engine.shard_rows):
+                    refused += [completion for completion in shard if completion.refusal]
+                    if written := [vars(completion) for completion in shard if not completion.refusal]:
+                        shards.write(written)
+        return refused
 
     def opened(self, checkpoint: Checkpoint) -> GenerationEngine:
         """The engine that generates with a checkpoint, opened for this call alone."""
@@ -160,17 +179,6 @@ def _without_broken_characters(rows: pl.DataFrame) -> pl.DataFrame:
     broken = rows["text"].str.contains("\ufffd", literal=True).any()
     # What is written anew takes more memory.
     return rows.with_columns(pl.col("text").str.replace_all("\ufffd", "", literal=True)) if broken else rows
-
-
-def _in_shards(batches: Iterator[list[Completion]], size: int) -> Iterator[list[Completion]]:
-    waiting: list[Completion] = []
-    for batch in batches:
-        waiting += batch
-        while len(waiting) >= size:
-            yield waiting[:size]
-            waiting = waiting[size:]
-    if waiting:
-        yield waiting
 
 
 def _counted(batches: Iterator[list[Completion]], progress: Progress) -> Iterator[list[Completion]]:

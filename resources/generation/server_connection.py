@@ -7,20 +7,24 @@ import concurrent.futures
 import contextlib
 import itertools
 import logging
-import os
 import queue
+import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import httpx2
 import openai
+from pydantic import BaseModel, ValidationError
 
 from resources.common.errors import FinalError
-from resources.common.text import visible
+from resources.common.outside_text import redacted, stated_key
 from resources.generation.adapters import Adapter
+from resources.generation.bounded_connection import bound
+from resources.generation.failures import RefusedError
+from resources.generation.server_answers import ChatAnswer, ModelList, ServedModel, TextAnswer
 from resources.settings.machine import ServerAccess
 
 logger = logging.getLogger("synpo.generation")
@@ -29,12 +33,21 @@ CONNECT_SECONDS = 10
 # The list of models needs no computing: a server that keeps it back hangs.
 LIST_SECONDS = 30
 LOG_EVERY_SECONDS = 10
-# What no answer needs: a completion of a million tokens with their ids.
-MOST_BYTES = 32_000_000
-MOST_TOKENS = 2**31
 LOAD_ADAPTER = "/load_lora_adapter"
 # Besides 5xx, what passes by itself: request timeout, conflict, too many requests.
 PASSING = (408, 409, 429)
+# Of what is asked, and not of who asks: a filter of contents or too long a prompt.
+ABOUT_THE_PROMPT = (400, 413, 422)
+# The path of the completions is the end of that of chats.
+FORMS: dict[str, type[BaseModel]] = {
+    "/models": ModelList,
+    "/chat/completions": ChatAnswer,
+    "/completions": TextAnswer,
+}
+AGAIN = "It would refuse the same request again: change the settings, or the server. Finished shards are kept."
+# What OpenAI adds to a name that stands for the newest of several models.
+DATE = r"(-\d{4,}(-\d\d)*)?"
+Form = TypeVar("Form", bound=BaseModel)
 Asked = TypeVar("Asked")
 Got = TypeVar("Got")
 
@@ -46,16 +59,16 @@ class Client(openai.OpenAI):
         """Connects with the first request; messages name the setting."""
         self._server, self._setting = server, setting
         self._closed, self._logged = threading.Event(), -float(LOG_EVERY_SECONDS)
+        # A redirect would take the prompts to another server.
+        client = openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"response": [_examine]})
+        bound(client)
         super().__init__(
             base_url=server.url,
             # Its servers want some key even where none is checked.
             api_key=api_key() or "none",
             timeout=openai.Timeout(server.timeout_seconds, connect=min(CONNECT_SECONDS, server.timeout_seconds)),
             max_retries=server.attempts - 1,
-            # A redirect would take the prompts to another server.
-            http_client=openai.DefaultHttpxClient(
-                follow_redirects=False, event_hooks={"request": [_note_start], "response": [self._bound, _examine]}
-            ),
+            http_client=client,
         )
 
     def close(self) -> None:
@@ -81,16 +94,35 @@ class Client(openai.OpenAI):
         if self._closed.wait(pause):
             raise concurrent.futures.CancelledError
 
-    def _bound(self, response: httpx2.Response) -> None:
-        """Lets an answer take no longer in all than the settings say, however its bytes come, and be no larger than one can be."""
-        deadline = response.request.extensions["started"] + self._server.timeout_seconds
-        response.stream = _BoundedStream(response.stream, deadline, response.request)
-
-    def served(self) -> dict[str, openai.types.Model]:
+    def served(self) -> dict[str, ServedModel]:
         """What the server serves, by name."""
         with self.errors_explained():
-            models = self.models.list(timeout=min(LIST_SECONDS, self._server.timeout_seconds))
-        return {model.id: model for model in models.data}
+            seconds = min(LIST_SECONDS, self._server.timeout_seconds)
+            response = self.get("/models", cast_to=httpx2.Response, options={"timeout": seconds})
+        return {model.id: model for model in response.extensions["answer"].data}
+
+    def ask(self, path: str, body: Mapping[str, Any], form: type[Form]) -> Form:
+        """What is answered to a prompt.
+
+        Raises:
+            RefusedError: This one gets no answer.
+        """
+        with self.errors_explained():
+            answer = self.post(path, body=body, cast_to=httpx2.Response).extensions["answer"]
+        assert isinstance(answer, form)
+        if isinstance(answer, TextAnswer) and answer.choice.finish_reason == "content_filter":
+            reason = "It withholds the answer: content_filter."
+            raise RefusedError(f"The server at {self._server.url} refuses a request. {reason} {AGAIN}", reason)
+        return answer
+
+    def refuse_another(self, answered: str | None, asked: str, dated: bool = True) -> None:
+        """Refuses the answer of another model than was asked, for whose it would be taken; some servers name none."""
+        if answered == asked or (dated and (answered is None or re.fullmatch(re.escape(asked) + DATE, answered))):
+            return
+        raise FinalError(
+            f"The server at {self._server.url} answers as {redacted(str(answered), 80)} where {asked} was asked, whose text it "
+            "would be taken for: ask the server itself, and no gateway that chooses a model, or state the name that it answers by."
+        )
 
     def load(self, adapter: Adapter) -> None:
         """Has a vLLM server load an adapter."""
@@ -112,7 +144,8 @@ class Client(openai.OpenAI):
         """Around requests.
 
         Raises:
-            FinalError: The server refuses the key or a request, or does not answer as OpenAI's API does.
+            RefusedError: The server refuses this request, or does not answer it as OpenAI's API does.
+            FinalError: It refuses the key or the model, or is no such server.
             RuntimeError: It stays down, overloaded or failing for all tries.
         """
         try:
@@ -123,10 +156,11 @@ class Client(openai.OpenAI):
     def _explained(self, error: openai.APIError) -> Exception:
         where, status = f"The server at {self._server.url}", getattr(error, "status_code", None)
         if isinstance(error.__cause__, httpx2.DecodingError) or isinstance(error, openai.APIResponseValidationError):
-            return FinalError(
-                f"{self._server.url} does not answer as OpenAI's completions API does: "
-                f"{_shortened(str(error.body or error.__cause__))} Is {self._setting}.url the base URL of the server, with /v1 at "
-                "its end? Finished shards are kept."
+            said = _sentence(str(error.body or error.__cause__))
+            return RefusedError(
+                f"{self._server.url} does not answer as OpenAI's completions API does: {said} Is {self._setting}.url the base URL "
+                "of the server, with /v1 at its end? Finished shards are kept.",
+                f"It answers: {said}",
             )
         if _may_pass(error):
             # Fewer than all where the server asks for a pause of more than two minutes.
@@ -137,6 +171,8 @@ class Client(openai.OpenAI):
                 f"{self._setting}.timeout_seconds say how long to wait for it, and a lower {self._setting}.concurrency asks "
                 "less of it at a time."
             )
+        if status in ABOUT_THE_PROMPT:
+            return RefusedError(f"{where} refuses a request. {_said(error)} {AGAIN}", _said(error))
         if status in (401, 403):
             cure = "Put a key that it accepts into the environment variable OPENAI_API_KEY."
         elif status == 404:
@@ -145,7 +181,7 @@ class Client(openai.OpenAI):
                 "were loaded are gone: run it again."
             )
         else:
-            cure = "It would refuse the same request again: change the settings, or the server."
+            return FinalError(f"{where} refuses a request. {_said(error)} {AGAIN}")
         return FinalError(f"{where} refuses a request. {_said(error)} {cure} Finished shards are kept.")
 
 
@@ -155,39 +191,13 @@ def api_key() -> str:
     Raises:
         FinalError: It holds what no key can hold; the message does not repeat it.
     """
-    key = _stated_key()
+    key = stated_key()
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise FinalError(
             "The environment variable OPENAI_API_KEY holds a character that no key has, such as a line end or a blank inside: set "
             "it anew."
         )
     return key
-
-
-def _stated_key() -> str:
-    return os.environ.get("OPENAI_API_KEY", "").strip()
-
-
-class _BoundedStream(httpx2.SyncByteStream):
-    def __init__(self, stream: Any, deadline: float, request: httpx2.Request) -> None:
-        self._stream, self._deadline, self._request = stream, deadline, request
-
-    def __iter__(self) -> Iterator[bytes]:
-        size = 0
-        for part in self._stream:
-            size += len(part)
-            if time.monotonic() > self._deadline:
-                raise httpx2.ReadTimeout("the answer came too slowly", request=self._request)
-            if size > MOST_BYTES:
-                raise httpx2.DecodingError(f"more than {MOST_BYTES:,} bytes", request=self._request)
-            yield part
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-def _note_start(request: httpx2.Request) -> None:
-    request.extensions["started"] = time.monotonic()
 
 
 def side_by_side(
@@ -239,6 +249,8 @@ def side_by_side(
 
 def _examine(response: httpx2.Response) -> None:
     """Refuses what lacks what is read of it: the client itself takes any answer with status 200, and would not ask again."""
+    # Whatever else the server says: in some encodings there is no text.
+    response.encoding = "utf-8"
     path = response.request.url.path
     if path.endswith(LOAD_ADAPTER):
         # Of an adapter that does not fit, vLLM says 500, and would say so again. The client obeys this header.
@@ -248,35 +260,21 @@ def _examine(response: httpx2.Response) -> None:
     if not response.is_success:
         return
     response.read()
+    form = next(form for end, form in FORMS.items() if path.endswith(end))
     try:
-        if _is_complete(path, response.json()):
-            return
+        response.extensions["answer"] = form.model_validate(response.json())
+        return
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        text = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, in {response.text}"
     # The last is for JSON that is nested too deeply.
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration):
-        pass
-    if path.endswith("/models"):
+    except (ValueError, RecursionError):
+        text = response.text
+    if form is ModelList:
         # Not asked again: it is the first thing that is asked, and most likely the URL is not the base URL.
-        raise openai.APIResponseValidationError(response, response.text)
+        raise openai.APIResponseValidationError(response, text)
     # An answer that was cut off is no valid JSON, and an overloaded gateway may say so with status 200.
-    raise httpx2.DecodingError(response.text, request=response.request)
-
-
-def _is_complete(path: str, answer: Any) -> bool:
-    """May also raise what reading an incomplete answer raises."""
-    if path.endswith("/models"):
-        return all(isinstance(model["id"], str) for model in answer["data"])
-    usage = answer.get("usage")
-    choice = next(each for each in answer["choices"] if each.get("index", 0) == 0)
-    is_counted = usage and all(
-        isinstance(usage[name], int) and 0 <= usage[name] < MOST_TOKENS
-        for name in ("prompt_tokens", "completion_tokens")
-    )
-    if path.endswith("/chat/completions"):
-        # No text where the model refused; some servers count nothing.
-        return isinstance(choice["message"].get("content"), str | None) and (is_counted or not usage)
-    are_ids = all(isinstance(token, int) for token in choice.get("token_ids") or ())
-    is_known = choice.get("finish_reason") in ("stop", "length", None)
-    return isinstance(choice["text"], str) and is_known and is_counted and are_ids
+    raise httpx2.DecodingError(text, request=response.request)
 
 
 def _may_pass(error: openai.APIError) -> bool:
@@ -289,16 +287,12 @@ def _said(error: BaseException | None) -> str:
     """What the server said, or why nothing came, as a sentence."""
     if isinstance(error, openai.APIStatusError):
         said = error.body.get("message", error.body) if isinstance(error.body, dict) else error
-        return _shortened(f"It says: {error.status_code}, {said}")
+        return _sentence(f"It says: {error.status_code}, {said}")
     if isinstance(error, httpx2.DecodingError):
-        return _shortened(f"It answers: {error}")
-    return _shortened(f"No answer came: {error} {(error and error.__cause__) or ''}")
+        return _sentence(f"It answers: {error}")
+    return _sentence(f"No answer came: {error} {(error and error.__cause__) or ''}")
 
 
-def _shortened(text: str) -> str:
-    """What a server says, fit for a log: in one line, without escape sequences, and without the key if it repeats it."""
-    if key := _stated_key():
-        text = text.replace(key, "[OPENAI_API_KEY]")
-    text = visible(" ".join(text.split()))
-    text = text if len(text) <= 400 else text[:400] + "..."
+def _sentence(text: str) -> str:
+    text = redacted(text)
     return text if text.endswith((".", "!", "?")) else text + "."

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.common.errors import FinalError
-from resources.common.text import visible
+from resources.common.outside_text import redacted
 from resources.generation.adapters import adapter_of
 from resources.generation.completions import completion, end_ids, longest_sequence
 from resources.generation.engine import Completion, Request, Requests
+from resources.generation.failures import RefusedError
+from resources.generation.server_answers import ServedModel, TextAnswer
 from resources.models.chat import load_tokenizer
 from resources.settings.machine import Engine, Server
 from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
 
 if TYPE_CHECKING:
-    from openai import types
     from transformers import PreTrainedTokenizerBase
 
     from resources.generation.server_connection import Client
@@ -51,10 +52,10 @@ class ServerEngine:
         with Client(self._server) as client:
             name, model = self._model_on(client)
             # The owner and the length are what servers other than vLLM's may leave out.
-            is_vllm = getattr(model, "owned_by", None) == "vllm"
+            is_vllm = model.owned_by == "vllm"
             logger.info(f"The server calls {self._checkpoint.label} {name}; it is {'' if is_vllm else 'not '}vLLM.")
-            if context_length := getattr(model, "max_model_len", None):
-                longest_sequence(requests, sampling, context_length)
+            if model.max_model_len:
+                longest_sequence(requests, sampling, model.max_model_len)
             if sampling.top_k and not is_vllm:
                 raise FinalError(
                     f"The server at {self._server.url} is not vLLM's, and OpenAI's API has no top_k: set sampling.top_k to 0 and "
@@ -63,33 +64,33 @@ class ServerEngine:
             yield []
 
             def complete(request: Request) -> Completion:
-                with client.errors_explained():
-                    answer = client.completions.create(
-                        model=name,
-                        prompt=request.token_ids,
-                        seed=request.seed,
-                        max_tokens=sampling.max_new_tokens,
-                        temperature=sampling.temperature,
-                        top_p=sampling.top_p,
-                        extra_body=_vllm_fields(sampling, ends) if is_vllm else None,
-                    )
-                if is_vllm and answer.model != name:
-                    raise FinalError(
-                        f"The server at {self._server.url} answers as {visible(str(answer.model))[:80]} where {name} was asked, "
-                        "whose text it would be taken for: ask the server itself, and no gateway that chooses a model."
-                    )
+                body = {
+                    "model": name,
+                    "prompt": request.token_ids,
+                    "seed": request.seed,
+                    "max_tokens": sampling.max_new_tokens,
+                    "temperature": sampling.temperature,
+                    "top_p": sampling.top_p,
+                    **(_vllm_fields(sampling, ends) if is_vllm else {}),
+                }
+                try:
+                    answer = client.ask("/completions", body, TextAnswer)
+                except RefusedError as refusal:
+                    return Completion(request.key, "", len(request.token_ids), 1, "length", refusal)
+                if is_vllm:
+                    client.refuse_another(answer.model, name, dated=False)
                 return _as_completion(request, answer, sampling, tokenizer, ends)
 
             yield from side_by_side(complete, requests, self._server.concurrency)
 
-    def _model_on(self, client: "Client") -> tuple[str, "types.Model"]:
+    def _model_on(self, client: "Client") -> tuple[str, ServedModel]:
         """The name under which the server has the checkpoint, and the entry that tells its length and owner."""
         served = client.served()
         label, sha = self._checkpoint.label, self._checkpoint.sha
         name = self._server.models.get(label, sha[:16])
         if name in served:
             # vLLM states the length with the model that an adapter belongs to.
-            return name, served.get(getattr(served[name], "parent", None) or name, served[name])
+            return name, served.get(served[name].parent or name, served[name])
         serve = SERVE.format(weights=shlex.quote(self._checkpoint.weights), name=shlex.quote(name))
         adapter = (
             adapter_of(self._checkpoint) if self._server.load_adapters and label not in self._server.models else None
@@ -111,8 +112,8 @@ class ServerEngine:
     def _missing(self, what: str, name: str, served: Iterable[str], serve: str) -> FinalError:
         return FinalError(
             f"The server at {self._server.url} does not serve {what} under the name {name}; it has: "
-            f"{', '.join(served) or 'nothing'}. Serve it, for instance with `{serve}`, or state the name that it has there "
-            "under engine.server.models."
+            f"{redacted(', '.join(served)) or 'nothing'}. Serve it, for instance with `{serve}`, or state the name that it has "
+            "there under engine.server.models."
         )
 
 
@@ -131,20 +132,16 @@ def _vllm_fields(sampling: Sampling, ends: list[int]) -> dict[str, Any]:
 
 def _as_completion(
     request: Request,
-    answer: "types.Completion",
+    answer: TextAnswer,
     sampling: Sampling,
     tokenizer: "PreTrainedTokenizerBase",
     ends: list[int],
 ) -> Completion:
-    choice, tokens = next(each for each in answer.choices if (each.index or 0) == 0), answer.usage
-    assert tokens is not None
-    if token_ids := getattr(choice, "token_ids", None):
-        # What no tokenizer knows has no text, and what is more than was asked for was not asked for.
-        size = len(tokenizer)
-        known = [token for token in token_ids if 0 <= token < size][: sampling.max_new_tokens]
-        return completion(request.key, tokens.prompt_tokens, known, sampling, tokenizer, ends)
-    # Half of a surrogate pair, which JSON can spell, is no character.
-    text, stopped = choice.text.encode(errors="ignore").decode(), getattr(choice, "finish_reason", None) != "length"
+    choice, size = answer.choice, len(tokenizer)
+    # What no tokenizer knows has no text, and what is more than was asked for was not asked for.
+    if known := [token for token in choice.token_ids or () if 0 <= token < size][: sampling.max_new_tokens]:
+        return completion(request.key, len(request.token_ids), known, sampling, tokenizer, ends)
+    text, stopped = choice.text, choice.finish_reason != "length"
     written = tokenizer(text[: MOST_CHARACTERS * sampling.max_new_tokens], add_special_tokens=False).input_ids
     if len(written) > ROOM * sampling.max_new_tokens or len(text) > MOST_CHARACTERS * sampling.max_new_tokens:
         text, stopped = tokenizer.decode(written[: sampling.max_new_tokens], skip_special_tokens=True), False
@@ -154,8 +151,9 @@ def _as_completion(
     return Completion(
         key=request.key,
         text=text,
-        input_tokens=tokens.prompt_tokens,
-        output_tokens=min(tokens.completion_tokens, sampling.max_new_tokens),
+        input_tokens=len(request.token_ids),
+        # Its end is a token, whether the server counts it or not.
+        output_tokens=min(max(1, answer.usage.completion_tokens), sampling.max_new_tokens),
         finish_reason="stop" if stopped else "length",
     )
 

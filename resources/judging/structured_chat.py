@@ -1,19 +1,23 @@
 """Questions to a model behind OpenAI's chat API, each answered by JSON of one form, and the replies kept in shards.
 
-Structured output asks for a reply of that form. A server may ignore that, and a model may write nonsense: such a reply is
-none, is counted as that, and is not kept, so that the next run asks again.
+Structured output asks for a reply of that form. A server may ignore that or refuse the question, and a model may write
+nonsense: such a reply is none, is counted as that, and is not kept, so that the next run asks again.
 """
 
 import dataclasses
+import functools
 import logging
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import polars as pl
 from pydantic import BaseModel, ValidationError
 
+from resources.common.outside_text import redacted
 from resources.common.progress import Progress
+from resources.generation.failures import RefusedError, few_refused, in_shards
+from resources.generation.server_answers import ChatAnswer
 from resources.scoring.scorer import ScoringUsage
 from resources.settings.evaluation import JudgeServer
 from resources.storage.shards import Shards
@@ -29,6 +33,14 @@ KEPT_CHARACTERS = 2000
 SHOWN_CHARACTERS = 200
 REPLY_COLUMNS = {"key": pl.String, "reply": pl.String, "tokens": pl.Int64}
 Form = TypeVar("Form", bound=BaseModel)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reply:
+    key: str
+    reply: str
+    tokens: int
+    refusal: RefusedError | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +81,12 @@ class StructuredChat(Generic[Form]):
         given = self.shards.rows(keys, self._without_nonsense)
         reused = given.height
         if missing := keys.filter(~keys.is_in(given["key"].implode())).to_list():
-            given.extend(self._finish({key: questions[key] for key in missing}))
+            given.extend(self._finish({key: questions[key] for key in missing}, reused))
         replies = {key: self._read(reply) for key, reply in given.select("key", "reply").rows()}
-        if nonsense := [reply for key, reply in given.select("key", "reply").rows() if replies[key] is None]:
+        if nonsense := [row for row in given.select("key", "reply").rows() if replies[row[0]] is None]:
             logger.info(
-                f"{len(nonsense)} of {given.height} replies of {self.label} are no {self._what} and are left out, such as "
-                f"{nonsense[0][:SHOWN_CHARACTERS]!r}. The next run asks for them again."
+                f"{len(nonsense)} of {given.height} replies of {self.label} are no {self._what} and are left out, such as that "
+                f"to {nonsense[0][0]}: {redacted(nonsense[0][1], SHOWN_CHARACTERS)!r}. The next run asks for them again."
             )
         usage = ScoringUsage(
             readings=len(keys),
@@ -86,45 +98,48 @@ class StructuredChat(Generic[Form]):
         )
         return Replies(replies, usage)
 
-    def _finish(self, questions: Mapping[str, str]) -> pl.DataFrame:
+    def _finish(self, questions: Mapping[str, str], reused: int) -> pl.DataFrame:
         """Asks for what is missing, and writes replies of the form as soon as a shard is full; every reply."""
         from resources.generation.server_connection import Client, side_by_side
 
         given = pl.DataFrame(schema=REPLY_COLUMNS)
-        progress, waiting = Progress(len(questions), f"{self._what}s", logger), list(questions.items())
+        progress = Progress(len(questions), f"{self._what}s", logger)
         with progress, Client(self._server, "judge.server") as client:
 
-            def ask(question: tuple[str, str]) -> dict[str, Any]:
-                return {"key": question[0], **self._reply(client, question[1])}
+            def answered() -> Iterator[list[_Reply]]:
+                ask = functools.partial(self._reply, client)
+                for batch in side_by_side(ask, questions.items(), self._server.concurrency):
+                    progress.add(len(batch), sum(reply.tokens for reply in batch))
+                    yield batch
 
-            for done in range(0, len(waiting), self._shard_rows):
-                rows: list[dict[str, Any]] = []
-                asked = waiting[done : done + self._shard_rows]
-                for batch in side_by_side(ask, asked, self._server.concurrency):
-                    rows += batch
-                    progress.add(len(batch), sum(row["tokens"] for row in batch))
-                replies = pl.DataFrame(rows, schema=REPLY_COLUMNS)
+            for shard in in_shards(few_refused(answered(), reused), self._shard_rows):
+                replies = pl.DataFrame([vars(reply) for reply in shard], schema=REPLY_COLUMNS)
                 if kept := self._without_nonsense(replies).to_dicts():
                     self.shards.write(kept)
                 given.extend(replies)
         return given
 
-    def _reply(self, client: "Client", text: str) -> dict[str, Any]:
-        """What the model wrote, and the tokens of question and reply."""
-        with client.errors_explained():
-            answer = client.chat.completions.create(
-                model=self._server.model,
-                messages=[{"role": "user", "content": text}],
-                temperature=0,
-                max_tokens=LONGEST_REPLY,
-                response_format={
-                    "type": "json_schema",
-                    "json_schema": {"name": self._what, "strict": True, "schema": self._form.model_json_schema()},
-                },
-            )
-        content = (answer.choices[0].message.content or "").strip()
+    def _reply(self, client: "Client", question: tuple[str, str]) -> _Reply:
+        """What the model wrote, or why it did not, and the tokens of question and reply."""
+        key, text = question
+        body = {
+            "model": self._server.model,
+            "messages": [{"role": "user", "content": text}],
+            "temperature": 0,
+            "max_tokens": LONGEST_REPLY,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": self._what, "strict": True, "schema": self._form.model_json_schema()},
+            },
+        }
+        try:
+            answer = client.ask("/chat/completions", body, ChatAnswer)
+        except RefusedError as refusal:
+            return _Reply(key, refusal.reason, 0, refusal)
+        client.refuse_another(answer.model, self._server.model)
+        content = (answer.choice.message.content or "").strip()
         tokens = answer.usage.prompt_tokens + answer.usage.completion_tokens if answer.usage else 0
-        return {"reply": content[:KEPT_CHARACTERS], "tokens": tokens}
+        return _Reply(key, content[:KEPT_CHARACTERS], tokens)
 
     def _without_nonsense(self, replies: pl.DataFrame) -> pl.DataFrame:
         return replies.filter(

@@ -8,12 +8,13 @@ import json
 import logging
 import operator
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import polars as pl
 
 from resources.common.progress import Progress
+from resources.generation.failures import in_shards
 from resources.models.batches import longest_first, tokens_at_a_time
 from resources.models.device import DeviceResource, memory_explained, prepare_device, torch_dtype
 from resources.scoring.pair_ranker import PairRanker
@@ -142,15 +143,19 @@ class RewardScorer(DeviceResource):
         """Scores what is missing, and writes a shard as soon as it is full."""
         model, batch_tokens = self.opened(reward_model), tokens_at_a_time(self.engine)
         with Progress(missing.height, "scores", logger) as progress:
-            for done in range(0, missing.height, self.engine.shard_rows):
-                waiting = [model.read(*row) for row in missing.slice(done, self.engine.shard_rows).rows()]
-                rows: list[dict[str, Any]] = []
-                lengths = [len(reading.token_ids) for reading in waiting]
-                for places in longest_first(lengths, batch_tokens):
-                    batch = [waiting[place] for place in places]
-                    rows += _scored(model, batch)
-                    progress.add(len(batch), sum(len(reading.token_ids) for reading in batch))
-                shards.write(rows)
+
+            def scored() -> Iterator[list[dict[str, Any]]]:
+                for done in range(0, missing.height, self.engine.shard_rows):
+                    waiting = [model.read(*row) for row in missing.slice(done, self.engine.shard_rows).rows()]
+                    lengths = [len(reading.token_ids) for reading in waiting]
+                    for places in longest_first(lengths, batch_tokens):
+                        batch = [waiting[place] for place in places]
+                        rows = _scored(model, batch)
+                        progress.add(len(batch), sum(lengths[place] for place in places))
+                        yield rows
+
+            for shard in in_shards(scored(), self.engine.shard_rows):
+                shards.write(shard)
 
 
 def _of_side(side: str, found: Sequence[pl.DataFrame], convention: Convention) -> pl.DataFrame:

@@ -1,0 +1,67 @@
+"""What a failure leaves: what was finished before it, and all other rows where a server refuses a few prompts."""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
+from resources.common.errors import FinalError
+
+# The longest prompts come first, and may be too long for a server that answers all others.
+SPARE = 16
+
+
+class RefusedError(FinalError):
+    """A server does not answer this prompt, and would not if it were asked again; others it may answer."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Outcome(Protocol):
+    """What became of a prompt."""
+
+    @property
+    def refusal(self) -> RefusedError | None:
+        """Why there is no answer."""
+
+
+Asked = TypeVar("Asked", bound=Outcome)
+Row = TypeVar("Row")
+
+
+def few_refused(batches: Iterable[list[Asked]], answered: int) -> Iterator[list[Asked]]:
+    """Passes batches on, until half of all prompts are refused, those included that were answered earlier.
+
+    Raises:
+        FinalError: So many are.
+    """
+    refused: list[RefusedError] = []
+
+    def stop_at(most: int) -> None:
+        if refused and len(refused) >= most:
+            everything = len(refused) + answered
+            raise FinalError(f"{len(refused)} of {everything} prompts have no answer. {refused[0].description}")
+
+    for batch in batches:
+        yield batch
+        refused += [each.refusal for each in batch if each.refusal]
+        answered += sum(each.refusal is None for each in batch)
+        stop_at(answered + SPARE)
+    stop_at(answered)
+
+
+def in_shards(batches: Iterable[list[Row]], size: int) -> Iterator[list[Row]]:
+    """Rows as many at a time as a shard holds; before an error of the batches, those that came before it."""
+    waiting: list[Row] = []
+    try:
+        for batch in batches:
+            waiting += batch
+            while len(waiting) >= size:
+                yield waiting[:size]
+                waiting = waiting[size:]
+    except Exception:
+        if waiting:
+            yield waiting
+        raise
+    if waiting:
+        yield waiting
