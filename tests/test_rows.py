@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 
 import polars as pl
 import pytest
@@ -96,3 +98,28 @@ def test_a_file_is_replaced_only_when_asked(home, tmp_path):
     assert file.read_text() == "mine"
     assert rows(home, "seed_pairs", "--output", file, "--overwrite").returncode == 0
     assert file.read_text() == "prompt_id,prompt\nprompt-1,p\n"
+
+
+@pytest.mark.parametrize("place", ["tables/seed_pairs.parquet", "tables/preference_pairs/0003.parquet", "new/rows.csv"])
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_no_file_of_a_home_is_written_by_name(home, tmp_path, place, more, is_linked):
+    before = sorted(home.rglob("*"))
+    (tmp_path / "link").symlink_to(home)
+    refused = rows(home, "seed_pairs", "--output", (tmp_path / "link" if is_linked else home) / place, *more)
+    assert refused.returncode == 2
+    assert f"lies in the home {home}" in refused.stderr
+    assert sorted(home.rglob("*")) == before
+    assert rows(home, "seed_pairs").returncode == 0
+    assert rows(home, "seed_pairs", "--output", tmp_path / "published" / "rows.csv").returncode == 0
+    assert rows(home, "seed_pairs", "--output", home / "published" / "rows.csv", "--overwrite").returncode == 0
+    shutil.rmtree(home / "published")
+
+
+def test_a_link_that_leads_nowhere_is_there_and_what_is_no_file_is_not_replaced(home, tmp_path):
+    link, folder = tmp_path / "rows.csv", tmp_path / "folder.csv"
+    link.symlink_to(tmp_path / "gone.csv")
+    (folder / "inside").mkdir(parents=True)
+    assert "rows.csv exists" in rows(home, "seed_pairs", "--output", link).stderr
+    assert "is no file that could be replaced" in rows(home, "seed_pairs", "--output", folder, "--overwrite").stderr
+    assert sorted(os.listdir(tmp_path)) == ["folder.csv", "rows.csv"]

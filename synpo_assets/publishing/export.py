@@ -1,6 +1,7 @@
 """Writing the preference pairs of a home in the form that another trainer reads, or people."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,9 @@ def print_export(settings: Settings, home: Path, form: Format, only: str | None,
     with writing(output):
         file = output_file(form, output)
         is_described = form == "llama-factory" and DATASET in _data_sets(file)
-        places = [file, *(place for place in _beside(form, file) if place.name != INFO or is_described)]
-        existing = [place for place in places if place.exists()]
-    if existing and not overwrite:
-        of_what = f" and names {DATASET}" if existing[0].name == INFO else ""
-        raise SettingsError(f"{existing[0]} exists{of_what}: choose another --output, or replace it with --overwrite.")
+    for place in (file, *_beside(form, file)):
+        is_list = place.name == INFO
+        refuse_existing(place, overwrite or (is_list and not is_described), f" and names {DATASET}" if is_list else "")
     pairs = read_pairs(ParquetTables(f"{settings.storage.root(home)}/tables"), only)
     with writing(output):
         if form == "review":
@@ -149,11 +148,11 @@ def _use(form: Format, file: Path) -> str:
 def _data_sets(file: Path) -> dict[str, Any]:
     """What a `dataset_info.json` beside the pairs says already; nothing if there is none."""
     place = file.with_name(INFO)
-    if not place.exists():
+    if not os.path.lexists(place):
         return {}
     try:
         described = json.loads(place.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         described = None
     if not isinstance(described, dict):
         raise SettingsError(
