@@ -12,7 +12,7 @@ import typer.main
 
 from resources.settings.files import load_settings
 from synpo_assets.cli import commands
-from synpo_assets.cli.home import prepare_home
+from synpo_assets.cli.home import LAST_VALID, last_valid_settings, prepare_home
 from tests.conftest import synpo_here
 from tests.nano import SEED, nano_settings, write_settings
 
@@ -222,6 +222,23 @@ def test_of_two_first_runs_with_other_settings_one_is_refused(tmp_path, nano_mod
     assert result.returncode == 2
     assert f"The home {home} was made with other settings (random_seed: 7 there" in result.stderr
     assert (home.stat().st_mode & 0o777, (home / "settings.yaml").stat().st_mode & 0o777) == (0o700, 0o600)
+
+
+def test_what_may_hold_a_password_is_for_its_owner_alone(tmp_path, nano_model, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    home = tmp_path / "home"
+    home.mkdir(mode=0o755)
+    storage = {"storage": {"dagster_database": "postgresql://u:pw@h/d"}}
+    settings = load_settings(write_settings(tmp_path / "mine.yaml", nano_settings(nano_model) | storage))
+    prepare_home(home, settings)
+    assert home.stat().st_mode & 0o777 == 0o700
+    last_valid_settings(home)
+    files = [home / name for name in ("settings.yaml", "dagster.yaml", LAST_VALID)]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    for file in files:
+        file.chmod(0o644)
+    prepare_home(home, settings)
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
 
 
 def test_two_runs_of_one_home_are_refused(tmp_path):

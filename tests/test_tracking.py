@@ -46,6 +46,8 @@ def tracked(run):
 def test_a_home_is_one_run_with_a_row_for_each_iteration(tmp_path, reporting):
     name, report = "evaluation/win_rate of candidate over initial by independent judge", tmp_path / "report.html"
     report.write_text("<html></html>")
+    storage = reporting.storage.model_copy(update={"dagster_database": "postgresql://u:SECRETPW@h/d"})
+    reporting = reporting.model_copy(update={"storage": storage})
     run = track(tmp_path, reporting, [finished(1, 0.5)], report)
     # Told again, with another iteration; then the first was made anew.
     assert track(tmp_path, reporting, [finished(1, 0.5), finished(2, 0.75)], report) == run
@@ -53,6 +55,7 @@ def test_a_home_is_one_run_with_a_row_for_each_iteration(tmp_path, reporting):
     rows, config = tracked(run)
     assert rows == [(1, {name: 0.5}), (2, {name: 0.75}), (1, {name: 0.625})]
     assert config["preference_optimization"] == reporting.preference_optimization.model_dump(mode="json")
+    assert "SECRETPW" not in str(config)
     kept = [file.read_text() for file in Path(os.environ["TRACKIO_DIR"]).rglob("blobs/*/*/*")]
     assert kept == ["<html></html>"]
 

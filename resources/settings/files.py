@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,16 @@ from pydantic import BaseModel, ValidationError
 from upath import UPath
 
 from resources.settings.data import SEED_DATA_SUFFIXES
-from resources.settings.sections import SettingsError, flattened, is_unwritable, merge, nearest, section_of, sections_in
+from resources.settings.sections import (
+    SECRET_NAME,
+    SettingsError,
+    flattened,
+    is_unwritable,
+    merge,
+    nearest,
+    section_of,
+    sections_in,
+)
 from resources.settings.settings import Settings
 
 # A few lines of aliases of aliases would be written out until memory ends.
@@ -33,6 +43,10 @@ EARLIER_VERSION = (
     "The home {} was made by an earlier version of SynPO, whose settings, tables and columns have other names. Go on with it in "
     "that version, or name another directory with --home to start anew; nothing in it was changed."
 )
+
+
+# What else may hold a password is not repeated wherever it stands.
+SECRET_PLACES = re.compile(r"^storage\b|\b(server|ray|vllm_arguments)\b")
 
 
 def load_settings(path: Path) -> Settings:
@@ -172,7 +186,7 @@ def _yaml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"The settings file {path} does not exist.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except Exception as error:  # A tag that the text does not suit raises whatever Python says of it.
         raise SettingsError(f"The settings file {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if _size(values, {}) > MOST_VALUES:
         raise SettingsError(
@@ -248,8 +262,9 @@ def _sentence(source: str, error: ValidationError) -> str:
         elif problem["type"] == "union_tag_not_found":
             sentences.append(f"`{where}.kind` is missing.")
         elif problem["type"] == "union_tag_invalid":
+            kind = f"{where}.kind"
             sentences.append(
-                f"`{where}.kind` is {context['tag']!r}: input should be one of {context['expected_tags']}."
+                f"`{kind}` is {_shown(kind, context['tag'])}: input should be one of {context['expected_tags']}."
             )
         elif problem["type"] == "value_error":
             place = f"`{where}`: " if where else ""
@@ -258,8 +273,15 @@ def _sentence(source: str, error: ValidationError) -> str:
             # `no` is Norwegian.
             sentences.append(f"`{where}` is a word that YAML reads as {problem['input']}: put it in quotes.")
         else:
-            sentences.append(f"`{where}` is {problem['input']!r}: {problem['msg'].lower()}.")
+            sentences.append(f"`{where}` is {_shown(where, problem['input'])}: {problem['msg'].lower()}.")
     return f"{source}: " + " ".join(sentences)
+
+
+def _shown(where: str, value: Any) -> str:
+    """A wrong value as it was written, unless it may hold a password."""
+    text = repr(value)
+    may_be_secret = SECRET_PLACES.search(where) or "://" in text or SECRET_NAME.search(text)
+    return "not shown here" if may_be_secret and not isinstance(value, int | float | None) else text
 
 
 def _place(location: Sequence[int | str]) -> tuple[str, list[type[BaseModel]]]:

@@ -30,7 +30,7 @@ def track(home: Path, settings: Settings, iterations: Sequence[FinishedIteration
     rows = {int(iteration.key): row_of(iteration) for iteration in iterations}
     changed = {number: row for number, row in rows.items() if record["rows"].get(str(number)) != json_sha256(row)}
     if changed:
-        TRACKERS[report_to](record["run"], settings.model_dump(mode="json"), changed, report)
+        TRACKERS[report_to](record["run"], settings.model_dump(mode="json", exclude={"storage"}), changed, report)
         record["rows"] |= {str(number): json_sha256(row) for number, row in changed.items()}
         write_atomically(file, json.dumps(record, indent=1).encode())
     return record["run"]
