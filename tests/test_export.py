@@ -275,6 +275,8 @@ def test_a_dataset_info_that_is_no_json_object_is_refused(home, tmp_path, conten
     ("trl", "x.jsonl", ("--only", "first"), "is no list of iterations such as 2,3"),
     ("trl", "x.jsonl", ("--only", "²"), "is no list of iterations such as 2,3"),
     ("trl", "x.jsonl", ("--only", "1,\u0661"), "is no list of iterations such as 2,3"),
+    ("trl", "x.jsonl", ("--only", f"1,{'9' * 5000}"), "is no list of iterations such as 2,3"),
+    ("gguf", "x.gguf", ("--iteration", "9" * 5000), "name its iteration, such as --iteration 2"),
     ("trl", "x.csv", (), "give --output a folder (one with a dot in its name must exist), a .jsonl file, or for trl a .parquet"),
     ("openai", f"{__file__}/x.jsonl", ("--overwrite",), "x.jsonl cannot be written: "),
     ("axolotl", f"{__file__}/x", (), "x cannot be written: "),

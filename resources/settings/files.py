@@ -25,7 +25,7 @@ from resources.settings.sections import (
 from resources.settings.settings import Settings
 
 # A few lines of aliases of aliases would be written out until memory ends.
-MOST_VALUES = 100_000
+MOST_VALUES, DEEPEST = 100_000, 50
 PRESETS = Path(__file__).parents[1] / "presets"
 # Settings that name a file or folder, relative to the settings file.
 FILES = (
@@ -146,7 +146,8 @@ def dagster_configuration(home: Path) -> str:
         text = file.read_text(encoding="utf-8") if file.exists() else ""
         if isinstance(yaml.safe_load(text) or {}, dict):
             return text
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+    # A tag that does not suit its value raises whatever Python says of it.
+    except Exception:
         pass
     raise SettingsError(f"{file} is no configuration of Dagster: move it away, and it is written anew.")
 
@@ -186,23 +187,28 @@ def _yaml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"The settings file {path} does not exist.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader) or {}
-    except Exception as error:  # A tag that the text does not suit raises whatever Python says of it.
+        size, depth = _extent(values, {})
+    # As in dagster.yaml.
+    except Exception as error:
         raise SettingsError(f"The settings file {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if _size(values, {}) > MOST_VALUES:
+    if size > MOST_VALUES:
         raise SettingsError(
             f"The settings file {path} holds more than {MOST_VALUES:,} values once its aliases are written out."
         )
+    if depth > DEEPEST:
+        raise SettingsError(f"The settings file {path} is nested more than {DEEPEST} deep.")
     if not isinstance(values, dict):
         raise SettingsError(f"The settings file {path} must hold `key: value` lines at its top level.")
     return values
 
 
-def _size(value: Any, known: dict[int, float]) -> float:
-    """How many values there are with aliases written out; without end where one holds itself."""
+def _extent(value: Any, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
+    """How many values there are with aliases written out, and how deep; without end where one holds itself."""
     if id(value) not in known:
-        known[id(value)] = float("inf")
+        known[id(value)] = float("inf"), float("inf")
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        known[id(value)] = 1 + sum(_size(each, known) for each in inner)
+        found = [_extent(each, known) for each in inner]
+        known[id(value)] = 1 + sum(size for size, _ in found), 1 + max((depth for _, depth in found), default=0)
     return known[id(value)]
 
 
