@@ -1,7 +1,6 @@
 """What is gone or damaged is seen, named, and made again as it was."""
 
 import json
-import os
 import random
 import shutil
 from pathlib import Path
@@ -80,6 +79,7 @@ DAMAGES = [
     )),
     (TABLE, lambda file: file.write_bytes(flipped(file.read_bytes(), ANY))),
     (CHECKSUM, lambda file: file.write_bytes(b"\xff")),
+    (CHECKSUM, Path.unlink),
     *((POINTER, lambda file, text=text: file.write_text(text)) for text in ("{}", "[]", "null", '{"directory": "../.."}')),
     (POINTER, edit_json(asset="reward_model")),
     (POINTER, edit_json(sha="0" * 64)),
@@ -236,15 +236,17 @@ def test_a_superseded_checkpoint_whose_manifest_was_altered_is_passed_over(tmp_p
     assert (store.manifest_of_sha(earlier.sha), store.manifest_of_sha(newest.sha)["sha"]) == (None, newest.sha)
 
 
-def test_a_table_of_an_earlier_version_has_no_checksum_and_is_read(tmp_path):
-    tables = ParquetTables(str(tmp_path))
+def test_a_table_without_its_checksum_is_damaged_unless_it_is_being_written(tmp_path, monkeypatch):
+    tables, checksum = ParquetTables(str(tmp_path)), tmp_path / "pairs" / "0001.parquet.xxh128"
     tables.write("pairs", "0001", pl.DataFrame({"a": [1]}))
-    os.unlink(tmp_path / "pairs" / "0001.parquet.xxh128")
-    assert tables.read("pairs", "0001").height == 1
-    (tmp_path / "pairs" / "0001.parquet").write_bytes(b"PAR1")
-    for look in (tables.read, tables.verify):
-        with pytest.raises(DamageError, match=r"pairs\[0001\]"):
+    written = checksum.read_bytes()
+    checksum.unlink()
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    for look in (tables.read, tables.verify, tables.scan):
+        with pytest.raises(DamageError, match=r"The checksum of the table .* of pairs\[0001\] is gone"):
             look("pairs", "0001")
+    monkeypatch.setattr("time.sleep", lambda _: checksum.write_bytes(written))
+    assert tables.read("pairs", "0001").height == 1
 
 
 def test_a_training_whose_check_was_killed_is_checked_and_not_made_again(tmp_path, instance):

@@ -30,7 +30,7 @@ def home(tmp_path_factory):
     tables.write("preference_pairs", "0001", PAIRS.head(1))
     tables.write("preference_pairs", "0002", PAIRS.tail(2))
     (home / "metrics").mkdir()
-    pl.DataFrame({"prompt_id": ["prompt-1"], "prompt": ["p"]}).write_parquet(home / "tables" / "seed_pairs.parquet")
+    tables.write("seed_pairs", None, pl.DataFrame({"prompt_id": ["prompt-1"], "prompt": ["p"]}))
     return home
 
 

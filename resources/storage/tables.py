@@ -1,6 +1,7 @@
 """Tables as parquet files, one folder per asset and one file per iteration, each with a checksum beside it."""
 
 import io
+import time
 from collections.abc import Mapping
 from typing import IO, Any
 
@@ -18,6 +19,7 @@ SHOWN_CHARACTERS = 300
 # XXH3 with 128 bits, and the name of the file.
 CHECKSUM = ".xxh128"
 HASHED_AT_A_TIME = 2**20
+WAIT_SECONDS = 1.0
 
 
 class ParquetTables(dg.UPathIOManager):
@@ -86,8 +88,8 @@ class ParquetTables(dg.UPathIOManager):
                 found = True
         return found
 
-    def write(self, asset: str, partition: str, frame: pl.DataFrame) -> None:
-        """Writes the table of an asset and iteration other than the running one."""
+    def write(self, asset: str, partition: str | None, frame: pl.DataFrame) -> None:
+        """Writes the table of an asset and iteration other than the running one; without an iteration, one that is made once."""
         _write(frame, self._place(asset, partition))
 
     def dump_to_path(self, context: dg.OutputContext, obj: pl.DataFrame | pl.LazyFrame, path: UPath) -> None:
@@ -178,24 +180,27 @@ def _write(frame: pl.DataFrame | pl.LazyFrame, path: UPath) -> None:
     write_atomically(checksum, f"{hashed.hash.hexdigest()}  {path.name}\n".encode())
 
 
-def _opened(path: UPath, label: str) -> IO[bytes]:
+def _opened(path: UPath, label: str, waits: bool = True) -> IO[bytes]:
     """A table to be read from its beginning, once its bytes are those that were written.
 
     Parquet has no checksum of its own here: nearly half of all flipped bits would read as other rows.
     """
     try:
         file = io.BytesIO(path.read_bytes()) if path.protocol else path.open("rb")
-        written = _checksum_file(path)
-        expected = written.read_text(errors="replace").split(" ")[0] if written.exists() else None
+        expected = _checksum_file(path).read_text(errors="replace").split(" ")[0]
     except FileNotFoundError:
-        raise DamageError(f"The table {path} of {label} does not exist", label) from None
+        if not path.exists():
+            raise DamageError(f"The table {path} of {label} does not exist", label) from None
+        if not waits:
+            raise DamageError(f"The checksum of the table {path} of {label} is gone", label) from None
+        # Whoever writes a table writes its checksum in a moment.
+        time.sleep(WAIT_SECONDS)
+        return _opened(path, label, waits=False)
     except IsADirectoryError:
         raise DamageError(f"A directory lies in the place of the table {path} of {label}", label) from None
-    # Tables of earlier versions have none.
-    if expected is not None:
-        if _hash_of(file) != expected:
-            raise _damaged(path, label)
-        file.seek(0)
+    if _hash_of(file) != expected:
+        raise _damaged(path, label)
+    file.seek(0)
     return file
 
 
