@@ -224,6 +224,8 @@ def test_a_batch_that_cannot_be_divided_is_refused(tmp_path, no_weights):
 @pytest.mark.parametrize(("content", "reason"), [
     (None, "does not exist"),
     ("- a list", "no valid configuration of accelerate"),
+    ('num_processes: !!int ""', "no valid configuration of accelerate"),
+    ("[" * 5000, "no valid configuration of accelerate"),
     ("distributed_type: MULTI_GPU\nprocesses: 2", r"unknown keys \(\['processes'\]\)"),
     ("num_processes: 2", "distributed_type"),
     ("distributed_type: FSDP\nnum_processes: 2", "FSDP, which needs GPUs"),

@@ -73,6 +73,15 @@ def test_rates_are_not_taken_for_those_of_other_settings(load, measured, section
     assert known_calibration(load(**{section: changed})) is None
 
 
+def test_rates_that_cannot_be_read_are_not_known(cache, load, measured):
+    file = next(path for path in cache.rglob("*.json"))
+    whole = file.read_bytes()
+    for content in (b"", b"\xff", b"[" * 100_000):
+        file.write_bytes(content)
+        assert known_calibration(load()) is None
+    file.write_bytes(whole)
+
+
 def test_rates_do_not_depend_on_what_does_not_change_the_speed(load, measured):
     other = load(engine={"shard_rows": 7}, preferences={"margin_threshold": 0.5}, seed_data={"train_limit": 20})
     assert known_calibration(other) == measured

@@ -14,6 +14,7 @@ from dagster._core.loader import LoadingContextForTest
 from definitions import build
 from resources.settings.files import OF_THE_HOME, active_settings, changed_settings, changes_between, load_settings
 from resources.settings.sections import SettingsError
+from resources.storage.tables import ParquetTables
 from synpo_assets.cli.home import LAST_VALID, last_valid_settings
 from synpo_assets.cli.settings_watch import with_settings_check
 from synpo_assets.graph.changes import RunRefused
@@ -40,8 +41,7 @@ def home(tmp_path):
         "keywords": [["one"]] * 60,
         "paragraph": "one",
     }
-    (tmp_path / "tables").mkdir()
-    pl.DataFrame(pool).write_parquet(tmp_path / "tables" / "keyword_pool.parquet")
+    ParquetTables(f"{tmp_path}/tables").write("keyword_pool", None, pl.DataFrame(pool))
     return tmp_path
 
 

@@ -13,6 +13,7 @@ import yaml
 from dagster._core.storage.dagster_run import DagsterRun
 from upath import UPath
 
+from resources.common.errors import DamageError
 from resources.judging.judge_choice import server_judge, topic_labeler
 from resources.settings.files import load_settings
 from resources.settings.method import Sampling
@@ -23,9 +24,12 @@ from synpo_assets.cli import clean
 from synpo_assets.cli.clean import leftovers, refuse_while_at_work, remove
 from synpo_assets.cli.runs import FOREGROUND_TAG, locked
 from synpo_assets.method.templates import user_message
+from synpo_assets.stages.seed import initial_policy
 from tests.conftest import synpo, synpo_here
 from tests.nano import write_settings
-from tests.stand_ins import services_in
+from tests.stand_ins import instance as instance
+from tests.stand_ins import run, services_in
+from tests.test_stores import create, write_weights
 
 
 @pytest.fixture
@@ -203,6 +207,52 @@ def test_an_unfinished_training_is_kept_while_a_run_may_go_on_from_it(home):
     (home / "training" / "takes_days" / "checkpoint-500").mkdir()
     (home / "training" / "takes_days" / "checkpoint-500" / "complete.json").write_text("{}")
     assert places(home, clean.TRAININGS) == {"training/made_since", "training/given_up"}
+
+
+@pytest.mark.parametrize("of", [
+    {}, {"created": "soon"}, {"created": 5}, {"created": "2026-01-01T00:00:00"}, {"created": None, "asset": 5},
+])  # fmt: skip
+def test_a_training_that_does_not_say_when_it_began_is_left_over(tmp_path, instance, of):
+    folder = tmp_path / "training" / "one"
+    folder.mkdir(parents=True)
+    (folder / "description.json").write_text(json.dumps(of))
+    os.utime(folder / "description.json", (0, 0))
+    assert [leftover.group for leftover in leftovers(instance, services_in(tmp_path))] == [clean.TRAININGS]
+
+
+def test_candidates_that_do_not_say_when_they_were_made_are_in_use():
+    of = {"partition": "0001", "asset": "search_candidates"}
+    made = {"partition": "0001", "asset": "model_checkpoint", "created": "2026-01-02"}
+    manifests = {
+        "old": of | {"created": "2026-01-01"},
+        "new": of | {"created": "2026-01-03"},
+        "unknown": of,
+        "made": made,
+    }
+    assert set(clean._without_past_candidates(manifests)) == {"new", "unknown", "made"}
+    assert set(clean._without_past_candidates({"old": manifests["old"], "made": of | {"asset": "model_checkpoint"}})) == {
+        "old", "made",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("lost", ["once.json", "once/*/manifest.json", None])
+def test_where_a_checkpoint_is_gone_nothing_is_listed(tmp_path, instance, nano_model, lost):
+    services = services_in(tmp_path)
+    run([initial_policy], instance, services)
+    policy = services.checkpoints.current("initial_policy", None)
+    sampling = services.settings.responses.sampling
+    row = {"key": "k", "text": "t", "input_tokens": 1, "output_tokens": 1, "finish_reason": "stop"}
+    services.language_model.shards_of(policy, sampling).write([row])
+    assert leftovers(instance, services) == []
+    if lost is None:
+        other = create(services.checkpoints, write_weights("other"), asset="initial_policy")
+        services.checkpoints.point_to("initial_policy", None, other)
+    else:
+        next((tmp_path / "checkpoints" / "initial_policy").glob(lost)).unlink()
+    with pytest.raises(DamageError, match=r"initial_policy is gone, .* \(`synpo run` does\)"):
+        leftovers(instance, services)
+    run([initial_policy], instance, services)
+    assert leftovers(instance, services) == []
 
 
 def test_it_is_refused_while_a_run_is_at_work(tmp_path):

@@ -15,7 +15,7 @@ import typer.main
 from resources.settings.files import load_settings
 from resources.settings.sections import SettingsError
 from synpo_assets.cli import commands
-from synpo_assets.cli.home import prepare_home, settled
+from synpo_assets.cli.home import LAST_VALID, last_valid_settings, prepare_home, settled
 from tests.conftest import synpo_here
 from tests.nano import SEED, nano_settings, write_settings
 
@@ -167,6 +167,9 @@ def test_check_prints_an_estimate_and_writes_nothing(tmp_path, nano_model):
      "holds more than 100,000 values once its aliases are written out"),
     (b"a: &a [*a]\n", "holds more than 100,000 values"),
     (b"[" * 5000, "is not valid YAML"),
+    *((b"random_seed: " + text, "is not valid YAML") for text in (b'!!int ""', b'!!float ""', b"!!bool x", b"!!timestamp x")),
+    (b"a:\n" + b"".join(b" " * n + b"a:\n" for n in range(1, 900)), "is not valid YAML"),
+    (b"a: " + b"{a: " * 60 + b"}" * 60, "is nested more than 50 deep"),
     (b"random_seed: " + b"9" * 5000, "is not valid YAML"),
     (b"preset: laptop\nprompt_generator: {language: english}\n", "`prompt_generator.language` is 'english'"),
 ], ids=lambda value: str(value)[:30])  # fmt: skip
@@ -216,6 +219,39 @@ def test_a_home_whose_path_a_url_would_read_otherwise(tmp_path, command, name):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("text", ["storage: !!bool foo", "[" * 5000, "a: [", "- a", 'a: !!int ""'])
+def test_a_configuration_of_dagster_that_is_none(tmp_path, nano_model, text):
+    write_settings(tmp_path / "settings.yaml", nano_settings(nano_model))
+    (tmp_path / "dagster.yaml").write_text(text)
+    result = synpo_here("clean", "--home", tmp_path)
+    assert (result.returncode, result.stderr) == (
+        2, f"synpo: {tmp_path}/dagster.yaml is no configuration of Dagster: move it away, and it is written anew.\n"
+    )  # fmt: skip
+
+
+def test_an_error_that_nobody_foresaw_is_a_sentence_and_its_trace_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["synpo", "check"])
+    monkeypatch.setattr(commands, "chosen", lambda *_: [][1])
+    with pytest.raises(SystemExit) as ended:
+        commands.main()
+    (file,) = tmp_path.iterdir()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert said.startswith("synpo: IndexError, which is a defect of synpo.")
+    assert str(file) in said
+    assert said.count("\n") == 1
+    assert "list index out of range" in file.read_text()
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_home_whose_name_is_like_markup_is_shown_as_it_is(tmp_path, nano_model):
+    settings = write_settings(tmp_path / "mine.yaml", nano_settings(nano_model))
+    result = synpo_here("check", "--settings", settings, "--home", tmp_path / "x[" / "bold]")
+    assert result.returncode == 0, result.stderr
+    assert "/x[/bold]" in "".join(result.stdout.split())
+
+
 @pytest.mark.parametrize(("command", "check"), [("run", "check_before_run"), ("ui", "check_storage")])
 def test_of_two_first_commands_with_other_settings_one_is_refused(tmp_path, nano_model, monkeypatch, command, check):
     """The other one makes the home while this one is still checking its settings."""
@@ -249,6 +285,23 @@ def test_escape_sequences_of_a_file_stay_off_the_terminal(tmp_path, nano_model):
     result = synpo_here("check", "--settings", write_settings(tmp_path / "mine.yaml", settings))
     assert (result.returncode, "PWNED" in result.stderr) == (2, True)
     assert not set("\x1b\a\u2028") & set(result.stderr)
+
+
+def test_what_may_hold_a_password_is_for_its_owner_alone(tmp_path, nano_model, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    home = tmp_path / "home"
+    home.mkdir(mode=0o755)
+    storage = {"storage": {"dagster_database": "postgresql://u:pw@h/d"}}
+    settings = load_settings(write_settings(tmp_path / "mine.yaml", nano_settings(nano_model) | storage))
+    prepare_home(home, settings)
+    assert home.stat().st_mode & 0o777 == 0o700
+    last_valid_settings(home)
+    files = [home / name for name in ("settings.yaml", "dagster.yaml", LAST_VALID)]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    for file in files:
+        file.chmod(0o644)
+    prepare_home(home, settings)
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
 
 
 def test_two_runs_of_one_home_are_refused(tmp_path):

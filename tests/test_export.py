@@ -275,10 +275,12 @@ def test_a_dataset_info_that_is_no_json_object_is_refused(home, tmp_path, conten
     ("trl", "x.jsonl", ("--only", "first"), "is no list of iterations such as 2,3"),
     ("trl", "x.jsonl", ("--only", "²"), "is no list of iterations such as 2,3"),
     ("trl", "x.jsonl", ("--only", "1,\u0661"), "is no list of iterations such as 2,3"),
+    ("trl", "x.jsonl", ("--only", f"1,{'9' * 5000}"), "is no list of iterations such as 2,3"),
+    ("gguf", "x.gguf", ("--iteration", "9" * 5000), "name its iteration, such as --iteration 2"),
     ("trl", "x.csv", (), "give --output a folder (one with a dot in its name must exist), a .jsonl file, or for trl a .parquet"),
-    ("openai", "home/settings.yaml/x.jsonl", ("--overwrite",), "x.jsonl cannot be written: "),
-    ("axolotl", "home/settings.yaml/x", (), "x cannot be written: "),
-    ("trl", "home/settings.yaml/folder/x.parquet", (), "x.parquet cannot be written: Not a directory."),
+    ("openai", f"{__file__}/x.jsonl", ("--overwrite",), "x.jsonl cannot be written: "),
+    ("axolotl", f"{__file__}/x", (), "x cannot be written: "),
+    ("trl", f"{__file__}/folder/x.parquet", (), "x.parquet cannot be written: Not a directory."),
     ("trl", "/proc/x/y.jsonl", (), "--output /proc/x/y.jsonl cannot be written: "),
     ("trl", f"{'x' * 300}.jsonl", (), "cannot be written: File name too long."),
 ])  # fmt: skip
@@ -344,3 +346,17 @@ def test_the_model_of_an_iteration_is_exported(home, tmp_path, adapted_checkpoin
     assert target.read_bytes()[:4] == b"GGUF"
     again = export(home, "gguf", target, "--iteration", "1")
     assert (again.exit_code, "--overwrite" in again.output) == (2, True)
+
+
+@pytest.mark.parametrize(("form", "place"), [
+    ("trl", "tables/preference_pairs/0001.parquet"), ("trl", "tables/preference_pairs/0003.parquet"), ("axolotl", "metrics"),
+    ("review", "review.csv"), ("llama-factory", "../linked"),
+])  # fmt: skip
+def test_nothing_is_exported_into_a_home(home, tmp_path, form, place):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "dataset_info.json").symlink_to(home / "settings.yaml")
+    before = {file: file.read_bytes() for file in home.rglob("*") if file.is_file()}
+    refused = export(home, form, home / place, "--overwrite")
+    assert refused.exit_code == 2
+    assert "lies in the home" in refused.stderr or "is no JSON object" in refused.stderr
+    assert {file: file.read_bytes() for file in home.rglob("*") if file.is_file()} == before

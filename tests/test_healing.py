@@ -1,7 +1,6 @@
 """What is gone or damaged is seen, named, and made again as it was."""
 
 import json
-import os
 import random
 import shutil
 from pathlib import Path
@@ -16,7 +15,9 @@ from resources.storage.shards import Shards
 from resources.storage.tables import ParquetTables
 from synpo_assets.cli.healing import damaged_assets
 from synpo_assets.graph.history import data_version_of
+from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.missing import missing_assets, missing_checks
+from synpo_assets.graph.used_settings import used_in
 from synpo_assets.stages.seed import initial_policy, seed_pairs
 from tests.stand_ins import begun_run, run, services_in
 from tests.stand_ins import instance as instance
@@ -47,6 +48,15 @@ def become_a_directory(file):
     (file / "inside").mkdir(parents=True)
 
 
+def become_a_file(folder):
+    shutil.rmtree(folder)
+    folder.write_bytes(b"")
+
+
+def have_other_columns(file):
+    ParquetTables(str(file.parents[1])).write(file.parent.name, file.stem, pl.DataFrame({"other": [1]}))
+
+
 def edit_json(**changes):
     return lambda file: file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
@@ -58,6 +68,7 @@ TABLE, CHECKSUM, FIGURES = (
     "metrics/seed_pairs/once.parquet",
 )
 POINTER, MANIFEST = "checkpoints/initial_policy/once.json", "checkpoints/initial_policy/once/*/manifest.json"
+MERGED = "checkpoints/initial_policy/once/*/merged"
 DIRECTORY, WEIGHTS = "checkpoints/initial_policy/once/*", "checkpoints/initial_policy/once/*/merged/model.safetensors"
 DAMAGES = [
     *((place, damage) for place in (TABLE, FIGURES, POINTER, MANIFEST) for damage in (
@@ -68,6 +79,7 @@ DAMAGES = [
     )),
     (TABLE, lambda file: file.write_bytes(flipped(file.read_bytes(), ANY))),
     (CHECKSUM, lambda file: file.write_bytes(b"\xff")),
+    (CHECKSUM, Path.unlink),
     *((POINTER, lambda file, text=text: file.write_text(text)) for text in ("{}", "[]", "null", '{"directory": "../.."}')),
     (POINTER, edit_json(asset="reward_model")),
     (POINTER, edit_json(sha="0" * 64)),
@@ -77,7 +89,13 @@ DAMAGES = [
     (MANIFEST, edit_json(sha="0" * 64)),
     (MANIFEST, edit_json(asset="judge_model")),
     (MANIFEST, edit_json(parents={"start": {"asset": "reward_model"}})),
+    (MANIFEST, lambda file: file.write_text(file.read_text()[:-2] + f', "number": {"9" * 5000}}}')),
+    (CHECKSUM, become_a_directory),
+    (FIGURES, have_other_columns),
+    ("settings/seed_pairs/once.parquet", have_other_columns),
     (DIRECTORY, shutil.rmtree),
+    (DIRECTORY, become_a_file),
+    (MERGED, become_a_file),
     (WEIGHTS, Path.unlink),
 ]  # fmt: skip
 
@@ -163,6 +181,52 @@ def test_weights_are_read_once_in_each_run(tmp_path, monkeypatch):
     assert len(read) == 2
 
 
+@pytest.mark.parametrize("damage", [become_a_directory, lambda file: file.write_bytes(b"\xff")])
+def test_a_mark_of_verification_that_cannot_be_read_says_nothing(tmp_path, damage):
+    store = services_in(tmp_path).checkpoints
+    made = create(store, write_weights("M_1"))
+    damage(Path(made.directory) / "verified_by_run")
+    assert store.of_run("one").current("model_checkpoint", "0001") == made
+    assert (Path(made.directory) / "verified_by_run").read_text() == "one"
+
+
+@pytest.mark.parametrize("damage", [
+    become_a_directory, *(lambda file, text=text: file.write_bytes(text) for text in (b"[" * 100_000, b"\xff", b"{}\n5\n", b"{")),
+])  # fmt: skip
+def test_a_log_of_a_training_that_cannot_be_read_is_damage(tmp_path, damage):
+    def build(directory):
+        write_weights("M_1")(directory)
+        (directory / "trainer_log.jsonl").write_text('{"step": 1}\n')
+        return "result"
+
+    store = services_in(tmp_path).checkpoints
+    log = Path(create(store, build).directory) / "trainer_log.jsonl"
+    assert store.training_log("model_checkpoint", "0001") == [{"step": 1}]
+    damage(log)
+    with pytest.raises(DamageError, match=r"trainer_log.jsonl of model_checkpoint\[0001\] is no log of a training"):
+        store.training_log("model_checkpoint", "0001")
+
+
+def test_metrics_and_settings_in_other_columns_are_damage(tmp_path):
+    services = services_in(tmp_path)
+    for store in (services.metrics, services.used_settings):
+        ParquetTables(str(store._base_path)).write("promotion", "0001", pl.DataFrame({"other": [1]}))
+    for read in (lambda: recorded(services.metrics, "0001"), lambda: used_in(services.used_settings, "0001")):
+        with pytest.raises(DamageError, match=r"promotion\[0001\] is not as it was written"):
+            read()
+    assert services.metrics.set_damaged_aside()
+    assert recorded(services.metrics, "0001").frame.is_empty()
+
+
+def test_a_directory_in_the_place_of_a_shard_is_set_aside(tmp_path):
+    shards = Shards(str(tmp_path), {}, "a test", {"key": pl.String})
+    shards.write([{"key": "one"}])
+    become_a_directory(next(shards.folder.glob("*.parquet")))
+    assert shards.rows(pl.Series(["one"])).is_empty()
+    shards.write([{"key": "one"}])
+    assert shards.rows(pl.Series(["one"])).height == 1
+
+
 def test_a_superseded_checkpoint_whose_manifest_was_altered_is_passed_over(tmp_path):
     store = services_in(tmp_path).checkpoints
     earlier, newest = (create(store, write_weights(name)) for name in ("M_1", "M_1 made anew"))
@@ -172,15 +236,17 @@ def test_a_superseded_checkpoint_whose_manifest_was_altered_is_passed_over(tmp_p
     assert (store.manifest_of_sha(earlier.sha), store.manifest_of_sha(newest.sha)["sha"]) == (None, newest.sha)
 
 
-def test_a_table_of_an_earlier_version_has_no_checksum_and_is_read(tmp_path):
-    tables = ParquetTables(str(tmp_path))
+def test_a_table_without_its_checksum_is_damaged_unless_it_is_being_written(tmp_path, monkeypatch):
+    tables, checksum = ParquetTables(str(tmp_path)), tmp_path / "pairs" / "0001.parquet.xxh128"
     tables.write("pairs", "0001", pl.DataFrame({"a": [1]}))
-    os.unlink(tmp_path / "pairs" / "0001.parquet.xxh128")
-    assert tables.read("pairs", "0001").height == 1
-    (tmp_path / "pairs" / "0001.parquet").write_bytes(b"PAR1")
-    for look in (tables.read, tables.verify):
-        with pytest.raises(DamageError, match=r"pairs\[0001\]"):
+    written = checksum.read_bytes()
+    checksum.unlink()
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    for look in (tables.read, tables.verify, tables.scan):
+        with pytest.raises(DamageError, match=r"The checksum of the table .* of pairs\[0001\] is gone"):
             look("pairs", "0001")
+    monkeypatch.setattr("time.sleep", lambda _: checksum.write_bytes(written))
+    assert tables.read("pairs", "0001").height == 1
 
 
 def test_a_training_whose_check_was_killed_is_checked_and_not_made_again(tmp_path, instance):

@@ -48,7 +48,10 @@ def told(instance, home, partition="0001", **tags):  # noqa: F811
     return heard
 
 
-def test_without_history_and_rates_it_says_how_to_know(instance, home):  # noqa: F811
+@pytest.mark.parametrize("written", [None, b"", b"\xff", b"[" * 100_000, b'{"model_checkpoint": []}'])
+def test_without_history_and_rates_it_says_how_to_know(instance, home, written):  # noqa: F811
+    if written is not None:
+        (home / EXPECTED_FILE).write_bytes(written)
     first, *_ = told(instance, home)
     assert first == (
         "Iteration 1: 0 of 3 assets made, 3 left, for how long is known after an iteration, or by `synpo check --calibrate`."

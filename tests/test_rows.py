@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 
 import polars as pl
 import pytest
@@ -28,7 +30,7 @@ def home(tmp_path_factory):
     tables.write("preference_pairs", "0001", PAIRS.head(1))
     tables.write("preference_pairs", "0002", PAIRS.tail(2))
     (home / "metrics").mkdir()
-    pl.DataFrame({"prompt_id": ["prompt-1"], "prompt": ["p"]}).write_parquet(home / "tables" / "seed_pairs.parquet")
+    tables.write("seed_pairs", None, pl.DataFrame({"prompt_id": ["prompt-1"], "prompt": ["p"]}))
     return home
 
 
@@ -72,6 +74,7 @@ def test_what_holds_is_written_in_the_form_of_the_suffix(home, tmp_path, label, 
     (["promotion"], "promotion was not made in this home yet: `synpo run` makes it."),
     (["preference_pairs[0003]"], "preference_pairs has no iteration 0003: it has 0001, 0002."),
     (["preference_pairs[first]"], "preference_pairs has no iteration first: it has 0001, 0002."),
+    ([f"preference_pairs[{'9' * 5000}]"], "preference_pairs has no iteration 999"),
     (["seed_pairs[1]"], "seed_pairs has no iteration 1: it is made once, so leave the brackets out."),
     (["seed_pairs", "--where", "prompt ="], "--where 'prompt =' is refused by polars: sql parser error"),
     (["seed_pairs", "--where", "length > 3"], 'unable to find column "length"'),
@@ -96,3 +99,28 @@ def test_a_file_is_replaced_only_when_asked(home, tmp_path):
     assert file.read_text() == "mine"
     assert rows(home, "seed_pairs", "--output", file, "--overwrite").returncode == 0
     assert file.read_text() == "prompt_id,prompt\nprompt-1,p\n"
+
+
+@pytest.mark.parametrize("place", ["tables/seed_pairs.parquet", "tables/preference_pairs/0003.parquet", "new/rows.csv"])
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_no_file_of_a_home_is_written_by_name(home, tmp_path, place, more, is_linked):
+    before = sorted(home.rglob("*"))
+    (tmp_path / "link").symlink_to(home)
+    refused = rows(home, "seed_pairs", "--output", (tmp_path / "link" if is_linked else home) / place, *more)
+    assert refused.returncode == 2
+    assert f"lies in the home {home}" in refused.stderr
+    assert sorted(home.rglob("*")) == before
+    assert rows(home, "seed_pairs").returncode == 0
+    assert rows(home, "seed_pairs", "--output", tmp_path / "published" / "rows.csv").returncode == 0
+    assert rows(home, "seed_pairs", "--output", home / "published" / "rows.csv", "--overwrite").returncode == 0
+    shutil.rmtree(home / "published")
+
+
+def test_a_link_that_leads_nowhere_is_there_and_what_is_no_file_is_not_replaced(home, tmp_path):
+    link, folder = tmp_path / "rows.csv", tmp_path / "folder.csv"
+    link.symlink_to(tmp_path / "gone.csv")
+    (folder / "inside").mkdir(parents=True)
+    assert "rows.csv exists" in rows(home, "seed_pairs", "--output", link).stderr
+    assert "is no file that could be replaced" in rows(home, "seed_pairs", "--output", folder, "--overwrite").stderr
+    assert sorted(os.listdir(tmp_path)) == ["folder.csv", "rows.csv"]

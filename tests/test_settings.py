@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import yaml
 from pydantic import BaseModel
@@ -216,6 +218,35 @@ def test_paths_are_relative_to_the_file_that_states_them(tmp_path):
     assert settings.diversity.embedding_model.name == str(tmp_path / "my-model")
     assert settings.seed_data.train.path == str(tmp_path / "data/mine.jsonl")
     assert settings.seed_data.held_out.path == str(PRESETS.parent / "seed/held_out.jsonl")
+
+
+SECRET = "postgresql://u:SECRETPW@h/d"
+
+
+@pytest.mark.parametrize("stated", [
+    {"storage": {"dagster_database": [SECRET]}}, {"storage": SECRET}, {"storage": {"dagster_database": "mysql://u:SECRET PW@h"}},
+    {"storage": {"dagster_database": "postgresql://u:SECRET/PW@h/d"}}, {"storage": ["SECRETPW"]},
+    {"storage": {"artifacts": "s3x://key:SECRETPW@b"}}, {"storage": {"artifacts": "s3://AKIA:SECRETPW@bucket/d"}},
+    {"storage": {"artifacts": "s3x://key:SECRET PW@b"}}, {"storage": {"artifacts": "s3://b/d?secret_access_key=SECRETPW"}},
+    {"engine": {"kind": "server", "server": "http://u:SECRETPW@h/v1"}}, {"engine": {"ray": {"address": ["u:SECRETPW"]}}},
+    {"engine": {"kind": "server", "server": {"url": ["http://u:SECRETPW@h/v1"]}}}, {"judge": {"server": {"url": "u:SECRETPW@h"}}},
+    {"engine": {"device": "cpu", "ray": {"address": "ray://u:SECRETPW@h:10001"}}}, {"preset": "http://u:SECRETPW@h"},
+    {"engine": {"vllm_arguments": {"hf_token": "SECRETPW"}}}, {"engine": {"vllm_arguments": {"a": {"api_key": "SECRETPW"}}}},
+    {"engine": [{"api-key": "SECRETPW"}]}, {"scorer": {"kind": "http://u:SECRETPW@h"}}, {"storage": {SECRET: 1}},
+    {"publishing": {"dataset_repository": "https://u:SECRETPW@huggingface.co/a/b"}},
+])  # fmt: skip
+def test_what_may_be_a_password_is_refused_without_a_word_of_it(tmp_path, stated):
+    with pytest.raises(SettingsError) as refused:
+        load_settings(changed(tmp_path, **stated))
+    assert not re.search("SECRET|PW", str(refused.value))
+
+
+@pytest.mark.parametrize("url", [
+    "postgresql://user@localhost/x", "postgresql://u:%40pw@h:5432/d?sslmode=require", "postgresql://[::1]:5432/d",
+    "postgresql://u:p@h1:5432,h2/d", "postgresql:///d?host=/var/run&password=a/b@c", "postgresql://h",
+])  # fmt: skip
+def test_urls_of_databases_are_taken(tmp_path, url):
+    assert load_settings(changed(tmp_path, storage={"dagster_database": url})).storage.dagster_database == url
 
 
 def test_settings_survive_writing_and_reading(tmp_path):

@@ -37,9 +37,8 @@ class Home:
         self.rules = []
 
     def once(self, asset, rows):
-        (self.path / "tables").mkdir(parents=True, exist_ok=True)
         frame = pl.DataFrame(rows)
-        frame.write_parquet(self.path / "tables" / f"{asset}.parquet")
+        self.tables.write(asset, None, frame)
         self.told(asset, None, frame)
         return frame
 

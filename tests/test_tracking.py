@@ -46,13 +46,19 @@ def tracked(run):
 def test_a_home_is_one_run_with_a_row_for_each_iteration(tmp_path, reporting):
     name, report = "evaluation/win_rate of candidate over initial by independent judge", tmp_path / "report.html"
     report.write_text("<html></html>")
+    storage = reporting.storage.model_copy(update={"dagster_database": "postgresql://u:SECRETPW@h/d"})
+    reporting = reporting.model_copy(update={"storage": storage})
     run = track(tmp_path, reporting, [finished(1, 0.5)], report)
+    record = (tmp_path / "tracked.json").read_bytes()
     # Told again, with another iteration; then the first was made anew.
     assert track(tmp_path, reporting, [finished(1, 0.5), finished(2, 0.75)], report) == run
     assert track(tmp_path, reporting, [finished(1, 0.625), finished(2, 0.75)], report) == run
     rows, config = tracked(run)
     assert rows == [(1, {name: 0.5}), (2, {name: 0.75}), (1, {name: 0.625})]
     assert config["preference_optimization"] == reporting.preference_optimization.model_dump(mode="json")
+    (tmp_path / "tracked.json").write_bytes(record[:-9])
+    assert track(tmp_path, reporting, [finished(1, 0.5)], report) != run, "what tells its name is damaged"
+    assert "SECRETPW" not in str(config)
     kept = [file.read_text() for file in Path(os.environ["TRACKIO_DIR"]).rglob("blobs/*/*/*")]
     assert kept == ["<html></html>"]
 

@@ -15,6 +15,8 @@ FULL = re.compile(
 # What SQLite says of any failure of a disk, also of a full one where it cannot make its index of the log.
 FAILS = "disk I/O error"
 LEAST_FREE = 1 << 20
+# Its user with a password, and what follows a question mark.
+URL = re.compile(r"(?<=://)([^\s/@]*:\S*@)?([^\s?]*)(\?\S*\w)?")
 DISK_IS_FULL = (
     "A disk is full ({}). Finished work is kept: free some space (`synpo clean` lists what is not needed any more) and give the "
     "same command again."
@@ -22,10 +24,13 @@ DISK_IS_FULL = (
 
 
 class FinalError(dg.Failure):
-    """Something that trying again cannot mend, so the step is not retried; the message says what can mend it."""
+    """Something that trying again cannot mend, so the step is not retried; the message says what can mend it.
+
+    Whatever the message was made of, it shows no password of a URL.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, allow_retries=False)
+        super().__init__(without_secrets(message), allow_retries=False)
 
 
 class DamageError(FinalError):
@@ -34,6 +39,16 @@ class DamageError(FinalError):
     def __init__(self, problem: str, label: str) -> None:
         super().__init__(f"{problem}: materialize {label} again (`synpo run` does).")
         self.problem = problem
+
+
+def without_secrets(text: str) -> str:
+    """A text whose URLs tell neither their password nor their query.
+
+    Examples:
+        >>> without_secrets("No answer from https://me:secret@host/v1?key=secret.")
+        'No answer from https://…@host/v1?….'
+    """
+    return URL.sub(lambda url: ("…@" if url[1] else "") + url[2] + ("?…" if url[3] else ""), text)
 
 
 def full_disk(error: BaseException | str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,20 @@ from pydantic import BaseModel, ValidationError
 from upath import UPath
 
 from resources.settings.data import SEED_DATA_SUFFIXES
-from resources.settings.sections import SettingsError, flattened, is_unwritable, merge, nearest, section_of, sections_in
+from resources.settings.sections import (
+    SECRET_NAME,
+    SettingsError,
+    flattened,
+    is_unwritable,
+    merge,
+    nearest,
+    section_of,
+    sections_in,
+)
 from resources.settings.settings import Settings
 
 # A few lines of aliases of aliases would be written out until memory ends.
-MOST_VALUES = 100_000
+MOST_VALUES, DEEPEST = 100_000, 50
 PRESETS = Path(__file__).parents[1] / "presets"
 # Settings that name a file or folder, relative to the settings file.
 FILES = (
@@ -33,6 +43,10 @@ EARLIER_VERSION = (
     "The home {} was made by an earlier version of SynPO, whose settings, tables and columns have other names. Go on with it in "
     "that version, or name another directory with --home to start anew; nothing in it was changed."
 )
+
+
+# What else may hold a password is not repeated wherever it stands.
+SECRET_PLACES = re.compile(r"^storage\b|\b(server|ray|vllm_arguments)\b")
 
 
 def load_settings(path: Path) -> Settings:
@@ -132,7 +146,8 @@ def dagster_configuration(home: Path) -> str:
         text = file.read_text(encoding="utf-8") if file.exists() else ""
         if isinstance(yaml.safe_load(text) or {}, dict):
             return text
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+    # A tag that does not suit its value raises whatever Python says of it.
+    except Exception:
         pass
     raise SettingsError(f"{file} is no configuration of Dagster: move it away, and it is written anew.")
 
@@ -172,23 +187,28 @@ def _yaml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"The settings file {path} does not exist.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        size, depth = _extent(values, {})
+    # As in dagster.yaml.
+    except Exception as error:
         raise SettingsError(f"The settings file {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if _size(values, {}) > MOST_VALUES:
+    if size > MOST_VALUES:
         raise SettingsError(
             f"The settings file {path} holds more than {MOST_VALUES:,} values once its aliases are written out."
         )
+    if depth > DEEPEST:
+        raise SettingsError(f"The settings file {path} is nested more than {DEEPEST} deep.")
     if not isinstance(values, dict):
         raise SettingsError(f"The settings file {path} must hold `key: value` lines at its top level.")
     return values
 
 
-def _size(value: Any, known: dict[int, float]) -> float:
-    """How many values there are with aliases written out; without end where one holds itself."""
+def _extent(value: Any, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
+    """How many values there are with aliases written out, and how deep; without end where one holds itself."""
     if id(value) not in known:
-        known[id(value)] = float("inf")
+        known[id(value)] = float("inf"), float("inf")
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        known[id(value)] = 1 + sum(_size(each, known) for each in inner)
+        found = [_extent(each, known) for each in inner]
+        known[id(value)] = 1 + sum(size for size, _ in found), 1 + max((depth for _, depth in found), default=0)
     return known[id(value)]
 
 
@@ -248,8 +268,9 @@ def _sentence(source: str, error: ValidationError) -> str:
         elif problem["type"] == "union_tag_not_found":
             sentences.append(f"`{where}.kind` is missing.")
         elif problem["type"] == "union_tag_invalid":
+            kind = f"{where}.kind"
             sentences.append(
-                f"`{where}.kind` is {context['tag']!r}: input should be one of {context['expected_tags']}."
+                f"`{kind}` is {_shown(kind, context['tag'])}: input should be one of {context['expected_tags']}."
             )
         elif problem["type"] == "value_error":
             place = f"`{where}`: " if where else ""
@@ -258,8 +279,15 @@ def _sentence(source: str, error: ValidationError) -> str:
             # `no` is Norwegian.
             sentences.append(f"`{where}` is a word that YAML reads as {problem['input']}: put it in quotes.")
         else:
-            sentences.append(f"`{where}` is {problem['input']!r}: {problem['msg'].lower()}.")
+            sentences.append(f"`{where}` is {_shown(where, problem['input'])}: {problem['msg'].lower()}.")
     return f"{source}: " + " ".join(sentences)
+
+
+def _shown(where: str, value: Any) -> str:
+    """A wrong value as it was written, unless it may hold a password."""
+    text = repr(value)
+    may_be_secret = SECRET_PLACES.search(where) or "://" in text or SECRET_NAME.search(text)
+    return "not shown here" if may_be_secret and not isinstance(value, int | float | None) else text
 
 
 def _place(location: Sequence[int | str]) -> tuple[str, list[type[BaseModel]]]:

@@ -7,7 +7,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from upath.registry import available_implementations
 
-from resources.settings.sections import Section
+from resources.settings.sections import SECRET_NAME, Section, flattened
+
+HOST = r"(\[[^\]\s]*\]|[^\s/@:?#,\[]*)(:\d*)?"
+# Of a password with a slash in it, the database's driver would take a part for the port, and name it.
+DATABASE_URL = re.compile(rf"postgresql://([^\s/@?#]*@)?{HOST}(,{HOST})*(/[^\s@?#]*)?(\?\S*)?")
 
 
 def _plain_url(url: str) -> str:
@@ -50,10 +54,27 @@ class Server(ServerAccess):
     )
 
 
+def _without_user(address: str | None) -> str | None:
+    if address and re.search(r"[@?#\s]", address):
+        # It is not repeated: it may hold a password.
+        raise ValueError("An address of Ray has no user, password, query or white space: write it as ray://host:10001.")
+    return address
+
+
+def _without_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
+    for name, value in flattened(arguments):
+        if not isinstance(value, int | float | None) and SECRET_NAME.search(name):
+            raise ValueError(
+                f"`{name}` may be a secret, and settings are shown and recorded: leave it out, and put it into the environment, a "
+                "token of the hub as HF_TOKEN."
+            )
+    return arguments
+
+
 class RayCluster(Section):
     """A Ray cluster whose nodes share the generation; they need this project installed and the files of the home."""
 
-    address: str | None = Field(
+    address: Annotated[str | None, AfterValidator(_without_user)] = Field(
         None,
         description="`host:6379`, `ray://host:10001`, or `auto` on a node of the cluster. None: a Ray of this machine alone, "
         "started for the length of a step.",
@@ -112,7 +133,7 @@ class Engine(Section):
         description="vLLM only: copies of the model that answer side by side. None: as many as the visible GPUs hold, 1 on a "
         "CPU.",
     )
-    vllm_arguments: dict[str, Any] = Field(
+    vllm_arguments: Annotated[dict[str, Any], AfterValidator(_without_secrets)] = Field(
         default_factory=dict,
         description="vLLM only: further arguments of its engine (vllm.EngineArgs), such as gpu_memory_utilization.",
     )
@@ -163,6 +184,11 @@ class Storage(Section):
     @classmethod
     def _known_scheme(cls, url: str | None) -> str | None:
         scheme, separator, place = (url or "").partition("://")
+        if re.search(r":.*@|\?", place):
+            # It is not repeated.
+            raise ValueError(
+                "The URL of a store has no password and no query: leave them out, credentials come from the environment."
+            )
         if url is not None and not (
             separator and place.strip("/") and scheme in available_implementations(fallback=True)
         ):
@@ -175,11 +201,11 @@ class Storage(Section):
     @field_validator("dagster_database")
     @classmethod
     def _postgresql(cls, url: str | None) -> str | None:
-        if url is not None and not url.startswith("postgresql://"):
+        if url is not None and not DATABASE_URL.fullmatch(url):
             # The URL may hold a password, so the message does not repeat it.
             raise ValueError(
-                "This is not the URL of a PostgreSQL database: write it as postgresql://user@host/database, or leave it out "
-                "to keep the history in the home."
+                "This is not the URL of a PostgreSQL database: write it as postgresql://user@host/database, with %40, %2F and so "
+                "on for the marks in a password, or leave it out to keep the history in the home."
             )
         return url
 

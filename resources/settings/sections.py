@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from resources.common.errors import FinalError
 
+# How what holds a secret is called, such as hf_token, in a value as Python writes it.
+SECRET_NAME = re.compile(r"(?<![a-z])(api)?(token|key|secret|password)\b", re.IGNORECASE)
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 

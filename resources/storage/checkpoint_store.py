@@ -17,7 +17,14 @@ from upath import UPath
 from resources.common.errors import DamageError, FinalError
 from resources.common.progress import Progress
 from resources.common.text import asset_label
-from resources.storage.files import DAMAGED, AnyPath, storage_root, temporary_directory_beside, write_atomically
+from resources.storage.files import (
+    DAMAGED,
+    AnyPath,
+    set_aside,
+    storage_root,
+    temporary_directory_beside,
+    write_atomically,
+)
 from resources.storage.manifests import (
     MANIFEST,
     Pointer,
@@ -60,7 +67,7 @@ class Checkpoint:
     @property
     def manifest(self) -> dict[str, Any]:
         """The parsed manifest."""
-        return json.loads((Path(self.directory) / MANIFEST).read_text())
+        return manifest_values(Path(self.directory) / MANIFEST, self.label)
 
 
 class CheckpointStore(dg.IOManager):
@@ -161,7 +168,7 @@ class CheckpointStore(dg.IOManager):
         if damaged := damaged_file(self._root / manifest.directory, manifest):
             raise DamageError(f"{damaged} of {label} is missing or has changed size", label)
         found = self._opened(manifest.directory, manifest.label)
-        if self._run_id is not None and _text_of(Path(found.directory) / VERIFIED) != self._run_id:
+        if self._run_id is not None and not _says(Path(found.directory) / VERIFIED, self._run_id):
             self.verify(found)
             write_atomically(Path(found.directory) / VERIFIED, self._run_id.encode())
         return found
@@ -196,10 +203,13 @@ class CheckpointStore(dg.IOManager):
         """What the trainer of the current checkpoint logged, one entry per step; empty if it is gone or was not trained."""
         file = self._file_of_current(asset, partition, TRAINING_LOG)
         try:
-            return [json.loads(line) for line in file.read_text().splitlines()] if file else []
-        except ValueError:
+            log = [json.loads(line) for line in file.read_text().splitlines()] if file else []
+        except (OSError, ValueError, RecursionError):
+            log = [None]
+        if not all(isinstance(entry, dict) for entry in log):
             label = asset_label(asset, partition)
-            raise DamageError(f"{file} of {label} is no log of a training any more", label) from None
+            raise DamageError(f"{file} of {label} is no log of a training any more", label)
+        return log
 
     def verify(self, checkpoint: Checkpoint) -> None:
         """Reads every weight file again, in an object store too, and compares it with the manifest.
@@ -292,6 +302,9 @@ def _move(temporary: Path, final: Path, sha: str) -> None:
     """Moves a finished directory to its place, unless the same content is there and undamaged."""
     if not is_intact(final, sha):
         shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            # Somebody put a file there.
+            set_aside(UPath(final))
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary.rename(final)
 
@@ -312,5 +325,8 @@ def _altered(directory: AnyPath, label: str) -> DamageError:
     return DamageError(f"The files of {label} in {directory} were altered after they were written", label)
 
 
-def _text_of(file: Path) -> str:
-    return file.read_text() if file.exists() else ""
+def _says(file: Path, text: str) -> bool:
+    try:
+        return file.read_bytes() == text.encode()
+    except OSError:
+        return False

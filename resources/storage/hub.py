@@ -8,6 +8,7 @@ from typing import Literal
 from resources.common.errors import FinalError
 from resources.settings.publishing import Publishing
 from resources.storage.files import replace_directory, temporary_directory_beside
+from resources.storage.output_files import refuse_inside_a_home
 
 RepositoryKind = Literal["dataset", "model"]
 # The tag that every card of ours has: a folder without such a card is somebody else's.
@@ -19,6 +20,7 @@ def check_destination(publishing: Publishing, kind: RepositoryKind) -> None:
     if publishing.dry_run:
         return
     if publishing.directory:
+        refuse_inside_a_home(Path(publishing.directory) / "any", "publishing.directory")
         try:
             Path(publishing.directory).mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -78,17 +78,18 @@ def read_manifest(directory: AnyPath, label: str) -> Manifest:
 def parsed_manifest(file: AnyPath, label: str) -> Manifest:
     """What the file of a manifest says; whether its sha is that of its files is left to `read_manifest`."""
     try:
-        return Manifest.model_validate_json(file.read_bytes())
+        # By the parser that reads it everywhere else: pydantic's own takes numbers that it does not.
+        return Manifest.model_validate(json.loads(file.read_bytes()))
     except FileNotFoundError:
         raise DamageError(f"{file.parent} holds no {MANIFEST}, so no finished checkpoint", label) from None
-    except (OSError, ValidationError):
+    except (OSError, ValueError, RecursionError):
         raise _altered(file, label) from None
 
 
 def manifest_values(file: AnyPath, label: str) -> dict[str, Any]:
     """All that the file of a manifest says, also what stands in it for people alone."""
     parsed_manifest(file, label)
-    return json.loads(file.read_text())
+    return json.loads(file.read_bytes())
 
 
 def _altered(file: AnyPath, label: str) -> DamageError:
@@ -143,7 +144,7 @@ def is_intact(directory: AnyPath, sha: str) -> bool:
         weights = directory / read_manifest(directory, str(directory)).weights
     except DamageError:
         return False
-    return weights.exists() and weights_manifest(weights)["sha"] == sha
+    return weights.is_dir() and weights_manifest(weights)["sha"] == sha
 
 
 def weights_manifest(weights: AnyPath) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Tables as parquet files, one folder per asset and one file per iteration, each with a checksum beside it."""
 
 import io
+import time
+from collections.abc import Mapping
 from typing import IO, Any
 
 import dagster as dg
@@ -17,6 +19,7 @@ SHOWN_CHARACTERS = 300
 # XXH3 with 128 bits, and the name of the file.
 CHECKSUM = ".xxh128"
 HASHED_AT_A_TIME = 2**20
+WAIT_SECONDS = 1.0
 
 
 class ParquetTables(dg.UPathIOManager):
@@ -28,20 +31,26 @@ class ParquetTables(dg.UPathIOManager):
 
     extension = ".parquet"
 
-    def __init__(self, root: str, look_up: str | None = None) -> None:
-        """Opens the tables under `root`; `look_up` is the command that tells of a row, with `{}` where its id belongs."""
+    def __init__(self, root: str, look_up: str | None = None, columns: Mapping[str, Any] | None = None) -> None:
+        """Opens the tables under a root.
+
+        Args:
+            look_up: The command that tells of a row, with `{}` where its id belongs.
+            columns: Those of all tables with their types, where all have the same; a table of others is damaged.
+        """
         super().__init__(storage_root(root))
         self._look_up = look_up
+        self._columns = None if columns is None else pl.Schema(columns)
 
     def read(self, asset: str, partition: str) -> pl.DataFrame:
         """Reads the table of an asset and iteration that is not a declared input."""
-        return _read(self._place(asset, partition), asset_label(asset, partition))
+        return self._read(self._place(asset, partition), asset_label(asset, partition))
 
     def verify(self, asset: str, partition: str | None) -> None:
         """Raises a DamageError if the table of an asset and iteration is gone, or is not as it was written."""
         place, label = self._place(asset, partition), asset_label(asset, partition)
         with _opened(place, label) as file:
-            _count(file, place, label)
+            self._look_at(file, place, label)
 
     def scan(self, asset: str, partition: str | None = None) -> pl.LazyFrame | None:
         """The rows of an asset, of one iteration or all, to be read lazily; None if they were never written.
@@ -59,7 +68,7 @@ class ParquetTables(dg.UPathIOManager):
     def of_partition(self, partition: str) -> list[pl.DataFrame]:
         """The tables of all assets that have one of this iteration, by asset."""
         files = sorted(self._base_path.glob(f"*/{partition}.parquet"), key=str)
-        return [_read(file, _label(file, self._base_path)) for file in files]
+        return [self._read(file, _label(file, self._base_path)) for file in files]
 
     def partitions(self, asset: str = "*") -> list[str]:
         """The iterations of which an asset, or if none is named any asset, has a table."""
@@ -73,14 +82,14 @@ class ParquetTables(dg.UPathIOManager):
             label = _label(file, self._base_path)
             try:
                 with _opened(file, label) as content:
-                    _count(content, file, label)
+                    self._look_at(content, file, label)
             except DamageError:
                 set_aside(file)
                 found = True
         return found
 
-    def write(self, asset: str, partition: str, frame: pl.DataFrame) -> None:
-        """Writes the table of an asset and iteration other than the running one."""
+    def write(self, asset: str, partition: str | None, frame: pl.DataFrame) -> None:
+        """Writes the table of an asset and iteration other than the running one; without an iteration, one that is made once."""
         _write(frame, self._place(asset, partition))
 
     def dump_to_path(self, context: dg.OutputContext, obj: pl.DataFrame | pl.LazyFrame, path: UPath) -> None:
@@ -92,7 +101,7 @@ class ParquetTables(dg.UPathIOManager):
         if context.dagster_type.typing_type is pl.LazyFrame:
             # Opened here because polars' own clients of object stores find their credentials in other ways.
             return pl.scan_parquet(_opened(path, _label(path, self._base_path)))
-        return _read(path, _label(path, self._base_path))
+        return self._read(path, _label(path, self._base_path))
 
     def get_metadata(self, context: dg.OutputContext, obj: pl.DataFrame | pl.LazyFrame) -> dict[str, Any]:
         """Row count, sample rows and, for tables in memory, statistics of the numeric columns."""
@@ -107,6 +116,26 @@ class ParquetTables(dg.UPathIOManager):
             statistics = numbers.describe(percentiles=(0.5,))
             metadata["statistics"] = table_metadata(statistics)
         return metadata
+
+    def _read(self, path: UPath, label: str) -> pl.DataFrame:
+        with _opened(path, label) as file:
+            self._look_at(file, path, label)
+            file.seek(0)
+            try:
+                return pl.read_parquet(file)
+            except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+                raise _damaged(path, label) from error
+
+    def _look_at(self, file: IO[bytes], path: UPath, label: str) -> None:
+        """Raises a DamageError if a file, of which no more than the end is read, is no table, or one of other columns."""
+        try:
+            table = pl.scan_parquet(file)
+            columns = table.collect_schema()
+            table.select(pl.len()).collect()
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+            raise _damaged(path, label) from error
+        if self._columns not in (None, columns):
+            raise _damaged(path, label)
 
     def _place(self, asset: str, partition: str | None) -> UPath:
         return self._base_path / (f"{asset}.parquet" if partition is None else f"{asset}/{partition}.parquet")
@@ -145,36 +174,33 @@ def _write(frame: pl.DataFrame | pl.LazyFrame, path: UPath) -> None:
         else:
             frame.write_parquet(hashed)
         # The checksum of an earlier table is never beside a newer one.
+        if checksum.is_dir():
+            set_aside(checksum)
         checksum.unlink(missing_ok=True)
     write_atomically(checksum, f"{hashed.hash.hexdigest()}  {path.name}\n".encode())
 
 
-def _read(path: UPath, label: str) -> pl.DataFrame:
-    with _opened(path, label) as file:
-        try:
-            return pl.read_parquet(file)
-        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-            raise _damaged(path, label) from error
-
-
-def _opened(path: UPath, label: str) -> IO[bytes]:
+def _opened(path: UPath, label: str, waits: bool = True) -> IO[bytes]:
     """A table to be read from its beginning, once its bytes are those that were written.
 
     Parquet has no checksum of its own here: nearly half of all flipped bits would read as other rows.
     """
     try:
         file = io.BytesIO(path.read_bytes()) if path.protocol else path.open("rb")
-        written = _checksum_file(path)
-        expected = written.read_text(errors="replace").split(" ")[0] if written.exists() else None
+        expected = _checksum_file(path).read_text(errors="replace").split(" ")[0]
     except FileNotFoundError:
-        raise DamageError(f"The table {path} of {label} does not exist", label) from None
+        if not path.exists():
+            raise DamageError(f"The table {path} of {label} does not exist", label) from None
+        if not waits:
+            raise DamageError(f"The checksum of the table {path} of {label} is gone", label) from None
+        # Whoever writes a table writes its checksum in a moment.
+        time.sleep(WAIT_SECONDS)
+        return _opened(path, label, waits=False)
     except IsADirectoryError:
         raise DamageError(f"A directory lies in the place of the table {path} of {label}", label) from None
-    # Tables of earlier versions have none.
-    if expected is not None:
-        if _hash_of(file) != expected:
-            raise _damaged(path, label)
-        file.seek(0)
+    if _hash_of(file) != expected:
+        raise _damaged(path, label)
+    file.seek(0)
     return file
 
 
@@ -188,14 +214,6 @@ def _hash_of(file: IO[bytes]) -> str:
     while size := file.readinto(buffer):  # type: ignore[attr-defined]
         hashed.update(buffer[:size])
     return hashed.hexdigest()
-
-
-def _count(file: IO[bytes], path: UPath, label: str) -> int:
-    """The rows of a table, of which no more than the end is read."""
-    try:
-        return pl.scan_parquet(file).select(pl.len()).collect().item()
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        raise _damaged(path, label) from error
 
 
 def _damaged(path: UPath, label: str) -> DamageError:

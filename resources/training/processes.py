@@ -188,7 +188,7 @@ def _checked_accelerate_config(path: str, gpus: int) -> dict[str, Any]:
         if not isinstance(config, ClusterConfig):
             raise ValueError("it is for SageMaker")
     # A file that holds no mapping, or a value of another type, fails in accelerate wherever it is first used.
-    except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise TrainingError(
             f"{named} is no valid configuration of accelerate: {reason}. Make it anew with `accelerate config --config_file "
@@ -220,9 +220,10 @@ def refuse_pieces(named: str, file: Path) -> None:
     """Checks that DeepSpeed's own file, which accelerate's may name, has the weights gathered when they are saved."""
     try:
         zero = json.loads(file.read_text()).get("zero_optimization", {})
-    except (OSError, ValueError, AttributeError) as error:
+        stage, is_gathered = zero.get("stage"), zero.get("stage3_gather_16bit_weights_on_model_save")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise TrainingError(f"{named} names {file} as deepspeed_config_file, which cannot be read: {error}") from None
-    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+    if stage == 3 and not is_gathered:
         raise TrainingError(
             f"{file}, which {named} names, would leave the weights in pieces: set "
             "zero_optimization.stage3_gather_16bit_weights_on_model_save to true."

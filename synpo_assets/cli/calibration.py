@@ -12,7 +12,7 @@ from typing import Any
 
 import platformdirs
 import polars as pl
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from resources.generation.language_model import LanguageModel
 from resources.models.device import device_name, prepare_device, torch_dtype
@@ -44,7 +44,10 @@ class Calibration(BaseModel):
 def known_calibration(settings: Settings) -> Calibration | None:
     """The rates that were measured on this machine for such settings; None if there are none."""
     file = _file(_deciding(settings))
-    return Calibration.model_validate_json(file.read_bytes()) if file.exists() else None
+    try:
+        return Calibration.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def calibrate(settings: Settings, seed: pl.DataFrame) -> Calibration:

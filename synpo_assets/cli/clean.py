@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from dagster import AssetKey, DagsterInstance, DagsterRunStatus, RunsFilter
 from rich.console import Console
 from upath import UPath
 
+from resources.common.errors import DamageError
 from resources.common.text import asset_label
 from resources.judging.judge_choice import judge_scorer, server_judge, topic_labeler
 from resources.settings.sections import SettingsError
@@ -22,8 +23,10 @@ from resources.storage.files import is_abandoned, storage_root
 from resources.storage.manifests import MANIFEST, manifest_values, read_pointer
 from resources.storage.shards import FINGERPRINT_FILE, Shards
 from synpo_assets.algorithm import stages_of
+from synpo_assets.cli.healing import made_assets
 from synpo_assets.cli.runs import FOREGROUND_TAG, locked
-from synpo_assets.graph.history import newest
+from synpo_assets.graph.history import data_version_of, newest
+from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
 
 AT_WORK = [DagsterRunStatus.QUEUED, DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
@@ -82,6 +85,7 @@ def refuse_while_at_work(instance: DagsterInstance, home: Path) -> None:
 
 def leftovers(instance: DagsterInstance, services: Services) -> list[Leftover]:
     """Everything in a home that no run with these settings would read, by group."""
+    refuse_where_a_checkpoint_is_gone(instance, services)
     home, root = services.home, storage_root(services.settings.storage.root(services.home))
     manifests = _without_past_candidates(_current_manifests(root / "checkpoints"))
     current = [_checkpoint(root / "checkpoints" / name, manifest) for name, manifest in manifests.items()]
@@ -96,6 +100,16 @@ def leftovers(instance: DagsterInstance, services: Services) -> list[Leftover]:
         *_superseded(root / "checkpoints", {*manifests, *starts}),
         *_superseded(UPath(home) / "cache" / "checkpoints", {*manifests, *starts}),
     ]
+
+
+def refuse_where_a_checkpoint_is_gone(instance: DagsterInstance, services: Services) -> None:
+    """Raises a DamageError if a checkpoint was made and is not there: what was made with it would seem to be of no use."""
+    for partition in (None, *map(partition_key, range(1, services.settings.max_iterations + 1))):
+        for name in made_assets(instance, services, partition):
+            if services.graph.get(AssetKey(name)).io_manager_key == "checkpoints":
+                manifest, label = services.checkpoints.manifest(name, partition), asset_label(name, partition)
+                if manifest is None or manifest["sha"][:16] != data_version_of(instance, name, partition):
+                    raise DamageError(f"The checkpoint of {label} is gone, so what is in use is not known", label)
 
 
 def _shards_in_use(services: Services, checkpoints: Iterable[Checkpoint]) -> Iterator[Shards]:
@@ -136,11 +150,17 @@ def _current_manifests(store: UPath) -> dict[str, dict[str, Any]]:
 
 def _without_past_candidates(manifests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Those in use: the candidates of a search are read until M_t of their iteration is made of the best."""
-    made = {each["partition"]: each["created"] for each in manifests.values() if each["asset"] == "model_checkpoint"}
+    made = {
+        each["partition"]: str(each.get("created", ""))
+        for each in manifests.values()
+        if each["asset"] == "model_checkpoint"
+    }
     return {
         name: each
         for name, each in manifests.items()
-        if each["asset"] != "search_candidates" or each["created"] > made.get(each["partition"], "")
+        if each["asset"] != "search_candidates"
+        or "created" not in each
+        or str(each["created"]) > made.get(each["partition"], "")
     }
 
 
@@ -164,9 +184,10 @@ def _training(folder: UPath) -> Leftover:
 def _is_obsolete(instance: DagsterInstance, folder: UPath) -> bool:
     """Whether no run will go on from a training: its asset was made since, or it was given up long ago."""
     description = _json(folder / "description.json")
-    if "created" not in description:
+    try:
+        created = datetime.fromisoformat(description["created"]).astimezone(UTC)
+    except (KeyError, TypeError, ValueError):
         return True
-    created = datetime.fromisoformat(description["created"])
     asset, _, partition = str(description.get("asset") or "").removesuffix("]").partition("[")
     record = newest(instance, asset, partition or None) if asset else None
     # A long training may have been begun days ago and have saved its newest state a minute ago.

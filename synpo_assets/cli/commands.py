@@ -23,10 +23,20 @@ from synpo_assets.cli.application import (
     opened,
     services_of,
 )
+from synpo_assets.cli.errors import defect_sentence
 from synpo_assets.cli.home import PROJECT, interruptible, settled
 from synpo_assets.publishing.forms import Format
 
-__all__ = ["app"]
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Runs the command that was given; an error that nobody foresaw is said in a sentence, with exit code 1."""
+    try:
+        app()
+    except Exception as error:
+        typer.echo(f"synpo: {defect_sentence(error)}", err=True)
+        sys.exit(1)
 
 
 @command("synpo run --preset laptop", "synpo run --settings mine.yaml --home runs/mine --iterations 4")

@@ -2,8 +2,20 @@
 
 import os
 import sqlite3
+import tempfile
+import traceback
 
 from resources.common.errors import DISK_IS_FULL, FAILS, full_disk
+
+
+def defect_sentence(error: Exception) -> str:
+    """What to do about an error that nobody foresaw; its trace is written into a file for whoever mends it."""
+    with tempfile.NamedTemporaryFile("w", prefix="synpo-", suffix=".trace", delete=False, encoding="utf-8") as file:
+        file.writelines(traceback.format_exception(error))
+    return (
+        f"{type(error).__name__}, which is a defect of synpo. Finished work is kept. Its trace is in {file.name}: report it with "
+        "that file."
+    )
 
 
 def sentence_of(error: BaseException) -> str | None:

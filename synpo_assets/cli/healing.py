@@ -1,5 +1,7 @@
 """What was made and is gone or damaged since: `synpo run` makes it again."""
 
+from collections.abc import Iterator
+
 import dagster as dg
 from dagster import DagsterInstance
 
@@ -19,17 +21,21 @@ def damaged_assets(instance: DagsterInstance, services: Services, partition: str
     Tables are read again. Of checkpoints, whose weights each run reads again before it uses them, everything else is compared.
     """
     found = {}
-    for name in asset_names(services.graph, partitioned=partition is not None):
-        record = newest(instance, name, partition)
-        made = record and record.asset_materialization
-        # What another asset has reported was not made yet.
-        if made is None or "reported_by" in made.metadata:
-            continue
+    for name in made_assets(instance, services, partition):
         try:
             _look_at(services, name, partition, data_version_of(instance, name, partition))
         except DamageError as error:
             found[name] = error.problem
     return found
+
+
+def made_assets(instance: DagsterInstance, services: Services, partition: str | None) -> Iterator[str]:
+    """The finished assets of an iteration (None: those made once); what another asset has reported was not made yet."""
+    for name in asset_names(services.graph, partitioned=partition is not None):
+        record = newest(instance, name, partition)
+        made = record and record.asset_materialization
+        if made is not None and "reported_by" not in made.metadata:
+            yield name
 
 
 def _look_at(services: Services, name: str, partition: str | None, version: str | None) -> None:

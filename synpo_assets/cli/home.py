@@ -20,7 +20,7 @@ from resources.storage.files import write_atomically
 
 LAST_VALID = "last_valid_settings.json"
 SHOWN_DIFFERENCES = 5
-OWNER_ALONE = 0o600
+OWNER_ALONE, ONLY_OWNER_ENTERS = 0o600, 0o700
 UNUSABLE_IN_PATHS = ("?", "#", "%")
 PROJECT = Path(__file__).parents[2]
 STORAGE_COMMENT = "# Written by synpo from storage.dagster_database in settings.yaml: change it there."
@@ -57,7 +57,7 @@ def chosen_settings(home: Path, preset: str | None, file: Path | None) -> Settin
 
 def settled(home: Path, preset: str | None, file: Path | None) -> Settings:
     """The settings of a home, which is made if it is new, as `chosen_settings`; of two first commands one makes it."""
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    home.mkdir(mode=ONLY_OWNER_ENTERS, parents=True, exist_ok=True)
     with (home / "settings.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         settings = chosen_settings(home, preset, file)
@@ -76,27 +76,37 @@ def last_valid_settings(home: Path) -> Settings | None:
             return Settings.model_validate_json(kept.read_bytes())
         return None
     written = settings.model_dump_json(indent=2).encode()
-    if (home / "settings.yaml").exists() and (not kept.exists() or kept.read_bytes() != written):
-        write_atomically(kept, written)
+    if (home / "settings.yaml").exists() and (not kept.is_file() or kept.read_bytes() != written):
+        _write_private(kept, written)
     return settings
 
 
 def prepare_home(home: Path, settings: Settings) -> None:
     """Makes the home usable: settings and Dagster's configuration in it, and in this process's environment."""
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    home.mkdir(mode=ONLY_OWNER_ENTERS, parents=True, exist_ok=True)
     if not (home / "settings.yaml").exists():
+        # The directory may have been made for it.
+        home.chmod(ONLY_OWNER_ENTERS)
         text = "# All settings of this experiment. Edit them here; relative paths are relative to this file.\n"
         text += yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True, width=120)
-        write_atomically(home / "settings.yaml", text.encode())
-        (home / "settings.yaml").chmod(OWNER_ALONE)
+        _write_private(home / "settings.yaml", text.encode())
     file = home / "dagster.yaml"
     written = dagster_configuration(home)
     template = Path(__file__).with_name("dagster.yaml").read_text()
     wanted = _with_storage(written or template, settings.storage.dagster_database)
     if wanted != written:
-        write_atomically(file, wanted.encode())
-        file.chmod(OWNER_ALONE)
+        _write_private(file, wanted.encode())
+    # An editor, or an earlier version, may have left them readable by others.
+    for name in ("settings.yaml", "dagster.yaml", LAST_VALID) if settings.storage.dagster_database else ():
+        with contextlib.suppress(OSError):
+            (home / name).chmod(OWNER_ALONE)
     os.environ["SYNPO_HOME"] = os.environ["DAGSTER_HOME"] = str(home)
+
+
+def _write_private(file: Path, content: bytes) -> None:
+    """Writes what may hold the password of a database."""
+    write_atomically(file, content)
+    file.chmod(OWNER_ALONE)
 
 
 @contextlib.contextmanager

@@ -253,7 +253,7 @@ def keep_expected_seconds(settings: Settings, home: Path, seed: pl.DataFrame, in
 
 def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     """Prints what was validated and what the run will cost; loads no model and writes nothing, unless asked to measure."""
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
     seed, dropped, instructions = check_data_and_training(settings)
     reviewed = check_reviews(settings, home)
     check_disk(settings, home)

@@ -12,7 +12,7 @@ from resources.common.text import visible
 from resources.settings.sections import SettingsError, nearest
 from resources.storage.files import opened_atomically
 from resources.storage.output_files import refuse_existing, writing
-from synpo_assets.graph.partitions import partition_key
+from synpo_assets.graph.partitions import partition_key, stated_iteration
 from synpo_assets.graph.services import Services
 
 PRINTED_ROWS, PRINTED_CHARACTERS = 20, 200
@@ -83,7 +83,8 @@ def _stored(services: Services, label: str) -> pl.LazyFrame:
         raise SettingsError(f"{asset} was not made in this home yet: `synpo run` makes it.")
     if not bracket:
         return rows
-    key = partition_key(int(iteration)) if iteration.isdecimal() else iteration
+    number = stated_iteration(iteration)
+    key = iteration if number is None else partition_key(number)
     if key not in (made := services.tables.partitions(asset)):
         has = f"it has {', '.join(made)}" if made else "it is made once, so leave the brackets out"
         raise SettingsError(f"{asset} has no iteration {iteration}: {has}.")

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def _refuse_places(output: Path, beside: Iterable[Path]) -> None:
     if not output.parent.is_dir():
         raise SettingsError(f"The folder {output.parent} does not exist: make it, or name another file.")
     for place in (output, *beside):
-        if place.exists():
+        if os.path.lexists(place):
             raise SettingsError(f"{place} exists and is not overwritten: name another settings file.")
 
 

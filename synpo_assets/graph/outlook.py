@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator
+from typing import Annotated
 
 import dagster as dg
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 from dagster._core.execution.stats import StepEventStatus
 from dagster._core.storage.tags import BACKFILL_ID_TAG, PARTITION_NAME_TAG
+from pydantic import Field, TypeAdapter, ValidationError
 
 from resources.common.text import duration
 from synpo_assets.graph.missing import asset_names
@@ -17,6 +18,7 @@ from synpo_assets.graph.services import Services
 
 # Written by `synpo run` and `synpo ui`: the seconds of each asset in iterations 1, 2, ... by the rates of this machine.
 EXPECTED_FILE = "expected_seconds.json"
+EXPECTED = TypeAdapter(dict[str, Annotated[list[float], Field(min_length=1)]])
 # How many iterations the `synpo run` that started a run goes on to.
 ITERATIONS_TAG = "synpo/iterations"
 WAITING = [DagsterRunStatus.QUEUED, DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING, DagsterRunStatus.STARTED]
@@ -121,8 +123,10 @@ class _Known:
 
     def __init__(self, instance: DagsterInstance, services: Services) -> None:
         self._instance, self._graph = instance, services.graph
-        file = services.home / EXPECTED_FILE
-        self._expected: dict[str, list[float]] = json.loads(file.read_text()) if file.exists() else {}
+        self._expected = dict[str, list[float]]()
+        # What is damaged tells nothing; the next `synpo run` writes it anew.
+        with contextlib.suppress(OSError, ValidationError):
+            self._expected = EXPECTED.validate_json((services.home / EXPECTED_FILE).read_bytes())
         self._took = dict[str, tuple[int, float] | None]()
         self._runs = dict[str, dict[str, float]]()
         self._records = {

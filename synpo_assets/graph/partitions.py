@@ -1,5 +1,7 @@
 """The iterations, as partitions of the assets."""
 
+import re
+
 import dagster as dg
 
 from resources.settings.settings import Settings
@@ -18,6 +20,16 @@ def iteration_of(context: dg.AssetExecutionContext) -> int:
 def partition_of(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> str | None:
     """The partition key of the running asset; None if it is made once."""
     return context.partition_key if context.has_partition_key else None
+
+
+def stated_iteration(text: str) -> int | None:
+    """The iteration that a word of a command names, with or without the noughts of its key; None if it names none.
+
+    Examples:
+        >>> [stated_iteration(text) for text in ("2", "0002", "²", "9" * 5000)]
+        [2, 2, None, None]
+    """
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else None
 
 
 def partition_key(iteration: int) -> str:

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import polars as pl
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 
 from resources.generation.language_model import LanguageModel
@@ -16,6 +17,10 @@ from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import CheckpointStore
 from resources.storage.tables import ParquetTables
 from resources.training.trainer import Trainer
+from synpo_assets.graph.metrics import SCHEMA
+
+# The columns of the tables that say which settings an asset was made with.
+USED_SETTINGS = {"asset": pl.String, "setting": pl.String, "value": pl.String}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +61,8 @@ def open_services(settings: Settings, home: Path, graph: AssetGraph, changes: Se
         likelihood=AnswerLikelihood(engine=engine),
         harness=EvaluationHarness(scores=f"{root}/benchmarks/scores", engine=engine),
         tables=ParquetTables(f"{root}/tables", f"synpo trace {{}} --home {shlex.quote(str(home))}"),
-        metrics=ParquetTables(f"{root}/metrics"),
-        used_settings=ParquetTables(f"{root}/settings"),
+        metrics=ParquetTables(f"{root}/metrics", columns=SCHEMA),
+        used_settings=ParquetTables(f"{root}/settings", columns=USED_SETTINGS),
         checkpoints=CheckpointStore(
             f"{root}/checkpoints", str(home / "cache" / "checkpoints") if settings.storage.artifacts else None, changes
         ),

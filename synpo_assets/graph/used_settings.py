@@ -18,11 +18,11 @@ from resources.settings.settings import Settings
 from resources.storage.tables import ParquetTables
 from synpo_assets.graph.metrics import ONCE
 from synpo_assets.graph.partitions import partition_key, partition_of
-from synpo_assets.graph.services import Services
+from synpo_assets.graph.services import USED_SETTINGS, Services
 from synpo_assets.graph.stage import LAST, READS
 from synpo_assets.graph.texts import MISSING
 
-SCHEMA = {"asset": pl.String, "setting": pl.String, "value": pl.String}
+SCHEMA = USED_SETTINGS
 
 
 def values_of(names: Iterable[str], settings: Settings) -> dict[str, str]:

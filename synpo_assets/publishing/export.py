@@ -1,6 +1,7 @@
 """Writing the preference pairs of a home in the form that another trainer reads, or people."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from resources.storage.checkpoint_store import CheckpointStore
 from resources.storage.files import opened_atomically, temporary_directory_beside, write_atomically
 from resources.storage.output_files import refuse_existing, writing
 from resources.storage.tables import ParquetTables
-from synpo_assets.graph.partitions import partition_key
+from synpo_assets.graph.partitions import partition_key, stated_iteration
 from synpo_assets.publishing.forms import CONVERSIONS, Format, Trainer, axolotl_dataset, dataset_info
 from synpo_assets.publishing.review import review_table
 
@@ -36,11 +37,9 @@ def print_export(settings: Settings, home: Path, form: Format, only: str | None,
     with writing(output):
         file = output_file(form, output)
         is_described = form == "llama-factory" and DATASET in _data_sets(file)
-        places = [file, *(place for place in _beside(form, file) if place.name != INFO or is_described)]
-        existing = [place for place in places if place.exists()]
-    if existing and not overwrite:
-        of_what = f" and names {DATASET}" if existing[0].name == INFO else ""
-        raise SettingsError(f"{existing[0]} exists{of_what}: choose another --output, or replace it with --overwrite.")
+    for place in (file, *_beside(form, file)):
+        is_list = place.name == INFO
+        refuse_existing(place, overwrite or (is_list and not is_described), f" and names {DATASET}" if is_list else "")
     pairs = read_pairs(ParquetTables(f"{settings.storage.root(home)}/tables"), only)
     with writing(output):
         if form == "review":
@@ -61,21 +60,24 @@ def print_export(settings: Settings, home: Path, form: Format, only: str | None,
 
 def _print_gguf(settings: Settings, home: Path, only: str | None, output: Path, overwrite: bool) -> None:
     """Writes M_t, the model of one iteration, as a GGUF file and prints where."""
-    if only is None or not (only.isascii() and only.isdecimal()):
+    number = stated_iteration(only or "")
+    if number is None:
         raise SettingsError("One model goes into a GGUF file: name its iteration, such as --iteration 2.")
     if output.suffix != ".gguf":
         raise SettingsError(f"A model is written as .gguf: give --output a .gguf file, not {output}.")
     refuse_existing(output, overwrite)
     root, cache = settings.storage.root(home), str(home / "cache" / "checkpoints")
     store = CheckpointStore(f"{root}/checkpoints", cache if settings.storage.artifacts else None)
-    if store.manifest("model_checkpoint", partition_key(int(only))) is None:
-        raise SettingsError(f"Iteration {only} has no finished model: make it with `synpo run --iterations {only}`.")
-    model = store.current("model_checkpoint", partition_key(int(only)))
+    if store.manifest("model_checkpoint", partition_key(number)) is None:
+        raise SettingsError(
+            f"Iteration {number} has no finished model: make it with `synpo run --iterations {number}`."
+        )
+    model = store.current("model_checkpoint", partition_key(number))
     with writing(output), temporary_directory_beside(output) as temporary:
         write_gguf(Path(model.weights), temporary / output.name)
         (temporary / output.name).rename(output)
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    console.print(f"M_{only} (sha {model.sha[:16]}) as GGUF: {output}")
+    console.print(f"M_{number} (sha {model.sha[:16]}) as GGUF: {output}")
 
 
 def output_file(form: Format, output: Path) -> Path:
@@ -110,10 +112,10 @@ def read_pairs(tables: ParquetTables, only: str | None) -> pl.DataFrame:
         raise SettingsError("This home holds no preference pairs yet: make an iteration with `synpo run` first.")
     if only is None:
         return pairs
-    numbers = [part.strip() for part in only.split(",")]
-    if not all(number.isascii() and number.isdecimal() for number in numbers):
+    stated = [stated_iteration(part.strip()) for part in only.split(",")]
+    wanted = {number for number in stated if number is not None}
+    if None in stated:
         raise SettingsError(f"--only {only} is no list of iterations such as 2,3.")
-    wanted = {int(number) for number in numbers}
     if missing := sorted(wanted - set(pairs["iteration"])):
         existing = ", ".join(str(number) for number, _ in _counts(pairs))
         raise SettingsError(f"Iteration {missing[0]} has no preference pairs; iterations that have: {existing}.")
@@ -149,11 +151,11 @@ def _use(form: Format, file: Path) -> str:
 def _data_sets(file: Path) -> dict[str, Any]:
     """What a `dataset_info.json` beside the pairs says already; nothing if there is none."""
     place = file.with_name(INFO)
-    if not place.exists():
+    if not os.path.lexists(place):
         return {}
     try:
         described = json.loads(place.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         described = None
     if not isinstance(described, dict):
         raise SettingsError(

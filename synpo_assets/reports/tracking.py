@@ -1,11 +1,13 @@
 """The iterations of a home as one run of a tracker, with a row for each, so that homes are compared where runs are."""
 
-import json
+import contextlib
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 from resources.settings.settings import Settings
 from resources.storage.files import json_sha256, write_atomically
@@ -18,6 +20,11 @@ RECORD = "tracked.json"
 Rows = Mapping[int, Mapping[str, float]]
 
 
+class _Record(BaseModel):
+    run: str
+    rows: dict[str, str] = {}
+
+
 def track(home: Path, settings: Settings, iterations: Sequence[FinishedIteration], report: Path) -> str | None:
     """Hands the rows that are new or have changed to the tracker of the settings; the name of the run, None without one."""
     report_to = settings.training_processes.report_to
@@ -25,15 +32,17 @@ def track(home: Path, settings: Settings, iterations: Sequence[FinishedIteration
         return None
     file = report.with_name(RECORD)
     # With a part that is drawn at random: homes of two projects may have one name.
-    new: dict[str, Any] = {"run": f"{home.name}-{uuid.uuid4().hex[:6]}", "rows": {}}
-    record = json.loads(file.read_text()) if file.exists() else new
+    record = _Record(run=f"{home.name}-{uuid.uuid4().hex[:6]}")
+    # What was damaged is begun anew.
+    with contextlib.suppress(OSError, ValidationError):
+        record = _Record.model_validate_json(file.read_bytes())
     rows = {int(iteration.key): row_of(iteration) for iteration in iterations}
-    changed = {number: row for number, row in rows.items() if record["rows"].get(str(number)) != json_sha256(row)}
+    changed = {number: row for number, row in rows.items() if record.rows.get(str(number)) != json_sha256(row)}
     if changed:
-        TRACKERS[report_to](record["run"], settings.model_dump(mode="json"), changed, report)
-        record["rows"] |= {str(number): json_sha256(row) for number, row in changed.items()}
-        write_atomically(file, json.dumps(record, indent=1).encode())
-    return record["run"]
+        TRACKERS[report_to](record.run, settings.model_dump(mode="json", exclude={"storage"}), changed, report)
+        record.rows |= {str(number): json_sha256(row) for number, row in changed.items()}
+        write_atomically(file, record.model_dump_json(indent=1).encode())
+    return record.run
 
 
 def row_of(iteration: FinishedIteration) -> dict[str, float]:
