@@ -12,6 +12,8 @@ import pytest
 from definitions import build
 from resources.common.errors import FinalError
 from resources.generation.language_model import LanguageModel
+from resources.models.evaluation_harness import open_tasks
+from resources.settings.evaluation import Benchmarks
 from resources.settings.files import load_settings
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
@@ -319,6 +321,51 @@ def test_a_folder_without_task_files_is_refused(make, folder, no_model):
         FinalError, match=r"evil.yaml \(benchmarks.task_folder\) runs Python code .* engine.trust_remote_code"
     ):
         make(benchmark_scores, tasks=TASKS, task_folder="code")
+
+
+RUNS_CODE = {
+    "escaped tag": {"evil.yaml": CHOICE_TASK + "process_docs: !%66unction m.f\n"},
+    "named tag": {"evil.yaml": "%TAG !e! !func\n---" + CHOICE_TASK + "process_docs: !e!tion m.f\n"},
+    "included": {"evil.yaml": CHOICE_TASK + "include: inner.txt\n", "inner.txt": "process_docs: !function m.f\n"},
+    "UTF-16": {"evil.yaml": (CHOICE_TASK + "process_docs: !function m.f\n").encode("utf-16")},
+    "metric": {"evil.yaml": CHOICE_TASK.replace("metric: acc", "metric: m.py")},
+    "metric of a name": {"evil.yaml": CHOICE_TASK.replace("metric: acc", "metric: m"), "m/m.py": "open('ran', 'w')\n"},
+    "template": {
+        "evil.yaml": CHOICE_TASK.replace(
+            "{{question}}", "{{ cycler.__init__.__globals__.os.mkdir('ran') }}{{question}}"
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("files", RUNS_CODE.values(), ids=RUNS_CODE)
+def test_a_task_file_runs_no_code_that_is_not_trusted_however_it_is_written(folder, offline, files):
+    pytest.importorskip("lm_eval")
+    for name, content in ({"m.py": "open('ran', 'w')\ndef f(rows):\n    return rows\n"} | files).items():
+        (folder / "tasks" / name).parent.mkdir(exist_ok=True)
+        (folder / "tasks" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (folder / "tasks" / "things.yaml").unlink()
+    options = Benchmarks(tasks=[TASKS[0]], task_folder=str(folder / "tasks"))
+    with pytest.raises(
+        FinalError, match=r"\(benchmarks.task_folder\) .*engine.trust_remote_code|cannot be loaded: SecurityError"
+    ):
+        open_tasks(options, trust_code=False)
+    assert not (folder / "tasks" / "ran").exists()
+
+
+def test_a_task_folder_that_is_trusted_may_run_code_and_all_may_build_on_tasks_of_lm_eval(folder, offline):
+    own = Path(pytest.importorskip("lm_eval").__file__).parent / "tasks" / "hellaswag" / "hellaswag.yaml"
+    assert "!function" in own.read_text()
+    (folder / "tasks" / "m.py").write_text("open('ran', 'w')\ndef f(rows):\n    return rows\n")
+    options = Benchmarks(tasks=[TASKS[0]], task_folder=str(folder / "tasks"))
+    splits = "validation_split: null\ntraining_split: null\n"
+    for more, trusted in (
+        (f"include: {own}\n{splits}process_docs: null\n", False),
+        ("process_docs: !function m.f\n", True),
+    ):
+        (folder / "tasks" / "things.yaml").write_text(CHOICE_TASK + more)
+        open_tasks(options, trusted)
+        assert (folder / "tasks" / "ran").exists() == trusted
 
 
 def test_an_unknown_task_is_refused(make, no_model, monkeypatch):

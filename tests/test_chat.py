@@ -216,6 +216,10 @@ def test_a_template_that_renders_other_text_than_is_trained_is_refused(with_prom
 @pytest.mark.parametrize(("template", "reason"), [
     ("{% for m in messages %}", "Unexpected end of template"), ("{{ say() }}", "'say' is undefined"),
     ("{% if messages[0]['role'] != 'system' %}{{ raise_exception('Say who you are.') }}{% endif %}x", "Say who you are"),
+    ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"), ("{{ 1 + 'a' }}", "TypeError: unsupported"),
+    ("{{ range(10 ** 9) }}", "OverflowError: Range too big"), pytest.param("{{ " + "(" * 20_000, "RecursionError: ", id="nested"),
+    ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError: "),
+    (r"{{ raise_exception('\x1b]0;title\x07') }}", "⟨U.001B⟩]0;title⟨U.0007⟩"),
 ])  # fmt: skip
 def test_a_template_that_fails_is_refused_with_its_reason(with_prompt, template, reason):
     with pytest.raises(
@@ -291,15 +295,38 @@ def test_a_trial_that_is_killed_from_outside_says_nothing_of_what_is_tried(tmp_p
     assert len(list(tmp_path.iterdir())) == 2
 
 
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
 @pytest.mark.parametrize(("template", "words"), [
-    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "does not end"),
+    (LOOP, "does not end"),
     ("{% set n = namespace(t='x') %}{% for a in range(40) %}{% set n.t = n.t + n.t %}{% endfor %}{{ n.t }}", "(without|not) end"),
     ("{{ 'x' * 200001 }}", "grows without end"),
+    (f"{TURNS}{{% if add_generation_prompt %}}{LOOP}{{% endif %}}", "does not end"),
+    (f"{TURNS}{{% if not add_generation_prompt and messages|length == 1 %}}{LOOP}{{% endif %}}", "does not end"),
+    (f"{TURNS}{{% if messages[0]['content']|length > 40 %}}{LOOP}{{% endif %}}", "does not end"),
+    (f"{TURNS}{{% if messages[0]['role'] == 'system' %}}{LOOP}{{% else %}}{{{{ 1 / 0 }}}}{{% endif %}}", "does not end"),
+    (f"{TURNS}{{% if deep is defined %}}{LOOP}{{% endif %}}", "does not end"),
 ])  # fmt: skip
 def test_a_template_that_loops_or_grows_is_refused(tmp_path, nano_model, monkeypatch, template, words):
     monkeypatch.setattr("resources.models.bounded.CPU_SECONDS", 1)
     directory = shutil.copytree(nano_model, tmp_path / "model")
     (directory / "chat_template.jinja").write_text(template)
-    source = InitialPolicy(source="directory", name=str(directory))
+    source = InitialPolicy(source="directory", name=str(directory), template_arguments={"deep": True})
     with pytest.raises(ChatTemplateError, match=words):
         with_stated_template(directory, source, tmp_path, False)
+
+
+@pytest.mark.parametrize(("does", "words"), [
+    (LOOP, "does not end on a conversation that begins with '.x1b four'"),
+    ("{{ 1 / 0 }}", "fails on a conversation: ZeroDivisionError"),
+])  # fmt: skip
+def test_a_template_that_loops_or_fails_on_one_prompt_alone_ends_in_a_sentence(monkeypatch, does, words):
+    monkeypatch.setattr("resources.models.bounded.CPU_SECONDS", 1)
+    tokenizer, before = nano_tokenizer(), signal.getsignal(signal.SIGVTALRM)
+    tokenizer.chat_template = f"{TURNS}{{% if messages[0]['content']|length == 6 %}}{does}{{% endif %}}"
+    assert prompt_ids(tokenizer, HELLO)
+    with pytest.raises(ChatTemplateError, match=f"chat template of .* {words}.*[cC]orrect its"):
+        prompt_ids(tokenizer, [{"role": "user", "content": "\x1b four"}])
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+    assert signal.getsignal(signal.SIGVTALRM) == before

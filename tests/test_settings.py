@@ -4,7 +4,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from resources.settings.data import ModelSource
+from resources.settings.data import EmbeddingModel, InitialPolicy, ModelSource
 from resources.settings.evaluation import PretrainedJudge
 from resources.settings.files import PRESETS, load_settings, preset_path
 from resources.settings.method import PretrainedScorer
@@ -281,3 +281,10 @@ def test_a_wheel_is_a_name_with_its_version_and_nothing_that_pip_would_run(name)
 def test_a_member_of_a_wheel_stays_inside(member):
     with pytest.raises(ValueError, match="wheel_member is a path inside the wheel"):
         ModelSource(source="wheel", name="x==1.0", wheel_sha256="0" * 64, wheel_member=member)
+
+
+@pytest.mark.parametrize("section", [ModelSource, InitialPolicy, EmbeddingModel])
+@pytest.mark.parametrize("stated", ["/../../../tmp", "0" * 63, "F" * 64, "0" * 64 + "\n", ""])
+def test_a_sha256_is_one_and_no_part_of_a_path(section, stated):
+    with pytest.raises(ValueError, match="wheel_sha256"):
+        section(source="wheel", name="x==1.0", wheel_sha256=stated, wheel_member="model")

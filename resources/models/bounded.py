@@ -1,10 +1,12 @@
-"""Something that others wrote is tried in a process of its own, of which time and memory are bounded."""
+"""Something that others wrote is tried in a process of its own, of which time and memory are bounded; or it is timed alone."""
 
+import contextlib
 import os
 import resource
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 CPU_SECONDS = 5
 WALL_SECONDS = 120
@@ -14,6 +16,29 @@ TOO_LARGE = 3
 
 class OutOfBoundsError(Exception):
     """It took more than it may; the message says of what, as the end of a sentence."""
+
+
+@contextlib.contextmanager
+def within_time() -> Iterator[None]:
+    """Bounds the time of plain Python where a process of its own would cost too much; in the main thread only, as signals do.
+
+    Raises:
+        OutOfBoundsError: It takes too long.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise OutOfBoundsError("does not end")
+
+    before = signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def within_bounds(is_small: Callable[[], bool]) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from resources.common.errors import FinalError
+from resources.common.text import visible
+from resources.models.bounded import OutOfBoundsError, within_time
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +26,25 @@ OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
 
 class ChatTemplateError(FinalError):
-    """The tokenizer has no chat template; the message says how to give it one."""
+    """The tokenizer has no chat template, or one that cannot be used; the message says what to do."""
+
+
+class RenderingError(ChatTemplateError):
+    """A chat template fails on a conversation.
+
+    Attributes:
+        reason: What it said, on one line.
+    """
+
+    def __init__(self, error: Exception, directory: str) -> None:
+        from jinja2.exceptions import TemplateError
+
+        said = visible(" ".join(str(error).split())[:200]).rstrip(".")
+        self.reason = said if isinstance(error, TemplateError) else f"{type(error).__name__}: {said}"
+        super().__init__(
+            f"The chat template of {directory} fails on a conversation: {self.reason}. Correct its chat_template.jinja, or choose "
+            "another initial_policy."
+        )
 
 
 def load_tokenizer(directory: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
@@ -58,12 +78,35 @@ def turns_text(
     tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], add_generation_prompt: bool = False
 ) -> str:
     """Renders messages as the template does, with one BOS at most."""
-    text = str(
-        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
-    )
+    text = as_rendered(tokenizer, messages, add_generation_prompt)
     bos = tokenizer.bos_token
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     return bos + text if adds_bos and not text.startswith(bos) else text
+
+
+def as_rendered(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], add_generation_prompt: bool = False
+) -> str:
+    """Renders messages as the template does.
+
+    Raises:
+        ChatTemplateError: The template does not end, or fails.
+    """
+    try:
+        with within_time():
+            return str(
+                tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+    except OutOfBoundsError as error:
+        raise ChatTemplateError(
+            f"The chat template of {tokenizer.name_or_path} {error} on a conversation that begins with "
+            f"{messages[0]['content'][:60]!r}: correct its chat_template.jinja, or choose another initial_policy."
+        ) from None
+    # A template may compute anything.
+    except Exception as error:
+        raise RenderingError(error, tokenizer.name_or_path) from None
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
@@ -89,14 +132,12 @@ def answer_ids(
 
 def rendered_otherwise(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], answer: str) -> str | None:
     """What a chat template makes of an answer that it does not render as it stands; None if it does."""
-    from jinja2.exceptions import TemplateError
-
     try:
         before, _ = _around_answers(tokenizer, str(tokenizer.chat_template))
         prompt = prompt_text(tokenizer, messages)
         whole = turns_text(tokenizer, [*messages, {"role": "assistant", "content": answer}])
-    except TemplateError as error:
-        return str(error)
+    except RenderingError as error:
+        return error.reason
     return None if whole.startswith(prompt + before + answer) else whole.removeprefix(prompt)
 
 

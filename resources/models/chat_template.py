@@ -5,6 +5,7 @@ In the template it reaches generation, training, scoring and whoever loads a mod
 
 import datetime
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -16,8 +17,12 @@ from resources.models.chat import (
     ANSWER,
     ANSWERED,
     ASKED,
+    QUESTION,
     ChatTemplateError,
+    Message,
+    RenderingError,
     answer_ids,
+    as_rendered,
     load_tokenizer,
     prompt_ids,
     prompt_text,
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
 
 TEMPLATE_FILE = "chat_template.jinja"
 LONGEST_RENDERED = 200_000
+LONG_QUESTION = "question " * 2000
 DATE_FORMAT = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
 
 
@@ -44,9 +50,9 @@ def with_stated_template(directory: Path, source: InitialPolicy, folder: Path, t
         ChatTemplateError: The template does not end, or shows no system turn.
     """
     tokenizer = load_tokenizer(str(directory), trust_remote_code)
-    _refuse_endless(tokenizer, directory)
     template = tokenizer.get_chat_template()
     stated = "".join(_stated(source, template))
+    _refuse_endless(tokenizer, stated + template, directory)
     if not stated:
         return directory
     named = hashlib.sha256(json.dumps([str(directory.absolute()), template, stated]).encode()).hexdigest()[:12]
@@ -74,22 +80,19 @@ def refuse_other_text(directory: Path, trust_remote_code: bool) -> None:
 
     The second is what is trained and generated, the first is what whoever uses the model renders.
     """
-    from jinja2.exceptions import TemplateError
-
     tokenizer = load_tokenizer(str(directory), trust_remote_code)
     try:
         whole = turns_text(tokenizer, ANSWERED)
-    except TemplateError as error:
-        reason = str(error).rstrip(".")
+    except RenderingError as error:
         raise ChatTemplateError(
-            f"The chat template of {directory} renders no question with its answer: {reason}. Correct its chat_template.jinja, or "
-            "state what it asks for in initial_policy.system_prompt or initial_policy.template_arguments."
+            f"The chat template of {directory} renders no question with its answer: {error.reason}. Correct its "
+            "chat_template.jinja, or state what it asks for in initial_policy.system_prompt or initial_policy.template_arguments."
         ) from None
     closing, prompt = whole.rpartition(ANSWER)[2], prompt_text(tokenizer, ASKED)
     trained = prompt_ids(tokenizer, ASKED) + answer_ids(tokenizer, ASKED, ANSWER)
     rendered = tokenizer(whole, add_special_tokens=False).input_ids
     bos, problem = tokenizer.bos_token, None
-    own = str(tokenizer.apply_chat_template(ASKED, tokenize=False))
+    own = as_rendered(tokenizer, ASKED)
     # In SmolLM2's the BOS token opens every turn.
     if bos and bos in own and (own.startswith(bos + bos) or not own.startswith(bos)):
         problem = f"it writes {bos} elsewhere than once at the start"
@@ -105,14 +108,43 @@ def refuse_other_text(directory: Path, trust_remote_code: bool) -> None:
         )
 
 
-def _refuse_endless(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+def _refuse_endless(tokenizer: "PreTrainedTokenizerBase", template: str, directory: Path) -> None:
+    """Tries every kind of chat that is rendered later, when nothing bounds what a template takes of memory."""
+    system, answer = {"role": "system", "content": "system"}, ANSWERED[-1]
+    questions = ({"role": "user", "content": text} for text in (QUESTION, LONG_QUESTION))
+    kinds = list(itertools.product(([], [system]), questions, ([], [answer]), (False, True)))
+
+    def is_small() -> bool:
+        return all(
+            _rendered_length(tokenizer, template, [*before, asked, *after], opens) <= LONGEST_RENDERED
+            for before, asked, after, opens in kinds
+        )
+
     try:
-        within_bounds(lambda: len(str(tokenizer.apply_chat_template(ANSWERED, tokenize=False))) <= LONGEST_RENDERED)
+        within_bounds(is_small)
     except OutOfBoundsError as error:
         raise ChatTemplateError(
-            f"The chat template of {directory} {error} on a conversation of two words: correct its chat_template.jinja, or choose "
-            "another initial_policy."
+            f"The chat template of {directory} {error} on a conversation of a few words or of {len(LONG_QUESTION):,} letters: "
+            "correct its chat_template.jinja, or choose another initial_policy."
         ) from None
+
+
+def _rendered_length(
+    tokenizer: "PreTrainedTokenizerBase", template: str, chat: list[Message], add_generation_prompt: bool
+) -> int:
+    """The letters of a chat; 0 if the template fails on it, which is said of those chats that there are."""
+    try:
+        return len(
+            str(
+                tokenizer.apply_chat_template(
+                    chat, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        )
+    except MemoryError:
+        raise
+    except Exception:
+        return 0
 
 
 def _stated(source: InitialPolicy, template: str) -> Iterator[str]:
@@ -140,13 +172,11 @@ def _literal(value: object) -> str:
 
 
 def _refuse_hidden_system_turn(changed: Path, directory: Path, text: str, trust_remote_code: bool) -> None:
-    from jinja2.exceptions import TemplateError
-
     try:
         shown = prompt_text(load_tokenizer(str(changed), trust_remote_code), ASKED)
         reason = None if text.strip() in shown else "it does not show it"
-    except TemplateError as error:
-        reason = str(error)
+    except RenderingError as error:
+        reason = error.reason
     if reason is not None:
         raise ChatTemplateError(
             f"The chat template of {directory} takes no system turn ({reason}): remove initial_policy.system_prompt."

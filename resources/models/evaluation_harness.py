@@ -6,9 +6,10 @@ import importlib.util
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import polars as pl
 
@@ -54,7 +55,7 @@ class EvaluationHarness(DeviceResource):
         for task in missing:
             started = time.monotonic()
             with Progress(None, f"{checkpoint.label}: {_key(task)}", logger):
-                found = _run(model, manager, task, options)
+                found = _run(model, manager, task, options, self.engine.trust_remote_code)
             finished.write([{"key": _key(task), "found": json.dumps(found, default=float)}])
             logger.info(f"{checkpoint.label}: {_key(task)} took {time.monotonic() - started:.0f} s.")
         known = dict(finished.rows(keys).select("key", "found").iter_rows())
@@ -84,10 +85,6 @@ class EvaluationHarness(DeviceResource):
         )
 
 
-# By this tag lm-eval imports a module beside the task file.
-RUNS_CODE = "!function"
-
-
 def open_tasks(options: Benchmarks, trust_code: bool) -> "TaskManager":
     """Finds the tasks of the settings, and their data, before any model is loaded."""
     if importlib.util.find_spec("lm_eval") is None:
@@ -95,26 +92,23 @@ def open_tasks(options: Benchmarks, trust_code: bool) -> "TaskManager":
     folder = options.task_folder
     if folder and not (Path(folder).is_dir() and any(Path(folder).rglob("*.yaml"))):
         raise FinalError(f"The folder {folder} (benchmarks.task_folder) holds no .yaml file: name one with task files.")
-    files = Path(folder).rglob("*.yaml") if folder and not trust_code else []
-    for file in (file for file in files if RUNS_CODE in file.read_text("utf-8", "ignore")):
-        raise FinalError(
-            f"{file} (benchmarks.task_folder) runs Python code by `{RUNS_CODE}`. Read it, then set "
-            "engine.trust_remote_code to true, or remove the file."
-        )
     from lm_eval.tasks import TaskManager
 
     names = [task.name for task in options.tasks]
-    manager = TaskManager(include_path=folder, include_defaults=False)
-    if set(names) - set(manager.all_tasks):
-        # lm-eval's own are thousands of files, which take long to read.
-        manager = TaskManager(include_path=folder)
+    with _guarded(folder, trust_code) as refusals:
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        if not refusals and set(names) - set(manager.all_tasks):
+            # lm-eval's own are thousands of files, which take long to read.
+            manager = TaskManager(include_path=folder)
+    if refusals:
+        raise refusals[0]
     if unknown := sorted(set(names) - set(manager.all_tasks)):
         raise FinalError(
             f"lm-eval knows no task `{unknown[0]}` (benchmarks.tasks): correct the name, or add its file to "
             "benchmarks.task_folder."
         )
     for name in names:
-        _try_task(manager, name, folder)
+        _try_task(manager, name, folder, trust_code)
     return manager
 
 
@@ -150,10 +144,12 @@ def _key(task: BenchmarkTask) -> str:
     return f"{task.name} with {task.shots} shots"
 
 
-def _try_task(manager: "TaskManager", name: str, folder: str | None) -> None:
+def _try_task(manager: "TaskManager", name: str, folder: str | None, trust_code: bool) -> None:
     try:
-        with _inside(folder):
+        with _inside(folder), _guarded(folder, trust_code):
             manager.load([name])
+    except FinalError:
+        raise
     except ConnectionError as error:
         raise RuntimeError(f"The data of `{name}` (benchmarks.tasks) cannot be had: {_line(error)}") from None
     # A task file may call any code.
@@ -161,10 +157,12 @@ def _try_task(manager: "TaskManager", name: str, folder: str | None) -> None:
         raise FinalError(f"The task `{name}` (benchmarks.tasks) cannot be loaded: {_line(error)}") from None
 
 
-def _run(model: "LM | None", manager: "TaskManager", task: BenchmarkTask, options: Benchmarks) -> dict[str, Any]:
+def _run(
+    model: "LM | None", manager: "TaskManager", task: BenchmarkTask, options: Benchmarks, trust_code: bool
+) -> dict[str, Any]:
     import lm_eval
 
-    with _inside(options.task_folder):
+    with _inside(options.task_folder), _guarded(options.task_folder, trust_code):
         found = lm_eval.simple_evaluate(
             model,
             tasks=[task.name],
@@ -179,6 +177,55 @@ def _run(model: "LM | None", manager: "TaskManager", task: BenchmarkTask, option
 def _inside(folder: str | None) -> contextlib.AbstractContextManager[None]:
     """Where `data_files` of a task file are looked for: datasets takes them as relative to the working directory."""
     return contextlib.chdir(folder) if folder else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _guarded(folder: str | None, trust_code: bool) -> Iterator[list[FinalError]]:
+    """Within it, lm-eval runs no code that a file of the folder names or holds, if there is a folder that is not trusted.
+
+    What is refused is also put on the list: lm-eval passes over a file that fails while it looks for tasks.
+    """
+    refusals: list[FinalError] = []
+    if folder is None or trust_code:
+        yield refusals
+        return
+    import lm_eval.api.task
+    import lm_eval.utils
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval.tasks import _yaml_loader
+
+    own, templates = Path(_yaml_loader.__file__).resolve().parent, lm_eval.utils.env
+    own_constructor, own_metric = _yaml_loader._mk_function_ctor, lm_eval.api.task.get_metric
+
+    def refuse(what: str) -> None:
+        refusals.append(
+            FinalError(f"{what}. Read the files, then set engine.trust_remote_code to true, or remove what runs code.")
+        )
+        raise refusals[-1]
+
+    def constructor(base: Path, resolve: bool) -> Callable[..., Any]:
+        if base.is_relative_to(own):
+            return own_constructor(base, resolve)
+        return lambda _, node: refuse(
+            f"{node.start_mark.name} (benchmarks.task_folder) runs Python code by `!function`"
+        )
+
+    def metric(name: str, is_of_evaluate: bool = False) -> Any:
+        # The library `evaluate` takes a name as a Python file, here or on the hub.
+        if is_of_evaluate or name not in lm_eval.api.registry.metric_registry:
+            refuse(
+                f"A task of {folder} (benchmarks.task_folder) has the metric `{name}`, which is Python code that is not lm-eval's"
+            )
+        return own_metric(name)
+
+    sandbox = SandboxedEnvironment(undefined=templates.undefined, keep_trailing_newline=templates.keep_trailing_newline)
+    sandbox.filters.update(templates.filters)
+    with (
+        mock.patch.object(_yaml_loader, "_mk_function_ctor", constructor),
+        mock.patch.object(lm_eval.api.task, "get_metric", metric),
+        mock.patch.object(lm_eval.utils, "env", sandbox),
+    ):
+        yield refusals
 
 
 def _line(error: Exception) -> str:

