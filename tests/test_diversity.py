@@ -402,6 +402,16 @@ def test_a_model_that_makes_embeddings_in_another_way_is_refused(nano_embedding_
         fetch_embedding_model(source, False)
 
 
+@pytest.mark.parametrize("file", ["1_Pooling/config.json", "sentence_bert_config.json"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 100_000])
+def test_a_damaged_file_of_an_embedding_model_is_said_in_a_sentence(nano_embedding_model, tmp_path, file, content):
+    other = shutil.copytree(nano_embedding_model, tmp_path / "other")
+    (other / "1_Pooling").mkdir(exist_ok=True)
+    (other / file).write_bytes(content)
+    with pytest.raises(ModelSourceError, match=r"cannot be loaded: .*Save or download the model again"):
+        fetch_embedding_model(EmbeddingModel(source="directory", name=str(other)), False)
+
+
 def test_a_directory_without_an_embedding_model_is_refused(tmp_path, nano_embedding_model):
     with pytest.raises(ModelSourceError, match=r"no model: check diversity\.embedding_model\.name"):
         fetch_embedding_model(EmbeddingModel(source="directory", name=str(tmp_path)), False)

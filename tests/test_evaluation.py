@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 import re
 import threading
 from types import SimpleNamespace
@@ -756,6 +757,37 @@ def test_a_template_that_cannot_be_used_is_refused_before_the_run(tmp_path, text
     stored = load_settings(write_settings(tmp_path / "mine.yaml", {"preset": "laptop", "judge": judge}))
     with pytest.raises(SettingsError, match=re.escape(words)):
         check_before_run(stored, tmp_path / "home")
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    (SHOWN + LOOP, "it does not end"), (f"{SHOWN}{{% if prompt|length > 20 %}}{LOOP}{{% endif %}}", "it does not end"),
+    (SHOWN + "{{ 'x' * 3000000 }}", "it grows without end"), (f"{SHOWN}{{{{ prompt * 500 }}}}", "it grows without end"),
+    (SHOWN + "{{ " + "(" * 20_000, "RecursionError: "), (SHOWN + "{{ range(10 ** 9) }}", "OverflowError: Range too big"),
+    (SHOWN + "{% if prompt|length > 20 %}{{ 1 / 0 }}{% endif %}", "ZeroDivisionError: division by zero"),
+    (None, "it is no file"),
+], ids=["loop", "loop on long texts", "large", "large on long texts", "nested", "range", "error on long", "pipe"])  # fmt: skip
+def test_a_template_of_a_judge_that_does_not_end_or_fails_is_refused(tmp_path, monkeypatch, text, words):
+    monkeypatch.setattr("resources.models.bounded.CPU_SECONDS", 1)
+    file = tmp_path / "mine.jinja"
+    os.mkfifo(file) if text is None else file.write_text(text)
+    with pytest.raises(
+        SettingsError, match=rf"mine.jinja \(judge.server.template\) cannot be used: {words}.*\. (Correct|Name)"
+    ):
+        load_template(str(file))
+
+
+@pytest.mark.parametrize(
+    ("does", "words"), [(LOOP, "it does not end"), ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero")]
+)
+def test_a_template_of_a_judge_that_fails_on_one_prompt_alone_ends_in_a_sentence(tmp_path, monkeypatch, does, words):
+    monkeypatch.setattr("resources.models.bounded.CPU_SECONDS", 1)
+    (tmp_path / "mine.jinja").write_text(f"{SHOWN}{{% if prompt == 'Why?' %}}{does}{{% endif %}}")
+    judge = asked(SimpleNamespace(url="http://127.0.0.1:1/v1"), tmp_path, template=str(tmp_path / "mine.jinja"))
+    with pytest.raises(FinalError, match=rf"judge.server.template\) fails on the prompt 'Why\?': {words}\. Correct"):
+        judge.compare([("Why?", "first", "second")])
 
 
 def test_a_template_computes_nothing_beside_its_text(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import polars as pl
 import pytest
 
+from resources.common.errors import FinalError
 from resources.models.model_source import ModelSourceError, fetch_initial_policy
 from resources.models.weights import parameter_count
 from resources.scoring.published import fetch_reward_model
@@ -211,6 +212,26 @@ def test_a_directory_is_taken_as_it_is(nano_model):
     )
     assert directory == nano_model
     assert sorted(nano_model.iterdir()) == before
+
+
+@pytest.mark.parametrize(("file", "content"), [
+    ("model.safetensors", ""), ("model.safetensors", "x" * 99), ("config.json", "[]"), ("config.json", "[" * 100_000),
+    ("config.json", {"architectures": 5}), ("config.json", {"architectures": [5]}), ("config.json", {"vocab_size": "many"}),
+    ("tokenizer_config.json", "[]"), ("tokenizer_config.json", {"eos_token": 5}), ("tokenizer.json", "[]"),
+    ("tokenizer_config.json", {"chat_template": [{"name": "a", "template": "x"}, {"name": "b", "template": "y"}]}),
+])  # fmt: skip
+def test_a_damaged_file_of_a_model_is_said_in_a_sentence(nano_model, tmp_path, file, content):
+    directory = shutil.copytree(nano_model, tmp_path / "model")
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((directory / file).read_text()) | content)
+        if "chat_template" in content:
+            (directory / "chat_template.jinja").unlink()
+    (directory / file).write_text(content)
+    source = InitialPolicy(source="directory", name=str(directory))
+    with pytest.raises(
+        (ModelSourceError, FinalError), match=r"cannot be (loaded|read): .*\. Save or download the model again"
+    ):
+        fetch_initial_policy(source, trust_remote_code=False)
 
 
 def test_parameters_are_counted_without_loading(nano_model):

@@ -104,6 +104,18 @@ def test_a_damaged_file_is_named_wherever_the_damage_is(tmp_path):
         list(read_rows(load_settings_of(tmp_path / "rows.parquet"), "keyword_pool.corpus", ("text",)))
 
 
+@pytest.mark.parametrize("files", [
+    {"state.json": "{}", "dataset_info.json": "{}"}, {"state.json": "[]", "dataset_info.json": "[]"},
+    {"dataset_dict.json": '{"splits": 5}'}, {"dataset_dict.json": "{}"}, {"dataset_dict.json": "[" * 100_000},
+    {"state.json": "\x1b{"},
+])  # fmt: skip
+def test_a_damaged_dataset_that_was_saved_is_named(tmp_path, files):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(SettingsError, match=r"\(keyword_pool.corpus\) cannot be read: .*\. Save it again\.$"):
+        list(read_rows(load_settings_of(tmp_path), "keyword_pool.corpus", ("text",)))
+
+
 def load_settings_of(path):
     from resources.settings.data import DataSource
 

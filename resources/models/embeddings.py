@@ -46,7 +46,7 @@ class SentenceEmbedder(DeviceResource):
         # In bfloat16 the cosine of two texts would have two digits.
         model = AutoModel.from_pretrained(weights, dtype=torch.float32, use_safetensors=True, trust_remote_code=trusted)
         model = model.to(device).eval()
-        longest = min(tokenizer.model_max_length, model.config.max_position_embeddings, _stated_length(weights))
+        longest = min(tokenizer.model_max_length, model.config.max_position_embeddings, stated_length(weights))
         # A text that spells a control token is tokenized as text.
         tokenize = functools.partial(tokenizer, list(texts), split_special_tokens=True)
         cut = sum(len(token_ids) > longest for token_ids in tokenize().input_ids)
@@ -75,8 +75,8 @@ def _mean_vectors(
         return torch.nn.functional.normalize(means, dim=1).cpu().numpy()
 
 
-def _stated_length(weights: Path) -> int:
+def stated_length(weights: Path) -> int:
     """The longest text in tokens that sentence-transformers is told to use a model with, which may be shorter than it can."""
     file = weights / "sentence_bert_config.json"
     stated = json.loads(file.read_text()).get("max_seq_length") if file.exists() else None
-    return stated or 10**9
+    return int(stated or 10**9)

@@ -13,9 +13,13 @@ from pathlib import Path
 
 import platformdirs
 
+from resources.common.errors import FinalError
+from resources.common.text import visible
 from resources.models.chat import ASKED, end_of_turn_id, load_tokenizer, prompt_ids
 from resources.models.chat_template import refuse_other_text, with_stated_template
 from resources.models.context import text_config
+from resources.models.embeddings import stated_length
+from resources.models.weights import parameter_count
 from resources.settings.data import EmbeddingModel, InitialPolicy, ModelSource
 from resources.settings.sections import SettingsError
 from resources.storage.files import file_sha256, temporary_directory_beside
@@ -48,9 +52,11 @@ def fetch_embedding_model(source: EmbeddingModel, trust_remote_code: bool) -> tu
     with loading_explained(directory):
         AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    # Where sentence-transformers keeps it (https://sbert.net/docs/package_reference/sentence_transformer/models.html).
-    pooling = directory / "1_Pooling" / "config.json"
-    if pooling.exists() and not json.loads(pooling.read_text()).get("pooling_mode_mean_tokens"):
+        stated_length(directory)
+        # Where sentence-transformers keeps it (https://sbert.net/docs/package_reference/sentence_transformer/models.html).
+        pooling = directory / "1_Pooling" / "config.json"
+        is_mean = not pooling.exists() or json.loads(pooling.read_text()).get("pooling_mode_mean_tokens")
+    if not is_mean:
         raise ModelSourceError(
             f"The embeddings of {source.name} are no means over tokens ({pooling}): name a model with "
             "pooling_mode_mean_tokens in diversity.embedding_model."
@@ -92,17 +98,19 @@ def fetch(source: ModelSource, section: str, trust_remote_code: bool) -> tuple[P
             f"{directory} holds no .safetensors file. Pickled weights can run code and are never loaded: "
             "save the model once with `save_pretrained`, or choose a revision with safetensors."
         )
+    parameter_count(directory)
     return directory, origin
 
 
 def check_tokenizer(directory: Path, trust_remote_code: bool) -> None:
     """Loads the tokenizer of a model, and refuses code that ships with it and is not trusted."""
-    with loading_explained(directory):
-        load_tokenizer(str(directory), trust_remote_code)
-        config = json.loads((directory / "config.json").read_text())
     import transformers
 
-    known = [getattr(transformers, name) for name in config.get("architectures") or [] if hasattr(transformers, name)]
+    with loading_explained(directory):
+        load_tokenizer(str(directory), trust_remote_code).get_chat_template()
+        config = json.loads((directory / "config.json").read_text())
+        names = config.get("architectures") or []
+        known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     if any(getattr(model, "_is_stateful", False) for model in known):
         raise ModelSourceError(
             f"The model in {directory} is a {known[0].__name__}, which keeps a state where others attend to all they have read: "
@@ -120,8 +128,8 @@ def _refuse_beyond_vocabulary(directory: Path, trust_remote_code: bool) -> None:
     with loading_explained(directory):
         tokenizer = load_tokenizer(str(directory), trust_remote_code)
         config = text_config(directory, trust_remote_code)
-    used = {tokenizer.pad_token_id, end_of_turn_id(tokenizer), config.pad_token_id, *prompt_ids(tokenizer, ASKED)}
-    beyond = sorted(token_id for token_id in used if token_id is not None and token_id >= config.vocab_size)
+        used = {tokenizer.pad_token_id, end_of_turn_id(tokenizer), config.pad_token_id, *prompt_ids(tokenizer, ASKED)}
+        beyond = sorted(token_id for token_id in used if token_id is not None and token_id >= config.vocab_size)
     if beyond:
         raise ModelSourceError(
             f"The tokenizer or config in {directory} uses the token {beyond[0]} to pad rows or to write chats, and the model has "
@@ -134,7 +142,8 @@ def refuse_without_classifier(directory: Path, section: str) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-    family = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    with loading_explained(directory):
+        family = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if type(family) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ModelSourceError(
             f"transformers has no sequence classifier for models of the family `{family.model_type}`, so no reward model can be "
@@ -145,13 +154,16 @@ def refuse_without_classifier(directory: Path, section: str) -> None:
 @contextlib.contextmanager
 def loading_explained(directory: Path) -> Iterator[None]:
     """Around the loading of a config or tokenizer: turns its errors into a sentence."""
-    from huggingface_hub.errors import StrictDataclassError
-
     try:
         yield
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelSourceError(f"The config or tokenizer in {directory} cannot be loaded: {reason}") from None
+    except (FinalError, ModelSourceError):
+        raise
+    # They are somebody else's files, and transformers takes for granted that they are right.
+    except Exception as error:
+        reason = visible(" ".join(str(error).split())[:200]).rstrip(".")
+        raise ModelSourceError(
+            f"The config or tokenizer in {directory} cannot be loaded: {reason}. Save or download the model again."
+        ) from None
 
 
 def _wheel_place(source: ModelSource) -> Path:

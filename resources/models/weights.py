@@ -3,6 +3,8 @@
 import math
 from pathlib import Path
 
+from resources.common.errors import FinalError
+
 
 def tensors_not_finite(weights: Path) -> list[str]:
     """Names of the tensors of a model that hold NaN or infinite numbers; one tensor at a time is read.
@@ -21,11 +23,20 @@ def tensors_not_finite(weights: Path) -> list[str]:
 
 
 def parameter_count(weights: Path) -> int:
-    """Parameters of a model directory, read from the headers of its safetensors files."""
+    """Parameters of a model directory, read from the headers of its safetensors files.
+
+    Raises:
+        FinalError: One of them is damaged.
+    """
+    return sum(map(_parameters, weights.glob("*.safetensors")))
+
+
+def _parameters(file: Path) -> int:
     from safetensors import safe_open
 
-    total = 0
-    for file in weights.glob("*.safetensors"):
+    try:
         with safe_open(file, framework="np") as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return total
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    # It is somebody else's file.
+    except Exception as error:
+        raise FinalError(f"The weights in {file} cannot be read: {error}. Save or download the model again.") from None

@@ -8,7 +8,7 @@ from typing import ClassVar
 from resources.common.errors import FinalError
 from resources.models.chat import answer_ids, load_tokenizer, prompt_ids
 from resources.models.device import loading_options, prepare_device
-from resources.models.model_source import ModelSourceError, check_tokenizer
+from resources.models.model_source import ModelSourceError, check_tokenizer, loading_explained
 from resources.scoring.scoring_model import Convention, Reading
 from resources.settings.machine import Engine
 
@@ -49,10 +49,11 @@ class RewardModel:
         import transformers
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        config = json.loads((directory / "config.json").read_text())
-        if any(hasattr(transformers, name) for name in config.get("architectures") or []):
-            return
-        reference = (config.get("auto_map") or {}).get("AutoModelForSequenceClassification")
+        with loading_explained(directory):
+            config = json.loads((directory / "config.json").read_text())
+            if any(hasattr(transformers, name) for name in config.get("architectures") or []):
+                return
+            reference = (config.get("auto_map") or {}).get("AutoModelForSequenceClassification")
         if reference is None:
             raise ModelSourceError(f"The model in {directory} is no sequence classifier: check {section}.name.")
         try:

@@ -33,7 +33,8 @@ def file_rows(path: Path, setting: str) -> Iterator[tuple[int, dict[str, Any]]]:
     except UnicodeDecodeError as error:
         line = 1 + error.object[: error.start].count(b"\n")
         raise SettingsError(f"{named} is not UTF-8 in line {line}: save it as UTF-8.") from None
-    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+    # It is somebody else's file.
+    except (Exception, pl.exceptions.PanicException) as error:
         raise SettingsError(f"{named} cannot be read: {' '.join(str(error).split())[:200]}.") from None
     yield from _csv_rows(text, named) if path.suffix.lower() == ".csv" else _json_rows(text, named)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 
+from resources.common.text import visible
 from resources.settings.data import SEED_DATA_SUFFIXES, DataSource
 from resources.settings.sections import SettingsError
 
@@ -50,10 +51,11 @@ def read_rows(source: DataSource, setting: str, columns: tuple[str, ...]) -> Ite
 def _readable_rows(source: DataSource, setting: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         yield from _rows(source, setting)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise SettingsError(
-            f"{source.path} ({setting}) cannot be read: {' '.join(str(error).split())[:200]}. Save it again."
-        ) from None
+    except SettingsError:
+        raise
+    # It is somebody else's file.
+    except (Exception, pl.exceptions.PanicException) as error:
+        raise SettingsError(f"{source.path} ({setting}) cannot be read: {_reason(error)}. Save it again.") from None
 
 
 def _rows(source: DataSource, setting: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -123,9 +125,13 @@ def _hub_rows(source: DataSource, setting: str) -> Iterator[dict[str, Any]]:
 
     try:
         yield from load_dataset(source.path, source.configuration, split=source.split, streaming=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:
         raise SettingsError(
-            f"The dataset {source.path}, split {source.split} ({setting}), cannot be loaded: {reason}. A file must end in "
+            f"The dataset {source.path}, split {source.split} ({setting}), cannot be loaded: {_reason(error)}. A file must end in "
             ".jsonl or .parquet; what is neither that nor an existing folder is taken as a dataset id."
         ) from None
+
+
+def _reason(error: BaseException) -> str:
+    said = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+    return visible(" ".join(said.split())[:200])
