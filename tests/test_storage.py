@@ -158,7 +158,8 @@ def test_what_another_process_writes_after_a_look_is_seen(bucket):
     tables.write("keyword_sets", "0001", SEED)
     assert len(tables.of_partition("0001")) == 1
     elsewhere = fsspec.filesystem("s3", skip_instance_cache=True)
-    elsewhere.copy(str(bucket / "tables/keyword_sets/0001.parquet"), str(bucket / "tables/evaluation/0001.parquet"))
+    for name in ("0001.parquet", "0001.parquet.xxh128"):
+        elsewhere.copy(str(bucket / "tables/keyword_sets" / name), str(bucket / "tables/evaluation" / name))
     assert len(tables.of_partition("0001")) == 2
     assert tables.read("evaluation", "0001").equals(SEED)
 
