@@ -49,17 +49,21 @@ def followed_shares(home: Path, iteration: int, split: str) -> pl.DataFrame | No
 
 def lines(found: dict[str, pl.DataFrame]) -> Iterator[dict[str, object]]:
     """A line for each home and one for the mean of all of them."""
-    one = next(iter(found.values()))
-    together = pl.concat(found.values()).group_by("prompt_id").agg(pl.col(one.columns[1:]).mean()).sort("prompt_id")
+    # A control that one home lacks is shown for none.
+    columns = [
+        name for name in next(iter(found.values())).columns if all(name in each.columns for each in found.values())
+    ]
+    found = {home: shares.select(columns) for home, shares in found.items()}
+    together = pl.concat(found.values()).group_by("prompt_id").agg(pl.col(columns[1:]).mean()).sort("prompt_id")
     for name, shares in [*found.items(), (MEAN, together)]:
-        of_words = [column for column in one.columns if column.startswith("words_of_")]
+        of_words = [column for column in columns if column.startswith("words_of_")]
         line: dict[str, object] = {"home": name, "n": shares.height}
-        for column in one.columns[1:]:
+        for column in columns[1:]:
             value = shares[column].mean()
             assert isinstance(value, float)
             line[column] = round(value, 1) if column in of_words else round(100 * value, 1)
         for first, second in DIFFERENCES:
-            if second in one.columns:
+            if second in columns:
                 gain = mean_gain(shares[first] - shares[second], random_seed=0)
                 line |= zip(
                     (f"{first} less {second}", f"{second} low", f"{second} high"),
