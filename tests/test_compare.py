@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from resources.settings.files import load_settings
 from synpo_assets.cli.application import services_of
 from synpo_assets.cli.commands import app
-from synpo_assets.graph.used_settings import SCHEMA
+from synpo_assets.graph.services import USED_SETTINGS
 from synpo_assets.reports.compare import compared
 from tests.nano import nano_settings, write_settings
 from tests.stand_ins import services_in
@@ -38,7 +38,7 @@ def made_with(place, iteration, **settings):
     """Records what the checkpoint of an iteration was made with."""
     store = services_in(place, load_settings(place / "settings.yaml")).used_settings
     rows = [("model_checkpoint", name.replace("__", "."), value) for name, value in settings.items()]
-    store.write("model_checkpoint", iteration, pl.DataFrame(rows, schema=SCHEMA, orient="row"))
+    store.write("model_checkpoint", iteration, pl.DataFrame(rows, schema=USED_SETTINGS, orient="row"))
 
 
 @pytest.fixture(scope="module")

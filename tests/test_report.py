@@ -21,11 +21,10 @@ from resources.settings.files import load_settings
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.history import last_quarter
 from synpo_assets.cli.summary import _held_out
-from synpo_assets.graph import used_settings
 from synpo_assets.graph.metrics import ENDING_COUNTS, SCHEMA, Metric, Metrics
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.schemas import PreferencePairs
-from synpo_assets.graph.services import Services
+from synpo_assets.graph.services import USED_SETTINGS, Services
 from synpo_assets.graph.texts import MISSING
 from synpo_assets.method.evaluation import LENGTH_BANDS
 from synpo_assets.method.judging import ANOTHER_GOLD, BOTH_ENDED, KINDS
@@ -532,7 +531,7 @@ def test_the_report_has_the_settings_in_which_iterations_differ_and_says_which_e
             ("model_checkpoint", "random_seed", "42"),
         ]
         used += [("benchmark_scores", "benchmarks.tasks", "[]")] * (iteration - 1)
-        frame = pl.DataFrame(used, schema=used_settings.SCHEMA, orient="row")
+        frame = pl.DataFrame(used, schema=USED_SETTINGS, orient="row")
         services.used_settings.write("model_checkpoint", partition_key(iteration), frame)
     metadata, _, page = report(instance, services)
     rows = [

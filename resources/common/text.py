@@ -42,5 +42,15 @@ def visible(text: str) -> str:
     return "".join(f"⟨U+{ord(letter):04X}⟩" if _is_hidden(letter) else letter for letter in text)
 
 
+def one_line(text: str, most: int) -> str:
+    r"""The beginning of what a file or a library says, on one line of a sentence.
+
+    Examples:
+        >>> one_line("no key\n  `a`", 9)
+        'no key `a'
+    """
+    return visible(" ".join(text.split())[:most])
+
+
 def _is_hidden(letter: str) -> bool:
     return unicodedata.category(letter) in CONTROLS and letter not in f"\n\t{WRITTEN}"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from resources.common.errors import FinalError
-from resources.common.text import visible
+from resources.common.text import one_line
 from resources.models.bounded import OutOfBoundsError, within_time
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class RenderingError(ChatTemplateError):
     def __init__(self, error: Exception, directory: str) -> None:
         from jinja2.exceptions import TemplateError
 
-        said = visible(" ".join(str(error).split())[:200]).rstrip(".")
+        said = one_line(str(error), 200).rstrip(".")
         self.reason = said if isinstance(error, TemplateError) else f"{type(error).__name__}: {said}"
         super().__init__(
             f"The chat template of {directory} fails on a conversation: {self.reason}. Correct its chat_template.jinja, or choose "

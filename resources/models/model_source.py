@@ -14,7 +14,7 @@ from pathlib import Path
 import platformdirs
 
 from resources.common.errors import FinalError
-from resources.common.text import visible
+from resources.common.text import one_line
 from resources.models.chat import ASKED, end_of_turn_id, load_tokenizer, prompt_ids
 from resources.models.chat_template import refuse_other_text, with_stated_template
 from resources.models.context import text_config
@@ -160,7 +160,7 @@ def loading_explained(directory: Path) -> Iterator[None]:
         raise
     # They are somebody else's files, and transformers takes for granted that they are right.
     except Exception as error:
-        reason = visible(" ".join(str(error).split())[:200]).rstrip(".")
+        reason = one_line(str(error), 200).rstrip(".")
         raise ModelSourceError(
             f"The config or tokenizer in {directory} cannot be loaded: {reason}. Save or download the model again."
         ) from None

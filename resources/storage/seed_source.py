@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from resources.common.text import visible
+from resources.common.text import one_line
 from resources.settings.data import SEED_DATA_SUFFIXES, DataSource
 from resources.settings.sections import SettingsError
 
@@ -134,4 +134,4 @@ def _hub_rows(source: DataSource, setting: str) -> Iterator[dict[str, Any]]:
 
 def _reason(error: BaseException) -> str:
     said = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
-    return visible(" ".join(said.split())[:200])
+    return one_line(said, 200)

@@ -119,12 +119,12 @@ class ParquetTables(dg.UPathIOManager):
 
     def _read(self, path: UPath, label: str) -> pl.DataFrame:
         with _opened(path, label) as file:
-            self._look_at(file, path, label)
-            file.seek(0)
             try:
-                return pl.read_parquet(file)
+                table = pl.read_parquet(file)
             except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
                 raise _damaged(path, label) from error
+        self._refuse_others(table.schema, path, label)
+        return table
 
     def _look_at(self, file: IO[bytes], path: UPath, label: str) -> None:
         """Raises a DamageError if a file, of which no more than the end is read, is no table, or one of other columns."""
@@ -134,6 +134,9 @@ class ParquetTables(dg.UPathIOManager):
             table.select(pl.len()).collect()
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise _damaged(path, label) from error
+        self._refuse_others(columns, path, label)
+
+    def _refuse_others(self, columns: pl.Schema, path: UPath, label: str) -> None:
         if self._columns not in (None, columns):
             raise _damaged(path, label)
 

@@ -22,8 +22,6 @@ from synpo_assets.graph.services import USED_SETTINGS, Services
 from synpo_assets.graph.stage import LAST, READS
 from synpo_assets.graph.texts import MISSING
 
-SCHEMA = USED_SETTINGS
-
 
 def values_of(names: Iterable[str], settings: Settings) -> dict[str, str]:
     """The settings that dotted names of settings or whole sections stand for, each as text."""
@@ -37,7 +35,7 @@ def record_settings(context: dg.AssetExecutionContext, services: Services) -> di
     # What is no stage does not say what it reads.
     now = values_of(context.assets_def.metadata_by_key[context.asset_key].get(READS, []), services.settings)
     rows = [(asset, *each) for each in now.items()]
-    services.used_settings.write(asset, partition or ONCE, pl.DataFrame(rows, schema=SCHEMA, orient="row"))
+    services.used_settings.write(asset, partition or ONCE, pl.DataFrame(rows, schema=USED_SETTINGS, orient="row"))
     earlier = partition_key(int(partition) - 1) if partition else ""
     before = dict(_recorded(services.used_settings, earlier).filter(asset=asset).select("setting", "value").iter_rows())
     differing = differing_settings([before, now]) if before else {}
@@ -70,7 +68,7 @@ def differing_settings(places: Iterable[Mapping[str, str]], in_all: bool = False
 
 
 def _recorded(store: ParquetTables, partition: str) -> pl.DataFrame:
-    return pl.concat([pl.DataFrame(schema=SCHEMA), *store.of_partition(partition)])
+    return pl.concat([pl.DataFrame(schema=USED_SETTINGS), *store.of_partition(partition)])
 
 
 def _cell(value: str) -> str:

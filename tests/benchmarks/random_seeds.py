@@ -14,8 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from synpo_assets.method.evaluation import mean_gain
-from synpo_assets.method.rules import followed
-from synpo_assets.method.verifiable import null_answers, shares_followed
+from synpo_assets.method.verifiable import nulls_followed, shares_followed
 
 MEAN = "mean"
 DIFFERENCES = [("M_t", "M_0"), ("M_t", "M_{t-1}"), ("M_t", "control")]
@@ -36,8 +35,7 @@ def followed_shares(home: Path, iteration: int, split: str) -> pl.DataFrame | No
         shares = shares.join(shares_followed(before, ["candidate"]).rename({"candidate": "M_{t-1}"}), on="prompt_id")
     if (controlled := table("equal_steps_instructions", iteration)) is not None:
         shares = shares.join(shares_followed(controlled, ["control"]), on="prompt_id")
-    for null, texts in null_answers(asked).items():
-        met = [all(followed(*row)) for row in zip(asked["constraints"], texts, strict=True)]
+    for null, met in nulls_followed(asked).items():
         of_null = asked.select("prompt_id", pl.Series(null, met)).group_by("prompt_id").agg(pl.col(null).mean())
         shares = shares.join(of_null, on="prompt_id")
     words = {side: pl.col(f"{answered}_response").str.count_matches(r"\S+") for side, answered in
