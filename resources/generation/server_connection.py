@@ -44,7 +44,7 @@ FORMS: dict[str, type[BaseModel]] = {
     "/chat/completions": ChatAnswer,
     "/completions": TextAnswer,
 }
-AGAIN = "It would refuse the same request again: change the settings, or the server. Finished shards are kept."
+AGAIN = "It would refuse the same request again: change the settings, or the server."
 # What OpenAI adds to a name that stands for the newest of several models.
 DATE = r"(-\d{4,}(-\d\d)*)?"
 Form = TypeVar("Form", bound=BaseModel)
@@ -112,7 +112,10 @@ class Client(openai.OpenAI):
         assert isinstance(answer, form)
         if isinstance(answer, TextAnswer) and answer.choice.finish_reason == "content_filter":
             reason = "It withholds the answer: content_filter."
-            raise RefusedError(f"The server at {self._server.url} refuses a request. {reason} {AGAIN}", reason)
+            raise RefusedError(
+                f"The server at {self._server.url} refuses a request. {reason} {AGAIN} Finished shards are kept.",
+                reason,
+            )
         return answer
 
     def refuse_another(self, answered: str | None, asked: str, dated: bool = True) -> None:
@@ -171,8 +174,6 @@ class Client(openai.OpenAI):
                 f"{self._setting}.timeout_seconds say how long to wait for it, and a lower {self._setting}.concurrency asks "
                 "less of it at a time."
             )
-        if status in ABOUT_THE_PROMPT:
-            return RefusedError(f"{where} refuses a request. {_said(error)} {AGAIN}", _said(error))
         if status in (401, 403):
             cure = "Put a key that it accepts into the environment variable OPENAI_API_KEY."
         elif status == 404:
@@ -181,8 +182,9 @@ class Client(openai.OpenAI):
                 "were loaded are gone: run it again."
             )
         else:
-            return FinalError(f"{where} refuses a request. {_said(error)} {AGAIN}")
-        return FinalError(f"{where} refuses a request. {_said(error)} {cure} Finished shards are kept.")
+            cure = AGAIN
+        sentence = f"{where} refuses a request. {_said(error)} {cure} Finished shards are kept."
+        return RefusedError(sentence, _said(error)) if status in ABOUT_THE_PROMPT else FinalError(sentence)
 
 
 def api_key() -> str:
