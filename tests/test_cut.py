@@ -27,6 +27,7 @@ UNFINISHED = st.sampled_from(["", "And the", "It costs 3.", "\n2.", "\n  b)", "N
     ("Tea is hot. It is made of lea", "Tea is hot."), ("No end in si", ""), ("", ""), ("Was? Ja! So e", "Was? Ja!"),
     ('He said "yes." Then', 'He said "yes."'), ("**Bold.** more te", "**Bold.**"), ("It costs 3.5 dol", ""),
     ("You need:\n1. Tea\n2.", "You need:\n1. Tea"), ("You need:\n1.", ""), ("a:\n- d\n- e\n- ", "a:\n- d\n- e"),
+    ("मैं घर जाता हूँ। वह", "मैं घर जाता हूँ।"), ("أين أنت؟ أنا", "أين أنت؟"), ("یہ ہے\u06d4 وہ", "یہ ہے\u06d4"),
     ("中文。更多", "中文。"), ("x = 5\ny = ", "x = 5"), ("   2. Boil.\n   3. Po", "   2. Boil."),
 ])  # fmt: skip
 def test_golden_texts(text, whole):

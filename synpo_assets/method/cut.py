@@ -20,13 +20,15 @@ import re
 
 import polars as pl
 
+from synpo_assets.method.words import STOPS, UNSPACED_STOPS
+
 # The number of a list's item, which is no sentence; the end of a sentence, with what may close it; or that of a line which
 # does not lead on to the next one.
 _ENDS = re.compile(
-    r"""^[^\S\n]*(?:\d+|[A-Za-z])[.)](?=\s|$)
+    rf"""^[^\S\n]*(?:\d+|[A-Za-z])[.)](?=\s|$)
     | (?P<whole>
-        (?<![.!?\u2026])[.!?\u2026]+["'\u201d\u2019\u00bb)\]*_`]*(?=\s|$)
-        | [\u3002\uff01\uff1f]+[\u201d\u2019\u300d\u300f\uff09]*
+        (?<![{STOPS}\u2026])[{STOPS}\u2026]+["'\u201d\u2019\u00bb)\]*_`]*(?=\s|$)
+        | [{UNSPACED_STOPS}]+[\u201d\u2019\u300d\u300f\uff09]*
         | (?<=[^\s:,;\u2013-])(?=[^\S\n]*\n)
     )""",
     re.VERBOSE | re.MULTILINE,

@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 import regex
 
-from synpo_assets.method.words import SPACED, UNSPACED_CHARACTER
+from synpo_assets.method.words import SPACED, STOPS, UNSPACED_CHARACTER, UNSPACED_STOPS
 
 CONSTRAINTS = pl.List(pl.Struct({"rule": pl.String, "value": pl.String}))
 # A number with more digits is no count of words or lines.
@@ -21,8 +21,6 @@ NUMBERED = re.compile(rf"\s*(\d{{1,{MOST_DIGITS}}})(?:[.)]\s|[\u3001\uff0e\uff09
 DASHED = re.compile(r"\s*[-\u2013\u2014]\s*[^\s\-\u2013\u2014]")
 # A full stop after these, or between their letters, ends no sentence.
 ABBREVIATION = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|e\.g|i\.e)\.", re.IGNORECASE)
-# Of Devanagari, Arabic, Urdu and Ethiopic; then of scripts without spaces, where they end a sentence wherever they stand.
-STOPS, UNSPACED_STOPS = ".!?\u0964\u061f\u06d4\u1362", "\u3002\uff01\uff1f\uff61"
 FENCE = "```"
 QUESTION_MARKS, COMMAS = "?\u061f\uff1f", ",\u060c\u3001\uff0c"
 OPENING, CLOSING = '"\u201c\u201e\u00ab\u00bb\u300c\u300e', '"\u201d\u201c\u00bb\u00ab\u300d\u300f'

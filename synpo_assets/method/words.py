@@ -26,6 +26,9 @@ WORD = regex.compile(
 UNSEEN = regex.compile(r"[\p{Cf}--\u200b]", regex.VERSION1)
 WIDE = regex.compile(r"[\uff00-\uffef]+")
 LETTERS = regex.compile(r"[\p{L}\p{M}]+")
+# Ends of sentences, of Devanagari, Arabic, Urdu and Ethiopic too; then of scripts without spaces, where they end one wherever
+# they stand.
+STOPS, UNSPACED_STOPS = ".!?\u0964\u061f\u06d4\u1362", "\u3002\uff01\uff1f\uff61"
 # Parsers that know where words begin, by language.
 SEGMENTED = {"zh": "simplified_chinese", "ja": "japanese", "th": "thai"}
 
