@@ -1,4 +1,4 @@
-"""What a failure leaves: what was finished before it, and all other rows where a server refuses a few prompts."""
+"""What a server's refusal of a few prompts leaves: all other rows."""
 
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
@@ -26,7 +26,6 @@ class Outcome(Protocol):
 
 
 Asked = TypeVar("Asked", bound=Outcome)
-Row = TypeVar("Row")
 
 
 def few_refused(batches: Iterable[list[Asked]], answered: int) -> Iterator[list[Asked]]:
@@ -48,20 +47,3 @@ def few_refused(batches: Iterable[list[Asked]], answered: int) -> Iterator[list[
         answered += sum(each.refusal is None for each in batch)
         stop_at(answered + SPARE)
     stop_at(answered)
-
-
-def in_shards(batches: Iterable[list[Row]], size: int) -> Iterator[list[Row]]:
-    """Rows as many at a time as a shard holds; before an error of the batches, those that came before it."""
-    waiting: list[Row] = []
-    try:
-        for batch in batches:
-            waiting += batch
-            while len(waiting) >= size:
-                yield waiting[:size]
-                waiting = waiting[size:]
-    except Exception:
-        if waiting:
-            yield waiting
-        raise
-    if waiting:
-        yield waiting

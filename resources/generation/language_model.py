@@ -17,12 +17,12 @@ import polars as pl
 from resources.common.progress import Progress
 from resources.generation.engine import Completion, GenerationEngine, Requests
 from resources.generation.engine_choice import engine_fingerprint, open_engine
-from resources.generation.failures import few_refused, in_shards
+from resources.generation.failures import few_refused
 from resources.models.chat import Message, load_tokenizer, prompt_ids
 from resources.models.device import DeviceResource
 from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
-from resources.storage.shards import Shards
+from resources.storage.shards import Shards, in_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

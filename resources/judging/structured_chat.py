@@ -16,11 +16,11 @@ from pydantic import BaseModel, ValidationError
 
 from resources.common.outside_text import redacted
 from resources.common.progress import Progress
-from resources.generation.failures import RefusedError, few_refused, in_shards
+from resources.generation.failures import RefusedError, few_refused
 from resources.generation.server_answers import ChatAnswer
 from resources.scoring.scorer import ScoringUsage
 from resources.settings.evaluation import JudgeServer
-from resources.storage.shards import Shards
+from resources.storage.shards import Shards, in_shards
 
 if TYPE_CHECKING:
     from resources.generation.server_connection import Client

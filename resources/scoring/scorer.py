@@ -14,7 +14,6 @@ from typing import Any
 import polars as pl
 
 from resources.common.progress import Progress
-from resources.generation.failures import in_shards
 from resources.models.batches import longest_first, tokens_at_a_time
 from resources.models.device import DeviceResource, memory_explained, prepare_device, torch_dtype
 from resources.scoring.pair_ranker import PairRanker
@@ -22,7 +21,7 @@ from resources.scoring.reward_model import RewardModel
 from resources.scoring.scoring_model import Convention, Reading, ScoringModel
 from resources.settings.method import Scorer
 from resources.storage.checkpoint_store import Checkpoint
-from resources.storage.shards import Shards
+from resources.storage.shards import Shards, in_shards
 
 logger = logging.getLogger("synpo.scoring")
 

@@ -3,8 +3,8 @@
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import polars as pl
 import xxhash
@@ -16,6 +16,7 @@ logger = logging.getLogger("synpo.storage")
 
 FINGERPRINT_FILE = "fingerprint.json"
 LARGEST_HASH = 2**64 - 1
+Row = TypeVar("Row")
 
 
 class Shards:
@@ -84,3 +85,20 @@ class Shards:
 def checksum(content: bytes) -> str:
     """What a shard is called: a hash of its bytes that costs next to nothing beside reading them."""
     return xxhash.xxh3_128_hexdigest(content)
+
+
+def in_shards(batches: Iterable[list[Row]], size: int) -> Iterator[list[Row]]:
+    """Rows as many at a time as a shard holds; before an error of the batches, those that came before it."""
+    waiting: list[Row] = []
+    try:
+        for batch in batches:
+            waiting += batch
+            while len(waiting) >= size:
+                yield waiting[:size]
+                waiting = waiting[size:]
+    except Exception:
+        if waiting:
+            yield waiting
+        raise
+    if waiting:
+        yield waiting
