@@ -568,7 +568,8 @@ class ChatServer(FaultyServer):
 
     def reply(self, body):
         shown = re.findall(r"<answer_[ab]>\n(.*?)\n</answer_[ab]>", body["messages"][0]["content"], re.DOTALL)
-        message = {"role": "assistant", "content": self.judge(*shown)}
+        # What only asks whether the server is well shows none.
+        message = {"role": "assistant", "content": self.judge(*shown or ("", ""))}
         usage = {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100}
         return {"id": "1", "object": "chat.completion", "choices": [{"index": 0, "message": message}], "usage": usage}
 

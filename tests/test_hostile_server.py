@@ -201,13 +201,15 @@ def test_nonsense_of_a_judge_is_said_without_the_key(tmp_path, faulty, monkeypat
     assert "sk-S" not in line
 
 
-@pytest.mark.parametrize("fault", [(400, {}, "it is filtered"), (422, {}, "it is filtered"), b'"it is filtered"'])
-def test_a_question_that_the_server_refuses_has_no_verdict_and_stops_nothing(serve, tmp_path, said, fault):
+@pytest.mark.parametrize(("fault", "bodies"), [
+    ((400, {}, "it is filtered"), 1), ((422, {}, "it is filtered"), 1), (b'"it is filtered"', 1), ((500, {}, "it is filtered"), 3)
+])  # fmt: skip
+def test_a_question_that_the_server_refuses_has_no_verdict_and_stops_nothing(serve, tmp_path, said, fault, bodies):
     server = serve(honest)
     server.fault_of = lambda body: fault if "poor one" in str(body).split("good answer")[0] else None
-    for bodies in (6, 7):
+    for asked_in_all in (5 + bodies, 5 + 2 * bodies):
         assert verdicts(asked(server, tmp_path, attempts=1)) == [NO_VERDICT, "loss", "tie"]
-        assert len(server.bodies) == bodies, "what is finished is kept, and only the other one asked for again"
+        assert len(server.bodies) == asked_in_all, "what is finished is kept, and only the other one asked for again"
     lines = [line for line in said if "1 of 6 replies of judge (on a server) are no verdict" in line]
     assert len(lines) == 2
     assert all("it is filtered" in line for line in lines)

@@ -174,7 +174,7 @@ def test_a_server_that_hangs_is_asked_again(tmp_path, faulty, nano_checkpoint):
         RuntimeError, match=r"in 2 tries\. No answer came: Request timed out.* Finished shards are kept"
     ):
         server.answer(nano_checkpoint, PROMPTS[:1], PLAIN)
-    assert len(faulty.bodies) == 2
+    assert [body["max_tokens"] for body in faulty.bodies] == [16, 16, 1]
 
 
 def test_a_server_that_is_down_is_said_with_its_address_and_the_step_may_be_retried(tmp_path, nano_checkpoint, said):
@@ -243,7 +243,7 @@ def test_requests_that_hang_do_not_hold_up_the_end_of_the_process():
 
 
 def test_what_was_finished_before_a_fault_is_kept(tmp_path, faulty, nano_checkpoint):
-    faulty.faults = [None] * 6 + [(500, {}, "out of luck")]
+    faulty.faults = [None] * 6 + [(500, {}, "out of luck")] * 2
     server = asking(tmp_path, faulty.url, concurrency=1, attempts=1, shard_rows=2)
     with pytest.raises(RuntimeError, match=r"in one try\. It says: 500, out of luck\."):
         server.answer(nano_checkpoint, PROMPTS, PLAIN)
@@ -254,7 +254,7 @@ def test_what_was_finished_before_a_fault_is_kept(tmp_path, faulty, nano_checkpo
 
 @pytest.mark.parametrize("fault", [(401, {}, "no"), (500, {}, "out of luck")])
 def test_what_was_finished_is_kept_where_no_shard_was_full(tmp_path, faulty, nano_checkpoint, fault):
-    faulty.faults = [None] * 9 + [fault]
+    faulty.faults = [None] * 9 + [fault] * 2
     server = asking(tmp_path, faulty.url, concurrency=1, attempts=1)
     with pytest.raises(Exception, match="Finished shards are kept"):
         server.answer(nano_checkpoint, PROMPTS, PLAIN)
@@ -275,10 +275,11 @@ def ended_by(reason):
 
 @pytest.mark.parametrize(("fault", "reason"), [
     ((400, {}, "it is filtered"), "It says: 400, it is filtered."),
+    ((500, {}, "it makes me ill"), "It says: 500, it makes me ill."),
     (ended_by("content_filter"), "It withholds the answer: content_filter."),
     (ended_by("abort"), "It answers: choices.finish_reason: Input should be 'stop', 'length' or 'content_filter'"),
     (b'{"choices', 'It answers: {"choices.'),
-], ids=["400", "filter", "another reason", "cut off"])  # fmt: skip
+], ids=["400", "500", "filter", "another reason", "cut off"])  # fmt: skip
 def test_a_prompt_that_the_server_refuses_counts_as_cut_and_stops_nothing(
     tmp_path, faulty, nano_checkpoint, said, fault, reason
 ):
@@ -287,15 +288,33 @@ def test_a_prompt_that_the_server_refuses_counts_as_cut_and_stops_nothing(
     frame, usage = server.answer(nano_checkpoint, PROMPTS, PLAIN)
     assert frame["id"].to_list() == [row_id for row_id, _ in PROMPTS]
     assert frame.filter(text="").select("id", "output_tokens", "finish_reason").rows() == [("prompt-5", 1, "length")]
-    assert usage.generated_tokens == 7 * (len(PROMPTS) - 1)
+    assert (usage.generated_tokens, usage.cut, usage.refused) == (7 * (len(PROMPTS) - 1), len(PROMPTS), 1)
     (line,) = [line for line in said if "no answer" in line]
     assert f"1 of 24 prompts get no answer of {nano_checkpoint.label}, such as prompt-5: {reason}" in line
     # It is all that is missing then, and nevertheless no reason to stop.
     again, usage = server.answer(nano_checkpoint, PROMPTS, PLAIN)
+    assert usage.refused == 1
     assert usage.reused == rows_in(tmp_path) == len(PROMPTS) - 1
     assert again.equals(frame)
     faulty.fault_of = lambda body: None
     assert set(server.answer(nano_checkpoint, PROMPTS, PLAIN)[0]["text"]) == {faulty.text}
+
+
+def test_a_prompt_is_asked_once_more_where_the_server_is_well_again(tmp_path, faulty, nano_checkpoint):
+    faulty.faults = [None] * 6 + [(500, {}, "out of luck")]
+    frame, usage = asking(tmp_path, faulty.url, concurrency=1, attempts=1).answer(nano_checkpoint, PROMPTS, PLAIN)
+    assert (set(frame["text"]), usage.refused) == ({faulty.text}, 0)
+    assert [body["max_tokens"] for body in faulty.bodies[6:9]] == [16, 1, 16]
+    assert faulty.bodies[6] == faulty.bodies[8]
+
+
+def test_a_server_that_fails_with_many_prompts_is_not_well_and_the_step_may_be_retried(
+    tmp_path, faulty, nano_checkpoint
+):
+    faulty.fault_of = refusing(nano_checkpoint, PROMPTS[:17], (503, {}, "overloaded"))
+    with pytest.raises(RuntimeError, match=r"^17 prompts have no answer\..+ It says: 503, overloaded") as error:
+        asking(tmp_path, faulty.url, attempts=1, concurrency=1).answer(nano_checkpoint, PROMPTS, PLAIN)
+    assert not isinstance(error.value, dg.Failure)
 
 
 def test_where_half_of_the_prompts_are_refused_the_step_ends_and_keeps_the_others(tmp_path, faulty, nano_checkpoint):

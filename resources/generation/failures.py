@@ -10,7 +10,16 @@ SPARE = 16
 
 
 class RefusedError(FinalError):
-    """A server does not answer this prompt, and would not if it were asked again; others it may answer."""
+    """A server does not answer this prompt; others it may answer."""
+
+    def __init__(self, message: str, reason: str, may_pass: bool = False) -> None:
+        """Takes the whole sentence, what the server said, and whether that is what passes with most prompts."""
+        super().__init__(message)
+        self.reason, self.may_pass = reason, may_pass
+
+
+class UnansweredError(RuntimeError):
+    """A server did not answer in all tries, which may pass."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -33,10 +42,14 @@ def few_refused(batches: Iterable[list[Asked]], answered: int) -> Iterator[list[
 
     Raises:
         FinalError: So many are.
+        RuntimeError: More than a few have no answer for a reason that may pass: it is the server that is not well.
     """
     refused: list[RefusedError] = []
 
     def stop_at(most: int) -> None:
+        passing = [refusal for refusal in refused if refusal.may_pass]
+        if len(passing) > SPARE:
+            raise RuntimeError(f"{len(passing)} prompts have no answer. {passing[0].description}")
         if refused and len(refused) >= most:
             everything = len(refused) + answered
             raise FinalError(f"{len(refused)} of {everything} prompts have no answer. {refused[0].description}")

@@ -50,6 +50,7 @@ class Usage:
     generated_tokens: int  # Written in this call.
     cut: int  # Of these rows, those that stopped at the token limit.
     seconds: float  # Loading the model included.
+    refused: int = 0  # Of those cut, the ones that a server does not answer.
 
     def __add__(self, other: "Usage") -> "Usage":
         mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
@@ -118,6 +119,7 @@ class LanguageModel(DeviceResource):
             generated_tokens=int(generated.sum()),
             cut=int((answered["finish_reason"] == "length").sum()),
             seconds=time.monotonic() - started,
+            refused=len(refused),
         )
 
     def _finish(

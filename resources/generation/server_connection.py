@@ -23,7 +23,7 @@ from resources.common.errors import FinalError
 from resources.common.outside_text import redacted, stated_key
 from resources.generation.adapters import Adapter
 from resources.generation.bounded_connection import bound
-from resources.generation.failures import RefusedError
+from resources.generation.failures import RefusedError, UnansweredError
 from resources.generation.server_answers import ChatAnswer, ModelList, ServedModel, TextAnswer
 from resources.settings.machine import ServerAccess
 
@@ -38,6 +38,8 @@ LOAD_ADAPTER = "/load_lora_adapter"
 PASSING = (408, 409, 429)
 # Of what is asked, and not of who asks: a filter of contents or too long a prompt.
 ABOUT_THE_PROMPT = (400, 413, 422)
+# The shortest question.
+YES = [{"role": "user", "content": "Yes?"}]
 # The path of the completions is the end of that of chats.
 FORMS: dict[str, type[BaseModel]] = {
     "/models": ModelList,
@@ -107,8 +109,16 @@ class Client(openai.OpenAI):
         Raises:
             RefusedError: This one gets no answer.
         """
-        with self.errors_explained():
-            answer = self.post(path, body=body, cast_to=httpx2.Response).extensions["answer"]
+        try:
+            answer = self._answer(path, body)
+        except UnansweredError:
+            if not self._answers_a_word(path, body):
+                raise
+            # Once more: until a moment ago the server itself may not have been well.
+            try:
+                answer = self._answer(path, body)
+            except UnansweredError as failure:
+                raise RefusedError(str(failure), failure.reason, may_pass=True) from None
         assert isinstance(answer, form)
         if isinstance(answer, TextAnswer) and answer.choice.finish_reason == "content_filter":
             reason = "It withholds the answer: content_filter."
@@ -117,6 +127,20 @@ class Client(openai.OpenAI):
                 reason,
             )
         return answer
+
+    def _answer(self, path: str, body: Mapping[str, Any], options: openai.RequestOptions | None = None) -> Any:
+        with self.errors_explained():
+            return self.post(path, body=body, cast_to=httpx2.Response, options=options or {}).extensions["answer"]
+
+    def _answers_a_word(self, path: str, body: Mapping[str, Any]) -> bool:
+        """Whether the server answers the shortest prompt: then it is the longer one that it does not get by with."""
+        word = {"prompt": body["prompt"][:1]} if "prompt" in body else {"messages": YES}
+        try:
+            seconds = min(LIST_SECONDS, self._server.timeout_seconds)
+            self._answer(path, {**body, **word, "max_tokens": 1}, {"max_retries": 0, "timeout": seconds})
+        except (UnansweredError, FinalError):
+            return False
+        return True
 
     def refuse_another(self, answered: str | None, asked: str, dated: bool = True) -> None:
         """Refuses the answer of another model than was asked, for whose it would be taken; some servers name none."""
@@ -149,7 +173,7 @@ class Client(openai.OpenAI):
         Raises:
             RefusedError: The server refuses this request, or does not answer it as OpenAI's API does.
             FinalError: It refuses the key or the model, or is no such server.
-            RuntimeError: It stays down, overloaded or failing for all tries.
+            UnansweredError: It stays down, overloaded or failing for all tries.
         """
         try:
             yield
@@ -168,11 +192,12 @@ class Client(openai.OpenAI):
         if _may_pass(error):
             # Fewer than all where the server asks for a pause of more than two minutes.
             tries = 1 + int(error.request.headers["x-stainless-retry-count"])
-            return RuntimeError(
+            return UnansweredError(
                 f"{where} did not complete a request in {'one try' if tries == 1 else f'{tries} tries'}. {_said(error)} "
                 f"Finished shards are kept: run it again when the server is well. {self._setting}.attempts and "
                 f"{self._setting}.timeout_seconds say how long to wait for it, and a lower {self._setting}.concurrency asks "
-                "less of it at a time."
+                "less of it at a time.",
+                _said(error),
             )
         if status in (401, 403):
             cure = "Put a key that it accepts into the environment variable OPENAI_API_KEY."

@@ -31,7 +31,7 @@ MetricName = Literal[
     "rows", "peak_memory_gb", "peak_gpu_memory_gb",
     # Generating.
     "generated_tokens", "input_tokens", "output_tokens", "reused_completions", "cut_share", "generation_seconds",
-    "generated_tokens_per_second",
+    "generated_tokens_per_second", "refused_prompts",
     # Training.
     "examples", "dropped_examples", "truncated_examples", "trained_tokens", "training_steps", "training_seconds",
     "trained_tokens_per_second", "final_loss", "surviving_update", "changed_weights",
@@ -252,6 +252,7 @@ def generating(*usages: Usage) -> list[Metric]:
         Metric("output_tokens", usage.output_tokens),
         Metric("reused_completions", usage.reused, n=usage.rows),
         Metric("cut_share", usage.cut / usage.rows if usage.rows else None, n=usage.rows),
+        *([Metric("refused_prompts", usage.refused, n=usage.rows)] if usage.refused else ()),
         Metric("generation_seconds", round(usage.seconds, 1)),
         *_rate("generated_tokens_per_second", usage.generated_tokens, usage.seconds),
     ]
