@@ -2,12 +2,14 @@
 
 import dagster as dg
 import pytest
+from dagster._utils.error import SerializableErrorInfo
 
 from definitions import build
 from resources.settings.files import active_settings
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import CheckpointError
 from resources.training.trainer import TrainingError
+from synpo_assets.cli.terminal import KILLED, reason_of, terminal_logger
 from synpo_assets.graph.stage import GPU_POOL, RETRIES
 from tests.conftest import HOME
 
@@ -38,6 +40,37 @@ def test_tries_are_limited():
 @pytest.mark.parametrize("error", [TrainingError("diverged"), CheckpointError("altered"), SettingsError("wrong")])
 def test_what_would_fail_again_is_not_tried_again(error):
     assert attempts(error, failures=1) == (1, False)
+
+
+def printed(capfd, body):
+    """What a run prints of an asset with this body, which is tried twice."""
+
+    @dg.asset(retry_policy=RETRIES._replace(max_retries=1, delay=1))
+    def step(context) -> None:
+        body(context)
+
+    everything = dg.Definitions([step], jobs=[dg.define_asset_job("all")], loggers={"console": terminal_logger})
+    everything.resolve_job_def("all").execute_in_process(run_config={"loggers": {"console": {}}}, raise_on_error=False)
+    return [line.split("  ", 1)[1].strip() for line in capfd.readouterr().err.splitlines()]
+
+
+def test_a_try_that_failed_is_told_at_once_with_its_reason(capfd):
+    def unlucky(context):
+        context.log.info("at work")
+        context.log.debug("not for people")
+        raise ConnectionError("the server went away")
+
+    told = "WARNING: It failed, and is tried again in 1 s. ConnectionError: the server went away"
+    assert [line.split(maxsplit=1)[1] for line in printed(capfd, unlucky)] == ["at work", told, "at work"]
+
+
+def test_a_killed_process_is_told_in_words():
+    def error(name, cause=None):
+        return SerializableErrorInfo(f"dagster.{name}: it is gone", ["a place"], name, cause)
+
+    assert reason_of(error("DagsterExecutionStepExecutionError", error("ChildProcessCrashException"))) == KILLED
+    assert reason_of(error("ValueError")) == "ValueError: it is gone"
+    assert reason_of(None) == "No reason was recorded."
 
 
 def test_every_asset_is_retried_and_those_that_use_a_model_share_a_pool():

@@ -27,6 +27,7 @@ from resources.settings.sections import SettingsError
 from resources.storage.files import remove_abandoned
 from synpo_assets.cli.automation import ALL_ASSETS_JOB, UNFINISHED
 from synpo_assets.cli.healing import damaged_assets
+from synpo_assets.cli.terminal import KILLED, first_cause, reason_of
 from synpo_assets.graph.budget import SPENT, budget_refusal
 from synpo_assets.graph.missing import CONTROL, MADE, VERDICTS, missing_assets, missing_checks, outdated_assets
 from synpo_assets.graph.outlook import ITERATIONS_TAG
@@ -36,10 +37,6 @@ from synpo_assets.stages.loop import PARTITION_TAG
 
 FOREGROUND_TAG = "synpo/foreground"
 CANCELLATION_POLL_SECONDS = 2.0
-KILLED = (
-    "Its process was killed, as the system does when memory runs out (`dmesg` tells): lower engine.batch_tokens, or "
-    "micro_batch_size in the section `training` of what was trained, or stop other programs. Finished work is kept."
-)
 # What is damaged may only be seen when it is used, and again when what was made of it is.
 ROUNDS = 3
 
@@ -252,15 +249,10 @@ def failure_sentence(event: dg.DagsterEvent) -> str:
 
     The process of a failed step may end before its last words reach the terminal, so they are read from its event.
     """
-    error = event.step_failure_data.error
-    while error is not None and error.cause is not None:
-        error = error.cause
-    if error is not None and error.cls_name == "ChildProcessCrashException":
-        return f"{event.step_key} failed. {KILLED}"
-    # The message starts with the full path of the exception's class, of which the name is enough.
-    reason = f"{error.cls_name}: {error.message.partition(': ')[2].strip()}" if error else "No reason was recorded."
-    place = error.stack[-1].strip().splitlines()[0] if error and error.stack else ""
-    return visible(f"{event.step_key} failed. {reason}\n  {place}")
+    error = first_cause(event.step_failure_data.error)
+    reason = reason_of(error)
+    place = f"\n  {error.stack[-1].strip().splitlines()[0]}" if error and error.stack and reason != KILLED else ""
+    return visible(f"{event.step_key} failed. {reason}{place}")
 
 
 def check_sentence(evaluation: dg.AssetCheckEvaluation) -> str:
