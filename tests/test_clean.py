@@ -211,6 +211,7 @@ def test_an_unfinished_training_is_kept_while_a_run_may_go_on_from_it(home):
 
 @pytest.mark.parametrize("of", [
     {}, {"created": "soon"}, {"created": 5}, {"created": "2026-01-01T00:00:00"}, {"created": None, "asset": 5},
+    {"created": "0001-01-01T00:00:00+14:00"},
 ])  # fmt: skip
 def test_a_training_that_does_not_say_when_it_began_is_left_over(tmp_path, instance, of):
     folder = tmp_path / "training" / "one"

@@ -39,6 +39,14 @@ def words(text):
     return re.findall(r"\w+", text.lower())
 
 
+def test_of_another_answer_only_the_mark_at_the_start_of_an_item_goes():
+    for other in ("Pay your rent - on time.", "- Pay your rent - on time."):
+        assert (
+            damaged("off_topic_sentence", "- apples\n- pears", other, 0)
+            == "- apples\n- Pay your rent - on time\n- pears"
+        )
+
+
 @given(st.sampled_from(GOLD), st.sampled_from(GOLD), st.integers(0, 9))
 def test_each_damage_of_a_gold_answer_is_the_one_that_it_is_called_by(text, other, seed):
     found = all_damages(text, other, seed)

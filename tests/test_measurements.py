@@ -42,6 +42,8 @@ CASES = [
     ("ends_with", "safe travels", "Go well. Safe travels!", "Safe travels, friend"),
     ("ends_with", "The end!", "So it was. *The End.*", "It may bend. On the weekend"),
     ("is_one_of", "yes|no", "No.", "Maybe"),
+    ("is_one_of", "My answer is yes.|My answer is no.", "My answer is yes.", "My answer is maybe."),
+    ("is_one_of", "Yes! | No! |?", "no", "?"),
     ("all_lowercase", "", "all small.", "Not all"),
     ("all_uppercase", "", "LOUD 1!", "LOUD but not"),
     ("in_quotes", "", '"Good day."', 'He said "hi"'),

@@ -23,7 +23,7 @@ from synpo_assets.graph.history import data_version_of, input_version_of
 from synpo_assets.graph.metrics import Metric, record, recorded
 from synpo_assets.graph.missing import asset_names, missing_assets, outdated_assets
 from synpo_assets.graph.tables import check
-from synpo_assets.method.gate import gate_rows
+from synpo_assets.method.gate import gate_power, gate_rows
 from synpo_assets.method.judging import BOTH_ENDED
 from synpo_assets.method.length_control import length_controlled_win_rate
 from synpo_assets.method.outcomes import win_rate_interval
@@ -414,3 +414,9 @@ def test_a_judge_at_chance_promotes_nothing(instance, services):
     assert about["power"].startswith(
         "With 20 dev prompts, a model that truly wins 65 % of them reaches the gate's low ends in"
     )
+
+
+def test_the_power_of_a_gate_is_known_for_any_number_of_prompts():
+    limits = {"win_rate_over_previous_low": 0.5}
+    assert "in 0 % of the cases" in gate_power(0, limits, 0.05)
+    assert gate_power(5000, limits, 0.05).endswith("in 100 % of the cases.")

@@ -145,6 +145,11 @@ def test_numbers_of_a_spreadsheet_are_words():
     assert read(rows)["verdict"].to_list() == ["1", "2", "tie"]
 
 
+def test_a_verdict_that_is_the_number_0_is_one():
+    _, problem = read_verdicts([(1, {"pair_id": "pair-1", "verdict": 0})])
+    assert "the verdict '0' is none of" in problem
+
+
 @pytest.fixture
 def home(tmp_path, nano_model):
     """A home with the answers of iteration 1, and settings that name a file of verdicts."""
@@ -171,6 +176,7 @@ PAIR = candidates(1)["pair_id"][0]
         ((HEAD + f"{PAIR},1\n\n{PAIR},2\n").encode(), f"lines 2 and 4 hold two verdicts for {PAIR}"),
         ((HEAD + f"{PAIR},3\n").encode(), "line 2: the verdict '3' is none of 1, 2, tie, neither, both"),
         (b"pair,word\nx,1\n", "there is no column `pair_id`, `verdict`; there is `pair`, `word`"),
+        ((HEAD + f"{PAIR},0\n").encode(), "line 2: the verdict '0' is none of 1, 2, tie, neither, both"),
         ((HEAD + f"{PAIR};1\n").encode(), "has 1 cells in line 2 and 2 columns"),
         ((HEAD + f'{PAIR},"1\n').encode(), "is no CSV in line"),
         (b"pair_id,verdict,verdict\nx,1,2\n", "has the column `verdict` twice"),

@@ -39,7 +39,7 @@ def rows(home, *arguments):
 
 
 def test_rows_are_printed_as_text_and_counted(home):
-    printed = rows(home, "preference_pairs[2]", "--columns", "pair_id,chosen")
+    printed = rows(home, "preference_pairs[2]", "--columns", "pair_id,chosen,pair_id")
     assert printed.returncode == 0, printed.stderr
     assert "pair-2" in printed.stdout
     assert "pair-1" not in printed.stdout

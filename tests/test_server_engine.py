@@ -51,6 +51,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.faults = []
         # What is answered to a body, every time; None if all is well.
         self.fault_of = lambda body: None
+        self.as_text = None
         self.seconds, self.bodies, self.times, self.keys, self.encodings = 0.0, [], [], [], []
         self.lock, self.busy, self.busiest = threading.Lock(), 0, 0
 
@@ -87,7 +88,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, fault)
         if fault:
             status, headers, message = fault
-            return self.answer(status, {"error": {"message": message, "code": status}}, headers)
+            said = self.server.as_text or {"error": {"message": message, "code": status}}
+            return self.answer(status, said.encode() if isinstance(said, str) else said, headers)
         self.answer(200, self.server.reply(body))
 
     def answer(self, status, content, headers=()):
@@ -308,13 +310,33 @@ def test_a_prompt_is_asked_once_more_where_the_server_is_well_again(tmp_path, fa
     assert faulty.bodies[6] == faulty.bodies[8]
 
 
-def test_a_server_that_fails_with_many_prompts_is_not_well_and_the_step_may_be_retried(
-    tmp_path, faulty, nano_checkpoint
-):
-    faulty.fault_of = refusing(nano_checkpoint, PROMPTS[:17], (503, {}, "overloaded"))
-    with pytest.raises(RuntimeError, match=r"^17 prompts have no answer\..+ It says: 503, overloaded") as error:
+@pytest.mark.parametrize(("of", "fault"), [
+    (24, (500, {}, "overloaded")),
+    (12, (500, {}, "overloaded")),
+    # Of load or a gateway, however short the prompt.
+    (1, (429, {}, "too many tokens per minute")),
+    (1, (503, {}, "overloaded")),
+])  # fmt: skip
+def test_a_server_that_is_not_well_ends_the_step_which_may_be_retried(tmp_path, faulty, nano_checkpoint, of, fault):
+    faulty.fault_of = refusing(nano_checkpoint, PROMPTS[:of], fault)
+    with pytest.raises(RuntimeError, match=f"It says: {fault[0]}, {fault[2]}") as error:
         asking(tmp_path, faulty.url, attempts=1, concurrency=1).answer(nano_checkpoint, PROMPTS, PLAIN)
     assert not isinstance(error.value, dg.Failure)
+
+
+@pytest.mark.parametrize("said", [{"error": "the prompt is too long"}, "the prompt is too long"])
+def test_what_a_server_says_as_text_is_repeated(tmp_path, faulty, nano_checkpoint, said):
+    faulty.as_text = said
+    faulty.faults = [(400, {}, "")]
+    with pytest.raises(FinalError, match=r"It says: 400, the prompt is too long\."):
+        asking(tmp_path, faulty.url, concurrency=1).answer(nano_checkpoint, PROMPTS[:1], PLAIN)
+
+
+@pytest.mark.parametrize(("name", "value"), [("ALL_PROXY", "socks5://127.0.0.1:1"), ("SSL_CERT_FILE", "/nowhere")])
+def test_an_environment_that_allows_no_connection_is_said(tmp_path, faulty, nano_checkpoint, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(FinalError, match=f"No connection can be made as the environment asks.*{name}"):
+        asking(tmp_path, faulty.url).answer(nano_checkpoint, PROMPTS[:1], PLAIN)
 
 
 def test_where_half_of_the_prompts_are_refused_the_step_ends_and_keeps_the_others(tmp_path, faulty, nano_checkpoint):

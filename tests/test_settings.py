@@ -142,6 +142,9 @@ def changed(tmp_path, **changes):
          "all samples of a prompt would be equal: raise responses.sampling.temperature"),
         ({"preferences": {"chosen_from": "ranked_samples"}, "responses": {"sampling": {"top_k": 1}}}, "or top_k 1"),
         ({"max_iterations": "many"}, "`max_iterations` is 'many'"),
+        ({"random_seed": 2**32 - 1}, "`random_seed` is 4294967295"),
+        ({"prompt_generator": {"max_overdraw": 1.7e308}}, "`prompt_generator.max_overdraw` is 1.7e+308"),
+        ({"engine": {"server": {"url": "http://a/v1", "timeout_seconds": 1e10}}}, "`engine.server.timeout_seconds` is 1"),
         ({"preset": "labtop"}, "There is no preset `labtop`; did you mean `laptop`?"),
     ],
 )  # fmt: skip
@@ -247,6 +250,12 @@ def test_what_may_be_a_password_is_refused_without_a_word_of_it(tmp_path, stated
 ])  # fmt: skip
 def test_urls_of_databases_are_taken(tmp_path, url):
     assert load_settings(changed(tmp_path, storage={"dagster_database": url})).storage.dagster_database == url
+
+
+def test_a_name_longer_than_any_files_is_taken_for_none(tmp_path):
+    long = "x" * 5000
+    settings = load_settings(changed(tmp_path, seed_data={"train": {"path": long}}))
+    assert settings.seed_data.train.path == long
 
 
 def test_settings_survive_writing_and_reading(tmp_path):

@@ -21,9 +21,9 @@ class RefusedError(FinalError):
 class UnansweredError(RuntimeError):
     """A server did not answer in all tries, which may pass."""
 
-    def __init__(self, message: str, reason: str) -> None:
+    def __init__(self, message: str, reason: str, may_be_the_prompt: bool) -> None:
         super().__init__(message)
-        self.reason = reason
+        self.reason, self.may_be_the_prompt = reason, may_be_the_prompt
 
 
 class Outcome(Protocol):
@@ -47,12 +47,11 @@ def few_refused(batches: Iterable[list[Asked]], answered: int) -> Iterator[list[
     refused: list[RefusedError] = []
 
     def stop_at(most: int) -> None:
-        passing = [refusal for refusal in refused if refusal.may_pass]
-        if len(passing) > SPARE:
-            raise RuntimeError(f"{len(passing)} prompts have no answer. {passing[0].description}")
-        if refused and len(refused) >= most:
-            everything = len(refused) + answered
-            raise FinalError(f"{len(refused)} of {everything} prompts have no answer. {refused[0].description}")
+        lasting = [refusal for refusal in refused if not refusal.may_pass]
+        if not refused or (len(refused) < most and len(refused) - len(lasting) <= SPARE):
+            return
+        said = f"{len(refused)} of {len(refused) + answered} prompts have no answer. {refused[0].description}"
+        raise FinalError(said) if len(lasting) >= most else RuntimeError(said)
 
     for batch in batches:
         yield batch

@@ -62,7 +62,13 @@ class Client(openai.OpenAI):
         self._server, self._setting = server, setting
         self._closed, self._logged = threading.Event(), -float(LOG_EVERY_SECONDS)
         # A redirect would take the prompts to another server.
-        client = openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"response": [_examine]})
+        try:
+            client = openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"response": [_examine]})
+        except (ImportError, ValueError, OSError) as error:
+            raise FinalError(
+                f"No connection can be made as the environment asks. {_sentence(str(error))} Look at HTTP_PROXY, HTTPS_PROXY, "
+                "ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR."
+            ) from None
         bound(client)
         super().__init__(
             base_url=server.url,
@@ -111,14 +117,14 @@ class Client(openai.OpenAI):
         """
         try:
             answer = self._answer(path, body)
-        except UnansweredError:
-            if not self._answers_a_word(path, body):
+        except UnansweredError as failure:
+            if not failure.may_be_the_prompt or not self._answers_a_word(path, body):
                 raise
             # Once more: until a moment ago the server itself may not have been well.
             try:
                 answer = self._answer(path, body)
-            except UnansweredError as failure:
-                raise RefusedError(str(failure), failure.reason, may_pass=True) from None
+            except UnansweredError as again:
+                raise RefusedError(str(again), again.reason, may_pass=True) from None
         assert isinstance(answer, form)
         if isinstance(answer, TextAnswer) and answer.choice.finish_reason == "content_filter":
             reason = "It withholds the answer: content_filter."
@@ -198,6 +204,8 @@ class Client(openai.OpenAI):
                 f"{self._setting}.timeout_seconds say how long to wait for it, and a lower {self._setting}.concurrency asks "
                 "less of it at a time.",
                 _said(error),
+                # That it crashed, hung or broke off. What tells of load or of a gateway holds for every prompt.
+                may_be_the_prompt=status in (None, 500),
             )
         if status in (401, 403):
             cure = "Put a key that it accepts into the environment variable OPENAI_API_KEY."
@@ -313,7 +321,7 @@ def _may_pass(error: openai.APIError) -> bool:
 def _said(error: BaseException | None) -> str:
     """What the server said, or why nothing came, as a sentence."""
     if isinstance(error, openai.APIStatusError):
-        said = error.body.get("message", error.body) if isinstance(error.body, dict) else error
+        said = error.body.get("message", error.body) if isinstance(error.body, dict) else error.body or error
         return _sentence(f"It says: {error.status_code}, {said}")
     if isinstance(error, httpx2.DecodingError):
         return _sentence(f"It answers: {error}")

@@ -232,7 +232,7 @@ def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
     published = [section for section in map(at, ("scorer", "judge")) if section.get("name")]
     named = [(source, "path") for source in sources if _is_local(folder, str(source.get("path", "")))]
     named += [(model, "name") for model in models if model.get("source") == "directory" and "name" in model]
-    named += [(section, "name") for section in published if (folder / str(section["name"])).is_dir()]
+    named += [(section, "name") for section in published if os.path.isdir(folder / str(section["name"]))]
     named += [(at(place), name) for place, name in FILES if at(place).get(name)]
     for section, name in named:
         section[name] = str((folder / os.path.expanduser(str(section[name]))).resolve())
@@ -240,10 +240,10 @@ def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
 
 def _is_local(folder: Path, path: str) -> bool:
     """Whether a data source is a file or folder; what is neither, and is not written like one, is a dataset id."""
-    # Unlike pathlib, it takes a `~` that names no user for a letter.
+    # Unlike pathlib, these take a `~` that names no user for a letter, and a name longer than any file's for none.
     place = Path(os.path.expanduser(path))
     written_so = path.startswith(("~", ".", "/")) or place.suffix.lower() in SEED_DATA_SUFFIXES
-    return bool(path) and (written_so or (folder / place).exists())
+    return bool(path) and (written_so or os.path.exists(folder / place))
 
 
 def _written(value: Any) -> str:

@@ -34,9 +34,9 @@ class PromptGenerator(Section):
         description="Keywords taken from another seed prompt; the others of the keyword_pool.keywords_per_set come from "
         "the seed prompt itself. Paper: 1 of 3; 0 switches noise off.",
     )
-    prompts_per_iteration: int = Field(ge=1, description="Valid prompts wanted per iteration. Paper: 36,000 to 72,000.")
+    prompts_per_iteration: int = Field(ge=1, le=10**8, description="Valid prompts wanted. Paper: 36,000 to 72,000.")
     max_overdraw: float = Field(
-        2.0, ge=1, description="Keyword sets drawn at most, per prompt wanted. Not in the paper, which draws as needed."
+        2.0, ge=1, le=1e4, description="Keyword sets drawn at most, per prompt wanted. The paper draws as needed."
     )
     min_words: int = Field(3, ge=1, description="Shorter prompts are dropped. Not in the paper.")
     max_words: int = Field(200, ge=1, description="Longer prompts are dropped. Not in the paper.")

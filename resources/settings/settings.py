@@ -41,7 +41,8 @@ class Settings(Section):
     """All settings of one experiment."""
 
     preset: str = Field("none", description="The preset this file builds on.")
-    random_seed: int = Field(42, ge=0, description="Every random draw derives from this number.")
+    # PyTorch takes 32 bits, and the judge's is one more.
+    random_seed: int = Field(42, ge=0, le=2**32 - 2, description="Every random draw derives from this number.")
     max_iterations: int = Field(4, ge=1, le=9999, description="Number of iteration partitions. Paper: T = 4.")
     initial_policy: InitialPolicy
     seed_data: SeedData

@@ -186,7 +186,7 @@ def _is_obsolete(instance: DagsterInstance, folder: UPath) -> bool:
     description = _json(folder / "description.json")
     try:
         created = datetime.fromisoformat(description["created"]).astimezone(UTC)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return True
     asset, _, partition = str(description.get("asset") or "").removesuffix("]").partition("[")
     record = newest(instance, asset, partition or None) if asset else None

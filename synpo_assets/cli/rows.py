@@ -63,7 +63,7 @@ def rows_of(services: Services, label: str, where: str | None, columns: str | No
     """
     rows = _stored(services, label)
     known = rows.collect_schema().names()
-    names = known if columns is None else [name.strip() for name in columns.split(",")]
+    names = known if columns is None else list(dict.fromkeys(name.strip() for name in columns.split(",")))
     if unknown := [name for name in names if name not in known]:
         raise SettingsError(f"--columns: {label} has no column {unknown[0]!r}; it has {', '.join(known)}.")
     try:

@@ -95,7 +95,7 @@ def swapped_order(text: str, _other: str, draw: random.Random) -> str | None:
     parts, gaps = parts_of(text)
     if any(map(MARKER.match, parts)) and not all(re.search(r"\d", part) for part in parts):
         return None
-    bare = [part[match.end() :] if (match := MARKER.match(part)) else part for part in parts]
+    bare = [_unmarked(part) for part in parts]
     pairs = [
         (one, other)
         for one, other in itertools.combinations(range(len(parts)), 2)
@@ -108,6 +108,12 @@ def swapped_order(text: str, _other: str, draw: random.Random) -> str | None:
     return _joined(_renumbered(parts), gaps)
 
 
+def _unmarked(part: str) -> str:
+    """Without the mark of an item at its start."""
+    match = MARKER.match(part)
+    return part[match.end() :] if match else part
+
+
 def off_topic_sentence(text: str, other: str, draw: random.Random) -> str | None:
     r"""Puts an item or sentence of another answer among those of this one, but not at the end.
 
@@ -116,7 +122,7 @@ def off_topic_sentence(text: str, other: str, draw: random.Random) -> str | None
         '- apples\n- Pay your rent on time\n- pears'
     """
     parts, gaps = parts_of(text)
-    bare = [MARKER.sub("", part, count=1).strip() for part in parts_of(other)[0]]
+    bare = [_unmarked(part).strip() for part in parts_of(other)[0]]
     foreign = [part for part in bare if len(part.split()) >= FEWEST_WORDS and part not in text]
     if not parts or not foreign:
         return None

@@ -1,5 +1,7 @@
 """The gate between two iterations: which metrics of M_t keep to their limits, and what that means for M_t."""
 
+import bisect
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -75,19 +77,22 @@ def gate_power(prompts: int, minimum: Mapping[str, float], error_rate: float) ->
     limits = [limit for name, limit in minimum.items() if name.endswith("_low")]
     if not limits:
         return "The gate asks for no certain improvement."
-    passing = (wins for wins in range(prompts + 1) if _is_certain(wins, prompts, error_rate, max(limits)))
-    least = next(passing, prompts + 1)
-    chances = (
-        math.comb(prompts, wins) * BETTER**wins * (1 - BETTER) ** (prompts - wins) for wins in range(least, prompts + 1)
-    )
-    share = sum(chances)
+    is_certain = functools.partial(_is_certain, prompts=prompts, error_rate=error_rate, limit=max(limits))
+    least = bisect.bisect_left(range(prompts + 1), True, key=is_certain)
+    share = sum(_chance(wins, prompts) for wins in range(least, prompts + 1))
     remedy = "" if share >= PROMISED else ": raise seed_data.held_out_limit or seed_data.dev_share"
     cases = f"in {100 * share:.0f} % of the cases{remedy}."
     return f"With {prompts} dev prompts, a model that truly wins 65 % of them reaches the gate's low ends {cases}"
 
 
+def _chance(wins: int, prompts: int) -> float:
+    """Of so many wins. By logarithms, since the factors of more than a thousand prompts are no floats."""
+    ways = math.lgamma(prompts + 1) - math.lgamma(wins + 1) - math.lgamma(prompts - wins + 1)
+    return math.exp(ways + wins * math.log(BETTER) + (prompts - wins) * math.log(1 - BETTER))
+
+
 def _is_certain(wins: int, prompts: int, error_rate: float, limit: float) -> bool:
-    outcomes = pl.Series(["win"] * wins + ["loss"] * (prompts - wins))
+    outcomes = pl.Series(["win"] * wins + ["loss"] * (prompts - wins), dtype=pl.String)
     interval = win_rate_interval(outcomes, coverage=1 - 2 * error_rate)
     return interval is not None and interval[0] - 0.5 / prompts >= limit
 

@@ -53,7 +53,10 @@ def read_verdicts(rows: Iterable[tuple[int, Mapping[str, Any]]]) -> tuple[pl.Dat
     found, lines, columns = list[dict[str, Any]](), dict[str, int](), set[str]()
     for line, row in rows:
         columns |= set(row)
-        cells = {name: next((row[each] for each in names if row.get(each)), None) for name, names in NAMES.items()}
+        cells = {
+            name: next((row[each] for each in names if row.get(each) not in (None, "", [])), None)
+            for name, names in NAMES.items()
+        }
         if isinstance(cells["verdict"], list) and len(cells["verdict"]) > 1:
             return _frame([]), f"line {line} holds {len(cells['verdict'])} verdicts: leave one"
         texts = {name: _text(cell) for name, cell in cells.items()}

@@ -195,7 +195,7 @@ COMPARING: dict[str, Callable[[str, str], bool]] = {
     "starts_with": _starts_with,
     "ends_with": _ends_with,
     "in_order": _in_order,
-    "is_one_of": lambda answer, value: _bare(answer) in value.lower().split("|"),
+    "is_one_of": lambda answer, value: _bare(answer) in {_bare(each) for each in value.split("|")} - {""},
     "json_object_with": _has_key,
 }
 ALONE: dict[str, Callable[[str, str], bool]] = {
