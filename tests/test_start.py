@@ -98,6 +98,9 @@ def test_columns_are_found_by_name_and_by_what_they_hold():
         "response",
     )
     assert language_of([{"prompt": "日本語の質問ですか", "answer": "はい、そうです。"}]) == "ja"
+    english = {"prompt": "What is the capital of France?", "answer": "The capital of France is Paris."}
+    assert language_of([{"prompt": "x" * 200_000, "answer": "x"}, *[english] * 20]) == "en"
+    assert language_of([{"prompt": "x" * 200_000, "answer": "x"}]) == "en"
 
 
 def test_presets_are_listed_with_a_line_each():

@@ -235,6 +235,9 @@ def _make_paths_absolute(values: dict[str, Any], folder: Path) -> None:
     named += [(section, "name") for section in published if os.path.isdir(folder / str(section["name"]))]
     named += [(at(place), name) for place, name in FILES if at(place).get(name)]
     for section, name in named:
+        # What is no text is refused when it is validated.
+        if not isinstance(section[name], str | Path):
+            continue
         section[name] = str((folder / os.path.expanduser(str(section[name]))).resolve())
 
 

@@ -34,6 +34,7 @@ FEWEST_ROWS = 12
 # One row of so many is held out, and so many at most: more would make only the evaluation longer.
 HELD_OUT_OF, MOST_HELD_OUT = 5, 200
 LANGUAGE_CHARACTERS = 20_000
+LANGUAGE_CHARACTERS_OF_A_ROW = 1_000
 FEWEST_PROMPTS = 8
 
 
@@ -165,12 +166,16 @@ def language_of(rows: Sequence[Mapping[str, str]]) -> str:
 
     texts, length = collections.Counter[str](), 0
     for row in rows:
-        text = f"{row['prompt']} {row['answer']}"
-        texts[py3langid.classify(text)[0]] += len(text)
+        # A long one decides no more than others: it may be code, or data.
+        text = f"{row['prompt']} {row['answer']}"[:LANGUAGE_CHARACTERS_OF_A_ROW]
+        language = py3langid.classify(text)[0]
+        # Its `zxx` stands for no language.
+        if len(language) == 2:
+            texts[language] += len(text)
         length += len(text)
         if length > LANGUAGE_CHARACTERS:
             break
-    return texts.most_common(1)[0][0]
+    return texts.most_common(1)[0][0] if texts else "en"
 
 
 def _refuse_places(output: Path, beside: Iterable[Path]) -> None:
