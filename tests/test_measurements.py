@@ -17,7 +17,7 @@ from synpo_assets.graph.metrics import Metric, recorded
 from synpo_assets.method.cut import first_half, whole_sentences
 from synpo_assets.method.damage import all_damages
 from synpo_assets.method.evaluation import LENGTH_BANDS, length_bands
-from synpo_assets.method.rules import ALONE, COMPARING, COUNTING, RULES, meets
+from synpo_assets.method.rules import ALONE, COMPARING, COUNTING, RULES, constraints_problem, meets, read_constraints
 from synpo_assets.method.verifiable import as_brief, first_sentence, rates_by_rule
 from synpo_assets.stages.seed import seed_table, verifiable_table
 from tests.nano import seed_rows, write_settings
@@ -96,6 +96,20 @@ def test_an_empty_answer_meets_nothing(rule):
 
 def test_every_rule_has_a_case():
     assert {rule for rule, *_ in CASES} == RULES.keys()
+
+
+@pytest.mark.parametrize(("rule", "value", "read"), [
+    ("in_order", "a | b", "a|b"), ("is_one_of", " yes | no ", "yes|no"), ("contains", " apple ", "apple"),
+    ("contains", "a | b", "a | b"),
+    ("json_object_with", " a", "a"), ("words_at_most", 3, "3"), ("avoids_text", ", ", ", "), ("in_quotes", None, ""),
+])  # fmt: skip
+def test_blanks_around_a_value_do_not_count(rule, value, read):
+    assert constraints_problem([{"rule": rule, "value": value}]) is None
+    assert read_constraints([{"rule": rule, "value": value}]) == [{"rule": rule, "value": read}]
+
+
+def test_a_value_of_blanks_alone_is_none():
+    assert "needs a text" in constraints_problem([{"rule": "contains", "value": "  "}])
 
 
 def test_the_difference_has_an_interval_and_rules_are_shown_apart():

@@ -332,6 +332,12 @@ def test_what_a_server_says_as_text_is_repeated(tmp_path, faulty, nano_checkpoin
         asking(tmp_path, faulty.url, concurrency=1).answer(nano_checkpoint, PROMPTS[:1], PLAIN)
 
 
+def test_an_error_with_an_empty_message_is_shown_as_it_is(tmp_path, faulty, nano_checkpoint):
+    faulty.faults = [(400, {}, "")]
+    with pytest.raises(FinalError, match=r"It says: 400, \{'message': '', 'code': 400\}\."):
+        asking(tmp_path, faulty.url, concurrency=1).answer(nano_checkpoint, PROMPTS[:1], PLAIN)
+
+
 @pytest.mark.parametrize(("name", "value"), [("ALL_PROXY", "socks5://127.0.0.1:1"), ("SSL_CERT_FILE", "/nowhere")])
 def test_an_environment_that_allows_no_connection_is_said(tmp_path, faulty, nano_checkpoint, monkeypatch, name, value):
     monkeypatch.setenv(name, value)

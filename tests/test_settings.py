@@ -144,6 +144,7 @@ def changed(tmp_path, **changes):
         ({"max_iterations": "many"}, "`max_iterations` is 'many'"),
         ({"initial_policy": {"source": "directory", "name": None}}, "`initial_policy.name` is None"),
         ({"initial_policy": {"source": "directory", "name": {"a": 1}}}, "`initial_policy.name`"),
+        ({"engine": {"server": {"url": "http://a/v1", "concurrency": 10**9}}}, "`engine.server.concurrency` is 1000000000"),
         ({"random_seed": 2**32 - 1}, "`random_seed` is 4294967295"),
         ({"prompt_generator": {"max_overdraw": 1.7e308}}, "`prompt_generator.max_overdraw` is 1.7e+308"),
         ({"engine": {"server": {"url": "http://a/v1", "timeout_seconds": 1e10}}}, "`engine.server.timeout_seconds` is 1"),

@@ -321,7 +321,8 @@ def _may_pass(error: openai.APIError) -> bool:
 def _said(error: BaseException | None) -> str:
     """What the server said, or why nothing came, as a sentence."""
     if isinstance(error, openai.APIStatusError):
-        said = error.body.get("message", error.body) if isinstance(error.body, dict) else error.body or error
+        stated = error.body.get("message") if isinstance(error.body, dict) else None
+        said = stated or error.body or error
         return _sentence(f"It says: {error.status_code}, {said}")
     if isinstance(error, httpx2.DecodingError):
         return _sentence(f"It answers: {error}")

@@ -30,7 +30,7 @@ class ServerAccess(Section):
     url: Annotated[str, AfterValidator(_plain_url)] = Field(
         description="Its base URL, such as http://127.0.0.1:8000/v1. The API key, if it wants one, is read from OPENAI_API_KEY."
     )
-    concurrency: int = Field(64, ge=1, description="Requests under way at a time.")
+    concurrency: int = Field(64, ge=1, le=10_000, description="Requests under way at a time.")
     timeout_seconds: float = Field(600, gt=0, le=7 * 86400, description="Longest wait for one completion.")
     attempts: int = Field(
         6,

@@ -75,7 +75,17 @@ def constraints_problem(stated: Any) -> str | None:
 
 def read_constraints(stated: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Constraints in which nothing is wrong, in the form of the tables."""
-    return [{"rule": each["rule"], "value": "" if each["rule"] in ALONE else str(each["value"])} for each in stated]
+    return [{"rule": each["rule"], "value": _read_value(each["rule"], each.get("value"))} for each in stated]
+
+
+def _read_value(rule: str, value: Any) -> str:
+    """A value without blanks around it, and around what stands between its bars; a text to avoid may be one."""
+    if rule in ALONE:
+        return ""
+    if rule == "avoids_text":
+        return str(value)
+    parts = str(value).split("|") if rule in LISTING else [str(value)]
+    return "|".join(part.strip() for part in parts)
 
 
 def _problem(constraint: Any) -> str | None:
@@ -89,7 +99,9 @@ def _problem(constraint: Any) -> str | None:
     if rule in COUNTING and not (digits.isascii() and digits.isdecimal() and len(digits) <= MOST_DIGITS):
         return f"the rule `{rule}` needs a whole number as value, not {value!r}"
     # A text with half of a surrogate pair, which JSON can spell, fits in no table.
-    if rule in COMPARING and not (isinstance(value, str | int) and str(value) and str(value).isprintable()):
+    if rule in COMPARING and not (
+        isinstance(value, str | int) and _read_value(rule, value) and str(value).isprintable()
+    ):
         return f"the rule `{rule}` needs a text as value, in one line"
     return None
 
@@ -203,5 +215,7 @@ ALONE: dict[str, Callable[[str, str], bool]] = {
     "all_uppercase": lambda answer, _: answer == answer.upper() and any(letter.isalpha() for letter in answer),
     "in_quotes": lambda answer, _: len(answer) > 2 and answer[0] in OPENING and answer[-1] in CLOSING,
 }
+# Of these, the ones whose value is several texts with bars between them.
+LISTING = ("in_order", "is_one_of")
 # By name: whether an answer meets it, given the value that it is compared with.
 RULES = COUNTING | COMPARING | ALONE
