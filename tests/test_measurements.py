@@ -10,7 +10,7 @@ from resources.models.likelihood import AnswerLikelihood
 from resources.settings.files import load_settings
 from resources.settings.machine import Engine
 from resources.settings.sections import SettingsError
-from synpo_assets.evaluation.gold_comparison import gold_metrics, refuse_answers_of_another
+from synpo_assets.evaluation.gold_comparison import OTHER_ANSWER, gold_metrics, refuse_answers_of_another
 from synpo_assets.evaluation.instruction_following import following_metrics
 from synpo_assets.graph.evaluation_schemas import InstructionFollowing
 from synpo_assets.graph.metrics import Metric, recorded
@@ -325,6 +325,7 @@ def compared_with_gold(*rows):
     columns = ("candidate_similarity", "initial_similarity", "candidate_length_ratio", "initial_length_ratio")
     return pl.DataFrame(rows, schema=dict.fromkeys(columns, pl.Float64), orient="row").with_columns(
         candidate_log_likelihood=-2.0, initial_log_likelihood=-2.0,
+        candidate_other_log_likelihood=-4.0, initial_other_log_likelihood=-4.0,
         candidate_end_log_likelihood=-0.5, initial_end_log_likelihood=-3.0,
     )  # fmt: skip
 
@@ -335,6 +336,30 @@ def test_a_model_that_only_learned_to_end_its_turn_gains_nothing_on_the_text():
     gain = found["gold_end_log_likelihood_gain"]
     assert (gain.of, gain.over, gain.value, gain.low, gain.high) == ("candidate", "initial", 2.5, 2.5, 2.5)
     assert (gain.n, gain.checkpoint_sha) == (1, "sha")
+
+
+def test_what_a_model_learned_of_the_style_of_gold_alone_is_no_gain_beyond_the_null():
+    frame = compared_with_gold(*[(0.5, 0.5, 1.0, 1.0)] * 3)
+    styled = frame.with_columns(candidate_log_likelihood=-1.5, candidate_other_log_likelihood=-3.5)
+    expected = {"gold_log_likelihood_gain": 0.5, "other_gold_log_likelihood_gain": 0.5,
+                "gold_log_likelihood_gain_beyond_other": 0.0}  # fmt: skip
+    found = {metric.metric: metric for metric in gold_metrics(styled, "sha", 0)}
+    assert {name: found[name].value for name in expected} == expected
+    learned = styled.with_columns(candidate_other_log_likelihood=pl.Series([-4.0, -4.5, -3.5]))
+    gain = {metric.metric: metric for metric in gold_metrics(learned, "sha", 0)}[
+        "gold_log_likelihood_gain_beyond_other"
+    ]
+    assert (gain.of, gain.over, gain.value, gain.n, gain.checkpoint_sha) == ("candidate", "initial", 0.5, 3, "sha")
+    assert gain.low < 0.5 < gain.high
+
+
+def test_gold_of_another_prompt_is_of_the_same_split_and_one_prompt_alone_has_none():
+    held_out = pl.DataFrame({"split": ["test", "dev", "test", "dev", "test"], "answer": ["a", "b", "c", "d", "e"]})
+    assert held_out.with_columns(other=OTHER_ANSWER)["other"].to_list() == ["e", "d", "a", "b", "c"]
+    alone = gold_metrics(compared_with_gold((0.5, 0.5, 1.0, 1.0)), "sha", 0)
+    assert not {"other_gold_log_likelihood_gain", "gold_log_likelihood_gain_beyond_other"} & {
+        each.metric for each in alone
+    }
 
 
 def test_likeness_that_rose_with_length_alone_has_not_risen_in_any_band():
@@ -398,6 +423,12 @@ def test_both_models_are_measured_in_each_iteration(nano_run):
         gain = metrics.find("gold_log_likelihood_gain", "candidate", over="initial")
         assert gain.value == pytest.approx(after - before, abs=1e-8)
         assert gain.low < gain.value
+        other = metrics.find("other_gold_log_likelihood_gain", "candidate", over="initial")
+        expected = (gold["candidate_other_log_likelihood"] - gold["initial_other_log_likelihood"]).mean()
+        assert other.value == pytest.approx(expected, abs=1e-8)
+        beyond = metrics.find("gold_log_likelihood_gain_beyond_other", "candidate", over="initial")
+        assert beyond.value == pytest.approx(gain.value - other.value, abs=1e-8)
+        assert gold.filter(pl.col("candidate_log_likelihood") == pl.col("candidate_other_log_likelihood")).is_empty()
         gain = metrics.find("gold_end_log_likelihood_gain", "candidate", over="initial")
         expected = (gold["candidate_end_log_likelihood"] - gold["initial_end_log_likelihood"]).mean()
         assert gain.value == pytest.approx(expected, abs=1e-8)

@@ -135,6 +135,8 @@ def recorded(iteration, kept=5):
             *sides("gold_log_likelihood", -2.5, -3.0), *sides("gold_similarity", 0.7),
             gain("gold_log_likelihood_gain", 0.5, 0.25, 0.75), *sides("gold_end_log_likelihood", -1.5, -4.0),
             gain("gold_end_log_likelihood_gain", 2.5, 2.25, 2.75),
+            gain("other_gold_log_likelihood_gain", 0.125, 0.0, 0.25),
+            gain("gold_log_likelihood_gain_beyond_other", 0.375, 0.25, 0.5),
             Metric("gold_similarity", 0.6, of="candidate", by=LENGTH_BANDS[1], n=7),
             dataclasses.replace(gain("gold_similarity_gain", 0.1, -0.1, 0.2), by=LENGTH_BANDS[1], n=5),
         ],
@@ -324,6 +326,11 @@ def test_every_metric_is_in_its_place(instance, services):
         "null: instructions followed by their own prompts, given as answers": ("25.0%", "25.0%"),
         "instructions followed, M_t less M_0, 95 % interval": ("+12.5 points (-1.0 to +25.0)",) * 2,
         "log-likelihood of gold's text per token, M_t less M_0, 95 % interval": ("+0.500 (+0.250 to +0.750)",) * 2,
+        "null: log-likelihood of gold of another prompt per token, M_t less M_0, 95 % interval": (
+            "+0.125 (+0.000 to +0.250)",
+        )
+        * 2,
+        "log-likelihood of gold, M_t less M_0, less that null, 95 % interval": ("+0.375 (+0.250 to +0.500)",) * 2,
         "constraints met by M_t": ("60.0%", "60.0%"),
         "log-likelihood of gold's text per token, M_t": ("-2.500", "-2.500"),
         "log-likelihood of gold's text per token, M_0": ("-3.000", "-3.000"),

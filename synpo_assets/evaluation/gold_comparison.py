@@ -3,6 +3,7 @@
 Paper (section 3): no such measure.
 Here: how likely M_t finds the held-out gold answers, and how close its own answers are to them in meaning, by the cosine of
 sentence embeddings; both compared with M_0. Held-out answers are those of `evaluation`, the first where there are several.
+The null is gold of another prompt of the split: a model that learned only how gold is written finds both likelier alike.
 The end-of-turn token is measured by itself, because SimPO trains it on every finished answer: a rise of the mean over all tokens
 may come from it alone. Likeness is also reported in bands of length, because an answer of another length than gold is less like
 it whatever it says.
@@ -28,10 +29,13 @@ from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.evaluation import LENGTH_BANDS, length_bands, mean_gain
+from synpo_assets.method.judging import other_answers
 
 # An empty answer has no embedding; this says as little.
 NOTHING_SAID = "."
 SIDES = ("candidate", "initial")
+# Gold of another prompt of the same split.
+OTHER_ANSWER = pl.col("answer").map_batches(lambda gold: pl.Series(other_answers(gold.to_list()))).over("split")
 
 
 @Stage(
@@ -39,7 +43,7 @@ SIDES = ("candidate", "initial")
     group="evaluation",
     work=("scores", "embeds"),
     reads=("diversity.embedding_model",),
-    cost=lambda sizes: [Work("score", 2 * sizes.held_out * (sizes.asked + sizes.gold))],
+    cost=lambda sizes: [Work("score", 4 * sizes.held_out * (sizes.asked + sizes.gold))],
     made_from={"prompt_id": "evaluation"},
 )
 def gold_comparison(
@@ -51,18 +55,20 @@ def gold_comparison(
 ) -> dg.Output[pl.DataFrame]:
     """How likely M_t finds the held-out gold answers, and how close its own are to them, compared with M_0.
 
-    Gains above 0 mean nearer to gold than M_0. Length alone moves similarity, so read it by band; the end of turn is reported
-    by itself, because every training moves it.
+    Gains above 0 mean nearer to gold than M_0. A gain in likelihood that gold of another prompt has too is one of style. Length
+    alone moves similarity, so read it by band; the end of turn is reported by itself, because every training moves it.
     """
     refuse_answers_of_another(model_checkpoint, evaluation)
     settings, models = services.settings, {"candidate": model_checkpoint, "initial": initial_policy}
-    evaluation = evaluation.filter(sample=1)
-    gold = evaluation.select("prompt", "answer").rows()
+    evaluation = evaluation.filter(sample=1).with_columns(other_answer=OTHER_ANSWER)
+    gold, other = (evaluation.select("prompt", answer).rows() for answer in ("answer", "other_answer"))
     likelihoods = {name: services.likelihood.measure(model, gold) for name, model in models.items()}
+    of_others = {name: services.likelihood.measure(model, other) for name, model in models.items()}
     weights, origin = fetch_embedding_model(settings.diversity.embedding_model, settings.engine.trust_remote_code)
     similarities, embedded = similarities_to_gold(services, weights, evaluation, list(models))
     frame = evaluation.select("prompt_id", "split", "prompt", "answer").with_columns(
         *(pl.Series(f"{name}_log_likelihood", likelihoods[name].per_token) for name in models),
+        *(pl.Series(f"{name}_other_log_likelihood", of_others[name].per_token) for name in models),
         *(pl.Series(f"{name}_end_log_likelihood", likelihoods[name].end) for name in models),
         *(pl.Series(f"{name}_similarity", similarities[name], dtype=pl.Float64) for name in models),
         *(
@@ -76,7 +82,7 @@ def gold_comparison(
     )
     measured = [
         *metrics.by_split(frame, lambda rows: gold_metrics(rows, model_checkpoint.sha, settings.random_seed)),
-        *metrics.reading(likelihoods.values()),
+        *metrics.reading([*likelihoods.values(), *of_others.values()]),
         *metrics.embedding(embedded),
     ]
     return table_output(context, services, frame, measured, embedding_model=origin["name"], **made_by(model_checkpoint))
@@ -108,6 +114,8 @@ def gold_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric
     for column, name, gain_name in names:
         measured += [_mean(name, frame, side, column) for side in SIDES]
         measured.append(_gain(gain_name, frame, column, sha, random_seed))
+    if frame.height > 1:
+        measured += _null_gains(frame, sha, random_seed)
     bands = {side: length_bands(frame[f"{side}_length_ratio"]) for side in SIDES}
     for band in LENGTH_BANDS:
         within = {side: frame.filter(bands[side] == band) for side in SIDES}
@@ -119,6 +127,18 @@ def gold_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric
 
 def _mean(name: MetricName, frame: pl.DataFrame, side: str, column: str, band: str | None = None) -> Metric:
     return Metric(name, metrics.mean(frame[f"{side}_{column}"]), of=side, by=band, n=frame.height)
+
+
+def _null_gains(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric]:
+    """How much likelier M_t finds gold of other prompts than M_0 does, and gold's own gain beyond that."""
+    beyond = {
+        f"{side}_beyond_other": frame[f"{side}_log_likelihood"] - frame[f"{side}_other_log_likelihood"]
+        for side in SIDES
+    }
+    return [
+        _gain("other_gold_log_likelihood_gain", frame, "other_log_likelihood", sha, random_seed),
+        _gain("gold_log_likelihood_gain_beyond_other", frame.with_columns(**beyond), "beyond_other", sha, random_seed),
+    ]
 
 
 def _gain(

@@ -174,6 +174,11 @@ class GoldComparison(Table):
         le=0, description="Mean log-probability per token of gold's text under M_t, without the end of turn, in nats."
     )
     initial_log_likelihood: float = pa.Field(le=0, description="The same under M_0.")
+    candidate_other_log_likelihood: float = pa.Field(
+        le=0,
+        description="Mean log-probability per token, under M_t, of the gold of another prompt of the split, in nats.",
+    )
+    initial_other_log_likelihood: float = pa.Field(le=0, description="The same under M_0.")
     candidate_end_log_likelihood: float = pa.Field(
         le=0, description="Log-probability under M_t that the turn ends where gold ends, in nats."
     )

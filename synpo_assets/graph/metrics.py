@@ -53,9 +53,9 @@ MetricName = Literal[
     "ties_only_initial_ended", "losses_only_initial_ended", "wins_neither_ended", "ties_neither_ended",
     "losses_neither_ended",
     "mean_repetition", "mean_characters", "instructions", "samples_each", "verifiable_rate", "verifiable_gain",
-    "constraint_rate", "rule_rate", "rule_rate_gain", "gold_log_likelihood", "gold_log_likelihood_gain", "gold_end_log_likelihood",
-    "gold_end_log_likelihood_gain", "gold_similarity", "gold_similarity_gain", "promoted", "leaderboard_average",
-    "answers_written",
+    "constraint_rate", "rule_rate", "rule_rate_gain", "gold_log_likelihood", "gold_log_likelihood_gain",
+    "other_gold_log_likelihood_gain", "gold_log_likelihood_gain_beyond_other", "gold_end_log_likelihood",
+    "gold_end_log_likelihood_gain", "gold_similarity", "gold_similarity_gain", "promoted", "leaderboard_average", "answers_written",
     # What became of damaged answers.
     "edits_right", "edits_right_gain", "edits_nearer", "edits_nearer_gain", "edits_left", "edits_left_gain", "edits_worse",
     "edits_worse_gain",

@@ -16,6 +16,11 @@ NULL_LABELS = {
     "as_brief": "M_0's answers, cut to as many words as M_t's",
     "another_answer": "M_t's answers to other instructions",
 }
+# What a model gains that learned only how gold is written, and what is left without it.
+NULL_GAINS: dict[str, MetricName] = {
+    "null: log-likelihood of gold of another prompt per token, M_t less M_0": "other_gold_log_likelihood_gain",
+    "log-likelihood of gold, M_t less M_0, less that null": "gold_log_likelihood_gain_beyond_other",
+}
 
 
 def without_a_judge() -> Iterator[tuple[str, str, Cell]]:
@@ -39,6 +44,13 @@ def without_a_judge() -> Iterator[tuple[str, str, Cell]]:
             yield SECTION, f"{what}, {model}", value_cell(metric, number_text, side)
         label = f"{what}, M_t less M_0, 95 % interval"
         yield SECTION, label, metric_cell(gained, difference_text, "candidate", over="initial")
+        if metric == "gold_log_likelihood":
+            for null_label, null in NULL_GAINS.items():
+                yield (
+                    SECTION,
+                    f"{null_label}, 95 % interval",
+                    metric_cell(null, difference_text, "candidate", over="initial"),
+                )
     for band in LENGTH_BANDS:
         yield from _likeness_in(band)
 
