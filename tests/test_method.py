@@ -3,6 +3,8 @@
 import functools
 import itertools
 import random
+import time
+from collections import Counter
 
 import polars as pl
 import pytest
@@ -66,6 +68,36 @@ def test_training_keywords_are_two_own_and_one_foreign():
     assert foreign_places == {0, 1, 2}, "the noise keyword must not give itself away by its place"
     assert drawn == training_keywords(PROMPTS[:40], extractor, 2, 1, random_seed=1)
     assert drawn != training_keywords(PROMPTS[:40], extractor, 2, 1, random_seed=2)
+
+
+class WordsAsKeywords:
+    def of(self, text, count):
+        return text.split()[:count]
+
+
+def test_noise_is_found_in_the_only_prompt_that_has_some_and_drawn_from_all_alike():
+    for seed in range(20):
+        first, second, short = training_keywords(["a b", "b a", "c"], WordsAsKeywords(), 2, 1, seed)
+        assert set(first) == set(second) == {"a", "b", "c"}
+        assert short is None
+        assert training_keywords(["a b", "b a", ""], WordsAsKeywords(), 2, 1, seed) == [None, None, None]
+    prompts = ["a b", "c d", "e f", "g h"]
+    noise = Counter(
+        (set(training_keywords(prompts, WordsAsKeywords(), 2, 1, seed)[0]) - {"a", "b"}).pop() for seed in range(600)
+    )
+    assert set(noise) == set("cdefgh")
+    assert all(70 < times < 130 for times in noise.values()), noise
+
+
+def test_keywords_of_a_large_seed_take_no_copy_of_it_for_each_of_its_rows():
+    started = time.process_time()
+    few = training_keywords([f"{n}a {n}b" for n in range(2_000)], WordsAsKeywords(), 2, 1, 1)
+    middle = time.process_time()
+    many = training_keywords([f"{n}a {n}b" for n in range(20_000)], WordsAsKeywords(), 2, 1, 1)
+    assert None not in few + many
+    assert time.process_time() - middle < 40 * (middle - started), (
+        "ten times the rows took more than forty times as long"
+    )
 
 
 def keyword_sets(paragraphs, per_paragraph, processes=1):

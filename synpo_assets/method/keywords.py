@@ -72,19 +72,31 @@ def training_keywords(
     None where the prompt (or every other one tried) has too few keywords.
     """
     extracted = [keywords.of(prompt, from_prompt + noise + 2) for prompt in prompts]
+    sources = [place for place, words in enumerate(extracted) if len(words) >= noise]
     result: list[list[str] | None] = []
     for index, own in enumerate(extracted):
+        if len(own) < from_prompt:
+            result.append(None)
+            continue
         draw = random.Random(f"{random_seed}:noise:{index}")
-        others = [words for place, words in enumerate(extracted) if place != index]
-        draw.shuffle(others)
+        others = (extracted[place] for place in _in_random_order(sources, draw) if place != index)
         foreign = next((rest for words in others if len(rest := [w for w in words if w not in own]) >= noise), None)
-        if len(own) < from_prompt or foreign is None:
+        if foreign is None:
             result.append(None)
             continue
         chosen = draw.sample(own, from_prompt) + draw.sample(foreign, noise)
         draw.shuffle(chosen)
         result.append(chosen)
     return result
+
+
+def _in_random_order(values: Sequence[int], draw: random.Random) -> Iterator[int]:
+    """As a shuffled copy has them, drawn one by one: of many values mostly the first is needed, and a copy for each would take long."""
+    moved = dict[int, int]()
+    for left in range(len(values), 0, -1):
+        place = draw.randrange(left)
+        yield values[moved.get(place, place)]
+        moved[place] = moved.get(left - 1, left - 1)
 
 
 def paragraphs_of(document: str) -> list[str]:
