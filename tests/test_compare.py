@@ -120,3 +120,15 @@ def test_a_file_that_exists_is_replaced_only_when_asked(homes, tmp_path):
     assert file.read_text() == "mine"
     assert compare(*homes, "--output", file, "--overwrite").exit_code == 0
     assert pl.read_csv(file).height == 3
+
+
+def test_of_several_homes_the_damaged_one_is_named(homes, tmp_path):
+    place = shutil.copytree(homes[1], tmp_path / "damaged")
+    (table,) = (place / "metrics/evaluation").glob("*.parquet")
+    table.write_bytes(b"")
+    result = compare(homes[0], place)
+    assert result.exit_code == 2
+    words = " ".join(result.output.split())
+    assert "is not as it was written" in words
+    assert f"`synpo run --home {place}`" in words
+    assert "Traceback" not in words

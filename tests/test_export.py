@@ -328,6 +328,7 @@ def test_a_write_that_fails_leaves_nothing(home, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "arguments", "words"), [
     ("m.gguf", (), "name its iteration"),
     ("m.gguf", ("--iteration", "1,2"), "name its iteration"),
+    ("m.gguf", ("--iteration", "0"), "name --iteration 1 or later"),
     ("m.bin", ("--iteration", "1"), "give --output a .gguf file"),
     ("m.gguf", ("--iteration", "1"), "Iteration 1 has no finished model"),
 ])  # fmt: skip

@@ -91,7 +91,7 @@ def training_keywords(
 
 
 def _in_random_order(values: Sequence[int], draw: random.Random) -> Iterator[int]:
-    """As a shuffled copy has them, drawn one by one: of many values mostly the first is needed, and a copy for each would take long."""
+    """As a shuffled copy has them, drawn one by one: mostly the first is needed, and a copy for each seed row would take long."""
     moved = dict[int, int]()
     for left in range(len(values), 0, -1):
         place = draw.randrange(left)

@@ -61,6 +61,10 @@ def print_export(settings: Settings, home: Path, form: Format, only: str | None,
 def _print_gguf(settings: Settings, home: Path, only: str | None, output: Path, overwrite: bool) -> None:
     """Writes M_t, the model of one iteration, as a GGUF file and prints where."""
     number = stated_iteration(only or "")
+    if number == 0:
+        raise SettingsError(
+            "Iterations are counted from 1, and M_0 is the model that you started from: name --iteration 1 or later."
+        )
     if number is None:
         raise SettingsError("One model goes into a GGUF file: name its iteration, such as --iteration 2.")
     if output.suffix != ".gguf":

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from resources.common.errors import DamageError, FinalError
 from resources.common.text import visible
 from resources.judging.judge_choice import INDEPENDENT
 from resources.settings.files import dagster_configuration, home_settings
@@ -131,8 +132,12 @@ def _settings_of(home: Path) -> Settings:
 
 def _iterations(home: Path, settings: Settings, open_experiment: Opener) -> list[FinishedIteration]:
     services = open_experiment(settings, home.absolute())
-    with DagsterInstance.from_config(str(home.absolute())) as instance:
-        finished, _ = iterations_of(instance, services)
-        if not finished:
-            raise SettingsError(f"{home} has no finished iteration: make one with `synpo run --home {home}`.")
-        return [read_iteration(instance, services, key) for key in finished]
+    try:
+        with DagsterInstance.from_config(str(home.absolute())) as instance:
+            finished, _ = iterations_of(instance, services)
+            made = [read_iteration(instance, services, key) for key in finished]
+    except DamageError as error:
+        raise FinalError(f"{error.problem}: make it again with `synpo run --home {home}`.") from None
+    if not made:
+        raise SettingsError(f"{home} has no finished iteration: make one with `synpo run --home {home}`.")
+    return made
