@@ -42,7 +42,7 @@ def told(instance, home, partition="0001", **tags):  # noqa: F811
     services, heard = services_in(home), []
 
     def hear(context):
-        heard.append(str(outlook(instance, services, context.run)))
+        heard.append(str(outlook(instance, services, context.run, module._made(instance, context.run.run_id))))
 
     dg.materialize(assets(hear), instance=instance, partition_key=partition, tags=tags)
     return heard

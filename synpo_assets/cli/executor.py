@@ -33,11 +33,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
 # The process that steps are forked from takes seconds to import: it has to notice that its run has ended before that.
 os.environ["SYNPO_RUN_PROCESS"] = str(os.getpid())
 
-PRELOADED = [
-    "synpo_assets.cli.preload", "dagster._core.executor.multiprocess", "transformers.trainer", "datasets", "peft",
-    "transformers.models.auto.modeling_auto", "trl.trainer.sft_trainer", "trl.trainer.reward_trainer", "trl.experimental.cpo",
-    "matplotlib.backends.backend_svg",
-]  # fmt: skip
+PRELOADED = ["synpo_assets.cli.preload"]
 # Of a run, after it was told to stop: longer than its steps are given, and than a server takes to end.
 ENDS_WITHIN_SECONDS = 30.0
 # Between two looks of a run that has nothing at work.

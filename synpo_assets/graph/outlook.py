@@ -7,7 +7,6 @@ from typing import Annotated
 
 import dagster as dg
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
-from dagster._core.execution.stats import StepEventStatus
 from dagster._core.storage.tags import BACKFILL_ID_TAG, PARTITION_NAME_TAG
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -65,21 +64,20 @@ def told(context: dg.InitResourceContext, services: Services) -> Iterator[None]:
     if run is None or instance is None or log is None:
         yield
         return
-    planned, steps = _planned(instance, run.run_id), instance.get_run_step_stats(run.run_id)
-    if not steps:
-        log.info(str(outlook(instance, services, run)))
+    before = _made(instance, run.run_id)
+    if not before and not instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_START):
+        log.info(str(outlook(instance, services, run, before)))
     yield
-    if _made(instance, run.run_id, planned) - {step.step_key for step in steps if step.end_time}:
-        log.info(str(outlook(instance, services, run)))
+    if (made := _made(instance, run.run_id)) - before:
+        log.info(str(outlook(instance, services, run, made)))
 
 
-def outlook(instance: DagsterInstance, services: Services, run: DagsterRun) -> Outlook:
-    """The outlook of a run at work."""
+def outlook(instance: DagsterInstance, services: Services, run: DagsterRun, made: set[str]) -> Outlook:
+    """The outlook of a run at work, whose steps with these names have ended well."""
     key, known = run.tags.get(PARTITION_NAME_TAG), _Known(instance, services)
     iteration = None if key is None else int(key)
     planned = _planned(instance, run.run_id)
-    made = _made(instance, run.run_id, planned)
-    left = planned - made
+    made, left = planned & made, planned - made
     later = dict(_of_backfill(instance, run) if BACKFILL_ID_TAG in run.tags else known.unmade_after(run, iteration))
     return Outlook(
         iteration=iteration,
@@ -98,10 +96,10 @@ def _planned(instance: DagsterInstance, run_id: str) -> set[str]:
     return {event.asset_key.to_user_string() for event in events if event and event.asset_key}
 
 
-def _made(instance: DagsterInstance, run_id: str, planned: set[str]) -> set[str]:
-    """Those of them that it has made."""
-    steps = instance.get_run_step_stats(run_id)
-    return planned & {step.step_key for step in steps if step.status == StepEventStatus.SUCCESS}
+def _made(instance: DagsterInstance, run_id: str) -> set[str]:
+    """The steps of a run that have ended well: by these events alone, because those of what was made are large."""
+    entries = instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_SUCCESS)
+    return {entry.step_key for entry in entries if entry.step_key}
 
 
 def _seconds_of_steps(instance: DagsterInstance, run_id: str) -> dict[str, float]:
