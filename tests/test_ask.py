@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from resources.generation import language_model
 from synpo_assets.cli.commands import app
+from synpo_assets.method.cut import whole_sentences
 from tests.conftest import WORK, synpo
 from tests.nano import nano_settings, write_settings
 
@@ -139,6 +140,14 @@ def test_the_judge_of_the_home_says_which_answer_it_prefers(nano_run, tmp_path):
     assert result.returncode == 0, result.stderr
     for row in map(json.loads, output.read_text().splitlines()):
         assert row["second"]["model"] == "model_checkpoint[0002]"
-        judge = row["judge"]
-        assert judge["prefers"] == ("tie" if not judge["margin"] else "first" if judge["margin"] > 0 else "second")
+        judge, answers = row["judge"], (row["first"], row["second"])
+        left = [
+            whole_sentences(each["answer"]) if each["finish_reason"] == "length" else each["answer"] for each in answers
+        ]
+        # Of a cut answer that has no whole sentence nothing is compared.
+        assert (judge["margin"] is None) == ("" in left)
+        expected = (
+            None if "" in left else "tie" if not judge["margin"] else "first" if judge["margin"] > 0 else "second"
+        )
+        assert judge["prefers"] == expected
         assert judge["doubt"] is None or "not above chance" in judge["doubt"]

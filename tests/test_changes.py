@@ -12,10 +12,17 @@ from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContextForTest
 
 from definitions import build
-from resources.settings.files import OF_THE_HOME, active_settings, changed_settings, changes_between, load_settings
+from resources.settings.files import (
+    LAST_VALID,
+    OF_THE_HOME,
+    active_settings,
+    changed_settings,
+    changes_between,
+    load_settings,
+)
 from resources.settings.sections import SettingsError
 from resources.storage.tables import ParquetTables
-from synpo_assets.cli.home import LAST_VALID, last_valid_settings
+from synpo_assets.cli.home import last_valid_settings
 from synpo_assets.cli.settings_watch import with_settings_check
 from synpo_assets.graph.changes import RunRefused
 from synpo_assets.graph.history import failed_checks, unfinished_attempt, unfinished_checks

@@ -12,10 +12,10 @@ from unittest import mock
 import pytest
 import typer.main
 
-from resources.settings.files import load_settings
+from resources.settings.files import LAST_VALID, load_settings
 from resources.settings.sections import SettingsError
 from synpo_assets.cli import commands
-from synpo_assets.cli.home import LAST_VALID, last_valid_settings, prepare_home, settled
+from synpo_assets.cli.home import last_valid_settings, prepare_home, settled
 from tests.conftest import synpo_here
 from tests.nano import SEED, nano_settings, write_settings
 
@@ -118,7 +118,6 @@ def test_a_model_that_is_not_on_the_hub(tmp_path, nano_model):
 
 
 def test_no_disk_space(tmp_path, nano_model, monkeypatch):
-    from resources.settings.files import load_settings
     from resources.settings.sections import SettingsError
     from synpo_assets.cli import preflight
 
@@ -278,6 +277,24 @@ def test_settings_are_chosen_once_no_other_command_writes_them(tmp_path, nano_mo
             prepare_home(home, load_settings(other))
         with pytest.raises(SettingsError, match="random_seed: 2 there, 1 asked for"):
             waiting.result(timeout=30)
+
+
+@pytest.mark.parametrize("command", ["run", "check", "ui"])
+def test_a_home_whose_settings_are_gone_is_not_taken_for_a_new_one(tmp_path, nano_model, command):
+    home, mine = tmp_path / "home", write_settings(tmp_path / "mine.yaml", nano_settings(nano_model))
+    settled(home, None, mine)
+    last_valid_settings(home)
+    kept = (home / LAST_VALID).read_bytes()
+    (home / "settings.yaml").unlink()
+    for options in ([], ["--settings", str(mine)])[: 1 if command == "ui" else 2]:
+        result = synpo_here(command, "--home", home, *options)
+        assert result.returncode == 2, result.stdout + result.stderr
+        assert f"{home / 'settings.yaml'} is gone" in " ".join(result.stderr.split())
+    assert (home / LAST_VALID).read_bytes() == kept
+    assert not (home / "settings.yaml").exists()
+    # What the sentence says to do.
+    (home / "settings.yaml").write_bytes(kept)
+    assert settled(home, None, None) == load_settings(mine)
 
 
 def test_escape_sequences_of_a_file_stay_off_the_terminal(tmp_path, nano_model):

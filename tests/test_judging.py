@@ -68,7 +68,7 @@ def test_a_cut_answer_without_a_whole_sentence_and_an_empty_one_are_left_out():
     assert held_out.filter("cut")["worse"].to_list() == ["It does not e", "Is cut. But th"]
 
 
-@given(st.lists(st.text(max_size=3), max_size=9, unique=True))
+@given(st.lists(st.text(max_size=3), max_size=9, unique_by=str.strip))
 def test_the_other_answers_are_all_answers_and_nobody_gets_their_own(answers):
     others = other_answers(answers)
     assert sorted(others) == sorted(answers)
@@ -185,3 +185,12 @@ def test_agreement_with_people_counts_the_pairs_that_most_of_them_decide(tmp_pat
     assert found["all", "longer wins"]["agreement"] == pytest.approx(2 / 3)
     assert found["all", "always first"]["agreement"] == pytest.approx(1 / 3)
     assert [found["like length", by]["n"] for by in ("judge", "longer wins")] == [0, 0]
+
+
+@given(st.lists(st.sampled_from(["yes", "no", " no", "maybe"]), max_size=12))
+def test_another_answer_is_another_text_wherever_there_is_one(answers):
+    others = other_answers(answers)
+    assert len(others) == len(answers)
+    if len({each.strip() for each in answers}) > 1:
+        assert all(other.strip() != own.strip() for other, own in zip(others, answers, strict=True))
+    assert set(others) <= set(answers)

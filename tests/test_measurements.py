@@ -43,7 +43,7 @@ CASES = [
     ("ends_with", "The end!", "So it was. *The End.*", "It may bend. On the weekend"),
     ("is_one_of", "yes|no", "No.", "Maybe"),
     ("is_one_of", "My answer is yes.|My answer is no.", "My answer is yes.", "My answer is maybe."),
-    ("is_one_of", "Yes! | No! |?", "no", "?"),
+    ("is_one_of", "Yes! | No! |?", "no", "!"),
     ("all_lowercase", "", "all small.", "Not all"),
     ("all_uppercase", "", "LOUD 1!", "LOUD but not"),
     ("in_quotes", "", '"Good day."', 'He said "hi"'),
@@ -69,6 +69,18 @@ CASES = [
     ("comma_items_exactly", "3", "苹果、梨\uff0c李子", "苹果\uff0c梨"),
     ("numbered_exactly", "2", "1、苹果\n2、梨", "1、苹果\n3、梨"),
     ("numbered_exactly", "2", "\u0661. تفاح\n٢. كمثرى", "\u0661. تفاح"),
+    # Texts that are marks, or have some at their ends.
+    ("contains", "%", "5% of it", "five percent"),
+    ("contains", "5%", "Some 5%", "Some 15%"),
+    ("contains", "?", "Is it so?", "It is so."),
+    ("avoids", ",", "One and two.", "One, two."),
+    ("avoids", "!", "Great.", "Great!"),
+    ("avoids", "#", "title", "#title"),
+    ("starts_with", "*", "* pears", "- pears"),
+    ("ends_with", "?", "Is it so?", "It is so."),
+    ("ends_with", "...", "And so on...", "And so on."),
+    ("is_one_of", "?|!", "?", "."),
+    ("in_order", ",|!", "One, two!", "One! two,"),
     ("contains", "苹果", "我爱苹果。", "我爱水果。"),
     ("contains", "काम", "यह काम है।", "यह कामना है।"),
     ("contains", "हिन्द", "जय हिन्द!", "हिन्दी"),
@@ -327,6 +339,7 @@ def compared_with_gold(*rows):
         candidate_log_likelihood=-2.0, initial_log_likelihood=-2.0,
         candidate_other_log_likelihood=-4.0, initial_other_log_likelihood=-4.0,
         candidate_end_log_likelihood=-0.5, initial_end_log_likelihood=-3.0,
+        answer=pl.Series([f"gold {row}" for row in range(len(rows))], dtype=pl.String),
     )  # fmt: skip
 
 
@@ -356,10 +369,10 @@ def test_what_a_model_learned_of_the_style_of_gold_alone_is_no_gain_beyond_the_n
 def test_gold_of_another_prompt_is_of_the_same_split_and_one_prompt_alone_has_none():
     held_out = pl.DataFrame({"split": ["test", "dev", "test", "dev", "test"], "answer": ["a", "b", "c", "d", "e"]})
     assert held_out.with_columns(other=OTHER_ANSWER)["other"].to_list() == ["e", "d", "a", "b", "c"]
-    alone = gold_metrics(compared_with_gold((0.5, 0.5, 1.0, 1.0)), "sha", 0)
-    assert not {"other_gold_log_likelihood_gain", "gold_log_likelihood_gain_beyond_other"} & {
-        each.metric for each in alone
-    }
+    alike = compared_with_gold(*[(0.5, 0.5, 1.0, 1.0)] * 3).with_columns(answer=pl.lit("yes"))
+    for frame in (compared_with_gold((0.5, 0.5, 1.0, 1.0)), alike):
+        measured = {each.metric for each in gold_metrics(frame, "sha", 0)}
+        assert not {"other_gold_log_likelihood_gain", "gold_log_likelihood_gain_beyond_other"} & measured
 
 
 def test_likeness_that_rose_with_length_alone_has_not_risen_in_any_band():

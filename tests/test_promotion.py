@@ -303,6 +303,14 @@ def passes(outcomes, previous=None, lengths=None):
     return all(row["passed"] for row in gate_rows(certain, GATE.minimum, GATE.maximum))
 
 
+def test_prompts_without_a_verdict_do_not_make_the_gate_sure():
+    outcomes = ["win"] * 8 + ["loss"] * 2
+    low = lowest_rates(judged_answers(outcomes), 0.05, 0)
+    unread = lowest_rates(judged_answers([*outcomes, *["no verdict"] * 90]), 0.05, 0)
+    assert unread == pytest.approx(low)
+    assert low["win_rate_over_previous_low"] < 0.5
+
+
 def share_that_passes(rate, ties, times, prompts=100):
     """Of models that win so often: against M_0 and M_{t-1} alike, as at t = 1, at lengths that say nothing."""
     draw, passed = np.random.default_rng(1), 0

@@ -66,3 +66,13 @@ def test_what_was_only_half_written_is_removed_and_what_is_no_state_is_left(tmp_
     assert newest_state(tmp_path)[0] == whole
     assert sorted(place.name for place in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-notes"]
     assert not said
+
+
+def test_of_a_half_written_state_elsewhere_the_link_is_removed(tmp_path, said):
+    whole, elsewhere = save(tmp_path / "here", 2), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "model.safetensors").write_text("x")
+    (tmp_path / "here" / "checkpoint-4").symlink_to(elsewhere)
+    assert newest_state(tmp_path / "here")[0] == whole
+    assert [place.name for place in (tmp_path / "here").iterdir()] == ["checkpoint-2"]
+    assert [file.name for file in elsewhere.iterdir()] == ["model.safetensors"]

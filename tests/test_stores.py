@@ -11,7 +11,7 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.common.errors import DamageError
+from resources.common.errors import DamageError, FinalError
 from resources.storage.checkpoint_store import CheckpointStore
 from resources.storage.files import remove_abandoned, temporary_directory_beside, write_atomically
 from resources.storage.shards import Shards
@@ -152,6 +152,45 @@ def test_damage_is_named(tmp_path):
         store.current("model_checkpoint", "0001")
     with pytest.raises(DamageError, match=r"model_checkpoint\[0002\] has no checkpoint"):
         store.current("model_checkpoint", "0002")
+
+
+def with_adapter(text, log="{}"):
+    def build(directory: Path):
+        (directory / "adapter").mkdir()
+        (directory / "adapter" / "adapter_model.safetensors").write_text(text)
+        (directory / "trainer_log.jsonl").write_text(log)
+        return write_weights("one")(directory)
+
+    return build
+
+
+@pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "trainer_log.jsonl"])
+def test_damage_beside_the_weights_is_seen_too(tmp_path, name):
+    store = CheckpointStore(str(tmp_path))
+    made = create(store, with_adapter("one"))
+    store.verify(made)
+    (Path(made.directory) / name).write_text("0ne")
+    with pytest.raises(DamageError, match=r"model_checkpoint\[0001\].*were altered"):
+        store.verify(made)
+    store.verify(create(store, with_adapter("one")))
+    # Equal weights that another training made: what was kept of the first is what the manifest tells of.
+    store.verify(create(store, with_adapter("one", log='{"step": 1}')))
+    assert (Path(made.directory) / "trainer_log.jsonl").read_text() == "{}"
+
+
+def test_files_that_somebody_puts_beside_the_weights_cost_no_checkpoint(tmp_path):
+    store = CheckpointStore(str(tmp_path))
+    made = create(store, write_weights("one"))
+    for name in (".DS_Store", "merged/.DS_Store", "merged/model.gguf", "merged/notes.md", ".nfs0001"):
+        (Path(made.directory) / name).write_text("x")
+    store.verify(made)
+    foreign = Path(made.weights) / "chat_template.jinja"
+    foreign.write_text("x")
+    with pytest.raises(FinalError, match=r"chat_template\.jinja lies beside the weights.*remove it"):
+        store.verify(made)
+    foreign.unlink()
+    store.verify(made)
+    assert create(store, write_weights("one")) == made
 
 
 def test_materializing_a_damaged_checkpoint_again_makes_it_whole(tmp_path):

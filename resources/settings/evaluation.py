@@ -204,7 +204,7 @@ class Gate(Section):
     )
     error_rate: float = Field(
         0.05,
-        gt=0,
+        ge=1e-6,
         lt=0.5,
         description="How often a model that is no better may reach a `low` of 0.5. With 100 dev prompts, one that truly wins 65 % "
         "reaches it in nine of ten cases.",

@@ -26,6 +26,8 @@ from resources.settings.settings import Settings
 
 # A few lines of aliases of aliases would be written out until memory ends.
 MOST_VALUES, DEEPEST = 100_000, 50
+# In a home, beside settings.yaml: its settings when they were valid last.
+LAST_VALID = "last_valid_settings.json"
 PRESETS = Path(__file__).parents[1] / "presets"
 # Settings that name a file or folder, relative to the settings file.
 FILES = (
@@ -104,13 +106,22 @@ def active_settings() -> Settings:
 
 
 def home_settings(home: Path) -> Settings:
-    """The settings stored in a home; those of the laptop preset if there are none.
+    """The settings stored in a home; those of the laptop preset if the home is new.
 
     Raises:
-        SettingsError: An earlier version made the home, or its settings are wrong.
+        SettingsError: An earlier version made the home, its settings are wrong, or they are gone.
     """
     stored = home / "settings.yaml"
     if not stored.exists():
+        if used := next((name for name in (LAST_VALID, "tables", "checkpoints") if (home / name).exists()), None):
+            known = (
+                f"copy {home / LAST_VALID}, which holds the last valid ones, to it"
+                if used == LAST_VALID
+                else "put it back"
+            )
+            raise SettingsError(
+                f"{stored} is gone, and {home} was used before: {known}, or name another home with --home."
+            )
         return load_settings(preset_path("laptop"))
     values = _yaml(stored)
     if "policy" in values:

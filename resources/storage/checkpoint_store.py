@@ -29,9 +29,11 @@ from resources.storage.manifests import (
     MANIFEST,
     Pointer,
     damaged_file,
+    foreign_file,
     is_intact,
     manifest_pointed_to,
     manifest_values,
+    others_manifest,
     read_manifest,
     read_pointer,
     weights_manifest,
@@ -212,15 +214,24 @@ class CheckpointStore(dg.IOManager):
         return log
 
     def verify(self, checkpoint: Checkpoint) -> None:
-        """Reads every weight file again, in an object store too, and compares it with the manifest.
+        """Reads every file again, in an object store too, and compares it with the manifest.
 
         What is damaged is no checkpoint any more: its manifest is set aside.
+
+        Raises:
+            DamageError: A file is not as it was written.
+            FinalError: Somebody put a file beside the weights that would be loaded with them.
         """
         stored = self._root / self._name(checkpoint)
         if not is_intact(stored, checkpoint.sha):
             with contextlib.suppress(FileNotFoundError):
                 (stored / MANIFEST).rename(stored / f"{MANIFEST}{DAMAGED}")
             raise _altered(stored, checkpoint.label)
+        if foreign := foreign_file(stored, read_manifest(stored, checkpoint.label)):
+            raise FinalError(
+                f"{foreign} lies beside the weights of {checkpoint.label}, of which it is no part, and would be loaded with them: "
+                "remove it."
+            )
         if self._is_remote and not is_intact(Path(checkpoint.directory), checkpoint.sha):
             shutil.rmtree(checkpoint.directory, ignore_errors=True)
             self._fetch(self._name(checkpoint), checkpoint.label)
@@ -257,10 +268,12 @@ class CheckpointStore(dg.IOManager):
     def _keep(self, temporary: Path, manifest: dict[str, Any]) -> Checkpoint:
         """Moves a directory whose weights are complete to its final place, and uploads it to an object store."""
         name = f"{manifest['asset']}/{manifest['partition'] or 'once'}/{manifest['sha'][:16]}"
-        content = json.dumps(manifest, indent=2).encode()
-        write_atomically(temporary / MANIFEST, content)
+        manifest["others"] = others_manifest(temporary, manifest["weights"], (MANIFEST, VERIFIED))
+        write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
         _move(temporary, self._local / name, manifest["sha"])
-        # Equal weights may come of other settings: the manifest tells of the newest run that made them.
+        # Equal weights may come of other settings: the manifest tells of the newest run that made them, and of what lies there.
+        manifest["others"] = others_manifest(self._local / name, manifest["weights"], (MANIFEST, VERIFIED))
+        content = json.dumps(manifest, indent=2).encode()
         write_atomically(self._local / name / MANIFEST, content)
         if self._is_remote and is_intact(self._root / name, manifest["sha"]):
             write_atomically(self._root / name / MANIFEST, content)

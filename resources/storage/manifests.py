@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
@@ -15,6 +17,8 @@ from resources.storage.files import AnyPath, file_sha256, json_sha256
 logger = logging.getLogger("synpo.storage")
 
 MANIFEST = "manifest.json"
+# Endings of what transformers and vLLM load with the weights that it lies beside.
+LOADED = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 
 
 class _File(BaseModel):
@@ -37,6 +41,7 @@ class Manifest(BaseModel):
     sha: str  # Of the names and contents of all weight files.
     weights: str
     files: dict[str, _File] = Field(min_length=1)
+    others: dict[str, _File] = {}  # What lies beside the weights, such as an adapter; earlier versions did not say.
     run_id: str
     parents: dict[str, _Parent]
     trained_on: dict[str, str]
@@ -139,20 +144,40 @@ def damaged_file(directory: AnyPath, manifest: Manifest) -> AnyPath | None:
 
 
 def is_intact(directory: AnyPath, sha: str) -> bool:
-    """Whether a finished checkpoint lies here whose weight files, read again, have this sha."""
+    """Whether a finished checkpoint with this sha lies here whose files, read again, are those of its manifest."""
     try:
-        weights = directory / read_manifest(directory, str(directory)).weights
+        manifest = read_manifest(directory, str(directory))
     except DamageError:
         return False
-    return weights.is_dir() and weights_manifest(weights)["sha"] == sha
+    listed = {f"{manifest.weights}/{name}": entry for name, entry in manifest.files.items()} | manifest.others
+    with Progress(None, f"Reading the files in {directory} for their sha", logger):
+        return manifest.sha == sha and all(_is_as_written(directory / name, entry) for name, entry in listed.items())
+
+
+def _is_as_written(file: AnyPath, written: _File) -> bool:
+    return file.is_file() and file_sha256(file) == written.sha256
+
+
+def foreign_file(directory: AnyPath, manifest: Manifest) -> AnyPath | None:
+    """A file that somebody put beside the weights and that would be loaded with them; others do no harm."""
+    beside = [file for file in (directory / manifest.weights).iterdir() if file.name not in manifest.files]
+    return next((file for file in beside if file.suffix in LOADED and not file.name.startswith(".")), None)
 
 
 def weights_manifest(weights: AnyPath) -> dict[str, Any]:
     """The files of a directory of weights, with the sha of them all."""
     with Progress(None, f"Reading the files in {weights} for their sha", logger):
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in sorted(UPath(weights).iterdir(), key=lambda path: path.name)
-            if path.is_file() and path.name != "README.md"
-        }
+        paths = [path for path in UPath(weights).iterdir() if path.is_file() and path.name != "README.md"]
+        files = {path.name: _written(path) for path in sorted(paths, key=lambda path: path.name)}
     return {"sha": json_sha256({name: entry["sha256"] for name, entry in files.items()}), "files": files}
+
+
+def others_manifest(directory: Path, weights: str, ours: Collection[str]) -> dict[str, Any]:
+    """The files of the directory of a checkpoint that are no weights, and not among `ours`, by their place in it."""
+    places = {file.relative_to(directory).as_posix(): file for file in directory.rglob("*") if file.is_file()}
+    kept = [name for name in sorted(places) if name not in ours and not name.startswith(f"{weights}/")]
+    return {name: _written(places[name]) for name in kept if not places[name].name.startswith(".")}
+
+
+def _written(path: AnyPath) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

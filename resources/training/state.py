@@ -37,10 +37,11 @@ def newest_state(directory: Path) -> tuple[Path | None, float]:
     states = [place for place in directory.glob("checkpoint-*") if _step(place).isdecimal()]
     for state in sorted(states, key=lambda state: int(_step(state)), reverse=True):
         if state.is_dir() and not (state / MARKER).exists():
-            shutil.rmtree(state)
+            _remove(state)
         elif problem := _problem(state):
             aside = state.with_name(f"step-{_step(state)}{DAMAGED}")
-            shutil.rmtree(aside, ignore_errors=True)
+            if aside.exists():
+                _remove(aside)
             state.rename(aside)
             logger.warning(
                 f"The saved state {state} is not as it was written: {problem}. It is set aside as {aside.name}, and the training "
@@ -49,6 +50,14 @@ def newest_state(directory: Path) -> tuple[Path | None, float]:
         else:
             return state, _marker(state).seconds
     return None, 0.0
+
+
+def _remove(state: Path) -> None:
+    """Removes a state, or what lies in its place; of one that was moved elsewhere, the link to it."""
+    if state.is_symlink() or state.is_file():
+        state.unlink()
+    else:
+        shutil.rmtree(state)
 
 
 def mark(state: Path, seconds: float) -> None:

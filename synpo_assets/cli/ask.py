@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from pydantic import PrivateAttr
 from rich.columns import Columns
 from rich.console import Console
@@ -27,6 +28,7 @@ from synpo_assets.graph.metrics import judge_doubt
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
 from synpo_assets.method.chat_rows import unwritable
+from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.outcomes import outcomes
 from synpo_assets.method.templates import user_message
@@ -193,15 +195,19 @@ def _answerer(
     def answered(prompts: Sequence[str]) -> list[dict[str, Any]]:
         requests = [(content_id("prompt", prompt), user_message(prompt)) for prompt in prompts]
         rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in prompts]
-        texts = []
+        compared, is_left = [], pl.repeat(True, len(prompts), eager=True)
         for name, checkpoint in zip(("first", "second"), pair, strict=True):
             written, _ = language_model.answer(checkpoint, requests, settings.evaluation.sampling)
-            texts.append(written["text"].str.strip_chars())
-            for row, text, reason in zip(rows, texts[-1], written["finish_reason"], strict=True):
+            compared.append(whole_answers(written))
+            is_left &= (written["finish_reason"] != "length") | (compared[-1] != "")
+            texts = written["text"].str.strip_chars()
+            for row, text, reason in zip(rows, texts, written["finish_reason"], strict=True):
                 row[name] = {"model": checkpoint.label, "sha": checkpoint.sha, "answer": text, "finish_reason": reason}
         if judge_model is None:
             return rows
-        margins = judge.compare(judge_model, list(zip(prompts, *texts, strict=True)), judging=True).margins
+        margins = judge.compare(judge_model, list(zip(prompts, *compared, strict=True)), judging=True).margins
+        # Of a cut answer there may be nothing left to compare.
+        margins = pl.select(pl.when(is_left).then(margins)).to_series()
         for row, margin, outcome in zip(rows, margins, outcomes(-margins), strict=True):
             row["judge"] = {"prefers": PREFERS.get(outcome), "margin": margin, "doubt": doubt}
         return rows
@@ -227,7 +233,8 @@ def _show(console: Console, row: dict[str, Any]) -> None:
     console.print(Columns([_panel(row[name], width) for name in ("first", "second")], padding=(0, 0)))
     if judge := row.get("judge"):
         said = {"first": row["first"]["model"], "second": row["second"]["model"], "tie": "neither", None: "no verdict"}
-        console.print(f"The judge prefers: {said[judge['prefers']]} (margin {judge['margin']:.3f}).")
+        margin = "" if judge["margin"] is None else f" (margin {judge['margin']:.3f})"
+        console.print(f"The judge prefers: {said[judge['prefers']]}{margin}.")
         if judge["doubt"]:
             console.print(judge["doubt"])
 

@@ -13,12 +13,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from resources.settings.files import dagster_configuration, home_settings, load_settings, preset_path
+from resources.settings.files import LAST_VALID, dagster_configuration, home_settings, load_settings, preset_path
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from resources.storage.files import write_atomically
 
-LAST_VALID = "last_valid_settings.json"
 SHOWN_DIFFERENCES = 5
 OWNER_ALONE, ONLY_OWNER_ENTERS = 0o600, 0o700
 UNUSABLE_IN_PATHS = ("?", "#", "%")

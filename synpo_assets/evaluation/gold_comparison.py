@@ -114,7 +114,7 @@ def gold_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric
     for column, name, gain_name in names:
         measured += [_mean(name, frame, side, column) for side in SIDES]
         measured.append(_gain(gain_name, frame, column, sha, random_seed))
-    if frame.height > 1:
+    if frame["answer"].str.strip_chars().n_unique() > 1:
         measured += _null_gains(frame, sha, random_seed)
     bands = {side: length_bands(frame[f"{side}_length_ratio"]) for side in SIDES}
     for band in LENGTH_BANDS:

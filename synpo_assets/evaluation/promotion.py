@@ -35,7 +35,7 @@ from synpo_assets.graph.stage import Stage
 from synpo_assets.method.gate import gate_power, gate_rows, verdict
 from synpo_assets.method.judging import doubt
 from synpo_assets.method.length_control import length_controlled_interval
-from synpo_assets.method.outcomes import win_rate_interval
+from synpo_assets.method.outcomes import NO_VERDICT, win_rate_interval
 from synpo_assets.stages.loop import next_policy, report_policy
 
 # Metrics that are the independent judge's word.
@@ -165,18 +165,22 @@ def gate_metrics(measured: Metrics) -> dict[str, float | None]:
 
 def lowest_rates(answers: pl.DataFrame, error_rate: float, random_seed: int) -> dict[str, float | None]:
     """The low ends of M_t's win rates by the independent judge, which a model that is no better passes this rarely."""
-    judged, prompts = answers["judge_over_initial"], answers["prompt_id"]
+    initial, previous, prompts = answers["judge_over_initial"], answers["judge_over_previous"], answers["prompt_id"]
     lengths, others = (answers[f"{side}_response"].str.len_chars().cast(pl.Int64) for side in ("candidate", "initial"))
     coverage = 1 - 2 * error_rate
     intervals = {
-        "win_rate_over_initial_low": win_rate_interval(judged, prompts, coverage),
-        "win_rate_over_previous_low": win_rate_interval(answers["judge_over_previous"], prompts, coverage),
-        "length_controlled_win_rate_over_initial_low": length_controlled_interval(
-            judged, lengths, others, random_seed, prompts, coverage
+        "win_rate_over_initial_low": (initial, win_rate_interval(initial, prompts, coverage)),
+        "win_rate_over_previous_low": (previous, win_rate_interval(previous, prompts, coverage)),
+        "length_controlled_win_rate_over_initial_low": (
+            initial,
+            length_controlled_interval(initial, lengths, others, random_seed, prompts, coverage),
         ),
     }
-    # With a continuity correction, without which an unchanged model passes more often at some numbers of prompts.
-    return {name: ends[0] - 0.5 / prompts.n_unique() if ends else None for name, ends in intervals.items()}
+    # With a continuity correction, without which an unchanged model passes more often at some numbers of prompts with a verdict.
+    return {
+        name: ends[0] - 0.5 / prompts.filter(judged != NO_VERDICT).n_unique() if ends else None
+        for name, (judged, ends) in intervals.items()
+    }
 
 
 def training_metrics(log: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -32,12 +32,20 @@ COLUMNS = {"kind": pl.String, "prompt": pl.String, "better": pl.String, "worse":
 def other_answers(answers: Sequence[str]) -> list[str]:
     """Another row's answer for each row, from half the table away: neighbours may share a topic.
 
+    Where that is the same text, as labels are, it is the next one that is not, if there is any.
+
     Examples:
-        >>> other_answers(["a", "b", "c", "d"])
-        ['c', 'd', 'a', 'b']
+        >>> other_answers(["a", "b", "c", "d"]), other_answers(["yes", "no", "yes", "yes"])
+        (['c', 'd', 'a', 'b'], ['no', 'yes', 'no', 'no'])
     """
-    half = (len(answers) + 1) // 2
-    return [*answers[half:], *answers[:half]]
+    rows, half, texts = len(answers), (len(answers) + 1) // 2, [answer.strip() for answer in answers]
+    # The next row with another text; twice around, because the rows are taken as a circle.
+    differing = list(range(rows))
+    for place in range(2 * rows - 1, -1, -1):
+        row, after = place % rows, (place + 1) % rows
+        differing[row] = after if texts[after] != texts[row] else differing[after]
+    away = [(row + half) % rows for row in range(rows)]
+    return [answers[there if texts[there] != texts[row] else differing[there]] for row, there in enumerate(away)]
 
 
 def training_pairs(rows: pl.DataFrame, seed: int) -> list[tuple[str, str, str]]:

@@ -119,8 +119,10 @@ def _sentences(answer: str) -> int:
 
 
 def _whole(text: str) -> str:
-    """The pattern of a text with no letter or digit beside it; characters of scripts without spaces may stand there."""
-    return rf"(?<!{BESIDE}){regex.escape(text)}(?!{BESIDE})"
+    """The pattern of a text with no letter or digit beside one of its own; characters of scripts without spaces may stand there."""
+    before = rf"(?<!{BESIDE})" if regex.match(BESIDE, text, regex.VERSION1) else ""
+    after = rf"(?!{BESIDE})" if regex.search(rf"{BESIDE}$", text, regex.VERSION1) else ""
+    return f"{before}{regex.escape(text)}{after}"
 
 
 def _find_word(answer: str, text: str, start: int = 0) -> regex.Match[str] | None:
@@ -181,11 +183,19 @@ def _bare(text: str) -> str:
     return text.lower().strip(f"{STOPS}{UNSPACED_STOPS}{OPENING}{CLOSING}\u00a1\u00bf'\u2018\u2019* \n")
 
 
+def _is_bare(answer: str, text: str) -> bool:
+    return _bare(answer) == _bare(text) if _bare(text) else answer == text
+
+
 def _starts_with(answer: str, text: str) -> bool:
+    if not _bare(text):
+        return answer.startswith(text)
     return regex.match(_whole(_bare(text)), _bare(answer), regex.VERSION1) is not None
 
 
 def _ends_with(answer: str, text: str) -> bool:
+    if not _bare(text):
+        return answer.endswith(text)
     return regex.search(rf"{_whole(_bare(text))}$", _bare(answer), regex.VERSION1) is not None
 
 
@@ -207,7 +217,7 @@ COMPARING: dict[str, Callable[[str, str], bool]] = {
     "starts_with": _starts_with,
     "ends_with": _ends_with,
     "in_order": _in_order,
-    "is_one_of": lambda answer, value: _bare(answer) in {_bare(each) for each in value.split("|")} - {""},
+    "is_one_of": lambda answer, value: any(_is_bare(answer, each) for each in value.split("|")),
     "json_object_with": _has_key,
 }
 ALONE: dict[str, Callable[[str, str], bool]] = {
