@@ -141,13 +141,12 @@ def test_the_judge_of_the_home_says_which_answer_it_prefers(nano_run, tmp_path):
     for row in map(json.loads, output.read_text().splitlines()):
         assert row["second"]["model"] == "model_checkpoint[0002]"
         judge, answers = row["judge"], (row["first"], row["second"])
-        left = [
-            whole_sentences(each["answer"]) if each["finish_reason"] == "length" else each["answer"] for each in answers
-        ]
         # Of a cut answer that has no whole sentence nothing is compared.
-        assert (judge["margin"] is None) == ("" in left)
-        expected = (
-            None if "" in left else "tie" if not judge["margin"] else "first" if judge["margin"] > 0 else "second"
-        )
+        none_left = any(each["finish_reason"] == "length" and not whole_sentences(each["answer"]) for each in answers)
+        assert (judge["margin"] is None) == none_left
+        expected = None if none_left else "tie" if not judge["margin"] else "first" if judge["margin"] > 0 else "second"
         assert judge["prefers"] == expected
         assert judge["doubt"] is None or "not above chance" in judge["doubt"]
+    shown = synpo("ask", "--home", nano_run.home, "Why?")
+    assert shown.returncode == 0, shown.stderr
+    assert "The judge prefers: " in shown.stdout
