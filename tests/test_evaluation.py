@@ -15,9 +15,11 @@ import polars as pl
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from resources.common.errors import FinalError
 from resources.generation.language_model import Usage
+from resources.generation.server_answers import ChatAnswer
 from resources.judging.judge_choice import INDEPENDENT, TOOK_PART, judge_scorer, open_judges
 from resources.judging.server_judge import ServerJudge, load_template
 from resources.scoring.pair_ranker import PairRanker
@@ -642,6 +644,23 @@ def test_where_the_orders_disagree_there_is_a_tie(serve, tmp_path, judge):
 def test_nonsense_is_counted_and_no_win(serve, tmp_path, said, nonsense):
     assert verdicts(asked(serve(lambda a, b: nonsense), tmp_path)) == [NO_VERDICT] * 3
     assert any("6 of 6 replies of judge (on a server) are no verdict" in message for message in said)
+
+
+@pytest.mark.parametrize(
+    "around", ["```json\n{}\n```", "```\n{}\n```", "<think>\nA? B?\n</think>\n\n{}", " <think></think>```json\n{}\n```"]
+)
+def test_what_servers_put_around_a_verdict_is_taken_off(serve, tmp_path, around):
+    wrapped = serve(lambda a, b: around.replace("{}", honest(a, b)))
+    assert verdicts(asked(wrapped, tmp_path)) == ["win", "loss", "tie"]
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"total_tokens": 9}, {"prompt_tokens": 3, "completion_tokens": None}])
+def test_a_verdict_counts_though_its_tokens_were_not_counted(usage):
+    reply = {"choices": [{"message": {"content": "{}"}}], "usage": usage}
+    assert ChatAnswer.model_validate(reply).usage is None
+    for wrong in ({"prompt_tokens": -1, "completion_tokens": 1}, {"prompt_tokens": "1", "completion_tokens": 1}, 3):
+        with pytest.raises(ValidationError):
+            ChatAnswer.model_validate(reply | {"usage": wrong})
 
 
 def test_nonsense_is_asked_for_again_by_the_next_run(serve, tmp_path, said):

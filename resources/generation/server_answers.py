@@ -18,6 +18,12 @@ def _first(choices: Any) -> Any:
     return next((each for each in found if isinstance(each, dict) and not each.get("index")), None)
 
 
+def _if_counted(usage: Any) -> Any:
+    """What a server counted; nothing where it left out or emptied one of the numbers."""
+    is_whole = not isinstance(usage, dict) or all(usage.get(name) is not None for name in Tokens.model_fields)
+    return usage or None if is_whole else None
+
+
 Text = Annotated[str, BeforeValidator(_without_half_characters)]
 Count = Annotated[int, Field(ge=0, lt=MOST_TOKENS)]
 
@@ -81,5 +87,5 @@ class ChatAnswer(_Read):
 
     model: Text | None = None
     choice: Annotated[ChatChoice, BeforeValidator(_first)] = Field(validation_alias="choices")
-    # Some servers count nothing.
-    usage: Annotated[Tokens | None, BeforeValidator(lambda usage: usage or None)] = None
+    # Some servers count nothing, or not all.
+    usage: Annotated[Tokens | None, BeforeValidator(_if_counted)] = None

@@ -7,6 +7,7 @@ nonsense: such a reply is none, is counted as that, and is not kept, so that the
 import dataclasses
 import functools
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -31,6 +32,9 @@ logger = logging.getLogger("synpo.judging")
 LONGEST_REPLY = 256
 KEPT_CHARACTERS = 2000
 SHOWN_CHARACTERS = 200
+# What a server without structured output puts around the reply: thoughts before it, and a fence.
+THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+FENCED = re.compile(r"\A```(?:json)?\s*\n(.*)\n```\Z", re.DOTALL)
 REPLY_COLUMNS = {"key": pl.String, "reply": pl.String, "tokens": pl.Int64}
 Form = TypeVar("Form", bound=BaseModel)
 
@@ -84,9 +88,11 @@ class StructuredChat(Generic[Form]):
             given.extend(self._finish({key: questions[key] for key in missing}, reused))
         replies = {key: self._read(reply) for key, reply in given.select("key", "reply").rows()}
         if nonsense := [row for row in given.select("key", "reply").rows() if replies[row[0]] is None]:
-            logger.info(
+            few = len(nonsense) < given.height / 2
+            logger.log(
+                logging.INFO if few else logging.WARNING,
                 f"{len(nonsense)} of {given.height} replies of {self.label} are no {self._what} and are left out, such as that "
-                f"to {nonsense[0][0]}: {redacted(nonsense[0][1], SHOWN_CHARACTERS)!r}. The next run asks for them again."
+                f"to {nonsense[0][0]}: {redacted(nonsense[0][1], SHOWN_CHARACTERS)!r}. The next run asks for them again.",
             )
         usage = ScoringUsage(
             readings=len(keys),
@@ -137,7 +143,8 @@ class StructuredChat(Generic[Form]):
         except RefusedError as refusal:
             return _Reply(key, refusal.reason, 0, refusal)
         client.refuse_another(answer.model, self._server.model)
-        content = (answer.choice.message.content or "").strip()
+        content = THOUGHTS.sub("", answer.choice.message.content or "").strip()
+        content = FENCED.sub(r"\1", content).strip()
         tokens = answer.usage.prompt_tokens + answer.usage.completion_tokens if answer.usage else 0
         return _Reply(key, content[:KEPT_CHARACTERS], tokens)
 
