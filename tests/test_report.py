@@ -439,7 +439,7 @@ def test_a_length_controlled_rate_that_is_extrapolated_is_named(instance, servic
     assert sentence.format("M_0") in page
 
 
-def finished_iteration(rate=None, controlled=None, alike=20, doubt=None):
+def finished_iteration(rate=None, controlled=None, alike=20, doubt=None, trimmed=None):
     """M_3, judged so on 84 prompts; rates as value, low and high."""
     who = {"of": "candidate", "over": "initial", "by": INDEPENDENT, "n": 84}
     rates = {"win_rate": rate, "length_controlled_win_rate": controlled}
@@ -449,6 +449,9 @@ def finished_iteration(rate=None, controlled=None, alike=20, doubt=None):
         if found
         for value, low, high in [found]
     ]
+    if trimmed:
+        value, low, high = trimmed
+        metrics.append(Metric("win_rate", value, "trimmed", "initial", INDEPENDENT, low, high, 30))
     frame = Metrics(pl.DataFrame(schema=SCHEMA)).with_metrics_of(
         "evaluation", "0003", [*metrics, Metric("pairs_alike_in_length", alike, **who)]
     )
@@ -460,6 +463,10 @@ ABOVE, ACROSS, BELOW = (0.7, 0.6, 0.8), (0.55, 0.45, 0.65), (0.3, 0.2, 0.4)
 
 @pytest.mark.parametrize(("judged_so", "words"), [
     ({"rate": ABOVE, "controlled": ABOVE}, "M_3 is better than M_0: the independent judge prefers its answers in 70.0%"),
+    ({"rate": ABOVE, "controlled": ABOVE, "trimmed": ACROSS}, "M_3 is better than M_0: the independent judge"),
+    ({"rate": ABOVE, "controlled": ABOVE, "trimmed": ABOVE},
+     "form may be all of it: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
+     "length in 70.0% (60.0 to 80.0), and M_0's own answers, cut to half of their sentences, win in 70.0% (60.0 to 80.0) of 30."),
     ({"rate": ABOVE, "controlled": ACROSS}, "length may be all of it"),
     ({"rate": ABOVE, "controlled": BELOW}, "length may be all of it"),
     ({"rate": ABOVE, "controlled": ABOVE, "alike": 9}, "length may be all of it"),

@@ -1,11 +1,12 @@
 """The first screen of the boosting report: what the newest iteration shows, in a sentence and four cards.
 
 A sentence claims no more than an interval shows: that M_t is better takes a 95 % interval that lies above one half, for
-answers as they are and for answers of equal length.
+answers as they are and for answers of equal length, by a judge that does not also prefer M_0's answers cut to half.
 """
 
 import dataclasses
 
+from resources.judging.judge_choice import INDEPENDENT
 from synpo_assets.graph.boosting import AT_CHANCE, PROMOTED, instructions_gain, win_rate
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.texts import MISSING, gain_text, rate_text
@@ -38,11 +39,21 @@ def verdict(newest: FinishedIteration) -> str:
     if controlled is None or controlled.low is None or newest.extrapolated:
         return f"{t} wins more often than M_0, and length may be all of it: {found}, and too few of them are of like length."
     equal = f"at equal length in {rate_text(controlled)}"
+    if (null := _trimmed_wins(newest)) is not None:
+        return f"{t} wins more often than M_0, and form may be all of it: {found}, {equal}, and {null}."
     if controlled.low > HALF:
         return f"{t} is better than M_0: {found}, {equal}, and both intervals lie above one half."
     return (
         f"{t} wins more often than M_0, and length may be all of it: {found}, {equal}, which does not exclude one half."
     )
+
+
+def _trimmed_wins(newest: FinishedIteration) -> str | None:
+    """What the judge says of M_0's own answers cut to half, if it prefers these, which nobody would call better."""
+    rate = newest.metrics.find("win_rate", "trimmed", over="initial", by=INDEPENDENT)
+    if rate is None or rate.low is None or rate.low <= HALF:
+        return None
+    return f"M_0's own answers, cut to half of their sentences, win in {rate_text(rate)} of {rate.n}"
 
 
 def cards(newest: FinishedIteration) -> list[Card]:
