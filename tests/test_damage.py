@@ -2,10 +2,11 @@
 
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from synpo_assets.method.damage import DAMAGES, all_damages, damaged, ending
+from synpo_assets.method.damage import DAMAGES, all_damages, damaged, ending, parts_of
 from tests.nano import seed_rows
 
 SENTENCES = st.lists(
@@ -72,3 +73,25 @@ def test_most_gold_answers_can_be_damaged_in_most_ways():
     counts = {name: sum(name in found for found in applied) for name in DAMAGES}
     assert all(counts[name] >= 0.2 * len(GOLD) for name in DAMAGES), counts
     assert counts["swapped_words"] > 0.9 * len(GOLD)
+
+
+@pytest.mark.parametrize(("text", "other", "two"), [
+    ("水在零度结冰。冰比水轻。所以冰浮在水上。", "请按时付房租。", "水在零度结冰。冰比水轻。"),
+    ("Лёд легче воды. Поэтому он плавает. Вода тяжелее льда.", "Плати за жильё вовремя.", "Лёд легче воды. Поэтому он плавает."),
+    ("الجليد أخف من الماء. لذلك يطفو. الماء أثقل من الجليد.", "ادفع الإيجار في موعده.", "الجليد أخف من الماء. لذلك يطفو."),
+    ("बर्फ पानी से हल्की है। इसलिए वह तैरती है। पानी भारी है।", "किराया समय पर चुकाएँ।", "बर्फ पानी से हल्की है। इसलिए वह तैरती है।"),
+    ("Öl schwimmt. Äpfel auch. Über Steine staunt er.", "Überweise die Miete bald.", "Öl schwimmt. Äpfel auch."),
+])  # fmt: skip
+def test_sentences_of_other_scripts_are_damaged_one_by_one(text, other, two):
+    parts, gaps = parts_of(text)
+    assert len(parts) == 3
+    assert "".join(f"{gap}{part}" for gap, part in zip(gaps, parts, strict=True)) == text
+    assert damaged("shortened", text, other, 0) == parts[0]
+    assert text.startswith(two)
+    seen = {seed: damaged("repeated_item", text, other, seed) for seed in range(30)}
+    assert set(seen.values()) == {text.replace(part, f"{part}{gaps[1]}{part}") for part in parts}
+    added = {damaged("off_topic_sentence", text, other, seed) for seed in range(30)}
+    assert added == {text.replace(part, f"{other}{gaps[1]}{part}") for part in parts}
+    assert {"lost_item", "shortened", "repeated_item", "swapped_order", "off_topic_sentence"} <= set(
+        all_damages(text, other, 0)
+    )

@@ -47,7 +47,7 @@ from synpo_assets.method.diversity import (
 from synpo_assets.method.self_instruct import draw_examples, parse_task
 from synpo_assets.method.templates import parse_question, self_instruct_instruction
 from synpo_assets.method.word_order import REQUEST, in_three_orders, ordered_shares
-from synpo_assets.method.words import words_of
+from synpo_assets.method.words import PART, words_of
 from synpo_assets.stages.prompts import prompt_filter
 from synpo_assets.stages.seed import initial_policy, seed_table
 from tests.nano import seed_rows
@@ -146,8 +146,17 @@ def test_shuffled_prompts_have_the_same_words(prompt, seed):
     assert first == prompt
     assert len(shuffled) == 2
     for text in shuffled:
-        assert sorted(text.split()) == sorted(prompt.split())
+        assert sorted(PART.findall(text)) == sorted(PART.findall(prompt))
     assert in_three_orders(prompt, seed) == [first, *shuffled]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["为什么天空是蓝色的\uff1f", "なぜ空は青いのですか\uff1f", "ทำไมท้องฟ้าเป็นสีฟ้า", "什么是 GPT-4\uff1f"]
+)
+def test_characters_of_scripts_without_spaces_are_shuffled_too(prompt):
+    shuffled = in_three_orders(prompt, 0)[1:]
+    assert prompt not in shuffled
+    assert all(text.count(" ") == prompt.count(" ") for text in shuffled)
 
 
 def test_words_without_an_order_pass_as_rarely_as_their_shuffles_and_sentences_nearly_always():

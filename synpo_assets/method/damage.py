@@ -10,9 +10,19 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+import regex
+
+from synpo_assets.method.words import PART, STOPS, UNSPACED_STOPS
+
 # A number with more digits is neither an item's nor one to change.
 MARKER = re.compile(r"\s*(?:[-*•]|(\d{1,15})[.)])\s+")
-SENTENCE_END = re.compile(r"(?<=[.!?])(?P<quote>[\"')\]]*)(?P<gap> +)(?=[\"'(\[]?[A-Z0-9])")
+# Before a letter that is not small, for which scripts without capitals have no other; where no spaces are written, before any.
+SENTENCE_END = regex.compile(
+    rf"(?<=[{STOPS}])(?P<quote>[\"')\]\u201d\u2019\u00bb]*)(?P<gap> +)(?=[\"'(\[\u201c\u00ab]?[\p{{Lu}}\p{{Lt}}\p{{Lo}}\p{{N}}])"
+    rf"|(?<=[{UNSPACED_STOPS}])(?P<quote>[\u201d\u2019\u300d\u300f\uff09]*)(?P<gap> *)(?=\S)"
+)
+ASKED = ("!", "?", "\u061f", "\uff01", "\uff1f")
+FULL_STOPS = (".", "\u3002", "\u0964", "\u06d4", "\u1362", "\uff61")
 NUMBER = re.compile(r"(?<![\w.])\d{1,15}(?!\w)")
 WORD = re.compile(r"(?<!\w)[^\W\d_]{4,}(?!\w)")
 FEWEST_WORDS = 3
@@ -123,14 +133,15 @@ def off_topic_sentence(text: str, other: str, draw: random.Random) -> str | None
     """
     parts, gaps = parts_of(text)
     bare = [_unmarked(part).strip() for part in parts_of(other)[0]]
-    foreign = [part for part in bare if len(part.split()) >= FEWEST_WORDS and part not in text]
+    foreign = [part for part in bare if len(PART.findall(part)) >= FEWEST_WORDS and part not in text]
     if not parts or not foreign:
         return None
     place, added = draw.randrange(len(parts)), draw.choice(foreign)
     match = MARKER.match(parts[place])
     # Among items it is an item that ends as they do, and among sentences a sentence.
-    stop = "." if match is None or ending(parts[place]) == "." else ""
-    added = f"{match[0] if match else ''}{added.rstrip('.')}{'' if ending(added) in '!?' else stop}"
+    full = next((ending(part) for part in (parts[place], text) if ending(part) in FULL_STOPS), ".")
+    stop = full if match is None or ending(parts[place]) == full else ""
+    added = f"{match[0] if match else ''}{added.rstrip(''.join(FULL_STOPS))}{'' if ending(added) in ASKED else stop}"
     return _joined(_renumbered([*parts[:place], added, *parts[place:]]), _with_one_more(gaps, place, parts))
 
 
@@ -207,7 +218,7 @@ def parts_of(text: str) -> tuple[list[str], list[str]]:
     lines = re.split(r"(\n\s*\n|\n)", text.strip("\n"))
     if len(lines) > 1 or MARKER.match(lines[0]):
         return lines[::2], ["", *lines[1::2]]
-    marked = SENTENCE_END.sub(lambda match: f"{match['quote']}\n{match['gap']}\n", lines[0])
+    marked = SENTENCE_END.sub(lambda match: f"{match['quote'] or ''}\n{match['gap'] or ''}\n", lines[0])
     parts = marked.split("\n")
     return ([], []) if not text.strip() else (parts[::2], ["", *parts[1::2]])
 
@@ -223,7 +234,7 @@ def _joined(parts: Sequence[str], gaps: Sequence[str]) -> str:
 
 def _with_one_more(gaps: Sequence[str], place: int, parts: Sequence[str]) -> list[str]:
     """What stands before each part once another one stands at a place: the new gap is like those around it."""
-    default = "\n" if MARKER.match(parts[0]) else " "
+    default = "\n" if MARKER.match(parts[0]) else "" if ending(parts[0]) in tuple(UNSPACED_STOPS) else " "
     gap = gaps[place + 1] if place + 1 < len(gaps) else gaps[place] or default
     return [*gaps[: place + 1], gap, *gaps[place + 1 :]]
 

@@ -16,16 +16,18 @@ only; difflib may miss the least one, but of 18,659 rewrites made from the held-
 
 import difflib
 import random
-import re
 from typing import Any
 
 import polars as pl
+import regex
 
 from synpo_assets.method.damage import DAMAGES, all_damages
 from synpo_assets.method.judging import other_answers
 from synpo_assets.method.outcomes import outcomes, win_rate, win_rate_interval
+from synpo_assets.method.words import WORD
 
-TOKEN = re.compile(r"\w+|[^\w\s]")
+# Words, of scripts without spaces their characters, and marks.
+TOKEN = regex.compile(rf"{WORD.pattern}|[^\w\s]|\w", regex.VERSION1)
 EDIT_OUTCOMES = ("right", "nearer", "left", "worse")
 ENDS = ("", "_low", "_high")
 

@@ -28,7 +28,6 @@ OPENING, CLOSING = '"\u201c\u201e\u00ab\u00bb\u300c\u300e', '"\u201d\u201c\u00bb
 SENTENCE_END = re.compile(
     rf"(?<![{STOPS}])[{STOPS}]+[\"'”\u2019)\]\u00bb]*(?=\s|$)|[{UNSPACED_STOPS}]+[\"'”\u2019)\]\u300d\u300f\uff09]*"
 )
-WORD = regex.compile(rf"{UNSPACED_CHARACTER.pattern}|(?:(?!{UNSPACED_CHARACTER.pattern})\S)+", regex.VERSION1)
 # What makes a text part of a longer word where it stands beside it.
 BESIDE = rf"[\w{SPACED}"
 

@@ -15,12 +15,12 @@ from synpo_assets.method.ids import content_id
 from synpo_assets.method.rules import (
     ABBREVIATION,
     SENTENCE_END,
-    WORD,
     constraints_problem,
     followed,
     read_constraints,
     words_in,
 )
+from synpo_assets.method.words import PART
 
 # What a margin is where rules decide: 1 if the first answer alone follows all of them, -1 if the second one alone does, else 0.
 RULES_HOLD = "rules_hold"
@@ -127,7 +127,7 @@ def as_brief(answer: str, words: int) -> str:
         >>> as_brief("- pears, ripe\n- plums", 2), as_brief("今天天气", 2)
         ('- pears, ripe', '今天')
     """
-    found = [word.end() for word in WORD.finditer(answer) if any(map(str.isalnum, word[0]))]
+    found = [word.end() for word in PART.finditer(answer) if any(map(str.isalnum, word[0]))]
     return answer if len(found) <= words else answer[: found[words - 1] if words else 0]
 
 

@@ -8,6 +8,7 @@ test says nothing of what a prompt means: a fluent question that nobody could an
 bound of what can be answered, and a judge's word is better where there is one.
 """
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from synpo_assets.method.outcomes import share_interval
+from synpo_assets.method.words import PART, UNSPACED_CHARACTER
 
 # What the prompts are read as an answer to, so that their likelihood is that of a prompt.
 REQUEST = "Write one question or instruction for an assistant."
@@ -23,20 +25,33 @@ NULL_SHARE = 0.05
 
 
 def in_three_orders(prompt: str, random_seed: int) -> list[str]:
-    """A prompt, and twice its words in random order, with their punctuation.
+    """A prompt, and twice its words in random order, with their punctuation; where no spaces are written, its characters.
 
     Examples:
         >>> in_three_orders("Why is ice slippery?", random_seed=0)
         ['Why is ice slippery?', 'slippery? is ice Why', 'Why slippery? is ice']
+        >>> in_three_orders("水为什么结冰", random_seed=0)[1]
+        '为水结冰什么'
     """
-    draw, words = random.Random(f"{random_seed}:order:{prompt}"), prompt.split()
+    draw, found = random.Random(f"{random_seed}:order:{prompt}"), list(PART.finditer(prompt))
+    words = [match[0] for match in found]
+    gaps = [before.end() < after.start() for before, after in itertools.pairwise(found)]
     others = list[str]()
     while len(others) < ORDERS - 1:
         order = draw.sample(words, len(words))
         # An order that is the prompt's own says nothing; of equal words there is no other.
         if order != words or len(set(words)) <= 1:
-            others.append(" ".join(order))
+            others.append(_joined(order, gaps))
     return [prompt, *others]
+
+
+def _joined(words: Sequence[str], gaps: Sequence[bool]) -> str:
+    """Words with spaces where they stood, and between words that would else be one."""
+    text = words[0] if words else ""
+    for (before, after), is_gap in zip(itertools.pairwise(words), gaps, strict=True):
+        is_one = not (UNSPACED_CHARACTER.match(before) or UNSPACED_CHARACTER.match(after))
+        text += f" {after}" if is_gap or is_one else after
+    return text
 
 
 def ordered_shares(likelihoods: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

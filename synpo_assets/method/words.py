@@ -22,6 +22,8 @@ SPACED = rf"--[[{UNSPACED}]--\p{{M}}]]"
 WORD = regex.compile(
     rf"{UNSPACED_CHARACTER.pattern}|[[\p{{L}}\p{{N}}_]{SPACED}[[\p{{L}}\p{{M}}\p{{N}}_]{SPACED}*", regex.VERSION1
 )
+# What spaces part, marks included; in scripts without them, each character.
+PART = regex.compile(rf"{UNSPACED_CHARACTER.pattern}|(?:(?!{UNSPACED_CHARACTER.pattern})\S)+", regex.VERSION1)
 # The space without a width parts words; other letters without a look stand inside them.
 UNSEEN = regex.compile(r"[\p{Cf}--\u200b]", regex.VERSION1)
 WIDE = regex.compile(r"[\uff00-\uffef]+")
