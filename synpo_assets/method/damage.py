@@ -15,7 +15,7 @@ import regex
 from synpo_assets.method.words import PART, STOPS, UNSPACED_STOPS
 
 # A number with more digits is neither an item's nor one to change.
-MARKER = re.compile(r"\s*(?:[-*•]|(\d{1,15})[.)])\s+")
+MARKER = re.compile(r"[^\S\n]*(?:[-*•]|(\d{1,15})[.)])\s+")
 # Before a letter that is not small, for which scripts without capitals have no other; where no spaces are written, before any.
 SENTENCE_END = regex.compile(
     rf"(?<=[{STOPS}])(?P<quote>[\"')\]\u201d\u2019\u00bb]*)(?P<gap> +)(?=[\"'(\[\u201c\u00ab]?[\p{{Lu}}\p{{Lt}}\p{{Lo}}\p{{N}}])"
