@@ -113,14 +113,10 @@ def home_settings(home: Path) -> Settings:
     """
     stored = home / "settings.yaml"
     if not stored.exists():
-        if used := next((name for name in (LAST_VALID, "tables", "checkpoints") if (home / name).exists()), None):
-            known = (
-                f"copy {home / LAST_VALID}, which holds the last valid ones, to it"
-                if used == LAST_VALID
-                else "put it back"
-            )
+        if (last := home / LAST_VALID).exists():
             raise SettingsError(
-                f"{stored} is gone, and {home} was used before: {known}, or name another home with --home."
+                f"{stored} is gone, and {home} was used before: copy {last}, which holds the last valid settings, to it, or name "
+                "another home with --home."
             )
         return load_settings(preset_path("laptop"))
     values = _yaml(stored)
