@@ -33,7 +33,7 @@ from synpo_assets.cli.home import PROJECT, STORAGE_COMMENT, prepare_home
 from synpo_assets.cli.preflight import check_storage
 from tests.conftest import synpo
 from tests.nano import nano_settings, write_settings
-from tests.test_stores import SEED, create, table_asset, write_weights
+from tests.test_stores import SEED, create, table_asset, with_adapter, write_weights
 
 pytestmark = pytest.mark.slow
 
@@ -234,6 +234,20 @@ def test_a_damaged_copy_is_fetched_again(bucket, tmp_path):
     file.unlink()
     store.current("model_checkpoint", "0001")
     assert file.read_text() == "one"
+
+
+def test_equal_weights_of_two_machines_keep_what_lies_beside_them_in_each_place(bucket, tmp_path):
+    for machine, log in (("here", "{}"), ("there", '{"step": 1}')):
+        store = CheckpointStore(str(bucket), str(tmp_path / machine))
+        made = create(store, with_adapter("one", log))
+        store.verify(made)
+    stored = bucket / "model_checkpoint" / "0001" / made.sha[:16]
+    assert (stored / "trainer_log.jsonl").read_text() == "{}"
+    elsewhere = CheckpointStore(str(bucket), str(tmp_path / "elsewhere"))
+    elsewhere.verify(elsewhere.current("model_checkpoint", "0001"))
+    (stored / "adapter" / "adapter_model.safetensors").write_text("0ne")
+    with pytest.raises(DamageError, match=r"in s3://.* were altered"):
+        elsewhere.verify(elsewhere.current("model_checkpoint", "0001"))
 
 
 def test_half_an_upload_is_no_checkpoint(bucket, tmp_path, monkeypatch):

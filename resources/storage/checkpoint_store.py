@@ -271,16 +271,18 @@ class CheckpointStore(dg.IOManager):
         manifest["others"] = others_manifest(temporary, manifest["weights"], (MANIFEST, VERIFIED))
         write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
         _move(temporary, self._local / name, manifest["sha"])
-        # Equal weights may come of other settings: the manifest tells of the newest run that made them, and of what lies there.
-        manifest["others"] = others_manifest(self._local / name, manifest["weights"], (MANIFEST, VERIFIED))
-        content = json.dumps(manifest, indent=2).encode()
-        write_atomically(self._local / name / MANIFEST, content)
+        self._retell(self._local / name, manifest)
         if self._is_remote and is_intact(self._root / name, manifest["sha"]):
-            write_atomically(self._root / name / MANIFEST, content)
+            self._retell(self._root / name, manifest)
         elif self._is_remote:
             self._upload(name)
         write_atomically(self._local / name / VERIFIED, manifest["run_id"].encode())
         return open_checkpoint(self._local / name)
+
+    def _retell(self, place: AnyPath, manifest: dict[str, Any]) -> None:
+        """Has a manifest tell of the newest run that made its weights, as other settings may; what lies beside them stays."""
+        kept = read_manifest(place, manifest["asset"]).model_dump()["others"]
+        write_atomically(place / MANIFEST, json.dumps(manifest | {"others": kept}, indent=2).encode())
 
     def _upload(self, name: str) -> None:
         source, target = self._local / name, self._root / name
