@@ -148,6 +148,8 @@ def test_an_iteration(tmp_path, nano_embedding_model, language):
     values["keyword_pool"] = {"corpus": {"path": "corpus.jsonl"}, "language": language}
     # The nano model knows few words, so its prompts are alike; what matters is that every stage is made.
     values["prompt_generator"] |= {"decontamination_ngram": 12, "max_overdraw": 8, "near_duplicate_similarity": 1.0}
+    # And it must have learned to write any at all.
+    values["prompt_generator"]["training"] = values["prompt_generator"]["training"] | {"epochs": 4}
     values["responses"]["sampling"]["max_new_tokens"] = 96
     values["checks"] = {"min_pairs_share": 0.0}
     home = tmp_path / "home"

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("synpo.training")
 
+# While one thread loads a model, transformers changes how all are made: of two that load at once, one may get empty weights, and
+# so does whatever is made later.
+LOADING = threading.Lock()
+
 
 def train(job: TrainingJob, dataset: "Dataset", observe: Observe) -> None:
     """Trains, and saves the history and the adapter, or without adapters the weights, into the job's directory.
@@ -44,19 +49,20 @@ def train(job: TrainingJob, dataset: "Dataset", observe: Observe) -> None:
         "Lower training.micro_batch_size or training.max_length, train adapters (training.lora, with load_in_4bit if need be), "
         "or split the model over several GPUs with FSDP or DeepSpeed through training_processes.accelerate_config.",
     ):
-        model = load_model(job, quantized=True)
-        trainer = type(trainer_class.__name__, (GroupedByLength, trainer_class), {})(
-            model=model,
-            args=config,
-            processing_class=_tokenizer(job),
-            train_dataset=dataset,
-            peft_config=_lora(job, model),
-            callbacks=[
-                _progress_callback(job),
-                observing_callback(observe, job.report_to),
-                marking_callback(job.seconds_before),
-            ],
-        )
+        with LOADING:
+            model = load_model(job, quantized=True)
+            trainer = type(trainer_class.__name__, (GroupedByLength, trainer_class), {})(
+                model=model,
+                args=config,
+                processing_class=_tokenizer(job),
+                train_dataset=dataset,
+                peft_config=_lora(job, model),
+                callbacks=[
+                    _progress_callback(job),
+                    observing_callback(observe, job.report_to),
+                    marking_callback(job.seconds_before),
+                ],
+            )
         trainer.remove_callback(PrinterCallback)
         if training.lora is not None and training.lora.load_in_4bit:
             _adapters_in_float32(trainer.model)
@@ -136,7 +142,8 @@ def merge_adapter(job: TrainingJob) -> None:
 
     # Candidates that train side by side are merged by one process, which would crowd the first GPU.
     device = "cpu" if job.own_gpu else prepare_device(job.engine)
-    adapted = PeftModel.from_pretrained(load_model(job, quantized=False).to(device), job.directory / "adapter")
+    with LOADING:
+        adapted = PeftModel.from_pretrained(load_model(job, quantized=False).to(device), job.directory / "adapter")
     if torch_dtype(job.engine) == torch.bfloat16:
         merge_rounding_at_random(adapted, job.random_seed)
         merged = adapted.unload()
