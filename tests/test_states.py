@@ -76,3 +76,10 @@ def test_of_a_half_written_state_elsewhere_the_link_is_removed(tmp_path, said):
     assert newest_state(tmp_path / "here")[0] == whole
     assert [place.name for place in (tmp_path / "here").iterdir()] == ["checkpoint-2"]
     assert [file.name for file in elsewhere.iterdir()] == ["model.safetensors"]
+
+
+def test_a_link_that_leads_nowhere_is_no_obstacle_to_setting_a_state_aside(tmp_path, said):
+    (tmp_path / "step-2.damaged").symlink_to(tmp_path / "gone")
+    next(file for file in save(tmp_path, 2).iterdir() if file.name != MARKER).write_bytes(b"")
+    assert newest_state(tmp_path)[0] is None
+    assert (tmp_path / "step-2.damaged").is_dir()

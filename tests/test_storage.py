@@ -18,7 +18,7 @@ import yaml
 from typer.testing import CliRunner
 from upath import UPath
 
-from resources.common.errors import DamageError
+from resources.common.errors import DamageError, FinalError
 from resources.generation.language_model import LanguageModel
 from resources.settings.files import load_settings
 from resources.settings.machine import Engine, Storage
@@ -248,6 +248,14 @@ def test_equal_weights_of_two_machines_keep_what_lies_beside_them_in_each_place(
     (stored / "adapter" / "adapter_model.safetensors").write_text("0ne")
     with pytest.raises(DamageError, match=r"in s3://.* were altered"):
         elsewhere.verify(elsewhere.current("model_checkpoint", "0001"))
+
+
+def test_what_somebody_put_into_the_cache_is_refused_as_it_would_be_loaded(bucket, tmp_path):
+    store = CheckpointStore(str(bucket), str(tmp_path))
+    made = create(store, write_weights("one"))
+    (Path(made.weights) / "chat_template.jinja").write_text("x")
+    with pytest.raises(FinalError, match=r"chat_template\.jinja lies beside the weights"):
+        store.verify(made)
 
 
 def test_half_an_upload_is_no_checkpoint(bucket, tmp_path, monkeypatch):

@@ -222,19 +222,19 @@ class CheckpointStore(dg.IOManager):
             DamageError: A file is not as it was written.
             FinalError: Somebody put a file beside the weights that would be loaded with them.
         """
-        stored = self._root / self._name(checkpoint)
+        stored, here = self._root / self._name(checkpoint), Path(checkpoint.directory)
         if not is_intact(stored, checkpoint.sha):
             with contextlib.suppress(FileNotFoundError):
                 (stored / MANIFEST).rename(stored / f"{MANIFEST}{DAMAGED}")
             raise _altered(stored, checkpoint.label)
-        if foreign := foreign_file(stored, read_manifest(stored, checkpoint.label)):
+        if self._is_remote and not is_intact(here, checkpoint.sha):
+            shutil.rmtree(here, ignore_errors=True)
+            self._fetch(self._name(checkpoint), checkpoint.label)
+        if foreign := foreign_file(here, read_manifest(here, checkpoint.label)):
             raise FinalError(
                 f"{foreign} lies beside the weights of {checkpoint.label}, of which it is no part, and would be loaded with them: "
                 "remove it."
             )
-        if self._is_remote and not is_intact(Path(checkpoint.directory), checkpoint.sha):
-            shutil.rmtree(checkpoint.directory, ignore_errors=True)
-            self._fetch(self._name(checkpoint), checkpoint.label)
 
     def point_to(self, asset: str, partition: str | None, checkpoint: Checkpoint) -> None:
         """Makes a checkpoint the current one of an asset and iteration."""

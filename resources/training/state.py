@@ -40,7 +40,7 @@ def newest_state(directory: Path) -> tuple[Path | None, float]:
             _remove(state)
         elif problem := _problem(state):
             aside = state.with_name(f"step-{_step(state)}{DAMAGED}")
-            if aside.exists():
+            if aside.exists() or aside.is_symlink():
                 _remove(aside)
             state.rename(aside)
             logger.warning(

@@ -61,15 +61,16 @@ def gold_comparison(
     refuse_answers_of_another(model_checkpoint, evaluation)
     settings, models = services.settings, {"candidate": model_checkpoint, "initial": initial_policy}
     evaluation = evaluation.filter(sample=1).with_columns(other_answer=OTHER_ANSWER)
-    gold, other = (evaluation.select("prompt", answer).rows() for answer in ("answer", "other_answer"))
-    likelihoods = {name: services.likelihood.measure(model, gold) for name, model in models.items()}
-    of_others = {name: services.likelihood.measure(model, other) for name, model in models.items()}
+    # Gold first, then that of other prompts, so that each model is loaded once.
+    asked = [row for answer in ("answer", "other_answer") for row in evaluation.select("prompt", answer).rows()]
+    likelihoods = {name: services.likelihood.measure(model, asked) for name, model in models.items()}
+    rows = evaluation.height
     weights, origin = fetch_embedding_model(settings.diversity.embedding_model, settings.engine.trust_remote_code)
     similarities, embedded = similarities_to_gold(services, weights, evaluation, list(models))
     frame = evaluation.select("prompt_id", "split", "prompt", "answer").with_columns(
-        *(pl.Series(f"{name}_log_likelihood", likelihoods[name].per_token) for name in models),
-        *(pl.Series(f"{name}_other_log_likelihood", of_others[name].per_token) for name in models),
-        *(pl.Series(f"{name}_end_log_likelihood", likelihoods[name].end) for name in models),
+        *(pl.Series(f"{name}_log_likelihood", likelihoods[name].per_token[:rows]) for name in models),
+        *(pl.Series(f"{name}_other_log_likelihood", likelihoods[name].per_token[rows:]) for name in models),
+        *(pl.Series(f"{name}_end_log_likelihood", likelihoods[name].end[:rows]) for name in models),
         *(pl.Series(f"{name}_similarity", similarities[name], dtype=pl.Float64) for name in models),
         *(
             (evaluation[f"{name}_response"].str.len_chars() / evaluation["answer"].str.len_chars()).alias(
@@ -82,7 +83,7 @@ def gold_comparison(
     )
     measured = [
         *metrics.by_split(frame, lambda rows: gold_metrics(rows, model_checkpoint.sha, settings.random_seed)),
-        *metrics.reading([*likelihoods.values(), *of_others.values()]),
+        *metrics.reading(likelihoods.values()),
         *metrics.embedding(embedded),
     ]
     return table_output(context, services, frame, measured, embedding_model=origin["name"], **made_by(model_checkpoint))

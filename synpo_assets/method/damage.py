@@ -218,7 +218,7 @@ def parts_of(text: str) -> tuple[list[str], list[str]]:
     lines = re.split(r"(\n\s*\n|\n)", text.strip("\n"))
     if len(lines) > 1 or MARKER.match(lines[0]):
         return lines[::2], ["", *lines[1::2]]
-    marked = SENTENCE_END.sub(lambda match: f"{match['quote'] or ''}\n{match['gap'] or ''}\n", lines[0])
+    marked = SENTENCE_END.sub(lambda match: f"{match['quote']}\n{match['gap']}\n", lines[0])
     parts = marked.split("\n")
     return ([], []) if not text.strip() else (parts[::2], ["", *parts[1::2]])
 
