@@ -654,6 +654,35 @@ def test_what_servers_put_around_a_verdict_is_taken_off(serve, tmp_path, around)
     assert verdicts(asked(wrapped, tmp_path)) == ["win", "loss", "tie"]
 
 
+def test_fields_of_a_request_are_added_replaced_and_left_out(serve, tmp_path):
+    server, fields = serve(honest), {"temperature": None, "max_tokens": None, "max_completion_tokens": 4000}
+    judge = asked(server, tmp_path, extra_body=fields)
+    assert verdicts(judge) == ["win", "loss", "tie"]
+    for body in server.bodies:
+        assert not body.keys() & {"temperature", "max_tokens"}
+        assert (body["max_completion_tokens"], body["response_format"]["type"]) == (4000, "json_schema")
+    assert judge.shards.folder != asked(server, tmp_path).shards.folder, "other fields may give other verdicts"
+
+
+def test_a_refused_field_is_said_with_the_setting_that_leaves_it_out(serve, tmp_path):
+    server = serve(honest)
+    server.faults = [(400, {}, "Unsupported parameter: 'max_tokens'")] * 6
+    with pytest.raises(
+        FinalError, match=r"Unsupported parameter: 'max_tokens'.* judge\.server\.extra_body states other"
+    ):
+        asked(server, tmp_path).compare(ROWS)
+
+
+@pytest.mark.parametrize(("fields", "said"), [
+    ({"model": "m"}, "`model` is set by the judge itself"), ({"stream": True}, "`stream` is set by the judge itself"),
+    ({"metadata": {"api_key": "sk-1"}}, r"`metadata\.api_key` may be a secret"),
+])  # fmt: skip
+def test_fields_that_the_judge_sets_or_that_may_be_secrets_are_refused(fields, said):
+    with pytest.raises(ValidationError, match=said) as refused:
+        JudgeServer(url="http://127.0.0.1:1/v1", model="judge", extra_body=fields)
+    assert "sk-1" not in str(refused.value.errors(include_input=False))
+
+
 @pytest.mark.parametrize("usage", [None, {}, {"total_tokens": 9}, {"prompt_tokens": 3, "completion_tokens": None}])
 def test_a_verdict_counts_though_its_tokens_were_not_counted(usage):
     reply = {"choices": [{"message": {"content": "{}"}}], "usage": usage}

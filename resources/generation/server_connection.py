@@ -140,10 +140,11 @@ class Client(openai.OpenAI):
 
     def _answers_a_word(self, path: str, body: Mapping[str, Any]) -> bool:
         """Whether the server answers the shortest prompt: then it is the longer one that it does not get by with."""
-        word = {"prompt": body["prompt"][:1]} if "prompt" in body else {"messages": YES}
+        word: dict[str, Any] = {"prompt": body["prompt"][:1]} if "prompt" in body else {"messages": YES}
+        word |= {"max_tokens": 1} if "max_tokens" in body else {}
         try:
             seconds = min(LIST_SECONDS, self._server.timeout_seconds)
-            self._answer(path, {**body, **word, "max_tokens": 1}, {"max_retries": 0, "timeout": seconds})
+            self._answer(path, {**body, **word}, {"max_retries": 0, "timeout": seconds})
         except (UnansweredError, FinalError):
             return False
         return True
@@ -215,7 +216,8 @@ class Client(openai.OpenAI):
                 "were loaded are gone: run it again."
             )
         else:
-            cure = AGAIN
+            has_fields = hasattr(self._server, "extra_body")
+            cure = f"{AGAIN} {self._setting}.extra_body states other fields of a request." if has_fields else AGAIN
         sentence = f"{where} refuses a request. {_said(error)} {cure} Finished shards are kept."
         return RefusedError(sentence, _said(error)) if status in ABOUT_THE_PROMPT else FinalError(sentence)
 

@@ -69,13 +69,13 @@ class StructuredChat(Generic[Form]):
     ) -> None:
         """Connects only when a reply is missing.
 
-        A reply is a `what`, such as a verdict. It depends on the model, the fingerprint, and the key of its question.
+        A reply is a `what`, such as a verdict. It depends on the model, the fields of the request, the fingerprint, and the key
+        of its question.
         """
         self.label = f"{server.model} (on a server)"
         self._server, self._form, self._what, self._shard_rows = server, form, what, shard_rows
-        self.shards = Shards(
-            shards, {"judge": server.model, **fingerprint}, f"{what}s by {server.model}", REPLY_COLUMNS
-        )
+        asked = {"judge": server.model} | ({"extra_body": server.extra_body} if server.extra_body else {})
+        self.shards = Shards(shards, {**asked, **fingerprint}, f"{what}s by {server.model}", REPLY_COLUMNS)
 
     def ask(self, questions: Mapping[str, str]) -> Replies[Form]:
         """Asks each question, a text by its key, that has no finished reply."""
@@ -137,7 +137,9 @@ class StructuredChat(Generic[Form]):
                 "type": "json_schema",
                 "json_schema": {"name": self._what, "strict": True, "schema": self._form.model_json_schema()},
             },
-        }
+        } | self._server.extra_body
+        # A model may refuse a field whatever it says.
+        body = {name: value for name, value in body.items() if value is not None}
         try:
             answer = client.ask("/chat/completions", body, ChatAnswer)
         except RefusedError as refusal:

@@ -3,10 +3,10 @@
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from resources.settings.data import EmbeddingModel
-from resources.settings.machine import ServerAccess
+from resources.settings.machine import ServerAccess, without_secrets
 from resources.settings.method import PretrainedScorer, Sampling, TrainedScorer
 from resources.settings.sections import Section
 from resources.settings.training import Training
@@ -65,6 +65,19 @@ class JudgeServer(ServerAccess):
         description="A jinja file (relative to the settings file) that makes the request from `prompt`, `answer_a` and "
         '`answer_b`; the reply must be JSON, {"better": "A"}, "B" or "tie". None: resources/judging/comparison.jinja.',
     )
+    extra_body: Annotated[dict[str, Any], AfterValidator(without_secrets)] = Field(
+        default_factory=dict,
+        description="Further fields of each request, or others in place of ours: temperature (0), max_tokens (256), "
+        "response_format; null leaves one out. A model of OpenAI that reasons wants {temperature: null, max_tokens: null, "
+        "max_completion_tokens: 4000}.",
+    )
+
+    @field_validator("extra_body")
+    @classmethod
+    def _ours_alone(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        if ours := sorted(fields.keys() & {"model", "messages", "n", "stream"}):
+            raise ValueError(f"`{ours[0]}` is set by the judge itself: remove it.")
+        return fields
 
 
 class JudgingSection(Section):

@@ -61,7 +61,8 @@ def _without_user(address: str | None) -> str | None:
     return address
 
 
-def _without_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
+def without_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Fields that somebody else reads, none of which is called as a secret is."""
     for name, value in flattened(arguments):
         if not isinstance(value, int | float | None) and SECRET_NAME.search(name):
             raise ValueError(
@@ -133,7 +134,7 @@ class Engine(Section):
         description="vLLM only: copies of the model that answer side by side. None: as many as the visible GPUs hold, 1 on a "
         "CPU.",
     )
-    vllm_arguments: Annotated[dict[str, Any], AfterValidator(_without_secrets)] = Field(
+    vllm_arguments: Annotated[dict[str, Any], AfterValidator(without_secrets)] = Field(
         default_factory=dict,
         description="vLLM only: further arguments of its engine (vllm.EngineArgs), such as gpu_memory_utilization.",
     )
