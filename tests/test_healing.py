@@ -2,12 +2,14 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
 import dagster as dg
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 from resources.common.errors import DamageError
 from resources.storage import manifests
@@ -247,6 +249,29 @@ def test_a_table_without_its_checksum_is_damaged_unless_it_is_being_written(tmp_
             look("pairs", "0001")
     monkeypatch.setattr("time.sleep", lambda _: checksum.write_bytes(written))
     assert tables.read("pairs", "0001").height == 1
+
+
+def test_a_table_that_another_one_lies_in_the_place_of_is_refused_though_its_hash_came_with_it(tmp_path):
+    tables = ParquetTables(str(tmp_path))
+    for asset, partition in (("pairs", "0001"), ("pairs", "0002"), ("others", "0001")):
+        tables.write(asset, partition, pl.DataFrame({"a": [len(asset), int(partition)]}))
+    before = tables.read("pairs", "0001")
+    for place in ("pairs/0002", "others/0001"):
+        for end in (".parquet", ".parquet.xxh128"):
+            shutil.copy(tmp_path / f"pairs/0001{end}", tmp_path / f"{place}{end}")
+        label = f"{place.replace('/', '[')}]"
+        for look in (tables.read, tables.verify, tables.scan):
+            with pytest.raises(DamageError, match=re.escape(f"of {label} lies that of pairs[0001]")):
+                look(*place.split("/"))
+    # As metrics name what is made once.
+    tables.write("seed", "once", before)
+    assert_frame_equal(tables.read("seed", "once"), before)
+    assert tables.set_damaged_aside()
+    assert (tables.partitions("pairs"), tables.partitions("others")) == (["0001"], [])
+    # As earlier versions wrote it.
+    checksum = tmp_path / "pairs/0001.parquet.xxh128"
+    checksum.write_text(checksum.read_text().replace("pairs[0001]", "0001.parquet"))
+    assert_frame_equal(tables.read("pairs", "0001"), before)
 
 
 def test_a_training_whose_check_was_killed_is_checked_and_not_made_again(tmp_path, instance):

@@ -44,11 +44,13 @@ class ParquetTables(dg.UPathIOManager):
 
     def read(self, asset: str, partition: str) -> pl.DataFrame:
         """Reads the table of an asset and iteration that is not a declared input."""
-        return self._read(self._place(asset, partition), asset_label(asset, partition))
+        place = self._place(asset, partition)
+        return self._read(place, _label(place, self._base_path))
 
     def verify(self, asset: str, partition: str | None) -> None:
         """Raises a DamageError if the table of an asset and iteration is gone, or is not as it was written."""
-        place, label = self._place(asset, partition), asset_label(asset, partition)
+        place = self._place(asset, partition)
+        label = _label(place, self._base_path)
         with _opened(place, label) as file:
             self._look_at(file, place, label)
 
@@ -90,11 +92,12 @@ class ParquetTables(dg.UPathIOManager):
 
     def write(self, asset: str, partition: str | None, frame: pl.DataFrame) -> None:
         """Writes the table of an asset and iteration other than the running one; without an iteration, one that is made once."""
-        _write(frame, self._place(asset, partition))
+        place = self._place(asset, partition)
+        _write(frame, place, _label(place, self._base_path))
 
     def dump_to_path(self, context: dg.OutputContext, obj: pl.DataFrame | pl.LazyFrame, path: UPath) -> None:
         """Writes one table."""
-        _write(obj, path)
+        _write(obj, path, _label(path, self._base_path))
 
     def load_from_path(self, context: dg.InputContext, path: UPath) -> pl.DataFrame | pl.LazyFrame:
         """Reads one table, lazily where the asset asks for a LazyFrame."""
@@ -168,7 +171,7 @@ class _Hashed:
         self._file.flush()
 
 
-def _write(frame: pl.DataFrame | pl.LazyFrame, path: UPath) -> None:
+def _write(frame: pl.DataFrame | pl.LazyFrame, path: UPath, label: str) -> None:
     checksum = _checksum_file(path)
     with opened_atomically(path) as file:
         hashed: Any = _Hashed(file)
@@ -180,7 +183,7 @@ def _write(frame: pl.DataFrame | pl.LazyFrame, path: UPath) -> None:
         if checksum.is_dir():
             set_aside(checksum)
         checksum.unlink(missing_ok=True)
-    write_atomically(checksum, f"{hashed.hash.hexdigest()}  {path.name}\n".encode())
+    write_atomically(checksum, f"{hashed.hash.hexdigest()}  {label}\n".encode())
 
 
 def _opened(path: UPath, label: str, waits: bool = True) -> IO[bytes]:
@@ -190,7 +193,7 @@ def _opened(path: UPath, label: str, waits: bool = True) -> IO[bytes]:
     """
     try:
         file = io.BytesIO(path.read_bytes()) if path.protocol else path.open("rb")
-        expected = _checksum_file(path).read_text(errors="replace").split(" ")[0]
+        expected, _, whose = _checksum_file(path).read_text(errors="replace").strip().partition("  ")
     except FileNotFoundError:
         if not path.exists():
             raise DamageError(f"The table {path} of {label} does not exist", label) from None
@@ -203,6 +206,9 @@ def _opened(path: UPath, label: str, waits: bool = True) -> IO[bytes]:
         raise DamageError(f"A directory lies in the place of the table {path} of {label}", label) from None
     if _hash_of(file) != expected:
         raise _damaged(path, label)
+    # Earlier versions wrote the name of the file.
+    if whose not in (label, path.name):
+        raise DamageError(f"In the place of the table {path} of {label} lies that of {visible(whose[:80])}", label)
     file.seek(0)
     return file
 
