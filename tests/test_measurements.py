@@ -194,6 +194,10 @@ BAD_INSTRUCTIONS = [
     ({"prompt": "Say hi.", "constraints": [{"rule": "words_at_most", "value": "²"}]}, "needs a whole number as value"),
     ({"prompt": "Say hi.", "constraints": [{"rule": "contains", "value": ""}]}, "needs a text as value"),
     (
+        {"prompt": "Say hi.", "constraints": [{"rule": "contains", "value": "a" * 1_001}]},
+        "is longer than 1,000 characters",
+    ),
+    (
         {"prompt": "Say \0.", "constraints": [{"rule": "words_at_most", "value": 1}]},
         "the prompt holds the character NUL",
     ),

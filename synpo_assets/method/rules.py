@@ -17,6 +17,8 @@ from synpo_assets.method.words import SPACED, STOPS, UNSPACED_CHARACTER, UNSPACE
 CONSTRAINTS = pl.List(pl.Struct({"rule": pl.String, "value": pl.String}))
 # A number with more digits is no count of words or lines.
 MOST_DIGITS = 6
+# No instruction states a longer one; to look for it may take as many steps as its length times that of the answer.
+LONGEST_TEXT = 1_000
 NUMBERED = re.compile(rf"\s*(\d{{1,{MOST_DIGITS}}})(?:[.)]\s|[\u3001\uff0e\uff09])")
 DASHED = re.compile(r"\s*[-\u2013\u2014]\s*[^\s\-\u2013\u2014]")
 # A full stop after these, or between their letters, ends no sentence.
@@ -102,6 +104,8 @@ def _problem(constraint: Any) -> str | None:
         isinstance(value, str | int) and _read_value(rule, value) and str(value).isprintable()
     ):
         return f"the rule `{rule}` needs a text as value, in one line"
+    if rule in COMPARING and len(str(value)) > LONGEST_TEXT:
+        return f"the value of the rule `{rule}` is longer than {LONGEST_TEXT:,} characters"
     return None
 
 
