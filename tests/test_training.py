@@ -151,8 +151,7 @@ def test_products_in_bfloat16_change_the_loss_little_and_keep_float32_weights(
     given = (EXAMPLES, SFT) if kind == "supervised" else (pairs()[:8], PAIRED)
     losses = []
     for in_bfloat16 in (False, True):
-        for module in ("run", "trainer"):
-            monkeypatch.setattr(f"resources.training.{module}.trains_in_bfloat16", lambda *_, told=in_bfloat16: told)
+        monkeypatch.setattr("resources.training.trainer.trains_in_bfloat16", lambda *_, told=in_bfloat16: told)
         made = trainer.train(
             kind, nano_checkpoint, *given, tmp_path / str(in_bfloat16), SIMPO if kind == "preference" else None
         )

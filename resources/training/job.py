@@ -61,6 +61,7 @@ class TrainingJob(BaseModel):
     training: PreferenceTraining | Training
     loss: Loss | None
     engine: Engine  # Its threads are those of one process.
+    in_bfloat16: bool  # Products; the weights are in float32.
     random_seed: int
     steps: int | None  # Of the optimizer; None: as many as training.epochs make.
     processes: int

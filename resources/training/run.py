@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from resources.common.progress import is_silent, say_in_silence, tell
 from resources.common.text import duration
 from resources.models.chat import load_tokenizer
-from resources.models.device import loading_options, memory_explained, prepare_device, torch_dtype, trains_in_bfloat16
+from resources.models.device import loading_options, memory_explained, prepare_device, torch_dtype
 from resources.storage.checkpoint_store import TRAINING_LOG
 from resources.training.job import TrainingError, TrainingJob
 from resources.training.live import PROJECT, Observe, observing_callback
@@ -84,7 +84,7 @@ def _arguments(job: TrainingJob, device: str, steps: int) -> dict[str, Any]:
         "warmup_steps": int(steps * training.warmup_ratio),
         "lr_scheduler_type": training.scheduler,
         "seed": job.random_seed,
-        "bf16": trains_in_bfloat16(job.engine, device),
+        "bf16": job.in_bfloat16,
         "use_cpu": device == "cpu",
         # With FSDP, accelerate's own activation checkpointing takes its place: both together are refused.
         "gradient_checkpointing": job.gradient_checkpointing

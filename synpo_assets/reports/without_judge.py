@@ -16,11 +16,30 @@ NULL_LABELS = {
     "as_brief": "M_0's answers, cut to as many words as M_t's",
     "another_answer": "M_t's answers to other instructions",
 }
-# What a model gains that learned only how gold is written, and what is left without it.
-NULL_GAINS: dict[str, MetricName] = {
-    "null: log-likelihood of gold of another prompt per token, M_t less M_0": "other_gold_log_likelihood_gain",
-    "log-likelihood of gold, M_t less M_0, less that null": "gold_log_likelihood_gain_beyond_other",
-}
+GAINED = "M_t less M_0"
+# Of each measure of gold: what it is, its value of both models, and what of it M_t has more.
+OF_GOLD: tuple[tuple[str, MetricName, dict[str, MetricName]], ...] = (
+    (
+        "log-likelihood of gold's text per token",
+        "gold_log_likelihood",
+        {
+            f"log-likelihood of gold's text per token, {GAINED}": "gold_log_likelihood_gain",
+            # What a model gains that learned only how gold is written, and what is left without it.
+            f"null: log-likelihood of gold of another prompt per token, {GAINED}": "other_gold_log_likelihood_gain",
+            f"log-likelihood of gold, {GAINED}, less that null": "gold_log_likelihood_gain_beyond_other",
+        },
+    ),
+    (
+        "log-likelihood of gold's end of turn",
+        "gold_end_log_likelihood",
+        {f"log-likelihood of gold's end of turn, {GAINED}": "gold_end_log_likelihood_gain"},
+    ),
+    (
+        "similarity of the answers to gold",
+        "gold_similarity",
+        {f"similarity of the answers to gold, {GAINED}": "gold_similarity_gain"},
+    ),
+)
 
 
 def without_a_judge() -> Iterator[tuple[str, str, Cell]]:
@@ -34,23 +53,11 @@ def without_a_judge() -> Iterator[tuple[str, str, Cell]]:
     yield SECTION, label, metric_cell("verifiable_gain", gain_text, "candidate", over="initial")
     for side, model in MODELS.items():
         yield SECTION, f"constraints met by {model}", value_cell("constraint_rate", share_text, side)
-    measures: tuple[tuple[str, MetricName, MetricName], ...] = (
-        ("log-likelihood of gold's text per token", "gold_log_likelihood", "gold_log_likelihood_gain"),
-        ("log-likelihood of gold's end of turn", "gold_end_log_likelihood", "gold_end_log_likelihood_gain"),
-        ("similarity of the answers to gold", "gold_similarity", "gold_similarity_gain"),
-    )
-    for what, metric, gained in measures:
+    for what, metric, gains in OF_GOLD:
         for side, model in MODELS.items():
             yield SECTION, f"{what}, {model}", value_cell(metric, number_text, side)
-        label = f"{what}, M_t less M_0, 95 % interval"
-        yield SECTION, label, metric_cell(gained, difference_text, "candidate", over="initial")
-        if metric == "gold_log_likelihood":
-            for null_label, null in NULL_GAINS.items():
-                yield (
-                    SECTION,
-                    f"{null_label}, 95 % interval",
-                    metric_cell(null, difference_text, "candidate", over="initial"),
-                )
+        for label, gain in gains.items():
+            yield SECTION, f"{label}, 95 % interval", metric_cell(gain, difference_text, "candidate", over="initial")
     for band in LENGTH_BANDS:
         yield from _likeness_in(band)
 
