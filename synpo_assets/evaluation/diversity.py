@@ -140,7 +140,7 @@ def prompt_diversity(
     `mean_similarity` is lower where prompts are more varied: that of the synthetic prompts should lie below the baseline's and
     not rise. Nonsense is varied, too, so read `ordered_share` beside it.
     """
-    settings, iteration = services.settings, iteration_of(context)
+    settings = services.settings
     seed, dropped = filtered_seed(settings, seed_pairs)
     prompts = (synthetic_prompts["prompt"].to_list(), seed, self_instruct_prompts["prompt"].to_list())
     sources = dict(zip(SOURCES, prompts, strict=True))
@@ -152,8 +152,7 @@ def prompt_diversity(
     measures = measure(sampled, embedded.vectors, settings.diversity.clusters, settings.random_seed)
     ordered, reading = _word_order(services, initial_policy, sampled)
     answerable, labelled, shown = _labels(services, sampled)
-    frame = _frame(measures.rows, [*ordered, *answerable], sources, origin["name"], iteration)
-    plot = similarity_densities(iteration, measures)
+    frame = _frame(measures.rows, [*ordered, *answerable], sources, origin["name"], iteration_of(context))
     measured = [
         *_prompt_metrics(frame),
         *(Metric("dropped", count, of=reason) for reason, count in dropped.items()),
@@ -161,17 +160,18 @@ def prompt_diversity(
         *metrics.embedding(embedded),
         *labelled,
     ]
-    return table_output(
-        context,
-        services,
-        frame,
-        measured,
-        similarities=dg.MetadataValue.md(f"![{plot.description}]({plot.data_uri})"),
-        extremes=table_metadata(pl.DataFrame(measures.extremes)),
-        topics=table_metadata(pl.DataFrame(measures.topics)),
-        **{f"embedding_model {key}": value for key, value in origin.items()},
-        **shown,
-    )
+    shown |= {f"embedding_model {key}": value for key, value in origin.items()}
+    return table_output(context, services, frame, measured, **_shown(measures, iteration_of(context)), **shown)
+
+
+def _shown(measures: Diversity, iteration: int) -> dict[str, Any]:
+    """How alike prompts are as a plot, and the most and least alike ones and the largest clusters as tables."""
+    plot = similarity_densities(iteration, measures)
+    return {
+        "similarities": dg.MetadataValue.md(f"![{plot.description}]({plot.data_uri})"),
+        "extremes": table_metadata(pl.DataFrame(measures.extremes)),
+        "topics": table_metadata(pl.DataFrame(measures.topics)),
+    }
 
 
 def filtered_seed(settings: Settings, seed: pl.DataFrame) -> tuple[list[str], collections.Counter[str]]:

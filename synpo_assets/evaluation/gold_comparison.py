@@ -18,6 +18,7 @@ import polars as pl
 
 from resources.common.errors import FinalError
 from resources.models.embeddings import Embedded
+from resources.models.likelihood import Likelihoods
 from resources.models.model_source import fetch_embedding_model
 from resources.storage.checkpoint_store import Checkpoint
 from synpo_assets.graph import metrics
@@ -64,29 +65,37 @@ def gold_comparison(
     # Gold first, then that of other prompts, so that each model is loaded once.
     asked = [row for answer in ("answer", "other_answer") for row in evaluation.select("prompt", answer).rows()]
     likelihoods = {name: services.likelihood.measure(model, asked) for name, model in models.items()}
-    rows = evaluation.height
     weights, origin = fetch_embedding_model(settings.diversity.embedding_model, settings.engine.trust_remote_code)
     similarities, embedded = similarities_to_gold(services, weights, evaluation, list(models))
-    frame = evaluation.select("prompt_id", "split", "prompt", "answer").with_columns(
-        *(pl.Series(f"{name}_log_likelihood", likelihoods[name].per_token[:rows]) for name in models),
-        *(pl.Series(f"{name}_other_log_likelihood", likelihoods[name].per_token[rows:]) for name in models),
-        *(pl.Series(f"{name}_end_log_likelihood", likelihoods[name].end[:rows]) for name in models),
-        *(pl.Series(f"{name}_similarity", similarities[name], dtype=pl.Float64) for name in models),
-        *(
-            (evaluation[f"{name}_response"].str.len_chars() / evaluation["answer"].str.len_chars()).alias(
-                f"{name}_length_ratio"
-            )
-            for name in models
-        ),
+    frame = evaluation.with_columns(
+        column.alias(f"{name}_{measure}")
+        for name, likelihood in likelihoods.items()
+        for measure, column in _measures_of(evaluation, name, likelihood, similarities[name]).items()
+    ).with_columns(
         *(pl.lit(model.sha).alias(f"{name}_checkpoint_sha") for name, model in models.items()),
         iteration=pl.lit(iteration_of(context), pl.Int64),
     )
+    frame = frame.select(*GoldComparison.to_schema().columns)
     measured = [
         *metrics.by_split(frame, lambda rows: gold_metrics(rows, model_checkpoint.sha, settings.random_seed)),
         *metrics.reading(likelihoods.values()),
         *metrics.embedding(embedded),
     ]
     return table_output(context, services, frame, measured, embedding_model=origin["name"], **made_by(model_checkpoint))
+
+
+def _measures_of(
+    evaluation: pl.DataFrame, side: str, likelihood: Likelihoods, similarities: np.ndarray
+) -> dict[str, pl.Series]:
+    """What is measured of a model, a value per prompt; its likelihoods are those of gold, then of gold of other prompts."""
+    rows, lengths = evaluation.height, evaluation.select(pl.col("answer", f"{side}_response").str.len_chars())
+    return {
+        "log_likelihood": pl.Series(likelihood.per_token[:rows]),
+        "other_log_likelihood": pl.Series(likelihood.per_token[rows:]),
+        "end_log_likelihood": pl.Series(likelihood.end[:rows]),
+        "similarity": pl.Series(similarities, dtype=pl.Float64),
+        "length_ratio": lengths[f"{side}_response"] / lengths["answer"],
+    }
 
 
 def similarities_to_gold(

@@ -4,6 +4,7 @@ Paper: it publishes neither data nor models. Here: opt-in. No job, no sensor and
 assets, and with `publishing.dry_run`, the default, they only show what would be published.
 """
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -104,29 +105,34 @@ def published_model(
     finished = iterations_of(context.instance, services)[0]
     keys = [*(earlier for earlier in finished if earlier < key), key]
     iterations = [read_iteration(context.instance, services, each) for each in keys]
-    adapter = Path(model_checkpoint.directory) / "adapter"
     data = _card_data(services, iterations, repository)
     card = model_card(
         data,
         dataset_repository=options.dataset_repository,
         label=model_checkpoint.label,
         manifest=model_checkpoint.manifest,
-        adapter=adapter.exists(),
+        adapter=_adapter_of(model_checkpoint).exists(),
     )
-
-    def build(folder: Path) -> None:
-        without_card = shutil.ignore_patterns("README.md")
-        shutil.copytree(model_checkpoint.weights, folder, dirs_exist_ok=True, ignore=without_card)
-        shutil.copy(Path(model_checkpoint.directory) / "manifest.json", folder)
-        if adapter.exists():
-            shutil.copytree(adapter, folder / "adapter", ignore=without_card)
-            _name_base(folder / "adapter" / "adapter_config.json", data.base_model_name)
-
     name = f"model_checkpoint/{key}"
+    build = functools.partial(_copy_model, model_checkpoint, data.base_model_name)
     place = _write(services.home, name, card, build)
     to = publish(options, place, name, repository, "model", ["*.safetensors", "adapter/*"])
     version = model_checkpoint.sha[:16]
     return _result(context, services, place, card, to, version, [], sha=model_checkpoint.sha)
+
+
+def _adapter_of(model: Checkpoint) -> Path:
+    return Path(model.directory) / "adapter"
+
+
+def _copy_model(model: Checkpoint, base: str, folder: Path) -> None:
+    """Weights, manifest, and the adapter if there is one, which then names its base; no card but the one written here."""
+    without_card = shutil.ignore_patterns("README.md")
+    shutil.copytree(model.weights, folder, dirs_exist_ok=True, ignore=without_card)
+    shutil.copy(Path(model.directory) / "manifest.json", folder)
+    if _adapter_of(model).exists():
+        shutil.copytree(_adapter_of(model), folder / "adapter", ignore=without_card)
+        _name_base(folder / "adapter" / "adapter_config.json", base)
 
 
 def _write(home: Path, name: str, card: str, build: Callable[[Path], None]) -> Path:
