@@ -47,13 +47,12 @@ def followed_shares(home: Path, iteration: int, split: str) -> pl.DataFrame | No
 
 def lines(found: dict[str, pl.DataFrame]) -> Iterator[dict[str, object]]:
     """A line for each home and one for the mean of all of them."""
-    # A control that one home lacks is shown for none.
-    columns = [
-        name for name in next(iter(found.values())).columns if all(name in each.columns for each in found.values())
-    ]
-    found = {home: shares.select(columns) for home, shares in found.items()}
-    together = pl.concat(found.values()).group_by("prompt_id").agg(pl.col(columns[1:]).mean()).sort("prompt_id")
+    # Of a control that one home lacks there is no mean.
+    common = [name for name in next(iter(found.values())).columns if all(name in each for each in found.values())]
+    every = pl.concat(shares.select(common) for shares in found.values())
+    together = every.group_by("prompt_id").agg(pl.col(common[1:]).mean()).sort("prompt_id")
     for name, shares in [*found.items(), (MEAN, together)]:
+        columns = shares.columns
         of_words = [column for column in columns if column.startswith("words_of_")]
         line: dict[str, object] = {"home": name, "n": shares.height}
         for column in columns[1:]:
