@@ -6,6 +6,7 @@ from resources.common.text import duration
 from synpo_assets.graph.metrics import Metric, MetricName
 
 MISSING = "—"
+NO_INTERVAL = " (no interval)"
 # By the names of metrics: those that are shares, and those that are differences of two.
 SHARE = re.compile(r"(_share|_rate|_accuracy|win_rate.*|edits_[a-z]+)")
 GAIN_OF_SHARES = re.compile(r"(verifiable|rule_rate|edits_[a-z]+)_gain")
@@ -33,12 +34,12 @@ def gain_text(gain: Metric | None) -> str:
     Examples:
         >>> gain_text(Metric("verifiable_gain", 0.125, low=-0.0139, high=0.25))
         '+12.5 points (-1.4 to +25.0)'
-        >>> gain_text(None)
-        '—'
+        >>> gain_text(Metric("verifiable_gain", 0.0)), gain_text(None)
+        ('+0.0 points (no interval)', '—')
     """
-    if gain is None or gain.value is None or not (interval := _interval(gain, "+.1f", 100)):
+    if gain is None or gain.value is None:
         return MISSING
-    return f"{100 * gain.value:+.1f} points{interval}"
+    return f"{100 * gain.value:+.1f} points{_interval(gain, '+.1f', 100) or NO_INTERVAL}"
 
 
 def difference_text(difference: Metric | None) -> str:
@@ -48,9 +49,9 @@ def difference_text(difference: Metric | None) -> str:
         >>> difference_text(Metric("gold_log_likelihood_gain", 0.0494, low=0.0228, high=0.074))
         '+0.049 (+0.023 to +0.074)'
     """
-    if difference is None or difference.value is None or not (interval := _interval(difference, "+.3f")):
+    if difference is None or difference.value is None:
         return MISSING
-    return f"{difference.value:+.3f}{interval}"
+    return f"{difference.value:+.3f}{_interval(difference, '+.3f') or NO_INTERVAL}"
 
 
 def estimate_text(estimate: Metric | None) -> str:

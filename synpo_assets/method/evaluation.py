@@ -36,15 +36,18 @@ def bootstrap_mean(values: np.ndarray, random_seed: int) -> tuple[float, float]:
 def mean_gain(gains: pl.Series, random_seed: int) -> tuple[float | None, float | None, float | None]:
     """The mean of what the candidate has more than M_0, and the ends of its 95 % bootstrap interval; None without any.
 
+    Gains that are all the same have no interval: to draw among them shows nothing of what other prompts would gain.
+
     Examples:
         >>> mean_gain(pl.Series([0.5, 0.5]), random_seed=0)
-        (0.5, 0.5, 0.5)
+        (0.5, None, None)
     """
     if gains.is_empty():
         return None, None, None
     # Rounded, because values that differ in the last digit only are one value.
     values = gains.round(9).to_numpy()
-    return float(values.mean()), *bootstrap_mean(values, random_seed)
+    low, high = bootstrap_mean(values, random_seed) if np.ptp(values) else (None, None)
+    return float(values.mean()), low, high
 
 
 def length_bands(ratios: pl.Series) -> pl.Series:
