@@ -1,6 +1,7 @@
 """Damages are worse in one known way, end as before, and are the same under one seed."""
 
 import re
+import time
 
 import pytest
 from hypothesis import given
@@ -95,3 +96,11 @@ def test_sentences_of_other_scripts_are_damaged_one_by_one(text, other, two):
     assert {"lost_item", "shortened", "repeated_item", "swapped_order", "off_topic_sentence"} <= set(
         all_damages(text, other, 0)
     )
+
+
+@pytest.mark.parametrize("part", ["{}. Wait {} minutes\n", "It rains {} or {} days. "])
+def test_a_long_answer_takes_no_damage_long(part):
+    text = "".join(part.format(number, number) for number in range(1, 10_001)).rstrip()
+    began = time.process_time()
+    assert len(all_damages(text, "Pay your rent on time.", seed=0)) == len(DAMAGES)
+    assert time.process_time() - began < 5

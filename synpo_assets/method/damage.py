@@ -26,6 +26,8 @@ FULL_STOPS = (".", "\u3002", "\u0964", "\u06d4", "\u1362", "\uff61")
 NUMBER = re.compile(r"(?<![\w.])\d{1,15}(?!\w)")
 WORD = re.compile(r"(?<!\w)[^\W\d_]{4,}(?!\w)")
 FEWEST_WORDS = 3
+# The parts of a text that may be exchanged are its first ones: there are as many pairs as the square of them.
+MOST_SWAPPED = 200
 
 
 def lost_item(text: str, _other: str, draw: random.Random) -> str | None:
@@ -108,7 +110,7 @@ def swapped_order(text: str, _other: str, draw: random.Random) -> str | None:
     bare = [_unmarked(part) for part in parts]
     pairs = [
         (one, other)
-        for one, other in itertools.combinations(range(len(parts)), 2)
+        for one, other in itertools.combinations(range(min(len(parts), MOST_SWAPPED)), 2)
         if bare[one] != bare[other] and (other < len(parts) - 1 or ending(parts[one]) == ending(text))
     ]
     if not pairs:
