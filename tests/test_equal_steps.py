@@ -193,7 +193,13 @@ RULES = {"Name it.": ("contains", "M_2"), "Say it.": ("contains", "control"), "P
 @dg.asset(io_manager_key="tables")
 def verifiable_instructions() -> pl.DataFrame:
     rows = [
-        {"prompt_id": prompt, "split": "test", "prompt": prompt, "constraints": [{"rule": rule, "value": value}]}
+        {
+            "prompt_id": prompt,
+            "split": "test",
+            "prompt": prompt,
+            "constraints": [{"rule": rule, "value": value}],
+            "template": prompt,
+        }
         for prompt, (rule, value) in RULES.items()
     ]
     return pl.DataFrame(rows)

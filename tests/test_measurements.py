@@ -129,6 +129,7 @@ def test_the_difference_has_an_interval_and_rules_are_shown_apart():
     answered = pl.DataFrame(
         {
             "prompt_id": [str(place) for place in range(20)],
+            "template": [str(place) for place in range(20)],
             "constraints": [constraints] * 20,
             # A list of three, in which there is an a, is what no other prompt is.
             "prompt": ['["a", "b", "c"]'] + ["Write a list."] * 19,
@@ -151,6 +152,12 @@ def test_the_difference_has_an_interval_and_rules_are_shown_apart():
         "verifiable_gain", 0.5, "candidate", "initial", low=gain.low, high=gain.high, n=20, checkpoint_sha="sha"
     )
     assert 0.2 < gain.low < 0.5 < gain.high < 0.8
+    # Of two templates one is learned and the other not: that says nothing of a third.
+    of_two = answered.with_columns(template=pl.Series(["other"] * 5 + ["one"] * 10 + ["other"] * 5))
+    of_templates = next(
+        each for each in following_metrics(of_two, "sha", random_seed=0) if each.metric == "verifiable_gain"
+    )
+    assert (of_templates.value, of_templates.low, of_templates.high) == (0.5, 0.0, 1.0)
     assert rates_by_rule(answered).rows() == [("contains", 20, 1.0, 0.25), ("json_list_of", 20, 0.75, 1.0)]
     of_rules = [each for each in following_metrics(answered, "sha", random_seed=0) if each.by is not None]
     assert [(each.metric, each.of, each.by, each.value, each.n) for each in of_rules] == [

@@ -29,7 +29,8 @@ CASES = {
     "preferences.margin_threshold": (0.5, {"preference_pairs"}),
     "preferences.rejected_from": ("previous", {"preference_pairs", "rejected_responses"}),
     "preferences.chosen_from": (
-        "ranked_samples", {"seed_pairs", "preference_pairs", "rejected_responses", "chosen_responses"}
+        "ranked_samples",
+        {"seed_pairs", "synthetic_prompts", "preference_pairs", "rejected_responses", "chosen_responses"},
     ),
     "prompt_generator.min_words": (3, {"synthetic_prompts", "self_instruct_prompts", "prompt_diversity"}),
     "prompt_generator.prompts_per_iteration": (9, {"synthetic_prompts", "keyword_sets", "self_instruct_prompts"}),
@@ -71,6 +72,7 @@ CASES = {
     "scorer.training.epochs": (2, {"reward_model", "judge_model"}),
     "judge.training.epochs": (2, {"judge_model"}),
     "judge.max_length": (99, {"judge_model", "evaluation"}),
+    "evaluation.instruction_samples": (2, {"instruction_following"}),
     "judge.server": ({"url": "http://127.0.0.1:1/v1", "model": "m"}, {"evaluation", "prompt_diversity"}),
     "seed_data.scorer_limit": (9, {"seed_pairs", "verifiable_instructions"}),
     "seed_data.verifiable_limit": (9, {"seed_pairs", "verifiable_instructions"}),

@@ -383,11 +383,24 @@ def test_without_a_length_of_its_own_a_side_has_what_the_prompt_leaves(nano_chec
     room = len(row["chosen_ids"]) - 1
     tight = whole.model_copy(update={"max_length": len(row["prompt_ids"]) + room})
     short, cut = preference_row(tokenizer, pair, tight)
-    assert (short["chosen_ids"], short["rejected_ids"], cut) == (
-        row["chosen_ids"][:room],
-        row["rejected_ids"][:room],
-        1,
+    # Nor is the other side closed, though there is room: one closed beside one that is not would teach to end.
+    assert (short["chosen_ids"], short["rejected_ids"], cut) == (row["chosen_ids"][:room], row["rejected_ids"][:-1], 1)
+    assert row["rejected_ids"][-1] == row["chosen_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_of_a_pair_for_the_reward_model_both_sides_are_closed_or_neither_is(nano_checkpoint):
+    from resources.training.rows import reward_rows
+
+    tokenizer, asked = (
+        load_tokenizer(nano_checkpoint.weights),
+        [("Name a fruit.", "A pear, " * 9 + "or a plum.", "Pear.")],
     )
+    longest = SFT.model_copy(update={"max_length": 400})
+    (whole,) = reward_rows(tokenizer, asked, longest).rows
+    tight = SFT.model_copy(update={"max_length": len(whole["chosen_ids"]) - 1})
+    cut = reward_rows(tokenizer, asked, tight)
+    assert (cut.truncated, cut.rows[0]["chosen_ids"]) == (1, whole["chosen_ids"][:-1])
+    assert cut.rows[0]["rejected_ids"] == whole["rejected_ids"][:-1]
 
 
 SLOW_BUT_ONE = ["preference", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("supervised", "reward"))]

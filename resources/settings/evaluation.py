@@ -219,8 +219,8 @@ class Gate(Section):
         0.05,
         ge=1e-6,
         lt=0.5,
-        description="How often a model that is no better may reach a `low` of 0.5. With 100 dev prompts, one that truly wins 65 % "
-        "reaches it in nine of ten cases.",
+        description="How often a model that is no better may reach a `low` of 0.5, unless a search chose it. With 100 dev prompts, "
+        "one that truly wins 65 % reaches it in nine of ten cases.",
     )
 
     @model_validator(mode="after")

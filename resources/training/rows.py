@@ -67,14 +67,32 @@ def preference_row(
     }
     cut = int(len(prompt) > training.max_prompt_length)
     longest = training.max_completion_length or training.max_length - len(row["prompt_ids"])
-    for side in ("chosen", "rejected"):
-        row[side] = pair[side][-1]["content"]
-        finished = pair[f"{side}_finish_reason"] == "stop"
-        token_ids = answer_ids(tokenizer, pair["prompt"], row[side], finished)
-        cut += len(token_ids) > longest
-        row[f"{side}_ids"] = token_ids[:longest]
+    answers = {side: pair[side][-1]["content"] for side in ("chosen", "rejected")}
+    finished = [pair[f"{side}_finish_reason"] == "stop" for side in answers]
+    sides, truncated = _sides(tokenizer, pair["prompt"], list(answers.values()), finished, longest)
+    cut += truncated
+    row |= answers | {f"{side}_ids": token_ids for side, token_ids in zip(answers, sides, strict=True)}
     row["length"] = 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
     return row, cut
+
+
+def _sides(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    answers: Sequence[str],
+    finished: Sequence[bool],
+    longest: int,
+) -> tuple[list[list[int]], int]:
+    """Token ids of two answers to one prompt, each cut to a length, and how many of them were cut.
+
+    Where one of them is, neither has its end of turn: one with it beside one without would teach to end.
+    """
+    ended = zip(answers, finished, strict=True)
+    sides = [answer_ids(tokenizer, messages, answer, is_finished) for answer, is_finished in ended]
+    cut = sum(len(side) > longest for side in sides)
+    if cut:
+        sides = [answer_ids(tokenizer, messages, answer, finished=False)[:longest] for answer in answers]
+    return sides, cut
 
 
 def reward_rows(
@@ -85,10 +103,11 @@ def reward_rows(
     for prompt, better, worse in pairs:
         messages = [{"role": "user", "content": prompt}]
         asked = prompt_ids(tokenizer, messages)
-        sides = [asked + answer_ids(tokenizer, messages, answer) for answer in (better, worse)]
-        truncated += sum(len(side) > training.max_length for side in sides)
-        if better.strip() and worse.strip() and len(asked) < training.max_length:
-            chosen, rejected = (side[: training.max_length] for side in sides)
+        longest = max(0, training.max_length - len(asked))
+        sides, cut = _sides(tokenizer, messages, (better, worse), (True, True), longest)
+        truncated += cut
+        if better.strip() and worse.strip() and longest:
+            chosen, rejected = (asked + side for side in sides)
             rows.append({"chosen_ids": chosen, "rejected_ids": rejected, "length": len(chosen) + len(rejected)})
     return TrainingRows(rows, len(pairs), truncated, sum(row["length"] for row in rows))
 

@@ -34,7 +34,12 @@ from synpo_assets.evaluation.win_rates import (
 )
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
-from synpo_assets.graph.evaluation_schemas import EqualSteps, EqualStepsGold, EqualStepsInstructions
+from synpo_assets.graph.evaluation_schemas import (
+    EqualSteps,
+    EqualStepsGold,
+    EqualStepsInstructions,
+    VerifiableInstructions,
+)
 from synpo_assets.graph.metrics import Metric, judge_doubt
 from synpo_assets.graph.missing import EQUAL_STEPS, controlled_sha
 from synpo_assets.graph.partitions import iteration_of, partition_key
@@ -52,7 +57,7 @@ from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.evaluation import mean_gain, win_rates
 from synpo_assets.method.ranking import repeated_prompts
 from synpo_assets.method.templates import prompt_requests
-from synpo_assets.method.verifiable import shares_followed
+from synpo_assets.method.verifiable import gain_in_following, shares_followed
 from synpo_assets.stages.optimization import TRAINING_READS, USED_COLUMNS, loss_code, optimization_cost
 from synpo_assets.stages.scorers import comparison_tokens
 
@@ -180,7 +185,8 @@ def equal_steps_instructions(
     """
     refuse_answers_of_another(model_checkpoint, instruction_following, "instruction_following")
     refuse_control_of_another(equal_steps_checkpoint, model_checkpoint)
-    asked = instruction_following.filter(sample=1).select("prompt_id", "split", "prompt", "constraints")
+    stated = pl.selectors.by_name(*VerifiableInstructions.to_schema().columns, require_all=False)
+    asked = instruction_following.filter(sample=1).select(stated)
     answers, usages = instruction_answers(services, {"control": equal_steps_checkpoint}, asked)
     columns = ("prompt_id", "sample", "candidate_response", "candidate_met", "candidate_checkpoint_sha", "iteration")
     frame = answers.join(
@@ -295,7 +301,7 @@ def _gold_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[Metri
 def _following_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[Metric]:
     """The share of instructions that the control follows, and what M_t follows more."""
     shares = shares_followed(frame, ("candidate", "control"))
-    gain, low, high = mean_gain(shares["candidate"] - shares["control"], random_seed)
+    gain, low, high = gain_in_following(frame, random_seed, ("candidate", "control"))
     control = str(frame["control_checkpoint_sha"].first())
     return [
         Metric(

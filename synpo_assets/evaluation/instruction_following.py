@@ -20,10 +20,9 @@ from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
-from synpo_assets.method.evaluation import mean_gain
 from synpo_assets.method.rules import followed
 from synpo_assets.method.templates import user_message
-from synpo_assets.method.verifiable import nulls_followed, rates_by_rule, shares_followed
+from synpo_assets.method.verifiable import gain_in_following, nulls_followed, rates_by_rule, shares_followed
 
 ANSWERING_READS = ("evaluation.sampling", "evaluation.instruction_samples")
 
@@ -53,7 +52,8 @@ def instruction_following(
     """Which of the verifiable instructions M_t follows, compared with M_0.
 
     No judge has a say. `verifiable_gain` is M_t's share less M_0's; with an interval that holds 0, nothing is shown. A share below
-    that of the strongest null, such as the prompts themselves given as answers, shows no skill either.
+    that of the strongest null, such as the prompts themselves given as answers, shows no skill either. The interval is over the
+    templates of the instructions, where their rows state some.
     """
     models = {"candidate": model_checkpoint, "initial": initial_policy}
     frame, usages = instruction_answers(services, models, verifiable_instructions)
@@ -78,6 +78,9 @@ def instruction_answers(
 ) -> tuple[pl.DataFrame, list[Usage]]:
     """The instructions as often as each is asked, with the answer of each model and which constraints it meets."""
     options, usages = services.settings.evaluation, list[Usage]()
+    if "template" not in instructions.columns:
+        # Made by an earlier version.
+        instructions = instructions.with_columns(template="prompt_id")
     samples = pl.DataFrame({"sample": range(1, options.instruction_samples + 1)}, schema={"sample": pl.Int64})
     frame = instructions.join(samples, how="cross")
     requests = [
@@ -100,7 +103,7 @@ def following_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[M
     Beside them stand the nulls: how many instructions are followed by answers that show no skill.
     """
     shares, sides = shares_followed(frame), ("candidate", "initial")
-    gain, low, high = mean_gain(shares["candidate"] - shares["initial"], random_seed)
+    gain, low, high = gain_in_following(frame, random_seed)
     return [
         Metric("instructions", shares.height),
         *(Metric("verifiable_rate", metrics.mean(shares[side]), of=side, n=shares.height) for side in sides),

@@ -5,10 +5,11 @@ why one metric is not enough: Arena-Hard falls at iteration 4 while AlpacaEval r
 points.
 Here: the section `gate` of the settings holds limits for several metrics of the dev split. By default M_t must be better
 than M_0 at equal length, and better than M_{t-1}, each by the low end of an interval: a model that did not change passes
-in a share of gate.error_rate at most. A judge that is right about held-out gold no more often than chance has measured
-nothing. Where all metrics keep to their limits, M_t is reported as `policy[t+1]`; where one does not, or was not
-measured, nothing is reported and the next iteration refuses with the sentence that stands here. The verdict is data: a
-refused M_t stays, and may be judged again under other limits.
+in a share of gate.error_rate at most, and in more where a search chose it as the best of several on the same prompts. A
+judge that is right about held-out gold no more often than chance has measured nothing. Where all metrics keep to their
+limits, M_t is reported as `policy[t+1]`; where one does not, or was not measured, nothing is reported and the next
+iteration refuses with the sentence that stands here. The verdict is data: a refused M_t stays, and may be judged again
+under other limits.
 """
 
 from collections.abc import Mapping, Sequence

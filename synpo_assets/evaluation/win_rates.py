@@ -51,7 +51,14 @@ from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
 COMPARISONS = (("candidate", "initial"), ("candidate", "previous"), ("trimmed", "initial"), ("verbose", "initial"))
 
 # What decides answers to held-out prompts, and what all judges say of them.
-JUDGING_READS = ("evaluation", "scorer.judging_convention", "scorer.max_length", "judge.max_length", "judge.server")
+JUDGING_READS = (
+    "evaluation.sampling",
+    "evaluation.samples",
+    "scorer.judging_convention",
+    "scorer.max_length",
+    "judge.max_length",
+    "judge.server",
+)
 OUTCOME_COUNTS: tuple[tuple[MetricName, str], ...] = (("wins", "wins"), ("ties", "ties"), ("losses", "losses"))
 EVERY_COUNT: tuple[tuple[MetricName, str], ...] = (
     ("pairs_alike_in_length", "alike_in_length"), *OUTCOME_COUNTS, ("no_verdicts", "no_verdict"),
@@ -138,8 +145,9 @@ def _answers(
     # In one batch, and before M_{t-1}, which is M_0 at first.
     both, cost = services.language_model.answer(models["initial"], [*asked, *wordier], options.sampling)
     answered = {"initial": both.head(frame.height), "verbose": both.tail(frame.height)}
-    # What was asked to be long may be cut; that is no fault of the token limit.
-    cost = dataclasses.replace(cost, cut=answered["initial"]["finish_reason"].to_list().count("length"))
+    # What was asked to be long may be cut; that is no fault of the token limit, and counts nowhere.
+    cut = answered["initial"]["finish_reason"].to_list().count("length")
+    cost = dataclasses.replace(cost, rows=frame.height, cut=cut)
     for name in ("candidate", "previous"):
         answered[name], usage = services.language_model.answer(models[name], asked, options.sampling)
         cost += usage

@@ -73,7 +73,7 @@ def preference_pairs_checks(context: dg.AssetCheckExecutionContext, services: Se
     yield _result("enough_pairs", pairs.height >= least, **shown, remedy=MORE_PAIRS)
     empty = sum(not text.strip() for text in chosen + rejected)
     yield _result("no_empty_side", empty == 0, empty_answers=empty)
-    # Where rules decide, every margin is 1.
+    # Where rules decide, margins are 1, or -1 where people exchanged the sides.
     margin, least = mean(pairs.filter(~BY_RULES)["margin"]), limits.min_mean_margin
     shown = {"mean_margin": margin, "least_allowed": least, "setting": "checks.min_mean_margin"}
     yield _result("score_margin", margin is None or margin >= least, **shown)

@@ -73,6 +73,7 @@ class VerifiableInstructions(Table):
     constraints: CONSTRAINTS = pa.Field(  # type: ignore[valid-type]
         description="What an answer must meet: a rule of method/rules.py, and the value it compares with."
     )
+    template: str = text_column("What the instruction was made of; its own prompt_id where its row states none.")
 
 
 class InstructionAnswers(Table):
@@ -87,6 +88,7 @@ class InstructionAnswers(Table):
     split: str = split_column()
     prompt: str = text_column("The instruction's text.")
     constraints: CONSTRAINTS = pa.Field(description="What an answer must meet.")  # type: ignore[valid-type]
+    template: str = text_column("What the instruction was made of; its own prompt_id where its row states none.")
     sample: int = pa.Field(ge=1, description="Which of the answers to this instruction, counted from 1.")
     candidate_response: str = pa.Field(description="M_t's answer.")
     candidate_met: MET = pa.Field(description="Whether M_t's answer meets each constraint, in order.")  # type: ignore[valid-type]

@@ -112,7 +112,7 @@ class PreferencePairs(Table):
     margin: float = pa.Field(description="chosen_score - rejected_score.")
     score_convention: str = text_column(
         "What a margin is: `reward_difference` of a reward model, a pair ranker's scorer.pair_convention, or `rules_hold`: 1, "
-        "because chosen follows all rules of the prompt and rejected does not."
+        "because chosen follows all rules of the prompt and rejected does not, or -1 where people exchanged them."
     )
     rules: str = pa.Field(
         description="Rules of the prompt as JSON, a list of `rule` and `value`; empty if it has none."

@@ -121,14 +121,14 @@ class Stage:
 
     def sampling_setting(self, settings: Settings) -> str | None:
         """The setting of `reads` by which it samples answers; None where it does not, or in several ways."""
+        named = list[str]()
         for name in self.reads if "generates" in self.work else ():
             value = operator.attrgetter(name)(settings)
             fields = [(name, value)]
             if isinstance(value, BaseModel) and not isinstance(value, Sampling):
                 fields = [(f"{name}.{field}", each) for field, each in value]
-            if named := [place for place, each in fields if isinstance(each, Sampling)]:
-                return named[0] if len(named) == 1 else None
-        return None
+            named += [place for place, each in fields if isinstance(each, Sampling)]
+        return named[0] if len(named) == 1 else None
 
     def reading(self) -> list[str]:
         """The settings that decide its result, by dotted name, without the random seed, which decides all."""

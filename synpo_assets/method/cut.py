@@ -7,7 +7,7 @@ tell a cut answer from one that ended, except by what it says:
 - An answer that was cut is trimmed to its last whole sentence when it enters a table, and from then on closed like any other.
   So the improver, the scorer and the judge read it, in training and in use.
 - A pair with a side that was cut is dropped, with the reason `cut`: likelihood tells a cut from an end, and SimPO would learn
-  to end. Of ranked samples, those that were cut take no rank.
+  to end. Of ranked samples, those that were cut take no rank. Where a training's own lengths cut one side, neither is closed.
 - An answer without any whole sentence is empty after trimming. It trains neither improver nor scorer, and gets no verdict.
 - Lengths are those of the trimmed answers, as the judges read them. Repetition, verifiable rules and benchmarks read the
   answers as they were written: a loop has no sentence to trim to, and trimming could make an answer short enough for a rule.

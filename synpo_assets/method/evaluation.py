@@ -29,25 +29,54 @@ def bootstrap_mean(values: np.ndarray, random_seed: int) -> tuple[float, float]:
     """
     different, counts = np.unique(values, return_counts=True)
     drawn = np.random.default_rng(random_seed).multinomial(len(values), counts / len(values), size=RESAMPLES)
-    low, high = np.quantile(drawn @ different / len(values), [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return _ends(drawn @ different / len(values))
+
+
+def _ends(means: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(means, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     return float(low), float(high)
 
 
-def mean_gain(gains: pl.Series, random_seed: int) -> tuple[float | None, float | None, float | None]:
+def mean_gain(
+    gains: pl.Series, random_seed: int, groups: pl.Series | None = None
+) -> tuple[float | None, float | None, float | None]:
     """The mean of what the candidate has more than M_0, and the ends of its 95 % bootstrap interval; None without any.
 
-    Gains that are all the same have no interval: to draw among them shows nothing of what other prompts would gain.
+    Gains that are all the same, over groups if there are some, have no interval: to draw among them shows nothing of what other
+    prompts would gain.
+
+    Args:
+        gains: One for each prompt.
+        random_seed: Draws.
+        groups: What each prompt belongs to, such as the template that it was made of; None: prompts are independent.
 
     Examples:
         >>> mean_gain(pl.Series([0.5, 0.5]), random_seed=0)
         (0.5, None, None)
+        >>> mean_gain(pl.Series([1.0, 1.0, 0.0, 0.0]), 0, pl.Series(["a", "a", "b", "b"]))
+        (0.5, 0.0, 1.0)
     """
     if gains.is_empty():
         return None, None, None
     # Rounded, because values that differ in the last digit only are one value.
-    values = gains.round(9).to_numpy()
-    low, high = bootstrap_mean(values, random_seed) if np.ptp(values) else (None, None)
-    return float(values.mean()), low, high
+    values = gains.round(9)
+    groups = pl.Series(range(len(values))) if groups is None else groups
+    drawn = (
+        pl.DataFrame({"group": groups, "value": values})
+        .group_by("group")
+        .agg(pl.col("value").sum(), pl.len())
+        .sort("group")
+    )
+    mean = float(values.to_numpy().mean())
+    if (drawn["value"] / drawn["len"]).round(9).n_unique() == 1:
+        return mean, None, None
+    if drawn.height == len(values):
+        return mean, *bootstrap_mean(values.to_numpy(), random_seed)
+    counts = np.random.default_rng(random_seed).multinomial(
+        drawn.height, np.full(drawn.height, 1 / drawn.height), size=RESAMPLES
+    )
+    low, high = _ends((counts @ drawn["value"].to_numpy()) / (counts @ drawn["len"].to_numpy()))
+    return mean, low, high
 
 
 def length_bands(ratios: pl.Series) -> pl.Series:

@@ -133,9 +133,9 @@ def keyword_set(paragraph: str, keywords: Sequence[str]) -> dict[str, object]:
 
 
 def drawn_rows(pool_size: int, iteration: int, count: int, random_seed: int) -> list[int]:
-    """Rows of the keyword pool that an iteration draws: without repetition, also across iterations.
+    """Rows of the keyword pool that an iteration draws: without repetition, also across iterations that draw as many.
 
-    The pool is shuffled once; iteration t takes the t-th slice and starts over when the pool is used up.
+    The pool is shuffled once; iteration t takes the t-th slice of its size and starts over when the pool is used up.
     """
     order = random.Random(f"{random_seed}:pool").sample(range(pool_size), pool_size)
     start = (iteration - 1) * count

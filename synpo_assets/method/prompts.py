@@ -1,8 +1,8 @@
 """Which synthetic prompts are kept, and drawing what they are written from until there are enough of them.
 
 The paper keeps what parses. We also drop prompts that are too short or long, in another language, near-duplicates
-of a seed prompt or of an earlier prompt, that have the words of a held-out prompt or share a long run of words with one, or
-that M_0's context does not hold with what is written after them.
+of a seed prompt, of one kept before or of one of an earlier pair, that have the words of a held-out prompt or share a long run of
+words with one, or that M_0's context does not hold with what is written after them.
 """
 
 import collections

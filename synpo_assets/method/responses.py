@@ -1,5 +1,7 @@
 """Turning completions into response tables with ids, and what the rules of their prompts say of them."""
 
+import operator
+
 import polars as pl
 
 from synpo_assets.method.cut import whole_answers
@@ -36,13 +38,17 @@ def response_table(
 
 
 def answers_that_follow(prompts: pl.DataFrame, answers: pl.DataFrame) -> pl.Series:
-    """Of the prompts that have rules and an answer, whether the answer follows all of them.
+    """Of the prompts that have rules and an answer, whether the answer follows all of them; one that was cut follows none.
 
     Examples:
         >>> rules = [[{"rule": "words_at_most", "value": "1"}], []]
         >>> prompts = pl.DataFrame({"prompt_id": ["a", "b"], "constraints": rules})
-        >>> answers_that_follow(prompts, pl.DataFrame({"prompt_id": ["a", "b"], "response": ["So be it.", "Yes."]})).to_list()
-        [False]
+        >>> answers = {"prompt_id": ["a", "b", "a"], "response": ["Yes.", "Yes.", "Yes."]}
+        >>> answers_that_follow(prompts, pl.DataFrame(answers | {"finish_reason": ["stop", "stop", "length"]})).to_list()
+        [True, False]
     """
-    ruled = prompts.filter(has_rules(prompts)).join(answers, on="prompt_id")
-    return pl.Series([all(followed(*row)) for row in ruled.select("constraints", "response").rows()], dtype=pl.Boolean)
+    asked = prompts.filter(has_rules(prompts)).select("prompt_id", "constraints")
+    ruled = asked.join(answers.select("prompt_id", "response", "finish_reason"), on="prompt_id")
+    ended = (ruled["finish_reason"] == "stop").to_list()
+    held = [all(followed(*row)) for row in ruled.select("constraints", "response").rows()]
+    return pl.Series([*map(operator.and_, held, ended)], dtype=pl.Boolean)

@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 
 from synpo_assets.method.chat_rows import UnusableCellError, row_text
+from synpo_assets.method.evaluation import mean_gain
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.rules import (
     ABBREVIATION,
@@ -69,6 +70,19 @@ def shares_followed(answered: pl.DataFrame, sides: Sequence[str] = ("candidate",
     return answered.group_by("prompt_id", maintain_order=True).agg(
         pl.col(f"{side}_met").list.all().mean().alias(side) for side in sides
     )
+
+
+def gain_in_following(
+    answered: pl.DataFrame, random_seed: int, sides: tuple[str, str] = ("candidate", "initial")
+) -> tuple[float | None, float | None, float | None]:
+    """What the first side follows more than the second, and the ends of its 95 % interval, for which whole templates are drawn.
+
+    Instructions of one template are followed, or not, for the same reasons: taken for independent, they make an interval narrow
+    that says little of other templates.
+    """
+    shares = shares_followed(answered, sides)
+    templates = answered.group_by("prompt_id", maintain_order=True).agg(pl.col("template").first())["template"]
+    return mean_gain(shares[sides[0]] - shares[sides[1]], random_seed, templates)
 
 
 def nulls_followed(answered: pl.DataFrame) -> dict[str, list[bool]]:

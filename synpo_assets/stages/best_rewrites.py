@@ -6,7 +6,8 @@ the scorer is chosen among those whose length is that of the rejected answer, wi
 if there is none, the nearest in length. A single rewrite is often far from what the policy would write, and longer or shorter
 than the rejected answer: preference optimization then learns length before content, and every pair pulls with full weight.
 R_t has learned to change answers, and may change right ones too: with `response_improver.own_answers` what M_{t-1} answered is
-chosen where the scorer, or the rules of the prompt, put it above every rewrite. At t = 1 it is the rejected answer, and is not.
+chosen where the rules of the prompt put it above every rewrite, or the scorer above those of like length. At t = 1 it is the
+rejected answer, and is not.
 The first sample is the one in refined_responses. As for ranked samples, the scorer gives margins over the first sample, so
 that a pair ranker needs no reading of every two.
 """

@@ -217,7 +217,7 @@ def refined_responses(
     sampling = services.settings.response_improver.sampling
     written, usage = services.language_model.answer(response_improver, requests, sampling)
     frame = response_table(base.drop("response"), written, response_improver.sha, iteration_of(context))
-    measured = [*_rewriting_metrics(synthetic_prompts, base, frame), *metrics.generating(usage)]
+    measured = [*_rewriting_metrics(synthetic_prompts, base_responses, frame), *metrics.generating(usage)]
     return table_output(context, services, frame, measured, **made_by(response_improver))
 
 

@@ -3,8 +3,8 @@
 Paper (algorithm 1): M_{t-1} makes the data of iteration t, and all data so far makes M_t.
 Here: Dagster refuses cycles between asset keys, so the edges that lead back are not declared but reported:
 `promotion[t]` reports a materialization of `policy[t+1]` once M_t has passed the gate, and `preference_pairs[t]` one of
-`preference_history[t+1]`. Both state assets look up what iteration t-1 left, wait while a live run is still making
-it, and refuse if it is missing, failed, altered or not promoted.
+`preference_history[t+1]`. Both state assets look up what earlier iterations left, wait while a live run is still making
+it, and refuse if it is missing, failed or altered; `policy` also if it was not promoted.
 """
 
 import time

@@ -136,12 +136,13 @@ def kept_pairs(services: Services, partition: str, scored: pl.DataFrame) -> tupl
 def _remedy(settings: Settings) -> str:
     """What to change where no pair was kept, by the filter that dropped most."""
     writer = "response_improver" if settings.trains_improver else "responses"
+    writers = "response_improver.sampling.max_new_tokens and responses" if settings.trains_improver else "responses"
     samples = "response_improver.samples" if settings.trains_improver else "preferences.ranked_samples"
     return (
-        "If `margin` dropped most, lower preferences.margin_threshold; if "
-        f"`cut` did, raise {writer}.sampling.max_new_tokens; if `rules` did, write more seed rows with such rules, or raise "
-        f"{samples}; if `equal_sides` did, {writer}.sampling.temperature; if `length` "
-        "did, preferences.max_length_ratio; if `people` did, the file of preferences.reviewed leaves no pair to learn from."
+        f"If `margin` dropped most, lower preferences.margin_threshold; if `cut` did, raise {writers}.sampling.max_new_tokens; if "
+        "`repetition` did, preferences.max_repetition; if `rules` did, write more seed rows with such rules, or raise "
+        f"{samples}; if `equal_sides` did, {writer}.sampling.temperature; if `length` did, preferences.max_length_ratio; if "
+        "`people` did, the file of preferences.reviewed leaves no pair to learn from."
     )
 
 

@@ -136,7 +136,7 @@ def prompt_sampling(settings: Settings) -> Sampling:
     group="prompts",
     work=("generates",),
     # How long the answers and rewrites may be, for which there must be room after a prompt.
-    reads=("prompt_generator", *WRITTEN, "response_improver.sampling.max_new_tokens"),
+    reads=("prompt_generator", *WRITTEN, "response_improver.sampling.max_new_tokens", "preferences.chosen_from"),
     samplings=lambda settings: [prompt_sampling(settings)],
     cost=lambda sizes: [
         Work("generate", sizes.settings.keyword_sets_per_iteration * prompt_sampling(sizes.settings).max_new_tokens)

@@ -3,20 +3,24 @@
     python -m tests.benchmarks.random_seeds SPLIT FILE.csv HOME HOME ...
 
 For each iteration that all homes have: a line for each home, and one for their mean. Differences are in points, with 95 % intervals
-over instructions. Those of the mean take the average over homes of each instruction first, so they say how far other instructions
-would move it; how far other random seeds would is to be seen in the lines of the homes.
+for which whole templates of instructions are drawn. Those of the mean take the average over homes of each instruction first: they
+say how far other templates would move it. How far other random seeds would is to be seen in the lines of the homes.
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
 
+import resources
 from synpo_assets.method.evaluation import mean_gain
 from synpo_assets.method.verifiable import nulls_followed, shares_followed
 
 MEAN = "mean"
+# Homes of earlier versions do not say what their instructions were made of.
+INSTRUCTIONS = Path(resources.__file__).parent / "seed" / "rules" / "instructions.jsonl"
 DIFFERENCES = [("M_t", "M_0"), ("M_t", "M_{t-1}"), ("M_t", "control")]
 
 
@@ -27,6 +31,8 @@ def followed_shares(home: Path, iteration: int, split: str) -> pl.DataFrame | No
         file = home / "tables" / asset / f"{number:04d}.parquet"
         return pl.read_parquet(file).filter(split=split) if file.exists() else None
 
+    rows = map(json.loads, INSTRUCTIONS.read_text(encoding="utf-8").splitlines())
+    templates = {row["prompt"]: row["template"] for row in rows}
     asked = table("instruction_following", iteration)
     if asked is None:
         return None
@@ -40,9 +46,9 @@ def followed_shares(home: Path, iteration: int, split: str) -> pl.DataFrame | No
         shares = shares.join(of_null, on="prompt_id")
     words = {side: pl.col(f"{answered}_response").str.count_matches(r"\S+") for side, answered in
              (("words_of_M_t", "candidate"), ("words_of_M_0", "initial"))}  # fmt: skip
-    return shares.join(
-        asked.group_by("prompt_id").agg(**{side: count.mean() for side, count in words.items()}), on="prompt_id"
-    )
+    template = pl.col("template" if "template" in asked.columns else "prompt").replace(templates).first()
+    described = {"template": template} | {side: count.mean() for side, count in words.items()}
+    return shares.join(asked.group_by("prompt_id").agg(**described), on="prompt_id").sort("prompt_id")
 
 
 def lines(found: dict[str, pl.DataFrame]) -> Iterator[dict[str, object]]:
@@ -50,18 +56,18 @@ def lines(found: dict[str, pl.DataFrame]) -> Iterator[dict[str, object]]:
     # Of a control that one home lacks there is no mean.
     common = [name for name in next(iter(found.values())).columns if all(name in each for each in found.values())]
     every = pl.concat(shares.select(common) for shares in found.values())
-    together = every.group_by("prompt_id").agg(pl.col(common[1:]).mean()).sort("prompt_id")
+    together = every.group_by("prompt_id", "template").agg(pl.exclude("prompt_id", "template").mean()).sort("prompt_id")
     for name, shares in [*found.items(), (MEAN, together)]:
-        columns = shares.columns
+        columns = [column for column in shares.columns if column != "template"]
         of_words = [column for column in columns if column.startswith("words_of_")]
-        line: dict[str, object] = {"home": name, "n": shares.height}
+        line: dict[str, object] = {"home": name, "n": shares.height, "templates": shares["template"].n_unique()}
         for column in columns[1:]:
             value = shares[column].mean()
             assert isinstance(value, float)
             line[column] = round(value, 1) if column in of_words else round(100 * value, 1)
         for first, second in DIFFERENCES:
             if second in columns:
-                gain = mean_gain(shares[first] - shares[second], random_seed=0)
+                gain = mean_gain(shares[first] - shares[second], 0, shares["template"])
                 line |= zip(
                     (f"{first} less {second}", f"{second} low", f"{second} high"),
                     (None if each is None else round(100 * each, 1) for each in gain),
