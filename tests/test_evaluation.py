@@ -952,6 +952,8 @@ def test_the_evaluation_of_an_iteration_with_a_server_as_third_judge(serve, inst
     assert [(each.of, each.value) for each in metrics.every("cut_share") if each.of] == list(
         zip(models, [0.0, 0.0, 1.0], strict=True)
     )
+    # A third of what the three models wrote; M_0's verbose answers count neither among those cut nor among all.
+    assert metrics.value("cut_share") == pytest.approx(1 / 3)
     assert metrics.value("mean_repetition", "candidate") == 0.0
     assert frame.select("candidate_cut", "initial_cut").rows() == [(False, True)] * 12
     both = metrics.find("win_rate_both_ended", "candidate", over="initial", by=INDEPENDENT)
