@@ -120,15 +120,15 @@ class Stage:
         return [self.function, *(self.code(settings) if self.code else [])]
 
     def sampling_setting(self, settings: Settings) -> str | None:
-        """The setting of `reads` by which it samples answers; None where it does not, or in several ways."""
-        named = list[str]()
+        """The first setting of `reads` by which it samples answers; None where it does not, or where a section has several."""
         for name in self.reads if "generates" in self.work else ():
             value = operator.attrgetter(name)(settings)
             fields = [(name, value)]
             if isinstance(value, BaseModel) and not isinstance(value, Sampling):
                 fields = [(f"{name}.{field}", each) for field, each in value]
-            named += [place for place, each in fields if isinstance(each, Sampling)]
-        return named[0] if len(named) == 1 else None
+            if named := [place for place, each in fields if isinstance(each, Sampling)]:
+                return named[0] if len(named) == 1 else None
+        return None
 
     def reading(self) -> list[str]:
         """The settings that decide its result, by dotted name, without the random seed, which decides all."""
