@@ -434,7 +434,8 @@ def test_both_models_are_measured_in_each_iteration(nano_run):
         rate = following.filter(split="test")["candidate_met"].list.all().mean()
         assert metrics.value("verifiable_rate", "candidate") == pytest.approx(rate)
         gain = metrics.find("verifiable_gain", "candidate", over="initial")
-        assert gain.low <= gain.value <= gain.high
+        # Models of this size may follow the same instructions, and then there is no interval.
+        assert gain.low is None or gain.low <= gain.value <= gain.high
         assert gold["prompt_id"].to_list() == evaluated["prompt_id"].to_list()
         assert gold["candidate_similarity"].is_between(-1.001, 1.001).all()
         assert (
