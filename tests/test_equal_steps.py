@@ -229,7 +229,8 @@ def test_the_instructions_that_the_control_follows_are_counted_beside_those_of_m
 def gold_comparison(model_checkpoint: Checkpoint) -> pl.DataFrame:
     rows = [
         {"prompt_id": f"{split} {place}", "split": split, "prompt": "Which?", "answer": "gold " * place, "iteration": 2,
-         "candidate_log_likelihood": -1.0 * place, "candidate_checkpoint_sha": model_checkpoint.sha}
+         "candidate_log_likelihood": -1.0 * place, "candidate_other_log_likelihood": -4.0,
+         "candidate_checkpoint_sha": model_checkpoint.sha}
         for split in ("dev", "test") for place in (1, 2, 3)
     ]  # fmt: skip
     return pl.DataFrame(rows)
@@ -257,6 +258,11 @@ def test_how_likely_the_control_finds_gold_is_measured_beside_m_t(instance, tmp_
     gain = measured.find("gold_log_likelihood_gain", "candidate", over="equal_steps")
     assert (gain.value, gain.n, gain.checkpoint_sha) == (1.0, 3, frame["candidate_checkpoint_sha"][0])
     assert gain.low <= 1.0 <= gain.high
+    # Of gold of other prompts it finds the same rows less likely, in another order.
+    assert sorted(frame.filter(split="test")["control_other_log_likelihood"]) == [-4.5, -3, -1.5]
+    nulls = [measured.find(f"{name}", "candidate", over="equal_steps").value for name in
+             ("other_gold_log_likelihood_gain", "gold_log_likelihood_gain_beyond_other")]  # fmt: skip
+    assert nulls == [-1.0, 2.0]
     found = measured.find("gold_log_likelihood", "equal_steps")
     assert (found.value, found.checkpoint_sha) == (-3.0, frame["control_checkpoint_sha"][0])
     assert (measured.value("scored_tokens"), measured.value("scoring_seconds")) == (12, 0.5)

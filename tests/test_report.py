@@ -148,7 +148,12 @@ def recorded(iteration, kept=5):
             Metric("verifiable_rate", 0.45, of="equal_steps"),
             dataclasses.replace(gain("verifiable_gain", 0.05, -0.1, 0.2), over="equal_steps"),
         ],
-        "equal_steps_gold": [dataclasses.replace(gain("gold_log_likelihood_gain", 0.25, 0.125, 0.5), over="equal_steps")],
+        "equal_steps_gold": [
+            dataclasses.replace(found, over="equal_steps") for found in (
+                gain("gold_log_likelihood_gain", 0.25, 0.125, 0.5), gain("other_gold_log_likelihood_gain", 0.5, 0.25, 0.75),
+                gain("gold_log_likelihood_gain_beyond_other", -0.25, -0.5, -0.125),
+            )
+        ],
         "promotion": [Metric("promoted", 1, of="candidate")],
     }  # fmt: skip
 
@@ -317,6 +322,12 @@ def test_every_metric_is_in_its_place(instance, services):
         "instructions followed by the model of the pairs of iteration 1 for as many steps": ("45.0%", "45.0%"),
         "instructions followed, M_t less that model, 95 % interval": ("+5.0 points (-10.0 to +20.0)",) * 2,
         "log-likelihood of gold per token, M_t less that model, 95 % interval": ("+0.250 (+0.125 to +0.500)",) * 2,
+        "null: log-likelihood of gold of another prompt per token, M_t less that model, 95 % interval": (
+            "+0.500 (+0.250 to +0.750)",
+        )
+        * 2,
+        "log-likelihood of gold, M_t less that model, less that null, 95 % interval": ("-0.250 (-0.500 to -0.125)",)
+        * 2,
         "repeated 3-grams in M_t's answers": ("25.0%", "25.0%"),
         "repeated 3-grams in M_0's answers": ("12.5%", "12.5%"),
         "answers of M_t cut": ("75.0%", "75.0%"),

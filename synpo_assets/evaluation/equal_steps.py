@@ -21,7 +21,7 @@ from resources.common.errors import FinalError
 from resources.models.likelihood import Likelihoods
 from resources.settings.method import PreferenceOptimization
 from resources.storage.checkpoint_store import Checkpoint
-from synpo_assets.evaluation.gold_comparison import refuse_answers_of_another
+from synpo_assets.evaluation.gold_comparison import gold_and_others, refuse_answers_of_another
 from synpo_assets.evaluation.instruction_following import ANSWERING_READS, instruction_answers, instruction_tokens
 from synpo_assets.evaluation.win_rates import (
     JUDGING_READS,
@@ -40,7 +40,7 @@ from synpo_assets.graph.evaluation_schemas import (
     EqualStepsInstructions,
     VerifiableInstructions,
 )
-from synpo_assets.graph.metrics import Metric, judge_doubt
+from synpo_assets.graph.metrics import Metric, MetricName, judge_doubt
 from synpo_assets.graph.missing import EQUAL_STEPS, controlled_sha
 from synpo_assets.graph.partitions import iteration_of, partition_key
 from synpo_assets.graph.presentation import (
@@ -211,7 +211,7 @@ def equal_steps_instructions(
     EqualStepsGold,
     group="evaluation",
     work=("scores",),
-    cost=lambda sizes: [Work("score", sizes.held_out * (sizes.asked + sizes.gold), later_only=True)],
+    cost=lambda sizes: [Work("score", 2 * sizes.held_out * (sizes.asked + sizes.gold), later_only=True)],
     made_from={"prompt_id": "gold_comparison"},
 )
 def equal_steps_gold(
@@ -223,20 +223,26 @@ def equal_steps_gold(
 ) -> dg.Output[pl.DataFrame]:
     """How likely the control finds the held-out gold answers, compared with M_t; neither a judge nor a rule has a say.
 
-    `gold_log_likelihood_gain` is M_t's less the control's: above 0, M_t finds gold likelier. Whether the control lost or only
-    gained less is in `gold_comparison`, which has M_0.
+    `gold_log_likelihood_gain` is M_t's less the control's: above 0, M_t finds gold likelier. Where it finds gold of other prompts
+    likelier by as much, the control lost of all texts what M_t did not, and nothing is shown of content. Whether the control lost
+    or only gained less is in `gold_comparison`, which has M_0.
     """
     refuse_answers_of_another(model_checkpoint, gold_comparison, "gold_comparison")
     refuse_control_of_another(equal_steps_checkpoint, model_checkpoint)
+    if "candidate_other_log_likelihood" not in gold_comparison.columns:
+        raise FinalError("An earlier version made `gold_comparison`: materialize it for this iteration again first.")
     control, random_seed = equal_steps_checkpoint, services.settings.random_seed
     read = list[Likelihoods]()
     # In iteration 1 the control is M_1, which gold_comparison has asked.
-    likelihoods = gold_comparison["candidate_log_likelihood"]
+    gold, others = (gold_comparison[f"candidate{of}_log_likelihood"] for of in ("", "_other"))
     if control.sha != model_checkpoint.sha:
-        read.append(services.likelihood.measure(control, gold_comparison.select("prompt", "answer").rows()))
-        likelihoods = pl.Series(read[0].per_token)
+        read.append(services.likelihood.measure(control, gold_and_others(gold_comparison)))
+        both = pl.Series(read[0].per_token)
+        gold, others = both.head(gold_comparison.height), both.tail(gold_comparison.height)
     frame = gold_comparison.with_columns(
-        control_log_likelihood=likelihoods, control_checkpoint_sha=pl.lit(control.sha)
+        control_log_likelihood=gold,
+        control_other_log_likelihood=others,
+        control_checkpoint_sha=pl.lit(control.sha),
     ).select(*EqualStepsGold.to_schema().columns)
     measured = [
         *metrics.by_split(frame, lambda rows: _gold_metrics(rows, random_seed, model_checkpoint.sha)),
@@ -289,13 +295,20 @@ def _rate_metrics(frame: pl.DataFrame, labels: Mapping[str, str], random_seed: i
 
 
 def _gold_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[Metric]:
-    """How likely the control finds gold, and how much likelier M_t does, per token."""
-    gain, low, high = mean_gain(frame["candidate_log_likelihood"] - frame["control_log_likelihood"], random_seed)
+    """How likely the control finds gold, and how much likelier M_t does, per token; the same of gold of other prompts."""
     control, found = str(frame["control_checkpoint_sha"].first()), metrics.mean(frame["control_log_likelihood"])
-    return [
-        Metric("gold_log_likelihood", found, of=EQUAL_STEPS, n=frame.height, checkpoint_sha=control),
-        Metric("gold_log_likelihood_gain", gain, "candidate", EQUAL_STEPS, None, low, high, frame.height, sha),
-    ]
+    measured = [Metric("gold_log_likelihood", found, of=EQUAL_STEPS, n=frame.height, checkpoint_sha=control)]
+    gold = frame["candidate_log_likelihood"] - frame["control_log_likelihood"]
+    other = frame["candidate_other_log_likelihood"] - frame["control_other_log_likelihood"]
+    gains: dict[MetricName, pl.Series] = {
+        "gold_log_likelihood_gain": gold,
+        "other_gold_log_likelihood_gain": other,
+        "gold_log_likelihood_gain_beyond_other": gold - other,
+    }
+    for name, gained in gains.items():
+        gain, low, high = mean_gain(gained, random_seed)
+        measured.append(Metric(name, gain, "candidate", EQUAL_STEPS, None, low, high, frame.height, sha))
+    return measured
 
 
 def _following_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[Metric]:

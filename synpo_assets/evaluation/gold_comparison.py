@@ -61,9 +61,8 @@ def gold_comparison(
     """
     refuse_answers_of_another(model_checkpoint, evaluation)
     settings, models = services.settings, {"candidate": model_checkpoint, "initial": initial_policy}
-    evaluation = evaluation.filter(sample=1).with_columns(other_answer=OTHER_ANSWER)
-    # Gold first, then that of other prompts, so that each model is loaded once.
-    asked = [row for answer in ("answer", "other_answer") for row in evaluation.select("prompt", answer).rows()]
+    evaluation = evaluation.filter(sample=1)
+    asked = gold_and_others(evaluation)
     likelihoods = {name: services.likelihood.measure(model, asked) for name, model in models.items()}
     weights, origin = fetch_embedding_model(settings.diversity.embedding_model, settings.engine.trust_remote_code)
     similarities, embedded = similarities_to_gold(services, weights, evaluation, list(models))
@@ -82,6 +81,12 @@ def gold_comparison(
         *metrics.embedding(embedded),
     ]
     return table_output(context, services, frame, measured, embedding_model=origin["name"], **made_by(model_checkpoint))
+
+
+def gold_and_others(rows: pl.DataFrame) -> list[tuple[str, str]]:
+    """Each prompt with its gold, then each with that of another one, so that a model is loaded once."""
+    rows = rows.with_columns(other_answer=OTHER_ANSWER)
+    return [row for answer in ("answer", "other_answer") for row in rows.select("prompt", answer).rows()]
 
 
 def _measures_of(

@@ -249,6 +249,11 @@ class EqualStepsGold(Table):
         description="Mean log-probability per token of gold's text under the control, in nats; at t = 1 it is M_1.",
     )
     candidate_log_likelihood: float = pa.Field(le=0, description="The same under M_t.")
+    control_other_log_likelihood: float = pa.Field(
+        le=0,
+        description="The same under the control, of the gold of another prompt of the split.",
+    )
+    candidate_other_log_likelihood: float = pa.Field(le=0, description="The same under M_t.")
     control_checkpoint_sha: str = id_column("sha of the control.")
     candidate_checkpoint_sha: str = id_column("sha of M_t.")
     iteration: int = pa.Field(ge=1, description="The iteration t.")
