@@ -77,6 +77,8 @@ def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Serv
     rows = gate_rows(values | dict.fromkeys(unmeasured), gate.minimum, gate.maximum, unmeasured)
     sentence = verdict(rows, judged.label, asset_label("policy", partition_key(iteration_of(context) + 1)))
     promoted = all(row["passed"] for row in rows)
+    if promoted:
+        report_policy(context, services, judged)
     (context.log.info if promoted else context.log.warning)(sentence)
     frame = pl.DataFrame(
         [{**row, "checkpoint_sha": judged.sha, "iteration": iteration_of(context)} for row in rows],
@@ -86,11 +88,7 @@ def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Serv
     outcome = Metric("promoted", float(promoted), of="candidate", checkpoint_sha=judged.sha)
     boosting = boosting_table(context, services, [outcome], doubted)
     shown = {"boosting": boosting, "verdict": sentence, "next": next_policy(context), "power": power}
-    output = table_output(context, services, frame, [outcome], **shown, **made_by(judged))
-    # Of a table that is not valid nothing is reported.
-    if promoted:
-        report_policy(context, services, judged)
-    return output
+    return table_output(context, services, frame, [outcome], **shown, **made_by(judged))
 
 
 def refuse_other_evaluation(measured: Metrics, judged: Checkpoint) -> None:

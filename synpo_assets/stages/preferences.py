@@ -81,13 +81,14 @@ def preference_pairs(
         scorer_sha=pl.lit(reward_model.sha),
     )
     frame = frame.select(*PreferencePairs.to_schema().columns)
+    report_history(context, services, preference_history, frame)
     measured = [
         Metric("candidate_pairs", joined.height),
         *(Metric("dropped", count, of=reason) for reason, count in dropped.items()),
         *_pair_metrics(kept),
         *metrics.scoring(compared.usage),
     ]
-    output = table_output(
+    return table_output(
         context,
         services,
         frame,
@@ -96,9 +97,6 @@ def preference_pairs(
         score_convention=compared.conventions,
         median_pair=median_pair(context, services, frame),
     )
-    # Of a table that is not valid nothing is reported.
-    report_history(context, services, preference_history, frame)
-    return output
 
 
 def scored_sides(
