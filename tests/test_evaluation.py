@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import datetime
 import json
+import math
 import os
 import re
 import threading
@@ -676,6 +678,8 @@ def test_a_refused_field_is_said_with_the_setting_that_leaves_it_out(serve, tmp_
 @pytest.mark.parametrize(("fields", "said"), [
     ({"model": "m"}, "`model` is set by the judge itself"), ({"stream": True}, "`stream` is set by the judge itself"),
     ({"metadata": {"api_key": "sk-1"}}, r"`metadata\.api_key` may be a secret"),
+    ({"since": datetime.date(2026, 1, 1)}, "It holds what JSON cannot"), ({"temperature": math.nan}, "It holds what JSON cannot"),
+    ({"user": {"name": "\ud800"}}, "It holds what JSON cannot"),
 ])  # fmt: skip
 def test_fields_that_the_judge_sets_or_that_may_be_secrets_are_refused(fields, said):
     with pytest.raises(ValidationError, match=said) as refused:

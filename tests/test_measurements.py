@@ -12,8 +12,9 @@ from resources.settings.machine import Engine
 from resources.settings.sections import SettingsError
 from synpo_assets.evaluation.gold_comparison import OTHER_ANSWER, gold_metrics, refuse_answers_of_another
 from synpo_assets.evaluation.instruction_following import following_metrics
-from synpo_assets.graph.evaluation_schemas import InstructionFollowing
+from synpo_assets.graph.evaluation_schemas import InstructionFollowing, VerifiableInstructions
 from synpo_assets.graph.metrics import Metric, recorded
+from synpo_assets.graph.tables import check
 from synpo_assets.method.cut import first_half, whole_sentences
 from synpo_assets.method.damage import all_damages
 from synpo_assets.method.evaluation import LENGTH_BANDS, length_bands
@@ -290,6 +291,15 @@ def test_a_template_may_be_whatever_json_holds(tmp_path):
     rows = [instruction(1, split="dev", template=["list", 1]), instruction(2, split="test", template=["list", 1])]
     with pytest.raises(SettingsError, match=r"its template \['list', 1\] is also that of a test instruction"):
         verifiable_table(with_instructions(tmp_path, *rows))
+
+
+@pytest.mark.parametrize("template", ["list/1", "", " ", 1, ["list", 1], "\ud800", False])
+def test_instructions_of_one_template_are_one_group_whatever_names_it(tmp_path, template):
+    rows = [instruction(number, split="test", template=template) for number in (1, 2)]
+    alone = [instruction(number, split="test") for number in (3, 4)]
+    frame, _ = verifiable_table(with_instructions(tmp_path, *rows, *alone, instruction(5, split="dev")))
+    assert check(VerifiableInstructions, frame) is None
+    assert frame.filter(split="test")["template"].n_unique() == 3
 
 
 def test_a_seed_row_made_of_the_template_of_an_instruction_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """What models run on, and where artifacts and history are kept."""
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -62,7 +63,11 @@ def _without_user(address: str | None) -> str | None:
 
 
 def without_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Fields that somebody else reads, none of which is called as a secret is."""
+    """Fields that somebody else reads: of what JSON can hold, and none is called as a secret is."""
+    try:
+        json.dumps(arguments, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError):
+        raise ValueError("It holds what JSON cannot, such as a date, .nan or half a surrogate pair.") from None
     for name, value in flattened(arguments):
         if not isinstance(value, int | float | None) and SECRET_NAME.search(name):
             raise ValueError(

@@ -236,8 +236,8 @@ def _dev_and_test(held_out: list[dict[str, Any]], settings: Settings) -> tuple[l
 def verifiable_table(settings: Settings, weights: str | None = None) -> tuple[pl.DataFrame, list[BadRow]]:
     """The validated verifiable instructions, none if `seed_data.verifiable` is not stated, and the rows that were dropped."""
     rows, bad = _instructions(settings, weights)
-    # Numbers and lists may name a template too.
-    rows = [row | {"template": row["prompt_id"] if row["template"] is None else str(row["template"])} for row in rows]
+    # Whatever JSON holds may name a template, as where it is looked for in other splits.
+    rows = [row | {"template": row["prompt_id"] if row["template"] is None else repr(row["template"])} for row in rows]
     return pl.DataFrame(rows, schema=VerifiableInstructions.empty().schema), bad
 
 
