@@ -45,12 +45,12 @@ class ParquetTables(dg.UPathIOManager):
     def read(self, asset: str, partition: str) -> pl.DataFrame:
         """Reads the table of an asset and iteration that is not a declared input."""
         place = self._place(asset, partition)
-        return self._read(place, _label(place, self._base_path))
+        return self._read(place, self._label(place))
 
     def verify(self, asset: str, partition: str | None) -> None:
         """Raises a DamageError if the table of an asset and iteration is gone, or is not as it was written."""
         place = self._place(asset, partition)
-        label = _label(place, self._base_path)
+        label = self._label(place)
         with _opened(place, label) as file:
             self._look_at(file, place, label)
 
@@ -65,12 +65,12 @@ class ParquetTables(dg.UPathIOManager):
         if not files:
             return None
         # Opened here for the same reason as in `load_from_path`.
-        return pl.scan_parquet([_opened(file, _label(file, self._base_path)) for file in files])
+        return pl.scan_parquet([_opened(file, self._label(file)) for file in files])
 
     def of_partition(self, partition: str) -> list[pl.DataFrame]:
         """The tables of all assets that have one of this iteration, by asset."""
         files = sorted(self._base_path.glob(f"*/{partition}.parquet"), key=str)
-        return [self._read(file, _label(file, self._base_path)) for file in files]
+        return [self._read(file, self._label(file)) for file in files]
 
     def partitions(self, asset: str = "*") -> list[str]:
         """The iterations of which an asset, or if none is named any asset, has a table."""
@@ -81,7 +81,7 @@ class ParquetTables(dg.UPathIOManager):
         """Renames the tables that are not as they were written, so that they count as not made; whether there were any."""
         found = False
         for file in [*self._base_path.glob("*.parquet"), *self._base_path.glob("*/*.parquet")]:
-            label = _label(file, self._base_path)
+            label = self._label(file)
             try:
                 with _opened(file, label) as content:
                     self._look_at(content, file, label)
@@ -93,18 +93,18 @@ class ParquetTables(dg.UPathIOManager):
     def write(self, asset: str, partition: str | None, frame: pl.DataFrame) -> None:
         """Writes the table of an asset and iteration other than the running one; without an iteration, one that is made once."""
         place = self._place(asset, partition)
-        _write(frame, place, _label(place, self._base_path))
+        _write(frame, place, self._label(place))
 
     def dump_to_path(self, context: dg.OutputContext, obj: pl.DataFrame | pl.LazyFrame, path: UPath) -> None:
         """Writes one table."""
-        _write(obj, path, _label(path, self._base_path))
+        _write(obj, path, self._label(path))
 
     def load_from_path(self, context: dg.InputContext, path: UPath) -> pl.DataFrame | pl.LazyFrame:
         """Reads one table, lazily where the asset asks for a LazyFrame."""
         if context.dagster_type.typing_type is pl.LazyFrame:
             # Opened here because polars' own clients of object stores find their credentials in other ways.
-            return pl.scan_parquet(_opened(path, _label(path, self._base_path)))
-        return self._read(path, _label(path, self._base_path))
+            return pl.scan_parquet(_opened(path, self._label(path)))
+        return self._read(path, self._label(path))
 
     def get_metadata(self, context: dg.OutputContext, obj: pl.DataFrame | pl.LazyFrame) -> dict[str, Any]:
         """Row count, sample rows and, for tables in memory, statistics of the numeric columns."""
@@ -145,6 +145,12 @@ class ParquetTables(dg.UPathIOManager):
 
     def _place(self, asset: str, partition: str | None) -> UPath:
         return self._base_path / (f"{asset}.parquet" if partition is None else f"{asset}/{partition}.parquet")
+
+    def _label(self, path: UPath) -> str:
+        """Whose table lies at a place: `seed_pairs.parquet`, `preference_pairs/0001.parquet`."""
+        made_once = path.parent == self._base_path or not path.stem.isdecimal()
+        asset = path.stem if path.parent == self._base_path else path.parent.name
+        return asset_label(asset, None if made_once else path.stem)
 
 
 def _for_readers(sample: pl.DataFrame) -> pl.DataFrame:
@@ -231,13 +237,6 @@ def _damaged(path: UPath, label: str) -> DamageError:
 
 def _checksum_file(path: UPath) -> UPath:
     return path.with_name(f"{path.name}{CHECKSUM}")
-
-
-def _label(path: UPath, root: UPath) -> str:
-    """Whose table lies at a place: `seed_pairs.parquet`, `preference_pairs/0001.parquet`."""
-    made_once = path.parent == root or not path.stem.isdecimal()
-    asset = path.stem if path.parent == root else path.parent.name
-    return asset_label(asset, None if made_once else path.stem)
 
 
 def table_metadata(frame: pl.DataFrame) -> dg.TableMetadataValue:

@@ -29,10 +29,10 @@ from synpo_assets.graph.code_versions import code_version
 from synpo_assets.graph.metrics import Metric, MetricName
 from synpo_assets.graph.services import Services
 from synpo_assets.method.cut import whole_answers
-from synpo_assets.method.evaluation import win_rates
+from synpo_assets.method.evaluation import mean_gain, win_rates
 from synpo_assets.method.ranking import repeated_prompts
 from synpo_assets.method.templates import prompt_requests
-from synpo_assets.method.verifiable import gain_in_following
+from synpo_assets.method.verifiable import shares_followed
 from synpo_assets.stages.optimization import TRAINING_READS, optimized, versions_of
 
 # The folder of the checkpoint store that holds them, called like the asset.
@@ -195,5 +195,6 @@ class Searching:
         """The share of verifiable instructions that it follows, less M_0's, as in `instruction_following`."""
         frame, usages = instruction_answers(self.services, models, self.instructions)
         self.generated.extend(usages)
-        gain, low, high = gain_in_following(frame, self.services.settings.random_seed)
-        return Metric("verifiable_gain", gain, low=low, high=high, n=frame["prompt_id"].n_unique())
+        shares, random_seed = shares_followed(frame), self.services.settings.random_seed
+        gain, low, high = mean_gain(shares["candidate"] - shares["initial"], random_seed, shares["template"])
+        return Metric("verifiable_gain", gain, low=low, high=high, n=shares.height)

@@ -21,7 +21,7 @@ from resources.common.errors import FinalError
 from resources.models.likelihood import Likelihoods
 from resources.settings.method import PreferenceOptimization
 from resources.storage.checkpoint_store import Checkpoint
-from synpo_assets.evaluation.gold_comparison import gold_and_others, refuse_answers_of_another
+from synpo_assets.evaluation.gold_comparison import gold_and_others, refuse_answers_of_another, style_gains
 from synpo_assets.evaluation.instruction_following import ANSWERING_READS, instruction_answers, instruction_tokens
 from synpo_assets.evaluation.win_rates import (
     JUDGING_READS,
@@ -40,7 +40,7 @@ from synpo_assets.graph.evaluation_schemas import (
     EqualStepsInstructions,
     VerifiableInstructions,
 )
-from synpo_assets.graph.metrics import Metric, MetricName, judge_doubt
+from synpo_assets.graph.metrics import Metric, judge_doubt
 from synpo_assets.graph.missing import EQUAL_STEPS, controlled_sha
 from synpo_assets.graph.partitions import iteration_of, partition_key
 from synpo_assets.graph.presentation import (
@@ -57,7 +57,7 @@ from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.evaluation import mean_gain, win_rates
 from synpo_assets.method.ranking import repeated_prompts
 from synpo_assets.method.templates import prompt_requests
-from synpo_assets.method.verifiable import gain_in_following, shares_followed
+from synpo_assets.method.verifiable import shares_followed
 from synpo_assets.stages.optimization import TRAINING_READS, USED_COLUMNS, loss_code, optimization_cost
 from synpo_assets.stages.scorers import comparison_tokens
 
@@ -296,25 +296,19 @@ def _rate_metrics(frame: pl.DataFrame, labels: Mapping[str, str], random_seed: i
 
 def _gold_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[Metric]:
     """How likely the control finds gold, and how much likelier M_t does, per token; the same of gold of other prompts."""
+    gain, low, high = mean_gain(frame["candidate_log_likelihood"] - frame["control_log_likelihood"], random_seed)
     control, found = str(frame["control_checkpoint_sha"].first()), metrics.mean(frame["control_log_likelihood"])
-    measured = [Metric("gold_log_likelihood", found, of=EQUAL_STEPS, n=frame.height, checkpoint_sha=control)]
-    gold = frame["candidate_log_likelihood"] - frame["control_log_likelihood"]
-    other = frame["candidate_other_log_likelihood"] - frame["control_other_log_likelihood"]
-    gains: dict[MetricName, pl.Series] = {
-        "gold_log_likelihood_gain": gold,
-        "other_gold_log_likelihood_gain": other,
-        "gold_log_likelihood_gain_beyond_other": gold - other,
-    }
-    for name, gained in gains.items():
-        gain, low, high = mean_gain(gained, random_seed)
-        measured.append(Metric(name, gain, "candidate", EQUAL_STEPS, None, low, high, frame.height, sha))
-    return measured
+    return [
+        Metric("gold_log_likelihood", found, of=EQUAL_STEPS, n=frame.height, checkpoint_sha=control),
+        Metric("gold_log_likelihood_gain", gain, "candidate", EQUAL_STEPS, None, low, high, frame.height, sha),
+        *style_gains(frame, "control", EQUAL_STEPS, sha, random_seed),
+    ]
 
 
 def _following_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[Metric]:
     """The share of instructions that the control follows, and what M_t follows more."""
     shares = shares_followed(frame, ("candidate", "control"))
-    gain, low, high = gain_in_following(frame, random_seed, ("candidate", "control"))
+    gain, low, high = mean_gain(shares["candidate"] - shares["control"], random_seed, shares["template"])
     control = str(frame["control_checkpoint_sha"].first())
     return [
         Metric(

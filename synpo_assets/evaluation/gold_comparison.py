@@ -128,15 +128,15 @@ def gold_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric
     measured = []
     for column, name, gain_name in names:
         measured += [_mean(name, frame, side, column) for side in SIDES]
-        measured.append(_gain(gain_name, frame, column, sha, random_seed))
-    if frame["answer"].str.strip_chars().n_unique() > 1:
-        measured += _null_gains(frame, sha, random_seed)
+        measured.append(_gain(gain_name, _over_initial(frame, column), "initial", sha, random_seed))
+    measured += style_gains(frame, "initial", "initial", sha, random_seed)
     bands = {side: length_bands(frame[f"{side}_length_ratio"]) for side in SIDES}
     for band in LENGTH_BANDS:
         within = {side: frame.filter(bands[side] == band) for side in SIDES}
         measured += [_mean("gold_similarity", within[side], side, "similarity", band) for side in SIDES]
         both = frame.filter((bands["candidate"] == band) & (bands["initial"] == band))
-        measured.append(_gain("gold_similarity_gain", both, "similarity", sha, random_seed, band))
+        gains = _over_initial(both, "similarity")
+        measured.append(_gain("gold_similarity_gain", gains, "initial", sha, random_seed, band))
     return [metric for metric in measured if metric.by is None or metric.n]
 
 
@@ -144,23 +144,30 @@ def _mean(name: MetricName, frame: pl.DataFrame, side: str, column: str, band: s
     return Metric(name, metrics.mean(frame[f"{side}_{column}"]), of=side, by=band, n=frame.height)
 
 
-def _null_gains(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric]:
-    """How much likelier M_t finds gold of other prompts than M_0 does, and gold's own gain beyond that."""
-    beyond = {
-        f"{side}_beyond_other": frame[f"{side}_log_likelihood"] - frame[f"{side}_other_log_likelihood"]
-        for side in SIDES
+def _over_initial(frame: pl.DataFrame, column: str) -> pl.Series:
+    return frame[f"candidate_{column}"] - frame[f"initial_{column}"]
+
+
+def style_gains(frame: pl.DataFrame, side: str, over: str, sha: str, random_seed: int) -> list[Metric]:
+    """How much likelier M_t finds gold of other prompts than another model does, and gold's own gain beyond that.
+
+    None where all gold is the same text, of which no other can be told.
+    """
+    if frame["answer"].str.strip_chars().n_unique() <= 1:
+        return []
+    gold, other = (
+        frame[f"candidate_{of}log_likelihood"] - frame[f"{side}_{of}log_likelihood"] for of in ("", "other_")
+    )
+    gains: dict[MetricName, pl.Series] = {
+        "other_gold_log_likelihood_gain": other,
+        "gold_log_likelihood_gain_beyond_other": gold - other,
     }
-    return [
-        _gain("other_gold_log_likelihood_gain", frame, "other_log_likelihood", sha, random_seed),
-        _gain("gold_log_likelihood_gain_beyond_other", frame.with_columns(**beyond), "beyond_other", sha, random_seed),
-    ]
+    return [_gain(name, gained, over, sha, random_seed) for name, gained in gains.items()]
 
 
-def _gain(
-    name: MetricName, frame: pl.DataFrame, column: str, sha: str, random_seed: int, band: str | None = None
-) -> Metric:
-    gain, low, high = mean_gain(frame[f"candidate_{column}"] - frame[f"initial_{column}"], random_seed)
-    return Metric(name, gain, "candidate", "initial", band, low, high, frame.height, sha)
+def _gain(name: MetricName, gains: pl.Series, over: str, sha: str, random_seed: int, band: str | None = None) -> Metric:
+    gain, low, high = mean_gain(gains, random_seed)
+    return Metric(name, gain, "candidate", over, band, low, high, len(gains), sha)
 
 
 def refuse_answers_of_another(model_checkpoint: Checkpoint, answers: pl.DataFrame, asset: str = "evaluation") -> None:

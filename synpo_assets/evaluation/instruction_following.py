@@ -20,9 +20,10 @@ from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
+from synpo_assets.method.evaluation import mean_gain
 from synpo_assets.method.rules import followed
 from synpo_assets.method.templates import user_message
-from synpo_assets.method.verifiable import gain_in_following, nulls_followed, rates_by_rule, shares_followed
+from synpo_assets.method.verifiable import nulls_followed, rates_by_rule, shares_followed
 
 ANSWERING_READS = ("evaluation.sampling", "evaluation.instruction_samples")
 
@@ -103,7 +104,7 @@ def following_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[M
     Beside them stand the nulls: how many instructions are followed by answers that show no skill.
     """
     shares, sides = shares_followed(frame), ("candidate", "initial")
-    gain, low, high = gain_in_following(frame, random_seed)
+    gain, low, high = mean_gain(shares["candidate"] - shares["initial"], random_seed, shares["template"])
     return [
         Metric("instructions", shares.height),
         *(Metric("verifiable_rate", metrics.mean(shares[side]), of=side, n=shares.height) for side in sides),

@@ -11,7 +11,6 @@ from typing import Any
 import polars as pl
 
 from synpo_assets.method.chat_rows import UnusableCellError, row_text
-from synpo_assets.method.evaluation import mean_gain
 from synpo_assets.method.ids import content_id
 from synpo_assets.method.rules import (
     ABBREVIATION,
@@ -62,27 +61,17 @@ def both_follow(first_score: str, second_score: str) -> pl.Expr:
 def shares_followed(answered: pl.DataFrame, sides: Sequence[str] = ("candidate", "initial")) -> pl.DataFrame:
     """The share of samples that meet all constraints of an instruction, for each side: the candidate and M_0, if not told.
 
+    Its template stands beside it: instructions of one template are followed, or not, for the same reasons, so an interval that
+    takes them for independent says little of other templates.
+
     Examples:
         >>> met = {"candidate_met": [[True, True], [True]], "initial_met": [[True, False], [True]]}
-        >>> shares_followed(pl.DataFrame({"prompt_id": ["a", "b"], **met})).rows()
-        [('a', 1.0, 0.0), ('b', 1.0, 1.0)]
+        >>> shares_followed(pl.DataFrame({"prompt_id": ["a", "b"], "template": ["list", "list"], **met})).rows()
+        [('a', 'list', 1.0, 0.0), ('b', 'list', 1.0, 1.0)]
     """
     return answered.group_by("prompt_id", maintain_order=True).agg(
-        pl.col(f"{side}_met").list.all().mean().alias(side) for side in sides
+        pl.col("template").first(), *(pl.col(f"{side}_met").list.all().mean().alias(side) for side in sides)
     )
-
-
-def gain_in_following(
-    answered: pl.DataFrame, random_seed: int, sides: tuple[str, str] = ("candidate", "initial")
-) -> tuple[float | None, float | None, float | None]:
-    """What the first side follows more than the second, and the ends of its 95 % interval, for which whole templates are drawn.
-
-    Instructions of one template are followed, or not, for the same reasons: taken for independent, they make an interval narrow
-    that says little of other templates.
-    """
-    shares = shares_followed(answered, sides)
-    templates = answered.group_by("prompt_id", maintain_order=True).agg(pl.col("template").first())["template"]
-    return mean_gain(shares[sides[0]] - shares[sides[1]], random_seed, templates)
 
 
 def nulls_followed(answered: pl.DataFrame) -> dict[str, list[bool]]:

@@ -24,14 +24,8 @@ from synpo_assets.method.reviews import OUTCOMES
 from synpo_assets.reports.edits import edit_lines
 from synpo_assets.reports.finished import FEWEST_ALIKE, Cell, FinishedIteration, metric_cell, value_cell
 from synpo_assets.reports.search import chosen_text, chosen_value_text
-from synpo_assets.reports.without_judge import MODELS, without_a_judge
+from synpo_assets.reports.without_judge import MODELS, likelihood_gains, without_a_judge
 
-# What M_t has of gold more than the control of equal steps, with the null that says how much of it is style.
-OF_GOLD: dict[str, MetricName] = {
-    "log-likelihood of gold per token, M_t less that model": "gold_log_likelihood_gain",
-    "null: log-likelihood of gold of another prompt per token, M_t less that model": "other_gold_log_likelihood_gain",
-    "log-likelihood of gold, M_t less that model, less that null": "gold_log_likelihood_gain_beyond_other",
-}
 PROMPT_SOURCES = {
     "synthetic": "synthetic prompts", "seed": "seed prompts", "self_instruct": "Self-Instruct prompts by M_0",
 }  # fmt: skip
@@ -116,9 +110,9 @@ def _lines(iterations: Sequence[FinishedIteration]) -> Iterator[tuple[str, str, 
     yield "Equal steps", label, value_cell("verifiable_rate", share_text, "equal_steps")
     label = "instructions followed, M_t less that model, 95 % interval"
     yield "Equal steps", label, metric_cell("verifiable_gain", gain_text, "candidate", over="equal_steps")
-    for what, metric in OF_GOLD.items():
+    for label, metric in likelihood_gains("log-likelihood of gold per token", "M_t less that model").items():
         gain = metric_cell(metric, difference_text, "candidate", over="equal_steps")
-        yield "Equal steps", f"{what}, 95 % interval", gain
+        yield "Equal steps", f"{label}, 95 % interval", gain
     yield from without_a_judge()
     yield from edit_lines()
     yield "Gate", "M_t promoted to the next iteration", lambda iteration: PROMOTED[iteration.metrics.promoted]

@@ -17,17 +17,23 @@ NULL_LABELS = {
     "another_answer": "M_t's answers to other instructions",
 }
 GAINED = "M_t less M_0"
+
+
+def likelihood_gains(of_gold: str, gained: str) -> dict[str, MetricName]:
+    """What M_t finds likelier than another model does, by label: gold, its null that says how much is style, and what is left."""
+    return {
+        f"{of_gold}, {gained}": "gold_log_likelihood_gain",
+        f"null: log-likelihood of gold of another prompt per token, {gained}": "other_gold_log_likelihood_gain",
+        f"log-likelihood of gold, {gained}, less that null": "gold_log_likelihood_gain_beyond_other",
+    }
+
+
 # Of each measure of gold: what it is, its value of both models, and what of it M_t has more.
 OF_GOLD: tuple[tuple[str, MetricName, dict[str, MetricName]], ...] = (
     (
         "log-likelihood of gold's text per token",
         "gold_log_likelihood",
-        {
-            f"log-likelihood of gold's text per token, {GAINED}": "gold_log_likelihood_gain",
-            # What a model gains that learned only how gold is written, and what is left without it.
-            f"null: log-likelihood of gold of another prompt per token, {GAINED}": "other_gold_log_likelihood_gain",
-            f"log-likelihood of gold, {GAINED}, less that null": "gold_log_likelihood_gain_beyond_other",
-        },
+        likelihood_gains("log-likelihood of gold's text per token", GAINED),
     ),
     (
         "log-likelihood of gold's end of turn",

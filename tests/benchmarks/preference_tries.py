@@ -73,7 +73,7 @@ def run(home: Path, iterations: int, file: Path) -> None:
         "held-out prompts": held_out.select("prompt", "answer").rows(),
         "instructions": [(prompt, stated[prompt]) for prompt in instructions["prompt"]],
     }
-    rows, first = list[dict[str, Any]](), dict[str, pl.Series]()
+    rows, first, templates = list[dict[str, Any]](), dict[str, pl.Series](), instructions["template"]
 
     def measure(name: str, model: Checkpoint, steps: int) -> None:
         asked, _ = instruction_answers(services, {"candidate": model}, instructions)
@@ -83,7 +83,8 @@ def run(home: Path, iterations: int, file: Path) -> None:
             measured[f"gold of {what}"] = pl.Series(services.likelihood.measure(model, texts).per_token)
         row: dict[str, Any] = {"model": name, "steps": steps}
         for what, values in measured.items():
-            gain, low, high = mean_gain(values - first.setdefault(what, values), settings.random_seed)
+            gained, groups = values - first.setdefault(what, values), templates if "instructions" in what else None
+            gain, low, high = mean_gain(gained, settings.random_seed, groups)
             row |= {what: values.mean(), f"{what}, gain": gain, f"{what}, low": low, f"{what}, high": high}
         words = {"instructions": asked["candidate_response"], "held-out prompts": whole_answers(answers)}
         row |= {f"words, {what}": written.str.split(" ").list.len().mean() for what, written in words.items()}

@@ -19,6 +19,7 @@ from synpo_assets.method.evaluation import mean_gain
 from synpo_assets.method.verifiable import nulls_followed, shares_followed
 
 MEAN = "mean"
+OF_PROMPT = ("prompt_id", "template")
 # Homes of earlier versions do not say what their instructions were made of.
 INSTRUCTIONS = Path(resources.__file__).parent / "seed" / "rules" / "instructions.jsonl"
 DIFFERENCES = [("M_t", "M_0"), ("M_t", "M_{t-1}"), ("M_t", "control")]
@@ -29,7 +30,12 @@ def followed_shares(home: Path, iteration: int, split: str) -> pl.DataFrame | No
 
     def table(asset: str, number: int) -> pl.DataFrame | None:
         file = home / "tables" / asset / f"{number:04d}.parquet"
-        return pl.read_parquet(file).filter(split=split) if file.exists() else None
+        if not file.exists():
+            return None
+        frame = pl.read_parquet(file).filter(split=split)
+        return (
+            frame if "template" in frame.columns else frame.with_columns(template=pl.col("prompt").replace(templates))
+        )
 
     rows = map(json.loads, INSTRUCTIONS.read_text(encoding="utf-8").splitlines())
     templates = {row["prompt"]: row["template"] for row in rows}
@@ -38,17 +44,16 @@ def followed_shares(home: Path, iteration: int, split: str) -> pl.DataFrame | No
         return None
     shares = shares_followed(asked).rename({"candidate": "M_t", "initial": "M_0"})
     if (before := table("instruction_following", iteration - 1)) is not None:
-        shares = shares.join(shares_followed(before, ["candidate"]).rename({"candidate": "M_{t-1}"}), on="prompt_id")
+        shares = shares.join(shares_followed(before, ["candidate"]).rename({"candidate": "M_{t-1}"}), on=OF_PROMPT)
     if (controlled := table("equal_steps_instructions", iteration)) is not None:
-        shares = shares.join(shares_followed(controlled, ["control"]), on="prompt_id")
+        shares = shares.join(shares_followed(controlled, ["control"]), on=OF_PROMPT)
     for null, met in nulls_followed(asked).items():
         of_null = asked.select("prompt_id", pl.Series(null, met)).group_by("prompt_id").agg(pl.col(null).mean())
         shares = shares.join(of_null, on="prompt_id")
     words = {side: pl.col(f"{answered}_response").str.count_matches(r"\S+") for side, answered in
              (("words_of_M_t", "candidate"), ("words_of_M_0", "initial"))}  # fmt: skip
-    template = pl.col("template" if "template" in asked.columns else "prompt").replace(templates).first()
-    described = {"template": template} | {side: count.mean() for side, count in words.items()}
-    return shares.join(asked.group_by("prompt_id").agg(**described), on="prompt_id").sort("prompt_id")
+    written = asked.group_by("prompt_id").agg(**{side: count.mean() for side, count in words.items()})
+    return shares.join(written, on="prompt_id").sort("prompt_id")
 
 
 def lines(found: dict[str, pl.DataFrame]) -> Iterator[dict[str, object]]:
@@ -56,12 +61,12 @@ def lines(found: dict[str, pl.DataFrame]) -> Iterator[dict[str, object]]:
     # Of a control that one home lacks there is no mean.
     common = [name for name in next(iter(found.values())).columns if all(name in each for each in found.values())]
     every = pl.concat(shares.select(common) for shares in found.values())
-    together = every.group_by("prompt_id", "template").agg(pl.exclude("prompt_id", "template").mean()).sort("prompt_id")
+    together = every.group_by(OF_PROMPT).agg(pl.exclude(OF_PROMPT).mean()).sort("prompt_id")
     for name, shares in [*found.items(), (MEAN, together)]:
-        columns = [column for column in shares.columns if column != "template"]
+        columns = [column for column in shares.columns if column not in OF_PROMPT]
         of_words = [column for column in columns if column.startswith("words_of_")]
         line: dict[str, object] = {"home": name, "n": shares.height, "templates": shares["template"].n_unique()}
-        for column in columns[1:]:
+        for column in columns:
             value = shares[column].mean()
             assert isinstance(value, float)
             line[column] = round(value, 1) if column in of_words else round(100 * value, 1)
