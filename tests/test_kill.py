@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import synpo
 from tests.nano import nano_settings, write_settings
-from tests.ui import processes_of
+from tests.ui import Ui, free_port, processes_of, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -81,3 +81,23 @@ def test_a_foreground_run_that_is_terminated_in_the_ui_ends_within_30_seconds(tm
         time.sleep(0.2)
     assert processes_of(home) == {}
     assert synpo("run", "--home", home).returncode == 0
+
+
+def test_a_ui_that_a_script_started_in_the_background_ends_whole_when_it_is_told_to(tmp_path, nano_model):
+    """Such a script has what it starts ignore SIGINT."""
+    home, port = tmp_path / "home", free_port()
+    settings = write_settings(tmp_path / "nano.yaml", nano_settings(nano_model))
+    synpo_ui = [str(Path(sys.executable).with_name("synpo")), "ui", "--settings", settings, "--home", home]
+    with subprocess.Popen(
+        [*synpo_ui, "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    ) as process:
+        try:
+            wait_for(Ui(home, port).is_ready, 120)
+            process.terminate()
+            process.wait(60)
+        finally:
+            process.kill()
+    wait_for(lambda: not processes_of(home), 15)

@@ -10,6 +10,7 @@ some, so requests that come from another site are refused here. So could whoever
 import hmac
 import os
 import secrets
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +65,8 @@ def serve(host: str, port: int, token: str | None = None) -> None:
     if token is not None:
         os.environ[TOKEN] = token
     dev.open_ipc_subprocess = _start
+    # A script that starts it in the background has SIGINT ignored, by which Dagster ends its processes, and they inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # A checkout says in its pyproject.toml what to load; an installed wheel has none.
     code = [] if Path("pyproject.toml").exists() else ["-m", "definitions"]
     dg(["dev", *code, "--host", host, "--port", str(port)])
