@@ -153,13 +153,14 @@ def test_tables_go_through_an_object_store(bucket):
         tables.read("preference_pairs", "0001")
 
 
-def test_what_another_process_writes_after_a_look_is_seen(bucket):
+def test_what_another_process_writes_after_a_look_is_seen(bucket, tmp_path):
     tables = ParquetTables(str(bucket / "tables"))
     tables.write("keyword_sets", "0001", SEED)
     assert len(tables.of_partition("0001")) == 1
+    ParquetTables(str(tmp_path / "elsewhere")).write("evaluation", "0001", SEED)
     elsewhere = fsspec.filesystem("s3", skip_instance_cache=True)
     for name in ("0001.parquet", "0001.parquet.xxh128"):
-        elsewhere.copy(str(bucket / "tables/keyword_sets" / name), str(bucket / "tables/evaluation" / name))
+        elsewhere.put(str(tmp_path / "elsewhere/evaluation" / name), str(bucket / "tables/evaluation" / name))
     assert len(tables.of_partition("0001")) == 2
     assert tables.read("evaluation", "0001").equals(SEED)
 
