@@ -24,16 +24,17 @@ SEED = pl.DataFrame({"prompt_id": ["prompt-1", "prompt-2"], "prompt": ["a", "b"]
                      "line": [1, 1]})  # fmt: skip
 
 
-def test_shards_give_each_row_once_that_is_asked_for_and_no_other(tmp_path):
+def test_shards_give_the_row_of_each_key_in_the_order_of_the_keys(tmp_path):
     columns = {"key": pl.String, "row": pl.Int64}
     shards = Shards(str(tmp_path), {}, "a test", columns)
-    assert shards.rows(pl.Series(["key-1"])).is_empty()
+    assert shards.rows(pl.Series(["key-1"])).rows() == [(None,)]
     for first in (0, 3, 2):
         shards.write([{"key": f"key-{row}", "row": row} for row in range(first, first + 3)])
-    for asked in ([], ["none"], ["key-4"], [f"key-{row}" for row in range(6)], ["key-3", "none", "key-0"]):
+    every = [f"key-{row}" for row in range(6)]
+    for asked in ([], ["none"], ["key-4"], every, every[::-1], ["key-3", "none", "key-0", "key-3"]):
         found = shards.rows(pl.Series(asked, dtype=pl.String))
-        assert found.schema == columns
-        assert sorted(found.rows()) == sorted((key, int(key[4:])) for key in asked if key != "none")
+        assert found.schema == {"row": pl.Int64}
+        assert found["row"].to_list() == [None if key == "none" else int(key[4:]) for key in asked]
 
 
 def test_a_file_is_replaced_whole(tmp_path):

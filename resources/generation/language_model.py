@@ -84,7 +84,6 @@ class LanguageModel(DeviceResource):
         started = time.monotonic()
         tokenizer = load_tokenizer(checkpoint.weights, self.engine.trust_remote_code)
         shards = self.shards_of(checkpoint, sampling)
-        refused: list[Completion] = []
         # Not in memory, of which the answers take enough.
         with tempfile.TemporaryFile() as token_ids:
             asked = self._rendered(tokenizer, prompts, token_ids)
@@ -92,28 +91,32 @@ class LanguageModel(DeviceResource):
             if len(finished):
                 logger.info(f"{len(finished)} of {asked.height} completions were finished earlier and are reused.")
             is_missing = pl.col("key").is_first_distinct() & ~pl.col("key").is_in(finished.implode())
-            requests = Requests(asked.filter(is_missing), token_ids)
-            asked = asked.select("id", "key")
-            if len(requests):
-                refused = self._finish(checkpoint, requests, sampling, shards, len(finished))
-        rows = shards.rows(asked["key"], _without_broken_characters)
-        generated = rows["output_tokens"].filter(~rows["key"].is_in(finished.implode()))
+            # The requests end with the call, before the answers take their place.
+            refused = self._finish(
+                checkpoint, Requests(asked.filter(is_missing), token_ids), sampling, shards, len(finished)
+            )
+        asked = asked.select("id", "key")
+        completions = shards.rows(asked["key"], _without_broken_characters)
+        is_reused = asked["key"].is_in(finished.implode())
+        generated = completions["output_tokens"].filter(~is_reused & asked["key"].is_first_distinct())
         if refused:
             empty = pl.DataFrame([vars(each) for each in refused], schema=COMPLETION_COLUMNS)
             # Another run may have got its answer meanwhile.
-            rows.extend(empty.filter(~pl.col("key").is_in(rows["key"].implode())))
+            completions = (
+                asked.join(empty, on="key", how="left", maintain_order="left").drop("id", "key").update(completions)
+            )
             reasons = [each.refusal.reason for each in refused if each.refusal]
             of = asked.filter(pl.col("key") == refused[0].key)["id"][0]
             logger.warning(
                 f"{len(refused)} of {asked.height} prompts get no answer of {checkpoint.label}, such as {of}: "
                 f"{reasons[0]} Each counts as cut at once, with an empty text, and is asked again when its table is made again."
             )
-        answered = asked.join(rows, on="key", how="inner", maintain_order="left").drop("key")
-        if answered.height < asked.height:
-            raise RuntimeError(f"The engine answered only {answered.height} of {asked.height} prompts: run it again.")
+        if unanswered := completions["text"].null_count():
+            raise RuntimeError(f"The engine did not answer {unanswered} of {asked.height} prompts: run it again.")
+        answered = asked.select("id").hstack(completions)
         return answered, Usage(
             rows=answered.height,
-            reused=int(asked["key"].is_in(finished.implode()).sum()),
+            reused=int(is_reused.sum()),
             input_tokens=int(answered["input_tokens"].sum()),
             output_tokens=int(answered["output_tokens"].sum()),
             generated_tokens=int(generated.sum()),
@@ -127,6 +130,8 @@ class LanguageModel(DeviceResource):
     ) -> list[Completion]:
         """Generates what is missing, and writes a shard as soon as it is full; those that were refused."""
         refused: list[Completion] = []
+        if not len(requests):
+            return refused
         # Around the loading of the model, which may take minutes, and the first batch.
         with Progress(len(requests), "completions", logger) as progress:
             engine = self.opened(checkpoint)
@@ -158,16 +163,16 @@ class LanguageModel(DeviceResource):
     ) -> pl.DataFrame:
         """The key that identifies the completion of each prompt, and where in the file its tokens are written."""
         schema: dict[str, Any] = {"id": pl.String, "key": pl.String, "start": pl.Int64, "length": pl.Int64}
-        blocks, waiting, start = [pl.DataFrame(schema=schema)], iter(prompts), 0
+        rendered, waiting, start = pl.DataFrame(schema=schema), iter(prompts), 0
         while block := list(itertools.islice(waiting, RENDERED_AT_A_TIME)):
             rows = []
             for row_id, messages in block:
                 tokens = prompt_ids(tokenizer, messages)
                 rows.append((row_id, self._key(row_id, tokens), start, len(tokens)))
                 start += token_ids.write(array.array("i", tokens))
-            blocks.append(pl.DataFrame(rows, schema=schema, orient="row"))
+            rendered.extend(pl.DataFrame(rows, schema=schema, orient="row"))
         token_ids.flush()
-        return pl.concat(blocks, rechunk=True)
+        return rendered
 
     def _key(self, row_id: str, token_ids: list[int]) -> str:
         return hashlib.sha256(json.dumps([self.random_seed, row_id, token_ids]).encode()).hexdigest()[:32]

@@ -82,7 +82,7 @@ class StructuredChat(Generic[Form]):
         started = time.monotonic()
         keys = pl.Series("key", list(questions), dtype=pl.String)
         # Homes made by earlier versions hold nonsense too.
-        given = self.shards.rows(keys, self._without_nonsense)
+        given = keys.to_frame().hstack(self.shards.rows(keys, self._without_nonsense)).drop_nulls()
         reused = given.height
         if missing := keys.filter(~keys.is_in(given["key"].implode())).to_list():
             given.extend(self._finish({key: questions[key] for key in missing}, reused))

@@ -108,7 +108,7 @@ class RewardScorer(DeviceResource):
                 pl.col("prompt").str.len_bytes() + pl.col("answers").list.eval(pl.element().str.len_bytes()).list.sum()
             )
             self._finish(reward_model, missing.sort(length, descending=True), shards)
-        scored = shards.rows(distinct["key"])
+        scored = distinct.select("key").hstack(shards.rows(distinct["key"]))
         found = [frame.select("key").join(scored, on="key", how="left", maintain_order="left") for frame in needed]
         first, second = (_of_side(side, found, convention) for side in ("first", "second"))
         usage = ScoringUsage(

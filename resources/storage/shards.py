@@ -37,20 +37,25 @@ class Shards:
         return keys.filter(keys.is_in(found.implode()))
 
     def rows(self, keys: pl.Series, usable: Callable[[pl.DataFrame], pl.DataFrame] = lambda rows: rows) -> pl.DataFrame:
-        """The finished rows with these keys, each once, in any order.
+        """The finished row of each key, without the key, in the order of the keys; nulls where there is none.
 
         `usable` leaves rows out, or mends them, before one row of several with the same key is chosen.
         """
-        found, largest = pl.DataFrame(schema=self._columns), pl.Series([LARGEST_HASH], dtype=pl.UInt64)
-        # Sorted once: a set of all keys, made anew for each shard, would take time as the square of the rows.
-        wanted = keys.hash().append(largest).sort()
-        # Filtered only where need be, and appended in place: copies would take as much memory as the rows.
+        # Sorted once: a set of all keys, made anew for each shard, would take time as the square of the rows. Of a million
+        # keys two have the same hash with a chance of 3 in 100 million.
+        wanted = keys.hash().append(pl.Series([LARGEST_HASH], dtype=pl.UInt64)).unique().sort()
+        found = pl.DataFrame(schema={**self._columns, "key": pl.get_index_type()}).rename({"key": "place"})
+        # Filtered only where need be, and appended in place: copies would take as much memory as the rows. So would keys.
         for shard in self._shards(list(self._columns)):
             hashes = shard["key"].hash()
-            is_wanted = wanted[wanted.search_sorted(hashes)] == hashes
-            found.extend(usable(shard if is_wanted.all() else shard.filter(is_wanted)))
+            places = wanted.search_sorted(hashes)
+            placed, is_wanted = shard.with_columns(key=places).rename({"key": "place"}), wanted[places] == hashes
+            found.extend(usable(placed if is_wanted.all() else placed.filter(is_wanted)))
         # Two runs that were at work side by side may both have finished a row.
-        return found if found["key"].hash().n_unique() == found.height else found.unique("key", keep="first")
+        if found["place"].n_unique() < found.height:
+            found = found.unique("place", keep="first", maintain_order=True)
+        asked = pl.DataFrame({"place": wanted.search_sorted(keys.hash())})
+        return asked.join(found, on="place", how="left", maintain_order="left").drop("place")
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Writes one shard, as a whole or not at all."""
