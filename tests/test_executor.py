@@ -1,6 +1,8 @@
 """A run's steps of the pool follow each other at once, and its process ends soon after it was told to."""
 
+import contextlib
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -90,6 +92,44 @@ def test_python_does_not_say_that_it_removes_what_a_run_left_in_shared_memory(wa
     # Returns when the process that removes it has ended too.
     said = subprocess.run([sys.executable, "-c", leaves], env=environment, capture_output=True, text=True, timeout=60)
     assert ("leaked semaphore" in said.stderr) == says
+
+
+@dg.asset(retry_policy=dg.RetryPolicy(max_retries=1))
+def killed_late(late: dg.ResourceParam[object]) -> None:
+    pass
+
+
+@dg.asset(deps=[killed_late])
+def after_it() -> None:
+    pass
+
+
+@dg.resource
+@contextlib.contextmanager
+def late(_):
+    """Ends the process of the step that used it, once the step has said that it succeeded."""
+    yield
+    if multiprocessing.parent_process():
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def job_killed_late():
+    job = dg.define_asset_job("late_job", dg.AssetSelection.all())
+    assets = dg.Definitions(
+        assets=[killed_late, after_it], jobs=[job], resources={"late": late}, executor=executor.executor
+    )
+    return assets.resolve_job_def("late_job")
+
+
+def test_a_step_whose_process_is_killed_after_its_success_has_not_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(executor, "PRELOADED", [])
+    with (
+        dg.DagsterInstance.local_temp(str(tmp_path)) as instance,
+        dg.execute_job(dg.reconstructable(job_killed_late), instance) as result,
+    ):
+        assert result.success
+        assert len(result.get_step_success_events()) == 2
 
 
 def of_the_pool(name):

@@ -15,6 +15,7 @@ from dagster._core.execution.plan.active import ActiveExecution
 from dagster._core.execution.plan.step import ExecutionStep
 from dagster._core.execution.retries import RetryMode
 from dagster._core.executor import multiprocess
+from dagster._core.executor.child_process_executor import ChildProcessCrashException
 
 from resources.common.processes import ended_after_interrupt
 
@@ -55,8 +56,27 @@ class PatientExecution(ActiveExecution):
         return steps
 
 
-# The executor makes it by this name, and takes no other.
+step_of_dagster = multiprocess.execute_step_out_of_process
+
+
+def finished_or_failed_step(*arguments: Any) -> Iterator[dg.DagsterEvent | None]:
+    """Dagster's own, for which a step that has ended well has not failed if its process is killed before it has ended too.
+
+    Dagster would try to make it again, does not find it at work, and ends the run.
+    """
+    has_succeeded = False
+    try:
+        for event in step_of_dagster(*arguments):
+            has_succeeded = has_succeeded or (event is not None and event.is_step_success)
+            yield event
+    except ChildProcessCrashException:
+        if not has_succeeded:
+            raise
+
+
+# The executor finds both by these names, and takes no others.
 multiprocess.ActiveExecution = PatientExecution  # type: ignore[misc]
+multiprocess.execute_step_out_of_process = finished_or_failed_step  # type: ignore[assignment]
 
 
 class BoundedExecutor(multiprocess.MultiprocessExecutor):
