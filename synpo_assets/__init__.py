@@ -1,1 +1,1 @@
-"""The SynPO assets, one module per stage of the paper."""
+"""The pipeline: its stages, what measures them, reports, publishing and the command."""

@@ -3,6 +3,7 @@
 import dagster as dg
 import polars as pl
 import pytest
+from dagster._core.storage.tags import PARTITION_NAME_TAG
 
 from resources.settings.files import active_settings
 from resources.storage.files import json_sha256, write_atomically
@@ -11,7 +12,6 @@ from synpo_assets.cli.automation import JOBS, next_iteration, reason_to_wait
 from synpo_assets.graph.history import never_began
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.missing import asset_names
-from synpo_assets.stages.loop import PARTITION_TAG
 from tests.nano import write_settings
 from tests.stand_ins import EMPTY_JOB, begun_run, measured, services_in
 from tests.stand_ins import instance as instance
@@ -118,12 +118,12 @@ def test_it_stops_at_the_target(instance, services):
     (dg.DagsterRunStatus.CANCELED, "ended as CANCELED"),
 ])  # fmt: skip
 def test_it_waits_for_runs_and_does_not_repeat_failed_ones(instance, services, status, reason):
-    begun_run(instance, status, {PARTITION_TAG: "0001"})
+    begun_run(instance, status, {PARTITION_NAME_TAG: "0001"})
     assert reason in reason_to_wait(instance, services, 1)
 
 
 def test_a_run_that_ended_before_any_step_does_not_hold_it(instance, services):
-    run = instance.create_run_for_job(EMPTY_JOB, tags={PARTITION_TAG: "0001"}, status=dg.DagsterRunStatus.FAILURE)
+    run = instance.create_run_for_job(EMPTY_JOB, tags={PARTITION_NAME_TAG: "0001"}, status=dg.DagsterRunStatus.FAILURE)
     assert reason_to_wait(instance, services, 1) is None
     assert never_began(instance, run.run_id)
 

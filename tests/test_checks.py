@@ -161,7 +161,7 @@ def test_an_update_that_readers_do_not_see_warns(services, instance, left, passe
     found, went_on = evaluate(instance, services, "model_checkpoint", checkpoint_with(1.0), io_manager="checkpoints")
     assert found["update_survives"].passed == passes
     assert went_on
-    assert ("training.learning_rate" in figures(found["update_survives"]).get("remedy", "")) is not passes
+    assert ("Raise learning_rate" in figures(found["update_survives"]).get("remedy", "")) is not passes
 
 
 @pytest.mark.parametrize(("accuracy", "above_limit", "said"), [

@@ -80,7 +80,7 @@ def test_a_prompt_longer_than_the_context_is_named_before_anything_is_generated(
     settings["seed_data"] |= {"train": {"path": "train.jsonl"}, "train_limit": None}
     for command in ("run", "check"):
         refused(
-            tmp_path, settings, "train line 61: its prompt takes ", "more than M_0's context of 1024", "on_bad_rows",
+            tmp_path, settings, "train line 61: its prompt takes ", "exceed M_0's context of 1024", "on_bad_rows",
             command=command,
         )  # fmt: skip
 

@@ -83,7 +83,8 @@ def test_a_foreground_run_that_is_terminated_in_the_ui_ends_within_30_seconds(tm
     assert synpo("run", "--home", home).returncode == 0
 
 
-def test_a_ui_that_a_script_started_in_the_background_ends_whole_when_it_is_told_to(tmp_path, nano_model):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_ui_that_a_script_started_in_the_background_ends_whole(tmp_path, nano_model, how):
     """Such a script has what it starts ignore SIGINT."""
     home, port = tmp_path / "home", free_port()
     settings = write_settings(tmp_path / "nano.yaml", nano_settings(nano_model))
@@ -95,8 +96,11 @@ def test_a_ui_that_a_script_started_in_the_background_ends_whole_when_it_is_told
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     ) as process:
         try:
-            wait_for(Ui(home, port).is_ready, 120)
-            process.terminate()
+            ui = Ui(home, port)
+            wait_for(ui.is_ready, 120)
+            ui.launch(None, ["initial_policy", "seed_pairs", "keyword_pool", "prompt_generator"])
+            wait_for(lambda: any("forkserver" in command for command in processes_of(home).values()), 60)
+            process.send_signal(how)
             process.wait(60)
         finally:
             process.kill()

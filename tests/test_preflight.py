@@ -154,7 +154,7 @@ def test_rows_longer_than_the_context_end_the_run_at_the_seed_and_not_where_they
         run([initial_policy, seed_pairs], instance, services)
     assert "train line 61: its prompt takes " in str(refused.value)
     assert "train line 62: its prompt with its answer takes " in str(refused.value)
-    assert "more than M_0's context of 1024" in str(refused.value)
+    assert "exceed M_0's context of 1024" in str(refused.value)
     with pytest.raises(SettingsError, match=r"verifiable line 2: its prompt takes .*, or set seed_data.on_bad_rows"):
         run(
             [initial_policy, verifiable_instructions],

@@ -22,8 +22,13 @@ from dagster import DagsterExecutionInterruptedError
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
+# Loaded here: between a fork and what it executes is no time for that.
+LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 8.0
+# The process id of `synpo ui`, told to whatever it starts.
+UI_PROCESS = "SYNPO_UI_PROCESS"
+ENDS_AFTER_UI_SECONDS = 3.0
 REPEATED_AFTER_SECONDS = 0.1
 INTERRUPTS = (KeyboardInterrupt, DagsterExecutionInterruptedError)
 logger = logging.getLogger("synpo")
@@ -47,7 +52,7 @@ def end_with_this_parent(parent: int | None = None) -> None:
         parent: Its process id, where it may have ended before this call: then this process ends here.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
 
@@ -56,17 +61,32 @@ def end_with_run() -> None:
     """Makes a step process end within a moment when its run does, even if the run is killed with -9.
 
     To the kernel, the parent of a step is the forkserver, and that lives on as long as any of its steps does. So a thread
-    waits for the end of the process that asked for the step.
+    waits for the end of the process that asked for the step. What `synpo ui` started ends soon after it, too: Dagster's code
+    servers, and the runs that they start, would live on for more than a minute.
     """
-    run = multiprocessing.parent_process()
-    if run is None:
+    run, ui = multiprocessing.parent_process(), _end_of_ui()
+    ends = [run.sentinel, *ui] if run else ui
+    if not ends:
         return
 
     def watch() -> None:
-        multiprocessing.connection.wait([run.sentinel])
+        if multiprocessing.connection.wait(ends) == ui:
+            # An interrupt may have told both.
+            time.sleep(ENDS_AFTER_UI_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="end-with-run", daemon=True).start()
+
+
+def _end_of_ui() -> list[int]:
+    """What becomes readable when the `synpo ui` that this process belongs to ends; nothing without one."""
+    ui = os.environ.get(UI_PROCESS)
+    if ui is None or sys.platform != "linux":
+        return []
+    try:
+        return [os.pidfd_open(int(ui))]
+    except ProcessLookupError:
+        os._exit(1)
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ class InitialPolicy(ModelSource):
         str, BeforeValidator(lambda stated: datetime.date.fromisoformat(str(stated)).isoformat())
     ] = Field(
         "2025-01-01",
-        description="The date that a chat template shows which would show today's: one for the whole experiment.",
+        description="Date for chat templates that would show today's, so that prompts stay the same for the whole experiment.",
     )
 
 
@@ -143,7 +143,7 @@ class SeedData(Section):
         0.5,
         gt=0,
         lt=1,
-        description="So large a random share of the held-out pairs, and of the verifiable instructions, is the split `dev`, which "
+        description="Random share of the held-out pairs, and of the verifiable instructions, that becomes the split `dev`, which "
         "searches and the gate read; the rest is `test`, which tables report. Not in the paper.",
     )
     verifiable: DataSource | None = Field(

@@ -164,7 +164,7 @@ class Checks(Section):
     )
     min_sigmoid_argument: float = Field(
         -4.0,
-        description="Warn if, over the last quarter of M_t's training, the sigmoid of the loss is taken of less on average (SimPO: "
+        description="Warn if, over the last quarter of M_t's training, the mean argument of the loss's sigmoid is lower (SimPO: "
         "reward margin - gamma). All pairs then pull with nearly full weight, whatever beta is.",
     )
     min_win_rate: float = Field(0.5, ge=0, le=1, description="Warn if the win rate over M_0 is lower.")

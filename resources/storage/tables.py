@@ -16,7 +16,7 @@ from resources.storage.files import opened_atomically, set_aside, storage_root, 
 
 SAMPLE_ROWS = 5
 SHOWN_CHARACTERS = 300
-# XXH3 with 128 bits, and the name of the file.
+# XXH3 with 128 bits, and whose table it is.
 CHECKSUM = ".xxh128"
 HASHED_AT_A_TIME = 2**20
 WAIT_SECONDS = 1.0
@@ -91,7 +91,7 @@ class ParquetTables(dg.UPathIOManager):
         return found
 
     def write(self, asset: str, partition: str | None, frame: pl.DataFrame) -> None:
-        """Writes the table of an asset and iteration other than the running one; without an iteration, one that is made once."""
+        """Writes a table outside of Dagster's outputs; without a partition, one that is made once."""
         place = self._place(asset, partition)
         _write(frame, place, self._label(place))
 

@@ -14,6 +14,8 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from trl import SFTTrainer
 
+from resources.training.rows import IGNORED
+
 # Logits so many times larger are capped where any are.
 ENLARGED = 1000.0
 
@@ -28,7 +30,7 @@ class CpuSFTTrainer(SFTTrainer):
     ) -> Any:
         """Mean cross-entropy over the unmasked tokens of the batch that the optimizer step covers."""
         labels = inputs["labels"][:, 1:]
-        wanted = labels != -100
+        wanted = labels != IGNORED
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         read = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
         if self._only_projects is None:

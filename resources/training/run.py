@@ -197,6 +197,8 @@ def _trainer(job: TrainingJob, device: str) -> tuple[Any, Any, dict[str, Any]]:
 def _lora(job: TrainingJob, model: "PreTrainedModel") -> Any:
     from peft import LoraConfig
 
+    from resources.models.classifier import HEAD
+
     lora = job.training.lora
     if lora is None:
         return None
@@ -206,7 +208,7 @@ def _lora(job: TrainingJob, model: "PreTrainedModel") -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules="all-linear" if lora.last_layers is None else _linear_in_last_layers(model, lora.last_layers),
-        modules_to_save=["score"] if job.kind == "reward" else None,
+        modules_to_save=[HEAD] if job.kind == "reward" else None,
     )
 
 

@@ -5,7 +5,9 @@ newest M_t was promoted decides (promotion.py), and the reason to stop is shown 
 """
 
 import dagster as dg
-from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from dagster import DagsterInstance, RunsFilter
+from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
+from dagster._core.storage.tags import PARTITION_NAME_TAG
 
 from resources.settings.files import settings_problem
 from synpo_assets.graph.budget import budget_refusal
@@ -14,7 +16,7 @@ from synpo_assets.graph.missing import missing_assets, missing_checks
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import FIRST, OPT_IN_TAG
-from synpo_assets.stages.loop import PARTITION_TAG, promotion_refusal
+from synpo_assets.stages.loop import promotion_refusal
 
 ALL_ASSETS_JOB = "synpo"
 
@@ -41,10 +43,6 @@ JOBS = [
         description="Nothing to press: what `synpo run` and the sensor launch, any of the assets.",
     ),
 ]
-UNFINISHED = [
-    DagsterRunStatus.QUEUED, DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING, DagsterRunStatus.STARTED,
-    DagsterRunStatus.CANCELING,
-]  # fmt: skip
 
 
 @dg.sensor(
@@ -93,9 +91,9 @@ def reason_to_wait(instance: DagsterInstance, services: Services, iteration: int
         return f"Stopped: iteration {target} is finished, which is the target (automation.target_iterations)."
     if spent := budget_refusal(instance, services):
         return f"Stopped. {spent}"
-    if live := instance.get_runs(RunsFilter(statuses=UNFINISHED), limit=1):
+    if live := instance.get_runs(RunsFilter(statuses=NOT_FINISHED_STATUSES), limit=1):
         return f"Run {live[0].run_id} is at work."
-    of_iteration = instance.get_runs(RunsFilter(tags={PARTITION_TAG: partition_key(iteration)}), limit=CONSIDERED)
+    of_iteration = instance.get_runs(RunsFilter(tags={PARTITION_NAME_TAG: partition_key(iteration)}), limit=CONSIDERED)
     newest = next((run for run in of_iteration if not never_began(instance, run.run_id)), None)
     if newest and not newest.is_success:
         return (

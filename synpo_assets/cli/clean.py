@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from dagster import AssetKey, DagsterInstance, DagsterRunStatus, RunsFilter
+from dagster import AssetKey, DagsterInstance, RunsFilter
+from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
 from rich.console import Console
 from upath import UPath
 
@@ -29,7 +30,6 @@ from synpo_assets.graph.history import data_version_of, newest
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
 
-AT_WORK = [DagsterRunStatus.QUEUED, DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
 # Where things are written under a temporary name first; Dagster's own folders are left alone.
 WRITTEN_FOLDERS = (
     "tables", "metrics", "settings", "shards", "checkpoints", "cache/checkpoints", "training", "reports", "published",
@@ -75,7 +75,9 @@ def print_clean(services: Services, delete: bool, with_checkpoints: bool) -> Non
 def refuse_while_at_work(instance: DagsterInstance, home: Path) -> None:
     """Refuses if a run from the UI, the daemon or `dg launch` is at work in a home whose lock this process holds."""
     # A `synpo run` would hold the lock: what the history shows as its unfinished run was killed.
-    runs = [run for run in instance.get_runs(RunsFilter(statuses=AT_WORK)) if FOREGROUND_TAG not in run.tags]
+    runs = [
+        run for run in instance.get_runs(RunsFilter(statuses=NOT_FINISHED_STATUSES)) if FOREGROUND_TAG not in run.tags
+    ]
     if runs:
         raise SettingsError(
             f"Run {runs[0].run_id} is at work in {home} ({runs[0].status.value}): wait until it ends. If its process is dead, "

@@ -16,8 +16,9 @@ from pathlib import Path
 import dagster as dg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from dagster._core.events import RunFailureReason
+from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
 from dagster._core.storage.runs import SqliteRunStorage
-from dagster._core.storage.tags import GRPC_INFO_TAG
+from dagster._core.storage.tags import GRPC_INFO_TAG, PARTITION_NAME_TAG
 from dagster._utils.error import SerializableErrorInfo
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -25,15 +26,15 @@ from resources.common.errors import DISK_IS_FULL, FinalError, full_disk
 from resources.common.text import asset_label, visible
 from resources.settings.sections import SettingsError
 from resources.storage.files import remove_abandoned
-from synpo_assets.cli.automation import ALL_ASSETS_JOB, UNFINISHED
+from synpo_assets.cli.automation import ALL_ASSETS_JOB
 from synpo_assets.cli.healing import damaged_assets
+from synpo_assets.cli.home import ONLY_OWNER_ENTERS
 from synpo_assets.cli.terminal import KILLED, first_cause, reason_of
 from synpo_assets.graph.budget import SPENT, budget_refusal
 from synpo_assets.graph.missing import CONTROL, MADE, VERDICTS, missing_assets, missing_checks, outdated_assets
 from synpo_assets.graph.outlook import ITERATIONS_TAG
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
-from synpo_assets.stages.loop import PARTITION_TAG
 
 FOREGROUND_TAG = "synpo/foreground"
 CANCELLATION_POLL_SECONDS = 2.0
@@ -52,7 +53,7 @@ def asset_job() -> dg.JobDefinition:
 def locked(home: Path, name: str = "run") -> Iterator[None]:
     """Holds the home, which is made if need be, for this process; the lock goes with the process, however it ends."""
     # What a model wrote is nobody else's, and settings may hold the address of a database.
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    home.mkdir(mode=ONLY_OWNER_ENTERS, parents=True, exist_ok=True)
     with (home / f"{name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,7 +109,7 @@ def close_dead_runs(instance: DagsterInstance) -> None:
 
     To be called while holding the lock of the home: then no unfinished foreground run can be alive.
     """
-    for run in instance.get_runs(RunsFilter(statuses=UNFINISHED)):
+    for run in instance.get_runs(RunsFilter(statuses=NOT_FINISHED_STATUSES)):
         if FOREGROUND_TAG in run.tags or _was_in_the_ui_that_ended(instance, run):
             instance.report_run_failed(run, "The process of this run was killed. Finished work is kept.")
     for run_id in instance.event_log_storage.get_concurrency_run_ids():
@@ -150,7 +151,7 @@ def _run(
         raise FinalError(spent)
     tags = {FOREGROUND_TAG: "true", ITERATIONS_TAG: str(iterations)}
     if partition is not None:
-        tags |= {PARTITION_TAG: partition}
+        tags |= {PARTITION_NAME_TAG: partition}
     with (
         _ended_from_the_ui(instance),
         _leaving_no_step_behind(),

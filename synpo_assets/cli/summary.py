@@ -17,6 +17,7 @@ from synpo_assets.graph.missing import asset_names
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.texts import gain_text, number_text, rate_text, share_text
+from synpo_assets.method.pairs import middle_pair
 from synpo_assets.reports import FOLDER, REPORT
 from synpo_assets.reports.without_judge import NULL_LABELS
 from synpo_assets.stages.loop import promotion_refusal, promotion_verdict
@@ -78,8 +79,7 @@ def _first(measured: Metrics, asset: str, *names: MetricName) -> str:
 
 
 def _sample_pair(tables: ParquetTables, iterations: int) -> Panel:
-    pairs = tables.read("preference_pairs", partition_key(iterations)).sort("margin")
-    pair = pairs.row(pairs.height // 2, named=True)
+    pair = middle_pair(tables.read("preference_pairs", partition_key(iterations)))
     text = Text()
     if pair["rules"]:
         text.append(f"rules {visible(pair['rules'])}\n", style="dim")

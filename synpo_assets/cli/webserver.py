@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from dagster._cli import dev
+from dagster._grpc import server as code_server
 from dagster_dg_cli.cli import cli as dg
 from dagster_webserver import cli
 from dagster_webserver.app import create_app_from_workspace_process_context
@@ -29,6 +30,7 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from resources.common.processes import UI_PROCESS, end_with_this_parent
 from resources.settings.sections import SettingsError
 from synpo_assets.reports import FOLDER
 
@@ -64,7 +66,8 @@ def serve(host: str, port: int, token: str | None = None) -> None:
     os.environ.pop(TOKEN, None)
     if token is not None:
         os.environ[TOKEN] = token
-    dev.open_ipc_subprocess = _start
+    os.environ[UI_PROCESS] = str(os.getpid())
+    dev.open_ipc_subprocess = code_server.open_ipc_subprocess = _start
     # A script that starts it in the background has SIGINT ignored, by which Dagster ends its processes, and they inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # A checkout says in its pyproject.toml what to load; an installed wheel has none.
@@ -73,7 +76,9 @@ def serve(host: str, port: int, token: str | None = None) -> None:
 
 
 def _start(parts: Sequence[str], **kwargs: Any) -> subprocess.Popen[Any]:
-    return open_ipc_subprocess([__name__ if part == "dagster_webserver" else part for part in parts], **kwargs)
+    """Starts web server, daemon or code server; a daemon that outlived this process would launch what the next one does."""
+    parts = [__name__ if part == "dagster_webserver" else part for part in parts]
+    return open_ipc_subprocess(parts, preexec_fn=end_with_this_parent, **kwargs)
 
 
 def app_with_reports(*arguments: Any, **options: Any) -> Starlette:

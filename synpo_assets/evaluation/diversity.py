@@ -209,7 +209,7 @@ def _word_order(
     ends = np.cumsum([len(prompts) for prompts in sampled.values()])[:-1]
     of_sources = np.split(np.array(read.per_token).reshape(-1, ORDERS), ends)
     rows = ordered_shares(dict(zip(sampled, of_sources, strict=True)))
-    return rows, [Metric("scored_tokens", read.tokens), Metric("scoring_seconds", round(read.seconds, 1))]
+    return rows, metrics.reading([read])
 
 
 def _labels(

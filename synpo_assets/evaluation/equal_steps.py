@@ -19,7 +19,6 @@ import polars as pl
 
 from resources.common.errors import FinalError
 from resources.models.likelihood import Likelihoods
-from resources.settings.method import PreferenceOptimization
 from resources.storage.checkpoint_store import Checkpoint
 from synpo_assets.evaluation.gold_comparison import gold_and_others, refuse_answers_of_another, style_gains
 from synpo_assets.evaluation.instruction_following import ANSWERING_READS, instruction_answers, instruction_tokens
@@ -53,6 +52,7 @@ from synpo_assets.graph.presentation import (
 )
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
+from synpo_assets.graph.used_settings import optimized_with
 from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.evaluation import mean_gain, win_rates
 from synpo_assets.method.ranking import repeated_prompts
@@ -88,7 +88,7 @@ def equal_steps_checkpoint(
     if iteration_of(context) == 1:
         context.log.info("In iteration 1 the control of equal steps is M_1 itself: nothing is trained.")
         return checkpoint_output(context, services, model_checkpoint, **made_by(model_checkpoint))
-    options, random_seed = made_with(model_checkpoint), services.settings.random_seed
+    options, random_seed = optimized_with(model_checkpoint.manifest, services.settings), services.settings.random_seed
     pairs, steps = first_pairs(preference_history), steps_of(services, model_checkpoint)
     rows, start = pairs.select(*USED_COLUMNS).to_dicts(), initial_policy if options.policy_init == "initial" else policy
     made, summary = services.checkpoints.create(
@@ -134,7 +134,8 @@ def equal_steps_evaluation(
 ) -> dg.Output[pl.DataFrame]:
     """The control's held-out answers, compared with those of M_0 and M_t by each judge.
 
-    If M_t does not win against the control (its interval lies above one half), the rise is one of steps.
+    M_t is better than its control where the interval of `win_rate of equal_steps over candidate` lies below one half. Otherwise
+    the later pairs are not shown to add anything to as many steps.
     """
     refuse_answers_of_another(model_checkpoint, evaluation)
     refuse_control_of_another(equal_steps_checkpoint, model_checkpoint)
@@ -249,11 +250,6 @@ def equal_steps_gold(
         *metrics.reading(read),
     ]
     return table_output(context, services, frame, measured, **made_by(control))
-
-
-def made_with(made: Checkpoint) -> PreferenceOptimization:
-    """The settings that M_t was trained with, which a search may have chosen."""
-    return PreferenceOptimization.model_validate(made.manifest["settings"]["preference_optimization"])
 
 
 def first_pairs(history: pl.DataFrame) -> pl.DataFrame:

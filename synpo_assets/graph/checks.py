@@ -17,7 +17,6 @@ import polars as pl
 from resources.common.text import asset_label
 from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
 from resources.models.weights import tensors_not_finite
-from resources.settings.method import PreferenceOptimization
 from resources.settings.settings import Settings
 from resources.training.history import last_quarter
 from resources.training.losses import sigmoid_argument
@@ -25,6 +24,7 @@ from synpo_assets.graph.metrics import judge_doubt, mean, recorded
 from synpo_assets.graph.partitions import iterations, partition_key, partition_of
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
+from synpo_assets.graph.used_settings import optimized_with
 from synpo_assets.method.quality import length_ratio, mean_repetition, mean_similarity
 from synpo_assets.method.saturation import saturation
 from synpo_assets.method.verifiable import BY_RULES
@@ -40,6 +40,11 @@ CHOOSE_SAMPLES = (
     "Give R_t more seed rows with rules, train it on right answers too (response_improver.keep_right_answers), or let own "
     "answers be chosen where they are better (response_improver.samples and own_answers, or preferences.chosen_from: "
     "ranked_samples). The best of several rewrites may still be better than what was rewritten."
+)
+LEAST_SURVIVING_UPDATE = 0.9
+RAISE_LEARNING_RATE = (
+    "Raise learning_rate in the section `training` of what was trained, or take more steps, or read with "
+    "engine.dtype: float32."
 )
 BLOCKING = ("enough_pairs", "no_empty_side", "finite_weights")
 Results = Iterator[dg.AssetCheckResult]
@@ -111,17 +116,11 @@ def trained_weights_checks(context: dg.AssetCheckExecutionContext, services: Ser
     yield _result("update_survives", survives, surviving_update=left, least_allowed=least, remedy=RAISE_LEARNING_RATE)
 
 
-LEAST_SURVIVING_UPDATE = 0.9
-RAISE_LEARNING_RATE = "Raise training.learning_rate or the number of steps, or read with engine.dtype: float32."
-
-
 def model_checkpoint_checks(context: dg.AssetCheckExecutionContext, services: Services, stage: Stage) -> Results:
     """Whether the training of M_t still told pairs apart."""
     limits, preferences = services.settings.checks, services.settings.preferences
     manifest = services.checkpoints.manifest("model_checkpoint", context.partition_key) or {}
-    # A search may have chosen another beta than the settings state.
-    made_with = manifest.get("settings", {}).get("preference_optimization", services.settings.preference_optimization)
-    loss = PreferenceOptimization.model_validate(made_with).loss
+    loss = optimized_with(manifest, services.settings).loss
     log = services.checkpoints.training_log("model_checkpoint", context.partition_key)
     accuracy = last_quarter(entry.get("rewards/accuracies") for entry in log)
     argument = last_quarter(sigmoid_argument(loss, entry) for entry in log)

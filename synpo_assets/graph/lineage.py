@@ -24,6 +24,7 @@ from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.presentation import label_link, run_link, table_version
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import MADE_FROM, STATE_TAG
+from synpo_assets.method.pairs import middle_pair
 from synpo_assets.method.rules import rules_text
 from synpo_assets.method.seed import HELD_OUT
 
@@ -110,7 +111,7 @@ def median_pair(
     """The lineage of the pair with the median margin, of pairs that are not stored yet, as a list with links for the UI."""
     home = _Home(services, links_of(services.graph), context.instance, preference_pairs=preference_pairs)
     try:
-        nodes = home.pairs(preference_pairs.sort("margin")["pair_id"][preference_pairs.height // 2])
+        nodes = home.pairs(middle_pair(preference_pairs)["pair_id"])
     except (OSError, pl.exceptions.PolarsError) as error:
         # It reads tables of other iterations: what is damaged there is no fault of these pairs.
         return dg.MetadataValue.md(f"A table that it leads to cannot be read: {error}")

@@ -13,6 +13,7 @@ import polars as pl
 from pydantic_core import to_jsonable_python
 
 from resources.common.text import visible
+from resources.settings.method import PreferenceOptimization
 from resources.settings.sections import flattened
 from resources.settings.settings import Settings
 from resources.storage.tables import ParquetTables
@@ -30,9 +31,9 @@ def values_of(names: Iterable[str], settings: Settings) -> dict[str, str]:
 
 
 def record_settings(context: dg.AssetExecutionContext, services: Services) -> dict[str, Any]:
-    """Keeps the settings that the running asset reads, and shows them: in bold those that the iteration before had not."""
+    """Keeps the settings that the running asset reads, and shows them: in bold what changed since the previous iteration."""
     asset, partition = context.asset_key.to_user_string(), partition_of(context)
-    # What is no stage does not say what it reads.
+    # Only stages state what they read.
     now = values_of(context.assets_def.metadata_by_key[context.asset_key].get(READS, []), services.settings)
     rows = [(asset, *each) for each in now.items()]
     services.used_settings.write(asset, partition or ONCE, pl.DataFrame(rows, schema=USED_SETTINGS, orient="row"))
@@ -44,6 +45,12 @@ def record_settings(context: dg.AssetExecutionContext, services: Services) -> di
     ]
     lines += [f"| {name} | {_cell(value)} |" for name, value in now.items() if name not in differing]
     return {"settings": dg.MetadataValue.md("\n".join(["| setting | value |", "|---|---|", *lines]))}
+
+
+def optimized_with(manifest: Mapping[str, Any], settings: Settings) -> PreferenceOptimization:
+    """What M_t was trained with, which a search may have chosen; the settings where its manifest does not say."""
+    made = manifest.get("settings", {}).get("preference_optimization", settings.preference_optimization)
+    return PreferenceOptimization.model_validate(made)
 
 
 def used_in(store: ParquetTables, partition: str) -> dict[str, str]:

@@ -33,7 +33,7 @@ ENDS = ("", "_low", "_high")
 
 
 def damaged_copies(rows: pl.DataFrame, copies: int, seed: int) -> pl.DataFrame:
-    """Each row so often with a damaged answer (damage, damaged), each time with another damage, as far as so many apply.
+    """Up to `copies` rows for each row, each with a different damage (columns damage, damaged); fewer where fewer apply.
 
     Args:
         rows: prompt and answer, and columns that stay.

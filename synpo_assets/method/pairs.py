@@ -1,6 +1,7 @@
 """Preference pairs: joining the two sides, filtering, sampling (paper, section 2.3 and algorithm 1, line 4)."""
 
 import collections
+from typing import Any
 
 import polars as pl
 
@@ -24,6 +25,16 @@ def repetition(text: str, size: int) -> float:
     words = words_of(text)
     runs = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def middle_pair(pairs: pl.DataFrame) -> dict[str, Any]:
+    """The pair with the median margin; of an even number the one above.
+
+    Examples:
+        >>> middle_pair(pl.DataFrame({"pair_id": ["a", "b", "c", "d"], "margin": [0.5, 2.0, 1.0, 1.0]}))
+        {'pair_id': 'd', 'margin': 1.0}
+    """
+    return pairs.sort("margin", "pair_id").row(pairs.height // 2, named=True)
 
 
 def join_sides(chosen: pl.DataFrame, rejected: pl.DataFrame) -> pl.DataFrame:

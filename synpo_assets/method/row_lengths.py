@@ -1,4 +1,4 @@
-"""Rows of the seed, and new prompts, that M_0's context does not hold with what is written after them, or its template changes.
+"""Which rows of the seed and which new prompts do not fit into M_0's context, or are changed by its chat template.
 
 The paper takes its seed as given, and says nothing of prompts that are too long.
 """
@@ -15,7 +15,7 @@ from synpo_assets.method.templates import (
     user_message,
 )
 
-OVER_CONTEXT = "more than M_0's context of"
+OVER_CONTEXT = "exceed M_0's context of"
 SHOWN_CHARACTERS = 80
 
 
@@ -39,13 +39,13 @@ def length_problem(row: Mapping[str, Any], room: Room, tokens: Callable[[Sequenc
     Examples:
         >>> row = {"prompt": "Why? " * 30, "answer": "So."}
         >>> length_problem(row, Room(200, 64, None), lambda messages: sum(len(each["content"]) for each in messages))
-        "its prompt takes 150 tokens, with up to 64 that are written after them more than M_0's context of 200"
+        "its prompt takes 150 tokens, which with up to 64 new ones exceed M_0's context of 200"
     """
     for what, read, written in _uses(row, room):
         taken = tokens(read)
         if taken + written > room.context:
-            after = f", with up to {written} that are written after them" if written else ","
-            return f"its {what} takes {taken} tokens{after} {OVER_CONTEXT} {room.context}"
+            new = f" with up to {written} new ones" if written else ""
+            return f"its {what} takes {taken} tokens, which{new} {OVER_CONTEXT} {room.context}"
     return None
 
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -116,12 +117,19 @@ def rows_of_templates(
 
 
 def most_frequent(bad: Sequence[BadRow]) -> str:
-    """Why most rows were dropped, by one of them; nothing if none was."""
-    kinds = collections.Counter(row.reason.partition("'")[0] for row in bad)
+    """Why most rows were dropped, by one of them; nothing if none was.
+
+    Examples:
+        >>> equals = [BadRow("train", line, f"the same prompt stands in line {line - 1} of train") for line in (2, 5, 9)]
+        >>> most_frequent([BadRow("train", 1, "the prompt is empty"), *equals])
+        ' 4 were dropped, 3 of them like train line 2: the same prompt stands in line 1 of train.'
+    """
+    # Numbers and what is quoted differ from row to row.
+    kinds = [re.sub(r"'.*|\d", "", row.reason) for row in bad]
     if not kinds:
         return ""
-    kind, count = kinds.most_common(1)[0]
-    example = next(row for row in bad if row.reason.startswith(kind))
+    kind, count = collections.Counter(kinds).most_common(1)[0]
+    example = bad[kinds.index(kind)]
     return f" {len(bad)} were dropped, {count} of them like {example.split} line {example.line}: {example.reason}."
 
 

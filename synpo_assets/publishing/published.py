@@ -28,8 +28,9 @@ from synpo_assets.graph.presentation import table_version, written_output
 from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
+from synpo_assets.method.pairs import middle_pair
 from synpo_assets.publishing.cards import CardData, dataset_card, model_card
-from synpo_assets.reports.boosting_report import iterations_of, read_iteration
+from synpo_assets.reports.boosting_report import READ_ASSETS, iterations_of, read_iteration
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.stages.preferences import SIDES
 
@@ -46,7 +47,7 @@ TEXT_LIMIT = 2000
     opt_in=True,
     kinds=("huggingface",),
     reads=("publishing",),
-    deps=("preference_pairs", "model_checkpoint", "evaluation", "promotion"),
+    deps=READ_ASSETS,
 )
 def published_dataset(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.MaterializeResult:
     """The pairs of all finished iterations as parquet files with a card, published if `publishing.dry_run` is off.
@@ -88,7 +89,7 @@ def published_dataset(context: dg.AssetExecutionContext, services: dg.ResourcePa
     opt_in=True,
     kinds=("huggingface",),
     reads=("publishing",),
-    deps=("preference_pairs", "model_checkpoint", "evaluation", "promotion"),
+    deps=READ_ASSETS,
 )
 def published_model(
     context: dg.AssetExecutionContext, model_checkpoint: Checkpoint, services: dg.ResourceParam[Services]
@@ -218,7 +219,7 @@ def _writers(services: Services, iterations: Sequence[FinishedIteration]) -> Ite
 
 def _sample(pairs: pl.DataFrame) -> str:
     """The pair with the median margin as JSON, long texts cut, control characters shown as their numbers."""
-    row = pairs.sort("margin", "pair_id").row(pairs.height // 2, named=True)
+    row = middle_pair(pairs)
     for side in ("prompt", "chosen", "rejected"):
         row[side] = [message | {"content": _shown(message["content"])} for message in row[side]]
     return json.dumps(row, indent=2, ensure_ascii=False)

@@ -19,7 +19,7 @@ from synpo_assets.graph.metrics import judge_doubt, recorded
 from synpo_assets.graph.presentation import versions_table, written_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import LAST, STATE_TAG, Stage
-from synpo_assets.graph.used_settings import used_in
+from synpo_assets.graph.used_settings import optimized_with, used_in
 from synpo_assets.reports import FOLDER, REPORT
 from synpo_assets.reports.answers import same_prompts
 from synpo_assets.reports.finished import FinishedIteration
@@ -117,7 +117,7 @@ def read_iteration(instance: dg.DagsterInstance, services: Services, key: str) -
         cost=services.settings.cost.money(seconds),
         pairs=services.tables.read("preference_pairs", key),
         training_log=services.checkpoints.training_log("model_checkpoint", key),
-        reward_axis=loss_module(services.settings.preference_optimization.loss.kind).REWARD_AXIS,
+        reward_axis=loss_module(optimized_with(manifest, services.settings).loss.kind).REWARD_AXIS,
         manifest=manifest,
         settings=used_in(services.used_settings, key),
         refusal=promotion_verdict(services, key) if refused else None,

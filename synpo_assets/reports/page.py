@@ -13,6 +13,7 @@ from synpo_assets.graph.drawing import Plot
 from synpo_assets.graph.metrics import Metrics
 from synpo_assets.graph.texts import count_text, rate_text, share_text
 from synpo_assets.method.judging import KINDS
+from synpo_assets.method.pairs import middle_pair
 from synpo_assets.reports.answers import Answers
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.rows import Row, judge_labels
@@ -89,16 +90,18 @@ def sample_pairs(pairs: pl.DataFrame) -> list[dict[str, Any]]:
     Returns:
         Rows with place, pair_id, margin, for chosen and rejected the text and its score, and the prompt's text and rules.
     """
-    ordered = pairs.sort("margin", "pair_id", descending=[True, False])
-    places = {"largest margin": 0, "median margin": pairs.height // 2, "smallest margin": pairs.height - 1}
-    distinct = {place: name for name, place in reversed(places.items())}
-    samples = []
-    for place in sorted(distinct):
-        row = ordered.row(place, named=True)
+    ordered = pairs.sort("margin", "pair_id")
+    of_place = {
+        "largest margin": ordered.row(-1, named=True),
+        "median margin": middle_pair(pairs),
+        "smallest margin": ordered.row(0, named=True),
+    }
+    samples: dict[str, dict[str, Any]] = {}
+    for place, row in of_place.items():
         texts = {side: row[side][-1]["content"] for side in ("prompt", "chosen", "rejected")}
         figures = {name: row[name] for name in ("pair_id", "margin", "chosen_score", "rejected_score", "rules")}
-        samples.append({"place": distinct[place], **figures, **texts})
-    return samples
+        samples.setdefault(row["pair_id"], {"place": place, **figures, **texts})
+    return list(samples.values())
 
 
 def judging_rows(once: Metrics) -> list[tuple[str, ...]]:

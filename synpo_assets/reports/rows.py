@@ -1,4 +1,4 @@
-"""The rows of the boosting report: metrics by iteration as text, a few sample pairs, and the page that shows both."""
+"""The rows of the boosting report: metrics by iteration, as text."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence

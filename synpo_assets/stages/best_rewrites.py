@@ -1,7 +1,7 @@
 """A chosen side near the policy: the best of several rewrites of each answer, among those of like length.
 
 Paper (section 2.2, algorithm 1 line 3): R_t rewrites each answer once.
-Here: the same by default. Where `response_improver.samples` is more than 1, R_t rewrites each answer so often, and the best by
+Here: the same by default. Where `response_improver.samples` is more than 1, R_t rewrites each answer as many times, and the best by
 the scorer is chosen among those whose length is that of the rejected answer, within `response_improver.max_length_ratio`;
 if there is none, the nearest in length. A single rewrite is often far from what the policy would write, and longer or shorter
 than the rejected answer: preference optimization then learns length before content, and every pair pulls with full weight.

@@ -14,6 +14,8 @@ from typing import Any
 import dagster as dg
 import polars as pl
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from dagster._core.definitions.data_version import DATA_VERSION_TAG
+from dagster._core.storage.tags import PARTITION_NAME_TAG
 
 from resources.common.text import asset_label
 from resources.settings.settings import Settings
@@ -29,7 +31,6 @@ from synpo_assets.method.gate import verdict
 
 POLL_SECONDS = 2.0
 LOG_EVERY_SECONDS = 30.0
-PARTITION_TAG = "dagster/partition"
 
 
 @Stage(group="loop", checkpoint=True, state=True)
@@ -204,7 +205,7 @@ def wait_for_other_runs(context: dg.AssetExecutionContext) -> None:
     """
     same_iteration = RunsFilter(
         statuses=[DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING],
-        tags={PARTITION_TAG: context.partition_key},
+        tags={PARTITION_NAME_TAG: context.partition_key},
     )
 
     def obstacle() -> str | None:
@@ -249,6 +250,6 @@ def _report(
                 "reported_by_asset": dg.MetadataValue.asset(context.asset_key),
                 "reported_by_run": dg.MetadataValue.dagster_run(context.run.run_id),
             },
-            tags={"dagster/data_version": version},
+            tags={DATA_VERSION_TAG: version},
         )
     )

@@ -274,7 +274,7 @@ def _instructions(settings: Settings, weights: str | None) -> tuple[list[dict[st
 def _that_fit(
     rows: list[dict[str, Any]], settings: Settings, weights: str | None
 ) -> tuple[list[dict[str, Any]], list[BadRow]]:
-    """The rows that M_0's context holds with what is written after them, and its template renders, and the others."""
+    """The rows that fit into M_0's context and that its chat template leaves as they are, and the others."""
     if weights is None or not rows:
         return rows, []
     context, bad = ModelContext(weights, settings.engine.trust_remote_code), list[BadRow]()

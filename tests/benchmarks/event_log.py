@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from dagster._core.storage.tags import PARTITION_NAME_TAG
 from dagster._serdes import deserialize_value, serialize_value
 
 from synpo_assets.graph.partitions import partition_key
-from synpo_assets.stages.loop import PARTITION_TAG
 from tests.ui import Ui, browser_page, running_ui
 
 LAST_MADE = 2
@@ -44,7 +44,7 @@ PAGES = {
 def stored_again(instance: dg.DagsterInstance, iterations: int) -> int:
     """Stores the runs of the last iteration and their events for each further iteration; returns the number of events."""
     last, events = partition_key(LAST_MADE), 0
-    runs = instance.get_runs(dg.RunsFilter(tags={PARTITION_TAG: last}))[::-1]
+    runs = instance.get_runs(dg.RunsFilter(tags={PARTITION_NAME_TAG: last}))[::-1]
     for number, run in itertools.product(range(LAST_MADE + 1, iterations + 1), runs):
         run_id = str(uuid.uuid4())
         renamed = partial(_renamed, {run.run_id: run_id, f'"{last}"': f'"{partition_key(number)}"'})
