@@ -16,7 +16,7 @@ from synpo_assets.algorithm import stages_of
 from synpo_assets.evaluation.win_rates import COMPARISONS
 from synpo_assets.graph.metrics import judge_doubt
 from synpo_assets.graph.tables import check
-from synpo_assets.method.evaluation import outcome_column
+from synpo_assets.method.evaluation import outcome_name
 from synpo_assets.method.seed import HELD_OUT
 from tests.conftest import synpo_here
 from tests.nano import nano_settings, write_settings
@@ -197,7 +197,7 @@ def test_the_evaluation_compares_with_m0_and_the_policy_before_by_both_judges(ho
         }
         assert rates.keys() == {(judge, *compared) for judge in ("judge", "scorer") for compared in COMPARISONS}
         for (judge, model, over), rate in rates.items():
-            judged = frame[outcome_column(judge, model, over)]
+            judged = frame[outcome_name(judge, model, over)]
             assert rate["wins"] == (judged == "win").sum()
             # Of a judge at chance no rate is shown.
             assert rate["win_rate"] is None or rate["low"] <= rate["win_rate"] <= rate["high"]

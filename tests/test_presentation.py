@@ -37,7 +37,7 @@ def test_metrics_stand_in_one_table_after_the_verdict_and_as_numbers_at_the_end(
     rows = [tuple(record.data[name] for name in names) for record in found["metrics"].records]
     assert [*found][:3] == ["verdict", "metrics", "plot"]
     assert rows == [
-        ("58.3 %", "25.0 %", "91.7 %", "12", "test", "win_rate of candidate over initial by judge"),
+        ("58.3%", "25.0%", "91.7%", "12", "test", "win_rate of candidate over initial by judge"),
         ("12,345", "—", "—", "—", "—", "rows"),
         ("3.316", "—", "—", "—", "—", "mean_margin"),
     ]

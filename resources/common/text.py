@@ -42,7 +42,7 @@ def visible(text: str) -> str:
     return "".join(f"⟨U+{ord(letter):04X}⟩" if _is_hidden(letter) else letter for letter in text)
 
 
-def one_line(text: str, most: int) -> str:
+def one_line(text: str, most: int = 1000) -> str:
     r"""The beginning of what a file or a library says, on one line of a sentence.
 
     Examples:

@@ -18,6 +18,7 @@ from typing import Any
 import dagster as dg
 
 from resources.common.errors import FinalError
+from resources.common.text import one_line
 from resources.generation.engine import Completion, GenerationEngine, Request, Requests
 from resources.generation.ray_worker import News, RayWorker, Wants
 from resources.models.device import dtype_name, prepare_device
@@ -156,7 +157,7 @@ def _room(resources: dict[str, float], cpus: float, gpus: int) -> int:
 
 def _in_one_line(error: Exception) -> str:
     """What Ray says, without its colours, line breaks and marks below lines of code."""
-    return " ".join(re.sub(r"\x1b\[\d+m|\^+", "", str(error)).split())
+    return one_line(re.sub(r"\x1b\[\d+m|\^+", "", str(error)))
 
 
 @dataclasses.dataclass(eq=False)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from resources.common.errors import FinalError
+from resources.common.text import one_line
 from resources.settings.machine import Engine
 
 if TYPE_CHECKING:
@@ -74,9 +75,7 @@ def memory_explained(purpose: str, cure: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise FinalError(
-            f"The GPU's memory does not suffice for {purpose}: {' '.join(str(error).split())} {cure}"
-        ) from None
+        raise FinalError(f"The GPU's memory does not suffice for {purpose}: {one_line(str(error))} {cure}") from None
 
 
 def torch_dtype(engine: Engine) -> "torch.dtype":

@@ -15,6 +15,7 @@ import polars as pl
 
 from resources.common.errors import FinalError
 from resources.common.progress import Progress
+from resources.common.text import one_line
 from resources.models.device import DeviceResource, prepare_device, torch_dtype
 from resources.settings.evaluation import Benchmarks, BenchmarkTask
 from resources.storage.checkpoint_store import Checkpoint
@@ -229,4 +230,4 @@ def _guarded(folder: str | None, trust_code: bool) -> Iterator[list[FinalError]]
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {one_line(str(error), 300)}"

@@ -297,5 +297,5 @@ def _from_hub(source: ModelSource, section: str, trust_remote_code: bool) -> Pat
             f"There is no model `{source.name}` on the hub, or it is private: check {section}.name, or log in."
         ) from None
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(str(error), 200)
         raise ModelSourceError(f"Could not download {source.name} from the hub: {reason}") from None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from resources.common.errors import FinalError
+from resources.common.text import one_line
 from resources.models.chat import answer_ids, load_tokenizer, prompt_ids
 from resources.models.device import loading_options, prepare_device
 from resources.models.model_source import ModelSourceError, check_tokenizer, loading_explained
@@ -60,7 +61,7 @@ class RewardModel:
             get_class_from_dynamic_module(reference, str(directory))
         # It is somebody else's code: it may fail in any way.
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(str(error), 200)
             raise ModelSourceError(
                 f"The code that ships with the model in {directory} does not run with transformers {transformers.__version__}: "
                 f"{reason} Name a directory with a corrected copy of the model in {section}.name."

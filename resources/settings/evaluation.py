@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from resources.settings.data import EmbeddingModel
-from resources.settings.machine import ServerAccess, without_secrets
+from resources.settings.machine import ServerAccess, refuse_secrets
 from resources.settings.method import PretrainedScorer, Sampling, TrainedScorer
 from resources.settings.sections import Section
 from resources.settings.training import Training
@@ -65,7 +65,7 @@ class JudgeServer(ServerAccess):
         description="A jinja file (relative to the settings file) that makes the request from `prompt`, `answer_a` and "
         '`answer_b`; the reply must be JSON, {"better": "A"}, "B" or "tie". None: resources/judging/comparison.jinja.',
     )
-    extra_body: Annotated[dict[str, Any], AfterValidator(without_secrets)] = Field(
+    extra_body: Annotated[dict[str, Any], AfterValidator(refuse_secrets)] = Field(
         default_factory=dict,
         description="Further fields of each request, or others in place of ours: temperature (0), max_tokens (256), "
         "response_format; null leaves one out. A model of OpenAI that reasons wants {temperature: null, max_tokens: null, "
@@ -141,7 +141,7 @@ class Checks(Section):
         2.0, gt=1, description="Warn if one side is this many times as long as the other, on average (length bias)."
     )
     max_mean_repetition: float = Field(
-        0.2, gt=0, le=1, description="Warn if answers repeat a larger share of their word n-grams, on average."
+        0.2, gt=0, le=1, description="Warn if answers repeat a larger share of their runs of three words, on average."
     )
     max_cut_share: float = Field(
         0.1,
@@ -153,7 +153,9 @@ class Checks(Section):
         0.3, gt=0, le=1, description="Warn if more of the written prompts were near-duplicates and dropped."
     )
     max_similarity_growth: float = Field(
-        1.25, gt=0, description="Warn if prompts resemble each other this many times as much as in iteration 1."
+        1.25,
+        gt=0,
+        description="Warn if two prompts share this many times as many of their words as in iteration 1, on average.",
     )
     min_reward_accuracy: float = Field(
         0.5,

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from upath import UPath
 
+from resources.common.text import one_line
 from resources.settings.data import SEED_DATA_SUFFIXES
 from resources.settings.sections import (
     SECRET_NAME,
@@ -197,7 +198,7 @@ def _yaml(path: Path) -> dict[str, Any]:
         size, depth = _extent(values, {})
     # As in dagster.yaml.
     except Exception as error:
-        raise SettingsError(f"The settings file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise SettingsError(f"The settings file {path} is not valid YAML: {one_line(str(error))}") from None
     if size > MOST_VALUES:
         raise SettingsError(
             f"The settings file {path} holds more than {MOST_VALUES:,} values once its aliases are written out."

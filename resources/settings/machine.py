@@ -62,7 +62,7 @@ def _without_user(address: str | None) -> str | None:
     return address
 
 
-def without_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
+def refuse_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
     """Fields that somebody else reads: of what JSON can hold, and none is called as a secret is."""
     try:
         json.dumps(arguments, allow_nan=False, ensure_ascii=False).encode()
@@ -139,7 +139,7 @@ class Engine(Section):
         description="vLLM only: copies of the model that answer side by side. None: as many as the visible GPUs hold, 1 on a "
         "CPU.",
     )
-    vllm_arguments: Annotated[dict[str, Any], AfterValidator(without_secrets)] = Field(
+    vllm_arguments: Annotated[dict[str, Any], AfterValidator(refuse_secrets)] = Field(
         default_factory=dict,
         description="vLLM only: further arguments of its engine (vllm.EngineArgs), such as gpu_memory_utilization.",
     )

@@ -240,7 +240,7 @@ class Preferences(Section):
     repetition_ngram: int = Field(
         3,
         ge=1,
-        description="Repetition is the share of word n-grams of this size that occurred before in the same text.",
+        description="For max_repetition: the share of word n-grams of this size that occurred before in the same text.",
     )
     max_length_ratio: float | None = Field(
         None,

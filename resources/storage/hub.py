@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from resources.common.errors import FinalError
+from resources.common.text import one_line
 from resources.settings.publishing import Publishing
 from resources.storage.files import replace_directory, temporary_directory_beside
 from resources.storage.output_files import refuse_inside_a_home
@@ -78,7 +79,7 @@ def publish(
     except HfHubHTTPError as error:
         if error.response.status_code >= 500:
             raise
-        raise FinalError(f"The hub does not take {repository}: {' '.join(str(error).split())}") from None
+        raise FinalError(f"The hub does not take {repository}: {one_line(str(error))}") from None
     return commit.commit_url
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from resources.common.processes import GRACE_SECONDS, end_with_this_parent
 from resources.common.progress import tell
+from resources.common.text import one_line
 from resources.models.device import visible_gpus
 from resources.settings.machine import Engine
 from resources.settings.training import Training, TrainingProcesses
@@ -189,7 +190,7 @@ def _checked_accelerate_config(path: str, gpus: int) -> dict[str, Any]:
             raise ValueError("it is for SageMaker")
     # A file that holds no mapping, or a value of another type, fails in accelerate wherever it is first used.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(str(error))
         raise TrainingError(
             f"{named} is no valid configuration of accelerate: {reason}. Make it anew with `accelerate config --config_file "
             f"{path}`."

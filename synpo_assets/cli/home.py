@@ -8,13 +8,12 @@ import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from resources.settings.files import LAST_VALID, dagster_configuration, home_settings, load_settings, preset_path
-from resources.settings.sections import SettingsError
+from resources.settings.sections import SettingsError, flattened
 from resources.settings.settings import Settings
 from resources.storage.files import write_atomically
 
@@ -45,7 +44,7 @@ def chosen_settings(home: Path, preset: str | None, file: Path | None) -> Settin
     if not (preset or file):
         return kept
     asked = load_settings(file if file else preset_path(str(preset)))
-    if stored.exists() and (differences := list(_differences(kept.model_dump(), asked.model_dump()))):
+    if stored.exists() and (differences := _differences(kept, asked)):
         shown = ", ".join(differences[:SHOWN_DIFFERENCES]) + (", …" if len(differences) > SHOWN_DIFFERENCES else "")
         raise SettingsError(
             f"The home {home} was made with other settings ({shown}). Edit {stored} to change them there, or name "
@@ -136,11 +135,11 @@ def _with_storage(configuration: str, database: str | None) -> str:
     return f"{kept}\n\n{STORAGE_COMMENT}\n{yaml.safe_dump({'storage': {'postgres': {'postgres_url': url}}})}"
 
 
-def _differences(stored: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key in stored.keys() | asked.keys():
-        old, new = stored.get(key), asked.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            # The address of a database may hold a password.
-            yield f"{prefix}{key}" if key == "dagster_database" else f"{prefix}{key}: {old} there, {new} asked for"
+def _differences(stored: Settings, asked: Settings) -> list[str]:
+    old, new = (dict(flattened(settings.model_dump())) for settings in (stored, asked))
+    differing = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
+    # The address of a database may hold a password.
+    return [
+        name if name == "storage.dagster_database" else f"{name}: {old.get(name)} there, {new.get(name)} asked for"
+        for name in differing
+    ]

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Column, Table
 
-from resources.common.text import duration
+from resources.common.text import duration, one_line
 from resources.judging.server_judge import load_template
 from resources.models.device import cpu_multiplies_bfloat16, dtype_name, prepare_device
 from resources.models.model_source import (
@@ -175,7 +175,7 @@ def check_storage(storage: Storage) -> None:
                 f"storage.dagster_database needs {error.name}, which is not installed: pip install 'synpo[postgres]'."
             ) from None
         except psycopg2.Error as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(str(error))
             raise SettingsError(f"The database of storage.dagster_database cannot be used: {reason}") from None
     if storage.artifacts is not None:
         probe = storage_root(storage.artifacts) / f".{uuid.uuid4().hex}.probe"
@@ -184,7 +184,7 @@ def check_storage(storage: Storage) -> None:
             probe.unlink()
         # Each kind of object store has errors of its own, and a missing driver is one of them.
         except Exception as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(str(error))
             raise SettingsError(
                 f"{storage.artifacts} (storage.artifacts) cannot be written to: {reason}. Check the URL, the credentials "
                 "and the endpoint; for S3, pip install 'synpo[s3]'."

@@ -37,11 +37,11 @@ from synpo_assets.method.benchmarks import (
     MT_BENCH_TEMPERATURES,
     QUESTION_FIELDS,
     answer_row,
+    asked_turns,
     conversation,
     leaderboard_average,
     question_problem,
     score_rows,
-    turns_of,
 )
 
 # Where the judge of each benchmark looks for the answers of a model, and under which name.
@@ -180,7 +180,7 @@ def _answers(
     answer: Callable[..., tuple[pl.DataFrame, Usage]], benchmark: str, rows: list[dict[str, Any]], options: Benchmarks
 ) -> tuple[Answers, list[Usage]]:
     """The answers to all turns of each question, and what they cost; a later turn sees the answers to those before it."""
-    turns = [turns_of(benchmark, row) for row in rows]
+    turns = [asked_turns(benchmark, row) for row in rows]
     samplings = [_sampling(benchmark, row, options) for row in rows]
     answers: Answers = [[] for _ in rows]
     usages = []
@@ -220,7 +220,7 @@ def _write(
             )
             files.append({"file": str(file.relative_to(temporary)), "answers": len(rows), "bytes": file.stat().st_size})
             sample += [
-                {"benchmark": benchmark, "model": model, "turns": turns_of(benchmark, question), "answers": turns}
+                {"benchmark": benchmark, "model": model, "turns": asked_turns(benchmark, question), "answers": turns}
                 for question, turns in zip(questions[benchmark][:SHOWN_QUESTIONS], own, strict=False)
             ]
         replace_directory(temporary, place)

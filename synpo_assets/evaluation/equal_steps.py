@@ -20,7 +20,7 @@ import polars as pl
 from resources.common.errors import FinalError
 from resources.models.likelihood import Likelihoods
 from resources.storage.checkpoint_store import Checkpoint
-from synpo_assets.evaluation.gold_comparison import gold_and_others, refuse_answers_of_another, style_gains
+from synpo_assets.evaluation.gold_comparison import gain_metric, gold_and_others, refuse_answers_of_another, style_gains
 from synpo_assets.evaluation.instruction_following import ANSWERING_READS, instruction_answers, instruction_tokens
 from synpo_assets.evaluation.win_rates import (
     JUDGING_READS,
@@ -54,7 +54,7 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.graph.used_settings import optimized_with
 from synpo_assets.method.cut import whole_answers
-from synpo_assets.method.evaluation import mean_gain, win_rates
+from synpo_assets.method.evaluation import win_rates
 from synpo_assets.method.ranking import repeated_prompts
 from synpo_assets.method.templates import prompt_requests
 from synpo_assets.method.verifiable import shares_followed
@@ -292,11 +292,11 @@ def _rate_metrics(frame: pl.DataFrame, labels: Mapping[str, str], random_seed: i
 
 def _gold_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[Metric]:
     """How likely the control finds gold, and how much likelier M_t does, per token; the same of gold of other prompts."""
-    gain, low, high = mean_gain(frame["candidate_log_likelihood"] - frame["control_log_likelihood"], random_seed)
+    gains = frame["candidate_log_likelihood"] - frame["control_log_likelihood"]
     control, found = str(frame["control_checkpoint_sha"].first()), metrics.mean(frame["control_log_likelihood"])
     return [
         Metric("gold_log_likelihood", found, of=EQUAL_STEPS, n=frame.height, checkpoint_sha=control),
-        Metric("gold_log_likelihood_gain", gain, "candidate", EQUAL_STEPS, None, low, high, frame.height, sha),
+        gain_metric("gold_log_likelihood_gain", gains, EQUAL_STEPS, sha, random_seed),
         *style_gains(frame, "control", EQUAL_STEPS, sha, random_seed),
     ]
 
@@ -304,11 +304,11 @@ def _gold_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[Metri
 def _following_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[Metric]:
     """The share of instructions that the control follows, and what M_t follows more."""
     shares = shares_followed(frame, ("candidate", "control"))
-    gain, low, high = mean_gain(shares["candidate"] - shares["control"], random_seed, shares["template"])
+    gains = shares["candidate"] - shares["control"]
     control = str(frame["control_checkpoint_sha"].first())
     return [
         Metric(
             "verifiable_rate", metrics.mean(shares["control"]), of=EQUAL_STEPS, n=shares.height, checkpoint_sha=control
         ),
-        Metric("verifiable_gain", gain, "candidate", EQUAL_STEPS, None, low, high, shares.height, sha),
+        gain_metric("verifiable_gain", gains, EQUAL_STEPS, sha, random_seed, groups=shares["template"]),
     ]

@@ -128,7 +128,7 @@ def gold_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric
     measured = []
     for column, name, gain_name in names:
         measured += [_mean(name, frame, side, column) for side in SIDES]
-        measured.append(_gain(gain_name, _over_initial(frame, column), "initial", sha, random_seed))
+        measured.append(gain_metric(gain_name, _over_initial(frame, column), "initial", sha, random_seed))
     measured += style_gains(frame, "initial", "initial", sha, random_seed)
     bands = {side: length_bands(frame[f"{side}_length_ratio"]) for side in SIDES}
     for band in LENGTH_BANDS:
@@ -136,7 +136,7 @@ def gold_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric
         measured += [_mean("gold_similarity", within[side], side, "similarity", band) for side in SIDES]
         both = frame.filter((bands["candidate"] == band) & (bands["initial"] == band))
         gains = _over_initial(both, "similarity")
-        measured.append(_gain("gold_similarity_gain", gains, "initial", sha, random_seed, band))
+        measured.append(gain_metric("gold_similarity_gain", gains, "initial", sha, random_seed, band))
     return [metric for metric in measured if metric.by is None or metric.n]
 
 
@@ -162,12 +162,21 @@ def style_gains(frame: pl.DataFrame, side: str, over: str, sha: str, random_seed
         "other_gold_log_likelihood_gain": other,
         "gold_log_likelihood_gain_beyond_other": gold - other,
     }
-    return [_gain(name, gained, over, sha, random_seed) for name, gained in gains.items()]
+    return [gain_metric(name, gained, over, sha, random_seed) for name, gained in gains.items()]
 
 
-def _gain(name: MetricName, gains: pl.Series, over: str, sha: str, random_seed: int, band: str | None = None) -> Metric:
-    gain, low, high = mean_gain(gains, random_seed)
-    return Metric(name, gain, "candidate", over, band, low, high, len(gains), sha)
+def gain_metric(
+    name: MetricName,
+    gains: pl.Series,
+    over: str,
+    sha: str,
+    random_seed: int,
+    by: str | None = None,
+    groups: pl.Series | None = None,
+) -> Metric:
+    """The mean of M_t's values less those of another model, with its interval over rows, or over groups of rows."""
+    gain, low, high = mean_gain(gains, random_seed, groups)
+    return Metric(name, gain, "candidate", over, by, low, high, len(gains), sha)
 
 
 def refuse_answers_of_another(model_checkpoint: Checkpoint, answers: pl.DataFrame, asset: str = "evaluation") -> None:

@@ -12,6 +12,7 @@ import polars as pl
 from resources.generation.language_model import Usage
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
+from synpo_assets.evaluation.gold_comparison import gain_metric
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
 from synpo_assets.graph.evaluation_schemas import InstructionFollowing
@@ -20,7 +21,6 @@ from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
-from synpo_assets.method.evaluation import mean_gain
 from synpo_assets.method.rules import followed
 from synpo_assets.method.templates import user_message
 from synpo_assets.method.verifiable import nulls_followed, rates_by_rule, shares_followed
@@ -104,7 +104,7 @@ def following_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[M
     Beside them stand the nulls: how many instructions are followed by answers that show no skill.
     """
     shares, sides = shares_followed(frame), ("candidate", "initial")
-    gain, low, high = mean_gain(shares["candidate"] - shares["initial"], random_seed, shares["template"])
+    gains = shares["candidate"] - shares["initial"]
     return [
         Metric("instructions", shares.height),
         *(Metric("verifiable_rate", metrics.mean(shares[side]), of=side, n=shares.height) for side in sides),
@@ -113,7 +113,7 @@ def following_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[M
             for null, held in nulls_followed(frame).items()
         ),
         *(Metric("constraint_rate", metrics.mean(frame[f"{side}_met"].explode()), of=side) for side in sides),
-        Metric("verifiable_gain", gain, "candidate", "initial", None, low, high, shares.height, sha),
+        gain_metric("verifiable_gain", gains, "initial", sha, random_seed, groups=shares["template"]),
         *_rule_metrics(frame, sha),
     ]
 

@@ -39,7 +39,7 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.graph.tables import Table
 from synpo_assets.method.cut import first_half, whole_answers
-from synpo_assets.method.evaluation import outcome_column, win_rates, wins_by_ending
+from synpo_assets.method.evaluation import outcome_name, win_rates, wins_by_ending
 from synpo_assets.method.outcomes import outcomes
 from synpo_assets.method.quality import answer_figures
 from synpo_assets.method.ranking import repeated_prompts
@@ -219,7 +219,7 @@ def judged_by(
             compared = judge.compare(texts.select("prompt", f"{model}_response", f"{opponent}_response").rows())
             left = [~texts[f"{name}_cut"] | (texts[f"{name}_response"] != "") for name in (model, opponent)]
             margins = pl.select(pl.when(left[0] & left[1]).then(compared.margins)).to_series()
-            columns.append(outcomes(margins).alias(outcome_column(judge.name, model, opponent)))
+            columns.append(outcomes(margins).alias(outcome_name(judge.name, model, opponent)))
             usages.append(compared.usage)
     return columns, usages
 

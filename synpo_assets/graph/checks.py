@@ -25,7 +25,7 @@ from synpo_assets.graph.partitions import iterations, partition_key, partition_o
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.graph.used_settings import optimized_with
-from synpo_assets.method.quality import length_ratio, mean_repetition, mean_similarity
+from synpo_assets.method.quality import REPETITION_NGRAM, length_ratio, mean_repetition, mean_word_overlap
 from synpo_assets.method.saturation import saturation
 from synpo_assets.method.verifiable import BY_RULES
 
@@ -60,11 +60,11 @@ def synthetic_prompts_checks(context: dg.AssetCheckExecutionContext, services: S
     shown: dict[str, Any] = {"near_duplicate_rate": rate, "most_allowed": most}
     yield _result("few_near_duplicates", rate <= most, **shown, setting="checks.max_near_duplicate_rate")
     here, first = (
-        mean_similarity(services.tables.read(asset, key)["prompt"].to_list(), services.settings.random_seed)
+        mean_word_overlap(services.tables.read(asset, key)["prompt"].to_list(), services.settings.random_seed)
         for key in (context.partition_key, partition_key(1))
     )
     most = first * limits.max_similarity_growth
-    shown = {"mean_similarity": here, "in_iteration_1": first, "most_allowed": most}
+    shown = {"mean_word_overlap": here, "in_iteration_1": first, "most_allowed": most}
     yield _result("varied_prompts", here <= most, **shown, setting="checks.max_similarity_growth")
 
 
@@ -86,7 +86,7 @@ def preference_pairs_checks(context: dg.AssetCheckExecutionContext, services: Se
     within = 1 / most <= ratio <= most
     shown = {"chosen_to_rejected_length": ratio, "least_allowed": 1 / most, "most_allowed": most}
     yield _result("length_ratio", within, **shown, setting="checks.max_length_ratio")
-    repeated, most = mean_repetition(chosen, options.repetition_ngram), limits.max_mean_repetition
+    repeated, most = mean_repetition(chosen, REPETITION_NGRAM), limits.max_mean_repetition
     shown = {"mean_repetition": repeated, "most_allowed": most, "setting": "checks.max_mean_repetition"}
     yield _result("repetition", repeated <= most, **shown)
 

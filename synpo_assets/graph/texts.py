@@ -73,7 +73,7 @@ def metric_text(name: MetricName, value: float | None) -> str:
 
     Examples:
         >>> metric_text("win_rate", 0.58333333), metric_text("verifiable_gain", -0.0139), metric_text("mean_margin", 3.31604)
-        ('58.3 %', '-1.4 points', '3.316')
+        ('58.3%', '-1.4 points', '3.316')
         >>> metric_text("trained_tokens", 1234567.0), metric_text("training_seconds", 150.2), metric_text("peak_memory_gb", 1.23456)
         ('1,234,567', '2.5 min', '1.235 GB')
     """
@@ -82,7 +82,7 @@ def metric_text(name: MetricName, value: float | None) -> str:
     if GAIN_OF_SHARES.fullmatch(name):
         return f"{100 * value:+.1f} points"
     if SHARE.search(name) and not name.endswith("_gain"):
-        return f"{100 * value:.1f} %"
+        return f"{value:.1%}"
     if name.endswith("_seconds"):
         return duration(value)
     unit = " GB" if name.endswith("_gb") else " tokens/s" if name.endswith("_per_second") else ""

@@ -113,11 +113,11 @@ def question_problem(benchmark: str, row: object, earlier: Iterable[Mapping[str,
     return None
 
 
-def turns_of(benchmark: str, question: Mapping[str, Any]) -> list[str]:
+def asked_turns(benchmark: str, question: Mapping[str, Any]) -> list[str]:
     """What is asked, turn by turn.
 
     Examples:
-        >>> turns_of("alpaca_eval", {"instruction": "Why?"})
+        >>> asked_turns("alpaca_eval", {"instruction": "Why?"})
         ['Why?']
     """
     if benchmark == "mt_bench":

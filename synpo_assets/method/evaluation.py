@@ -96,13 +96,13 @@ def win_rates(
 ) -> pl.DataFrame:
     """What each judge makes of each comparison: one row per judge and comparison.
 
-    The frame has a row per answer, with prompt_id, the answers (`candidate_response`) and the outcomes (`outcome_column`).
+    The frame has a row per answer, with prompt_id, the answers (`candidate_response`) and the outcomes (`outcome_name`).
     `judges` gives each its label, and a comparison names the model and the one that it is compared with.
     """
     rows = []
     for judge, label in judges.items():
         for model, opponent in comparisons:
-            judged, prompts = frame[outcome_column(judge, model, opponent)], frame["prompt_id"]
+            judged, prompts = frame[outcome_name(judge, model, opponent)], frame["prompt_id"]
             lengths, others = (frame[f"{name}_response"].str.len_chars().cast(pl.Int64) for name in (model, opponent))
             low, high = length_controlled_interval(judged, lengths, others, random_seed, prompts) or (None, None)
             rows.append(
@@ -125,11 +125,11 @@ def win_rates(
     return pl.DataFrame(rows, schema_overrides=numbers)
 
 
-def outcome_column(judge: str, model: str, opponent: str) -> str:
+def outcome_name(judge: str, model: str, opponent: str) -> str:
     """The column that says what a judge makes of a model's answers beside an opponent's.
 
     Examples:
-        >>> outcome_column("judge", "candidate", "initial"), outcome_column("judge", "verbose", "initial")
+        >>> outcome_name("judge", "candidate", "initial"), outcome_name("judge", "verbose", "initial")
         ('judge_over_initial', 'judge_verbose_over_initial')
     """
     return f"{judge}_over_{opponent}" if model == "candidate" else f"{judge}_{model}_over_{opponent}"
@@ -145,7 +145,7 @@ def wins_by_ending(frame: pl.DataFrame, judges: Mapping[str, str]) -> pl.DataFra
     for judge, label in judges.items():
         for ended, (candidate_cut, initial_cut) in ENDINGS.items():
             found = frame.filter(candidate_cut=candidate_cut, initial_cut=initial_cut)
-            counted = _counted(found[outcome_column(judge, "candidate", "initial")], found["prompt_id"])
+            counted = _counted(found[outcome_name(judge, "candidate", "initial")], found["prompt_id"])
             rows.append({"judge": judge, "label": label, "ended": ended, **counted})
     return pl.DataFrame(rows, schema_overrides=dict.fromkeys(("win_rate", "low", "high"), pl.Float64))
 

@@ -53,13 +53,13 @@ def length_ratio(texts: Sequence[str], others: Sequence[str]) -> float:
     return sum(map(len, texts)) / max(1, sum(map(len, others)))
 
 
-def mean_similarity(texts: Sequence[str], random_seed: int) -> float:
+def mean_word_overlap(texts: Sequence[str], random_seed: int) -> float:
     """The mean Jaccard similarity of the word sets of two texts, over all pairs of a random sample of the texts.
 
     A text counts the words it shares with another against all words of both: 0 if they share none, 1 if they share all.
 
     Examples:
-        >>> mean_similarity(["red fox", "red hen", "blue sky"], random_seed=0)
+        >>> mean_word_overlap(["red fox", "red hen", "blue sky"], random_seed=0)
         0.1111111111111111
     """
     sample = random.Random(random_seed).sample(list(texts), min(SAMPLED_TEXTS, len(texts)))

@@ -11,7 +11,7 @@ import yaml
 from resources.common.text import duration
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.rows import Row, report_rows
-from synpo_assets.reports.search import HEAD, candidate_rows, metric_name, search_of
+from synpo_assets.reports.search import HEAD, candidate_rows, metric_name, recorded_search
 
 FOLDER = Path(__file__).parent
 TAGS = ("synpo", "preference-optimization", "synthetic")
@@ -118,7 +118,7 @@ def model_card(
         pipeline_tag="text-generation",
         tags=[*TAGS, "trl"],
     )
-    search = search_of(manifest)
+    search = recorded_search(manifest)
     parents = [[role, parent["asset"], parent["sha"]] for role, parent in manifest["parents"].items()]
     card = ModelCard.from_template(
         card_data,

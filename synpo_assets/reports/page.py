@@ -17,7 +17,7 @@ from synpo_assets.method.pairs import middle_pair
 from synpo_assets.reports.answers import Answers
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.rows import Row, judge_labels
-from synpo_assets.reports.search import HEAD, candidate_rows, metric_name, search_of
+from synpo_assets.reports.search import HEAD, candidate_rows, metric_name, recorded_search
 from synpo_assets.reports.verdict import cards, verdict
 from synpo_assets.stages.scorers import NULLS
 
@@ -64,7 +64,9 @@ class Page:
                 funnel=funnel_rows(self.iterations),
                 judges=judge_labels(self.iterations),
                 searches={
-                    each.number: search for each in reversed(self.iterations) if (search := search_of(each.manifest))
+                    each.number: search
+                    for each in reversed(self.iterations)
+                    if (search := recorded_search(each.manifest))
                 },
                 search_head=HEAD,
                 samples={iteration.number: sample_pairs(iteration.pairs) for iteration in reversed(self.iterations)},

@@ -12,7 +12,7 @@ from synpo_assets.graph.texts import MISSING, gain_text, number_text, rate_text,
 HEAD = ("settings", "on dev, 95 % interval", "dev prompts", "loss", "reward accuracy", "minutes", "")
 
 
-def search_of(manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def recorded_search(manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What the manifest of M_t says of the search; None if there was none."""
     return manifest.get("settings", {}).get("search")
 
@@ -35,13 +35,13 @@ def candidate_rows(search: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def chosen_text(manifest: Mapping[str, Any]) -> str:
     """The values that were chosen."""
-    search = search_of(manifest)
+    search = recorded_search(manifest)
     return MISSING if search is None else tried_text(json.loads(_chosen(search)["settings"]))
 
 
 def chosen_value_text(manifest: Mapping[str, Any]) -> str:
     """What they reached on dev."""
-    search = search_of(manifest)
+    search = recorded_search(manifest)
     return MISSING if search is None else value_text(_chosen(search))
 
 
@@ -56,7 +56,7 @@ def metric_name(search: Mapping[str, Any]) -> str:
 
 def chosen_values(manifest: Mapping[str, Any]) -> dict[str, str]:
     """The settings by dotted name that a search chose, in place of those of the settings file."""
-    if search_of(manifest) is None:
+    if recorded_search(manifest) is None:
         return {}
     options = manifest["settings"]["preference_optimization"]
     values = flattened({name: options[name] for name in ("loss", "training")}, "preference_optimization.")

@@ -178,23 +178,18 @@ def seed_table(settings: Settings, weights: str | None = None) -> tuple[pl.DataF
     good, long = _that_fit(good, settings, weights)
     bad += long
     ngram, files = settings.prompt_generator.decontamination_ngram, [seed.train.path, seed.held_out.path]
-    prompts = [row["prompt"] for row in good if row["split"] == "held_out"]
+    train_rows, held_out_rows = ([row for row in good if row["split"] == split] for split in ("train", "held_out"))
     instructions = _instructions(settings, weights)[0]
-    asked = [row["prompt"] for row in instructions]
-    for texts, kind in ((prompts, "held-out prompt"), (asked, "verifiable instruction")):
-        overlaps = overlapping_rows(good, texts, ngram, kind)
-        lines = {row.line for row in overlaps}
-        if texts is asked:
-            left = [row for row in good if row["split"] == "train" and row["line"] not in lines]
-            overlaps += rows_of_templates(left, instructions, kind)
-            lines = {row.line for row in overlaps}
-        good = [row for row in good if row["split"] == "held_out" or row["line"] not in lines]
-        bad += overlaps
-    if overlaps and seed.verifiable is not None:
+    asked = [row["prompt"] for row in held_out_rows]
+    repeated = overlapping_rows(train_rows, asked, ngram, "held-out prompt")
+    left = _without(train_rows, repeated)
+    instructed = overlapping_rows(left, [row["prompt"] for row in instructions], ngram, "verifiable instruction")
+    instructed += rows_of_templates(_without(left, instructed), instructions, "verifiable instruction")
+    left = _without(left, instructed)
+    if instructed and seed.verifiable is not None:
         files.append(seed.verifiable.path)
-    usable = {split: [row for row in good if row["split"] == split] for split in ("train", "held_out")}
-    evaluated, overlaps = _dev_and_test(usable["held_out"], settings)
-    bad += overlaps
+    evaluated, overlaps = _dev_and_test(held_out_rows, settings)
+    bad += [*repeated, *instructed, *overlaps]
     if bad and seed.on_bad_rows == "refuse":
         raise SettingsError(
             f"{len(bad)} seed rows cannot be used ({_first(bad)}). {_remedy(long)}Correct {', '.join(files[:-1])} and "
@@ -205,7 +200,7 @@ def seed_table(settings: Settings, weights: str | None = None) -> tuple[pl.DataF
         raise SettingsError(
             f"seed_data.held_out leaves {shares}, and at least one is needed for each.{most_frequent(bad)} Add held-out rows."
         )
-    left, chosen = usable["train"], list[dict[str, Any]]()
+    chosen: list[dict[str, Any]] = []
     for split, count in _split_sizes(settings, len(left), bad).items():
         rows = _sample(left, count, f"{settings.random_seed}:{split}")
         chosen += [row | {"split": split} for row in rows]
@@ -220,6 +215,11 @@ def seed_table(settings: Settings, weights: str | None = None) -> tuple[pl.DataF
     return pl.DataFrame([*chosen, *evaluated], schema=SeedPairs.empty().schema), bad
 
 
+def _without(rows: list[dict[str, Any]], bad: Sequence[BadRow]) -> list[dict[str, Any]]:
+    lines = {row.line for row in bad}
+    return [row for row in rows if row["line"] not in lines]
+
+
 def _dev_and_test(held_out: list[dict[str, Any]], settings: Settings) -> tuple[list[dict[str, Any]], list[BadRow]]:
     """The held-out rows that are used, in two splits, and the dev rows that repeat a prompt of test and are left out."""
     rows = _with_splits(
@@ -228,9 +228,7 @@ def _dev_and_test(held_out: list[dict[str, Any]], settings: Settings) -> tuple[l
     dev, test = ([row for row in rows if row["split"] == split] for split in HELD_OUT)
     ngram = settings.prompt_generator.decontamination_ngram
     overlaps = overlapping_rows(dev, [row["prompt"] for row in test], ngram, "test prompt")
-    lines = {row.line for row in overlaps}
-    kept = [row for row in rows if row["line"] not in lines]
-    return kept, [dataclasses.replace(row, split="held_out") for row in overlaps]
+    return _without(rows, overlaps), [dataclasses.replace(row, split="held_out") for row in overlaps]
 
 
 def verifiable_table(settings: Settings, weights: str | None = None) -> tuple[pl.DataFrame, list[BadRow]]:
@@ -260,8 +258,7 @@ def _instructions(settings: Settings, weights: str | None) -> tuple[list[dict[st
         for row in rows
         if row["split"] not in HELD_OUT
     ]
-    lines = {row.line for row in bad}
-    rows = [row for row in rows if row["line"] not in lines]
+    rows = _without(rows, bad)
     if bad and (settings.seed_data.on_bad_rows == "refuse" or not rows):
         raise SettingsError(
             f"{len(bad)} instructions of {source.path} (seed_data.verifiable) cannot be used ({_first(bad)}). "
