@@ -168,7 +168,7 @@ def test_an_update_that_readers_do_not_see_warns(services, instance, left, passe
     (0.5, 0.0, []),
     (1.0, 9.0, []),
     (0.49, 0.0, ["the reward accuracy is 49.0%, below 50%"]),
-    (0.5, -0.25, ["the argument of the loss's sigmoid is -4.25, below -4, where a pair pulls with 98.6 % of its full weight"]),
+    (0.5, -0.25, ["the argument of the loss's sigmoid is -4.25, below -4, where a pair pulls with 98.6% of its full weight"]),
     (0.25, -6.0, ["the reward accuracy is 25.0%, below 50%, and the argument of the loss's sigmoid is -10.00, below -4"]),
 ])  # fmt: skip
 def test_a_saturated_training_warns_and_does_not_block(services, instance, accuracy, above_limit, said):

@@ -99,9 +99,14 @@ def killed_late(late: dg.ResourceParam[object]) -> None:
     pass
 
 
+@dg.asset(retry_policy=dg.RetryPolicy(max_retries=1))
+def fails_twice(late: dg.ResourceParam[object]) -> None:
+    raise RuntimeError
+
+
 @dg.asset(deps=[killed_late])
 def after_it() -> None:
-    pass
+    time.sleep(3)
 
 
 @dg.resource
@@ -117,19 +122,20 @@ def late(_):
 def job_killed_late():
     job = dg.define_asset_job("late_job", dg.AssetSelection.all())
     assets = dg.Definitions(
-        assets=[killed_late, after_it], jobs=[job], resources={"late": late}, executor=executor.executor
+        assets=[killed_late, fails_twice, after_it], jobs=[job], resources={"late": late}, executor=executor.executor
     )
     return assets.resolve_job_def("late_job")
 
 
-def test_a_step_whose_process_is_killed_after_its_success_has_not_failed(tmp_path, monkeypatch):
+def test_a_step_whose_process_is_killed_after_it_has_ended_does_not_end_again(tmp_path, monkeypatch):
     monkeypatch.setattr(executor, "PRELOADED", [])
     with (
         dg.DagsterInstance.local_temp(str(tmp_path)) as instance,
         dg.execute_job(dg.reconstructable(job_killed_late), instance) as result,
     ):
-        assert result.success
-        assert len(result.get_step_success_events()) == 2
+        assert {event.step_key for event in result.get_step_success_events()} == {"killed_late", "after_it"}
+        (failed,) = result.get_failed_step_keys()
+        assert (failed, result.retry_attempts_for_node(failed)) == ("fails_twice", 1)
 
 
 def of_the_pool(name):

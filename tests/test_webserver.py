@@ -11,7 +11,6 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from resources.common.processes import end_with_this_parent
 from synpo_assets.cli import webserver
 from tests.conftest import synpo_here
 
@@ -41,8 +40,8 @@ def test_dagsters_own_command_starts_it_in_place_of_its_web_server(monkeypatch):
     started = []
     monkeypatch.setattr(webserver, "open_ipc_subprocess", lambda command, **options: started.append((command, options)))
     webserver._start(["python", "-m", "dagster_webserver", "--port", "3000"], pass_fds=[7])
-    command = ["python", "-m", "synpo_assets.cli.webserver", "--port", "3000"]
-    assert started == [(command, {"pass_fds": [7], "preexec_fn": end_with_this_parent})]
+    command = ["python", "-m", "synpo_assets.cli.with_ui", "synpo_assets.cli.webserver", "--port", "3000"]
+    assert started == [(command, {"pass_fds": [7]})]
     # What is replaced is what that command and its code servers call.
     assert 'open_ipc_subprocess(\n                [sys.executable, "-m", "dagster_webserver"]' in inspect.getsource(dev)
     assert "open_ipc_subprocess(subprocess_args" in inspect.getsource(code_server)

@@ -1,4 +1,4 @@
-"""Step processes end with the run that started them, and soon after they are told to."""
+"""Processes end with what started them, steps with their run and runs with their UI, and soon after they are told to."""
 
 import _thread
 import collections
@@ -22,13 +22,11 @@ from dagster import DagsterExecutionInterruptedError
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
-# Loaded here: between a fork and what it executes is no time for that.
-LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 8.0
 # The process id of `synpo ui`, told to whatever it starts.
 UI_PROCESS = "SYNPO_UI_PROCESS"
-ENDS_AFTER_UI_SECONDS = 3.0
+RUN_ENDS_AFTER_UI_SECONDS, SERVER_ENDS_AFTER_UI_SECONDS = 3.0, 9.0
 REPEATED_AFTER_SECONDS = 0.1
 INTERRUPTS = (KeyboardInterrupt, DagsterExecutionInterruptedError)
 logger = logging.getLogger("synpo")
@@ -52,7 +50,7 @@ def end_with_this_parent(parent: int | None = None) -> None:
         parent: Its process id, where it may have ended before this call: then this process ends here.
     """
     if sys.platform == "linux":
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
 
@@ -71,8 +69,8 @@ def end_with_run() -> None:
 
     def watch() -> None:
         if multiprocessing.connection.wait(ends) == ui:
-            # An interrupt may have told both.
-            time.sleep(ENDS_AFTER_UI_SECONDS)
+            # An interrupt may have told both. The code server goes last, and reports the runs that were ended.
+            time.sleep(RUN_ENDS_AFTER_UI_SECONDS if run else SERVER_ENDS_AFTER_UI_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="end-with-run", daemon=True).start()
@@ -81,12 +79,15 @@ def end_with_run() -> None:
 def _end_of_ui() -> list[int]:
     """What becomes readable when the `synpo ui` that this process belongs to ends; nothing without one."""
     ui = os.environ.get(UI_PROCESS)
-    if ui is None or sys.platform != "linux":
+    if ui is None:
         return []
     try:
         return [os.pidfd_open(int(ui))]
     except ProcessLookupError:
         os._exit(1)
+    # Not every Python, kernel or container has it.
+    except (AttributeError, OSError):
+        return []
 
 
 @contextlib.contextmanager

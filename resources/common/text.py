@@ -43,13 +43,14 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str, most: int = 1000) -> str:
-    r"""The beginning of what a file or a library says, on one line of a sentence.
+    r"""What a file or a library says, on one line of a sentence, which is cut after so many characters.
 
     Examples:
-        >>> one_line("no key\n  `a`", 9)
-        'no key `a'
+        >>> one_line("no key\n  `a`", 99), one_line("no key\n  `a`", 6)
+        ('no key `a`', 'no key…')
     """
-    return visible(" ".join(text.split())[:most])
+    line = " ".join(text.split())
+    return visible(line[:most]) + ("…" if len(line) > most else "")
 
 
 def _is_hidden(letter: str) -> bool:

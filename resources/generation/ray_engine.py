@@ -157,7 +157,8 @@ def _room(resources: dict[str, float], cpus: float, gpus: int) -> int:
 
 def _in_one_line(error: Exception) -> str:
     """What Ray says, without its colours, line breaks and marks below lines of code."""
-    return one_line(re.sub(r"\x1b\[\d+m|\^+", "", str(error)))
+    # The cause stands at the end, behind a traceback.
+    return one_line(re.sub(r"\x1b\[\d+m|\^+", "", str(error)), 10_000)
 
 
 @dataclasses.dataclass(eq=False)

@@ -141,7 +141,10 @@ class Checks(Section):
         2.0, gt=1, description="Warn if one side is this many times as long as the other, on average (length bias)."
     )
     max_mean_repetition: float = Field(
-        0.2, gt=0, le=1, description="Warn if answers repeat a larger share of their runs of three words, on average."
+        0.2,
+        gt=0,
+        le=1,
+        description="Warn if chosen answers, or M_t's, repeat a larger share of their runs of three words, on average.",
     )
     max_cut_share: float = Field(
         0.1,

@@ -60,17 +60,19 @@ step_of_dagster = multiprocess.execute_step_out_of_process
 
 
 def finished_or_failed_step(*arguments: Any) -> Iterator[dg.DagsterEvent | None]:
-    """Dagster's own, for which a step that has ended well has not failed if its process is killed before it has ended too.
+    """Dagster's own, for which a step that has said how it ended does not end again if its process is killed after that.
 
-    Dagster would try to make it again, does not find it at work, and ends the run.
+    Dagster would not find it at work any more, and end the whole run.
     """
-    has_succeeded = False
+    has_ended = False
     try:
         for event in step_of_dagster(*arguments):
-            has_succeeded = has_succeeded or (event is not None and event.is_step_success)
+            has_ended = has_ended or (
+                event is not None and (event.is_step_success or event.is_step_failure or event.is_step_up_for_retry)
+            )
             yield event
     except ChildProcessCrashException:
-        if not has_succeeded:
+        if not has_ended:
             raise
 
 

@@ -137,7 +137,13 @@ def _with_storage(configuration: str, database: str | None) -> str:
 
 def _differences(stored: Settings, asked: Settings) -> list[str]:
     old, new = (dict(flattened(settings.model_dump())) for settings in (stored, asked))
-    differing = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
+    names = list(dict.fromkeys([*old, *new]))
+    # What is empty on one side alone is told by what stands below it on the other.
+    differing = [
+        name
+        for name in names
+        if old.get(name) != new.get(name) and not any(each.startswith(f"{name}.") for each in names)
+    ]
     # The address of a database may hold a password.
     return [
         name if name == "storage.dagster_database" else f"{name}: {old.get(name)} there, {new.get(name)} asked for"

@@ -30,7 +30,7 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from resources.common.processes import UI_PROCESS, end_with_this_parent
+from resources.common.processes import UI_PROCESS
 from resources.settings.sections import SettingsError
 from synpo_assets.reports import FOLDER
 
@@ -76,9 +76,10 @@ def serve(host: str, port: int, token: str | None = None) -> None:
 
 
 def _start(parts: Sequence[str], **kwargs: Any) -> subprocess.Popen[Any]:
-    """Starts web server, daemon or code server; a daemon that outlived this process would launch what the next one does."""
-    parts = [__name__ if part == "dagster_webserver" else part for part in parts]
-    return open_ipc_subprocess(parts, preexec_fn=end_with_this_parent, **kwargs)
+    """Starts web server, daemon or code server: `python -m MODULE ...`."""
+    python, dash_m, module, *arguments = parts
+    module = __name__ if module == "dagster_webserver" else module
+    return open_ipc_subprocess([python, dash_m, "synpo_assets.cli.with_ui", module, *arguments], **kwargs)
 
 
 def app_with_reports(*arguments: Any, **options: Any) -> Starlette:

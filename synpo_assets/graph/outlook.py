@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Annotated
 
 import dagster as dg
-from dagster import DagsterInstance, DagsterRun, RunsFilter
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
 from dagster._core.storage.tags import BACKFILL_ID_TAG, PARTITION_NAME_TAG
 from pydantic import Field, TypeAdapter, ValidationError
@@ -21,6 +21,8 @@ EXPECTED_FILE = "expected_seconds.json"
 EXPECTED = TypeAdapter(dict[str, Annotated[list[float], Field(min_length=1)]])
 # How many iterations the `synpo run` that started a run goes on to.
 ITERATIONS_TAG = "synpo/iterations"
+# What is being cancelled is no work to come.
+AHEAD = [status for status in NOT_FINISHED_STATUSES if status is not DagsterRunStatus.CANCELING]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +111,8 @@ def _seconds_of_steps(instance: DagsterInstance, run_id: str) -> dict[str, float
 
 
 def _of_backfill(instance: DagsterInstance, run: DagsterRun) -> Iterator[tuple[int, set[str]]]:
-    """The iterations of the same backfill that wait, and their assets."""
-    same = RunsFilter(tags={BACKFILL_ID_TAG: run.tags[BACKFILL_ID_TAG]}, statuses=NOT_FINISHED_STATUSES)
+    """The iterations of the same backfill that wait or are at work, and their assets."""
+    same = RunsFilter(tags={BACKFILL_ID_TAG: run.tags[BACKFILL_ID_TAG]}, statuses=AHEAD)
     for other in instance.get_runs(same):
         if other.run_id != run.run_id and (key := other.tags.get(PARTITION_NAME_TAG)):
             yield int(key), _planned(instance, other.run_id)

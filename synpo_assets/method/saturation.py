@@ -17,7 +17,7 @@ def saturation(
 
     Examples:
         >>> saturation(0.625, -6.0, 0.5, -4.0)
-        "the argument of the loss's sigmoid is -6.00, below -4, where a pair pulls with 99.8 % of its full weight"
+        "the argument of the loss's sigmoid is -6.00, below -4, where a pair pulls with 99.8% of its full weight"
         >>> saturation(0.5, -4.0, 0.5, -4.0) is None
         True
     """
@@ -28,6 +28,6 @@ def saturation(
         weight = 1 / (1 + math.exp(max(argument, -100.0)))
         reasons.append(
             f"the argument of the loss's sigmoid is {argument:.2f}, below {least_argument:g}, where a pair pulls with "
-            f"{100 * weight:.1f} % of its full weight"
+            f"{weight:.1%} of its full weight"
         )
     return ", and ".join(reasons) or None

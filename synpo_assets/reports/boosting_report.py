@@ -5,12 +5,15 @@ the report can be made again at any time without a model.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import dagster as dg
+from pydantic import ValidationError
 
 from resources.common.errors import FinalError
 from resources.judging.judge_choice import INDEPENDENT
+from resources.settings.settings import Settings
 from resources.storage.files import json_sha256, write_atomically
 from resources.training.losses import loss_module
 from synpo_assets.graph.boosting import boosting_table
@@ -117,12 +120,21 @@ def read_iteration(instance: dg.DagsterInstance, services: Services, key: str) -
         cost=services.settings.cost.money(seconds),
         pairs=services.tables.read("preference_pairs", key),
         training_log=services.checkpoints.training_log("model_checkpoint", key),
-        reward_axis=loss_module(optimized_with(manifest, services.settings).loss.kind).REWARD_AXIS,
+        reward_axis=_reward_axis(manifest, services.settings),
         manifest=manifest,
         settings=used_in(services.used_settings, key),
         refusal=promotion_verdict(services, key) if refused else None,
         judge_doubt=sentence,
     )
+
+
+def _reward_axis(manifest: Mapping[str, Any], settings: Settings) -> str:
+    """Of the loss that M_t was trained with; of the settings' own where another version, with other settings, trained it."""
+    try:
+        loss = optimized_with(manifest, settings).loss
+    except ValidationError:
+        loss = settings.preference_optimization.loss
+    return loss_module(loss.kind).REWARD_AXIS
 
 
 def _content_version(page: Page) -> str:
