@@ -59,8 +59,7 @@ class EvaluationHarness(DeviceResource):
                 found = _run(model, manager, task, options, self.engine.trust_remote_code)
             finished.write([{"key": _key(task), "found": json.dumps(found, default=float)}])
             logger.info(f"{checkpoint.label}: {_key(task)} took {time.monotonic() - started:.0f} s.")
-        known = dict(finished.rows(keys).select("key", "found").iter_rows())
-        return [(task, json.loads(known[_key(task)])) for task in options.tasks]
+        return list(zip(options.tasks, map(json.loads, finished.rows(keys)["found"]), strict=True))
 
     def _finished(self, checkpoint: Checkpoint, options: Benchmarks) -> Shards:
         folder = Path(options.task_folder) if options.task_folder else None
