@@ -112,7 +112,7 @@ def after_it() -> None:
 @dg.resource
 @contextlib.contextmanager
 def late(_):
-    """Ends the process of the step that used it, once the step has said that it succeeded."""
+    """Ends the process of the step that used it, once the step has said how it ended."""
     yield
     if multiprocessing.parent_process():
         time.sleep(0.5)

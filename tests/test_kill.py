@@ -104,7 +104,7 @@ def test_a_ui_that_a_script_started_in_the_background_ends_whole(tmp_path, nano_
             process.wait(60)
         finally:
             process.kill()
-    wait_for(lambda: not processes_of(home), 30)
+    wait_for(lambda: not processes_of(home), 15)
     # Whoever is left last reports it: in a history that machines share, the next command could not.
     with dg.DagsterInstance.from_config(str(home)) as instance:
         (run,) = instance.get_runs()

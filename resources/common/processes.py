@@ -33,7 +33,7 @@ logger = logging.getLogger("synpo")
 
 
 def end_with_parent() -> None:
-    """Makes this process, if it is a step, and all that are forked from here on end when their parents do, even with -9.
+    """Makes this process, if it is a step or of a UI, and all that are forked from here on end when their parents do, even with -9.
 
     Steps are forked from a forkserver, which need not end with its run; see `end_with_run`.
     """

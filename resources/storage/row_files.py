@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 
+from resources.common.text import one_line
 from resources.settings.sections import SettingsError
 
 # A cell holds a whole answer.
@@ -35,7 +36,7 @@ def file_rows(path: Path, setting: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise SettingsError(f"{named} is not UTF-8 in line {line}: save it as UTF-8.") from None
     # It is somebody else's file.
     except (Exception, pl.exceptions.PanicException) as error:
-        raise SettingsError(f"{named} cannot be read: {' '.join(str(error).split())[:200]}.") from None
+        raise SettingsError(f"{named} cannot be read: {one_line(str(error), 200)}.") from None
     yield from _csv_rows(text, named) if path.suffix.lower() == ".csv" else _json_rows(text, named)
 
 

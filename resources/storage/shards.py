@@ -44,18 +44,19 @@ class Shards:
         # Sorted once: a set of all keys, made anew for each shard, would take time as the square of the rows. Of a million
         # keys two have the same hash with a chance of 3 in 100 million.
         wanted = keys.hash().append(pl.Series([LARGEST_HASH], dtype=pl.UInt64)).unique().sort()
-        found = pl.DataFrame(schema={**self._columns, "key": pl.get_index_type()}).rename({"key": "place"})
-        # Filtered only where need be, and appended in place: copies would take as much memory as the rows. So would keys.
+        # Filtered only where need be, and appended in place: copies would take as much memory as the rows. Keys would take more
+        # than their places among those wanted.
+        found = pl.DataFrame(schema={**self._columns, "key": pl.get_index_type()})
         for shard in self._shards(list(self._columns)):
             hashes = shard["key"].hash()
             places = wanted.search_sorted(hashes)
-            placed, is_wanted = shard.with_columns(key=places).rename({"key": "place"}), wanted[places] == hashes
+            placed, is_wanted = shard.with_columns(key=places), wanted[places] == hashes
             found.extend(usable(placed if is_wanted.all() else placed.filter(is_wanted)))
         # Two runs that were at work side by side may both have finished a row.
-        if found["place"].n_unique() < found.height:
-            found = found.unique("place", keep="first", maintain_order=True)
-        asked = pl.DataFrame({"place": wanted.search_sorted(keys.hash())})
-        return asked.join(found, on="place", how="left", maintain_order="left").drop("place")
+        if found["key"].n_unique() < found.height:
+            found = found.unique("key", keep="first", maintain_order=True)
+        asked = pl.DataFrame({"key": wanted.search_sorted(keys.hash())})
+        return asked.join(found, on="key", how="left", maintain_order="left").drop("key")
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Writes one shard, as a whole or not at all."""
