@@ -83,28 +83,41 @@ def test_a_foreground_run_that_is_terminated_in_the_ui_ends_within_30_seconds(tm
     assert synpo("run", "--home", home).returncode == 0
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_ui_that_a_script_started_in_the_background_ends_whole(tmp_path, nano_model, how):
+@pytest.mark.parametrize(("told", "how", "says"), [
+    ("synpo ui", signal.SIGTERM, ""),
+    ("synpo ui", signal.SIGKILL, ""),
+    ("dagster._daemon run", signal.SIGKILL, "The daemon of the UI was killed"),
+    ("synpo_assets.cli.webserver", signal.SIGKILL, "The web server of the UI was killed"),
+])  # fmt: skip
+def test_a_ui_that_a_script_started_in_the_background_ends_whole(tmp_path, nano_model, told, how, says):
     """Such a script has what it starts ignore SIGINT."""
     home, port = tmp_path / "home", free_port()
     settings = write_settings(tmp_path / "nano.yaml", nano_settings(nano_model))
     synpo_ui = [str(Path(sys.executable).with_name("synpo")), "ui", "--settings", settings, "--home", home]
-    with subprocess.Popen(
-        [*synpo_ui, "--port", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    ) as process:
+    with (
+        open(tmp_path / "said.txt", "w") as said,
+        subprocess.Popen(
+            [*synpo_ui, "--port", str(port)],
+            stdout=said,
+            stderr=said,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        ) as process,
+    ):
         try:
             ui = Ui(home, port)
             wait_for(ui.is_ready, 120)
             ui.launch(None, ["initial_policy", "seed_pairs", "keyword_pool", "prompt_generator"])
             wait_for(lambda: any("forkserver" in command for command in processes_of(home).values()), 60)
-            process.send_signal(how)
+            commands = processes_of(home) | {process.pid: "synpo ui"}
+            (victim,) = [number for number, command in commands.items() if told in command]
+            os.kill(victim, how)
             process.wait(60)
         finally:
             process.kill()
+    # Code servers stay a moment longer, and say what became of the run.
+    wait_for(lambda: not any("multiprocessing.spawn" in command for command in processes_of(home).values()), 5)
     wait_for(lambda: not processes_of(home), 15)
+    assert says in (tmp_path / "said.txt").read_text()
     # Whoever is left last reports it: in a history that machines share, the next command could not.
     with dg.DagsterInstance.from_config(str(home)) as instance:
         (run,) = instance.get_runs()

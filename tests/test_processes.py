@@ -144,3 +144,32 @@ def test_a_step_ends_with_its_run_even_if_that_is_killed():
 def test_without_that_it_would_go_on():
     """The forkserver does not end with the run: if this fails, the thread that watches is not needed any more."""
     assert step_of_a_killed_run(watched=False, seconds=2)
+
+
+STARTS = """
+import subprocess, sys, time
+from resources.common.processes import end_if_killed
+
+child = subprocess.Popen([sys.executable, "-c", {child!r}])
+end_if_killed(child.pid, "The daemon was killed")
+time.sleep(2)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(("child", "code", "says"), [
+    ("import os; os.kill(os.getpid(), 9)", 1, "The daemon was killed (Killed.)\n"),
+    ("import os; os.abort()", 1, "The daemon was killed (Aborted.)\n"),
+    ("import os; os.kill(os.getpid(), 15)", 7, ""),
+    ("exit(3)", 7, ""),
+    ("import time; time.sleep(4)", 7, ""),
+])  # fmt: skip
+def test_whoever_needs_a_process_ends_when_that_is_killed_and_only_then(child, code, says):
+    result = subprocess.run(
+        [sys.executable, "-c", STARTS.format(child=child)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert (result.returncode, result.stderr) == (code, says)

@@ -1,6 +1,7 @@
 """The report beside Dagster's UI; the UI itself stands in as an app that takes every address, as Dagster's does."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 from dagster._cli import dev
@@ -37,11 +38,21 @@ def test_the_report_can_be_read_once_it_is_made_and_nothing_else(client, tmp_pat
 
 
 def test_dagsters_own_command_starts_it_in_place_of_its_web_server(monkeypatch):
-    started = []
-    monkeypatch.setattr(webserver, "open_ipc_subprocess", lambda command, **options: started.append((command, options)))
-    webserver._start(["python", "-m", "dagster_webserver", "--port", "3000"], pass_fds=[7])
+    started, watched = [], []
+    monkeypatch.setattr(webserver, "end_if_killed", lambda *arguments: watched.append(arguments))
+    monkeypatch.setattr(
+        webserver,
+        "open_ipc_subprocess",
+        lambda *command, **options: started.append((*command, options)) or SimpleNamespace(pid=7),
+    )
+    assert webserver._start(["python", "-m", "dagster_webserver", "--port", "3000"], pass_fds=[7]).pid == 7
     command = ["python", "-m", "synpo_assets.cli.with_ui", "synpo_assets.cli.webserver", "--port", "3000"]
     assert started == [(command, {"pass_fds": [7]})]
+    # A code server that ends is started anew.
+    webserver._start(["python", "-m", "dagster", "code-server", "start"])
+    ((process_id, sentence),) = watched
+    assert process_id == 7
+    assert sentence.startswith("The web server of the UI was killed")
     # What is replaced is what that command and its code servers call.
     assert 'open_ipc_subprocess(\n                [sys.executable, "-m", "dagster_webserver"]' in inspect.getsource(dev)
     assert "open_ipc_subprocess(subprocess_args" in inspect.getsource(code_server)

@@ -76,6 +76,26 @@ def end_with_run() -> None:
     threading.Thread(target=watch, name="end-with-run", daemon=True).start()
 
 
+def end_if_killed(process_id: int, sentence: str) -> None:
+    """Makes this process end at once, saying so, when a process that it started is killed; on Linux only.
+
+    One that was told to end, by SIGINT or SIGTERM, was not killed.
+    """
+
+    def watch() -> None:
+        # Whoever started it still learns how it ended; if it has already, it knows what to do.
+        with contextlib.suppress(ChildProcessError):
+            ended = os.waitid(os.P_PID, process_id, os.WEXITED | os.WNOWAIT)
+            if ended is None or ended.si_code not in (os.CLD_KILLED, os.CLD_DUMPED):
+                return
+            if ended.si_status not in (signal.SIGINT, signal.SIGTERM):
+                logger.error(f"{sentence} ({signal.strsignal(ended.si_status)}.)")
+                os._exit(1)
+
+    if sys.platform == "linux":
+        threading.Thread(target=watch, name="end-if-killed", daemon=True).start()
+
+
 def _end_of_ui() -> list[int]:
     """What becomes readable when the `synpo ui` that this process belongs to ends; nothing without one."""
     ui = os.environ.get(UI_PROCESS)

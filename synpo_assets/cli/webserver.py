@@ -30,7 +30,7 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from resources.common.processes import UI_PROCESS
+from resources.common.processes import UI_PROCESS, end_if_killed
 from resources.settings.sections import SettingsError
 from synpo_assets.reports import FOLDER
 
@@ -39,6 +39,13 @@ LISTENS_ON = "SYNPO_UI_HOST"
 # The secret that it asks for, likewise; unset where it asks for none.
 TOKEN = "SYNPO_UI_TOKEN"
 LOOPBACK, ANY_ADDRESS = ("127.0.0.1", "localhost", "::1"), ("0.0.0.0", "::")
+
+# Modules of Dagster; without one of these processes the UI ends, while a code server is started anew.
+PARTS = {"dagster_webserver": "web server", "dagster._daemon": "daemon"}
+KILLED = (
+    "The {} of the UI was killed, as the system does when memory runs out, so the UI ends, and the runs that it started with it. "
+    "Finished work is kept: start `synpo ui` again."
+)
 
 NO_TOKEN = "This UI asks for its token: open the address that `synpo ui` printed."
 
@@ -78,8 +85,12 @@ def serve(host: str, port: int, token: str | None = None) -> None:
 def _start(parts: Sequence[str], **kwargs: Any) -> subprocess.Popen[Any]:
     """Starts web server, daemon or code server: `python -m MODULE ...`."""
     python, dash_m, module, *arguments = parts
-    module = __name__ if module == "dagster_webserver" else module
-    return open_ipc_subprocess([python, dash_m, "synpo_assets.cli.with_ui", module, *arguments], **kwargs)
+    serving = __name__ if module == "dagster_webserver" else module
+    process = open_ipc_subprocess([python, dash_m, "synpo_assets.cli.with_ui", serving, *arguments], **kwargs)
+    if module in PARTS:
+        # Dagster, which sees it after up to five seconds, would end the rest step by step, and what is at work last.
+        end_if_killed(process.pid, KILLED.format(PARTS[module]))
+    return process
 
 
 def app_with_reports(*arguments: Any, **options: Any) -> Starlette:
