@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from synpo_assets.cli.preflight import check_storage
 from tests.conftest import synpo
 from tests.nano import nano_settings, write_settings
 from tests.test_stores import SEED, create, table_asset, with_adapter, write_weights
+from tests.ui import processes_of, running_ui, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -420,6 +422,21 @@ def test_history_is_kept_in_postgres(home, database):
         event = instance.get_latest_materialization_event(dg.AssetKey("some_asset"))
         assert event.asset_materialization.metadata["rows"].value == 7
     assert list(home.rglob("*.db")) == []
+
+
+def test_what_a_killed_ui_had_at_work_is_reported_in_postgres(home, database, nano_model):
+    """There the next `synpo ui` takes no run for dead: it may be that of another machine."""
+    values = nano_settings(nano_model) | {"storage": {"dagster_database": database}}
+    prepare_home(home, load_settings(write_settings(home / "mine.yaml", values)))
+    with running_ui(home) as ui:
+        ui.launch(None, ["initial_policy", "seed_pairs", "keyword_pool", "prompt_generator"])
+        wait_for(lambda: any("forkserver" in command for command in processes_of(home).values()), 60)
+        (daemon,) = [number for number, command in processes_of(home).items() if "dagster._daemon run" in command]
+        os.kill(daemon, signal.SIGKILL)
+        wait_for(lambda: not processes_of(home), 20)
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        (run,) = instance.get_runs()
+        assert run.is_failure_or_canceled
 
 
 def test_an_iteration_with_both_and_the_next_one_from_another_home(tmp_path, nano_model, bucket, database):
