@@ -48,7 +48,7 @@ from synpo_assets.stages import (
 
 ALGORITHM = (seed, scorers, prompts, loop, responses, preferences, optimization)
 # Both make the two sides of a pair, so that what follows need not know which of them is in use.
-SIDES = {"improver": improver, "ranked_samples": ranked_samples}
+CHOSEN_FROM = {"improver": improver, "ranked_samples": ranked_samples}
 MEASURES = (
     win_rates,
     instruction_following,
@@ -66,7 +66,7 @@ def stages_of(settings: Settings) -> list[Stage]:
     # M_t is trained once, or is the best of several candidates.
     searched = settings.preference_optimization.search is not None
     algorithm = [search if searched and each is optimization else each for each in ALGORITHM]
-    sides = [SIDES[settings.preferences.chosen_from]]
+    sides = [CHOSEN_FROM[settings.preferences.chosen_from]]
     if settings.trains_improver and settings.response_improver.samples > 1:
         # After the improver, whose chosen side it takes the place of.
         sides.append(best_rewrites)

@@ -34,7 +34,7 @@ from synpo_assets.method.judging import other_answers
 
 # An empty answer has no embedding; this says as little.
 NOTHING_SAID = "."
-SIDES = ("candidate", "initial")
+COMPARED = ("candidate", "initial")
 # Gold of another prompt of the same split.
 OTHER_ANSWER = pl.col("answer").map_batches(lambda gold: pl.Series(other_answers(gold.to_list()))).over("split")
 
@@ -127,13 +127,13 @@ def gold_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric
     )
     measured = []
     for column, name, gain_name in names:
-        measured += [_mean(name, frame, side, column) for side in SIDES]
+        measured += [_mean(name, frame, side, column) for side in COMPARED]
         measured.append(gain_metric(gain_name, _over_initial(frame, column), "initial", sha, random_seed))
     measured += style_gains(frame, "initial", "initial", sha, random_seed)
-    bands = {side: length_bands(frame[f"{side}_length_ratio"]) for side in SIDES}
+    bands = {side: length_bands(frame[f"{side}_length_ratio"]) for side in COMPARED}
     for band in LENGTH_BANDS:
-        within = {side: frame.filter(bands[side] == band) for side in SIDES}
-        measured += [_mean("gold_similarity", within[side], side, "similarity", band) for side in SIDES]
+        within = {side: frame.filter(bands[side] == band) for side in COMPARED}
+        measured += [_mean("gold_similarity", within[side], side, "similarity", band) for side in COMPARED]
         both = frame.filter((bands["candidate"] == band) & (bands["initial"] == band))
         gains = _over_initial(both, "similarity")
         measured.append(gain_metric("gold_similarity_gain", gains, "initial", sha, random_seed, band))

@@ -32,7 +32,7 @@ from synpo_assets.method.pairs import middle_pair
 from synpo_assets.publishing.cards import CardData, dataset_card, model_card
 from synpo_assets.reports.boosting_report import READ_ASSETS, iterations_of, read_iteration
 from synpo_assets.reports.finished import FinishedIteration
-from synpo_assets.stages.preferences import SIDES
+from synpo_assets.stages.preferences import WRITER_COLUMNS
 
 # Of what an iteration makes, the settings that decide what a pair is.
 CARD_SETTINGS = {"random_seed", "prompt_generator", "responses", "response_improver", "scorer", "preferences"}
@@ -209,7 +209,7 @@ def _writers(services: Services, iterations: Sequence[FinishedIteration]) -> Ite
     for iteration in iterations:
         key = iteration.key
         shas = {role: services.tables.read(asset, key)["checkpoint_sha"] for role, asset in WRITERS.items()}
-        shas |= {role: iteration.pairs[name] for role, name in SIDES.items()}
+        shas |= {role: iteration.pairs[name] for role, name in WRITER_COLUMNS.items()}
         for role, column in shas.items():
             for sha in column.unique().sort():
                 manifest = services.checkpoints.manifest_of_sha(sha)

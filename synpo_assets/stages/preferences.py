@@ -33,7 +33,7 @@ from synpo_assets.stages.loop import report_history
 from synpo_assets.stages.scorers import Scored, comparison_tokens, reads_answers_alone, scored_answers
 
 # Which column says which checkpoint wrote a side, or scored both.
-SIDES = {"chosen": "chosen_checkpoint_sha", "rejected": "rejected_checkpoint_sha", "scorer": "scorer_sha"}
+WRITER_COLUMNS = {"chosen": "chosen_checkpoint_sha", "rejected": "rejected_checkpoint_sha", "scorer": "scorer_sha"}
 # The file of verdicts decides `pair_verdicts`, of which the rows of an iteration decide its pairs.
 PAIR_READS = tuple(f"preferences.{name}" for name in Preferences.model_fields if name != "reviewed")
 
@@ -93,7 +93,7 @@ def preference_pairs(
         services,
         frame,
         measured,
-        checkpoints=writers_table(services.checkpoints, {role: frame[name] for role, name in SIDES.items()}),
+        checkpoints=writers_table(services.checkpoints, {role: frame[name] for role, name in WRITER_COLUMNS.items()}),
         score_convention=compared.conventions,
         median_pair=median_pair(context, services, frame),
     )

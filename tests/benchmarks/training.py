@@ -30,7 +30,7 @@ from synpo_assets.method.templates import user_message
 from tests.nano import make_nano_model, seed_rows
 
 WAYS = ("raw", "stage")
-SIDES = ("prompt", "chosen", "rejected")
+TEXTS = ("prompt", "chosen", "rejected")
 LOSS = SimPO(beta=2.0)
 
 
@@ -68,7 +68,7 @@ def stage(
     examples = {
         "supervised": lambda row: (row["prompt"], row["chosen"][0]["content"]),
         "preference": lambda row: row,
-        "reward": lambda row: tuple(row[part][-1]["content"] for part in SIDES),
+        "reward": lambda row: tuple(row[part][-1]["content"] for part in TEXTS),
     }[kind]
     (result := directory / "result").mkdir()
     loss = LOSS if kind == "preference" else None
@@ -122,7 +122,7 @@ def raw(
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
         trainer_class, config = SFTTrainer, SFTConfig(**options, completion_only_loss=True)
     else:
-        rows = [{part: row[part] for part in SIDES} for row in rows]
+        rows = [{part: row[part] for part in TEXTS} for row in rows]
         loss = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": LOSS.beta, "simpo_gamma": LOSS.gamma}
         trainer_class, config = CPOTrainer, CPOConfig(**options, **loss)
         if kind == "reward":
