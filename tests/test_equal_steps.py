@@ -222,7 +222,8 @@ def test_the_instructions_that_the_control_follows_are_counted_beside_those_of_m
     assert (gain.value, gain.n, gain.checkpoint_sha) == (0, 3, frame["candidate_checkpoint_sha"][0])
     rate = measured.find("verifiable_rate", "equal_steps")
     assert rate.checkpoint_sha == frame["control_checkpoint_sha"][0]
-    assert gain.low < 0 < gain.high
+    # Of three prompts nothing can be said of how much they differ.
+    assert (gain.low, gain.high) == (None, None)
 
 
 @dg.asset(io_manager_key="tables", partitions_def=ITERATIONS)
@@ -257,7 +258,7 @@ def test_how_likely_the_control_finds_gold_is_measured_beside_m_t(instance, tmp_
     measured = recorded(services.metrics, "0002")
     gain = measured.find("gold_log_likelihood_gain", "candidate", over="equal_steps")
     assert (gain.value, gain.n, gain.checkpoint_sha) == (1.0, 3, frame["candidate_checkpoint_sha"][0])
-    assert gain.low <= 1.0 <= gain.high
+    assert (gain.low, gain.high) == (None, None)
     # Gold of the row that stands two behind it, in a circle of three.
     assert frame.filter(split="test")["control_other_log_likelihood"].to_list() == [-4.5, -1.5, -3]
     nulls = [measured.find(f"{name}", "candidate", over="equal_steps").value for name in

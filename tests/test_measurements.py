@@ -1,6 +1,7 @@
 """What is measured of M_t without a judge: rules that a program checks, likelihood of gold, and likeness to it."""
 
 import json
+import random
 import time
 
 import polars as pl
@@ -17,7 +18,8 @@ from synpo_assets.graph.metrics import Metric, recorded
 from synpo_assets.graph.tables import check
 from synpo_assets.method.cut import first_half, whole_sentences
 from synpo_assets.method.damage import all_damages
-from synpo_assets.method.evaluation import LENGTH_BANDS, length_bands
+from synpo_assets.method.evaluation import LENGTH_BANDS, length_bands, mean_gain, points_over_null
+from synpo_assets.method.outcomes import NO_VERDICT
 from synpo_assets.method.rules import ALONE, COMPARING, COUNTING, RULES, constraints_problem, meets, read_constraints
 from synpo_assets.method.verifiable import as_brief, first_sentence, rates_by_rule
 from synpo_assets.stages.seed import seed_table, verifiable_table
@@ -142,7 +144,9 @@ def test_the_difference_has_an_interval_and_rules_are_shown_apart():
             "initial_met": [[True, True]] * 5 + [[False, True]] * 15,
         }
     )
-    *rates, gain = [each for each in following_metrics(answered, "sha", random_seed=0)[1:] if each.by is None]
+    *rates, gain, over_prompt, over_sentence, over_brief, over_another = [
+        each for each in following_metrics(answered, "sha")[1:] if each.by is None
+    ]
     assert [(rate.metric, rate.of, rate.value) for rate in rates] == [
         ("verifiable_rate", "candidate", 0.75), ("verifiable_rate", "initial", 0.25),
         ("verifiable_rate", "prompt_as_answer", 0.05), ("verifiable_rate", "first_sentence", 0.0),
@@ -153,14 +157,20 @@ def test_the_difference_has_an_interval_and_rules_are_shown_apart():
         "verifiable_gain", 0.5, "candidate", "initial", low=gain.low, high=gain.high, n=20, checkpoint_sha="sha"
     )
     assert 0.2 < gain.low < 0.5 < gain.high < 0.8
-    # Of two templates one is learned and the other not: that says nothing of a third.
-    of_two = answered.with_columns(template=pl.Series(["other"] * 5 + ["one"] * 10 + ["other"] * 5))
-    of_templates = next(
-        each for each in following_metrics(of_two, "sha", random_seed=0) if each.metric == "verifiable_gain"
-    )
-    assert (of_templates.value, of_templates.low, of_templates.high) == (0.5, 0.0, 1.0)
+    nulls = [over_prompt, over_sentence, over_brief, over_another]
+    assert [(each.over, each.value) for each in nulls] == [
+        ("prompt_as_answer", pytest.approx(0.7)), ("first_sentence", 0.75), ("as_brief", 0.75), ("another_answer", 0.7),
+    ]  # fmt: skip
+    assert all(0.4 < each.low < each.value < each.high <= 1 for each in nulls)
+    # Of two templates one is learned and the other not: that says nothing of a third, and hardly more if there are six.
+    for templates in (["other"] * 5 + ["one"] * 10 + ["other"] * 5, list("abcdef" * 3 + "ab")):
+        of_few = answered.with_columns(template=pl.Series(templates))
+        of_templates = next(each for each in following_metrics(of_few, "sha") if each.metric == "verifiable_gain")
+        assert (of_templates.value, of_templates.n) == (0.5, len(set(templates)))
+        interval = (of_templates.low, of_templates.high)
+        assert interval == (None, None) if len(set(templates)) == 2 else 0 < interval[0] < 0.5 < interval[1] < 1
     assert rates_by_rule(answered).rows() == [("contains", 20, 1.0, 0.25), ("json_list_of", 20, 0.75, 1.0)]
-    of_rules = [each for each in following_metrics(answered, "sha", random_seed=0) if each.by is not None]
+    of_rules = [each for each in following_metrics(answered, "sha") if each.by is not None]
     assert [(each.metric, each.of, each.by, each.value, each.n) for each in of_rules] == [
         ("rule_rate", "candidate", "contains", 1.0, 20), ("rule_rate", "initial", "contains", 0.25, 20),
         ("rule_rate_gain", "candidate", "contains", 0.75, 20), ("rule_rate", "candidate", "json_list_of", 0.75, 20),
@@ -188,7 +198,7 @@ def test_a_number_that_is_no_count_is_read_as_text():
 
 def test_without_instructions_the_metrics_are_missing():
     empty = InstructionFollowing.empty()
-    count, *found = following_metrics(empty, "sha", random_seed=0)
+    count, *found = following_metrics(empty, "sha")
     assert count.value == 0
     assert {(metric.value, metric.low, metric.high) for metric in found} == {(None, None, None)}
 
@@ -365,7 +375,7 @@ def compared_with_gold(*rows):
 
 
 def test_a_model_that_only_learned_to_end_its_turn_gains_nothing_on_the_text():
-    found = {metric.metric: metric for metric in gold_metrics(compared_with_gold((0.5, 0.5, 1.0, 1.0)), "sha", 0)}
+    found = {metric.metric: metric for metric in gold_metrics(compared_with_gold((0.5, 0.5, 1.0, 1.0)), "sha")}
     assert found["gold_log_likelihood_gain"].value == 0
     gain = found["gold_end_log_likelihood_gain"]
     assert (gain.of, gain.over, gain.value, gain.low, gain.high) == ("candidate", "initial", 2.5, None, None)
@@ -373,17 +383,15 @@ def test_a_model_that_only_learned_to_end_its_turn_gains_nothing_on_the_text():
 
 
 def test_what_a_model_learned_of_the_style_of_gold_alone_is_no_gain_beyond_the_null():
-    frame = compared_with_gold(*[(0.5, 0.5, 1.0, 1.0)] * 3)
+    frame = compared_with_gold(*[(0.5, 0.5, 1.0, 1.0)] * 6)
     styled = frame.with_columns(candidate_log_likelihood=-1.5, candidate_other_log_likelihood=-3.5)
     expected = {"gold_log_likelihood_gain": 0.5, "other_gold_log_likelihood_gain": 0.5,
                 "gold_log_likelihood_gain_beyond_other": 0.0}  # fmt: skip
-    found = {metric.metric: metric for metric in gold_metrics(styled, "sha", 0)}
+    found = {metric.metric: metric for metric in gold_metrics(styled, "sha")}
     assert {name: found[name].value for name in expected} == expected
-    learned = styled.with_columns(candidate_other_log_likelihood=pl.Series([-4.0, -4.5, -3.5]))
-    gain = {metric.metric: metric for metric in gold_metrics(learned, "sha", 0)}[
-        "gold_log_likelihood_gain_beyond_other"
-    ]
-    assert (gain.of, gain.over, gain.value, gain.n, gain.checkpoint_sha) == ("candidate", "initial", 0.5, 3, "sha")
+    learned = styled.with_columns(candidate_other_log_likelihood=pl.Series([-4.0, -4.5, -3.5] * 2))
+    gain = {metric.metric: metric for metric in gold_metrics(learned, "sha")}["gold_log_likelihood_gain_beyond_other"]
+    assert (gain.of, gain.over, gain.value, gain.n, gain.checkpoint_sha) == ("candidate", "initial", 0.5, 6, "sha")
     assert gain.low < 0.5 < gain.high
 
 
@@ -392,7 +400,7 @@ def test_gold_of_another_prompt_is_of_the_same_split_and_one_prompt_alone_has_no
     assert held_out.with_columns(other=OTHER_ANSWER)["other"].to_list() == ["e", "d", "a", "b", "c"]
     alike = compared_with_gold(*[(0.5, 0.5, 1.0, 1.0)] * 3).with_columns(answer=pl.lit("yes"))
     for frame in (compared_with_gold((0.5, 0.5, 1.0, 1.0)), alike):
-        measured = {each.metric for each in gold_metrics(frame, "sha", 0)}
+        measured = {each.metric for each in gold_metrics(frame, "sha")}
         assert not {"other_gold_log_likelihood_gain", "gold_log_likelihood_gain_beyond_other"} & measured
 
 
@@ -400,7 +408,7 @@ def test_likeness_that_rose_with_length_alone_has_not_risen_in_any_band():
     short, alike = LENGTH_BANDS[:2]
     # M_0 answers half of the prompts far too briefly; M_t answers those at gold's length, and nothing else is another.
     frame = compared_with_gold((0.75, 0.25, 1.0, 0.4), (0.75, 0.75, 2.0, 0.5), (0.25, 0.25, 0.1, 0.1))
-    found = [metric for metric in gold_metrics(frame, "sha", 0) if metric.metric.startswith("gold_similarity")]
+    found = [metric for metric in gold_metrics(frame, "sha") if metric.metric.startswith("gold_similarity")]
     overall = {(metric.metric, metric.of): metric.value for metric in found if metric.by is None}
     assert overall["gold_similarity", "candidate"] > overall["gold_similarity", "initial"]
     assert overall["gold_similarity_gain", "candidate"] > 0
@@ -413,7 +421,7 @@ def test_likeness_that_rose_with_length_alone_has_not_risen_in_any_band():
 
 
 def test_a_band_without_answers_has_no_row():
-    found = [metric for metric in gold_metrics(compared_with_gold((0.5, 0.5, 3.0, 1.0)), "sha", 0) if metric.by]
+    found = [metric for metric in gold_metrics(compared_with_gold((0.5, 0.5, 3.0, 1.0)), "sha") if metric.by]
     assert [(metric.by, metric.metric, metric.of) for metric in found] == [
         (LENGTH_BANDS[1], "gold_similarity", "initial"), (LENGTH_BANDS[2], "gold_similarity", "candidate")
     ]  # fmt: skip
@@ -480,3 +488,26 @@ def test_answers_of_another_checkpoint_are_refused(nano_checkpoint):
     evaluation = pl.DataFrame({"candidate_checkpoint_sha": ["f" * 64]})
     with pytest.raises(Exception, match="materialize `evaluation` of this iteration again"):
         refuse_answers_of_another(nano_checkpoint, evaluation)
+
+
+@pytest.mark.parametrize("templates", [6, 10, 45])
+def test_the_interval_of_a_gain_covers_that_of_other_templates(templates):
+    """Instructions of one template are followed, or not, together; a bootstrap over ten of them covers 87 %."""
+    draw, covered, tries = random.Random(templates), 0, 400
+    for _ in range(tries):
+        values, groups = [], []
+        for template in range(templates):
+            true = draw.gauss(0.2, 0.3)
+            values += [true + draw.gauss(0, 0.2) for _ in range(draw.randint(2, 14))]
+            groups += [template] * (len(values) - len(groups))
+        _, low, high = mean_gain(pl.Series(values), pl.Series(groups))
+        covered += low <= 0.2 <= high
+    assert 0.91 <= covered / tries <= 0.99
+
+
+def test_a_null_is_beaten_over_the_prompts_of_both_alone():
+    frame = pl.DataFrame({
+        "prompt_id": list("abcdd"), "judge_over_initial": ["win", "win", NO_VERDICT, "loss", "tie"],
+        "judge_trimmed_over_initial": ["win", NO_VERDICT, "win", "win", "loss"],
+    })  # fmt: skip
+    assert points_over_null(frame, "judge", "trimmed").rows() == [("a", 0.0), ("d", -1.0), ("d", 0.5)]

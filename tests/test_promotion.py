@@ -303,6 +303,14 @@ def passes(outcomes, previous=None, lengths=None):
     return all(row["passed"] for row in gate_rows(certain, GATE.minimum, GATE.maximum))
 
 
+def test_a_win_rate_at_equal_length_that_no_pair_of_equal_length_was_seen_for_is_not_measured():
+    """M_0's own answers cut to half would pass otherwise."""
+    low = "length_controlled_win_rate_over_initial_low"
+    many = ["win"] * 30 + ["loss"] * 10
+    assert lowest_rates(judged_answers(many, None, [(1, 9)] * 31 + [(9, 9)] * 9), 0.05, 0)[low] is None
+    assert lowest_rates(judged_answers(many, None, [(1, 9)] * 30 + [(9, 9)] * 10), 0.05, 0)[low] is not None
+
+
 def test_prompts_without_a_verdict_do_not_make_the_gate_sure():
     outcomes = ["win"] * 8 + ["loss"] * 2
     low = lowest_rates(judged_answers(outcomes), 0.05, 0)

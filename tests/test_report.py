@@ -129,7 +129,10 @@ def recorded(iteration, kept=5):
         "instruction_following": [
             Metric("instructions", 9), *sides("verifiable_rate", 0.5, 0.375), *sides("constraint_rate", 0.6),
             Metric("verifiable_rate", 0.25, of="prompt_as_answer"),
-            gain("verifiable_gain", 0.125, -0.01, 0.25), Metric("generated_tokens", 1),
+            gain("verifiable_gain", 0.125, -0.01, 0.25),
+            dataclasses.replace(gain("verifiable_gain", 0.25, 0.1, 0.4), over="prompt_as_answer"),
+            dataclasses.replace(gain("verifiable_gain", 0.0625, -0.1, 0.2), over="first_sentence"),
+            Metric("generated_tokens", 1),
         ],
         "gold_comparison": [
             *sides("gold_log_likelihood", -2.5, -3.0), *sides("gold_similarity", 0.7),
@@ -336,6 +339,14 @@ def test_every_metric_is_in_its_place(instance, services):
         "instructions followed by M_0": ("37.5%", "37.5%"),
         "null: instructions followed by their own prompts, given as answers": ("25.0%", "25.0%"),
         "instructions followed, M_t less M_0, 95 % interval": ("+12.5 points (-1.0 to +25.0)",) * 2,
+        "instructions followed, M_t less their own prompts, given as answers, 95 % interval": (
+            "+25.0 points (+10.0 to +40.0)",
+        )
+        * 2,
+        "instructions followed, M_t less the first sentences of M_0's answers, 95 % interval": (
+            "+6.2 points (-10.0 to +20.0)",
+        )
+        * 2,
         "log-likelihood of gold's text per token, M_t less M_0, 95 % interval": ("+0.500 (+0.250 to +0.750)",) * 2,
         "null: log-likelihood of gold of another prompt per token, M_t less M_0, 95 % interval": (
             "+0.125 (+0.000 to +0.250)",
@@ -443,15 +454,17 @@ def test_a_length_controlled_rate_that_is_extrapolated_is_named(instance, servic
     metadata, _, page = report(instance, services)
     sentence = (
         "Iteration 0002, M_t over {}: 9 of 8 pairs of answers are alike in length (ratio 0.8 to 1.25), fewer than 10, so "
-        "the length-controlled win rate is extrapolated."
+        "the length-controlled win rate is extrapolated, and has no interval."
     )
     # Once for both judges.
     assert metadata["notes"] == " ".join(sentence.format(name) for name in ("M_0", "M_t-1"))
     assert sentence.format("M_0") in page
 
 
-def finished_iteration(rate=None, controlled=None, alike=20, doubt=None, trimmed=None):
-    """M_3, judged so on 84 prompts; rates as value, low and high."""
+def finished_iteration(
+    rate=None, controlled=None, doubt=None, forms=None, followed=None, over_null=(0.1, 0.05, 0.2), length=None
+):
+    """M_3, judged so on 84 prompts; rates and gains as value, low and high."""
     who = {"of": "candidate", "over": "initial", "by": INDEPENDENT, "n": 84}
     rates = {"win_rate": rate, "length_controlled_win_rate": controlled}
     metrics = [
@@ -460,27 +473,50 @@ def finished_iteration(rate=None, controlled=None, alike=20, doubt=None, trimmed
         if found
         for value, low, high in [found]
     ]
-    if trimmed:
-        value, low, high = trimmed
-        metrics.append(Metric("win_rate", value, "trimmed", "initial", INDEPENDENT, low, high, 30))
-    frame = Metrics(pl.DataFrame(schema=SCHEMA)).with_metrics_of(
-        "evaluation", "0003", [*metrics, Metric("pairs_alike_in_length", alike, **who)]
-    )
-    return FinishedIteration("0003", frame, 1.0, pl.DataFrame(), [], "", {}, {}, None, doubt)
+    metrics += [
+        Metric("win_rate_gain", value, "candidate", form, INDEPENDENT, low, high, 30 if value is not None else 0)
+        for form, (value, low, high) in (forms or {}).items()
+    ]
+    if followed:
+        gains = {"initial": followed, "as_brief": over_null, "first_sentence": (0.4, 0.3, 0.5)}
+        metrics += [
+            Metric("verifiable_gain", value, "candidate", over, None, low, high, 45, "sha")
+            for over, (value, low, high) in gains.items()
+        ]
+    metrics.append(Metric("mean_repetition", 0.1, "candidate", checkpoint_sha="sha"))
+    frame = Metrics(pl.DataFrame(schema=SCHEMA)).with_metrics_of("evaluation", "0003", metrics)
+    return FinishedIteration("0003", frame, 1.0, pl.DataFrame(), [], "", {}, {}, None, doubt, length)
 
 
-ABOVE, ACROSS, BELOW = (0.7, 0.6, 0.8), (0.55, 0.45, 0.65), (0.3, 0.2, 0.4)
+ABOVE, ACROSS, BELOW, MORE = (0.7, 0.6, 0.8), (0.55, 0.45, 0.65), (0.3, 0.2, 0.4), (0.2, 0.1, 0.3)
 
 
 @pytest.mark.parametrize(("judged_so", "words"), [
-    ({"rate": ABOVE, "controlled": ABOVE}, "M_3 is better than M_0: the independent judge prefers its answers in 70.0%"),
-    ({"rate": ABOVE, "controlled": ABOVE, "trimmed": ACROSS}, "M_3 is better than M_0: the independent judge"),
-    ({"rate": ABOVE, "controlled": ABOVE, "trimmed": ABOVE},
-     "form may be all of it: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
-     "length in 70.0% (60.0 to 80.0), and M_0's own answers, cut to half of their sentences, win in 70.0% (60.0 to 80.0) of 30."),
+    ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE},
+     "M_3 is better than M_0: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
+     "length in 70.0% (60.0 to 80.0), and more often than M_0's own answers in another form. Without a judge: of the instructions "
+     "it follows +20.0 points (+10.0 to +30.0) beside M_0, +10.0 points (+5.0 to +20.0) beside M_0's answers, cut to as many words "
+     "as M_t's."),
+    ({"rate": ABOVE, "controlled": ABOVE},
+     "M_3 is better than M_0 by a judge's word alone: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of "
+     "84 test prompts, at equal "
+     "length in 70.0% (60.0 to 80.0), and more often than M_0's own answers in another form. No figure without a judge was"),
+    ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "over_null": (0.1, -0.1, 0.3)},
+     "M_3 is better than M_0 by a judge's word alone: the independent judge prefers its answers"),
+    ({"rate": ABOVE, "controlled": ABOVE, "followed": (0.1, -0.1, 0.3)}, "that is not shown to be more."),
+    ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": {"trimmed": MORE, "verbose": (None, None, None)}},
+     "M_3 is better than M_0: the independent judge"),
+    *(({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": {"trimmed": MORE} | {form: gain}},
+       "form may be all of it: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
+       f"length in 70.0% (60.0 to 80.0), and M_0's own answers, {what}, win so often that M_t has +10.0 points ")
+      for form, what in (("trimmed", "cut to half of their sentences"), ("verbose", "when it is asked for long ones"))
+      for gain in ((0.1, -0.1, 0.3), (0.1, None, None))),
+    ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "length": "Length alone is right more often."},
+     "length may be all of it: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
+     "length in 70.0% (60.0 to 80.0). Length alone is right more often. Without a judge: of the instructions it follows +20.0"),
     ({"rate": ABOVE, "controlled": ACROSS}, "length may be all of it"),
     ({"rate": ABOVE, "controlled": BELOW}, "length may be all of it"),
-    ({"rate": ABOVE, "controlled": ABOVE, "alike": 9}, "length may be all of it"),
+    ({"rate": ABOVE, "controlled": (0.7, None, None)}, "length may be all of it"),
     ({"rate": ABOVE}, "length may be all of it"),
     ({"rate": ACROSS, "controlled": ABOVE}, "M_3 is not shown to be better than M_0"),
     ({"rate": (0.9, 0.5, 1.0), "controlled": ABOVE}, "M_3 is not shown to be better than M_0"),
@@ -492,7 +528,7 @@ ABOVE, ACROSS, BELOW = (0.7, 0.6, 0.8), (0.55, 0.45, 0.65), (0.3, 0.2, 0.4)
 def test_the_verdict_claims_no_more_than_the_intervals_show(judged_so, words):
     newest = finished_iteration(**judged_so)
     assert words in verdict(newest)
-    assert ("is better than M_0:" in verdict(newest)) == (words.startswith("M_3 is better"))
+    assert ("is better than M_0:" in verdict(newest)) == (words.startswith("M_3 is better than M_0:"))
     shown = [card.value for card in cards(newest)[:2]]
     assert (
         shown == [MISSING] * 2 if "doubt" in judged_so or not judged_so else shown[0] == f"{judged_so['rate'][0]:.1%}"
@@ -540,9 +576,10 @@ def test_the_newest_iteration_comes_first_and_the_first_screen_has_the_headlines
     assert "figures of the test split" in first
     assert list(metadata)[:3] == ["verdict", "boosting", "report"]
     assert metadata["report"].startswith("/reports/boosting_report.html?")
+    gains = "+12.5 points (-1.0 to +25.0) | +6.2 points (-10.0 to +20.0)"
     assert metadata["boosting"].splitlines()[2:4] == [
-        "| 0001 | 60.0% (40.0 to 90.0) | 55.0% (30.0 to 75.0) | +12.5 points (-1.0 to +25.0) | yes |",
-        "| 0002 | 70.0% (40.0 to 90.0) | 55.0% (30.0 to 75.0) | +12.5 points (-1.0 to +25.0) | yes |",
+        f"| 0001 | 60.0% (40.0 to 90.0) | 55.0% (30.0 to 75.0) | {gains} | yes |",
+        f"| 0002 | 70.0% (40.0 to 90.0) | 55.0% (30.0 to 75.0) | {gains} | yes |",
     ]
     # Dagster's UI shows so much in place.
     assert len(metadata["boosting"]) < 1000

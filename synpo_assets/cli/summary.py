@@ -11,6 +11,7 @@ from rich.text import Text
 from resources.common.text import asset_label, visible
 from resources.judging.judge_choice import INDEPENDENT
 from resources.storage.tables import ParquetTables
+from synpo_assets.graph.boosting import NULL_LABELS
 from synpo_assets.graph.history import seconds_of
 from synpo_assets.graph.metrics import MetricName, Metrics, judge_doubt, recorded
 from synpo_assets.graph.missing import asset_names
@@ -19,7 +20,6 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.texts import gain_text, number_text, rate_text, share_text
 from synpo_assets.method.pairs import middle_pair
 from synpo_assets.reports import FOLDER, REPORT
-from synpo_assets.reports.without_judge import NULL_LABELS
 from synpo_assets.stages.loop import promotion_refusal, promotion_verdict
 
 # The win rates of each judge: whose over whom, and what is made equal. The last two show what form alone wins.
@@ -115,7 +115,7 @@ def _held_out(services: Services, iterations: int) -> Table:
             nulls = {what: measured.value("verifiable_rate", null) or 0.0 for null, what in NULL_LABELS.items()}
             what, strongest = max(nulls.items(), key=operator.itemgetter(1))
             followings.append(
-                f"{' → '.join(shares)}, {gain_text(gain)} (M_{number}, {gain.n} instructions; "
+                f"{' → '.join(shares)}, {gain_text(gain)} (M_{number}, {measured.value('instructions'):.0f} instructions; "
                 f"{share_text(strongest)} by {what})"
             )
     table.caption_justify = "left"

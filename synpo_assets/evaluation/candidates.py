@@ -195,6 +195,6 @@ class Searching:
         """The share of verifiable instructions that it follows, less M_0's, as in `instruction_following`."""
         frame, usages = instruction_answers(self.services, models, self.instructions)
         self.generated.extend(usages)
-        shares, random_seed = shares_followed(frame), self.services.settings.random_seed
-        gain, low, high = mean_gain(shares["candidate"] - shares["initial"], random_seed, shares["template"])
+        shares = shares_followed(frame)
+        gain, low, high = mean_gain(shares["candidate"] - shares["initial"], shares["template"], most=1.0)
         return Metric("verifiable_gain", gain, low=low, high=high, n=shares.height)

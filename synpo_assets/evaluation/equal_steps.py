@@ -194,9 +194,7 @@ def equal_steps_instructions(
         instruction_following.select(columns), on=["prompt_id", "sample"], validate="1:1", maintain_order="left"
     ).with_columns(control_checkpoint_sha=pl.lit(equal_steps_checkpoint.sha))
     measured = [
-        *metrics.by_split(
-            frame, lambda rows: _following_metrics(rows, services.settings.random_seed, model_checkpoint.sha)
-        ),
+        *metrics.by_split(frame, lambda rows: _following_metrics(rows, model_checkpoint.sha)),
         *metrics.generating(*usages),
     ]
     return table_output(
@@ -232,7 +230,7 @@ def equal_steps_gold(
     refuse_control_of_another(equal_steps_checkpoint, model_checkpoint)
     if "candidate_other_log_likelihood" not in gold_comparison.columns:
         raise FinalError("An earlier version made `gold_comparison`: materialize it for this iteration again first.")
-    control, random_seed = equal_steps_checkpoint, services.settings.random_seed
+    control = equal_steps_checkpoint
     read = list[Likelihoods]()
     # In iteration 1 the control is M_1, which gold_comparison has asked.
     gold, others = (gold_comparison[f"candidate{of}_log_likelihood"] for of in ("", "_other"))
@@ -246,7 +244,7 @@ def equal_steps_gold(
         control_checkpoint_sha=pl.lit(control.sha),
     ).select(*EqualStepsGold.to_schema().columns)
     measured = [
-        *metrics.by_split(frame, lambda rows: _gold_metrics(rows, random_seed, model_checkpoint.sha)),
+        *metrics.by_split(frame, lambda rows: _gold_metrics(rows, model_checkpoint.sha)),
         *metrics.reading(read),
     ]
     return table_output(context, services, frame, measured, **made_by(control))
@@ -290,18 +288,18 @@ def _rate_metrics(frame: pl.DataFrame, labels: Mapping[str, str], random_seed: i
     return [metric for rate in rates for metric in rate_metrics(rate, EQUAL_STEPS, sha, OUTCOME_COUNTS)]
 
 
-def _gold_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[Metric]:
+def _gold_metrics(frame: pl.DataFrame, sha: str) -> list[Metric]:
     """How likely the control finds gold, and how much likelier M_t does, per token; the same of gold of other prompts."""
     gains = frame["candidate_log_likelihood"] - frame["control_log_likelihood"]
     control, found = str(frame["control_checkpoint_sha"].first()), metrics.mean(frame["control_log_likelihood"])
     return [
         Metric("gold_log_likelihood", found, of=EQUAL_STEPS, n=frame.height, checkpoint_sha=control),
-        gain_metric("gold_log_likelihood_gain", gains, EQUAL_STEPS, sha, random_seed),
-        *style_gains(frame, "control", EQUAL_STEPS, sha, random_seed),
+        gain_metric("gold_log_likelihood_gain", gains, EQUAL_STEPS, sha),
+        *style_gains(frame, "control", EQUAL_STEPS, sha),
     ]
 
 
-def _following_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[Metric]:
+def _following_metrics(frame: pl.DataFrame, sha: str) -> list[Metric]:
     """The share of instructions that the control follows, and what M_t follows more."""
     shares = shares_followed(frame, ("candidate", "control"))
     gains = shares["candidate"] - shares["control"]
@@ -310,5 +308,5 @@ def _following_metrics(frame: pl.DataFrame, random_seed: int, sha: str) -> list[
         Metric(
             "verifiable_rate", metrics.mean(shares["control"]), of=EQUAL_STEPS, n=shares.height, checkpoint_sha=control
         ),
-        gain_metric("verifiable_gain", gains, EQUAL_STEPS, sha, random_seed, groups=shares["template"]),
+        gain_metric("verifiable_gain", gains, EQUAL_STEPS, sha, groups=shares["template"]),
     ]

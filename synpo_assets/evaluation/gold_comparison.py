@@ -9,6 +9,7 @@ may come from it alone. Likeness is also reported in bands of length, because an
 it whatever it says.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
+from synpo_assets.graph.texts import GAIN_OF_SHARES
 from synpo_assets.method.evaluation import LENGTH_BANDS, length_bands, mean_gain
 from synpo_assets.method.judging import other_answers
 
@@ -76,7 +78,7 @@ def gold_comparison(
     )
     frame = frame.select(*GoldComparison.to_schema().columns)
     measured = [
-        *metrics.by_split(frame, lambda rows: gold_metrics(rows, model_checkpoint.sha, settings.random_seed)),
+        *metrics.by_split(frame, lambda rows: gold_metrics(rows, model_checkpoint.sha)),
         *metrics.reading(likelihoods.values()),
         *metrics.embedding(embedded),
     ]
@@ -114,7 +116,7 @@ def similarities_to_gold(
     return dict(zip(sides, (vectors[1:] * vectors[0]).sum(axis=2), strict=True)), embedded
 
 
-def gold_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric]:
+def gold_metrics(frame: pl.DataFrame, sha: str) -> list[Metric]:
     """Likelihood of gold and similarity to it, and M_t's gains over M_0 with intervals over prompts.
 
     Similarity is also given in each band of length that has answers. The gain in a band is taken over the prompts that both
@@ -128,15 +130,15 @@ def gold_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric
     measured = []
     for column, name, gain_name in names:
         measured += [_mean(name, frame, side, column) for side in COMPARED]
-        measured.append(gain_metric(gain_name, _over_initial(frame, column), "initial", sha, random_seed))
-    measured += style_gains(frame, "initial", "initial", sha, random_seed)
+        measured.append(gain_metric(gain_name, _over_initial(frame, column), "initial", sha))
+    measured += style_gains(frame, "initial", "initial", sha)
     bands = {side: length_bands(frame[f"{side}_length_ratio"]) for side in COMPARED}
     for band in LENGTH_BANDS:
         within = {side: frame.filter(bands[side] == band) for side in COMPARED}
         measured += [_mean("gold_similarity", within[side], side, "similarity", band) for side in COMPARED]
         both = frame.filter((bands["candidate"] == band) & (bands["initial"] == band))
         gains = _over_initial(both, "similarity")
-        measured.append(gain_metric("gold_similarity_gain", gains, "initial", sha, random_seed, band))
+        measured.append(gain_metric("gold_similarity_gain", gains, "initial", sha, band))
     return [metric for metric in measured if metric.by is None or metric.n]
 
 
@@ -148,7 +150,7 @@ def _over_initial(frame: pl.DataFrame, column: str) -> pl.Series:
     return frame[f"candidate_{column}"] - frame[f"initial_{column}"]
 
 
-def style_gains(frame: pl.DataFrame, side: str, over: str, sha: str, random_seed: int) -> list[Metric]:
+def style_gains(frame: pl.DataFrame, side: str, over: str, sha: str) -> list[Metric]:
     """How much likelier M_t finds gold of other prompts than another model does, and gold's own gain beyond that.
 
     None where all gold is the same text, of which no other can be told.
@@ -162,7 +164,7 @@ def style_gains(frame: pl.DataFrame, side: str, over: str, sha: str, random_seed
         "other_gold_log_likelihood_gain": other,
         "gold_log_likelihood_gain_beyond_other": gold - other,
     }
-    return [gain_metric(name, gained, over, sha, random_seed) for name, gained in gains.items()]
+    return [gain_metric(name, gained, over, sha) for name, gained in gains.items()]
 
 
 def gain_metric(
@@ -170,13 +172,14 @@ def gain_metric(
     gains: pl.Series,
     over: str,
     sha: str,
-    random_seed: int,
     by: str | None = None,
     groups: pl.Series | None = None,
 ) -> Metric:
-    """The mean of M_t's values less those of another model, with its interval over rows, or over groups of rows."""
-    gain, low, high = mean_gain(gains, random_seed, groups)
-    return Metric(name, gain, "candidate", over, by, low, high, len(gains), sha)
+    """The mean of M_t's values less those of another model, with its interval over rows, or over groups of rows, which n counts."""
+    gain, low, high = mean_gain(gains, groups, 1.0 if GAIN_OF_SHARES.fullmatch(name) else math.inf)
+    return Metric(
+        name, gain, "candidate", over, by, low, high, len(gains) if groups is None else groups.n_unique(), sha
+    )
 
 
 def refuse_answers_of_another(model_checkpoint: Checkpoint, answers: pl.DataFrame, asset: str = "evaluation") -> None:

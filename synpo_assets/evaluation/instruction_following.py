@@ -62,9 +62,7 @@ def instruction_following(
     frame = frame.with_columns(**shas, iteration=pl.lit(iteration_of(context), pl.Int64))
     measured = [
         Metric("samples_each", services.settings.evaluation.instruction_samples),
-        *metrics.by_split(
-            frame, lambda rows: following_metrics(rows, model_checkpoint.sha, services.settings.random_seed)
-        ),
+        *metrics.by_split(frame, lambda rows: following_metrics(rows, model_checkpoint.sha)),
         *metrics.generating(*usages),
     ]
     by_rule = table_metadata(rates_by_rule(frame.filter(split="test")))
@@ -98,22 +96,27 @@ def instruction_answers(
     return frame, usages
 
 
-def following_metrics(frame: pl.DataFrame, sha: str, random_seed: int) -> list[Metric]:
+def following_metrics(frame: pl.DataFrame, sha: str) -> list[Metric]:
     """The shares of instructions followed and of constraints met, by rule too, and M_t's gain over M_0.
 
-    Beside them stand the nulls: how many instructions are followed by answers that show no skill.
+    Beside them stand the nulls: how many instructions are followed by answers that show no skill, and M_t's gain over each.
     """
     shares, sides = shares_followed(frame), ("candidate", "initial")
-    gains = shares["candidate"] - shares["initial"]
+    by_null = pl.DataFrame({"prompt_id": frame["prompt_id"], **nulls_followed(frame)})
+    by_null = by_null.group_by("prompt_id", maintain_order=True).mean().drop("prompt_id")
+    others = {"initial": shares["initial"], **by_null.to_dict()}
     return [
         Metric("instructions", shares.height),
         *(Metric("verifiable_rate", metrics.mean(shares[side]), of=side, n=shares.height) for side in sides),
         *(
-            Metric("verifiable_rate", metrics.mean(pl.Series(held)), of=null, n=shares.height)
-            for null, held in nulls_followed(frame).items()
+            Metric("verifiable_rate", metrics.mean(held), of=null, n=shares.height)
+            for null, held in by_null.to_dict().items()
         ),
         *(Metric("constraint_rate", metrics.mean(frame[f"{side}_met"].explode()), of=side) for side in sides),
-        gain_metric("verifiable_gain", gains, "initial", sha, random_seed, groups=shares["template"]),
+        *(
+            gain_metric("verifiable_gain", shares["candidate"] - other, over, sha, groups=shares["template"])
+            for over, other in others.items()
+        ),
         *_rule_metrics(frame, sha),
     ]
 

@@ -35,7 +35,7 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.gate import gate_power, gate_rows, verdict
 from synpo_assets.method.judging import doubt
-from synpo_assets.method.length_control import length_controlled_interval
+from synpo_assets.method.length_control import FEWEST_ALIKE, alike_in_length, length_controlled_interval
 from synpo_assets.method.outcomes import NO_VERDICT, win_rate_interval
 from synpo_assets.stages.loop import next_policy, report_policy
 
@@ -44,6 +44,10 @@ BY_JUDGE: frozenset[str] = frozenset({
     "win_rate_over_initial", "win_rate_over_initial_low", "win_rate_over_previous", "win_rate_over_previous_low",
     "length_controlled_win_rate_over_initial", "length_controlled_win_rate_over_initial_low",
 })  # fmt: skip
+CONTROLLED_LOW = "length_controlled_win_rate_over_initial_low"
+TOO_FEW_ALIKE = (
+    f"fewer than {FEWEST_ALIKE} dev prompts have answers of M_t and M_0 that are alike in length and a verdict"
+)
 # Metrics of prompt_diversity.
 OF_PROMPTS: frozenset[GateMetric] = frozenset({"prompt_similarity", "prompt_similarity_to_seed"})
 
@@ -72,8 +76,9 @@ def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Serv
     log = services.checkpoints.training_log("model_checkpoint", context.partition_key)
     certain = lowest_rates(answers, gate.error_rate, services.settings.random_seed)
     values = gate_metrics(measured) | certain | training_metrics(log)
+    unmeasured = {CONTROLLED_LOW: TOO_FEW_ALIKE} if certain[CONTROLLED_LOW] is None else {}
     # A judge that cannot judge has measured nothing.
-    unmeasured = dict.fromkeys(BY_JUDGE, doubted.rstrip(".")) if doubted else {}
+    unmeasured |= dict.fromkeys(BY_JUDGE, doubted.rstrip(".")) if doubted else {}
     rows = gate_rows(values | dict.fromkeys(unmeasured), gate.minimum, gate.maximum, unmeasured)
     sentence = verdict(rows, judged.label, asset_label("policy", partition_key(iteration_of(context) + 1)))
     promoted = all(row["passed"] for row in rows)
@@ -168,13 +173,15 @@ def lowest_rates(answers: pl.DataFrame, error_rate: float, random_seed: int) -> 
     """The low ends of M_t's win rates by the independent judge, which a model that is no better passes this rarely."""
     initial, previous, prompts = answers["judge_over_initial"], answers["judge_over_previous"], answers["prompt_id"]
     lengths, others = (answers[f"{side}_response"].str.len_chars().cast(pl.Int64) for side in ("candidate", "initial"))
-    coverage = 1 - 2 * error_rate
+    coverage, extrapolated = 1 - 2 * error_rate, alike_in_length(initial, lengths, others, prompts) < FEWEST_ALIKE
     intervals = {
         "win_rate_over_initial_low": (initial, win_rate_interval(initial, prompts, coverage)),
         "win_rate_over_previous_low": (previous, win_rate_interval(previous, prompts, coverage)),
-        "length_controlled_win_rate_over_initial_low": (
+        CONTROLLED_LOW: (
             initial,
-            length_controlled_interval(initial, lengths, others, random_seed, prompts, coverage),
+            None
+            if extrapolated
+            else length_controlled_interval(initial, lengths, others, random_seed, prompts, coverage),
         ),
     }
     # With a continuity correction, without which an unchanged model passes more often at some numbers of prompts with a verdict.

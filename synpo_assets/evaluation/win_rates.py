@@ -28,6 +28,7 @@ from resources.judging.judge_choice import INDEPENDENT, open_judges
 from resources.scoring.scorer import ScoringUsage
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
+from synpo_assets.evaluation.gold_comparison import gain_metric
 from synpo_assets.graph import metrics
 from synpo_assets.graph.boosting import boosting_table
 from synpo_assets.graph.cost import Sizes, Work
@@ -39,7 +40,7 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.graph.tables import Table
 from synpo_assets.method.cut import first_half, whole_answers
-from synpo_assets.method.evaluation import outcome_name, win_rates, wins_by_ending
+from synpo_assets.method.evaluation import outcome_name, points_over_null, win_rates, wins_by_ending
 from synpo_assets.method.outcomes import outcomes
 from synpo_assets.method.quality import answer_figures
 from synpo_assets.method.ranking import repeated_prompts
@@ -49,6 +50,9 @@ from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
 
 # Whose answers are compared with whose.
 COMPARISONS = (("candidate", "initial"), ("candidate", "previous"), ("trimmed", "initial"), ("verbose", "initial"))
+
+# What form alone wins.
+NULLS = ("trimmed", "verbose")
 
 # What decides answers to held-out prompts, and what all judges say of them.
 JUDGING_READS = (
@@ -99,8 +103,8 @@ def evaluation(
 ) -> dg.Output[pl.DataFrame]:
     """Held-out answers of M_t, compared with those of M_0 and M_{t-1} by each judge; rewards by the scorer.
 
-    M_t is better where the interval of its win rate over M_0 lies above one half, also at equal length. Beside it stands what a
-    judge would say that sees nothing but form.
+    A judge prefers M_t where the interval of its win rate over M_0 lies above one half, also at equal length, and above what
+    M_0's own answers win in another form: `win_rate_gain` is M_t's win rate less that null's, over the same prompts.
     """
     models = {"candidate": model_checkpoint, "previous": policy, "initial": initial_policy}
     texts, by_split, usage = _answers(services, models, seed_pairs)
@@ -239,6 +243,9 @@ def held_out_metrics(frame: pl.DataFrame, counted: Mapping[str, pl.DataFrame], s
         # M_t's sha with M_t alone: the other answers are M_0's.
         model = rate["model"]
         measured += rate_metrics(rate, model, sha if model == "candidate" else None, EVERY_COUNT)
+    for rate in counted["win_rates"].filter(pl.col("model").is_in(NULLS)).iter_rows(named=True):
+        more, null = points_over_null(frame, rate["judge"], rate["model"]), rate["model"]
+        measured.append(gain_metric("win_rate_gain", more["gain"], null, sha, rate["label"], more["prompt_id"]))
     rewards = [
         Metric("held_out_reward", metrics.mean(frame[f"{column}_score"]), of=side, n=prompts)
         for side, column in sides.items()

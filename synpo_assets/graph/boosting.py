@@ -1,5 +1,6 @@
 """Is it boosting? The headline figures of each iteration in a short table, which the UI shows without a click."""
 
+import operator
 from collections.abc import Sequence
 
 import dagster as dg
@@ -10,9 +11,16 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.texts import MISSING, gain_text, rate_text
 
 # The UI shows markdown of less than 1,000 characters in place.
-SHOWN_ITERATIONS = 8
+SHOWN_ITERATIONS = 6
 # In place of a win rate; a sentence says it in full.
 AT_CHANCE = "judge at chance"
+# What follows instructions and shows no skill (method/verifiable.py).
+NULL_LABELS = {
+    "prompt_as_answer": "their own prompts, given as answers",
+    "first_sentence": "the first sentences of M_0's answers",
+    "as_brief": "M_0's answers, cut to as many words as M_t's",
+    "another_answer": "M_t's answers to other instructions",
+}
 PROMOTED = {True: "yes", False: "no", None: MISSING}
 
 
@@ -28,10 +36,16 @@ def boosting_table(
     keys = sorted({*services.metrics.partitions(), running})
     found = {key: recorded(services.metrics, key) for key in keys}
     found[running] = found[running].with_metrics_of(asset, running, measured)
-    lines = ["| iteration | win rate over M_0 | length-controlled | instructions | promoted |", "|---|---|---|---|---|"]
+    lines = [
+        "| iteration | win rate over M_0 | length-controlled | instructions | over null | promoted |",
+        "|---|---|---|---|---|---|",
+    ]
     evaluated = [key for key in keys if found[key].candidate]
     lines += [_line(key, found[key], doubt) for key in evaluated[-SHOWN_ITERATIONS:]]
-    note = doubt or "Test split, independent judge, 95 % intervals; instructions: followed by M_t less by M_0."
+    note = (
+        doubt
+        or "Test split, independent judge, 95 % intervals; instructions: followed by M_t less by M_0, and by the strongest null."
+    )
     return dg.MetadataValue.md("\n".join([*lines, "", note]))
 
 
@@ -47,6 +61,17 @@ def instructions_gain(measured: Metrics) -> Metric | None:
     return gain if gain and gain.checkpoint_sha == measured.candidate else None
 
 
+def gain_over_strongest_null(measured: Metrics) -> Metric | None:
+    """How many more of them M_t follows than the null that follows most; None where none was measured with this M_t."""
+    gains = [
+        each
+        for each in measured.every("verifiable_gain")
+        if each.over in NULL_LABELS and each.value is not None and each.checkpoint_sha == measured.candidate
+    ]
+    return min(gains, key=operator.attrgetter("value"), default=None)
+
+
 def _line(key: str, measured: Metrics, doubt: str | None) -> str:
     rates = [AT_CHANCE if doubt else rate_text(win_rate(measured, controlled)) for controlled in (False, True)]
-    return f"| {' | '.join([key, *rates, gain_text(instructions_gain(measured)), PROMOTED[measured.promoted]])} |"
+    gains = [gain_text(gain(measured)) for gain in (instructions_gain, gain_over_strongest_null)]
+    return f"| {' | '.join([key, *rates, *gains, PROMOTED[measured.promoted]])} |"

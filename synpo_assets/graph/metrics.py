@@ -52,7 +52,7 @@ MetricName = Literal[
     "wins_only_candidate_ended", "ties_only_candidate_ended", "losses_only_candidate_ended", "wins_only_initial_ended",
     "ties_only_initial_ended", "losses_only_initial_ended", "wins_neither_ended", "ties_neither_ended",
     "losses_neither_ended",
-    "mean_repetition", "mean_characters", "instructions", "samples_each", "verifiable_rate", "verifiable_gain",
+    "win_rate_gain", "mean_repetition", "mean_characters", "instructions", "samples_each", "verifiable_rate", "verifiable_gain",
     "constraint_rate", "rule_rate", "rule_rate_gain", "gold_log_likelihood", "gold_log_likelihood_gain",
     "other_gold_log_likelihood_gain", "gold_log_likelihood_gain_beyond_other", "gold_end_log_likelihood",
     "gold_end_log_likelihood_gain", "gold_similarity", "gold_similarity_gain", "promoted", "leaderboard_average", "answers_written",
@@ -87,7 +87,7 @@ class MetricRows(Table):
         nullable=True,
         description="Whose it is: a model, a side or kind of pairs, a source of prompts or examples, a reason.",
     )
-    over: str = pa.Field(nullable=True, description="The model that it is compared with.")
+    over: str = pa.Field(nullable=True, description="The model, or the null, that it is compared with.")
     by: str = pa.Field(
         nullable=True,
         description="The judge, what a judge goes by, the band of lengths, the rule, or the damage that it is taken over.",

@@ -9,7 +9,7 @@ MISSING = "—"
 NO_INTERVAL = " (no interval)"
 # By the names of metrics: those that are shares, and those that are differences of two.
 SHARE = re.compile(r"(_share|_rate|_accuracy|win_rate.*|edits_[a-z]+)")
-GAIN_OF_SHARES = re.compile(r"(verifiable|rule_rate|edits_[a-z]+)_gain")
+GAIN_OF_SHARES = re.compile(r"(verifiable|rule_rate|win_rate|edits_[a-z]+)_gain")
 
 
 def rate_text(rate: Metric | None) -> str:

@@ -1,12 +1,17 @@
 """Comparing two models on the same prompts: win rates, how certain they are, and what length has to do with them."""
 
+import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import polars as pl
 
-from synpo_assets.method.length_control import alike_in_length, length_controlled_interval, length_controlled_win_rate
-from synpo_assets.method.outcomes import COVERAGE, NO_VERDICT, POINTS, win_rate, win_rate_interval
+from synpo_assets.method.length_control import (
+    FEWEST_ALIKE,
+    alike_in_length,
+    length_controlled_interval,
+    length_controlled_win_rate,
+)
+from synpo_assets.method.outcomes import COVERAGE, NO_VERDICT, POINTS, points_of, win_rate, win_rate_interval
 
 # Whether M_t's and M_0's answers were cut.
 ENDINGS = {
@@ -15,68 +20,48 @@ ENDINGS = {
     "only_initial_ended": (True, False),
     "neither_ended": (True, True),
 }
-RESAMPLES = 10_000
+# Of fewer, nothing can be said of how much they differ.
+FEWEST_GROUPS = 6
 # An answer's length over gold's: below the first number, between the two, above the second.
 LENGTH_BOUNDS = (0.5, 2.0)
 LENGTH_BANDS = ("less than half of gold's length", "half to twice gold's length", "more than twice gold's length")
 
 
-def bootstrap_mean(values: np.ndarray, random_seed: int) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean of one number per prompt, 95 %.
-
-    To draw n values with replacement is to draw their counts from a multinomial distribution, so no value is looked at twice,
-    however many there are.
-    """
-    different, counts = np.unique(values, return_counts=True)
-    drawn = np.random.default_rng(random_seed).multinomial(len(values), counts / len(values), size=RESAMPLES)
-    return _ends(drawn @ different / len(values))
-
-
-def _ends(means: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(means, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    return float(low), float(high)
-
-
 def mean_gain(
-    gains: pl.Series, random_seed: int, groups: pl.Series | None = None
+    gains: pl.Series, groups: pl.Series | None = None, most: float = math.inf
 ) -> tuple[float | None, float | None, float | None]:
-    """The mean of what the candidate has more than M_0, and the ends of its 95 % bootstrap interval; None without any.
+    """The mean of what the candidate has more than M_0, and the ends of its 95 % interval; None without any.
 
-    Gains that are all the same, over groups if there are some, have no interval: to draw among them shows nothing of what other
-    prompts would gain.
+    The interval is by Student's t, with a standard error over groups (Cameron and Miller 2015,
+    https://doi.org/10.3368/jhr.50.2.317): a bootstrap over ten groups holds the true gain in 87 % of the cases, not 95 %.
+    Gains that are all the same, over groups if there are some, and those of fewer than six groups have no interval.
 
     Args:
         gains: One for each prompt.
-        random_seed: Draws.
         groups: What each prompt belongs to, such as the template that it was made of; None: prompts are independent.
+        most: What no gain can exceed, up or down.
 
     Examples:
-        >>> mean_gain(pl.Series([0.5, 0.5]), random_seed=0)
+        >>> mean_gain(pl.Series([0.5] * 6))
         (0.5, None, None)
-        >>> mean_gain(pl.Series([1.0, 1.0, 0.0, 0.0]), 0, pl.Series(["a", "a", "b", "b"]))
-        (0.5, 0.0, 1.0)
+        >>> [round(each, 3) for each in mean_gain(pl.Series([0.0, 0.2] * 4))]
+        [0.1, 0.011, 0.189]
+        >>> [round(each, 3) for each in mean_gain(pl.Series([0.0, 0.2] * 4), pl.Series([0, 0, 0, 1, 2, 3, 4, 5]))]
+        [0.1, 0.014, 0.186]
     """
+    from scipy.special import stdtrit
+
     if gains.is_empty():
         return None, None, None
+    mean = float(gains.to_numpy().mean())
+    groups = pl.Series(range(len(gains))) if groups is None else groups
+    left = pl.DataFrame({"group": groups, "left": gains - mean}).group_by("group").agg(pl.col("left").sum())["left"]
     # Rounded, because values that differ in the last digit only are one value.
-    values = gains.round(9)
-    groups = pl.Series(range(len(values))) if groups is None else groups
-    drawn = (
-        pl.DataFrame({"group": groups, "value": values})
-        .group_by("group")
-        .agg(pl.col("value").sum(), pl.len())
-        .sort("group")
-    )
-    mean = float(values.to_numpy().mean())
-    if (drawn["value"] / drawn["len"]).round(9).n_unique() == 1:
+    error = round(math.sqrt((left**2).sum() * len(left) / max(1, len(left) - 1)) / len(gains), 12)
+    if len(left) < FEWEST_GROUPS or error == 0:
         return mean, None, None
-    if drawn.height == len(values):
-        return mean, *bootstrap_mean(values.to_numpy(), random_seed)
-    counts = np.random.default_rng(random_seed).multinomial(
-        drawn.height, np.full(drawn.height, 1 / drawn.height), size=RESAMPLES
-    )
-    low, high = _ends((counts @ drawn["value"].to_numpy()) / (counts @ drawn["len"].to_numpy()))
-    return mean, low, high
+    reach = stdtrit(len(left) - 1, (1 + COVERAGE) / 2) * error
+    return mean, max(-most, float(mean - reach)), min(most, float(mean + reach))
 
 
 def length_bands(ratios: pl.Series) -> pl.Series:
@@ -105,6 +90,7 @@ def win_rates(
             judged, prompts = frame[outcome_name(judge, model, opponent)], frame["prompt_id"]
             lengths, others = (frame[f"{name}_response"].str.len_chars().cast(pl.Int64) for name in (model, opponent))
             low, high = length_controlled_interval(judged, lengths, others, random_seed, prompts) or (None, None)
+            alike = alike_in_length(judged, lengths, others, prompts)
             rows.append(
                 {
                     "judge": judge,
@@ -114,15 +100,26 @@ def win_rates(
                     **_counted(judged, prompts),
                     "no_verdict": int((judged == NO_VERDICT).sum()),
                     "length_controlled": length_controlled_win_rate(judged, lengths, others),
-                    "length_controlled_low": low,
-                    "length_controlled_high": high,
-                    "alike_in_length": alike_in_length(judged, lengths, others, prompts),
+                    # Read off a fitted curve and hardly seen, it has no interval that would say how certain it is.
+                    "length_controlled_low": low if alike >= FEWEST_ALIKE else None,
+                    "length_controlled_high": high if alike >= FEWEST_ALIKE else None,
+                    "alike_in_length": alike,
                 }
             )
     numbers = dict.fromkeys(
         ("win_rate", "low", "high", "length_controlled", "length_controlled_low", "length_controlled_high"), pl.Float64
     )
     return pl.DataFrame(rows, schema_overrides=numbers)
+
+
+def points_over_null(frame: pl.DataFrame, judge: str, null: str) -> pl.DataFrame:
+    """What the candidate has more than a null, both over M_0, wherever a judge says something of both: prompt_id and gain.
+
+    The frame is as that of `win_rates`.
+    """
+    ours, theirs = (outcome_name(judge, model, "initial") for model in ("candidate", null))
+    judged = frame.filter((pl.col(ours) != NO_VERDICT) & (pl.col(theirs) != NO_VERDICT))
+    return judged.select("prompt_id", gain=points_of(judged[ours]) - points_of(judged[theirs]))
 
 
 def outcome_name(judge: str, model: str, opponent: str) -> str:

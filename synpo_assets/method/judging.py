@@ -80,15 +80,18 @@ def held_out_pairs(rows: pl.DataFrame, seed: int) -> pl.DataFrame:
 def accuracy_by_kind(pairs: pl.DataFrame, margins: pl.Series) -> pl.DataFrame:
     """How often a judge is right about pairs of each kind, a tie counting half, and what would be reached without reading.
 
-    `length_alone` is a judge that prefers the longer answer, or the shorter one, whichever is right more often about all pairs
-    together. `ending_alone` prefers the answer that was not cut, and knows nothing else. `damaged` is taken over prompts.
+    `length_alone` is a judge that prefers the longer answer, or the shorter one, whichever is right more often about gold over
+    M_0's answers where both ended. `ending_alone` prefers the answer that was not cut, and knows nothing else. `damaged` is
+    taken over prompts.
 
     Args:
         pairs: As `held_out_pairs` gives them.
         margins: How much better the judge finds the better answer of each pair.
     """
     longer = pairs["better"].str.len_chars().cast(pl.Int64) - pairs["worse"].str.len_chars().cast(pl.Int64)
-    direction = 1 if (win_rate(outcomes(longer)) or 0) >= 0.5 else -1
+    # By what length says of them: damages are made so that it says what their maker chose.
+    of_gold = longer.filter(pairs["kind"] == BOTH_ENDED)
+    direction = 1 if (win_rate(outcomes(longer if of_gold.is_empty() else of_gold)) or 0) >= 0.5 else -1
     judged = pairs.with_columns(
         judge=outcomes(margins), length=outcomes(direction * longer), ending=outcomes(pairs["cut"].cast(pl.Int64))
     )

@@ -8,6 +8,8 @@ from synpo_assets.method.outcomes import COVERAGE, NO_VERDICT, points_of
 CONTROLLED_RESAMPLES = 1000
 TABLE_VALUES = 100_000
 MOST_STEPS = 100
+# With fewer pairs alike in length, the length-controlled win rate is extrapolated.
+FEWEST_ALIKE = 10
 
 
 def length_controlled_win_rate(judged: pl.Series, lengths: pl.Series, other_lengths: pl.Series) -> float | None:

@@ -18,11 +18,13 @@ from resources.storage.files import json_sha256, write_atomically
 from resources.training.losses import loss_module
 from synpo_assets.graph.boosting import boosting_table
 from synpo_assets.graph.history import data_version_of, seconds_of
-from synpo_assets.graph.metrics import judge_doubt, recorded
+from synpo_assets.graph.metrics import Metrics, judge_doubt, recorded
 from synpo_assets.graph.presentation import versions_table, written_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import LAST, STATE_TAG, Stage
+from synpo_assets.graph.texts import rate_text
 from synpo_assets.graph.used_settings import optimized_with, used_in
+from synpo_assets.method.judging import BOTH_ENDED
 from synpo_assets.reports import FOLDER, REPORT
 from synpo_assets.reports.answers import same_prompts
 from synpo_assets.reports.finished import FinishedIteration
@@ -33,6 +35,7 @@ from synpo_assets.reports.rows import Row, report_notes, report_rows
 from synpo_assets.reports.tracking import track
 from synpo_assets.reports.verdict import verdict
 from synpo_assets.stages.loop import promotion_verdict
+from synpo_assets.stages.scorers import NULLS
 
 READ_ASSETS = ("preference_pairs", "model_checkpoint", "evaluation", "promotion")
 
@@ -125,6 +128,20 @@ def read_iteration(instance: dg.DagsterInstance, services: Services, key: str) -
         settings=used_in(services.used_settings, key),
         refusal=promotion_verdict(services, key) if refused else None,
         judge_doubt=sentence,
+        no_better_than_length=_no_better_than_length(recorded(services.metrics, None)),
+    )
+
+
+def _no_better_than_length(once: Metrics) -> str | None:
+    """What to say where the judge is not right about gold more often than whoever goes by length; None where it is."""
+    judge, length = (
+        once.find("held_out_accuracy", BOTH_ENDED, by=by, asset="judge_model") for by in (None, NULLS["length_alone"])
+    )
+    if judge is None or judge.low is None or length is None or length.value is None or judge.low > length.value:
+        return None
+    return (
+        f"The judge is right about {rate_text(judge)} of {judge.n} held-out pairs, gold over M_0, and length alone about "
+        f"{rate_text(length)}."
     )
 
 

@@ -8,9 +8,9 @@ import polars as pl
 
 from resources.judging.judge_choice import INDEPENDENT
 from synpo_assets.graph.metrics import Metric, MetricName, Metrics, Which
+from synpo_assets.method.length_control import FEWEST_ALIKE
 
 # With fewer pairs alike in length, a length-controlled win rate is extrapolated.
-FEWEST_ALIKE = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,8 @@ class FinishedIteration:
         manifest: The manifest of M_t; empty if the checkpoint is gone.
         settings: What its assets read of the settings, by dotted name.
         refusal: Why M_t was not promoted, as a sentence; None if it was, or was not judged.
+        no_better_than_length: How often the judge and length alone are right about held-out gold, as a sentence; None if the judge
+            is right more often for certain.
         judge_doubt: Why the independent judge's win rates say nothing and are left out, as a sentence; None if they are not.
         cost: What its steps cost; None if the settings do not say what an hour costs.
     """
@@ -41,6 +43,7 @@ class FinishedIteration:
     settings: Mapping[str, str]
     refusal: str | None
     judge_doubt: str | None = None
+    no_better_than_length: str | None = None
     cost: str | None = None
 
     @property

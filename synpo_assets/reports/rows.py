@@ -20,9 +20,10 @@ from synpo_assets.graph.texts import (
 )
 from synpo_assets.graph.used_settings import differing_settings
 from synpo_assets.method.judging import ANOTHER_GOLD
+from synpo_assets.method.length_control import FEWEST_ALIKE
 from synpo_assets.method.reviews import OUTCOMES
 from synpo_assets.reports.edits import edit_lines
-from synpo_assets.reports.finished import FEWEST_ALIKE, Cell, FinishedIteration, metric_cell, value_cell
+from synpo_assets.reports.finished import Cell, FinishedIteration, metric_cell, value_cell
 from synpo_assets.reports.search import chosen_text, chosen_value_text
 from synpo_assets.reports.without_judge import MODELS, likelihood_gains, without_a_judge
 
@@ -90,7 +91,7 @@ def _extrapolations(iteration: FinishedIteration) -> Iterator[str]:
             yield (
                 f"Iteration {iteration.key}, M_t over {OPPONENT_LABELS[str(alike.over)]}: {alike.value:.0f} of {alike.n} pairs of "
                 f"answers are alike in length (ratio 0.8 to 1.25), fewer than {FEWEST_ALIKE}, so the length-controlled win rate is "
-                "extrapolated."
+                "extrapolated, and has no interval."
             )
 
 
@@ -204,6 +205,12 @@ def _held_out(judges: Sequence[str]) -> Iterator[tuple[str, str, Cell]]:
         for model, shown in FORM_LABELS.items():
             who = {"of": model, "over": "initial", "by": judge}
             yield "Held-out", f"{judge}, {shown}: win rate, 95 % interval", metric_cell("win_rate", rate_text, **who)
+            less = metric_cell("win_rate_gain", gain_text, "candidate", over=model, by=judge)
+            yield (
+                "Held-out",
+                f"{judge}, M_t over M_0, less {shown}, over the same prompts: win rate, 95 % interval",
+                less,
+            )
             label = f"{judge}, {shown}: length-controlled win rate, 95 % interval"
             yield "Held-out", label, metric_cell("length_controlled_win_rate", rate_text, **who)
     for side, model in MODELS.items():

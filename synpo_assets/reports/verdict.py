@@ -1,18 +1,28 @@
-"""The first screen of the boosting report: what the newest iteration shows, in a sentence and four cards.
+"""The first screen of the boosting report: what the newest iteration shows, in a sentence or two and four cards.
 
-A sentence claims no more than an interval shows: that M_t is better takes a 95 % interval that lies above one half, for
-answers as they are and for answers of equal length, by a judge that does not also prefer M_0's answers cut to half.
+They claim no more than intervals show. A judge prefers M_t if a 95 % interval lies above one half, for answers as they are and
+for answers of equal length, and above what M_0's own answers win in another form; and if the judge is right about gold more
+often than length alone. That M_t is better takes a figure without a judge besides: more instructions followed than by M_0 and by
+every null.
 """
 
 import dataclasses
 
 from resources.judging.judge_choice import INDEPENDENT
-from synpo_assets.graph.boosting import AT_CHANCE, PROMOTED, instructions_gain, win_rate
+from synpo_assets.graph.boosting import (
+    AT_CHANCE,
+    NULL_LABELS,
+    PROMOTED,
+    gain_over_strongest_null,
+    instructions_gain,
+    win_rate,
+)
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.texts import MISSING, gain_text, rate_text
 from synpo_assets.reports.finished import FinishedIteration
 
 HALF = 0.5
+FORMS = {"trimmed": "cut to half of their sentences", "verbose": "when it is asked for long ones"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +35,11 @@ class Card:
 
 
 def verdict(newest: FinishedIteration) -> str:
-    """Whether the newest M_t is better than M_0, as far as the independent judge's win rates on the test split show it."""
+    """Whether the newest M_t is better than M_0, as far as the test split shows it: to the independent judge, and without one."""
+    return _by_judge(newest) + _without_judge(newest)
+
+
+def _by_judge(newest: FinishedIteration) -> str:
     t, rate, controlled = f"M_{newest.number}", win_rate(newest.metrics), win_rate(newest.metrics, controlled=True)
     if newest.judge_doubt is not None:
         return f"Whether {t} is better than M_0 is not known. {newest.judge_doubt}"
@@ -36,34 +50,58 @@ def verdict(newest: FinishedIteration) -> str:
         return f"{t} is worse than M_0: {found}, and the interval lies below one half."
     if rate.low <= HALF:
         return f"{t} is not shown to be better than M_0: {found}, and the interval includes one half."
-    if controlled is None or controlled.low is None or newest.extrapolated:
+    if controlled is None or controlled.low is None:
         return f"{t} wins more often than M_0, and length may be all of it: {found}, and too few of them are of like length."
     equal = f"at equal length in {rate_text(controlled)}"
-    if (null := _trimmed_wins(newest)) is not None:
+    if controlled.low <= HALF:
+        return f"{t} wins more often than M_0, and length may be all of it: {found}, {equal}, which does not exclude one half."
+    if newest.no_better_than_length is not None:
+        return f"{t} wins more often than M_0, and length may be all of it: {found}, {equal}. {newest.no_better_than_length}"
+    if (null := _null_not_beaten(newest)) is not None:
         return f"{t} wins more often than M_0, and form may be all of it: {found}, {equal}, and {null}."
-    if controlled.low > HALF:
-        return f"{t} is better than M_0: {found}, {equal}, and both intervals lie above one half."
+    preferred = f"{found}, {equal}, and more often than M_0's own answers in another form"
     return (
-        f"{t} wins more often than M_0, and length may be all of it: {found}, {equal}, which does not exclude one half."
+        f"{t} is better than M_0: {preferred}."
+        if _follows_more(newest)
+        else f"{t} is better than M_0 by a judge's word alone: {preferred}."
     )
 
 
-def _trimmed_wins(newest: FinishedIteration) -> str | None:
-    """What the judge says of M_0's own answers cut to half, if it prefers these, which nobody would call better."""
-    rate = newest.metrics.find("win_rate", "trimmed", over="initial", by=INDEPENDENT)
-    if rate is None or rate.low is None or rate.low <= HALF:
-        return None
-    return f"M_0's own answers, cut to half of their sentences, win in {rate_text(rate)} of {rate.n}"
+def _without_judge(newest: FinishedIteration) -> str:
+    """What a program says of the instructions followed, as a sentence; nothing without any."""
+    gain, over_null = instructions_gain(newest.metrics), gain_over_strongest_null(newest.metrics)
+    if gain is None or gain.value is None:
+        return " No figure without a judge was recorded."
+    null = "" if over_null is None else f", {gain_text(over_null)} beside {NULL_LABELS[str(over_null.over)]}"
+    shown = "" if _follows_more(newest) else "; that is not shown to be more"
+    return f" Without a judge: of the instructions it follows {gain_text(gain)} beside M_0{null}{shown}."
+
+
+def _follows_more(newest: FinishedIteration) -> bool:
+    """Whether M_t follows more instructions than M_0 and than every null."""
+    gains = (instructions_gain(newest.metrics), gain_over_strongest_null(newest.metrics))
+    return all(gain is not None and gain.low is not None and gain.low > 0 for gain in gains)
+
+
+def _null_not_beaten(newest: FinishedIteration) -> str | None:
+    """The first form of M_0's answers than which M_t is not shown to win more often over M_0; None if there is none."""
+    for null, what in FORMS.items():
+        gain = newest.metrics.find("win_rate_gain", "candidate", over=null, by=INDEPENDENT)
+        # Where there was nothing to leave out of M_0's answers, nothing was compared.
+        if gain is not None and gain.n and (gain.low is None or gain.low <= 0):
+            return f"M_0's own answers, {what}, win so often that M_t has {gain_text(gain)} more, over {gain.n} prompts"
+    return None
 
 
 def cards(newest: FinishedIteration) -> list[Card]:
     """The win rate over M_0 as it is and at equal length, instructions followed, and whether M_t was promoted."""
-    gain = instructions_gain(newest.metrics)
+    gain, over_null = instructions_gain(newest.metrics), gain_over_strongest_null(newest.metrics)
+    null = "" if over_null is None else f"; less {NULL_LABELS[str(over_null.over)]} {gain_text(over_null)}"
     extrapolated = ", extrapolated" if newest.extrapolated else ""
     return [
         _card("Win rate over M_0", win_rate(newest.metrics), newest),
         _card("The same at equal length", win_rate(newest.metrics, controlled=True), newest, extrapolated),
-        Card("Instructions followed", *_parts(gain_text(gain), "M_t less M_0, checked by a program")),
+        Card("Instructions followed", *_parts(gain_text(gain), f"M_t less M_0, checked by a program{null}")),
         Card("Promoted", PROMOTED[newest.metrics.promoted], "by the gate, on the dev split"),
     ]
 

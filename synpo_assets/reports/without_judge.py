@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from synpo_assets.graph.boosting import NULL_LABELS
 from synpo_assets.graph.metrics import Metric, MetricName
 from synpo_assets.graph.texts import MISSING, count_text, difference_text, gain_text, number_text, share_text
 from synpo_assets.method.evaluation import LENGTH_BANDS
@@ -9,13 +10,6 @@ from synpo_assets.reports.finished import Cell, FinishedIteration, metric_cell, 
 
 SECTION = "Without a judge"
 MODELS = {"candidate": "M_t", "initial": "M_0"}
-# What follows instructions and shows no skill (method/verifiable.py).
-NULL_LABELS = {
-    "prompt_as_answer": "their own prompts, given as answers",
-    "first_sentence": "the first sentences of M_0's answers",
-    "as_brief": "M_0's answers, cut to as many words as M_t's",
-    "another_answer": "M_t's answers to other instructions",
-}
 GAINED = "M_t less M_0"
 
 
@@ -57,6 +51,9 @@ def without_a_judge() -> Iterator[tuple[str, str, Cell]]:
         yield SECTION, f"null: instructions followed by {what}", value_cell("verifiable_rate", share_text, null)
     label = "instructions followed, M_t less M_0, 95 % interval"
     yield SECTION, label, metric_cell("verifiable_gain", gain_text, "candidate", over="initial")
+    for null, what in NULL_LABELS.items():
+        label = f"instructions followed, M_t less {what}, 95 % interval"
+        yield SECTION, label, metric_cell("verifiable_gain", gain_text, "candidate", over=null)
     for side, model in MODELS.items():
         yield SECTION, f"constraints met by {model}", value_cell("constraint_rate", share_text, side)
     for what, metric, gains in OF_GOLD:

@@ -48,7 +48,7 @@ def run(home: Path, iteration: int) -> None:
                 name: pl.Series(services.likelihood.measure(each, pairs).per_token) for name, each in models.items()
             }
             for one, other in DIFFERENCES:
-                gain, low, high = mean_gain(found[one] - found[other], settings.random_seed)
+                gain, low, high = mean_gain(found[one] - found[other])
                 shown = f"{gain:+.3f} ({low:+.3f} to {high:+.3f})"
                 sys.stdout.write(f"{what}, {split}, n = {len(pairs)}: {one} less {other} {shown}\n")
                 sys.stdout.flush()

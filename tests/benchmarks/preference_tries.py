@@ -84,7 +84,7 @@ def run(home: Path, iterations: int, file: Path) -> None:
         row: dict[str, Any] = {"model": name, "steps": steps}
         for what, values in measured.items():
             gained, groups = values - first.setdefault(what, values), templates if "instructions" in what else None
-            gain, low, high = mean_gain(gained, settings.random_seed, groups)
+            gain, low, high = mean_gain(gained, groups)
             row |= {what: values.mean(), f"{what}, gain": gain, f"{what}, low": low, f"{what}, high": high}
         words = {"instructions": asked["candidate_response"], "held-out prompts": whole_answers(answers)}
         row |= {f"words, {what}": written.str.split(" ").list.len().mean() for what, written in words.items()}

@@ -72,7 +72,7 @@ def lines(found: dict[str, pl.DataFrame]) -> Iterator[dict[str, object]]:
             line[column] = round(value, 1) if column in of_words else round(100 * value, 1)
         for first, second in DIFFERENCES:
             if second in columns:
-                gain = mean_gain(shares[first] - shares[second], 0, shares["template"])
+                gain = mean_gain(shares[first] - shares[second], shares["template"], most=1.0)
                 line |= zip(
                     (f"{first} less {second}", f"{second} low", f"{second} high"),
                     (None if each is None else round(100 * each, 1) for each in gain),
