@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -52,6 +53,21 @@ def test_a_file_is_answered_by_both_models_once_and_never_overwritten(home, tmp_
     assert again.exit_code == 2
     assert "exists: choose another --output" in again.stderr
     assert output.read_bytes() == before
+
+
+def test_damaged_weights_answer_nothing(home, tmp_path, opened, adapted_checkpoint):
+    """Their answers would be kept as those of the whole ones, which a later evaluation reads."""
+    (home / "checkpoints").unlink()
+    shutil.copytree(WORK / "adapted", home / "checkpoints", symlinks=True)
+    (weights,) = (home / "checkpoints" / "model_checkpoint").rglob("adapter_model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.unlink()
+    weights.write_bytes(content)
+    result = ask(home, "Which?")
+    assert result.exit_code == 2, result.output
+    assert "materialize model_checkpoint[0001] again" in result.output + result.stderr
+    assert opened == []
 
 
 def test_a_conversation_loads_each_model_once_and_goes_on_after_a_wrong_question(home, opened):

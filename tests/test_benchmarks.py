@@ -353,6 +353,15 @@ def test_a_task_file_runs_no_code_that_is_not_trusted_however_it_is_written(fold
     assert not (folder / "tasks" / "ran").exists()
 
 
+def test_a_template_of_a_task_that_does_not_end_is_stopped(folder, offline):
+    pytest.importorskip("lm_eval")
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    task = folder / "tasks" / "things.yaml"
+    task.write_text(task.read_text().replace("{{question}}", loop + "{{question}}"))
+    with pytest.raises(FinalError, match=r"benchmarks.task_folder.* does not end"):
+        open_tasks(Benchmarks(tasks=[TASKS[0]], task_folder=str(folder / "tasks")), trust_code=False)
+
+
 def test_a_task_folder_that_is_trusted_may_run_code_and_all_may_build_on_tasks_of_lm_eval(folder, offline):
     own = Path(pytest.importorskip("lm_eval").__file__).parent / "tasks" / "hellaswag" / "hellaswag.yaml"
     assert "!function" in own.read_text()

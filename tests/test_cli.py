@@ -308,7 +308,7 @@ def test_what_may_hold_a_password_is_for_its_owner_alone(tmp_path, nano_model, m
     monkeypatch.setattr(os, "environ", dict(os.environ))
     home = tmp_path / "home"
     home.mkdir(mode=0o755)
-    storage = {"storage": {"dagster_database": "postgresql://u:pw@h/d"}}
+    storage = {"storage": {"dagster_database": "postgresql://u@h/d"}}
     settings = load_settings(write_settings(tmp_path / "mine.yaml", nano_settings(nano_model) | storage))
     prepare_home(home, settings)
     assert home.stat().st_mode & 0o777 == 0o700

@@ -75,7 +75,7 @@ def test_a_password_is_not_shown(homes, tmp_path):
     place = shutil.copytree(homes[1], tmp_path / "c")
     settings = yaml.safe_load((place / "settings.yaml").read_text())
     assert compared([homes[1], place], services_of)[0] == {}
-    settings["storage"]["dagster_database"] = "postgresql://u:secret@h/d"
+    settings["storage"]["dagster_database"] = "postgresql://u@h/d"
     write_settings(place / "settings.yaml", settings)
     differing, _ = compared([homes[1], place], services_of)
     assert differing == {"storage.dagster_database": ["not shown", "not shown"]}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from polars.testing import assert_frame_equal
 
+from resources.common.errors import full_disk
 from synpo_assets.cli.errors import sentence_of
 from tests.conftest import synpo
 from tests.nano import nano_settings, write_settings
@@ -29,6 +30,14 @@ def test_sqlite_says_the_same_of_a_disk_that_fails_and_of_one_that_is_full(tmp_p
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": free}))
     assert sentence in sentence_of(FAILED)
+
+
+def test_what_pytorch_says_of_a_full_disk_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    assert full_disk(error) is None
+    monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 1 << 20}))
+    assert sentence_of(error).startswith("A disk is full (inline_container.cc). Finished work is kept")
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def test_a_shard_with_a_flipped_bit_is_set_aside_and_its_rows_are_made_anew(tmp_
         again, usage = model(tmp_path / "whole", shard_rows=8).answer(nano_checkpoint, prompts, SAMPLING)
         assert again.equals(undisturbed), name
         assert usage.reused == 0
-        assert any("is not as it was written, so the disk damaged it" in line for line in said)
+        assert any("is not as it was written here, as where a disk damages it" in line for line in said)
         said.clear()
         assert shard.read_bytes() == content
         assert shard.with_suffix(".damaged").exists()

@@ -13,7 +13,7 @@ from polars.testing import assert_frame_equal
 
 from resources.common.errors import DamageError
 from resources.storage import manifests
-from resources.storage.shards import Shards
+from resources.storage.shards import Shards, checksum
 from resources.storage.tables import ParquetTables
 from synpo_assets.cli.healing import damaged_assets
 from synpo_assets.graph.history import data_version_of
@@ -218,6 +218,61 @@ def test_metrics_and_settings_in_other_columns_are_damage(tmp_path):
             read()
     assert services.metrics.set_damaged_aside()
     assert recorded(services.metrics, "0001").frame.is_empty()
+
+
+# Reading it fails as a bad sector does.
+BAD_SECTOR = "/proc/self/mem"
+
+
+def test_a_file_that_the_disk_cannot_read_any_more_is_damage(tmp_path):
+    tables, shards = (
+        ParquetTables(str(tmp_path / "tables")),
+        Shards(str(tmp_path), {"a": 1}, "a test", {"key": pl.String}),
+    )
+    tables.write("seed_pairs", None, pl.DataFrame({"prompt_id": ["prompt-1"]}))
+    shards.write([{"key": "key-1"}])
+    (shard,), table = shards.folder.glob("*.parquet"), tmp_path / "tables" / "seed_pairs.parquet"
+    for file in (Path(shard), table):
+        file.unlink()
+        file.symlink_to(BAD_SECTOR)
+    with pytest.raises(DamageError, match=r"seed_pairs cannot be read any more .Input/output error."):
+        tables.read("seed_pairs", None)
+    assert tables.set_damaged_aside()
+    assert not table.is_symlink()
+    for _ in range(2):
+        assert shards.finished(pl.Series(["key-1"])).to_list() == []
+
+
+def test_a_shard_of_other_settings_is_set_aside_and_an_earlier_versions_is_read(tmp_path):
+    """Its keys hold neither checkpoint nor sampling; it lies there where homes were merged by hand."""
+    mine, other = (Shards(str(tmp_path), {"temperature": each}, "a test", {"key": pl.String}) for each in (0, 9))
+    for shards in (mine, other):
+        shards.write([{"key": "key-1"}])
+    (shard,) = other.folder.glob("*.parquet")
+    (mine.folder / shard.name).write_bytes(shard.read_bytes())
+    (own,) = [file for file in mine.folder.glob("*.parquet") if file.name != shard.name]
+    own.rename(own.with_name(f"{checksum(own.read_bytes())}.parquet"))
+    assert mine.finished(pl.Series(["key-1"])).to_list() == ["key-1"]
+    assert [file.stem for file in mine.folder.glob("*.damaged")] == [shard.stem]
+
+
+def test_a_shard_that_another_process_sets_aside_meanwhile_is_passed_over(tmp_path, monkeypatch):
+    shards = Shards(str(tmp_path), {}, "a test", {"key": pl.String})
+    shards.write([{"key": "key-1"}])
+    (shard,) = shards.folder.glob("*.parquet")
+    shard.write_bytes(b"damaged")
+    real = type(shard).read_bytes
+
+    def taken(file):
+        content = real(file)
+        file.unlink(missing_ok=True)
+        return content
+
+    monkeypatch.setattr(type(shard), "read_bytes", taken)
+    assert shards.finished(pl.Series(["key-1"])).to_list() == []
+    monkeypatch.setattr(type(shard), "read_bytes", lambda file: real(file.with_name("gone")))
+    shards.write([{"key": "key-1"}])
+    assert shards.finished(pl.Series(["key-1"])).to_list() == []
 
 
 def test_a_directory_in_the_place_of_a_shard_is_set_aside(tmp_path):

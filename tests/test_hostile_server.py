@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from resources.common.errors import FinalError
+from resources.common.outside_text import redacted
 from resources.judging.server_judge import Verdict
 from resources.judging.structured_chat import StructuredChat
 from resources.settings.evaluation import JudgeServer
@@ -185,6 +186,24 @@ def test_of_what_a_judge_answers_the_choice_asked_for_is_read(tmp_path, faulty, 
     replies = asked_once(tmp_path, faulty, fault)
     found = replies.by_key["question-1"]
     assert (found and found.better, replies.usage.tokens) == (verdict, 0)
+
+
+@pytest.mark.parametrize(("around", "verdict"), [
+    ("```\n{}\n```", "A"), ("<think>\nB? {{}}\n</think>\n```json \n{}\n```", "A"), ("<think>{}", None), ("<think></think>{}", "A"),
+    ("```" + "\n" * 60_000 + "x{}", None), ("<think>" * 60_000 + "{}", None), (" " * 3_000_000 + "{}", "A"),
+])  # fmt: skip
+def test_what_is_around_a_verdict_takes_no_time(tmp_path, faulty, around, verdict):
+    """While a pattern is looked for, nothing else of the process is at work, not even what would end it."""
+    began = time.process_time()
+    found = asked_once(tmp_path, faulty, {"choices": [reply(around.format(A))]}).by_key["question-1"]
+    assert (found and found.better) == verdict
+    assert time.process_time() - began < 3
+
+
+def test_a_long_refusal_is_shown_in_a_moment():
+    began = time.process_time()
+    assert len(redacted("x\x1b" * 10_000_000)) < 500
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize("name", ["other", "judge-mini", "judge-2", ""])

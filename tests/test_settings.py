@@ -1,4 +1,5 @@
 import re
+import time
 
 import pytest
 import yaml
@@ -240,6 +241,13 @@ SECRET = "postgresql://u:SECRETPW@h/d"
     {"engine": {"vllm_arguments": {"hf_token": "SECRETPW"}}}, {"engine": {"vllm_arguments": {"a": {"api_key": "SECRETPW"}}}},
     {"engine": [{"api-key": "SECRETPW"}]}, {"scorer": {"kind": "http://u:SECRETPW@h"}}, {"storage": {SECRET: 1}},
     {"publishing": {"dataset_repository": "https://u:SECRETPW@huggingface.co/a/b"}},
+    {"storage": {"dagster_database": SECRET}}, {"storage": {"dagster_database": "postgresql://h/d?password=SECRETPW"}},
+    *({"engine": {"vllm_arguments": stated}} for stated in (
+        {"x": [{"api_key": "SECRETPW"}]}, {"extra_headers": {"Authorization": "SECRETPW"}}, {"auth": "SECRETPW"},
+        {"accessKey": "SECRETPW"}, {"hfToken": "SECRETPW"}, {"api_key_1": "SECRETPW"}, {"api_keys": ["SECRETPW"]},
+        {"passwd": "SECRETPW"}, {"credentials": "SECRETPW"}, {"access_token_value": "SECRETPW"}, {"x": "Bearer SECRETPW"},
+        {"x": ["sk-SECRETPW"]}, {"loader": '{"s3_secret_access_key": "SECRETPW"}'}, {"x": "hf_SECRETPWSECRETPW"},
+    )),
 ])  # fmt: skip
 def test_what_may_be_a_password_is_refused_without_a_word_of_it(tmp_path, stated):
     with pytest.raises(SettingsError) as refused:
@@ -248,11 +256,29 @@ def test_what_may_be_a_password_is_refused_without_a_word_of_it(tmp_path, stated
 
 
 @pytest.mark.parametrize("url", [
-    "postgresql://user@localhost/x", "postgresql://u:%40pw@h:5432/d?sslmode=require", "postgresql://[::1]:5432/d",
-    "postgresql://u:p@h1:5432,h2/d", "postgresql:///d?host=/var/run&password=a/b@c", "postgresql://h",
+    "postgresql://user@localhost/x", "postgresql://%40u@h:5432/d?sslmode=require", "postgresql://[::1]:5432/d",
+    "postgresql://u@h1:5432,h2/d", "postgresql:///d?host=/var/run", "postgresql://h",
 ])  # fmt: skip
 def test_urls_of_databases_are_taken(tmp_path, url):
     assert load_settings(changed(tmp_path, storage={"dagster_database": url})).storage.dagster_database == url
+
+
+def test_fields_that_are_called_nearly_as_secrets_are_are_taken(tmp_path):
+    stated = {
+        "tokenizer_mode": "slow",
+        "max_num_batched_tokens": 5,
+        "stop_token_ids": ["1"],
+        "hf_overrides": {"a": "hf_transfer"},
+    }
+    assert load_settings(changed(tmp_path, engine={"vllm_arguments": stated})).engine.vllm_arguments == stated
+
+
+def test_many_keys_are_read_in_a_moment(tmp_path):
+    (tmp_path / "many.yaml").write_text("".join(f"k{number}: 1\n" for number in range(40_000)))
+    began = time.process_time()
+    with pytest.raises(SettingsError):
+        load_settings(tmp_path / "many.yaml")
+    assert time.process_time() - began < 8
 
 
 def test_a_name_longer_than_any_files_is_taken_for_none(tmp_path):

@@ -2,6 +2,8 @@
 
 import hashlib
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import pytest
 from resources.models import model_source
 from resources.models.model_source import ModelSourceError, fetch
 from resources.settings.data import ModelSource
+from tests.test_processes import is_alive
+from tests.ui import wait_for
 
 PARTS = {"1": b"GGUF one ", "2": b"two ", "3": b"three"}
 LAST = "model-part3==1.0"
@@ -91,6 +95,100 @@ def test_the_settings_of_a_home_hold_the_same_list():
     asked = source("1", "2", "3")
     assert ModelSource(**asked.model_dump()) == asked
     assert asked.wheels == ["model-part1==1.0", "model-part2==1.0", "model-part3==1.0"]
+
+
+@pytest.fixture
+def converted(monkeypatch):
+    """What stands in for the conversion of a GGUF file."""
+
+    def convert(gguf, target):
+        target.mkdir()
+        (target / "config.json").write_text("{}")
+        (target / "model.safetensors").write_bytes(gguf.read_bytes())
+
+    monkeypatch.setattr(model_source, "_convert_gguf", convert)
+    monkeypatch.setattr(model_source, "parameter_count", lambda directory: 1)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_model_in_the_cache_that_a_disk_damaged_is_fetched_anew(index, converted, said, known):
+    """Every home here would start from it, and its manifest would still claim the sha256 of the wheel."""
+    directory, _ = fetch(source("1", "2", "3"), "initial_policy", False)
+    recorded = directory.with_name(f"{directory.name}.sha256")
+    if not known:
+        # Kept by an earlier version.
+        recorded.unlink()
+    assert fetch(source("1", "2", "3"), "initial_policy", False)[0] == directory
+    assert recorded.exists()
+    (directory / "model.safetensors").write_bytes(b"GGUF one two threE")
+    assert (
+        fetch(source("1", "2", "3"), "initial_policy", False)[0] / "model.safetensors"
+    ).read_bytes() == b"GGUF one two three"
+    assert any("is not as it was written, so it is set aside and fetched anew" in line for line in said)
+    assert len(list(directory.parent.glob("*.damaged"))) == 1
+
+
+def test_another_process_may_keep_the_same_model_meanwhile(index, converted, monkeypatch):
+    convert = model_source._convert_gguf
+
+    def both(gguf, target):
+        convert(gguf, target)
+        if not (place := model_source._wheel_place(source("1", "2", "3"))).exists():
+            shutil.copytree(target, place)
+
+    monkeypatch.setattr(model_source, "_convert_gguf", both)
+    assert (fetch(source("1", "2", "3"), "initial_policy", False)[0] / "config.json").exists()
+
+
+def test_a_file_of_the_hub_that_a_disk_damaged_is_downloaded_again(tmp_path, monkeypatch, said):
+    content = b"weights"
+    blob, place = tmp_path / "blobs" / hashlib.sha256(content).hexdigest(), tmp_path / "snapshots" / "commit"
+    blob.parent.mkdir()
+    place.mkdir(parents=True)
+    (place / "config.json").write_text("{}")
+    (place / "model.safetensors").symlink_to(blob)
+    downloads = []
+
+    def download(*_, **__):
+        if not blob.exists():
+            downloads.append(blob.write_bytes(content))
+        return str(place)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(model_source, "parameter_count", lambda directory: 1)
+    model = ModelSource(source="hub", name="org/model", revision="main", wheel_sha256=None, wheel_member=None)
+    for damaged in (False, False, True):
+        if damaged:
+            blob.write_bytes(b"weightS")
+        fetch(model, "initial_policy", False)
+        assert blob.read_bytes() == content
+    assert len(downloads) == 2
+    assert any("org/model is not as it was downloaded" in line for line in said)
+
+
+def test_a_download_ends_with_whoever_asked_for_it(tmp_path):
+    """pip may take minutes, and the next run would remove the folder under it."""
+    asks = f"""
+import sys
+from pathlib import Path
+sys.executable = {str(tmp_path / "python")!r}
+from resources.models.model_source import _downloaded
+_downloaded("model-part1==1.0", "initial_policy", Path({str(tmp_path)!r}))
+"""
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    (tmp_path / "python").chmod(0o755)
+    with subprocess.Popen([sys.executable, "-c", asks], cwd=Path(__file__).parents[1]) as asking:
+        wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip(), 60, 0.05)
+        asking.kill()
+    process_id = int((tmp_path / "pid").read_text())
+    wait_for(lambda: not is_alive(process_id), 5, 0.05)
+
+
+def test_the_query_of_an_address_is_in_no_sentence_about_a_model():
+    error = ModelSourceError(
+        "No answer from https://cdn.hf.co/x?Expires=1&Signature=SECRET, https://hf_ABCDEFGHIJKLMNOPQ@hf.co/y."
+    )
+    assert str(error) == "No answer from https://cdn.hf.co/x?…, https://…@hf.co/y."
 
 
 def test_a_download_that_is_killed_says_nothing_of_the_package(tmp_path, monkeypatch):

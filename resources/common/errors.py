@@ -12,11 +12,15 @@ FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 FULL = re.compile(
     r"(\[Errno \d+\] )?(No space left on device|Disk quota exceeded|database or disk is full)(: '[^']*')?"
 )
-# What SQLite says of any failure of a disk, also of a full one where it cannot make its index of the log.
-FAILS = "disk I/O error"
-LEAST_FREE = 1 << 20
-# Its user with a password, and what follows a question mark.
-URL = re.compile(r"(?<=://)([^\s/@]*:\S*@)?([^\s?]*)(\?\S*\w)?")
+# What SQLite says of any failure of a disk, also of a full one where it cannot make its index of the log, and what PyTorch's
+# writer of files says of it.
+SQLITE_FAILS = "disk I/O error"
+FAILS = (SQLITE_FAILS, "inline_container.cc", "PytorchStreamWriter")
+LEAST_FREE = 1 << 26
+# What the operating system says of a file whose bytes the disk cannot give any more: it is damaged.
+UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ELOOP)
+# Its user with a password, or one as long as a token, and what follows a question mark.
+URL = re.compile(r"(?<=://)([^\s/@]*:\S*@|[^\s/@]{16,}@)?([^\s?]*)(\?\S*\w)?")
 DISK_IS_FULL = (
     "A disk is full ({}). Finished work is kept: free some space (`synpo clean` lists what is not needed any more) and give the "
     "same command again."
@@ -60,7 +64,7 @@ def full_disk(error: BaseException | str | None) -> str | None:
     error = error or ""
     if (found := FULL.search(error)) is not None:
         return found[0]
-    return FAILS if FAILS in error and _home_is_full() else None
+    return next((said for said in FAILS if said in error), None) if _home_is_full() else None
 
 
 def _home_is_full() -> bool:

@@ -17,5 +17,6 @@ def redacted(text: str, most: int = MOST_SHOWN) -> str:
     # Before it is cut, which could leave half of the key.
     if key := stated_key():
         text = text.replace(key, "[OPENAI_API_KEY]")
-    text = visible(" ".join(text.split()))
+    # What is shown of it is no longer than this, and to make all of it visible would take long.
+    text = visible(" ".join(text.lstrip()[: 4 * most].split()))
     return text if len(text) <= most else text[:most] + "..."

@@ -33,8 +33,8 @@ LONGEST_REPLY = 256
 KEPT_CHARACTERS = 2000
 SHOWN_CHARACTERS = 200
 # What a server without structured output puts around the reply: thoughts before it, and a fence.
-THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-FENCED = re.compile(r"\A```(?:json)?\s*\n(.*)\n```\Z", re.DOTALL)
+THOUGHT, THOUGHT_ENDS = "<think>", "</think>"
+FENCED = re.compile(r"\A```(?:json)?[^\S\n]*\n(.*)\n```\Z", re.DOTALL)
 REPLY_COLUMNS = {"key": pl.String, "reply": pl.String, "tokens": pl.Int64}
 Form = TypeVar("Form", bound=BaseModel)
 
@@ -145,10 +145,13 @@ class StructuredChat(Generic[Form]):
         except RefusedError as refusal:
             return _Reply(key, refusal.reason, 0, refusal)
         client.refuse_another(answer.model, self._server.model)
-        content = THOUGHTS.sub("", answer.choice.message.content or "").strip()
-        content = FENCED.sub(r"\1", content).strip()
+        content = (answer.choice.message.content or "").strip()
+        if content.startswith(THOUGHT):
+            content = content.partition(THOUGHT_ENDS)[2].strip() or content
+        # Cut before anything looks for a pattern in it: while one is looked for, nothing else of this process is at work.
+        content = FENCED.sub(r"\1", content[:KEPT_CHARACTERS]).strip()
         tokens = answer.usage.prompt_tokens + answer.usage.completion_tokens if answer.usage else 0
-        return _Reply(key, content[:KEPT_CHARACTERS], tokens)
+        return _Reply(key, content, tokens)
 
     def _without_nonsense(self, replies: pl.DataFrame) -> pl.DataFrame:
         return replies.filter(

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upath import UPath
+
 from resources.models.bounded import OutOfBoundsError, within_bounds
 from resources.models.chat import (
     ANSWER,
@@ -29,7 +31,7 @@ from resources.models.chat import (
     turns_text,
 )
 from resources.settings.data import InitialPolicy
-from resources.storage.files import temporary_directory_beside
+from resources.storage.files import set_aside, temporary_directory_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +60,9 @@ def with_stated_template(directory: Path, source: InitialPolicy, folder: Path, t
     named = hashlib.sha256(json.dumps([str(directory.absolute()), template, stated]).encode()).hexdigest()[:12]
     place = folder / f"{directory.name}-{named}"
     if place.exists():
-        return place
+        if (place / TEMPLATE_FILE).is_file() and (place / TEMPLATE_FILE).read_bytes() == (stated + template).encode():
+            return place
+        set_aside(UPath(place))
     with temporary_directory_beside(place) as temporary:
         for file in directory.iterdir():
             if file.name != TEMPLATE_FILE:

@@ -16,6 +16,7 @@ import polars as pl
 from resources.common.errors import FinalError
 from resources.common.progress import Progress
 from resources.common.text import one_line
+from resources.models.bounded import OutOfBoundsError, within_time
 from resources.models.device import DeviceResource, prepare_device, torch_dtype
 from resources.settings.evaluation import Benchmarks, BenchmarkTask
 from resources.storage.checkpoint_store import Checkpoint
@@ -189,6 +190,7 @@ def _guarded(folder: str | None, trust_code: bool) -> Iterator[list[FinalError]]
     if folder is None or trust_code:
         yield refusals
         return
+    import jinja2
     import lm_eval.api.task
     import lm_eval.utils
     from jinja2.sandbox import SandboxedEnvironment
@@ -218,7 +220,18 @@ def _guarded(folder: str | None, trust_code: bool) -> Iterator[list[FinalError]]
             )
         return own_metric(name)
 
+    class Bounded(jinja2.Template):
+        def render(self, *values: Any, **named: Any) -> str:
+            try:
+                with within_time():
+                    return super().render(*values, **named)
+            except OutOfBoundsError as error:
+                raise FinalError(
+                    f"A template in a task of {folder} (benchmarks.task_folder) {error}: correct it."
+                ) from None
+
     sandbox = SandboxedEnvironment(undefined=templates.undefined, keep_trailing_newline=templates.keep_trailing_newline)
+    sandbox.template_class = Bounded
     sandbox.filters.update(templates.filters)
     with (
         mock.patch.object(_yaml_loader, "_mk_function_ctor", constructor),

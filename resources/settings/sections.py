@@ -9,9 +9,28 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from resources.common.errors import FinalError
 
-# How what holds a secret is called, such as hf_token, in a value as Python writes it.
-SECRET_NAME = re.compile(r"(?<![a-z])(api)?(token|key|secret|password)\b", re.IGNORECASE)
+# Words in the names of what holds a secret, such as hf_token, s3_secret_access_key or Authorization.
+SECRET_WORDS = frozenset({
+    "token", "key", "keys", "apikey", "apikeys", "apitoken", "secret", "secrets", "password", "passwords", "passwd", "pwd", "auth",
+    "authorization", "bearer", "credential", "credentials", "cookie",
+})  # fmt: skip
+# How a secret itself begins, whatever it is called.
+SECRET_VALUE = re.compile(r"\b(Bearer |Basic |sk-\w|hf_[A-Za-z0-9]{16})")
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+
+
+def may_be_secret(text: str) -> bool:
+    """Whether a name, or a value as Python writes it, has a word for secrets; the id of a token is none.
+
+    Examples:
+        >>> may_be_secret("hfToken"), may_be_secret("api_key_1"), may_be_secret("stop_token_ids"), may_be_secret("max_tokens")
+        (True, True, False, False)
+    """
+    words = re.findall("[a-z]+", re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", text).lower())
+    following = [*words[1:], ""]
+    return any(
+        word in SECRET_WORDS and after not in ("id", "ids") for word, after in zip(words, following, strict=False)
+    )
 
 
 class SettingsError(FinalError, ValueError):

@@ -1,5 +1,7 @@
 """Finished rows of long work, in files that survive a crash and are found again by what made them."""
 
+import contextlib
+import errno
 import io
 import json
 import logging
@@ -9,7 +11,7 @@ from typing import Any, TypeVar
 import polars as pl
 import xxhash
 
-from resources.common.errors import DISK_IS_FULL, FULL_ERRORS, FinalError
+from resources.common.errors import DISK_IS_FULL, FULL_ERRORS, UNREADABLE, FinalError
 from resources.storage.files import DAMAGED, json_sha256, storage_root, write_atomically
 
 logger = logging.getLogger("synpo.storage")
@@ -65,7 +67,7 @@ class Shards:
         try:
             if not (self.folder / FINGERPRINT_FILE).exists():
                 write_atomically(self.folder / FINGERPRINT_FILE, json.dumps(self._description, indent=2).encode())
-            write_atomically(self.folder / f"{checksum(content.getvalue())}.parquet", content.getvalue())
+            write_atomically(self.folder / f"{self._checksum(content.getvalue())}.parquet", content.getvalue())
         except OSError as error:
             if error.errno not in FULL_ERRORS:
                 raise
@@ -76,16 +78,28 @@ class Shards:
         for path in sorted(self.folder.glob("*.parquet")):
             try:
                 content = path.read_bytes()
-            except IsADirectoryError:
+            except FileNotFoundError:
+                # Another process has set it aside.
+                continue
+            except OSError as error:
+                if error.errno not in (errno.EISDIR, *UNREADABLE):
+                    raise
                 content = b""
-            if checksum(content) != path.stem:
+            # Earlier versions did not name a shard by its folder too.
+            if path.stem not in (self._checksum(content), checksum(content)):
                 # Parquet has no checksum of its own here: nearly half of all flipped bits would read as other rows.
-                path.rename(path.with_suffix(DAMAGED))
+                with contextlib.suppress(FileNotFoundError):
+                    path.rename(path.with_suffix(DAMAGED))
                 logger.warning(
-                    f"The shard {path} is not as it was written, so the disk damaged it: it is set aside, and its rows made anew."
+                    f"The shard {path} is not as it was written here, as where a disk damages it: it is set aside, and its rows "
+                    "are made anew."
                 )
                 continue
             yield pl.read_parquet(io.BytesIO(content), columns=columns)
+
+    def _checksum(self, content: bytes) -> str:
+        """That of a shard of this folder: in another, its rows would be somebody else's."""
+        return checksum(self.folder.name.encode() + content)
 
 
 def checksum(content: bytes) -> str:

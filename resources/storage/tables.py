@@ -10,7 +10,7 @@ import polars as pl
 import xxhash
 from upath import UPath
 
-from resources.common.errors import DamageError
+from resources.common.errors import UNREADABLE, DamageError
 from resources.common.text import asset_label, visible
 from resources.storage.files import opened_atomically, set_aside, storage_root, write_atomically
 
@@ -210,13 +210,26 @@ def _opened(path: UPath, label: str, waits: bool = True) -> IO[bytes]:
         return _opened(path, label, waits=False)
     except IsADirectoryError:
         raise DamageError(f"A directory lies in the place of the table {path} of {label}", label) from None
-    if _hash_of(file) != expected:
+    except OSError as error:
+        raise _unreadable(error, path, label) from None
+    try:
+        is_as_written = _hash_of(file) == expected
+    except OSError as error:
+        raise _unreadable(error, path, label) from None
+    if not is_as_written:
         raise _damaged(path, label)
     # Earlier versions wrote the name of the file.
     if whose not in (label, path.name):
         raise DamageError(f"In the place of the table {path} of {label} lies that of {visible(whose[:80])}", label)
     file.seek(0)
     return file
+
+
+def _unreadable(error: OSError, path: UPath, label: str) -> OSError | DamageError:
+    """The error itself, unless the disk cannot give the bytes any more."""
+    if error.errno not in UNREADABLE:
+        return error
+    return DamageError(f"The table {path} of {label} cannot be read any more ({error.strerror})", label)
 
 
 def _hash_of(file: IO[bytes]) -> str:

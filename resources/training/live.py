@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from resources.common.errors import without_secrets
+
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
@@ -71,6 +73,7 @@ def tracker_place(report_to: str) -> str:
         import mlflow
 
         run, store = mlflow.active_run(), mlflow.get_tracking_uri()
+        store = without_secrets(store)
         page = f"{store}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}" if run else store
         return page if store.startswith("http") else f"mlflow ui --backend-store-uri {store}"
     from trackio import context_vars

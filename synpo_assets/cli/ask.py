@@ -133,6 +133,9 @@ def _two_models(services: Services, models: str | None) -> tuple[Checkpoint, Che
     if len(names) != 2:
         raise SettingsError(f"--models {models} names {len(names)} models: name two, such as 0,2 for M_0 and M_2.")
     first, second = (_model(services, name, finished) for name in names)
+    for model in (first, second):
+        # What damaged weights write would be kept as the answers of whole ones.
+        store.verify(model)
     if first.sha == second.sha:
         raise SettingsError(f"--models {models or ','.join(names)} names the same model twice: {first.label}.")
     return first, second
@@ -190,6 +193,8 @@ def _answerer(
         judge = _KeepingScorer(**dict(judge))
     has_judge = services.checkpoints.manifest("judge_model", None) is not None
     judge_model = services.checkpoints.current("judge_model", None) if has_judge else None
+    if judge_model is not None:
+        services.checkpoints.verify(judge_model)
     doubt = judge_doubt(services.metrics)
 
     def answered(prompts: Sequence[str]) -> list[dict[str, Any]]:

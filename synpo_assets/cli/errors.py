@@ -5,7 +5,7 @@ import sqlite3
 import tempfile
 import traceback
 
-from resources.common.errors import DISK_IS_FULL, FAILS, full_disk
+from resources.common.errors import DISK_IS_FULL, SQLITE_FAILS, full_disk
 
 
 def defect_sentence(error: Exception) -> str:
@@ -28,7 +28,7 @@ def sentence_of(error: BaseException) -> str | None:
         if isinstance(cause, sqlite3.DatabaseError):
             was_full = (
                 "If the disk was full, free some space and give the same command again. Else put"
-                if FAILS in str(cause)
+                if SQLITE_FAILS in str(cause)
                 else "Put"
             )
             return (

@@ -14,10 +14,11 @@ from resources.storage.files import opened_atomically
 from resources.storage.output_files import refuse_existing, writing
 from synpo_assets.graph.partitions import partition_key, stated_iteration
 from synpo_assets.graph.services import Services
+from synpo_assets.publishing.review import cell
 
 PRINTED_ROWS, PRINTED_CHARACTERS = 20, 200
 WRITERS: dict[str, Callable[[pl.DataFrame, IO[bytes]], object]] = {
-    ".csv": lambda frame, file: _flat(frame).write_csv(file),
+    ".csv": lambda frame, file: _for_spreadsheets(_flat(frame)).write_csv(file),
     ".jsonl": lambda frame, file: frame.write_ndjson(file),
     ".parquet": lambda frame, file: frame.write_parquet(file),
 }
@@ -89,6 +90,11 @@ def _stored(services: Services, label: str) -> pl.LazyFrame:
         has = f"it has {', '.join(made)}" if made else "it is made once, so leave the brackets out"
         raise SettingsError(f"{asset} has no iteration {iteration}: {has}.")
     return services.tables.read(asset, key).lazy()
+
+
+def _for_spreadsheets(frame: pl.DataFrame) -> pl.DataFrame:
+    """The frame with texts that a spreadsheet takes for no formula and a terminal for no command; other files hold them exactly."""
+    return frame.with_columns(pl.col(pl.String).map_elements(cell, pl.String))
 
 
 def _flat(frame: pl.DataFrame) -> pl.DataFrame:

@@ -112,7 +112,7 @@ def median_pair(
     home = _Home(services, links_of(services.graph), context.instance, preference_pairs=preference_pairs)
     try:
         nodes = home.pairs(middle_pair(preference_pairs)["pair_id"])
-    except (OSError, pl.exceptions.PolarsError) as error:
+    except (OSError, pl.exceptions.PolarsError, DamageError) as error:
         # It reads tables of other iterations: what is damaged there is no fault of these pairs.
         return dg.MetadataValue.md(f"A table that it leads to cannot be read: {error}")
     return dg.MetadataValue.md("\n".join(line for node in nodes for line in _markdown(node)))

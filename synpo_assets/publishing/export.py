@@ -77,6 +77,7 @@ def _print_gguf(settings: Settings, home: Path, only: str | None, output: Path, 
             f"Iteration {number} has no finished model: make it with `synpo run --iterations {number}`."
         )
     model = store.current("model_checkpoint", partition_key(number))
+    store.verify(model)
     with writing(output), temporary_directory_beside(output) as temporary:
         write_gguf(Path(model.weights), temporary / output.name)
         (temporary / output.name).rename(output)

@@ -21,12 +21,12 @@ def review_table(pairs: pl.DataFrame, random_seed: int) -> pl.DataFrame:
         texts = {"prompt": row["prompt"][-1]["content"], "answer_1": first, "answer_2": second}
         rows.append(
             {"pair_id": row["pair_id"], "iteration": row["iteration"]}
-            | {name: _cell(text) for name, text in texts.items()}
+            | {name: cell(text) for name, text in texts.items()}
             | dict.fromkeys(("verdict", *ABOUT))
         )
     return pl.DataFrame(rows, schema_overrides=dict.fromkeys(("verdict", *ABOUT), pl.String))
 
 
-def _cell(text: str) -> str:
-    """A text as a cell of a spreadsheet; only people read it."""
+def cell(text: str) -> str:
+    """A text as a cell of a spreadsheet, which takes it for no formula; only people read it."""
     return FORMULA.sub("'", visible(text))
