@@ -461,8 +461,12 @@ def test_a_length_controlled_rate_that_is_extrapolated_is_named(instance, servic
     assert sentence.format("M_0") in page
 
 
+# Trimmed and verbose answers of M_0 win less often, or there were none.
+FORMS = {"trimmed": (0.2, 0.1, 0.3), "verbose": (None, None, None)}
+
+
 def finished_iteration(
-    rate=None, controlled=None, doubt=None, forms=None, followed=None, over_null=(0.1, 0.05, 0.2), length=None
+    rate=None, controlled=None, doubt=None, forms=FORMS, followed=None, over_null=(0.1, 0.05, 0.2), length=None
 ):
     """M_3, judged so on 84 prompts; rates and gains as value, low and high."""
     who = {"of": "candidate", "over": "initial", "by": INDEPENDENT, "n": 84}
@@ -475,7 +479,7 @@ def finished_iteration(
     ]
     metrics += [
         Metric("win_rate_gain", value, "candidate", form, INDEPENDENT, low, high, 30 if value is not None else 0)
-        for form, (value, low, high) in (forms or {}).items()
+        for form, (value, low, high) in forms.items()
     ]
     if followed:
         gains = {"initial": followed, "as_brief": over_null, "first_sentence": (0.4, 0.3, 0.5)}
@@ -504,9 +508,15 @@ ABOVE, ACROSS, BELOW, MORE = (0.7, 0.6, 0.8), (0.55, 0.45, 0.65), (0.3, 0.2, 0.4
     ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "over_null": (0.1, -0.1, 0.3)},
      "M_3 is better than M_0 by a judge's word alone: the independent judge prefers its answers"),
     ({"rate": ABOVE, "controlled": ABOVE, "followed": (0.1, -0.1, 0.3)}, "that is not shown to be more."),
+    # The other null, which follows fewer, is not shown to.
+    ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "over_null": (0.5, -0.1, 1.0)},
+     "M_3 is better than M_0 by a judge's word alone: the independent judge"),
+    ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": {}},
+     "form may be all of it: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
+     "length in 70.0% (60.0 to 80.0), and it was not compared with M_0's own answers, cut to half of their sentences."),
     ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": {"trimmed": MORE, "verbose": (None, None, None)}},
      "M_3 is better than M_0: the independent judge"),
-    *(({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": {"trimmed": MORE} | {form: gain}},
+    *(({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": FORMS | {form: gain}},
        "form may be all of it: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
        f"length in 70.0% (60.0 to 80.0), and M_0's own answers, {what}, win so often that M_t has +10.0 points ")
       for form, what in (("trimmed", "cut to half of their sentences"), ("verbose", "when it is asked for long ones"))

@@ -352,4 +352,9 @@ def _from_hub(source: ModelSource, section: str, trust_remote_code: bool) -> Pat
 
 def _is_its_name(blob: Path) -> bool:
     """Whether a file of the hub's cache has the sha256 that it is called by; small files are called otherwise."""
-    return len(blob.name) != SHA256_DIGITS or file_sha256(blob) == blob.name
+    try:
+        return len(blob.name) != SHA256_DIGITS or file_sha256(blob) == blob.name
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
+        return False

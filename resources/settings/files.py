@@ -28,6 +28,8 @@ from resources.settings.settings import Settings
 
 # A few lines of aliases of aliases would be written out until memory ends.
 MOST_VALUES, DEEPEST = 100_000, 50
+# Of more, nobody would read all, and it takes long to say what may have been meant.
+MOST_PROBLEMS = 30
 # In a home, beside settings.yaml: its settings when they were valid last.
 LAST_VALID = "last_valid_settings.json"
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -264,8 +266,8 @@ def _written(value: Any) -> str:
 
 
 def _sentence(source: str, error: ValidationError) -> str:
-    sentences = []
-    for problem in error.errors():
+    sentences, problems = [], error.errors()
+    for problem in problems[:MOST_PROBLEMS]:
         where, _ = _place(problem["loc"])
         context = problem.get("ctx", {})
         if problem["type"] == "extra_forbidden":
@@ -293,6 +295,8 @@ def _sentence(source: str, error: ValidationError) -> str:
             sentences.append(f"`{where}` is a word that YAML reads as {problem['input']}: put it in quotes.")
         else:
             sentences.append(f"`{where}` is {_shown(where, problem['input'])}: {problem['msg'].lower()}.")
+    if more := len(problems) - len(sentences):
+        sentences.append(f"And {more} more like these.")
     return f"{source}: " + " ".join(sentences)
 
 

@@ -70,7 +70,9 @@ def refuse_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError):
         raise ValueError("It holds what JSON cannot, such as a date, .nan or half a surrogate pair.") from None
     for name, value in _named(arguments):
-        if not isinstance(value, int | float | None) and (may_be_secret(name) or SECRET_VALUE.search(str(value))):
+        if not isinstance(value, int | float | None) and (
+            may_be_secret(name) or SECRET_VALUE.fullmatch(str(value).strip())
+        ):
             raise ValueError(
                 f"`{name}` may be a secret, and settings are shown and recorded: leave it out, and put it into the environment, a "
                 "token of the hub as HF_TOKEN."

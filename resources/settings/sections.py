@@ -15,7 +15,7 @@ SECRET_WORDS = frozenset({
     "authorization", "bearer", "credential", "credentials", "cookie",
 })  # fmt: skip
 # How a secret itself begins, whatever it is called.
-SECRET_VALUE = re.compile(r"\b(Bearer |Basic |sk-\w|hf_[A-Za-z0-9]{16})")
+SECRET_VALUE = re.compile(r"\b((Bearer|Basic) \S+|sk-\S+|hf_[A-Za-z0-9]{16,})")
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 

@@ -61,17 +61,17 @@ def instructions_gain(measured: Metrics) -> Metric | None:
     return gain if gain and gain.checkpoint_sha == measured.candidate else None
 
 
-def gain_over_strongest_null(measured: Metrics) -> Metric | None:
-    """How many more of them M_t follows than the null that follows most; None where none was measured with this M_t."""
+def gains_over_nulls(measured: Metrics) -> list[Metric]:
+    """How many more of them M_t follows than each null, the one that follows most first; none where another M_t was measured."""
     gains = [
         each
         for each in measured.every("verifiable_gain")
         if each.over in NULL_LABELS and each.value is not None and each.checkpoint_sha == measured.candidate
     ]
-    return min(gains, key=operator.attrgetter("value"), default=None)
+    return sorted(gains, key=operator.attrgetter("value"))
 
 
 def _line(key: str, measured: Metrics, doubt: str | None) -> str:
     rates = [AT_CHANCE if doubt else rate_text(win_rate(measured, controlled)) for controlled in (False, True)]
-    gains = [gain_text(gain(measured)) for gain in (instructions_gain, gain_over_strongest_null)]
+    gains = map(gain_text, (instructions_gain(measured), next(iter(gains_over_nulls(measured)), None)))
     return f"| {' | '.join([key, *rates, *gains, PROMOTED[measured.promoted]])} |"

@@ -13,7 +13,7 @@ from synpo_assets.graph.boosting import (
     AT_CHANCE,
     NULL_LABELS,
     PROMOTED,
-    gain_over_strongest_null,
+    gains_over_nulls,
     instructions_gain,
     win_rate,
 )
@@ -69,34 +69,36 @@ def _by_judge(newest: FinishedIteration) -> str:
 
 def _without_judge(newest: FinishedIteration) -> str:
     """What a program says of the instructions followed, as a sentence; nothing without any."""
-    gain, over_null = instructions_gain(newest.metrics), gain_over_strongest_null(newest.metrics)
+    gain, over_nulls = instructions_gain(newest.metrics), gains_over_nulls(newest.metrics)
     if gain is None or gain.value is None:
         return " No figure without a judge was recorded."
-    null = "" if over_null is None else f", {gain_text(over_null)} beside {NULL_LABELS[str(over_null.over)]}"
+    null = "".join(f", {gain_text(each)} beside {NULL_LABELS[str(each.over)]}" for each in over_nulls[:1])
     shown = "" if _follows_more(newest) else "; that is not shown to be more"
     return f" Without a judge: of the instructions it follows {gain_text(gain)} beside M_0{null}{shown}."
 
 
 def _follows_more(newest: FinishedIteration) -> bool:
     """Whether M_t follows more instructions than M_0 and than every null."""
-    gains = (instructions_gain(newest.metrics), gain_over_strongest_null(newest.metrics))
-    return all(gain is not None and gain.low is not None and gain.low > 0 for gain in gains)
+    gains = [instructions_gain(newest.metrics), *gains_over_nulls(newest.metrics)]
+    return len(gains) > 1 and all(gain is not None and gain.low is not None and gain.low > 0 for gain in gains)
 
 
 def _null_not_beaten(newest: FinishedIteration) -> str | None:
     """The first form of M_0's answers than which M_t is not shown to win more often over M_0; None if there is none."""
     for null, what in FORMS.items():
         gain = newest.metrics.find("win_rate_gain", "candidate", over=null, by=INDEPENDENT)
-        # Where there was nothing to leave out of M_0's answers, nothing was compared.
-        if gain is not None and gain.n and (gain.low is None or gain.low <= 0):
+        if gain is None:
+            return f"it was not compared with M_0's own answers, {what}"
+        # Where there was nothing to leave out of M_0's answers, there was nothing to compare with.
+        if gain.n and (gain.low is None or gain.low <= 0):
             return f"M_0's own answers, {what}, win so often that M_t has {gain_text(gain)} more, over {gain.n} prompts"
     return None
 
 
 def cards(newest: FinishedIteration) -> list[Card]:
     """The win rate over M_0 as it is and at equal length, instructions followed, and whether M_t was promoted."""
-    gain, over_null = instructions_gain(newest.metrics), gain_over_strongest_null(newest.metrics)
-    null = "" if over_null is None else f"; less {NULL_LABELS[str(over_null.over)]} {gain_text(over_null)}"
+    gain, over_nulls = instructions_gain(newest.metrics), gains_over_nulls(newest.metrics)
+    null = "".join(f"; less {NULL_LABELS[str(each.over)]} {gain_text(each)}" for each in over_nulls[:1])
     extrapolated = ", extrapolated" if newest.extrapolated else ""
     return [
         _card("Win rate over M_0", win_rate(newest.metrics), newest),
