@@ -498,16 +498,16 @@ ABOVE, ACROSS, BELOW, MORE = (0.7, 0.6, 0.8), (0.55, 0.45, 0.65), (0.3, 0.2, 0.4
 @pytest.mark.parametrize(("judged_so", "words"), [
     ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE},
      "M_3 is better than M_0: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
-     "length in 70.0% (60.0 to 80.0), and more often than M_0's own answers in another form. Without a judge: of the instructions "
-     "it follows +20.0 points (+10.0 to +30.0) beside M_0, +10.0 points (+5.0 to +20.0) beside M_0's answers, cut to as many words "
-     "as M_t's."),
+     "length in 70.0% (60.0 to 80.0), and more often than M_0's own answers in another form. Without a judge, instructions "
+     "followed compared with M_0: +20.0 points (+10.0 to +30.0), and with M_0's answers, cut to as many words as M_t's, "
+     "+10.0 points (+5.0 to +20.0)."),
     ({"rate": ABOVE, "controlled": ABOVE},
      "M_3 is better than M_0 by a judge's word alone: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of "
-     "84 test prompts, at equal "
-     "length in 70.0% (60.0 to 80.0), and more often than M_0's own answers in another form. No figure without a judge was"),
+     "84 test prompts, at equal length in 70.0% (60.0 to 80.0), and more often than M_0's own answers in another form. "
+     "No figure without a judge was"),
     ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "over_null": (0.1, -0.1, 0.3)},
      "M_3 is better than M_0 by a judge's word alone: the independent judge prefers its answers"),
-    ({"rate": ABOVE, "controlled": ABOVE, "followed": (0.1, -0.1, 0.3)}, "that is not shown to be more."),
+    ({"rate": ABOVE, "controlled": ABOVE, "followed": (0.1, -0.1, 0.3)}, "(+5.0 to +20.0): no gain is shown."),
     # The other null, which follows fewer, is not shown to.
     ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "over_null": (0.5, -0.1, 1.0)},
      "M_3 is better than M_0 by a judge's word alone: the independent judge"),
@@ -523,7 +523,8 @@ ABOVE, ACROSS, BELOW, MORE = (0.7, 0.6, 0.8), (0.55, 0.45, 0.65), (0.3, 0.2, 0.4
       for gain in ((0.1, -0.1, 0.3), (0.1, None, None))),
     ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "length": "Length alone is right more often."},
      "length may be all of it: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
-     "length in 70.0% (60.0 to 80.0). Length alone is right more often. Without a judge: of the instructions it follows +20.0"),
+     "length in 70.0% (60.0 to 80.0). Length alone is right more often. Without a judge, instructions followed compared with "
+     "M_0: +20.0"),
     ({"rate": ABOVE, "controlled": ACROSS}, "length may be all of it"),
     ({"rate": ABOVE, "controlled": BELOW}, "length may be all of it"),
     ({"rate": ABOVE, "controlled": (0.7, None, None)}, "length may be all of it"),
@@ -537,8 +538,8 @@ ABOVE, ACROSS, BELOW, MORE = (0.7, 0.6, 0.8), (0.55, 0.45, 0.65), (0.3, 0.2, 0.4
 ])  # fmt: skip
 def test_the_verdict_claims_no_more_than_the_intervals_show(judged_so, words):
     newest = finished_iteration(**judged_so)
-    assert words in verdict(newest)
-    assert ("is better than M_0:" in verdict(newest)) == (words.startswith("M_3 is better than M_0:"))
+    assert words in " ".join(verdict(newest))
+    assert ("is better than M_0:" in verdict(newest)[0]) == (words.startswith("M_3 is better than M_0:"))
     shown = [card.value for card in cards(newest)[:2]]
     assert (
         shown == [MISSING] * 2 if "doubt" in judged_so or not judged_so else shown[0] == f"{judged_so['rate'][0]:.1%}"
@@ -581,7 +582,8 @@ def test_the_newest_iteration_comes_first_and_the_first_screen_has_the_headlines
     metadata, _, page = report(instance, services)
     assert re.findall(r'<th scope="col">(M_\d)</th>', page)[:2] == ["M_2", "M_1"]
     first = page.partition("<h2>")[0]
-    assert f"<h1>{metadata['verdict']}</h1>" in first.replace("&#39;", "'")
+    headline = re.search(r"<h1>(.*?)</h1>\n<p>(.*?)</p>", first.replace("&#39;", "'"))
+    assert " ".join(headline.groups()) == metadata["verdict"]
     assert re.findall(r'<dd class="value">(.*?)</dd>', first) == ["70.0%", "55.0%", "+12.5 points", "yes"]
     assert "figures of the test split" in first
     assert list(metadata)[:3] == ["verdict", "boosting", "report"]

@@ -65,7 +65,7 @@ def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourcePara
         boosting=boosting_table(context, services, [], iterations[-1].judge_doubt),
         # An address below that of the UI (cli/webserver.py); the version makes a browser ask for the newest.
         report=dg.MetadataValue.url(f"/{FOLDER}/{path.name}?{version}"),
-        verdict=verdict(iterations[-1]),
+        verdict=" ".join(verdict(iterations[-1])),
         plots=dg.MetadataValue.md("\n\n".join(pictures)),
         path=dg.MetadataValue.path(path),
         iterations=", ".join(finished),

@@ -34,9 +34,9 @@ class Card:
     detail: str
 
 
-def verdict(newest: FinishedIteration) -> str:
-    """Whether the newest M_t is better than M_0, as far as the test split shows it: to the independent judge, and without one."""
-    return _by_judge(newest) + _without_judge(newest)
+def verdict(newest: FinishedIteration) -> tuple[str, str]:
+    """Whether the newest M_t is better than M_0, as far as the test split shows it, and what a program says without a judge."""
+    return _by_judge(newest), _without_judge(newest)
 
 
 def _by_judge(newest: FinishedIteration) -> str:
@@ -68,13 +68,12 @@ def _by_judge(newest: FinishedIteration) -> str:
 
 
 def _without_judge(newest: FinishedIteration) -> str:
-    """What a program says of the instructions followed, as a sentence; nothing without any."""
     gain, over_nulls = instructions_gain(newest.metrics), gains_over_nulls(newest.metrics)
     if gain is None or gain.value is None:
-        return " No figure without a judge was recorded."
-    null = "".join(f", {gain_text(each)} beside {NULL_LABELS[str(each.over)]}" for each in over_nulls[:1])
-    shown = "" if _follows_more(newest) else "; that is not shown to be more"
-    return f" Without a judge: of the instructions it follows {gain_text(gain)} beside M_0{null}{shown}."
+        return "No figure without a judge was recorded."
+    null = "".join(f", and with {NULL_LABELS[str(each.over)]}, {gain_text(each)}" for each in over_nulls[:1])
+    shown = "" if _follows_more(newest) else ": no gain is shown"
+    return f"Without a judge, instructions followed compared with M_0: {gain_text(gain)}{null}{shown}."
 
 
 def _follows_more(newest: FinishedIteration) -> bool:
