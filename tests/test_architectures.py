@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers
 
+from resources.common.errors import ModelSourceError
 from resources.generation.language_model import LanguageModel
 from resources.models.likelihood import AnswerLikelihood
-from resources.models.model_source import ModelSourceError, fetch_initial_policy, refuse_without_classifier
+from resources.models.model_source import fetch_initial_policy, refuse_without_classifier
 from resources.settings.data import InitialPolicy
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling

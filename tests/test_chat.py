@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from resources.common.errors import ModelSourceError
 from resources.models.bounded import OutOfBoundsError, within_bounds
 from resources.models.chat import (
     ChatTemplateError,
@@ -21,7 +22,7 @@ from resources.models.chat import (
     turns_text,
 )
 from resources.models.chat_template import refuse_other_text, with_stated_template
-from resources.models.model_source import ModelSourceError, fetch_initial_policy
+from resources.models.model_source import fetch_initial_policy
 from resources.settings.data import InitialPolicy
 from tests.nano import copy_that_adds_bos, nano_tokenizer
 

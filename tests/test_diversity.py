@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resources.common.errors import FinalError
+from resources.common.errors import FinalError, ModelSourceError
 from resources.models.embeddings import SentenceEmbedder
 from resources.models.likelihood import AnswerLikelihood
-from resources.models.model_source import ModelSourceError, fetch_embedding_model, fetch_initial_policy
+from resources.models.model_source import fetch_embedding_model, fetch_initial_policy
 from resources.settings.data import EmbeddingModel
 from resources.settings.files import active_settings, load_settings, preset_path
 from resources.settings.machine import Engine

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from resources.models.chat import load_tokenizer
 from resources.models.gguf_file import write_gguf
-from resources.models.model_source import _convert_gguf
+from resources.models.wheel_source import _convert_gguf
 from resources.settings.sections import SettingsError
 
 

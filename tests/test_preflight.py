@@ -6,8 +6,8 @@ import shutil
 import polars as pl
 import pytest
 
-from resources.common.errors import FinalError
-from resources.models.model_source import ModelSourceError, fetch_initial_policy
+from resources.common.errors import FinalError, ModelSourceError
+from resources.models.model_source import fetch_initial_policy
 from resources.models.weights import parameter_count
 from resources.scoring.published import fetch_reward_model
 from resources.settings.data import InitialPolicy

@@ -14,9 +14,8 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.common.errors import FinalError
+from resources.common.errors import FinalError, ModelSourceError
 from resources.models.chat import load_tokenizer
-from resources.models.model_source import ModelSourceError
 from resources.scoring.pair_ranker import PairRanker
 from resources.scoring.published import fetch_reward_model
 from resources.scoring.scorer import RewardScorer

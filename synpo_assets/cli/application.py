@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resources.common.errors import FinalError
+from resources.common.errors import FinalError, ModelSourceError
 from resources.common.text import visible
-from resources.models.model_source import ModelSourceError
 from resources.settings.files import home_directory
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from resources.common.errors import FinalError
-from resources.models.model_source import ModelSourceError
+from resources.common.errors import FinalError, ModelSourceError
 from resources.settings.sections import SettingsError
 from synpo_assets.cli.application import (
     Home,
