@@ -115,7 +115,7 @@ def test_a_ui_that_a_script_started_in_the_background_ends_whole(tmp_path, nano_
         finally:
             process.kill()
     # Code servers stay a moment longer, and say what became of the run.
-    wait_for(lambda: not any("multiprocessing.spawn" in command for command in processes_of(home).values()), 5)
+    wait_for(lambda: not any("multiprocessing.spawn" in command for command in processes_of(home).values()), 8, 0.1)
     wait_for(lambda: not processes_of(home), 15)
     assert says in (tmp_path / "said.txt").read_text()
     # Whoever is left last reports it: in a history that machines share, the next command could not.

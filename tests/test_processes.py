@@ -147,29 +147,31 @@ def test_without_that_it_would_go_on():
 
 
 STARTS = """
-import subprocess, sys, time
+import subprocess, sys, threading, time
 from resources.common.processes import end_if_killed
 
 child = subprocess.Popen([sys.executable, "-c", {child!r}])
-end_if_killed(child.pid, "The daemon was killed")
-time.sleep(2)
+is_ending = threading.Event()
+if {ending}:
+    is_ending.set()
+end_if_killed(child.pid, "The daemon", "this ends.", is_ending)
+time.sleep({seconds})
 sys.exit(7)
 """
 
 
-@pytest.mark.parametrize(("child", "code", "says"), [
-    ("import os; os.kill(os.getpid(), 9)", 1, "The daemon was killed (Killed.)\n"),
-    ("import os; os.abort()", 1, "The daemon was killed (Aborted.)\n"),
-    ("import os; os.kill(os.getpid(), 15)", 7, ""),
-    ("exit(3)", 7, ""),
-    ("import time; time.sleep(4)", 7, ""),
+@pytest.mark.parametrize(("child", "ending", "code", "says"), [
+    ("import os; os.kill(os.getpid(), 9)", False, 1,
+     "The daemon was killed (Killed, as the system does when memory runs out), so this ends.\n"),
+    ("import os; os.abort()", False, 1, "The daemon was killed (Aborted), so this ends.\n"),
+    ("import os; os.kill(os.getpid(), 9)", True, 7, ""),
+    ("import os; os.kill(os.getpid(), 15)", False, 7, ""),
+    ("exit(3)", False, 7, ""),
+    ("import time; time.sleep(4)", False, 7, ""),
 ])  # fmt: skip
-def test_whoever_needs_a_process_ends_when_that_is_killed_and_only_then(child, code, says):
+def test_whoever_needs_a_process_ends_when_that_is_killed_and_only_then(child, ending, code, says):
+    starts = STARTS.format(child=child, ending=ending, seconds=60 if code == 1 else 2)
     result = subprocess.run(
-        [sys.executable, "-c", STARTS.format(child=child)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-c", starts], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1]
     )
     assert (result.returncode, result.stderr) == (code, says)

@@ -309,6 +309,10 @@ def test_a_win_rate_at_equal_length_that_no_pair_of_equal_length_was_seen_for_is
     many = ["win"] * 30 + ["loss"] * 10
     assert lowest_rates(judged_answers(many, None, [(1, 9)] * 31 + [(9, 9)] * 9), 0.05, 0)[low] is None
     assert lowest_rates(judged_answers(many, None, [(1, 9)] * 30 + [(9, 9)] * 10), 0.05, 0)[low] is not None
+    # Of few prompts, half.
+    for seen in (False, True):
+        lengths = [(1, 9)] * (5 - seen) + [(9, 9)] * (3 + seen)
+        assert (lowest_rates(judged_answers(["win"] * 8, None, lengths), 0.05, 0)[low] is not None) == seen
 
 
 def test_prompts_without_a_verdict_do_not_make_the_gate_sure():

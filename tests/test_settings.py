@@ -241,11 +241,13 @@ SECRET = "postgresql://u:SECRETPW@h/d"
     {"engine": {"vllm_arguments": {"hf_token": "SECRETPW"}}}, {"engine": {"vllm_arguments": {"a": {"api_key": "SECRETPW"}}}},
     {"engine": [{"api-key": "SECRETPW"}]}, {"scorer": {"kind": "http://u:SECRETPW@h"}}, {"storage": {SECRET: 1}},
     {"publishing": {"dataset_repository": "https://u:SECRETPW@huggingface.co/a/b"}},
-    {"storage": {"dagster_database": SECRET}}, {"storage": {"dagster_database": "postgresql://h/d?password=SECRETPW"}},
+    {"storage": {"dagster_database": SECRET}}, {"storage": {"dagster_database": "postgresql://h/d?pass%77ord=SECRETPW"}},
     *({"engine": {"vllm_arguments": stated}} for stated in (
         {"x": [{"api_key": "SECRETPW"}]}, {"extra_headers": {"Authorization": "SECRETPW"}}, {"auth": "SECRETPW"},
         {"accessKey": "SECRETPW"}, {"hfToken": "SECRETPW"}, {"api_key_1": "SECRETPW"}, {"api_keys": ["SECRETPW"]},
-        {"passwd": "SECRETPW"}, {"credentials": "SECRETPW"}, {"access_token_value": "SECRETPW"}, {"x": "Bearer SECRETPW"},
+        {"extra_headers": ["Authorization: Bearer SECRETPW"]}, {"x": "--hf-token hf_SECRETPWSECRETPW"}, {"secret_id": "SECRETPW"},
+        {"hf_token": {"id": "SECRETPW"}}, {"passwd": "SECRETPW"}, {"credentials": "SECRETPW"}, {"access_token_value": "SECRETPW"},
+        {"x": "Bearer SECRETPW"},
         {"x": ["sk-SECRETPW"]}, {"loader": '{"s3_secret_access_key": "SECRETPW"}'}, {"x": "hf_SECRETPWSECRETPW"},
     )),
 ])  # fmt: skip
@@ -268,7 +270,7 @@ def test_fields_that_are_called_nearly_as_secrets_are_are_taken(tmp_path):
         "tokenizer_mode": "slow",
         "max_num_batched_tokens": 5,
         "stop_token_ids": ["1"],
-        "hf_overrides": {"a": "hf_transfer"},
+        "hf_overrides": {"a": "hf_transfer", "b": "Basic English"},
     }
     assert load_settings(changed(tmp_path, engine={"vllm_arguments": stated})).engine.vllm_arguments == stated
 

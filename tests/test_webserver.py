@@ -50,9 +50,15 @@ def test_dagsters_own_command_starts_it_in_place_of_its_web_server(monkeypatch):
     assert started == [(command, {"pass_fds": [7]})]
     # A code server that ends is started anew.
     webserver._start(["python", "-m", "dagster", "code-server", "start"])
-    ((process_id, sentence),) = watched
-    assert process_id == 7
-    assert sentence.startswith("The web server of the UI was killed")
+    ((process_id, what, _, is_ending),) = watched
+    assert (process_id, what, is_ending.is_set()) == (7, "The web server of the UI", False)
+    # Dagster kills what does not end within a minute of being told to.
+    told = []
+    monkeypatch.setattr(webserver, "send_ipc_shutdown_message", told.append)
+    webserver._shut_down(9)
+    assert (told, is_ending.is_set()) == ([9], True)
+    is_ending.clear()
+    assert "send_ipc_shutdown_message(webserver_write_fd)" in inspect.getsource(dev)
     # What is replaced is what that command and its code servers call.
     assert 'open_ipc_subprocess(\n                [sys.executable, "-m", "dagster_webserver"]' in inspect.getsource(dev)
     assert "open_ipc_subprocess(subprocess_args" in inspect.getsource(code_server)

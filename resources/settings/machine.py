@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from upath.registry import available_implementations
@@ -13,7 +14,7 @@ from upath.registry import available_implementations
 from resources.settings.sections import SECRET_VALUE, Section, may_be_secret
 
 HOST = r"(\[[^\]\s]*\]|[^\s/@:?#,\[]*)(:\d*)?"
-DATABASE_URL = re.compile(rf"postgresql://([^\s/@?#:]*@)?{HOST}(,{HOST})*(/[^\s@?#]*)?(\?(?!\S*password)\S*)?")
+DATABASE_URL = re.compile(rf"postgresql://([^\s/@?#:]*@)?{HOST}(,{HOST})*(/[^\s@?#]*)?(\?\S*)?")
 
 
 def _plain_url(url: str) -> str:
@@ -70,9 +71,7 @@ def refuse_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError):
         raise ValueError("It holds what JSON cannot, such as a date, .nan or half a surrogate pair.") from None
     for name, value in _named(arguments):
-        if not isinstance(value, int | float | None) and (
-            may_be_secret(name) or SECRET_VALUE.fullmatch(str(value).strip())
-        ):
+        if not isinstance(value, int | float | None) and (may_be_secret(name) or SECRET_VALUE.search(str(value))):
             raise ValueError(
                 f"`{name}` may be a secret, and settings are shown and recorded: leave it out, and put it into the environment, a "
                 "token of the hub as HF_TOKEN."
@@ -225,7 +224,7 @@ class Storage(Section):
     @field_validator("dagster_database")
     @classmethod
     def _postgresql(cls, url: str | None) -> str | None:
-        if url is not None and not DATABASE_URL.fullmatch(url):
+        if url is not None and (not DATABASE_URL.fullmatch(url) or "password" in unquote(urlsplit(url).query).lower()):
             # The URL may hold a password, so the message does not repeat it.
             raise ValueError(
                 "This is not the URL of a PostgreSQL database without a password, which a page of Dagster's UI would show: write "

@@ -1,6 +1,7 @@
 """What all sections of the settings have in common, and how two of them are merged."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
@@ -15,7 +16,7 @@ SECRET_WORDS = frozenset({
     "authorization", "bearer", "credential", "credentials", "cookie",
 })  # fmt: skip
 # How a secret itself begins, whatever it is called.
-SECRET_VALUE = re.compile(r"\b((Bearer|Basic) \S+|sk-\S+|hf_[A-Za-z0-9]{16,})")
+SECRET_VALUE = re.compile(r"\b(Bearer \S{8,}|hf_[A-Za-z0-9]{16,})|^['\"\s]*(Basic \S{8,}|sk-\S+)\s*$")
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 
@@ -26,11 +27,12 @@ def may_be_secret(text: str) -> bool:
         >>> may_be_secret("hfToken"), may_be_secret("api_key_1"), may_be_secret("stop_token_ids"), may_be_secret("max_tokens")
         (True, True, False, False)
     """
-    words = re.findall("[a-z]+", re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", text).lower())
-    following = [*words[1:], ""]
-    return any(
-        word in SECRET_WORDS and after not in ("id", "ids") for word, after in zip(words, following, strict=False)
-    )
+    for name in text.split("."):
+        words = re.findall("[a-z]+", re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
+        for word, after in itertools.pairwise([*words, ""]):
+            if word in SECRET_WORDS and not (word in ("token", "key") and after in ("id", "ids")):
+                return True
+    return False
 
 
 class SettingsError(FinalError, ValueError):

@@ -102,7 +102,7 @@ def prepare_home(home: Path, settings: Settings) -> None:
 
 
 def _write_private(file: Path, content: bytes) -> None:
-    """Writes what may hold the password of a database."""
+    """Writes what may tell of a database, which is nobody else's business."""
     write_atomically(file, content)
     file.chmod(OWNER_ALONE)
 
@@ -144,7 +144,7 @@ def _differences(stored: Settings, asked: Settings) -> list[str]:
         for name in names
         if old.get(name) != new.get(name) and not any(each.startswith(f"{name}.") for each in names)
     ]
-    # The address of a database may hold a password.
+    # The address of a database is nobody else's business.
     return [
         name if name == "storage.dagster_database" else f"{name}: {old.get(name)} there, {new.get(name)} asked for"
         for name in differing

@@ -12,6 +12,7 @@ import os
 import secrets
 import signal
 import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,12 @@ LOOPBACK, ANY_ADDRESS = ("127.0.0.1", "localhost", "::1"), ("0.0.0.0", "::")
 
 # Modules of Dagster; without one of these processes the UI ends, while a code server is started anew.
 PARTS = {"dagster_webserver": "web server", "dagster._daemon": "daemon"}
-KILLED = (
-    "The {} of the UI was killed, as the system does when memory runs out, so the UI ends, and the runs that it started with it. "
-    "Finished work is kept: start `synpo ui` again."
-)
+UI_ENDS = "the UI ends, and the runs that it started with it. Finished work is kept: start `synpo ui` again."
 
 NO_TOKEN = "This UI asks for its token: open the address that `synpo ui` printed."
 
-open_ipc_subprocess = dev.open_ipc_subprocess
+open_ipc_subprocess, send_ipc_shutdown_message = dev.open_ipc_subprocess, dev.send_ipc_shutdown_message
+is_ending = threading.Event()
 
 
 def address(host: str, port: int, token: str | None) -> str:
@@ -75,6 +74,7 @@ def serve(host: str, port: int, token: str | None = None) -> None:
         os.environ[TOKEN] = token
     os.environ[UI_PROCESS] = str(os.getpid())
     dev.open_ipc_subprocess = code_server.open_ipc_subprocess = _start
+    dev.send_ipc_shutdown_message = _shut_down
     # A script that starts it in the background has SIGINT ignored, by which Dagster ends its processes, and they inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # A checkout says in its pyproject.toml what to load; an installed wheel has none.
@@ -89,8 +89,14 @@ def _start(parts: Sequence[str], **kwargs: Any) -> subprocess.Popen[Any]:
     process = open_ipc_subprocess([python, dash_m, "synpo_assets.cli.with_ui", serving, *arguments], **kwargs)
     if module in PARTS:
         # Dagster, which sees it after up to five seconds, would end the rest step by step, and what is at work last.
-        end_if_killed(process.pid, KILLED.format(PARTS[module]))
+        end_if_killed(process.pid, f"The {PARTS[module]} of the UI", UI_ENDS, is_ending)
     return process
+
+
+def _shut_down(w_fd: int) -> None:
+    """Tells web server or daemon to end; Dagster kills one that has not after a minute."""
+    is_ending.set()
+    send_ipc_shutdown_message(w_fd)
 
 
 def app_with_reports(*arguments: Any, **options: Any) -> Starlette:

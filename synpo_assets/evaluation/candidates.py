@@ -167,7 +167,7 @@ class Searching:
         measured = self._followed(models) if self.search.metric == "instructions" else self._judged(models)
         value = "no value" if measured.value is None else f"{measured.value:.3f}"
         self.context.log.info(
-            f"The candidate with {candidate.text}: {measured.metric} {value} on {measured.n} dev prompts."
+            f"The candidate with {candidate.text}: {measured.metric} {value} on dev (n = {measured.n})."
         )
         return dataclasses.replace(candidate, measured=measured)
 
@@ -197,4 +197,4 @@ class Searching:
         self.generated.extend(usages)
         shares = shares_followed(frame)
         gain, low, high = mean_gain(shares["candidate"] - shares["initial"], shares["template"], most=1.0)
-        return Metric("verifiable_gain", gain, low=low, high=high, n=shares.height)
+        return Metric("verifiable_gain", gain, low=low, high=high, n=shares["template"].n_unique())

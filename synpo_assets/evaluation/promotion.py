@@ -35,7 +35,12 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.gate import gate_power, gate_rows, verdict
 from synpo_assets.method.judging import doubt
-from synpo_assets.method.length_control import FEWEST_ALIKE, alike_in_length, length_controlled_interval
+from synpo_assets.method.length_control import (
+    FEWEST_ALIKE,
+    alike_in_length,
+    is_extrapolated,
+    length_controlled_interval,
+)
 from synpo_assets.method.outcomes import NO_VERDICT, win_rate_interval
 from synpo_assets.stages.loop import next_policy, report_policy
 
@@ -46,7 +51,8 @@ BY_JUDGE: frozenset[str] = frozenset({
 })  # fmt: skip
 CONTROLLED_LOW = "length_controlled_win_rate_over_initial_low"
 TOO_FEW_ALIKE = (
-    f"fewer than {FEWEST_ALIKE} dev prompts have answers of M_t and M_0 that are alike in length and a verdict"
+    f"fewer than {FEWEST_ALIKE} dev prompts, and than half, have answers of M_t and M_0 that are alike in length and a verdict: "
+    "raise seed_data.held_out_limit, or limit another metric"
 )
 # Metrics of prompt_diversity.
 OF_PROMPTS: frozenset[GateMetric] = frozenset({"prompt_similarity", "prompt_similarity_to_seed"})
@@ -173,7 +179,11 @@ def lowest_rates(answers: pl.DataFrame, error_rate: float, random_seed: int) -> 
     """The low ends of M_t's win rates by the independent judge, which a model that is no better passes this rarely."""
     initial, previous, prompts = answers["judge_over_initial"], answers["judge_over_previous"], answers["prompt_id"]
     lengths, others = (answers[f"{side}_response"].str.len_chars().cast(pl.Int64) for side in ("candidate", "initial"))
-    coverage, extrapolated = 1 - 2 * error_rate, alike_in_length(initial, lengths, others, prompts) < FEWEST_ALIKE
+    known = prompts.filter(initial != NO_VERDICT).n_unique()
+    coverage, extrapolated = (
+        1 - 2 * error_rate,
+        is_extrapolated(alike_in_length(initial, lengths, others, prompts), known),
+    )
     intervals = {
         "win_rate_over_initial_low": (initial, win_rate_interval(initial, prompts, coverage)),
         "win_rate_over_previous_low": (previous, win_rate_interval(previous, prompts, coverage)),

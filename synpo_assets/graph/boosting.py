@@ -1,6 +1,6 @@
 """Is it boosting? The headline figures of each iteration in a short table, which the UI shows without a click."""
 
-import operator
+import math
 from collections.abc import Sequence
 
 import dagster as dg
@@ -62,13 +62,13 @@ def instructions_gain(measured: Metrics) -> Metric | None:
 
 
 def gains_over_nulls(measured: Metrics) -> list[Metric]:
-    """How many more of them M_t follows than each null, the one that follows most first; none where another M_t was measured."""
+    """How many more of them M_t follows than each null, what is least certain first; none where another M_t was measured."""
     gains = [
         each
         for each in measured.every("verifiable_gain")
         if each.over in NULL_LABELS and each.value is not None and each.checkpoint_sha == measured.candidate
     ]
-    return sorted(gains, key=operator.attrgetter("value"))
+    return sorted(gains, key=lambda gain: -math.inf if gain.low is None else gain.low)
 
 
 def _line(key: str, measured: Metrics, doubt: str | None) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import polars as pl
 
 from synpo_assets.method.length_control import (
-    FEWEST_ALIKE,
     alike_in_length,
+    is_extrapolated,
     length_controlled_interval,
     length_controlled_win_rate,
 )
@@ -20,7 +20,7 @@ ENDINGS = {
     "only_initial_ended": (True, False),
     "neither_ended": (True, True),
 }
-# Of fewer, nothing can be said of how much they differ.
+# Fewer say too little of how much they differ.
 FEWEST_GROUPS = 6
 # An answer's length over gold's: below the first number, between the two, above the second.
 LENGTH_BOUNDS = (0.5, 2.0)
@@ -90,19 +90,20 @@ def win_rates(
             judged, prompts = frame[outcome_name(judge, model, opponent)], frame["prompt_id"]
             lengths, others = (frame[f"{name}_response"].str.len_chars().cast(pl.Int64) for name in (model, opponent))
             low, high = length_controlled_interval(judged, lengths, others, random_seed, prompts) or (None, None)
-            alike = alike_in_length(judged, lengths, others, prompts)
+            counted, alike = _counted(judged, prompts), alike_in_length(judged, lengths, others, prompts)
+            extrapolated = is_extrapolated(alike, counted["prompts"] or 0)
             rows.append(
                 {
                     "judge": judge,
                     "label": label,
                     "model": model,
                     "opponent": opponent,
-                    **_counted(judged, prompts),
+                    **counted,
                     "no_verdict": int((judged == NO_VERDICT).sum()),
                     "length_controlled": length_controlled_win_rate(judged, lengths, others),
                     # Read off a fitted curve and hardly seen, it has no interval that would say how certain it is.
-                    "length_controlled_low": low if alike >= FEWEST_ALIKE else None,
-                    "length_controlled_high": high if alike >= FEWEST_ALIKE else None,
+                    "length_controlled_low": None if extrapolated else low,
+                    "length_controlled_high": None if extrapolated else high,
                     "alike_in_length": alike,
                 }
             )

@@ -8,7 +8,6 @@ from synpo_assets.method.outcomes import COVERAGE, NO_VERDICT, points_of
 CONTROLLED_RESAMPLES = 1000
 TABLE_VALUES = 100_000
 MOST_STEPS = 100
-# With fewer pairs alike in length, the length-controlled win rate is extrapolated.
 FEWEST_ALIKE = 10
 
 
@@ -94,6 +93,16 @@ def alike_in_length(
     within = (5 * lengths >= 4 * other_lengths) & (5 * other_lengths >= 4 * lengths)
     alike = within & (judged != NO_VERDICT)
     return int(alike.sum()) if prompts is None else prompts.filter(alike).n_unique()
+
+
+def is_extrapolated(alike: float, prompts: float) -> bool:
+    """Whether a length-controlled win rate is read off where hardly any pair was seen: fewer than 10 are alike, and than half.
+
+    Examples:
+        >>> is_extrapolated(6, 42), is_extrapolated(10, 42), is_extrapolated(4, 8), is_extrapolated(3, 8)
+        (True, False, False, True)
+    """
+    return alike < FEWEST_ALIKE and 2 * alike < prompts
 
 
 def _length_differences(judged: pl.Series, lengths: pl.Series, other_lengths: pl.Series) -> np.ndarray:

@@ -8,7 +8,7 @@ from resources.common.text import visible
 from synpo_assets.method.reviews import ABOUT, stands_first
 
 # A spreadsheet would take a text that begins so for a formula.
-FORMULA = re.compile(r"^(?=\s*[=+@])")
+FORMULA = re.compile(r"^(?=\s*([=+@]|-\S))")
 
 
 def review_table(pairs: pl.DataFrame, random_seed: int) -> pl.DataFrame:

@@ -8,9 +8,7 @@ import polars as pl
 
 from resources.judging.judge_choice import INDEPENDENT
 from synpo_assets.graph.metrics import Metric, MetricName, Metrics, Which
-from synpo_assets.method.length_control import FEWEST_ALIKE
-
-# With fewer pairs alike in length, a length-controlled win rate is extrapolated.
+from synpo_assets.method.length_control import is_extrapolated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +25,8 @@ class FinishedIteration:
         manifest: The manifest of M_t; empty if the checkpoint is gone.
         settings: What its assets read of the settings, by dotted name.
         refusal: Why M_t was not promoted, as a sentence; None if it was, or was not judged.
-        no_better_than_length: How often the judge and length alone are right about held-out gold, as a sentence; None if the judge
-            is right more often for certain.
+        no_better_than_length: How often the judge and length alone are right about held-out gold, as a sentence; None if the low
+            end of the judge's interval lies above.
         judge_doubt: Why the independent judge's win rates say nothing and are left out, as a sentence; None if they are not.
         cost: What its steps cost; None if the settings do not say what an hour costs.
     """
@@ -54,8 +52,8 @@ class FinishedIteration:
     @property
     def extrapolated(self) -> bool:
         """Whether so few pairs of answers are alike in length that the length-controlled win rate over M_0 says little."""
-        alike = self.metrics.value("pairs_alike_in_length", "candidate", over="initial", by=INDEPENDENT)
-        return alike is not None and alike < FEWEST_ALIKE
+        alike = self.metrics.find("pairs_alike_in_length", "candidate", over="initial", by=INDEPENDENT)
+        return alike is not None and alike.value is not None and is_extrapolated(alike.value, alike.n or 0)
 
     @property
     def rewards(self) -> list[Mapping[str, Any]]:

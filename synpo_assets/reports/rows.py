@@ -20,7 +20,7 @@ from synpo_assets.graph.texts import (
 )
 from synpo_assets.graph.used_settings import differing_settings
 from synpo_assets.method.judging import ANOTHER_GOLD
-from synpo_assets.method.length_control import FEWEST_ALIKE
+from synpo_assets.method.length_control import FEWEST_ALIKE, is_extrapolated
 from synpo_assets.method.reviews import OUTCOMES
 from synpo_assets.reports.edits import edit_lines
 from synpo_assets.reports.finished import Cell, FinishedIteration, metric_cell, value_cell
@@ -87,11 +87,11 @@ def report_notes(iterations: Sequence[FinishedIteration], unfinished: Sequence[s
 def _extrapolations(iteration: FinishedIteration) -> Iterator[str]:
     """Sentences about length-controlled win rates that hardly any pair of answers of equal length stands behind."""
     for alike in iteration.metrics.every("pairs_alike_in_length"):
-        if alike.of == "candidate" and alike.value is not None and alike.value < FEWEST_ALIKE:
+        if alike.of == "candidate" and alike.value is not None and is_extrapolated(alike.value, alike.n or 0):
             yield (
                 f"Iteration {iteration.key}, M_t over {OPPONENT_LABELS[str(alike.over)]}: {alike.value:.0f} of {alike.n} pairs of "
-                f"answers are alike in length (ratio 0.8 to 1.25), fewer than {FEWEST_ALIKE}, so the length-controlled win rate is "
-                "extrapolated, and has no interval."
+                f"answers are alike in length (ratio 0.8 to 1.25), fewer than {FEWEST_ALIKE} and than half, so the "
+                "length-controlled win rate is extrapolated and says little."
             )
 
 

@@ -22,7 +22,7 @@ from synpo_assets.graph.texts import MISSING, gain_text, rate_text
 from synpo_assets.reports.finished import FinishedIteration
 
 HALF = 0.5
-FORMS = {"trimmed": "cut to half of their sentences", "verbose": "when it is asked for long ones"}
+FORMS = {"trimmed": "cut to half of their sentences", "verbose": "given when it is asked for long ones"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def _by_judge(newest: FinishedIteration) -> str:
         return f"{t} is worse than M_0: {found}, and the interval lies below one half."
     if rate.low <= HALF:
         return f"{t} is not shown to be better than M_0: {found}, and the interval includes one half."
-    if controlled is None or controlled.low is None:
+    if controlled is None or controlled.low is None or newest.extrapolated:
         return f"{t} wins more often than M_0, and length may be all of it: {found}, and too few of them are of like length."
     equal = f"at equal length in {rate_text(controlled)}"
     if controlled.low <= HALF:
@@ -59,11 +59,11 @@ def _by_judge(newest: FinishedIteration) -> str:
         return f"{t} wins more often than M_0, and length may be all of it: {found}, {equal}. {newest.no_better_than_length}"
     if (null := _null_not_beaten(newest)) is not None:
         return f"{t} wins more often than M_0, and form may be all of it: {found}, {equal}, and {null}."
-    preferred = f"{found}, {equal}, and more often than M_0's own answers in another form"
+    preferred = f"{found}, {equal}, and more often than M_0's own answers {_beaten(newest)}"
     return (
         f"{t} is better than M_0: {preferred}."
         if _follows_more(newest)
-        else f"{t} is better than M_0 by a judge's word alone: {preferred}."
+        else f"A judge prefers {t} to M_0, and nothing else shows that it is better: {preferred}."
     )
 
 
@@ -72,7 +72,8 @@ def _without_judge(newest: FinishedIteration) -> str:
     if gain is None or gain.value is None:
         return "No figure without a judge was recorded."
     null = "".join(f", and with {NULL_LABELS[str(each.over)]}, {gain_text(each)}" for each in over_nulls[:1])
-    shown = "" if _follows_more(newest) else ": no gain is shown"
+    is_less = gain.high is not None and gain.high < 0
+    shown = "" if _follows_more(newest) else ": fewer are followed" if is_less else ": no gain is shown"
     return f"Without a judge, instructions followed compared with M_0: {gain_text(gain)}{null}{shown}."
 
 
@@ -88,10 +89,21 @@ def _null_not_beaten(newest: FinishedIteration) -> str | None:
         gain = newest.metrics.find("win_rate_gain", "candidate", over=null, by=INDEPENDENT)
         if gain is None:
             return f"it was not compared with M_0's own answers, {what}"
-        # Where there was nothing to leave out of M_0's answers, there was nothing to compare with.
-        if gain.n and (gain.low is None or gain.low <= 0):
+        # Of answers of one sentence there is nothing to leave out, and nothing to compare with.
+        if null == "trimmed" and not gain.n:
+            continue
+        if gain.low is None or gain.low <= 0:
             return f"M_0's own answers, {what}, win so often that M_t has {gain_text(gain)} more, over {gain.n} prompts"
     return None
+
+
+def _beaten(newest: FinishedIteration) -> str:
+    """The forms of M_0's answers that M_t was compared with."""
+    gains = {
+        what: newest.metrics.find("win_rate_gain", "candidate", over=null, by=INDEPENDENT)
+        for null, what in FORMS.items()
+    }
+    return " and ".join(what for what, gain in gains.items() if gain and gain.n)
 
 
 def cards(newest: FinishedIteration) -> list[Card]:

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.random_seeds SPLIT FILE.csv HOME HOME ...
 
 For each iteration that all homes have: a line for each home, and one for their mean. Differences are in points, with 95 % intervals
-for which whole templates of instructions are drawn. Those of the mean take the average over homes of each instruction first: they
+over templates of instructions. Those of the mean take the average over homes of each instruction first: they
 say how far other templates would move it. How far other random seeds would is to be seen in the lines of the homes.
 """
 
