@@ -465,7 +465,8 @@ def test_both_models_are_measured_in_each_iteration(nano_run):
         assert after == pytest.approx(gold["candidate_log_likelihood"].mean())
         gain = metrics.find("gold_log_likelihood_gain", "candidate", over="initial")
         assert gain.value == pytest.approx(after - before, abs=1e-8)
-        assert gain.low < gain.value
+        # Of three prompts there is no interval.
+        assert (gold.height, gain.low, gain.high) == (3, None, None)
         other = metrics.find("other_gold_log_likelihood_gain", "candidate", over="initial")
         expected = (gold["candidate_other_log_likelihood"] - gold["initial_other_log_likelihood"]).mean()
         assert other.value == pytest.approx(expected, abs=1e-8)
@@ -476,7 +477,7 @@ def test_both_models_are_measured_in_each_iteration(nano_run):
         expected = (gold["candidate_end_log_likelihood"] - gold["initial_end_log_likelihood"]).mean()
         assert gain.value == pytest.approx(expected, abs=1e-8)
         gain = metrics.find("gold_similarity_gain", "candidate", over="initial")
-        assert gain.value < gain.high
+        assert gain.value is not None
         for side in ("candidate", "initial"):
             in_bands = [each for each in metrics.every("gold_similarity") if each.of == side and each.by]
             assert sum(each.n for each in in_bands) == gold.height
