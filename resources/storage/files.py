@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from upath import UPath
 
-from resources.common.errors import FULL_ERRORS
+from resources.common.errors import FULL_ERRORS, UNREADABLE
 
 AnyPath = Path | UPath
 # Ends the name of what was found damaged, and is kept for whoever wants to look.
@@ -134,6 +134,16 @@ def file_sha256(path: AnyPath) -> str:
     """The sha256 of a file's bytes, as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def has_sha256(path: AnyPath, sha256: str) -> bool:
+    """Whether a file has this sha256; one that the disk cannot read any more has not."""
+    try:
+        return file_sha256(path) == sha256
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
+        return False
 
 
 def json_sha256(value: Any) -> str:

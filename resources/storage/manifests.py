@@ -9,10 +9,10 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 from upath import UPath
 
-from resources.common.errors import UNREADABLE, DamageError
+from resources.common.errors import DamageError
 from resources.common.progress import Progress
 from resources.common.text import asset_label
-from resources.storage.files import AnyPath, file_sha256, json_sha256
+from resources.storage.files import AnyPath, file_sha256, has_sha256, json_sha256
 
 logger = logging.getLogger("synpo.storage")
 
@@ -155,12 +155,7 @@ def is_intact(directory: AnyPath, sha: str) -> bool:
 
 
 def _is_as_written(file: AnyPath, written: _File) -> bool:
-    try:
-        return file.is_file() and file_sha256(file) == written.sha256
-    except OSError as error:
-        if error.errno not in UNREADABLE:
-            raise
-        return False
+    return file.is_file() and has_sha256(file, written.sha256)
 
 
 def foreign_file(directory: AnyPath, manifest: Manifest) -> AnyPath | None:

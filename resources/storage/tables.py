@@ -200,6 +200,7 @@ def _opened(path: UPath, label: str, waits: bool = True) -> IO[bytes]:
     try:
         file = io.BytesIO(path.read_bytes()) if path.protocol else path.open("rb")
         expected, _, whose = _checksum_file(path).read_text(errors="replace").strip().partition("  ")
+        is_as_written = _hash_of(file) == expected
     except FileNotFoundError:
         if not path.exists():
             raise DamageError(f"The table {path} of {label} does not exist", label) from None
@@ -211,11 +212,9 @@ def _opened(path: UPath, label: str, waits: bool = True) -> IO[bytes]:
     except IsADirectoryError:
         raise DamageError(f"A directory lies in the place of the table {path} of {label}", label) from None
     except OSError as error:
-        raise _unreadable(error, path, label) from None
-    try:
-        is_as_written = _hash_of(file) == expected
-    except OSError as error:
-        raise _unreadable(error, path, label) from None
+        if error.errno not in UNREADABLE:
+            raise
+        raise DamageError(f"The table {path} of {label} cannot be read any more ({error.strerror})", label) from None
     if not is_as_written:
         raise _damaged(path, label)
     # Earlier versions wrote the name of the file.
@@ -223,13 +222,6 @@ def _opened(path: UPath, label: str, waits: bool = True) -> IO[bytes]:
         raise DamageError(f"In the place of the table {path} of {label} lies that of {visible(whose[:80])}", label)
     file.seek(0)
     return file
-
-
-def _unreadable(error: OSError, path: UPath, label: str) -> OSError | DamageError:
-    """The error itself, unless the disk cannot give the bytes any more."""
-    if error.errno not in UNREADABLE:
-        return error
-    return DamageError(f"The table {path} of {label} cannot be read any more ({error.strerror})", label)
 
 
 def _hash_of(file: IO[bytes]) -> str:

@@ -133,11 +133,11 @@ def _two_models(services: Services, models: str | None) -> tuple[Checkpoint, Che
     if len(names) != 2:
         raise SettingsError(f"--models {models} names {len(names)} models: name two, such as 0,2 for M_0 and M_2.")
     first, second = (_model(services, name, finished) for name in names)
+    if first.sha == second.sha:
+        raise SettingsError(f"--models {models or ','.join(names)} names the same model twice: {first.label}.")
     for model in (first, second):
         # What damaged weights write would be kept as the answers of whole ones.
         store.verify(model)
-    if first.sha == second.sha:
-        raise SettingsError(f"--models {models or ','.join(names)} names the same model twice: {first.label}.")
     return first, second
 
 

@@ -72,18 +72,18 @@ def check_before_run(settings: Settings, home: Path, iterations: int = 1) -> tup
     check_storage(settings.storage)
     check_reviews(settings, home)
     check_disk(settings, home)
-    initial, _ = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
+    initial, _ = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code, compares=False)
     # What its context does not hold, and what its training takes, is known only now.
     seed, _, instructions = read_seed(settings, initial)
     refuse_too_little_memory(settings, initial)
     for section, chosen in (("scorer", settings.scorer), ("judge", settings.judge)):
         if chosen.kind in ("trained", "verifier") and not settings.engine.trust_remote_code:
             refuse_without_classifier(initial, section)
-    fetch_embedding_model(settings.diversity.embedding_model, settings.engine.trust_remote_code)
+    fetch_embedding_model(settings.diversity.embedding_model, settings.engine.trust_remote_code, compares=False)
     if isinstance(settings.scorer, PublishedScorer):
-        fetch_reward_model(settings.scorer, settings.engine.trust_remote_code)
+        fetch_reward_model(settings.scorer, settings.engine.trust_remote_code, compares=False)
     if settings.judge.kind != "trained":
-        fetch_reward_model(settings.judge.scorer, settings.engine.trust_remote_code, "judge")
+        fetch_reward_model(settings.judge.scorer, settings.engine.trust_remote_code, "judge", compares=False)
     # Only now is the size of a model known that had to be downloaded.
     check_disk(settings, home)
     refuse_small_budget(sizes_of(settings, seed, instructions))
@@ -263,7 +263,7 @@ def print_check(settings: Settings, home: Path, measure: bool = False) -> None:
     disk = check_disk(settings, home)
     cached = cached_initial_policy(settings.initial_policy)
     if cached is not None:
-        initial, _ = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code)
+        initial, _ = fetch_initial_policy(settings.initial_policy, settings.engine.trust_remote_code, compares=False)
         seed, dropped, instructions = read_seed(settings, initial)
         refuse_too_little_memory(settings, initial)
     counts = dict.fromkeys(("train", "scorer", "judge", *HELD_OUT), 0) | dict(seed["split"].value_counts().iter_rows())

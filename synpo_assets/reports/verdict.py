@@ -85,25 +85,25 @@ def _follows_more(newest: FinishedIteration) -> bool:
 
 def _null_not_beaten(newest: FinishedIteration) -> str | None:
     """The first form of M_0's answers than which M_t is not shown to win more often over M_0; None if there is none."""
-    for null, what in FORMS.items():
-        gain = newest.metrics.find("win_rate_gain", "candidate", over=null, by=INDEPENDENT)
+    for null, gain in _gains_over_forms(newest).items():
         if gain is None:
-            return f"it was not compared with M_0's own answers, {what}"
+            return f"it was not compared with M_0's own answers, {FORMS[null]}"
         # Of answers of one sentence there is nothing to leave out, and nothing to compare with.
         if null == "trimmed" and not gain.n:
             continue
         if gain.low is None or gain.low <= 0:
-            return f"M_0's own answers, {what}, win so often that M_t has {gain_text(gain)} more, over {gain.n} prompts"
+            return f"M_0's own answers, {FORMS[null]}, win so often that M_t has {gain_text(gain)} more, over {gain.n} prompts"
     return None
 
 
 def _beaten(newest: FinishedIteration) -> str:
     """The forms of M_0's answers that M_t was compared with."""
-    gains = {
-        what: newest.metrics.find("win_rate_gain", "candidate", over=null, by=INDEPENDENT)
-        for null, what in FORMS.items()
-    }
-    return " and ".join(what for what, gain in gains.items() if gain and gain.n)
+    return " and ".join(FORMS[null] for null, gain in _gains_over_forms(newest).items() if gain and gain.n)
+
+
+def _gains_over_forms(newest: FinishedIteration) -> dict[str, Metric | None]:
+    find = newest.metrics.find
+    return {null: find("win_rate_gain", "candidate", over=null, by=INDEPENDENT) for null in FORMS}
 
 
 def cards(newest: FinishedIteration) -> list[Card]:
