@@ -124,15 +124,14 @@ def copy_that_adds_bos(model: Path, directory: Path) -> Path:
     return directory
 
 
-def prompt_table(prompts: Iterable[tuple[str, list[int]]]) -> tuple[pl.DataFrame, IO[bytes]]:
+def prompt_table(prompts: Iterable[tuple[int, list[int]]]) -> tuple[pl.DataFrame, IO[bytes]]:
     """What `Requests` takes, of pairs of key and token ids."""
     pairs, token_ids = list(prompts), tempfile.TemporaryFile()  # noqa: SIM115
     lengths = pl.Series([len(tokens) for _, tokens in pairs], dtype=pl.Int64)
     sizes = pl.Series([token_ids.write(array.array("i", tokens)) for _, tokens in pairs], dtype=pl.Int64)
     token_ids.flush()
-    return pl.DataFrame(
-        {"key": [key for key, _ in pairs], "start": sizes.cum_sum() - sizes, "length": lengths}
-    ), token_ids
+    keys = pl.Series([key for key, _ in pairs], dtype=pl.UInt64)
+    return pl.DataFrame({"key": keys, "start": sizes.cum_sum() - sizes, "length": lengths}), token_ids
 
 
 def nano_settings(model: Path) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def test_where_a_checkpoint_is_gone_nothing_is_listed(tmp_path, instance, nano_m
     run([initial_policy], instance, services)
     policy = services.checkpoints.current("initial_policy", None)
     sampling = services.settings.responses.sampling
-    row = {"key": "k", "text": "t", "input_tokens": 1, "output_tokens": 1, "finish_reason": "stop"}
+    row = {"key": 1, "text": "t", "input_tokens": 1, "output_tokens": 1, "finish_reason": "stop"}
     services.language_model.shards_of(policy, sampling).write([row])
     assert leftovers(instance, services) == []
     if lost is None:
@@ -301,7 +301,7 @@ def test_in_an_object_store(tmp_path):
         }  # fmt: skip
         (root / "checkpoints" / directory / "manifest.json").write_text(json.dumps(manifest))
     (root / "checkpoints/initial_policy/once.json").write_text(json.dumps({"directory": name}))
-    row = {"key": "k", "text": "t", "input_tokens": 1, "output_tokens": 1, "finish_reason": "stop"}
+    row = {"key": 1, "text": "t", "input_tokens": 1, "output_tokens": 1, "finish_reason": "stop"}
     shards = {}
     for sha, sampling in (
         ("in use", settings.responses.sampling),
@@ -311,7 +311,7 @@ def test_in_an_object_store(tmp_path):
         shards[sha, sampling.max_new_tokens] = services.language_model.shards_of(
             Checkpoint("initial_policy", None, sha, "", ""), sampling
         )
-        shards[sha, sampling.max_new_tokens].write([row, row | {"key": "l"}])
+        shards[sha, sampling.max_new_tokens].write([row, row | {"key": 2}])
     half = root / "tables" / "seed_pairs" / f".x.parquet.{uuid.uuid4().hex}.tmp"
     half.write_bytes(b"half")
     with dg.DagsterInstance.ephemeral() as instance:

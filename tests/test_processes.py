@@ -146,6 +146,32 @@ def test_without_that_it_would_go_on():
     assert step_of_a_killed_run(watched=False, seconds=2)
 
 
+SERVER = """
+import multiprocessing, os, subprocess, sys, time
+from resources.common import processes
+
+if __name__ == "__main__":
+    ui = subprocess.Popen(["sleep", "60"])
+    os.environ[processes.UI_PROCESS] = str(ui.pid)
+    processes.RUN_ENDS_AFTER_UI_SECONDS, processes.SERVER_ENDS_AFTER_UI_SECONDS = 0.5, 60.0
+    processes.end_with_run()
+    # It watches nothing, as one that is still importing.
+    run = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    run.start()
+    ui.kill()
+    run.join(20)
+    print(run.exitcode)
+    os._exit(0)
+"""
+
+
+def test_a_run_that_is_only_beginning_ends_with_its_ui_before_the_code_server_does():
+    result = subprocess.run(
+        [sys.executable, "-c", SERVER], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    assert result.stdout == "-9\n"
+
+
 STARTS = """
 import subprocess, sys, threading, time
 from resources.common.processes import end_if_killed

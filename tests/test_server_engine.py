@@ -375,7 +375,7 @@ class CountedRequests(Requests):
 
 
 def test_requests_are_taken_as_they_are_needed_and_closing_ends_the_work(faulty, nano_checkpoint):
-    requests = CountedRequests(*prompt_table((f"{number:032x}", [1, 2, 3]) for number in range(5000)))
+    requests = CountedRequests(*prompt_table((number, [1, 2, 3]) for number in range(5000)))
     engine = Engine(threads=1, kind="server", server={"url": faulty.url, "concurrency": 4})
     completing = open_engine(nano_checkpoint, engine).generate(requests, PLAIN)
     answered = list(itertools.chain.from_iterable(itertools.islice(completing, 20)))
@@ -392,7 +392,7 @@ def test_requests_are_taken_as_they_are_needed_and_closing_ends_the_work(faulty,
 
 
 def test_closing_ends_pauses_too(faulty, nano_checkpoint, said):
-    requests = Requests(*prompt_table((f"{number:032x}", [1]) for number in range(3)))
+    requests = Requests(*prompt_table((number, [1]) for number in range(3)))
     engine = Engine(threads=1, kind="server", server={"url": faulty.url, "concurrency": 2})
     completing = open_engine(nano_checkpoint, engine).generate(requests, PLAIN)
     assert next(completing) == []

@@ -69,8 +69,14 @@ def end_with_run() -> None:
 
     def watch() -> None:
         if multiprocessing.connection.wait(ends) == ui:
-            # An interrupt may have told both. The code server goes last, and reports the runs that were ended.
-            time.sleep(RUN_ENDS_AFTER_UI_SECONDS if run else SERVER_ENDS_AFTER_UI_SECONDS)
+            # An interrupt may have told both.
+            time.sleep(RUN_ENDS_AFTER_UI_SECONDS)
+            if not run:
+                # A run that is only beginning watches nothing yet.
+                for child in multiprocessing.active_children():
+                    child.kill()
+                # The code server goes last, and reports the runs that were ended.
+                time.sleep(SERVER_ENDS_AFTER_UI_SECONDS - RUN_ENDS_AFTER_UI_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="end-with-run", daemon=True).start()

@@ -19,7 +19,7 @@ def end_ids(tokenizer: "PreTrainedTokenizerBase", configured: int | list[int] | 
 
 
 def completion(
-    key: str,
+    key: int,
     input_tokens: int,
     token_ids: list[int],
     sampling: Sampling,

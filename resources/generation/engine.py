@@ -16,7 +16,7 @@ from resources.settings.method import Sampling
 class Request:
     """A prompt to complete."""
 
-    key: str
+    key: int
     token_ids: list[int]
     seed: int
 
@@ -31,7 +31,7 @@ class Requests:
     def __init__(self, table: pl.DataFrame, token_ids: IO[bytes]) -> None:
         """Takes an open file of token ids, and where in it each prompt lies.
 
-        The table has the columns key (32 hex digits, which also give the seed), start in bytes, and length in tokens.
+        The table has the columns key (64 bits at random, which also give the seed), start in bytes, and length in tokens.
         """
         self._table = table.select("key", "start", "length").sort("length", descending=True, maintain_order=True)
         self._token_ids = token_ids
@@ -45,14 +45,14 @@ class Requests:
             token_ids = array.array("i")
             # At its place, whoever else reads the file meanwhile.
             token_ids.frombytes(os.pread(self._token_ids.fileno(), length * token_ids.itemsize, start))
-            yield Request(key, token_ids.tolist(), seed=int(key[:16], 16) >> 1)
+            yield Request(key, token_ids.tolist(), seed=key >> 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """What the model wrote."""
 
-    key: str
+    key: int
     text: str
     input_tokens: int
     output_tokens: int  # The end-of-turn token included.

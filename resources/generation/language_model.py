@@ -31,7 +31,7 @@ logger = logging.getLogger("synpo.generation")
 
 RENDERED_AT_A_TIME = 1024
 COMPLETION_COLUMNS = {
-    "key": pl.String,
+    "key": pl.UInt64,
     "text": pl.String,
     "input_tokens": pl.Int64,
     "output_tokens": pl.Int64,
@@ -93,7 +93,7 @@ class LanguageModel(DeviceResource):
             is_missing = pl.col("key").is_first_distinct() & ~pl.col("key").is_in(finished.implode())
             # The requests end with the call, before the answers take their place.
             refused = self._finish(
-                checkpoint, Requests(asked.filter(is_missing), token_ids), sampling, shards, len(finished)
+                checkpoint, Requests(asked.drop("id").filter(is_missing), token_ids), sampling, shards, len(finished)
             )
         asked = asked.select("id", "key")
         completions = shards.rows(asked["key"], _without_broken_characters)
@@ -151,6 +151,8 @@ class LanguageModel(DeviceResource):
         fingerprint = {
             "checkpoint": checkpoint.sha,
             "sampling": sampling.model_dump(),
+            # Earlier versions had 128, as text.
+            "key_bits": 64,
             **engine_fingerprint(self.engine, checkpoint.label),
         }
         return Shards(self.shards, fingerprint, checkpoint.label, COMPLETION_COLUMNS)
@@ -162,7 +164,7 @@ class LanguageModel(DeviceResource):
         token_ids: IO[bytes],
     ) -> pl.DataFrame:
         """The key that identifies the completion of each prompt, and where in the file its tokens are written."""
-        schema: dict[str, Any] = {"id": pl.String, "key": pl.String, "start": pl.Int64, "length": pl.Int64}
+        schema: dict[str, Any] = {"id": pl.String, "key": pl.UInt64, "start": pl.Int64, "length": pl.Int64}
         rendered, waiting, start = pl.DataFrame(schema=schema), iter(prompts), 0
         while block := list(itertools.islice(waiting, RENDERED_AT_A_TIME)):
             rows = []
@@ -174,8 +176,9 @@ class LanguageModel(DeviceResource):
         token_ids.flush()
         return rendered
 
-    def _key(self, row_id: str, token_ids: list[int]) -> str:
-        return hashlib.sha256(json.dumps([self.random_seed, row_id, token_ids]).encode()).hexdigest()[:32]
+    def _key(self, row_id: str, token_ids: list[int]) -> int:
+        written = json.dumps([self.random_seed, row_id, token_ids])
+        return int.from_bytes(hashlib.sha256(written.encode()).digest()[:8], "big")
 
 
 def _without_broken_characters(rows: pl.DataFrame) -> pl.DataFrame:

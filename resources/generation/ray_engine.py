@@ -166,7 +166,7 @@ class _Worker:
     """A worker as its driver sees it."""
 
     actor: Any
-    outstanding: dict[str, Request] = dataclasses.field(default_factory=dict)
+    outstanding: dict[int, Request] = dataclasses.field(default_factory=dict)
     is_up: bool = False
 
 

@@ -75,7 +75,7 @@ class TransformersEngine:
         asked, most = written.shape[1], sampling.max_new_tokens
         seeds = torch.tensor([request.seed for request in batch], device=device)
         ends = torch.tensor(self._end_ids, device=device)
-        waiting, finished, write = list(batch), dict[str, Completion](), self._writer(cache, sampling)
+        waiting, finished, write = list(batch), dict[int, Completion](), self._writer(cache, sampling)
         # A batch may take minutes on a CPU, and only then its completions are counted.
         with Progress(most, f"tokens at most, of {len(batch)} answers each", logger) as progress:
             while waiting:

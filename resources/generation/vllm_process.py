@@ -103,7 +103,7 @@ def _completions(
                 )
                 # Token ids are taken as they are: no second BOS is put before them.
                 (prompt,) = engine.renderer.render_cmpl([TokensPrompt(prompt_token_ids=request.token_ids)])
-                engine.add_request(request.key, prompt, parameters, lora_request=lora)
+                engine.add_request(str(request.key), prompt, parameters, lora_request=lora)
         if last and not engine.has_unfinished_requests():
             return
         if finished := engine.step():
@@ -112,7 +112,7 @@ def _completions(
                     raise RuntimeError(f"it ended a completion with `{output.outputs[0].finish_reason}`.")
             yield [
                 completion(
-                    output.request_id,
+                    int(output.request_id),
                     len(output.prompt_token_ids),
                     list(output.outputs[0].token_ids),
                     sampling,

@@ -35,7 +35,8 @@ class Shards:
 
     def finished(self, keys: pl.Series) -> pl.Series:
         """Which of these keys have a finished row."""
-        found = pl.concat([pl.Series("key", dtype=pl.String), *(shard["key"] for shard in self._shards(["key"]))])
+        none = pl.Series("key", dtype=self._columns["key"])
+        found = pl.concat([none, *(shard["key"] for shard in self._shards(["key"]))])
         return keys.filter(keys.is_in(found.implode()))
 
     def rows(self, keys: pl.Series, usable: Callable[[pl.DataFrame], pl.DataFrame] = lambda rows: rows) -> pl.DataFrame:

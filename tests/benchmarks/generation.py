@@ -69,7 +69,7 @@ def rendered(model: str, count: int) -> list[list[int]]:
 def engine_alone(model: str, count: int, sampling: Sampling, settings: Engine) -> tuple[int, float]:
     """The engine without shards, rows and usage."""
     engine = Stopwatch(Checkpoint("initial_policy", None, "nano", model, model), settings)
-    asked = Requests(*prompt_table((f"{number:032x}", ids) for number, ids in enumerate(rendered(model, count))))
+    asked = Requests(*prompt_table(enumerate(rendered(model, count))))
     tokens = sum(done.output_tokens for batch in engine.generate(asked, sampling) for done in batch)
     return tokens, time.monotonic() - engine.loaded
 
