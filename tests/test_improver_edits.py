@@ -15,8 +15,8 @@ from resources.settings.files import active_settings
 from resources.training.job import TrainingSummary
 from synpo_assets.cli.estimate import expected_work, sizes_of
 from synpo_assets.evaluation.improver_edits import improver_edits
-from synpo_assets.graph.evaluation_schemas import ImproverEdits
-from synpo_assets.graph.metrics import EDIT_SHARES, recorded
+from synpo_assets.graph.evaluation_schemas import EDIT_SHARES, ImproverEdits
+from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.tables import check
 from synpo_assets.method.damage import DAMAGES, all_damages, damaged
 from synpo_assets.method.edits import EDIT_OUTCOMES, damaged_copies, edit_outcome, edit_shares

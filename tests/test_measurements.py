@@ -303,6 +303,15 @@ def test_a_template_may_be_whatever_json_holds(tmp_path):
         verifiable_table(with_instructions(tmp_path, *rows))
 
 
+def test_instructions_of_one_template_are_drawn_into_one_split(tmp_path):
+    rows = [instruction(number, template=f"list/{number % 4}") for number in range(1, 41)]
+    table = verifiable_table(with_instructions(tmp_path, *rows))[0]
+    dev, test = (set(table.filter(split=split)["template"]) for split in ("dev", "test"))
+    assert dev
+    assert test
+    assert dev.isdisjoint(test)
+
+
 @pytest.mark.parametrize("template", ["list/1", "", " ", 1, ["list", 1], "\ud800", False])
 def test_instructions_of_one_template_are_one_group_whatever_names_it(tmp_path, template):
     rows = [instruction(number, split="test", template=template) for number in (1, 2)]

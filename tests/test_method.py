@@ -54,6 +54,13 @@ def test_names_and_stopwords_are_no_keywords():
     assert "maria" in Keywords("en", drop_personal_names=False).of(text, 20)
 
 
+def test_as_many_keywords_as_asked_for_are_found():
+    letters = "bcdfghklmnprstvz"
+    words = [f"{a}a{b}e{a}o" for a in letters for b in letters][:120]
+    assert len(Keywords("en").of(" ".join(words), 120)) == 120
+    assert Keywords("en").of(" ".join(words), 120)[:20] == Keywords("en").of(" ".join(words), 20)
+
+
 def test_training_keywords_are_two_own_and_one_foreign():
     extractor = Keywords()
     drawn = training_keywords(PROMPTS[:40], extractor, 2, 1, random_seed=1)

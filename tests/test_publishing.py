@@ -6,6 +6,7 @@ from pathlib import Path
 import dagster as dg
 import polars as pl
 import pytest
+import yaml
 
 from definitions import build
 from resources.common.errors import FinalError
@@ -13,9 +14,12 @@ from resources.settings.files import active_settings, load_settings
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import CheckpointStore
 from synpo_assets.cli.automation import ALL_ASSETS_JOB, next_iteration
+from synpo_assets.graph.metrics import Metric, record
 from synpo_assets.graph.missing import asset_names, missing_assets
-from synpo_assets.publishing.cards import TAGS
+from synpo_assets.method.reviews import OUTCOMES
+from synpo_assets.publishing.cards import TAGS, _yaml, metrics_table
 from synpo_assets.publishing.published import published_dataset, published_model
+from synpo_assets.reports.rows import Row
 from tests.conftest import HOME
 from tests.nano import nano_settings, write_settings
 from tests.stand_ins import run, services_in, shown
@@ -121,6 +125,43 @@ def test_the_card_of_the_pairs_names_each_judge_of_the_held_out_figures(publish,
 def test_only_finished_iterations_are_published(publish, home, instance):
     make_iteration(instance, services_in(home), 3, without=("evaluation",))
     assert publish(published_dataset)["iterations"] == "0001, 0002"
+    with pytest.raises(
+        FinalError, match=r"^model_checkpoint\[0003\] was not evaluated since it was made, or its pairs"
+    ):
+        publish(published_model, "0003")
+
+
+def test_cards_say_what_people_read(publish, home):
+    from huggingface_hub import DatasetCard
+
+    services = services_in(home)
+    said = [Metric("verdicts", count, of=outcome) for outcome, count in zip(OUTCOMES, (3, 2, 0), strict=True)]
+    record(services.metrics, "pair_verdicts", "0001", said)
+    try:
+        pairs, model = publish(published_dataset)["card"], publish(published_model, "0002")["card"]
+    finally:
+        (home / "metrics" / "pair_verdicts" / "0001.parquet").unlink()
+    assert "expert-generated" in DatasetCard(pairs).data.to_dict()["annotations_creators"]
+    for card in (pairs, model):
+        assert "People read some of the pairs and confirmed 3, flipped 2, dropped 0." in card
+    assert "**Everything here is synthetic, and people reviewed a part of it.**" in pairs
+    assert "synthetic, people reviewed a part of it, and this model was not reviewed by people**." in model
+    assert "not reviewed by people" not in pairs
+
+
+def test_a_card_does_not_tell_where_files_lie():
+    shown = _yaml(
+        {"scorer": {"name": "/home/a/private/rm"}, "preferences": {"reviewed": "~/b/c.csv"}, "hub": "org/name"}
+    )
+    assert yaml.safe_load(shown) == {"scorer": {"name": "rm"}, "preferences": {"reviewed": "c.csv"}, "hub": "org/name"}
+
+
+def test_a_card_leaves_out_the_settings_that_differ():
+    rows = [
+        Row("Settings that differ", "preferences.reviewed", ("/home/a/b.csv",)),
+        Row("Pairs", "pairs kept", ("28",)),
+    ]
+    assert "b.csv" not in metrics_table(rows, ["0001"])
 
 
 def test_without_a_finished_iteration_there_is_nothing_to_publish(tmp_path, nano_model):

@@ -266,10 +266,10 @@ def test_the_card_of_the_pairs_says_where_both_sides_come_from(samples, rewrites
         "rewrites": rewrites,
         "settings": {},
     }
-    card = dataset_card(data, **stated)
+    card = dataset_card(data, **stated, own_answers=False)
     assert words in card
     assert others not in card
-    own = "or the answer itself where the scorer put it above every rewrite"
+    own = "or the answer itself where it is above every rewrite"
     assert (own in dataset_card(data, **stated, own_answers=True)) == (rewrites > 1 and samples is None)
     assert own not in card
 

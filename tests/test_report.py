@@ -455,7 +455,7 @@ def test_a_length_controlled_rate_that_is_extrapolated_is_named(instance, servic
     metadata, _, page = report(instance, services)
     sentence = (
         "Iteration 0002, M_t over {}: 3 of 8 pairs of answers are alike in length (ratio 0.8 to 1.25), fewer than 10 and than "
-        "half, so the length-controlled win rate is extrapolated and says little."
+        "half, so the length-controlled win rate would be extrapolated and is left out."
     )
     # Once for both judges.
     assert metadata["notes"] == " ".join(sentence.format(name) for name in ("M_0", "M_t-1"))
@@ -475,7 +475,6 @@ def finished_iteration(
     followed=None,
     over_null=(0.1, 0.05, 0.2),
     length=None,
-    alike=20,
 ):
     """M_3, judged so on 84 prompts; rates and gains as value, low and high."""
     who = {"of": "candidate", "over": "initial", "by": INDEPENDENT, "n": 84}
@@ -496,7 +495,6 @@ def finished_iteration(
             Metric("verifiable_gain", value, "candidate", over, None, low, high, 45, "sha")
             for over, (value, low, high) in gains.items()
         ]
-    metrics.append(Metric("pairs_alike_in_length", alike, **who))
     metrics.append(Metric("mean_repetition", 0.1, "candidate", checkpoint_sha="sha"))
     frame = Metrics(pl.DataFrame(schema=SCHEMA)).with_metrics_of("evaluation", "0003", metrics)
     return FinishedIteration("0003", frame, 1.0, pl.DataFrame(), [], "", {}, {}, None, doubt, length)
@@ -531,12 +529,17 @@ ABOVE, ACROSS, BELOW, MORE = (0.7, 0.6, 0.8), (0.55, 0.45, 0.65), (0.3, 0.2, 0.4
      "length in 70.0% (60.0 to 80.0), and more often than M_0's own answers given when it is asked for long ones."),
     ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": FORMS | {"verbose": NOTHING}}, "form may be all of it"),
     ({"rate": ABOVE, "controlled": ABOVE, "followed": (-0.2, -0.3, -0.1)}, "(+5.0 to +20.0): fewer are followed."),
-    ({"rate": ABOVE, "controlled": ABOVE, "alike": 9}, "length may be all of it"),
     *(({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": FORMS | {form: gain}},
        "form may be all of it: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
        f"length in 70.0% (60.0 to 80.0), and M_0's own answers, {what}, win so often that M_t has +10.0 points ")
       for form, what in (("trimmed", "cut to half of their sentences"), ("verbose", "given when it is asked for long ones"))
-      for gain in ((0.1, -0.1, 0.3), (0.1, None, None))),
+      for gain in ((0.1, -0.1, 0.3), (0.1, -0.1, 0.2))),
+    ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": FORMS | {"verbose": (0.1, None, None)}},
+     "form may be all of it: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
+     "length in 70.0% (60.0 to 80.0), and M_t has over M_0's own answers, given when it is asked for long ones, +10.0 points "
+     "(no interval) more, over 30 prompts."),
+    ({"rate": ABOVE, "controlled": ABOVE, "followed": (1.0, None, None), "over_null": (0.4, 0.3, 0.5)},
+     "+100.0 points (no interval), and with M_0's answers, cut to as many words as M_t's, +40.0 points (+30.0 to +50.0)."),
     ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "length": "Length alone is right more often."},
      "length may be all of it: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
      "length in 70.0% (60.0 to 80.0). Length alone is right more often. Without a judge, instructions followed compared with "
@@ -547,7 +550,16 @@ ABOVE, ACROSS, BELOW, MORE = (0.7, 0.6, 0.8), (0.55, 0.45, 0.65), (0.3, 0.2, 0.4
     ({"rate": ABOVE}, "length may be all of it"),
     ({"rate": ACROSS, "controlled": ABOVE}, "M_3 is not shown to be better than M_0"),
     ({"rate": (0.9, 0.5, 1.0), "controlled": ABOVE}, "M_3 is not shown to be better than M_0"),
-    ({"rate": BELOW, "controlled": ABOVE}, "M_3 is worse than M_0"),
+    ({"rate": BELOW, "controlled": BELOW, "followed": (-0.2, -0.3, -0.1)}, "M_3 is worse than M_0: the independent judge prefers"),
+    ({"rate": BELOW, "controlled": BELOW, "followed": MORE},
+     "A judge prefers M_0 to M_3, and nothing else shows that it is worse: the independent judge prefers its answers in 30.0%"),
+    ({"rate": BELOW, "controlled": ABOVE}, "less often than M_0, and length may be all of it"),
+    ({"rate": BELOW, "controlled": ACROSS},
+     "M_3 wins less often than M_0, and length may be all of it: the independent judge prefers its answers in 30.0% (20.0 to "
+     "40.0) of 84 test prompts, at equal length in 55.0% (45.0 to 65.0), which does not lie below one half."),
+    ({"rate": BELOW}, "less often than M_0, and length may be all of it"),
+    ({"rate": BELOW, "controlled": BELOW, "length": "Length alone is right more often."},
+     "less often than M_0, and length may be all of it"),
     ({"rate": (0.9, None, None), "controlled": ABOVE}, "is not known: no independent judge's win rate with an interval"),
     ({}, "is not known: no independent judge's win rate with an interval"),
     ({"rate": ABOVE, "controlled": ABOVE, "doubt": "The judge cannot judge."}, "is not known. The judge cannot judge."),
@@ -710,6 +722,23 @@ def test_a_checkpoint_that_was_not_promoted_is_named_with_the_reason(instance, s
     assert verdict in page
 
 
+def test_an_iteration_whose_pairs_were_made_again_is_not_finished(instance, services):
+    make_iteration(instance, services, 1)
+    make_iteration(instance, services, 2)
+    version = {"dagster/data_version": "made again"}
+    instance.report_runless_asset_event(dg.AssetMaterialization("preference_pairs", partition="0002", tags=version))
+    assert iterations_of(instance, services) == (["0001"], ["0002"])
+
+
+def test_what_was_measured_of_an_earlier_m_t_is_left_out(instance, services):
+    earlier = Metric("verifiable_gain", 0.5, "candidate", "initial", checkpoint_sha="an earlier one")
+    make_iteration(instance, services, 1, instruction_following=[earlier, Metric("verifiable_rate", 0.2, "initial")])
+    found = read_iteration(instance, services, "0001").metrics
+    assert found.find("verifiable_gain", "candidate", over="initial") is None
+    assert found.value("verifiable_rate", "initial") == 0.2
+    assert found.value("win_rate", "candidate", over="initial", by=INDEPENDENT) is not None
+
+
 def test_without_a_finished_iteration_it_says_what_to_do(instance, services):
     make_iteration(instance, services, 1, without=("evaluation",))
     with pytest.raises(FinalError, match="materialize an iteration up to its evaluation first"):
@@ -832,7 +861,7 @@ def test_it_reports_two_real_iterations(nano_run, tmp_path):
     alike = [each for key in ("0001", "0002") for each in stored(services.metrics, key).every("pairs_alike_in_length")]
     few = {(each.over, each.checkpoint_sha) for each in alike if each.of == "candidate" and 2 * each.value < each.n}
     notes = metadata["notes"]
-    assert notes.count("is extrapolated and says little.") == notes.count("Iteration ") == len(few)
+    assert notes.count("would be extrapolated and is left out.") == notes.count("Iteration ") == len(few)
     # Where so few pairs leave the judge in doubt, there is no win rate to draw.
     doubted = "is not known. The judge is right about" in metadata["verdict"]
     assert PLOTS - shown_plots(page) == ({"win_rates"} if doubted else set())

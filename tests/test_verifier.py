@@ -488,7 +488,8 @@ def test_the_card_says_what_rules_decided():
             base_model_name="model", iterations=[first], scorer=_scorer(stated.model_copy(update={"scorer": scorer})),
             sample="{}",
         )  # fmt: skip
-        return dataset_card(data, pairs=pairs, columns={}, writers=[], ranked_samples=None, settings={})
+        return dataset_card(data, pairs=pairs, columns={}, writers=[], ranked_samples=None, rewrites=1, own_answers=False,
+                            settings={})  # fmt: skip
 
     with_rules, without = card(pairs, verifier), card(pairs.head(1), stated.scorer)
     assert "1 prompt states rules that a program checks" in with_rules

@@ -98,8 +98,8 @@ class ResponseImprover(Section):
     samples: int = Field(1, ge=1, description="Rewrites of each answer; see max_length_ratio. Paper: 1.")
     own_answers: bool = Field(
         False,
-        description="Where samples is more than 1: M_{t-1}'s own answer is chosen where the rules of the prompt put it above every "
-        "rewrite, or the scorer above those of like length. Never at t = 1: it is the rejected one. Not in the paper.",
+        description="Where samples is more than 1: M_{t-1}'s own answer is chosen where it is above every rewrite, by the prompt's "
+        "rules, or by the scorer and no less alike in length. Never at t = 1: it is the rejected one. Not in the paper.",
     )
     max_length_ratio: float = Field(
         1.25,

@@ -168,7 +168,7 @@ def export(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
 ) -> None:
-    """Write the preference pairs in the form that another trainer reads, or people who shall say which answer is better."""
+    """Write the preference pairs for another trainer, or for people who shall say which answer is better; or M_t as a GGUF file."""
     from synpo_assets.publishing.export import print_export
 
     print_export(*existing(home), form, only, output, overwrite)

@@ -11,7 +11,7 @@ from rich.text import Text
 from resources.common.text import asset_label, visible
 from resources.judging.judge_choice import INDEPENDENT
 from resources.storage.tables import ParquetTables
-from synpo_assets.graph.boosting import NULL_LABELS
+from synpo_assets.graph.boosting import FORMS, NULL_LABELS
 from synpo_assets.graph.history import seconds_of
 from synpo_assets.graph.metrics import MetricName, Metrics, judge_doubt, recorded
 from synpo_assets.graph.missing import asset_names
@@ -28,8 +28,7 @@ COMPARED: tuple[tuple[str, MetricName, str, str], ...] = (
     ("  both answers ended", "win_rate_both_ended", "candidate", "initial"),
     ("  length-controlled", "length_controlled_win_rate", "candidate", "initial"),
     ("over M_t-1", "win_rate", "candidate", "previous"),
-    ("M_0 trimmed over M_0", "win_rate", "trimmed", "initial"),
-    ("M_0 verbose over M_0", "win_rate", "verbose", "initial"),
+    *((f"M_0 {form} over M_0", "win_rate", form, "initial") for form in FORMS),
 )
 
 

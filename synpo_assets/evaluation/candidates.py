@@ -23,13 +23,14 @@ from resources.storage.files import json_sha256
 from resources.training.job import TrainingSummary
 from resources.training.losses import loss_module
 from resources.training.trainer import Trainer
+from synpo_assets.evaluation.gold_comparison import gain_metric
 from synpo_assets.evaluation.instruction_following import instruction_answers
 from synpo_assets.evaluation.win_rates import judged_by
 from synpo_assets.graph.code_versions import code_version
 from synpo_assets.graph.metrics import Metric, MetricName
 from synpo_assets.graph.services import Services
 from synpo_assets.method.cut import whole_answers
-from synpo_assets.method.evaluation import mean_gain, win_rates
+from synpo_assets.method.evaluation import win_rates
 from synpo_assets.method.ranking import repeated_prompts
 from synpo_assets.method.templates import prompt_requests
 from synpo_assets.method.verifiable import shares_followed
@@ -167,7 +168,7 @@ class Searching:
         measured = self._followed(models) if self.search.metric == "instructions" else self._judged(models)
         value = "no value" if measured.value is None else f"{measured.value:.3f}"
         self.context.log.info(
-            f"The candidate with {candidate.text}: {measured.metric} {value} on dev (n = {measured.n})."
+            f"The candidate with {candidate.text}: {measured.metric} {value} on dev (n = {measured.n} prompts or templates)."
         )
         return dataclasses.replace(candidate, measured=measured)
 
@@ -196,5 +197,5 @@ class Searching:
         frame, usages = instruction_answers(self.services, models, self.instructions)
         self.generated.extend(usages)
         shares = shares_followed(frame)
-        gain, low, high = mean_gain(shares["candidate"] - shares["initial"], shares["template"], most=1.0)
-        return Metric("verifiable_gain", gain, low=low, high=high, n=shares["template"].n_unique())
+        gains, sha = shares["candidate"] - shares["initial"], models["candidate"].sha
+        return gain_metric("verifiable_gain", gains, "initial", sha, groups=shares["template"])

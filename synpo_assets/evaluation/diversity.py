@@ -40,7 +40,15 @@ from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.cut import whole_answers
-from synpo_assets.method.diversity import Diversity, density, equal_samples, label_counts, label_coverage, measure
+from synpo_assets.method.diversity import (
+    SOURCES,
+    Diversity,
+    density,
+    equal_samples,
+    label_counts,
+    label_coverage,
+    measure,
+)
 from synpo_assets.method.prompts import draw_until_enough
 from synpo_assets.method.self_instruct import draw_examples, parse_task
 from synpo_assets.method.templates import self_instruct_instruction
@@ -48,11 +56,8 @@ from synpo_assets.method.word_order import ORDERS, REQUEST, answerable_shares, i
 from synpo_assets.method.words import words_of
 from synpo_assets.stages.prompts import FILTER_READS, asked_in_evaluations, prompt_filter
 
-SOURCES = ("synthetic", "seed", "self_instruct")
 # Orange, blue and grey stay apart for colour-blind eyes, and the lines differ too.
-SOURCE_STYLES = {
-    "synthetic": ("-", "#0072b2"), "seed": ("--", "#e69f00"), "self_instruct": ("-.", "#666666"),
-}  # fmt: skip
+SOURCE_STYLES = dict(zip(SOURCES, (("-", "#0072b2"), ("--", "#e69f00"), ("-.", "#666666")), strict=True))
 SHOWN_PLACES, SMALLEST_MARGIN = 400, 0.02
 ROUNDED_DIGITS = 4
 

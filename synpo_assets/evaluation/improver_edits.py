@@ -17,8 +17,8 @@ from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
 from synpo_assets.graph import metrics
 from synpo_assets.graph.cost import Sizes, Work
-from synpo_assets.graph.evaluation_schemas import ImproverEdits
-from synpo_assets.graph.metrics import EDIT_SHARES, Metric
+from synpo_assets.graph.evaluation_schemas import EDIT_SHARES, ImproverEdits
+from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import made_by, table_output
 from synpo_assets.graph.services import Services

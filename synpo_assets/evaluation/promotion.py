@@ -27,7 +27,7 @@ from resources.storage.checkpoint_store import Checkpoint
 from resources.training.history import last_quarter
 from synpo_assets.graph.boosting import boosting_table
 from synpo_assets.graph.evaluation_schemas import Promotion
-from synpo_assets.graph.history import data_version_of, input_version_of
+from synpo_assets.graph.history import input_version_of, pairs_made_again
 from synpo_assets.graph.metrics import Metric, Metrics, judge_doubt, recorded
 from synpo_assets.graph.partitions import iteration_of, partition_key
 from synpo_assets.graph.presentation import made_by, table_output
@@ -49,7 +49,8 @@ BY_JUDGE: frozenset[str] = frozenset({
     "win_rate_over_initial", "win_rate_over_initial_low", "win_rate_over_previous", "win_rate_over_previous_low",
     "length_controlled_win_rate_over_initial", "length_controlled_win_rate_over_initial_low",
 })  # fmt: skip
-CONTROLLED_LOW = "length_controlled_win_rate_over_initial_low"
+CONTROLLED = "length_controlled_win_rate_over_initial"
+CONTROLLED_LOW = f"{CONTROLLED}_low"
 TOO_FEW_ALIKE = (
     f"fewer than {FEWEST_ALIKE} dev prompts, and than half, have answers of M_t and M_0 that are alike in length and a verdict: "
     "raise seed_data.held_out_limit, or limit another metric"
@@ -82,7 +83,7 @@ def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Serv
     log = services.checkpoints.training_log("model_checkpoint", context.partition_key)
     certain = lowest_rates(answers, gate.error_rate, services.settings.random_seed)
     values = gate_metrics(measured) | certain | training_metrics(log)
-    unmeasured = {CONTROLLED_LOW: TOO_FEW_ALIKE} if certain[CONTROLLED_LOW] is None else {}
+    unmeasured = {name: TOO_FEW_ALIKE for name in (CONTROLLED, CONTROLLED_LOW) if values[name] is None}
     # A judge that cannot judge has measured nothing.
     unmeasured |= dict.fromkeys(BY_JUDGE, doubted.rstrip(".")) if doubted else {}
     rows = gate_rows(values | dict.fromkeys(unmeasured), gate.minimum, gate.maximum, unmeasured)
@@ -120,14 +121,12 @@ def refuse_other_evaluation(measured: Metrics, judged: Checkpoint) -> None:
 
 def refuse_other_pairs(instance: dg.DagsterInstance, judged: Checkpoint) -> None:
     """Raises a sentence if the pairs of the iteration were made again after M_t was trained on them."""
-    label = asset_label("preference_pairs", judged.partition)
-    learned = judged.manifest["trained_on"].get(label)
-    version = data_version_of(instance, "preference_pairs", judged.partition)
-    if version not in (None, learned):
-        evaluation = asset_label("evaluation", judged.partition)
+    learned = judged.manifest["trained_on"]
+    if version := pairs_made_again(instance, str(judged.partition), learned):
+        label, evaluation = (asset_label(name, judged.partition) for name in ("preference_pairs", "evaluation"))
         raise FinalError(
-            f"{judged.label} was trained on version {learned} of {label}, which has version {version} by now: materialize "
-            f"{judged.label} and {evaluation} again."
+            f"{judged.label} was trained on version {learned.get(label)} of {label}, which has version {version} by now: "
+            f"materialize {judged.label} and {evaluation} again."
         )
 
 
@@ -157,7 +156,7 @@ def gate_metrics(measured: Metrics) -> dict[str, float | None]:
     of_rules = {f"{RULE_GAIN}{gain.by}": gain.value for gain in measured.every("rule_rate_gain", split="dev")}
     return of_rules | {
         "win_rate_over_initial": value("win_rate", **wins),
-        "length_controlled_win_rate_over_initial": value("length_controlled_win_rate", **wins),
+        CONTROLLED: value("length_controlled_win_rate", **wins),
         "length_ratio": lengths[0] / lengths[1] if lengths[0] is not None and lengths[1] else None,
         "win_rate_over_previous": value("win_rate", "candidate", over="previous", by=INDEPENDENT),
         "win_rate_over_initial_by_scorer": value("win_rate", "candidate", over="initial", by=TOOK_PART),

@@ -30,7 +30,7 @@ from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.tables import table_metadata
 from synpo_assets.evaluation.gold_comparison import gain_metric
 from synpo_assets.graph import metrics
-from synpo_assets.graph.boosting import boosting_table
+from synpo_assets.graph.boosting import FORMS, boosting_table
 from synpo_assets.graph.cost import Sizes, Work
 from synpo_assets.graph.evaluation_schemas import Evaluation
 from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName, judge_doubt
@@ -49,10 +49,7 @@ from synpo_assets.method.templates import prompt_requests, verbose_message
 from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone
 
 # Whose answers are compared with whose.
-COMPARISONS = (("candidate", "initial"), ("candidate", "previous"), ("trimmed", "initial"), ("verbose", "initial"))
-
-# What form alone wins.
-NULLS = ("trimmed", "verbose")
+COMPARISONS = (("candidate", "initial"), ("candidate", "previous"), *((form, "initial") for form in FORMS))
 
 # What decides answers to held-out prompts, and what all judges say of them.
 JUDGING_READS = (
@@ -142,7 +139,7 @@ def _answers(
     options = services.settings.evaluation
     held_out = seed_pairs.filter(IS_HELD_OUT).select("prompt_id", "split", "prompt", "answer")
     frame = repeated_prompts(held_out, options.samples)
-    asked = prompt_requests(frame, "sample_id")
+    asked = list(prompt_requests(frame, "sample_id"))
     wordier = [
         (f"{row_id} verbose", verbose_message(prompt)) for row_id, prompt in frame.select("sample_id", "prompt").rows()
     ]
@@ -243,7 +240,7 @@ def held_out_metrics(frame: pl.DataFrame, counted: Mapping[str, pl.DataFrame], s
         # M_t's sha with M_t alone: the other answers are M_0's.
         model = rate["model"]
         measured += rate_metrics(rate, model, sha if model == "candidate" else None, EVERY_COUNT)
-    for rate in counted["win_rates"].filter(pl.col("model").is_in(NULLS)).iter_rows(named=True):
+    for rate in counted["win_rates"].filter(pl.col("model").is_in(list(FORMS))).iter_rows(named=True):
         more, null = points_over_null(frame, rate["judge"], rate["model"]), rate["model"]
         measured.append(gain_metric("win_rate_gain", more["gain"], null, sha, rate["label"], more["prompt_id"]))
     rewards = [

@@ -1,6 +1,5 @@
 """Is it boosting? The headline figures of each iteration in a short table, which the UI shows without a click."""
 
-import math
 from collections.abc import Sequence
 
 import dagster as dg
@@ -21,6 +20,8 @@ NULL_LABELS = {
     "as_brief": "M_0's answers, cut to as many words as M_t's",
     "another_answer": "M_t's answers to other instructions",
 }
+# What form alone wins over M_0: its own answers.
+FORMS = {"trimmed": "cut to half of their sentences", "verbose": "given when it is asked for long ones"}
 PROMOTED = {True: "yes", False: "no", None: MISSING}
 
 
@@ -44,7 +45,8 @@ def boosting_table(
     lines += [_line(key, found[key], doubt) for key in evaluated[-SHOWN_ITERATIONS:]]
     note = (
         doubt
-        or "Test split, independent judge, 95 % intervals; instructions: followed by M_t less by M_0, and by the strongest null."
+        or "Test split, independent judge, 95 % intervals; instructions: M_t less M_0; over null: M_t less one that it does not "
+        "beat, or the strongest."
     )
     return dg.MetadataValue.md("\n".join([*lines, "", note]))
 
@@ -57,18 +59,20 @@ def win_rate(measured: Metrics, controlled: bool = False) -> Metric | None:
 
 def instructions_gain(measured: Metrics) -> Metric | None:
     """How many more of the verifiable instructions M_t follows than M_0; None where another M_t was measured."""
-    gain = measured.find("verifiable_gain", "candidate", over="initial")
-    return gain if gain and gain.checkpoint_sha == measured.candidate else None
+    return measured.of_its_candidate.find("verifiable_gain", "candidate", over="initial")
 
 
 def gains_over_nulls(measured: Metrics) -> list[Metric]:
-    """How many more of them M_t follows than each null, what is least certain first; none where another M_t was measured."""
+    """How many more of them M_t follows than each null, one that it is not shown to beat first, then the strongest.
+
+    None where another M_t was measured.
+    """
     gains = [
         each
-        for each in measured.every("verifiable_gain")
-        if each.over in NULL_LABELS and each.value is not None and each.checkpoint_sha == measured.candidate
+        for each in measured.of_its_candidate.every("verifiable_gain")
+        if each.over in NULL_LABELS and each.value is not None
     ]
-    return sorted(gains, key=lambda gain: -math.inf if gain.low is None else gain.low)
+    return sorted(gains, key=lambda gain: (gain.low is not None and gain.low > 0, gain.value))
 
 
 def _line(key: str, measured: Metrics, doubt: str | None) -> str:

@@ -3,8 +3,10 @@
 import pandera.polars as pa
 import polars as pl
 
+from synpo_assets.graph.metrics import MetricName
 from synpo_assets.graph.tables import Table, id_column, outcome_column, share_column, split_column, text_column
 from synpo_assets.method.damage import DAMAGES
+from synpo_assets.method.diversity import SOURCES
 from synpo_assets.method.edits import EDIT_OUTCOMES
 from synpo_assets.method.outcomes import NO_VERDICT, POINTS
 from synpo_assets.method.rules import CONSTRAINTS
@@ -132,7 +134,7 @@ class PromptDiversity(Table):
     """How much the prompts of each source resemble each other, over samples of equal size."""
 
     source: str = pa.Field(
-        isin=["synthetic", "seed", "self_instruct"],
+        isin=SOURCES,
         unique=True,
         description="`synthetic`: of this iteration; `seed`: of the train split; `self_instruct`: the baseline by M_0.",
     )
@@ -257,6 +259,15 @@ class EqualStepsGold(Table):
     control_checkpoint_sha: str = id_column("sha of the control.")
     candidate_checkpoint_sha: str = id_column("sha of M_t.")
     iteration: int = pa.Field(ge=1, description="The iteration t.")
+
+
+# What a rewrite makes of a damaged answer: the share, and R_t's less M_0's.
+EDIT_SHARES: dict[str, tuple[MetricName, MetricName]] = {
+    "right": ("edits_right", "edits_right_gain"),
+    "nearer": ("edits_nearer", "edits_nearer_gain"),
+    "left": ("edits_left", "edits_left_gain"),
+    "worse": ("edits_worse", "edits_worse_gain"),
+}
 
 
 class ImproverEdits(Table):

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import dagster as dg
 from dagster import DagsterInstance
@@ -10,6 +10,8 @@ from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 from dagster._core.event_api import PartitionKeyFilter
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus as CheckStatus
+
+from resources.common.text import asset_label
 
 # So many attempts are looked at, newest first; more in a row that never began are not expected.
 CONSIDERED = 100
@@ -52,6 +54,13 @@ def input_version_of(instance: DagsterInstance, asset: str, partition: str | Non
     Dagster records a hash of the content version where that asset has iterations: compare these with each other alone.
     """
     return tag_of(instance, asset, partition, f"input_data_version/{read}")
+
+
+def pairs_made_again(instance: DagsterInstance, partition: str, trained_on: Mapping[str, str]) -> str | None:
+    """The version of an iteration's pairs if it is another than the one that its M_t was trained on; None if not."""
+    label = asset_label("preference_pairs", partition)
+    version = data_version_of(instance, "preference_pairs", partition)
+    return None if version in (None, trained_on.get(label)) else version
 
 
 def unfinished_attempt(instance: DagsterInstance, asset: str, partition: str | None) -> str | None:

@@ -68,13 +68,6 @@ ENDING_COUNTS: dict[str, tuple[MetricName, MetricName, MetricName]] = {
     "only_initial_ended": ("wins_only_initial_ended", "ties_only_initial_ended", "losses_only_initial_ended"),
     "neither_ended": ("wins_neither_ended", "ties_neither_ended", "losses_neither_ended"),
 }
-# What a rewrite makes of a damaged answer: the share, and R_t's less M_0's.
-EDIT_SHARES: dict[str, tuple[MetricName, MetricName]] = {
-    "right": ("edits_right", "edits_right_gain"),
-    "nearer": ("edits_nearer", "edits_nearer_gain"),
-    "left": ("edits_left", "edits_left_gain"),
-    "worse": ("edits_worse", "edits_worse_gain"),
-}
 
 
 class MetricRows(Table):
@@ -180,6 +173,12 @@ class Metrics:
     def without(self, asset: str) -> "Metrics":
         """The same without what an asset measured."""
         return Metrics(self.frame.filter(pl.col("asset") != asset))
+
+    @property
+    def of_its_candidate(self) -> "Metrics":
+        """The same without what was measured of an earlier M_t than the one that was evaluated."""
+        of_another = (pl.col("of") == "candidate") & (pl.col("checkpoint_sha") != self.candidate)
+        return Metrics(self.frame.filter(of_another.fill_null(False).not_()))
 
     def with_metrics_of(self, asset: str, partition: str, metrics: Iterable[Metric]) -> "Metrics":
         """The same with metrics of an asset in place of what it measured before."""

@@ -168,7 +168,9 @@ class SearchCandidates(Table):
     value: float = pa.Field(nullable=True, description="The value of the metric; empty: it was not measured.")
     low: float = pa.Field(nullable=True, description="Lower end of its 95 % interval.")
     high: float = pa.Field(nullable=True, description="Upper end of its 95 % interval.")
-    n: int = pa.Field(ge=0, nullable=True, description="The dev prompts that it is taken over.")
+    n: int = pa.Field(
+        ge=0, nullable=True, description="The dev prompts, or templates of instructions, that it is taken over."
+    )
     loss: float = pa.Field(nullable=True, description="The loss, mean over the last quarter of the training.")
     reward_accuracy: float = pa.Field(
         nullable=True, description="Pairs whose chosen side had the higher reward, mean over the last quarter."

@@ -17,6 +17,8 @@ from synpo_assets.method.outcomes import COVERAGE
 
 Row = dict[str, Any]
 
+# Of this iteration, of the seed's train split, and of the baseline by M_0.
+SOURCES = ("synthetic", "seed", "self_instruct")
 MOST_ROUNDS = 100
 RESAMPLES = 2000
 NARROWEST_BANDWIDTH = 0.005

@@ -81,6 +81,7 @@ def win_rates(
 ) -> pl.DataFrame:
     """What each judge makes of each comparison: one row per judge and comparison.
 
+    Where hardly any answers are alike in length, there is no length-controlled rate.
     The frame has a row per answer, with prompt_id, the answers (`candidate_response`) and the outcomes (`outcome_name`).
     `judges` gives each its label, and a comparison names the model and the one that it is compared with.
     """
@@ -100,8 +101,8 @@ def win_rates(
                     "opponent": opponent,
                     **counted,
                     "no_verdict": int((judged == NO_VERDICT).sum()),
-                    "length_controlled": length_controlled_win_rate(judged, lengths, others),
-                    # Read off a fitted curve and hardly seen, it has no interval that would say how certain it is.
+                    # Read off a fitted curve and hardly seen, it says nothing.
+                    "length_controlled": None if extrapolated else length_controlled_win_rate(judged, lengths, others),
                     "length_controlled_low": None if extrapolated else low,
                     "length_controlled_high": None if extrapolated else high,
                     "alike_in_length": alike,

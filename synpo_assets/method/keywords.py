@@ -25,6 +25,8 @@ NAME_LOCALES = ("en_US", "en_GB", "de_DE", "es_ES", "fr_FR", "it_IT", "pt_BR", "
 WORD = regex.compile(r"\p{L}[\p{L}\p{M}\u200c\u200d]*")
 BLANK_LINES = regex.compile(r"\r?\n\s*\n")
 SHORTEST, SHORTEST_SEGMENT = 3, 2
+# Stopwords and names are left out of what was found.
+FEWEST_FOUND = 50
 # A letter that no text holds. YAKE leaves out words of two letters, which most Chinese words are.
 FILLER = "\ua78f"
 
@@ -35,7 +37,6 @@ class Keywords:
     def __init__(self, language: str = "en", drop_personal_names: bool = True) -> None:
         """Takes the stopwords of a language by its ISO 639-1 code; names of people can be left out."""
         self._language = language
-        self._extractor = _extractor(language)
         self._names = _personal_names() if drop_personal_names else frozenset()
 
     def of(self, text: str, count: int) -> list[str]:
@@ -46,11 +47,12 @@ class Keywords:
         name if it is on a list of names and never written in lower case in the text: `Maria Lopez` is dropped, `rose` is kept.
         """
         words, shortest = set(WORD.findall(text)), SHORTEST
+        extractor = _extractor(self._language, max(FEWEST_FOUND, 2 * count))
         if self._language in SEGMENTED:
             parts = segments(text, self._language).split()
             words, shortest = set(parts), SHORTEST_SEGMENT
-            text = " ".join(part if part in self._extractor.stopword_set else f"{part}{FILLER}" for part in parts)
-        found = (surface.lower().removesuffix(FILLER) for surface, _score in self._extractor.extract_keywords(text))
+            text = " ".join(part if part in extractor.stopword_set else f"{part}{FILLER}" for part in parts)
+        found = (surface.lower().removesuffix(FILLER) for surface, _score in extractor.extract_keywords(text))
         kept = [
             word
             for word in dict.fromkeys(found)
@@ -143,10 +145,10 @@ def drawn_rows(pool_size: int, iteration: int, count: int, random_seed: int) -> 
 
 
 @functools.cache
-def _extractor(language: str) -> "KeywordExtractor":
+def _extractor(language: str, most: int) -> "KeywordExtractor":
     from yake import KeywordExtractor
 
-    return KeywordExtractor(lan=language, n=1, top=50)
+    return KeywordExtractor(lan=language, n=1, top=most)
 
 
 @functools.cache

@@ -3,9 +3,10 @@
 import collections
 import dataclasses
 import hashlib
+import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import polars as pl
 
@@ -15,6 +16,7 @@ from synpo_assets.method.prompts import Contamination
 from synpo_assets.method.rules import constraints_problem, followed, read_constraints
 from synpo_assets.method.words import words_of
 
+Value = TypeVar("Value")
 # The splits of the held-out pairs: searches and the gate read dev, tables report test.
 HELD_OUT = ("dev", "test")
 IS_HELD_OUT = pl.col("split").is_in(HELD_OUT)
@@ -86,7 +88,7 @@ def overlapping_rows(
     """
     contamination, bad = Contamination(later_prompts, ngram), list[BadRow]()
     for row in good:
-        if row["split"] == "held_out" or (found := contamination.find(row["prompt"])) is None:
+        if (found := contamination.find(row["prompt"])) is None:
             continue
         equal = words_of(row["prompt"]) == words_of(found)
         shared = (
@@ -96,6 +98,16 @@ def overlapping_rows(
         )
         bad.append(BadRow(row["split"], row["line"], f"it {shared} the {kind} {found[:80]!r}"))
     return bad
+
+
+def template_of(row: Mapping[str, Any]) -> str:
+    """What a row was made of, by its spelling, for whatever JSON holds may name it; a row that states none is its own.
+
+    Examples:
+        >>> template_of({"prompt_id": "prompt-1", "template": None}), template_of({"prompt_id": "prompt-1", "template": 7})
+        ('prompt-1', '7')
+    """
+    return row["prompt_id"] if row["template"] is None else repr(row["template"])
 
 
 def rows_of_templates(
@@ -114,6 +126,13 @@ def rows_of_templates(
         for row in rows
         if repr(row["template"]) in known
     ]
+
+
+def sample(rows: list[Value], limit: int | None, random_seed: str) -> list[Value]:
+    """A random subset in the original order; all rows without a limit."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[place] for place in sorted(random.Random(random_seed).sample(range(len(rows)), limit))]
 
 
 def most_frequent(bad: Sequence[BadRow]) -> str:

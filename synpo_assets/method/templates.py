@@ -6,7 +6,7 @@ in the files of the folder `templates`.
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -27,9 +27,15 @@ def user_message(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
 
 
-def prompt_requests(prompts: pl.DataFrame, ids: str = "prompt_id") -> list[tuple[str, list[Message]]]:
+def prompt_requests(prompts: pl.DataFrame, ids: str = "prompt_id") -> Iterator[tuple[str, list[Message]]]:
     """The prompts of a table as they are asked, each with its id."""
-    return [(row_id, user_message(prompt)) for row_id, prompt in prompts.select(ids, "prompt").iter_rows()]
+    return ((row_id, user_message(prompt)) for row_id, prompt in prompts.select(ids, "prompt").iter_rows())
+
+
+def rewrite_requests(answers: pl.DataFrame, ids: str) -> Iterator[tuple[str, list[Message]]]:
+    """What the improver is asked of each answer (`response`) of a table, with the answer's id."""
+    rows = answers.select(ids, "prompt", "response").iter_rows()
+    return ((row_id, improver_instruction(prompt, response)) for row_id, prompt, response in rows)
 
 
 def generator_instruction(keywords: Sequence[str], with_rules: bool = False) -> list[Message]:

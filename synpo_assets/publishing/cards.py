@@ -9,14 +9,15 @@ import polars as pl
 import yaml
 
 from resources.common.text import duration
+from synpo_assets.method.reviews import OUTCOMES
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.rows import Row, report_rows
 from synpo_assets.reports.search import HEAD, candidate_rows, metric_name, recorded_search
 
 FOLDER = Path(__file__).parent
 TAGS = ("synpo", "preference-optimization", "synthetic")
-# Seconds and memory say more about a machine than about what it made.
-LEFT_OUT_SECTIONS = ("Work",)
+# Seconds and memory say more about a machine than about what it made, and settings may name its files.
+LEFT_OUT_SECTIONS = ("Work", "Settings that differ")
 SIZES = ("K", "M", "B", "T")
 
 
@@ -47,6 +48,16 @@ class CardData:
         return f"What the machine cost: {', '.join(costs)}." if costs else None
 
     @property
+    def reviewed(self) -> str | None:
+        """What people did with the pairs, as a sentence; None if they read none."""
+        said = {
+            outcome: sum(each.metrics.value("verdicts", outcome) or 0 for each in self.iterations)
+            for outcome in OUTCOMES
+        }
+        counts = ", ".join(f"{outcome} {count:.0f}" for outcome, count in said.items())
+        return f"People read some of the pairs and {counts}." if any(said.values()) else None
+
+    @property
     def metrics(self) -> str:
         """The metrics by iteration as a Markdown table."""
         return metrics_table(report_rows(self.iterations), [iteration.key for iteration in self.iterations])
@@ -59,8 +70,8 @@ def dataset_card(
     columns: Mapping[str, str],
     writers: Sequence[Mapping[str, str]],
     ranked_samples: int | None,
-    rewrites: int = 1,
-    own_answers: bool = False,
+    rewrites: int,
+    own_answers: bool,
     settings: Mapping[str, Any],
 ) -> str:
     """The card of the preference pairs, as the hub and `datasets` read it.
@@ -74,7 +85,7 @@ def dataset_card(
     card_data = DatasetCardData(
         language=data.language,
         license=data.license_name,
-        annotations_creators="machine-generated",
+        annotations_creators=["machine-generated", "expert-generated"] if data.reviewed else "machine-generated",
         language_creators="machine-generated",
         size_categories=size_category(pairs.height),
         source_datasets=["original"],
@@ -185,7 +196,16 @@ def _line(cells: Sequence[Any]) -> str:
 
 
 def _yaml(values: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True).rstrip("\n")
+    return yaml.safe_dump(_without_folders(dict(values)), sort_keys=False, allow_unicode=True).rstrip("\n")
+
+
+def _without_folders(value: Any) -> Any:
+    """Settings with the names alone of local files and directories: where they lie is nobody's business."""
+    if isinstance(value, dict):
+        return {name: _without_folders(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
 
 
 def _libraries(versions: Mapping[str, str]) -> str:

@@ -103,8 +103,13 @@ def published_model(
     if failed := failed_checks(context.instance, services.graph, "model_checkpoint", key):
         raise FinalError(f"{model_checkpoint.label} did not pass its blocking checks ({', '.join(failed)}).")
     repository = f"{options.model_repository}-iteration-{iteration_of(context)}" if options.model_repository else None
-    finished = iterations_of(context.instance, services)[0]
-    keys = [*(earlier for earlier in finished if earlier < key), key]
+    keys = [each for each in iterations_of(context.instance, services)[0] if each <= key]
+    if key not in keys:
+        evaluation = asset_label("evaluation", key)
+        raise FinalError(
+            f"{model_checkpoint.label} was not evaluated since it was made, or its pairs were made again since, so its card would "
+            f"tell of another model: materialize {evaluation} first, and before it, if the pairs are new, {model_checkpoint.label}."
+        )
     iterations = [read_iteration(context.instance, services, each) for each in keys]
     data = _card_data(services, iterations, repository)
     card = model_card(

@@ -17,7 +17,7 @@ from resources.settings.settings import Settings
 from resources.storage.files import json_sha256, write_atomically
 from resources.training.losses import loss_module
 from synpo_assets.graph.boosting import boosting_table
-from synpo_assets.graph.history import data_version_of, seconds_of
+from synpo_assets.graph.history import data_version_of, pairs_made_again, seconds_of
 from synpo_assets.graph.metrics import Metrics, judge_doubt, recorded
 from synpo_assets.graph.presentation import versions_table, written_output
 from synpo_assets.graph.services import Services
@@ -93,7 +93,8 @@ def page_of(services: Services, iterations: Sequence[FinishedIteration], unfinis
 def iterations_of(instance: dg.DagsterInstance, services: Services) -> tuple[list[str], list[str]]:
     """The iterations that are finished, and those that were begun only.
 
-    An iteration is finished when there is an M_t and its evaluation judged that M_t, not an earlier one.
+    An iteration is finished when there is an M_t, its pairs are those that it was trained on, and its evaluation judged that M_t,
+    not an earlier one.
     """
     nodes = [services.graph.get(key) for key in services.graph.materializable_asset_keys]
     # What looks up the iteration before may exist before anything is made.
@@ -104,7 +105,9 @@ def iterations_of(instance: dg.DagsterInstance, services: Services) -> tuple[lis
         if own.isdisjoint(measured.assets):
             continue
         evaluated, made = measured.candidate, data_version_of(instance, "model_checkpoint", key)
-        done = evaluated is not None and made is not None and evaluated.startswith(made)
+        manifest = services.checkpoints.manifest("model_checkpoint", key)
+        is_of_these_pairs = manifest is None or not pairs_made_again(instance, key, manifest["trained_on"])
+        done = is_of_these_pairs and evaluated is not None and made is not None and evaluated.startswith(made)
         (finished if done else begun).append(key)
     return finished, begun
 
@@ -112,7 +115,7 @@ def iterations_of(instance: dg.DagsterInstance, services: Services) -> tuple[lis
 def read_iteration(instance: dg.DagsterInstance, services: Services, key: str) -> FinishedIteration:
     """What is known of a finished iteration; its checkpoints may be gone."""
     # The report does not report itself.
-    metrics, sentence = recorded(services.metrics, key).without(LAST), judge_doubt(services.metrics)
+    metrics, sentence = recorded(services.metrics, key).without(LAST).of_its_candidate, judge_doubt(services.metrics)
     manifest = services.checkpoints.manifest("model_checkpoint", key) or {}
     refused = (promoted := metrics.find("promoted", "candidate")) is not None and not promoted.value
     seconds = sum(seconds_of(instance, asset, key) for asset in metrics.assets)

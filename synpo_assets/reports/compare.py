@@ -21,6 +21,7 @@ from resources.settings.files import dagster_configuration, home_settings
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from resources.storage.output_files import refuse_existing, writing
+from synpo_assets.graph.boosting import FORMS
 from synpo_assets.graph.metrics import MetricName, Which
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.texts import MISSING
@@ -49,8 +50,7 @@ COLUMNS: dict[str, tuple[Callable[[FinishedIteration], float | None], str]] = {
     "equal steps over M_0": (_value("win_rate", "equal_steps", over="initial", by=INDEPENDENT), "{:.1%}"),
     "equal steps over M_t": (_value("win_rate", "equal_steps", over="candidate", by=INDEPENDENT), "{:.1%}"),
     "length-controlled": (_value("length_controlled_win_rate", "candidate", over="initial", by=INDEPENDENT), "{:.1%}"),
-    "M_0 trimmed": (_value("win_rate", "trimmed", over="initial", by=INDEPENDENT), "{:.1%}"),
-    "M_0 verbose": (_value("win_rate", "verbose", over="initial", by=INDEPENDENT), "{:.1%}"),
+    **{f"M_0 {form}": (_value("win_rate", form, over="initial", by=INDEPENDENT), "{:.1%}") for form in FORMS},
     "instructions M_0": (_value("verifiable_rate", "initial"), "{:.1%}"),
     "instructions M_t": (_value("verifiable_rate", "candidate"), "{:.1%}"),
     "instructions equal steps": (_value("verifiable_rate", "equal_steps"), "{:.1%}"),

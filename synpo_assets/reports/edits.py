@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from synpo_assets.graph.metrics import EDIT_SHARES, MetricName
+from synpo_assets.graph.evaluation_schemas import EDIT_SHARES
+from synpo_assets.graph.metrics import MetricName
 from synpo_assets.graph.texts import MISSING, count_text, gain_text, rate_text
 from synpo_assets.method.damage import DAMAGES
 from synpo_assets.reports.finished import Cell, FinishedIteration, metric_cell, value_cell

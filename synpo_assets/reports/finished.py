@@ -6,9 +6,7 @@ from typing import Any, Unpack
 
 import polars as pl
 
-from resources.judging.judge_choice import INDEPENDENT
 from synpo_assets.graph.metrics import Metric, MetricName, Metrics, Which
-from synpo_assets.method.length_control import is_extrapolated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +46,6 @@ class FinishedIteration:
     def number(self) -> int:
         """The iteration, as in M_t."""
         return int(self.key)
-
-    @property
-    def extrapolated(self) -> bool:
-        """Whether so few pairs of answers are alike in length that the length-controlled win rate over M_0 says little."""
-        alike = self.metrics.find("pairs_alike_in_length", "candidate", over="initial", by=INDEPENDENT)
-        return alike is not None and alike.value is not None and is_extrapolated(alike.value, alike.n or 0)
 
     @property
     def rewards(self) -> list[Mapping[str, Any]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from resources.judging.judge_choice import INDEPENDENT
+from synpo_assets.graph.boosting import FORMS
 from synpo_assets.graph.drawing import BLUE, INK, ORANGE, PINK, Plot, finish, new_figure, plot_of
 from synpo_assets.graph.metrics import Metric, MetricName
 from synpo_assets.method.verifiable import BY_RULES
@@ -128,7 +129,7 @@ Rates = Mapping[str, Sequence[Metric | None]]
 def _over_initial(iterations: Sequence[FinishedIteration]) -> Rates:
     shown: dict[str, tuple[MetricName, str]] = {
         "M_t": ("win_rate", "candidate"), "M_t, length-controlled": ("length_controlled_win_rate", "candidate"),
-        "M_0 asked for long answers": ("win_rate", "verbose"), "M_0 cut to half": ("win_rate", "trimmed"),
+        **{f"M_0 {form}": ("win_rate", form) for form in FORMS},
     }  # fmt: skip
     return {label: _rates(iterations, name, of, "initial", INDEPENDENT) for label, (name, of) in shown.items()}
 

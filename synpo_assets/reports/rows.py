@@ -6,7 +6,7 @@ from typing import Unpack
 
 from resources.judging.judge_choice import INDEPENDENT
 from resources.training.history import last_quarter
-from synpo_assets.graph.boosting import AT_CHANCE, PROMOTED
+from synpo_assets.graph.boosting import AT_CHANCE, FORMS, PROMOTED
 from synpo_assets.graph.metrics import ENDING_COUNTS, Metric, MetricName, Which
 from synpo_assets.graph.texts import (
     MISSING,
@@ -19,6 +19,7 @@ from synpo_assets.graph.texts import (
     share_text,
 )
 from synpo_assets.graph.used_settings import differing_settings
+from synpo_assets.method.diversity import SOURCES
 from synpo_assets.method.judging import ANOTHER_GOLD
 from synpo_assets.method.length_control import FEWEST_ALIKE, is_extrapolated
 from synpo_assets.method.reviews import OUTCOMES
@@ -27,12 +28,8 @@ from synpo_assets.reports.finished import Cell, FinishedIteration, metric_cell, 
 from synpo_assets.reports.search import chosen_text, chosen_value_text
 from synpo_assets.reports.without_judge import MODELS, likelihood_gains, without_a_judge
 
-PROMPT_SOURCES = {
-    "synthetic": "synthetic prompts", "seed": "seed prompts", "self_instruct": "Self-Instruct prompts by M_0",
-}  # fmt: skip
+PROMPT_SOURCES = dict(zip(SOURCES, ("synthetic prompts", "seed prompts", "Self-Instruct prompts by M_0"), strict=True))
 OPPONENT_LABELS = {"initial": "M_0", "previous": "M_t-1"}
-# What form alone wins: M_0's answers with half of their sentences, and when it is asked for long ones.
-FORM_LABELS = {"trimmed": "M_0 trimmed, over M_0", "verbose": "M_0 verbose, over M_0"}
 ENDED_LABELS = {
     "both_ended": "both ended", "only_candidate_ended": "only M_t ended", "only_initial_ended": "only M_0 ended",
     "neither_ended": "neither ended",
@@ -69,7 +66,7 @@ def judge_labels(iterations: Sequence[FinishedIteration]) -> list[str]:
 
 
 def report_notes(iterations: Sequence[FinishedIteration], unfinished: Sequence[str]) -> list[str]:
-    """Sentences about M_t that were not promoted, win rates that are extrapolated, and what the report leaves out."""
+    """Sentences about M_t that were not promoted, win rates that would be extrapolated, and what the report leaves out."""
     notes = [
         f"model_checkpoint[{iteration.key}] has no training log with rewards: its curves are missing."
         for iteration in iterations
@@ -91,7 +88,7 @@ def _extrapolations(iteration: FinishedIteration) -> Iterator[str]:
             yield (
                 f"Iteration {iteration.key}, M_t over {OPPONENT_LABELS[str(alike.over)]}: {alike.value:.0f} of {alike.n} pairs of "
                 f"answers are alike in length (ratio 0.8 to 1.25), fewer than {FEWEST_ALIKE} and than half, so the "
-                "length-controlled win rate is extrapolated and says little."
+                "length-controlled win rate would be extrapolated and is left out."
             )
 
 
@@ -202,7 +199,7 @@ def _held_out(judges: Sequence[str]) -> Iterator[tuple[str, str, Cell]]:
     for judge in judges:
         for opponent, shown in OPPONENT_LABELS.items():
             yield from _win_rates(judge, opponent, f"{judge}, over {shown}")
-        for model, shown in FORM_LABELS.items():
+        for model, shown in ((form, f"M_0 {form}, over M_0") for form in FORMS):
             who = {"of": model, "over": "initial", "by": judge}
             yield "Held-out", f"{judge}, {shown}: win rate, 95 % interval", metric_cell("win_rate", rate_text, **who)
             less = metric_cell("win_rate_gain", gain_text, "candidate", over=model, by=judge)

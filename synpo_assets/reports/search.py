@@ -9,7 +9,15 @@ from resources.settings.sections import flattened
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.texts import MISSING, gain_text, number_text, rate_text, share_text
 
-HEAD = ("settings", "on dev, 95 % interval", "dev prompts", "loss", "reward accuracy", "minutes", "")
+HEAD = (
+    "settings",
+    "on dev, 95 % interval",
+    "prompts, or templates of instructions",
+    "loss",
+    "reward accuracy",
+    "minutes",
+    "",
+)
 
 
 def recorded_search(manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:

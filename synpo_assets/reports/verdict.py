@@ -3,7 +3,7 @@
 They claim no more than intervals show. A judge prefers M_t if a 95 % interval lies above one half, for answers as they are and
 for answers of equal length, and above what M_0's own answers win in another form; and if the judge is right about gold more
 often than length alone. That M_t is better takes a figure without a judge besides: more instructions followed than by M_0 and by
-every null.
+every null. That it is worse takes the same, but for the forms.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import dataclasses
 from resources.judging.judge_choice import INDEPENDENT
 from synpo_assets.graph.boosting import (
     AT_CHANCE,
+    FORMS,
     NULL_LABELS,
     PROMOTED,
     gains_over_nulls,
@@ -22,7 +23,6 @@ from synpo_assets.graph.texts import MISSING, gain_text, rate_text
 from synpo_assets.reports.finished import FinishedIteration
 
 HALF = 0.5
-FORMS = {"trimmed": "cut to half of their sentences", "verbose": "given when it is asked for long ones"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +46,23 @@ def _by_judge(newest: FinishedIteration) -> str:
     if rate is None or rate.low is None or rate.high is None:
         return f"Whether {t} is better than M_0 is not known: no independent judge's win rate with an interval was recorded."
     found = f"the independent judge prefers its answers in {rate_text(rate)} of {rate.n} test prompts"
-    if rate.high < HALF:
-        return f"{t} is worse than M_0: {found}, and the interval lies below one half."
-    if rate.low <= HALF:
+    if rate.low <= HALF <= rate.high:
         return f"{t} is not shown to be better than M_0: {found}, and the interval includes one half."
-    if controlled is None or controlled.low is None or newest.extrapolated:
-        return f"{t} wins more often than M_0, and length may be all of it: {found}, and too few of them are of like length."
+    wins_less = rate.high < HALF
+    by_length = f"{t} wins {'less' if wins_less else 'more'} often than M_0, and length may be all of it: {found}"
+    if controlled is None or controlled.low is None or controlled.high is None:
+        return f"{by_length}, and too few of them are of like length."
     equal = f"at equal length in {rate_text(controlled)}"
-    if controlled.low <= HALF:
-        return f"{t} wins more often than M_0, and length may be all of it: {found}, {equal}, which does not exclude one half."
+    if controlled.high >= HALF if wins_less else controlled.low <= HALF:
+        return f"{by_length}, {equal}, which does not lie {'below' if wins_less else 'above'} one half."
     if newest.no_better_than_length is not None:
-        return f"{t} wins more often than M_0, and length may be all of it: {found}, {equal}. {newest.no_better_than_length}"
+        return f"{by_length}, {equal}. {newest.no_better_than_length}"
+    if wins_less:
+        return (
+            f"{t} is worse than M_0: {found}, {equal}."
+            if _follows_less(newest)
+            else f"A judge prefers M_0 to {t}, and nothing else shows that it is worse: {found}, {equal}."
+        )
     if (null := _null_not_beaten(newest)) is not None:
         return f"{t} wins more often than M_0, and form may be all of it: {found}, {equal}, and {null}."
     preferred = f"{found}, {equal}, and more often than M_0's own answers {_beaten(newest)}"
@@ -72,8 +78,9 @@ def _without_judge(newest: FinishedIteration) -> str:
     if gain is None or gain.value is None:
         return "No figure without a judge was recorded."
     null = "".join(f", and with {NULL_LABELS[str(each.over)]}, {gain_text(each)}" for each in over_nulls[:1])
-    is_less = gain.high is not None and gain.high < 0
-    shown = "" if _follows_more(newest) else ": fewer are followed" if is_less else ": no gain is shown"
+    is_certain = all(each.low is not None for each in (gain, *over_nulls))
+    no_gain = ": fewer are followed" if _follows_less(newest) else ": no gain is shown" if is_certain else ""
+    shown = "" if _follows_more(newest) else no_gain
     return f"Without a judge, instructions followed compared with M_0: {gain_text(gain)}{null}{shown}."
 
 
@@ -81,6 +88,12 @@ def _follows_more(newest: FinishedIteration) -> bool:
     """Whether M_t follows more instructions than M_0 and than every null."""
     gains = [instructions_gain(newest.metrics), *gains_over_nulls(newest.metrics)]
     return len(gains) > 1 and all(gain is not None and gain.low is not None and gain.low > 0 for gain in gains)
+
+
+def _follows_less(newest: FinishedIteration) -> bool:
+    """Whether M_t follows fewer instructions than M_0."""
+    gain = instructions_gain(newest.metrics)
+    return gain is not None and gain.high is not None and gain.high < 0
 
 
 def _null_not_beaten(newest: FinishedIteration) -> str | None:
@@ -91,8 +104,11 @@ def _null_not_beaten(newest: FinishedIteration) -> str | None:
         # Of answers of one sentence there is nothing to leave out, and nothing to compare with.
         if null == "trimmed" and not gain.n:
             continue
-        if gain.low is None or gain.low <= 0:
-            return f"M_0's own answers, {FORMS[null]}, win so often that M_t has {gain_text(gain)} more, over {gain.n} prompts"
+        more = f"{gain_text(gain)} more, over {gain.n} prompts"
+        if gain.low is None:
+            return f"M_t has over M_0's own answers, {FORMS[null]}, {more}"
+        if gain.low <= 0:
+            return f"M_0's own answers, {FORMS[null]}, win so often that M_t has {more}"
     return None
 
 
@@ -110,19 +126,18 @@ def cards(newest: FinishedIteration) -> list[Card]:
     """The win rate over M_0 as it is and at equal length, instructions followed, and whether M_t was promoted."""
     gain, over_nulls = instructions_gain(newest.metrics), gains_over_nulls(newest.metrics)
     null = "".join(f"; less {NULL_LABELS[str(each.over)]} {gain_text(each)}" for each in over_nulls[:1])
-    extrapolated = ", extrapolated" if newest.extrapolated else ""
     return [
         _card("Win rate over M_0", win_rate(newest.metrics), newest),
-        _card("The same at equal length", win_rate(newest.metrics, controlled=True), newest, extrapolated),
+        _card("The same at equal length", win_rate(newest.metrics, controlled=True), newest),
         Card("Instructions followed", *_parts(gain_text(gain), f"M_t less M_0, checked by a program{null}")),
         Card("Promoted", PROMOTED[newest.metrics.promoted], "by the gate, on the dev split"),
     ]
 
 
-def _card(label: str, rate: Metric | None, newest: FinishedIteration, remark: str = "") -> Card:
+def _card(label: str, rate: Metric | None, newest: FinishedIteration) -> Card:
     if newest.judge_doubt is not None:
         return Card(label, MISSING, AT_CHANCE)
-    return Card(label, *_parts(rate_text(rate), f"95 % interval{remark}"))
+    return Card(label, *_parts(rate_text(rate), "not measured" if rate_text(rate) == MISSING else "95 % interval"))
 
 
 def _parts(text: str, what: str) -> tuple[str, str]:

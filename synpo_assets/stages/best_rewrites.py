@@ -6,8 +6,8 @@ the scorer is chosen among those whose length is that of the rejected answer, wi
 if there is none, the nearest in length. A single rewrite is often far from what the policy would write, and longer or shorter
 than the rejected answer: preference optimization then learns length before content, and every pair pulls with full weight.
 R_t has learned to change answers, and may change right ones too: with `response_improver.own_answers` what M_{t-1} answered is
-chosen where the rules of the prompt put it above every rewrite, or the scorer above those of like length. At t = 1 it is the
-rejected answer, and is not.
+chosen where it is above every rewrite, by the rules of the prompt, or by the scorer and no less alike in length. At t = 1 it is
+the rejected answer, and is not.
 The first sample is the one in refined_responses. As for ranked samples, the scorer gives margins over the first sample, so
 that a pair ranker needs no reading of every two.
 """
@@ -27,7 +27,7 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.ranking import beside_first, best_of_like_length, is_rejected, repeated_prompts
 from synpo_assets.method.responses import response_table
-from synpo_assets.method.templates import improver_instruction
+from synpo_assets.method.templates import rewrite_requests
 from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone, scored_answers
 
 
@@ -119,8 +119,7 @@ def _further_rewrites(
     options = services.settings.response_improver
     base = base_responses.select("prompt_id", "prompt", "response", base_response_id="response_id")
     further = repeated_prompts(base, options.samples, "base_response_id").filter(pl.col("sample") > 1)
-    rows = further.select("sample_id", "prompt", "response").iter_rows()
-    requests = ((sample_id, improver_instruction(prompt, response)) for sample_id, prompt, response in rows)
+    requests = rewrite_requests(further, "sample_id")
     written, usage = services.language_model.answer(response_improver, requests, options.sampling)
     rewritten = response_table(further.drop("response"), written, response_improver.sha, iteration_of(context))
     return rewritten, usage

@@ -34,7 +34,7 @@ from synpo_assets.graph.stage import Stage
 from synpo_assets.method.edits import damaged_copies
 from synpo_assets.method.judging import ANOTHER_GOLD, other_answers
 from synpo_assets.method.responses import answers_that_follow, response_table
-from synpo_assets.method.templates import Message, improver_instruction
+from synpo_assets.method.templates import Message, improver_instruction, rewrite_requests
 from synpo_assets.method.verifiable import both_follow, preferred
 from synpo_assets.stages.responses import answer_prompts
 from synpo_assets.stages.scorers import comparison_tokens, scored_answers
@@ -212,9 +212,7 @@ def refined_responses(
     above that of the policy, whose answers it was shown.
     """
     base = base_responses.select("prompt_id", "prompt", "response", base_response_id="response_id")
-    rows = base.select("base_response_id", "prompt", "response").iter_rows()
-    requests = ((response_id, improver_instruction(prompt, response)) for response_id, prompt, response in rows)
-    sampling = services.settings.response_improver.sampling
+    requests, sampling = rewrite_requests(base, "base_response_id"), services.settings.response_improver.sampling
     written, usage = services.language_model.answer(response_improver, requests, sampling)
     frame = response_table(base.drop("response"), written, response_improver.sha, iteration_of(context))
     measured = [*_rewriting_metrics(synthetic_prompts, base_responses, frame), *metrics.generating(usage)]

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import itertools
 import os
-import random
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,7 +43,16 @@ from synpo_assets.graph.tables import check
 from synpo_assets.method.chat_rows import unwritable
 from synpo_assets.method.keywords import Keywords, keyword_set, paragraph_keyword_sets, paragraphs_of
 from synpo_assets.method.row_lengths import OVER_CONTEXT, Room, length_problem, rendering_problem
-from synpo_assets.method.seed import HELD_OUT, BadRow, most_frequent, overlapping_rows, rows_of_templates, seed_rows
+from synpo_assets.method.seed import (
+    HELD_OUT,
+    BadRow,
+    most_frequent,
+    overlapping_rows,
+    rows_of_templates,
+    sample,
+    seed_rows,
+    template_of,
+)
 from synpo_assets.method.verifiable import instruction_rows
 
 # A second's work, so that a small corpus starts no processes.
@@ -202,7 +210,7 @@ def seed_table(settings: Settings, weights: str | None = None) -> tuple[pl.DataF
         )
     chosen: list[dict[str, Any]] = []
     for split, count in _split_sizes(settings, len(left), bad).items():
-        rows = _sample(left, count, f"{settings.random_seed}:{split}")
+        rows = sample(left, count, f"{settings.random_seed}:{split}")
         chosen += [row | {"split": split} for row in rows]
         read = {row["prompt_id"] for row in rows}
         left = [row for row in left if row["prompt_id"] not in read]
@@ -223,7 +231,7 @@ def _without(rows: list[dict[str, Any]], bad: Sequence[BadRow]) -> list[dict[str
 def _dev_and_test(held_out: list[dict[str, Any]], settings: Settings) -> tuple[list[dict[str, Any]], list[BadRow]]:
     """The held-out rows that are used, in two splits, and the dev rows that repeat a prompt of test and are left out."""
     rows = _with_splits(
-        _sample(held_out, settings.seed_data.held_out_limit, f"{settings.random_seed}:held_out"), settings
+        sample(held_out, settings.seed_data.held_out_limit, f"{settings.random_seed}:held_out"), settings
     )
     dev, test = ([row for row in rows if row["split"] == split] for split in HELD_OUT)
     ngram = settings.prompt_generator.decontamination_ngram
@@ -234,8 +242,7 @@ def _dev_and_test(held_out: list[dict[str, Any]], settings: Settings) -> tuple[l
 def verifiable_table(settings: Settings, weights: str | None = None) -> tuple[pl.DataFrame, list[BadRow]]:
     """The validated verifiable instructions, none if `seed_data.verifiable` is not stated, and the rows that were dropped."""
     rows, bad = _instructions(settings, weights)
-    # Whatever JSON holds may name a template, as where it is looked for in other splits.
-    rows = [row | {"template": row["prompt_id"] if row["template"] is None else repr(row["template"])} for row in rows]
+    rows = [row | {"template": template_of(row)} for row in rows]
     return pl.DataFrame(rows, schema=VerifiableInstructions.empty().schema), bad
 
 
@@ -248,7 +255,7 @@ def _instructions(settings: Settings, weights: str | None) -> tuple[list[dict[st
     rows, long = _that_fit([row | {"split": "verifiable"} for row in rows], settings, weights)
     bad = [*(BadRow("verifiable", line, reason) for line, reason in refused), *long]
     rows = _with_splits(
-        _sample(rows, settings.seed_data.verifiable_limit, f"{settings.random_seed}:verifiable"), settings
+        sample(rows, settings.seed_data.verifiable_limit, f"{settings.random_seed}:verifiable"), settings
     )
     dev, test = ([row for row in rows if row["split"] == split] for split in HELD_OUT)
     if any(row["stated_split"] for row in rows):
@@ -305,11 +312,14 @@ def _first(rows: Sequence[BadRow]) -> str:
 
 
 def _with_splits(rows: list[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
-    """Rows that evaluations read, each in the split that it states, the others in dev or test, of which both have some."""
-    free = [row for row in rows if not row.get("stated_split")]
+    """Rows that evaluations read, each in the split that it states, the others in dev or test, of which both have some.
+
+    Those of one template go together: whoever knows one of them knows the others.
+    """
+    free = list(dict.fromkeys(template_of(row) for row in rows if not row.get("stated_split")))
     count = min(max(round(settings.seed_data.dev_share * len(free)), 1), max(len(free) - 1, 0))
-    dev = {row["prompt_id"] for row in _sample(free, count, f"{settings.random_seed}:dev")}
-    return [row | {"split": row.get("stated_split") or ("dev" if row["prompt_id"] in dev else "test")} for row in rows]
+    dev = set(sample(free, count, f"{settings.random_seed}:dev"))
+    return [row | {"split": row.get("stated_split") or ("dev" if template_of(row) in dev else "test")} for row in rows]
 
 
 def _split_sizes(settings: Settings, usable: int, bad: Sequence[BadRow]) -> dict[str, int]:
@@ -331,10 +341,3 @@ def _split_sizes(settings: Settings, usable: int, bad: Sequence[BadRow]) -> dict
     for split in sorted(wishes, key=lambda split: wishes[split]):
         aside[split] = min(wishes[split], (spare - sum(aside.values())) // (len(wishes) - len(aside)))
     return {"train": min(wanted, usable - sum(aside.values()))} | {split: aside[split] for split in wishes}
-
-
-def _sample(rows: list[dict[str, Any]], limit: int | None, random_seed: str) -> list[dict[str, Any]]:
-    """A random subset in the original order; all rows without a limit."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[place] for place in sorted(random.Random(random_seed).sample(range(len(rows)), limit))]
