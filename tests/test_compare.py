@@ -58,6 +58,11 @@ def test_it_shows_what_differs_and_what_came_of_it(homes, tmp_path):
     assert max(map(len, result.output.splitlines())) <= 100
     assert "random_seed" in result.output
     assert "max_iterations" not in result.output
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines() if line.startswith("│")
+    ]
+    assert ["win rate over M_0", "60.0%", "70.0%", "60.0%"] in rows
+    assert ["tokens trained", "3,000", "3,000", "3,000"] in rows
     figures = pl.read_csv(file, schema_overrides={"iteration": pl.String})
     assert figures["home"].to_list() == [str(homes[0]), str(homes[0]), str(homes[1])]
     assert figures["iteration"].to_list() == ["0001", "0002", "0001"]

@@ -43,7 +43,7 @@ def _value(
     return lambda iteration: iteration.metrics.value(metric, of, **which)
 
 
-# Of each column: its value, and how it is written.
+# Of each figure: its value, and how it is written.
 COLUMNS: dict[str, tuple[Callable[[FinishedIteration], float | None], str]] = {
     "win rate over M_0": (_value("win_rate", "candidate", over="initial", by=INDEPENDENT), "{:.1%}"),
     "both answers ended": (_value("win_rate_both_ended", "candidate", over="initial", by=INDEPENDENT), "{:.1%}"),
@@ -106,17 +106,14 @@ def print_comparison(homes: Sequence[Path], open_experiment: Opener, output: Pat
         for number, (place, value) in enumerate(zip(where, values, strict=True)):
             settings.add_row("" if number else name, Text(visible(str(place))), Text(visible(value)))
     console.print(settings if differing else "All settings are the same.")
-    table = Table(title="Finished iterations, rewards of held-out prompts", title_justify="left", padding=0)
-    for name in ("home", "t")[len(homes) == 1 :]:
-        table.add_column(name, overflow="fold")
-    shown = {name: form for name, (_, form) in COLUMNS.items() if figures[name].null_count() < figures.height}
-    for name in shown:
+    table = Table("", title="Finished iterations, rewards of held-out prompts", title_justify="left")
+    for home, iteration in figures.select("home", "iteration").iter_rows():
+        name = f"M_{int(iteration)}" if len(homes) == 1 else f"{visible(home)} M_{int(iteration)}"
         # Folded, because a number whose end is cut off would be a wrong one.
-        table.add_column(name, justify="right", overflow="fold")
-    for home, iteration, *values in figures.select("home", "iteration", *shown).iter_rows():
-        cells = (MISSING if value is None else form.format(value)
-                 for form, value in zip(shown.values(), values, strict=True))  # fmt: skip
-        table.add_row(*[Text(visible(home))][len(homes) == 1 :], iteration.lstrip("0"), *cells)
+        table.add_column(Text(name), justify="right", overflow="fold")
+    for name, (_, form) in COLUMNS.items():
+        if figures[name].null_count() < figures.height:
+            table.add_row(name, *(MISSING if value is None else form.format(value) for value in figures[name]))
     console.print(table)
     if output is not None:
         with writing(output):
