@@ -741,7 +741,7 @@ def test_what_was_measured_of_an_earlier_m_t_is_left_out(instance, services):
 
 def test_without_a_finished_iteration_it_says_what_to_do(instance, services):
     make_iteration(instance, services, 1, without=("evaluation",))
-    with pytest.raises(FinalError, match="materialize an iteration up to its evaluation first"):
+    with pytest.raises(FinalError, match="materialize one up to its evaluation first"):
         report(instance, services)
     assert not (services.home / "reports").exists()
 

@@ -97,10 +97,8 @@ def self_instruct_prompts(
     usages: list[Usage] = []
 
     def write(drawn: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        requests = [
-            (f"self-instruct {row['number']}", self_instruct_instruction([shown[name] for name in row["example_ids"]]))
-            for row in drawn
-        ]
+        examples = {f"self-instruct {row['number']}": [shown[name] for name in row["example_ids"]] for row in drawn}
+        requests = ((row_id, self_instruct_instruction(texts)) for row_id, texts in examples.items())
         written, usage = services.language_model.answer(initial_policy, requests, settings.self_instruct_sampling)
         usages.append(usage)
         return written.with_columns(text=whole_answers(written)).to_dicts()
@@ -109,12 +107,8 @@ def self_instruct_prompts(
     # There may be no rows, from a model that writes nothing: prompt_diversity then goes without the baseline.
     rows = [{**row, "checkpoint_sha": initial_policy.sha} for row in kept]
     frame = pl.DataFrame(rows, schema=SelfInstructPrompts.empty().schema)
-    measured = [
-        Metric("prompts_wanted", wanted),
-        Metric("sources_used", used),
-        *(Metric("dropped", count, of=reason) for reason, count in tasks.dropped.items()),
-        *metrics.generating(*usages),
-    ]
+    dropped = [Metric("dropped", count, of=reason) for reason, count in tasks.dropped.items()]
+    measured = [Metric("prompts_wanted", wanted), Metric("sources_used", used), *dropped, *metrics.generating(*usages)]
     return table_output(context, services, frame, measured, **made_by(initial_policy))
 
 

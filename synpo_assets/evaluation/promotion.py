@@ -22,7 +22,7 @@ import polars as pl
 from resources.common.errors import FinalError
 from resources.common.text import asset_label
 from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
-from resources.settings.evaluation import RULE_GAIN, GateMetric
+from resources.settings.evaluation import RULE_GAIN, Gate, GateMetric
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.history import last_quarter
 from synpo_assets.graph.boosting import boosting_table
@@ -80,13 +80,9 @@ def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Serv
     if OF_PROMPTS & (gate.minimum.keys() | gate.maximum.keys()):
         refuse_other_prompts(context.instance, judged)
     answers = services.tables.read("evaluation", context.partition_key).filter(split="dev")
-    log = services.checkpoints.training_log("model_checkpoint", context.partition_key)
-    certain = lowest_rates(answers, gate.error_rate, services.settings.random_seed)
-    values = gate_metrics(measured) | certain | training_metrics(log)
-    unmeasured = {name: TOO_FEW_ALIKE for name in (CONTROLLED, CONTROLLED_LOW) if values[name] is None}
-    # A judge that cannot judge has measured nothing.
-    unmeasured |= dict.fromkeys(BY_JUDGE, doubted.rstrip(".")) if doubted else {}
-    rows = gate_rows(values | dict.fromkeys(unmeasured), gate.minimum, gate.maximum, unmeasured)
+    values = gate_metrics(measured) | lowest_rates(answers, gate.error_rate, services.settings.random_seed)
+    values |= training_metrics(services.checkpoints.training_log("model_checkpoint", context.partition_key))
+    rows = judged_by_gate(gate, values, doubted)
     sentence = verdict(rows, judged.label, asset_label("policy", partition_key(iteration_of(context) + 1)))
     promoted = all(row["passed"] for row in rows)
     if promoted:
@@ -101,6 +97,14 @@ def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Serv
     boosting = boosting_table(context, services, [outcome], doubted)
     shown = {"boosting": boosting, "verdict": sentence, "next": next_policy(context), "power": power}
     return table_output(context, services, frame, [outcome], **shown, **made_by(judged))
+
+
+def judged_by_gate(gate: Gate, values: Mapping[str, float | None], doubted: str | None) -> list[dict[str, Any]]:
+    """A row for each limit of the gate, with the value and whether it passes; `doubted` is why the judge's word says nothing."""
+    unmeasured = {name: TOO_FEW_ALIKE for name in (CONTROLLED, CONTROLLED_LOW) if values[name] is None}
+    # A judge that cannot judge has measured nothing.
+    unmeasured |= dict.fromkeys(BY_JUDGE, doubted.rstrip(".")) if doubted else {}
+    return gate_rows({**values, **dict.fromkeys(unmeasured)}, gate.minimum, gate.maximum, unmeasured)
 
 
 def refuse_other_evaluation(measured: Metrics, judged: Checkpoint) -> None:

@@ -123,10 +123,7 @@ def evaluation(
     )
     measured += [*by_split, *metrics.generating(usage), *metrics.scoring(rewarding, *judging)]
     doubt = judge_doubt(services.metrics)
-    boosting = boosting_table(context, services, measured, doubt)
-    tables = {
-        name: table_metadata(_without_doubtful(table) if doubt else table) for name, table in counted["test"].items()
-    }
+    boosting, tables = boosting_table(context, services, measured, doubt), _tables(counted["test"], doubt)
     shown = {"boosting": boosting, **tables, "judges": "; ".join(labels.values()), "score_convention": convention}
     shown |= doubted_rates(measured, doubt)
     return table_output(context, services, frame, measured, **shown, **made_by(model_checkpoint))
@@ -189,10 +186,11 @@ def _rewards(services: Services, texts: pl.DataFrame) -> tuple[list[pl.Series], 
     return [value.alias(name) for name, value in values.items()], candidate.convention, candidate.usage + gold.usage
 
 
-def _without_doubtful(table: pl.DataFrame) -> pl.DataFrame:
-    """The table without the rates of the independent judge; its counts stay."""
+def _tables(counted: Mapping[str, pl.DataFrame], doubt: str | None) -> dict[str, dg.TableMetadataValue]:
+    """What the judges say, as tables; without the rates of the independent judge where it is in doubt, whose counts stay."""
     rates = pl.col(pl.Float64)
-    return table.with_columns(pl.when(pl.col("label") != INDEPENDENT).then(rates))
+    certain = pl.when(pl.col("label") != INDEPENDENT).then(rates) if doubt else rates
+    return {name: table_metadata(table.with_columns(certain)) for name, table in counted.items()}
 
 
 def doubted_rates(measured: Sequence[Metric], doubt: str | None) -> dict[str, str]:

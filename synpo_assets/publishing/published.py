@@ -54,24 +54,14 @@ def published_dataset(context: dg.AssetExecutionContext, services: dg.ResourcePa
 
     `published_to` says where it went; with a dry run, only into the home. Read the `card` first.
     """
-    settings, options = services.settings, services.settings.publishing
+    options = services.settings.publishing
     check_destination(options, "dataset")
     keys, _ = iterations_of(context.instance, services)
     if not keys:
         raise FinalError("No iteration is finished, so there are no pairs to publish: materialize an iteration first.")
     iterations = [read_iteration(context.instance, services, key) for key in keys]
     pairs = pl.concat([iteration.pairs for iteration in iterations])
-    unused = set() if settings.trains_improver else {"response_improver"}
-    card = dataset_card(
-        _card_data(services, iterations, options.dataset_repository),
-        pairs=pairs,
-        columns={name: str(column.description) for name, column in PreferencePairs.to_schema().columns.items()},
-        writers=list(_writers(services, iterations)),
-        ranked_samples=None if settings.trains_improver else settings.preferences.ranked_samples,
-        rewrites=settings.response_improver.samples,
-        own_answers=settings.response_improver.own_answers,
-        settings=settings.model_dump(include=CARD_SETTINGS, exclude=unused),
-    )
+    card = _dataset_card(services, iterations, pairs)
 
     def build(folder: Path) -> None:
         (folder / "data").mkdir()
@@ -103,14 +93,7 @@ def published_model(
     if failed := failed_checks(context.instance, services.graph, "model_checkpoint", key):
         raise FinalError(f"{model_checkpoint.label} did not pass its blocking checks ({', '.join(failed)}).")
     repository = f"{options.model_repository}-iteration-{iteration_of(context)}" if options.model_repository else None
-    keys = [each for each in iterations_of(context.instance, services)[0] if each <= key]
-    if key not in keys:
-        evaluation = asset_label("evaluation", key)
-        raise FinalError(
-            f"{model_checkpoint.label} was not evaluated since it was made, or its pairs were made again since, so its card would "
-            f"tell of another model: materialize {evaluation} first, and before it, if the pairs are new, {model_checkpoint.label}."
-        )
-    iterations = [read_iteration(context.instance, services, each) for each in keys]
+    iterations = _iterations_up_to(context.instance, services, model_checkpoint)
     data = _card_data(services, iterations, repository)
     card = model_card(
         data,
@@ -125,6 +108,39 @@ def published_model(
     to = publish(options, place, name, repository, "model", ["*.safetensors", "adapter/*"])
     version = model_checkpoint.sha[:16]
     return _result(context, services, place, card, to, version, [], sha=model_checkpoint.sha)
+
+
+def _dataset_card(services: Services, iterations: Sequence[FinishedIteration], pairs: pl.DataFrame) -> str:
+    """The card of the pairs of these iterations, with the settings as they are."""
+    settings = services.settings
+    return dataset_card(
+        _card_data(services, iterations, settings.publishing.dataset_repository),
+        pairs=pairs,
+        columns={name: str(column.description) for name, column in PreferencePairs.to_schema().columns.items()},
+        writers=list(_writers(services, iterations)),
+        ranked_samples=None if settings.trains_improver else settings.preferences.ranked_samples,
+        rewrites=settings.response_improver.samples,
+        own_answers=settings.response_improver.own_answers,
+        settings=settings.model_dump(
+            include=CARD_SETTINGS, exclude=set() if settings.trains_improver else {"response_improver"}
+        ),
+    )
+
+
+def _iterations_up_to(instance: dg.DagsterInstance, services: Services, model: Checkpoint) -> list[FinishedIteration]:
+    """The finished iterations that led to M_t, its own last.
+
+    Raises:
+        FinalError: Its own is not finished, so what was measured is about another M_t.
+    """
+    key = str(model.partition)
+    keys = [each for each in iterations_of(instance, services)[0] if each <= key]
+    if key not in keys:
+        raise FinalError(
+            f"{model.label} was not evaluated since it was made, or its pairs were made again since, so its card would tell "
+            f"of another model: materialize {asset_label('evaluation', key)} first, and before it, for new pairs, {model.label}."
+        )
+    return [read_iteration(instance, services, each) for each in keys]
 
 
 def _adapter_of(model: Checkpoint) -> Path:

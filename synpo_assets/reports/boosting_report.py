@@ -49,14 +49,12 @@ def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourcePara
     """
     finished, unfinished = iterations_of(context.instance, services)
     if not finished:
-        raise FinalError(
-            "No iteration is finished, so there is nothing to report: materialize an iteration up to its evaluation first."
-        )
+        raise FinalError("No iteration is finished: materialize one up to its evaluation first, and there is a report.")
     iterations = [read_iteration(context.instance, services, key) for key in finished]
     page = page_of(services, iterations, unfinished)
     path, version = services.home / FOLDER / REPORT, _content_version(page)
     write_atomically(path, page.html().encode())
-    pictures = [f"![{plot.description}]({plot.data_uri})" for plot in page.plots.values()]
+    pictures = "\n\n".join(f"![{plot.description}]({plot.data_uri})" for plot in page.plots.values())
     tracked = track(services.home, services.settings, iterations, path)
     return written_output(
         context,
@@ -66,7 +64,7 @@ def boosting_report(context: dg.AssetExecutionContext, services: dg.ResourcePara
         # An address below that of the UI (cli/webserver.py); the version makes a browser ask for the newest.
         report=dg.MetadataValue.url(f"/{FOLDER}/{path.name}?{version}"),
         verdict=" ".join(verdict(iterations[-1])),
-        plots=dg.MetadataValue.md("\n\n".join(pictures)),
+        plots=dg.MetadataValue.md(pictures),
         path=dg.MetadataValue.path(path),
         iterations=", ".join(finished),
         notes=" ".join(page.notes) or "none",
