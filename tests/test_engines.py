@@ -175,12 +175,12 @@ def test_an_adapter_of_another_base_is_refused(moved_checkpoint, adapted_checkpo
         adapter_of(moved_checkpoint)
 
 
-def test_what_follows_a_stop_text_is_padding_and_is_not_counted():
+def test_what_follows_a_stop_text_or_an_end_is_not_counted():
     tokenizer = nano_tokenizer()
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     written = tokenizer("Yes<question>", add_special_tokens=False).input_ids
     stopped = completion(
-        "a", 3, [*written, pad, pad], Sampling(max_new_tokens=9, stop=["<question>"]), tokenizer, [end]
+        "a", 3, [*written, *written, pad], Sampling(max_new_tokens=9, stop=["<question>"]), tokenizer, [end]
     )
     assert (stopped.text, stopped.output_tokens, stopped.finish_reason) == ("Yes<question>", len(written), "stop")
     ended = completion("a", 3, [*written, end, pad], Sampling(max_new_tokens=9), tokenizer, [end])

@@ -151,6 +151,18 @@ def test_writing_stops_at_a_stop_text(tmp_path, nano_checkpoint):
     assert (stopped["finish_reason"] == "stop").all()
 
 
+def test_a_stop_text_that_begins_in_the_prompt_is_none(tmp_path, nano_checkpoint):
+    whole, _ = model(tmp_path / "a").answer(nano_checkpoint, PROMPTS, SAMPLING)
+    first = whole["text"][0][0]
+    # The template writes a line end before an answer.
+    stop = f"\n{first}"
+    sampling = SAMPLING.model_copy(update={"stop": [stop]})
+    stopped, _ = model(tmp_path / "b").answer(nano_checkpoint, PROMPTS, sampling)
+    assert 0 < whole["text"].str.starts_with(first).sum() < whole.height
+    parts = [text.partition(stop) for text in whole["text"]]
+    assert stopped["text"].to_list() == [before + found for before, found, _ in parts]
+
+
 def test_a_prompt_beyond_the_context_is_refused_with_the_setting(tmp_path, nano_checkpoint):
     too_long = [("long", [{"role": "user", "content": "word " * 3000}])]
     with pytest.raises(FinalError, match=r"exceed the model's context of 1024 tokens: lower sampling\.max_new_tokens"):

@@ -1,5 +1,6 @@
 """Where a completion ends and what its text is: the same for every engine that gives token ids."""
 
+import bisect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,24 +27,27 @@ def completion(
     tokenizer: "PreTrainedTokenizerBase",
     ends: Sequence[int],
 ) -> Completion:
-    """Makes a completion of the tokens that a model wrote, where what follows the first of `ends` is padding."""
+    """Makes a completion of the tokens that a model wrote; what follows the first of `ends`, or a stop text, does not count."""
     end = next((place for place, token in enumerate(token_ids) if token in ends), None)
     kept = token_ids if end is None else token_ids[: end + 1]
     text = tokenizer.decode(kept, skip_special_tokens=True)
-    stopped = end is not None
-    for stop in sampling.stop:
-        if stop in text:
-            text = text[: text.index(stop) + len(stop)]
-            stopped = True
-            # A row that hit a stop text has no end token, only padding up to the longest row of its batch.
-            while kept[-1] == tokenizer.pad_token_id:
-                kept = kept[:-1]
+    stopped = any(stop in text for stop in sampling.stop)
+    if stopped:
+        for stop in sampling.stop:
+            if stop in text:
+                text = text[: text.index(stop) + len(stop)]
+
+        def has_all(length: int) -> bool:
+            return tokenizer.decode(kept[:length], skip_special_tokens=True).startswith(text)
+
+        # The token that completes the stop text is the last one, as vLLM counts.
+        kept = kept[: bisect.bisect_left(range(len(kept)), True, key=has_all)]
     return Completion(
         key=key,
         text=text,
         input_tokens=input_tokens,
         output_tokens=len(kept),
-        finish_reason="stop" if stopped else "length",
+        finish_reason="length" if end is None and not stopped else "stop",
     )
 
 

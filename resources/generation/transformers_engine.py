@@ -75,7 +75,7 @@ class TransformersEngine:
         asked, most = written.shape[1], sampling.max_new_tokens
         seeds = torch.tensor([request.seed for request in batch], device=device)
         ends = torch.tensor(self._end_ids, device=device)
-        waiting, finished, write = list(batch), dict[int, Completion](), self._writer(cache, sampling)
+        waiting, finished, write = list(batch), dict[int, Completion](), self._writer(cache)
         # A batch may take minutes on a CPU, and only then its completions are counted.
         with Progress(most, f"tokens at most, of {len(batch)} answers each", logger) as progress:
             while waiting:
@@ -88,7 +88,8 @@ class TransformersEngine:
                         max_new_tokens=min(PIECE, left),
                     )
                 last = written.shape[1] - asked >= most
-                # A stop text shows in the decoded text alone; without one, only what has ended is decoded.
+                # A stop text shows in the decoded text alone; without one, only what has ended is decoded. transformers would
+                # look in prompts too, and fill up an answer that goes on.
                 ended = torch.isin(written[:, asked:], ends).any(-1)
                 for row in range(len(waiting)) if last or sampling.stop else ended.nonzero().flatten().tolist():
                     key, length, tokens = waiting[row].key, len(waiting[row].token_ids), written[row, asked:].tolist()
@@ -103,7 +104,7 @@ class TransformersEngine:
                 mask = torch.nn.functional.pad(mask, (0, written.shape[1] - mask.shape[1]), value=1)
         return [finished[request.key] for request in batch]
 
-    def _writer(self, cache: "DynamicCache", sampling: Sampling) -> "Callable[..., torch.Tensor]":
+    def _writer(self, cache: "DynamicCache") -> "Callable[..., torch.Tensor]":
         """What writes on: texts padded on the right; the cache holds all of their tokens but the last."""
         return functools.partial(
             self._model.generate,
@@ -115,8 +116,6 @@ class TransformersEngine:
             top_p=None,
             eos_token_id=self._end_ids,
             pad_token_id=self._tokenizer.pad_token_id,
-            stop_strings=sampling.stop or None,
-            tokenizer=self._tokenizer,
         )
 
 
