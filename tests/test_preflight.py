@@ -234,10 +234,14 @@ def test_a_damaged_file_of_a_model_is_said_in_a_sentence(nano_model, tmp_path, f
         fetch_initial_policy(source, trust_remote_code=False)
 
 
-def test_parameters_are_counted_without_loading(nano_model):
+def test_parameters_are_counted_once_without_loading(nano_model, tmp_path):
+    """Also where the weights lie there twice, as in Mistral's repositories."""
     from transformers import AutoModelForCausalLM
 
-    assert parameter_count(nano_model) == AutoModelForCausalLM.from_pretrained(nano_model).num_parameters()
+    twice = shutil.copytree(nano_model, tmp_path / "model")
+    shutil.copy(twice / "model.safetensors", twice / "consolidated.safetensors")
+    parameters = AutoModelForCausalLM.from_pretrained(twice).num_parameters()
+    assert parameter_count(nano_model) == parameter_count(twice) == parameters
 
 
 def test_training_processes_are_checked_before_anything_is_generated(tmp_path):

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from resources.models.chat import end_of_turn_id
+from resources.models.weights import weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -45,7 +46,7 @@ def read_head(model: "PreTrainedModel", weights: str) -> None:
     """
     if not isinstance(getattr(model, HEAD, None), torch.nn.Linear):
         return
-    for file in sorted(Path(weights).glob("*.safetensors")):
+    for file in weight_files(Path(weights)):
         with safe_open(file, "pt") as tensors:
             parts = {
                 name.rpartition(".")[2]: tensors.get_tensor(name).float()

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from resources.models.weights import weight_files
 from resources.settings.sections import SettingsError
 
 # The family whose tensors are written here, by its name in config.json, which is GGUF's too.
@@ -107,7 +108,7 @@ def _tensors(directory: Path, config: dict[str, Any]) -> Iterator[tuple[str, Any
     kinds = gguf.GGMLQuantizationType
     heads = config["num_attention_heads"]
     permuted = {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads}
-    for file in sorted(directory.glob("*.safetensors")):
+    for file in weight_files(directory):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118
                 if name == "lm_head.weight" and config.get("tie_word_embeddings"):

@@ -13,11 +13,12 @@ from resources.models.chat import ASKED, end_of_turn_id, load_tokenizer, prompt_
 from resources.models.chat_template import refuse_other_text, with_stated_template
 from resources.models.context import text_config
 from resources.models.embeddings import stated_length
-from resources.models.weights import parameter_count
+from resources.models.weights import SECOND_COPY, parameter_count, weight_files
 from resources.models.wheel_source import from_wheel, models_folder, wheel_place
 from resources.settings.data import EmbeddingModel, InitialPolicy, ModelSource
 from resources.settings.sections import SettingsError
 from resources.storage.files import has_sha256
+from resources.storage.manifests import MODEL_FILES
 
 SHA256_DIGITS = 64
 logger = logging.getLogger("synpo.models")
@@ -101,7 +102,7 @@ def fetch(
         directory = Path(source.name)
     if not (directory / "config.json").exists():
         raise ModelSourceError(f"{directory} holds no config.json, so no model: check {section}.name.")
-    if not list(directory.glob("*.safetensors")):
+    if not weight_files(directory):
         raise ModelSourceError(
             f"{directory} holds no .safetensors file. Pickled weights can run code and are never loaded: "
             "save the model once with `save_pretrained`, or choose a revision with safetensors."
@@ -183,10 +184,17 @@ def _from_hub(source: ModelSource, section: str, trust_remote_code: bool, compar
         RepositoryNotFoundError,
     )
 
-    files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", *(["*.py"] if trust_remote_code else [])]
+    endings = (*MODEL_FILES, ".py") if trust_remote_code else MODEL_FILES
     try:
-        place = Path(snapshot_download(source.name, revision=source.revision, allow_patterns=files))
-        for file in sorted(place.glob("*.safetensors")) if compares else ():
+        place = Path(
+            snapshot_download(
+                source.name,
+                revision=source.revision,
+                allow_patterns=[f"*{ending}" for ending in endings],
+                ignore_patterns=f"{SECOND_COPY}*",
+            )
+        )
+        for file in weight_files(place) if compares else ():
             if not _is_as_named(file):
                 logger.warning(f"{file.name} of {source.name} is not as it was downloaded, so it is downloaded again.")
                 hf_hub_download(source.name, file.name, revision=source.revision, force_download=True)

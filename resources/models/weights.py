@@ -5,6 +5,14 @@ from pathlib import Path
 
 from resources.common.errors import FinalError
 
+# Begins the names of a second copy of all weights, which Mistral's repositories hold and transformers does not load.
+SECOND_COPY = "consolidated"
+
+
+def weight_files(weights: Path) -> list[Path]:
+    """The safetensors files of a directory that hold its weights."""
+    return [file for file in sorted(weights.glob("*.safetensors")) if not file.name.startswith(SECOND_COPY)]
+
 
 def tensors_not_finite(weights: Path) -> list[str]:
     """Names of the tensors of a model that hold NaN or infinite numbers; one tensor at a time is read.
@@ -15,7 +23,7 @@ def tensors_not_finite(weights: Path) -> list[str]:
     from safetensors import safe_open
 
     found = []
-    for file in sorted(weights.glob("*.safetensors")):
+    for file in weight_files(weights):
         with safe_open(file, framework="pt") as tensors:
             names = list(tensors.keys())
             found += [name for name in names if not torch.isfinite(tensors.get_tensor(name)).all()]
@@ -28,7 +36,7 @@ def parameter_count(weights: Path) -> int:
     Raises:
         FinalError: One of them is damaged.
     """
-    return sum(map(_parameters, weights.glob("*.safetensors")))
+    return sum(map(_parameters, weight_files(weights)))
 
 
 def _parameters(file: Path) -> int:

@@ -17,8 +17,10 @@ from resources.storage.files import AnyPath, file_sha256, has_sha256, json_sha25
 logger = logging.getLogger("synpo.storage")
 
 MANIFEST = "manifest.json"
-# Endings of what transformers and vLLM load with the weights that it lies beside.
-LOADED = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+# Endings of a model's files, but for pickled weights and code.
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")
+# Those of what transformers and vLLM load with the weights that it lies beside.
+LOADED = (*MODEL_FILES, ".bin", ".py")
 
 
 class _File(BaseModel):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from resources.models.weights import weight_files
 from resources.training.job import SurvivingUpdate
 
 
@@ -19,7 +20,7 @@ class _Weights:
 
     def __init__(self, directory: Path) -> None:
         self._files: dict[str, Any] = {}
-        for path in sorted(directory.glob("*.safetensors")):
+        for path in weight_files(directory):
             file = safe_open(path, "pt")
             self._files |= dict.fromkeys(file.keys(), file)
 

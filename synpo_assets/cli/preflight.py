@@ -23,7 +23,7 @@ from resources.models.model_source import (
     fetch_initial_policy,
     refuse_without_classifier,
 )
-from resources.models.weights import parameter_count
+from resources.models.weights import parameter_count, weight_files
 from resources.scoring.published import fetch_reward_model
 from resources.settings.files import refuse_earlier_version
 from resources.settings.machine import Storage
@@ -214,7 +214,7 @@ def disk_needed(settings: Settings) -> int:
     cached = cached_initial_policy(settings.initial_policy)
     if cached is None:
         return ROOM_WITHOUT_MODEL
-    weights = sum(file.stat().st_size for file in cached.glob("*.safetensors"))
+    weights = sum(file.stat().st_size for file in weight_files(cached))
     # Generator, reward model and judge once, improver, policy and candidates per iteration; float32 takes twice bfloat16's room.
     per_iteration = 1 + settings.trains_improver + settings.preference_optimization.equal_steps_control
     search = settings.preference_optimization.search
