@@ -274,6 +274,17 @@ def test_a_bos_that_opens_every_turn_is_no_fault(nano_model, tmp_path):
     refuse_other_text(directory, trust_remote_code=False)
 
 
+def test_a_model_with_a_system_prompt_has_the_files_that_its_directory_has_now(with_prompt, tmp_path):
+    with_prompt("Be brief.")
+    added = tmp_path / "model" / "tokens.txt"
+    for change in (added.touch, added.unlink):
+        change()
+        directory, _ = with_prompt("Be brief.")
+        assert sorted(file.name for file in directory.iterdir() if file.exists()) == sorted(
+            os.listdir(tmp_path / "model")
+        )
+
+
 def test_the_date_is_the_settings(with_prompt):
     directory, _ = with_prompt(None, DATED, template_date="2024-02-29")
     assert "Today is 29 Feb 2024." in prompt_text(load_tokenizer(str(directory)), HELLO)

@@ -57,7 +57,9 @@ def with_stated_template(directory: Path, source: InitialPolicy, folder: Path, t
     _refuse_endless(tokenizer, stated + template, directory)
     if not stated:
         return directory
-    named = hashlib.sha256(json.dumps([str(directory.absolute()), template, stated]).encode()).hexdigest()[:12]
+    # Of files that were added since, or are gone, the links would not know.
+    files = sorted(file.name for file in directory.iterdir())
+    named = hashlib.sha256(json.dumps([str(directory.absolute()), template, stated, files]).encode()).hexdigest()[:12]
     place = folder / f"{directory.name}-{named}"
     if place.exists():
         if (place / TEMPLATE_FILE).is_file() and (place / TEMPLATE_FILE).read_bytes() == (stated + template).encode():
