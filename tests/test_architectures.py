@@ -8,6 +8,7 @@ import transformers
 
 from resources.common.errors import ModelSourceError
 from resources.generation.language_model import LanguageModel
+from resources.generation.transformers_engine import TransformersEngine
 from resources.models.likelihood import AnswerLikelihood
 from resources.models.model_source import fetch_initial_policy, refuse_without_classifier
 from resources.settings.data import InitialPolicy
@@ -18,6 +19,7 @@ from resources.storage.checkpoint_store import Checkpoint
 from resources.training.cpu_sft import only_projects
 from resources.training.trainer import Trainer
 from tests.nano import nano_tokenizer
+from tests.test_engines import requests
 from tests.test_scorer import scorer
 from tests.test_training import EXAMPLES, PAIRED, ROWS, SFT, SIMPO, pairs
 
@@ -72,6 +74,20 @@ def test_a_model_that_keeps_a_state_is_refused_by_name(tmp_path):
     nano_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelSourceError, match=r"is a MambaForCausalLM, which keeps a state .* Choose a transformer"):
         fetch_initial_policy(InitialPolicy(source="directory", name=str(tmp_path)), trust_remote_code=False)
+
+
+def test_a_model_that_states_no_longest_context_writes(tmp_path):
+    tokenizer = nano_tokenizer()
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(
+        vocab_size=1088, hidden_size=32, n_layer=1, n_head=2,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    engine = TransformersEngine(str(tmp_path), Engine(device="cpu", threads=1, dtype="float32"))
+    (written,) = engine.generate(requests([3, 5]), Sampling(max_new_tokens=4))
+    assert len(written) == 2
 
 
 @pytest.mark.slow

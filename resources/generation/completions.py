@@ -51,9 +51,9 @@ def completion(
     )
 
 
-def longest_sequence(requests: Requests, sampling: Sampling, context_length: int) -> int:
-    """The most tokens that a prompt and its completion can have together, which must not exceed the model's context."""
-    if requests.longest + sampling.max_new_tokens > context_length:
+def longest_sequence(requests: Requests, sampling: Sampling, context_length: int | None) -> int:
+    """The most tokens that a prompt and its completion can have together, which must not exceed the model's context, if any."""
+    if context_length is not None and requests.longest + sampling.max_new_tokens > context_length:
         raise FinalError(
             f"A prompt of {requests.longest} tokens and max_new_tokens = {sampling.max_new_tokens} exceed the model's "
             f"context of {context_length} tokens: lower sampling.max_new_tokens or shorten the prompts."

@@ -11,6 +11,7 @@ from resources.generation.completions import completion, end_ids, longest_sequen
 from resources.generation.engine import Completion, Request, Requests
 from resources.generation.few_rows import multiply_few_rows_faster
 from resources.models.chat import load_tokenizer
+from resources.models.context import context_length
 from resources.models.device import loading_options, memory_explained, prepare_device
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
@@ -44,9 +45,9 @@ class TransformersEngine:
         self._model.generation_config = GenerationConfig()
 
     @property
-    def context_length(self) -> int:
-        """The most tokens, prompt and completion together, that the model can attend to."""
-        return self._model.config.get_text_config().max_position_embeddings
+    def context_length(self) -> int | None:
+        """The most tokens, prompt and completion together, that the model can attend to; None if its config states no limit."""
+        return context_length(self._model.config)
 
     def generate(self, requests: Requests, sampling: Sampling) -> Generator[list[Completion], None, None]:
         """Completes requests, longest prompts first, which keeps padding small, and yields each batch when it is done."""

@@ -14,7 +14,7 @@ from resources.generation.adapters import adapter_of
 from resources.generation.completions import longest_sequence
 from resources.generation.engine import Completion, Requests
 from resources.generation.vllm_process import Ended, answer_in_this_process
-from resources.models.context import text_config
+from resources.models.context import context_length, text_config
 from resources.models.device import GPU_BYTES_ELSEWHERE, dtype_name, prepare_device, visible_gpus
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
@@ -45,7 +45,7 @@ class VllmEngine:
         self._adapter = adapter_of(checkpoint) if engine.adapters == "request" else None
         weights = self._adapter.base_weights if self._adapter else checkpoint.weights
         config = text_config(weights, engine.trust_remote_code)
-        self._context_length = config.max_position_embeddings
+        self._context_length = context_length(config)
         self._engine = engine
         self._devices = device_groups(engine, visible_gpus(engine), config.num_attention_heads)
         self._arguments = {

@@ -14,6 +14,11 @@ def text_config(weights: str | Path, trust_remote_code: bool) -> Any:
     return AutoConfig.from_pretrained(weights, trust_remote_code=trust_remote_code).get_text_config()
 
 
+def context_length(config: Any) -> int | None:
+    """Tokens that a model with this config holds; None if it states no limit, as where positions are distances."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 class ModelContext:
     """The context of a model, of which nothing but config and tokenizer is loaded.
 
@@ -22,8 +27,7 @@ class ModelContext:
     """
 
     def __init__(self, weights: str, trust_remote_code: bool) -> None:
-        config = text_config(weights, trust_remote_code)
-        self.length: int | None = getattr(config, "max_position_embeddings", None)
+        self.length = context_length(text_config(weights, trust_remote_code))
         self._tokenizer = load_tokenizer(weights, trust_remote_code)
 
     def tokens(self, messages: Sequence[Message]) -> int:

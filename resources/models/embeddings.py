@@ -13,6 +13,7 @@ import numpy as np
 
 from resources.common.progress import Progress
 from resources.models.batches import longest_first, tokens_at_a_time
+from resources.models.context import context_length
 from resources.models.device import DeviceResource, memory_explained, prepare_device
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class SentenceEmbedder(DeviceResource):
         # In bfloat16 the cosine of two texts would have two digits.
         model = AutoModel.from_pretrained(weights, dtype=torch.float32, use_safetensors=True, trust_remote_code=trusted)
         model = model.to(device).eval()
-        longest = min(tokenizer.model_max_length, model.config.max_position_embeddings, stated_length(weights))
+        stated = stated_length(weights)
+        longest = min(tokenizer.model_max_length, context_length(model.config) or stated, stated)
         # A text that spells a control token is tokenized as text.
         tokenize = functools.partial(tokenizer, list(texts), split_special_tokens=True)
         cut = sum(len(token_ids) > longest for token_ids in tokenize().input_ids)
