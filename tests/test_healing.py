@@ -1,6 +1,7 @@
 """What is gone or damaged is seen, named, and made again as it was."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -13,6 +14,7 @@ from polars.testing import assert_frame_equal
 
 from resources.common.errors import DamageError
 from resources.storage import files
+from resources.storage import tables as storage_tables
 from resources.storage.shards import Shards, checksum
 from resources.storage.tables import ParquetTables
 from synpo_assets.cli.healing import damaged_assets
@@ -291,17 +293,36 @@ def test_a_superseded_checkpoint_whose_manifest_was_altered_is_passed_over(tmp_p
     assert (store.manifest_of_sha(earlier.sha), store.manifest_of_sha(newest.sha)["sha"]) == (None, newest.sha)
 
 
-def test_a_table_without_its_checksum_is_damaged_unless_it_is_being_written(tmp_path, monkeypatch):
-    tables, checksum = ParquetTables(str(tmp_path)), tmp_path / "pairs" / "0001.parquet.xxh128"
+def test_a_table_without_its_checksum_is_damaged(tmp_path):
+    tables = ParquetTables(str(tmp_path))
     tables.write("pairs", "0001", pl.DataFrame({"a": [1]}))
-    written = checksum.read_bytes()
-    checksum.unlink()
-    monkeypatch.setattr("time.sleep", lambda _: None)
+    (tmp_path / "pairs" / "0001.parquet.xxh128").unlink()
     for look in (tables.read, tables.verify, tables.scan):
         with pytest.raises(DamageError, match=r"The checksum of the table .* of pairs\[0001\] is gone"):
             look("pairs", "0001")
-    monkeypatch.setattr("time.sleep", lambda _: checksum.write_bytes(written))
-    assert tables.read("pairs", "0001").height == 1
+
+
+def test_a_table_is_whole_at_every_moment_while_it_is_written_anew(tmp_path, monkeypatch):
+    tables, fsync, checksum_file = ParquetTables(str(tmp_path)), os.fsync, storage_tables._checksum_file
+    tables.write("pairs", "0001", pl.DataFrame({"a": [1]}))
+    heights = []
+
+    def read_first(file):
+        heights.append(tables.read("pairs", "0001").height)
+        fsync(file)
+
+    monkeypatch.setattr("os.fsync", read_first)
+    tables.write("pairs", "0001", pl.DataFrame({"a": [1, 2]}))
+    assert heights == [1, 1, 2]
+    monkeypatch.undo()
+
+    def write_first(path):
+        monkeypatch.undo()
+        tables.write("pairs", "0001", pl.DataFrame({"a": [1, 2, 3]}))
+        return checksum_file(path)
+
+    monkeypatch.setattr(storage_tables, "_checksum_file", write_first)
+    assert tables.read("pairs", "0001").height == 3
 
 
 def test_a_table_that_another_one_lies_in_the_place_of_is_refused_though_its_hash_came_with_it(tmp_path):

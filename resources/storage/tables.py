@@ -1,7 +1,7 @@
 """Tables as parquet files, one folder per asset and one file per iteration, each with a checksum beside it."""
 
+import contextlib
 import io
-import time
 from collections.abc import Mapping
 from typing import IO, Any
 
@@ -19,7 +19,6 @@ SHOWN_CHARACTERS = 300
 # XXH3 with 128 bits, and whose table it is.
 CHECKSUM = ".xxh128"
 HASHED_AT_A_TIME = 2**20
-WAIT_SECONDS = 1.0
 
 
 class ParquetTables(dg.UPathIOManager):
@@ -185,41 +184,45 @@ def _write(frame: pl.DataFrame | pl.LazyFrame, path: UPath, label: str) -> None:
             frame.sink_parquet(hashed)
         else:
             frame.write_parquet(hashed)
-        # The checksum of an earlier table is never beside a newer one.
-        if checksum.is_dir():
-            set_aside(checksum)
-        checksum.unlink(missing_ok=True)
-    write_atomically(checksum, f"{hashed.hash.hexdigest()}  {label}\n".encode())
+        line, earlier = f"{hashed.hash.hexdigest()}  {label}\n".encode(), b""
+        # There may be none, or one that cannot be read.
+        with contextlib.suppress(OSError):
+            earlier = checksum.read_bytes()
+        # Until the new table is in its place, which takes a slow disk seconds, there are those of both.
+        write_atomically(checksum, line + earlier)
+    write_atomically(checksum, line)
 
 
-def _opened(path: UPath, label: str, waits: bool = True) -> IO[bytes]:
+def _opened(path: UPath, label: str, looks_again: bool = True) -> IO[bytes]:
     """A table to be read from its beginning, once its bytes are those that were written.
 
     Parquet has no checksum of its own here: nearly half of all flipped bits would read as other rows.
     """
     try:
         file = io.BytesIO(path.read_bytes()) if path.protocol else path.open("rb")
-        expected, _, whose = _checksum_file(path).read_text(errors="replace").strip().partition("  ")
-        is_as_written = _hash_of(file) == expected
+        lines = _checksum_file(path).read_text(errors="replace").splitlines()
+        found = _hash_of(file)
     except FileNotFoundError:
         if not path.exists():
             raise DamageError(f"The table {path} of {label} does not exist", label) from None
-        if not waits:
+        if not looks_again:
             raise DamageError(f"The checksum of the table {path} of {label} is gone", label) from None
-        # Whoever writes a table writes its checksum in a moment.
-        time.sleep(WAIT_SECONDS)
-        return _opened(path, label, waits=False)
+        return _opened(path, label, looks_again=False)
     except IsADirectoryError:
         raise DamageError(f"A directory lies in the place of the table {path} of {label}", label) from None
     except OSError as error:
         if error.errno not in UNREADABLE:
             raise
         raise DamageError(f"The table {path} of {label} cannot be read any more ({error.strerror})", label) from None
-    if not is_as_written:
+    owners = [line.partition("  ")[2] for line in lines if line.partition("  ")[0] == found]
+    if not owners:
+        # It may have been written anew between the reading of the two files.
+        if looks_again:
+            return _opened(path, label, looks_again=False)
         raise _damaged(path, label)
     # Earlier versions wrote the name of the file.
-    if whose not in (label, path.name):
-        raise DamageError(f"In the place of the table {path} of {label} lies that of {visible(whose[:80])}", label)
+    if not {label, path.name} & set(owners):
+        raise DamageError(f"In the place of the table {path} of {label} lies that of {visible(owners[0][:80])}", label)
     file.seek(0)
     return file
 
