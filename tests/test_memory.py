@@ -48,8 +48,7 @@ def on_gpus(monkeypatch):
     """Settings are looked at as on a machine whose smallest GPU has so many bytes."""
 
     def pretend(available):
-        monkeypatch.setattr(memory, "prepare_device", lambda engine: "cuda")
-        monkeypatch.setattr(memory, "_gpu_bytes", lambda: available)
+        monkeypatch.setattr(memory, "_gpu_bytes", lambda gpus: available)
         monkeypatch.setattr(memory, "processes_to_start", lambda *arguments: (1, False))
 
     return pretend
@@ -131,11 +130,12 @@ def test_the_papers_models_fit_eight_gpus_of_80_gb_and_not_one(preset):
         assert memory.least_bytes(each, LLAMA_3, VOCABULARY, 1) > 80e9
 
 
-def test_the_smallest_gpu_counts(tmp_path, monkeypatch):
+def test_the_smallest_visible_gpu_counts(tmp_path, monkeypatch):
     driver = tmp_path / "nvidia-smi"
-    driver.write_text("#!/bin/sh\necho 81559\necho 40960\n")
+    driver.write_text('#!/bin/sh\ntest "$1" = --id=1,GPU-2 || echo 4096\necho 81559\necho 40960\n')
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert memory._gpu_bytes() == 40960 * 2**20
+    assert memory._gpu_bytes(["1", "GPU-2"]) == 40960 * 2**20
     driver.write_text("#!/bin/sh\necho no devices were found; exit 6\n")
-    assert memory._gpu_bytes() is None
+    assert memory._gpu_bytes(["1", "GPU-2"]) is None
+    assert memory._gpu_bytes([]) is None

@@ -1,12 +1,13 @@
 """What a training takes of a GPU's memory at least, worked out before anything is made or a model is loaded."""
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.filesize import decimal
 
 from resources.models.context import text_config
-from resources.models.device import prepare_device
+from resources.models.device import visible_gpus
 from resources.models.weights import parameter_count
 from resources.settings.machine import Engine
 from resources.settings.settings import Settings
@@ -26,7 +27,7 @@ ROOM = 0.7
 
 def refuse_too_little_memory(settings: Settings, initial: Path) -> None:
     """Raises a sentence if a training cannot fit a GPU of this machine; not on a CPU, nor where the driver does not answer."""
-    if prepare_device(settings.engine) == "cpu" or (available := _gpu_bytes()) is None:
+    if (available := _gpu_bytes(visible_gpus(settings.engine))) is None:
         return
     weights, tokens = parameter_count(initial), text_config(initial, settings.engine.trust_remote_code).vocab_size
     for name, training in settings.trainings:
@@ -64,7 +65,7 @@ def keeps_activations(engine: Engine, training: Training, start: Path, share: fl
     Args:
         share: The share of the weights that each GPU holds.
     """
-    if prepare_device(engine) == "cpu" or (available := _gpu_bytes()) is None:
+    if (available := _gpu_bytes(visible_gpus(engine))) is None:
         return False
     config = text_config(start, engine.trust_remote_code)
     layers, width = config.num_hidden_layers, config.hidden_size
@@ -77,9 +78,14 @@ def _sequences(training: Training) -> int:
     return training.micro_batch_size * (2 if isinstance(training, PreferenceTraining) else 1)
 
 
-def _gpu_bytes() -> int | None:
-    """The memory of the smallest GPU here by its driver, which PyTorch would only tell by taking some; None if it says nothing."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+def _gpu_bytes(gpus: Sequence[str]) -> int | None:
+    """The memory of the smallest of these GPUs; None if there is none, or if the driver says nothing.
+
+    PyTorch would only tell by taking some.
+    """
+    if not gpus:
+        return None
+    command = ["nvidia-smi", f"--id={','.join(gpus)}", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
         return min(int(line) for line in answer.split()) << 20
