@@ -22,7 +22,7 @@ from resources.models.chat import (
     turns_text,
 )
 from resources.models.chat_template import refuse_other_text, with_stated_template
-from resources.models.model_source import fetch_initial_policy
+from resources.models.model_source import check_tokenizer, fetch_initial_policy
 from resources.settings.data import InitialPolicy
 from tests.nano import copy_that_adds_bos, nano_tokenizer
 
@@ -110,8 +110,8 @@ def test_a_missing_chat_template_is_refused(tmp_path):
     tokenizer = nano_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ChatTemplateError, match="has no chat template"):
-        load_tokenizer(str(tmp_path))
+    with pytest.raises(ChatTemplateError, match=r"has no chat template.*named in scorer\.name"):
+        check_tokenizer(tmp_path, False, "scorer")
 
 
 def test_an_answer_that_was_cut_is_not_closed(tokenizer):
@@ -240,6 +240,15 @@ def test_tokens_that_the_model_does_not_have_are_refused(nano_model, tmp_path, f
     place.write_text(json.dumps(json.loads(place.read_text()) | changes))
     with pytest.raises((ModelSourceError, ChatTemplateError), match=words):
         fetch_initial_policy(InitialPolicy(source="directory", name=str(place.parent)), trust_remote_code=False)
+
+
+def test_a_template_without_any_end_of_an_answer_is_refused():
+    tokenizer = nano_tokenizer()
+    tokenizer.eos_token, tokenizer.chat_template = None, "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    with pytest.raises(
+        ChatTemplateError, match="closes an answer with no control token, and its tokenizer has no eos_token"
+    ):
+        answer_ids(tokenizer, HELLO, "fine")
 
 
 def test_text_before_the_bos_is_refused(nano_model, tmp_path):

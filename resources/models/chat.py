@@ -43,7 +43,7 @@ class RenderingError(ChatTemplateError):
         self.reason = said if isinstance(error, TemplateError) else f"{type(error).__name__}: {said}"
         super().__init__(
             f"The chat template of {directory} fails on a conversation: {self.reason}. Correct its chat_template.jinja, or choose "
-            "another initial_policy."
+            "another model."
         )
 
 
@@ -54,8 +54,8 @@ def load_tokenizer(directory: str, trust_remote_code: bool = False) -> "PreTrain
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
         raise ChatTemplateError(
-            f"The tokenizer in {directory} has no chat template. SynPO starts from an instruct model: "
-            "choose one in initial_policy, or add a chat_template.jinja to the directory."
+            f"The tokenizer in {directory} has no chat template: name an instruct model, or add a chat_template.jinja to the "
+            "directory."
         )
     if tokenizer.eos_token is None and tokenizer.pad_token is None:
         raise ChatTemplateError(
@@ -102,7 +102,7 @@ def as_rendered(
     except OutOfBoundsError as error:
         raise ChatTemplateError(
             f"The chat template of {tokenizer.name_or_path} {error} on a conversation that begins with "
-            f"{messages[0]['content'][:60]!r}: correct its chat_template.jinja, or choose another initial_policy."
+            f"{messages[0]['content'][:60]!r}: correct its chat_template.jinja, or choose another model."
         ) from None
     # A template may compute anything.
     except Exception as error:
@@ -182,4 +182,9 @@ def _around_answers(tokenizer: "PreTrainedTokenizerBase", _template: str) -> tup
     closing = tokenizer(after.strip(), add_special_tokens=False).input_ids
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     end = closing[0] if closing and closing[0] in special else tokenizer.eos_token_id
+    if end is None:
+        raise ChatTemplateError(
+            f"The chat template of {tokenizer.name_or_path} closes an answer with no control token, and its tokenizer has no "
+            "eos_token, so no answer would end: name one in its tokenizer_config.json."
+        )
     return ("" if between.strip() else between), end

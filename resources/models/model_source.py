@@ -9,7 +9,7 @@ from pathlib import Path
 
 from resources.common.errors import FinalError, ModelSourceError
 from resources.common.text import one_line
-from resources.models.chat import ASKED, end_of_turn_id, load_tokenizer, prompt_ids
+from resources.models.chat import ASKED, ChatTemplateError, end_of_turn_id, load_tokenizer, prompt_ids
 from resources.models.chat_template import refuse_other_text, with_stated_template
 from resources.models.context import text_config
 from resources.models.embeddings import stated_length
@@ -29,7 +29,7 @@ def fetch_initial_policy(
 ) -> tuple[Path, dict[str, str]]:
     """The directory of M_0 with safetensors weights, tokenizer and chat template, and its origin for the manifest; see `fetch`."""
     directory, origin = fetch(source, "initial_policy", trust_remote_code, compares)
-    check_tokenizer(directory, trust_remote_code)
+    check_tokenizer(directory, trust_remote_code, "initial_policy")
     directory = with_stated_template(directory, source, models_folder(), trust_remote_code)
     refuse_other_text(directory, trust_remote_code)
     _refuse_beyond_vocabulary(directory, trust_remote_code)
@@ -111,12 +111,15 @@ def fetch(
     return directory, origin
 
 
-def check_tokenizer(directory: Path, trust_remote_code: bool) -> None:
-    """Loads the tokenizer of a model, and refuses code that ships with it and is not trusted."""
+def check_tokenizer(directory: Path, trust_remote_code: bool, section: str) -> None:
+    """Loads the tokenizer of the model that a section names, and refuses code that ships with it and is not trusted."""
     import transformers
 
     with loading_explained(directory):
-        load_tokenizer(str(directory), trust_remote_code).get_chat_template()
+        try:
+            load_tokenizer(str(directory), trust_remote_code).get_chat_template()
+        except ChatTemplateError as error:
+            raise ChatTemplateError(f"{error.description} The model is named in {section}.name.") from None
         config = json.loads((directory / "config.json").read_text())
         names = config.get("architectures") or []
         known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]

@@ -46,7 +46,7 @@ class RewardModel:
     @staticmethod
     def check(directory: Path, trust_remote_code: bool, section: str) -> None:
         """Loads the tokenizer, and imports the code that ships with the model if there is any."""
-        check_tokenizer(directory, trust_remote_code)
+        check_tokenizer(directory, trust_remote_code, section)
         import transformers
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
