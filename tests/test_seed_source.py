@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 import yaml
 
+from resources.common.errors import ModelSourceError
 from resources.settings.files import load_settings
 from resources.settings.sections import SettingsError
 from resources.storage.seed_source import read_rows
@@ -69,6 +70,19 @@ def test_folders(tmp_path):
         corpus(tmp_path, "../empty")
     with pytest.raises(SettingsError, match=r"nowhere.jsonl \(keyword_pool.corpus\) does not exist"):
         corpus(tmp_path, "../nowhere.jsonl")
+
+
+def test_a_dataset_whose_connection_breaks_is_tried_again(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        yield from ROWS * 100
+        raise ConnectionError("Server Disconnected")
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    # No SettingsError, after which a step is not retried.
+    with pytest.raises(
+        ModelSourceError, match=r"some/dataset, split train \(keyword_pool.corpus\), cannot be had now: Server"
+    ):
+        corpus(tmp_path, "some/dataset")
 
 
 def test_bytes_that_are_no_text_cost_their_line_alone(tmp_path):

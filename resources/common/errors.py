@@ -46,7 +46,7 @@ class DamageError(FinalError):
 
 
 class ModelSourceError(RuntimeError):
-    """A model cannot be had; the message says why and what to do, and shows no password of a URL."""
+    """A model or a dataset cannot be had; the message says why and what to do, and shows no password of a URL."""
 
     def __init__(self, message: str) -> None:
         super().__init__(without_secrets(message))

@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 
+from resources.common.errors import ModelSourceError
 from resources.common.text import one_line
 from resources.settings.data import SEED_DATA_SUFFIXES, DataSource
 from resources.settings.sections import SettingsError
@@ -51,7 +52,7 @@ def read_rows(source: DataSource, setting: str, columns: tuple[str, ...]) -> Ite
 def _readable_rows(source: DataSource, setting: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         yield from _rows(source, setting)
-    except SettingsError:
+    except (SettingsError, ModelSourceError):
         raise
     # It is somebody else's file.
     except (Exception, pl.exceptions.PanicException) as error:
@@ -125,6 +126,11 @@ def _hub_rows(source: DataSource, setting: str) -> Iterator[dict[str, Any]]:
 
     try:
         yield from load_dataset(source.path, source.configuration, split=source.split, streaming=True)
+    except ConnectionError as error:
+        raise ModelSourceError(
+            f"The dataset {source.path}, split {source.split} ({setting}), cannot be had now: {_reason(error)}. Try again "
+            "later, or name a copy on this machine."
+        ) from None
     except Exception as error:
         raise SettingsError(
             f"The dataset {source.path}, split {source.split} ({setting}), cannot be loaded: {_reason(error)}. A file must end in "
