@@ -208,6 +208,10 @@ def test_attention_is_computed_as_the_settings_say_or_refused(nano_model):
         for stated in (None, "eager")
     }
     assert kinds == {None: "sdpa", "eager": "eager"}
+    prints = [
+        engine_fingerprint(Engine(device="cpu", attention=each), "initial_policy") for each in ("eager", "sdpa", None)
+    ]
+    assert [each.get("attention") for each in prints] == ["eager", "sdpa", None]
     with pytest.raises(FinalError, match=r"engine.attention is `flash_attention_2`, which runs on a GPU"):
         prepare_device(Engine(device="cpu", attention="flash_attention_2"))
 

@@ -425,6 +425,7 @@ def test_scores_of_other_settings_never_mix(tmp_path, classifier):
         (scorer(tmp_path), "y"),
         (scorer(tmp_path, max_length=300), "x"),
         (scorer(tmp_path, dtype="bfloat16"), "x"),
+        (scorer(tmp_path, attention="eager"), "x"),
         (scorer(tmp_path, "trained"), "x"),
     ]
     for variant, sha in variants:

@@ -11,7 +11,7 @@ from resources.generation.ray_engine import RayEngine, worker_settings
 from resources.generation.server_engine import ServerEngine
 from resources.generation.transformers_engine import TransformersEngine
 from resources.generation.vllm_engine import VllmEngine
-from resources.models.device import prepare_device, torch_dtype
+from resources.models.device import prepare_device, stated_attention, torch_dtype
 from resources.settings.machine import Engine
 from resources.storage.checkpoint_store import Checkpoint
 
@@ -53,7 +53,9 @@ def engine_fingerprint(engine: Engine, label: str) -> dict[str, Any]:
         "device": _device(engine),
         "dtype": str(torch_dtype(engine)),
     }
-    if package != "transformers":
+    if package == "transformers":
+        what |= stated_attention(engine)
+    else:
         given = engine.vllm_arguments.items()
         what["adapters"] = engine.adapters
         what["tensor_parallel_size"] = engine.tensor_parallel_size

@@ -115,6 +115,11 @@ def loading_options(engine: Engine) -> dict[str, Any]:
     return options | ({} if engine.attention is None else {"attn_implementation": engine.attention})
 
 
+def stated_attention(engine: Engine) -> dict[str, str]:
+    """What a fingerprint says of attention, whose kinds round differently: nothing where it is left to the model."""
+    return {} if engine.attention is None else {"attention": engine.attention}
+
+
 def visible_gpus(engine: Engine) -> list[str]:
     """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them; none where models run on a CPU."""
     import torch

@@ -15,7 +15,7 @@ import polars as pl
 
 from resources.common.progress import Progress
 from resources.models.batches import longest_first, tokens_at_a_time
-from resources.models.device import DeviceResource, memory_explained, prepare_device, torch_dtype
+from resources.models.device import DeviceResource, memory_explained, prepare_device, stated_attention, torch_dtype
 from resources.scoring.pair_ranker import PairRanker
 from resources.scoring.reward_model import RewardModel
 from resources.scoring.scoring_model import Convention, Reading, ScoringModel
@@ -134,6 +134,7 @@ class RewardScorer(DeviceResource):
             "library": f"transformers {importlib.metadata.version('transformers')}",
             "device": prepare_device(self.engine),
             "dtype": str(torch_dtype(self.engine)),
+            **stated_attention(self.engine),
             "head": "float32",
         }
         return Shards(self.shards, fingerprint, f"scores by {reward_model.label}", SCORE_COLUMNS)

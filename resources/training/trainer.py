@@ -19,7 +19,14 @@ from pydantic import PrivateAttr
 from resources.common.progress import Progress
 from resources.common.text import asset_label
 from resources.models.chat import load_tokenizer
-from resources.models.device import DeviceResource, prepare_device, torch_dtype, trains_in_bfloat16, visible_gpus
+from resources.models.device import (
+    DeviceResource,
+    prepare_device,
+    stated_attention,
+    torch_dtype,
+    trains_in_bfloat16,
+    visible_gpus,
+)
 from resources.settings.training import Loss, Training, TrainingProcesses
 from resources.storage.checkpoint_store import TRAINING_LOG, Checkpoint
 from resources.storage.files import json_sha256, write_atomically
@@ -186,6 +193,7 @@ class Trainer(DeviceResource):
             "loss": loss and loss.model_dump(),
             "device": (device := prepare_device(self.engine)),
             "dtype": str(torch_dtype(self.engine)),
+            **stated_attention(self.engine),
             "in_bfloat16": (in_bfloat16 := trains_in_bfloat16(self.engine, device)),
             "random_seed": self.random_seed,
             "steps": steps,
