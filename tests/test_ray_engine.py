@@ -18,7 +18,7 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.common.errors import FinalError
+from resources.common.errors import DamageError, FinalError
 from resources.generation.engine import Completion, Request, Requests
 from resources.generation.engine_choice import engine_fingerprint, open_engine
 from resources.generation.ray_engine import RayEngine, _room, connected, worker_settings
@@ -140,6 +140,10 @@ def fail():
 
 def refuse():
     raise FinalError("engine.vllm_arguments.dtype is set by the engine itself.")
+
+
+def find_damage():
+    raise DamageError("The manifest is gone", "initial_policy")
 
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed")
@@ -305,6 +309,7 @@ def test_the_only_worker_is_replaced_when_it_dies(cluster, tmp_path):
 @pytest.mark.parametrize(("open_engine", "weights", "kind", "sentence"), [
     (echo, "/no/such/weights", FinalError, r"The weights /no/such/weights do not exist on node .+\(\d.+\) of the Ray cluster"),
     (refuse, "/", FinalError, r"^engine\.vllm_arguments\.dtype is set by the engine itself\.$"),
+    (find_damage, "/", FinalError, r"^The manifest is gone: materialize initial_policy again"),
     (fail, "/", RuntimeError, r"(?s)Worker \d failed on node .+KeyError: 'no such thing'"),
     (die, "/", dg.Failure, r"5 workers on the Ray cluster were lost one after the other.+run it again"),
 ])  # fmt: skip

@@ -77,10 +77,10 @@ class RayWorker:
                     if completions:
                         self._news.put(completions)
                 self._requests.wait_for_more()
+        # Not every error survives the way to another machine; its text does.
         except FinalError as error:
-            self._news.put(error)
+            self._news.put(FinalError(str(error)))
         except Exception as error:
-            # Not every error survives the way to another machine; its text does.
             self._news.put(RuntimeError(f"{name} failed on node {node}.\n{''.join(traceback.format_exception(error))}"))
 
     def _ask(self, wish: Wants) -> list[Request]:

@@ -54,7 +54,8 @@ def answer_in_this_process(
             parent.send(completions)
         parent.send(Ended(gpu_bytes_here()))
     except FinalError as error:
-        parent.send(error)
+        # Those of other arguments do not survive the way to another process.
+        parent.send(FinalError(str(error)))
     except Exception as error:
         traceback.print_exc()
         parent.send(_explained(error))
