@@ -12,6 +12,7 @@ from resources.settings.method import PretrainedScorer
 from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from resources.settings.training import DPO, SimPO
+from synpo_assets.stages.prompts import prompt_sampling
 from tests.nano import write_settings
 
 
@@ -205,6 +206,17 @@ def test_another_kind_of_scorer_leaves_the_judge_as_the_preset_trains_it(tmp_pat
     assert settings.scorer.kind == "pretrained"
     for name in ("paper_mistral", "paper_llama3"):
         assert load_settings(preset_path(name)).judge.training.learning_rate > 0
+
+
+def test_what_the_sampling_of_evaluation_leaves_out_is_as_in_the_responses(tmp_path):
+    responses = load_settings(preset_path("laptop")).responses.sampling
+    settings = load_settings(changed(tmp_path, evaluation={"sampling": {"temperature": 0.2}}))
+    assert settings.evaluation.sampling == responses.model_copy(update={"temperature": 0.2})
+
+
+def test_stop_texts_of_the_prompt_generator_come_on_top_of_those_that_end_a_prompt(tmp_path):
+    settings = load_settings(changed(tmp_path, prompt_generator={"sampling": {"stop": ["X"]}}))
+    assert prompt_sampling(settings).stop == ["X", "</rules>", "<solution>"]
 
 
 def test_the_template_of_a_judge_is_relative_to_the_file_that_states_it(tmp_path):

@@ -40,7 +40,7 @@ class Evaluation(Section):
     """How models answer the held-out prompts and the verifiable instructions."""
 
     sampling: Sampling = Field(
-        description="Decoding of these answers. Left out: that of `responses`. Paper: T = 0.7 and 2,048 new tokens."
+        description="Decoding of these answers. What is left out is as in `responses`. Paper: T = 0.7 and 2,048 new tokens."
     )
     samples: int = Field(
         1,

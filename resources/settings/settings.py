@@ -93,11 +93,11 @@ class Settings(Section):
     @model_validator(mode="before")
     @classmethod
     def _evaluated_like_the_responses(cls, values: Any) -> Any:
-        """Without a sampling of its own, evaluation samples as the section `responses` says."""
+        """What the sampling of `evaluation` leaves out is as in the section `responses`."""
         if not isinstance(values, dict) or not isinstance(values.get("evaluation", {}), dict):
             return values
         shared = {name: value for name, value in section_of(values, "responses").items() if name == "sampling"}
-        return values | {"evaluation": shared | section_of(values, "evaluation")}
+        return values | {"evaluation": merge(shared, section_of(values, "evaluation"), [Evaluation])}
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -127,8 +127,9 @@ def keyword_sets(
 
 
 def prompt_sampling(settings: Settings) -> Sampling:
-    """How G samples: only the question and its rules are used, so writing stops where they end."""
-    return settings.prompt_generator.sampling.model_copy(update={"stop": [RULES_END, SOLUTION_START]})
+    """How G samples: only the question and its rules are used, so writing stops where they end, if not before."""
+    sampling = settings.prompt_generator.sampling
+    return sampling.model_copy(update={"stop": [*sampling.stop, RULES_END, SOLUTION_START]})
 
 
 @Stage(
