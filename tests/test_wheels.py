@@ -168,7 +168,7 @@ def test_a_file_of_the_hub_that_a_disk_damaged_is_downloaded_again(tmp_path, mon
     downloads = [shared.write_bytes(content)]
 
     def download(repository, name, revision, force_download):
-        assert (repository, name, revision, force_download) == ("org/model", "model.safetensors", "main", True)
+        assert (repository, name, revision, force_download) == ("org/model", "model.safetensors", "commit", True)
         downloads.append(shared.write_bytes(content))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(place))

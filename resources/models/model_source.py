@@ -200,11 +200,12 @@ def _from_hub(source: ModelSource, section: str, trust_remote_code: bool, compar
         for file in weight_files(place) if compares else ():
             if not _is_as_named(file):
                 logger.warning(f"{file.name} of {source.name} is not as it was downloaded, so it is downloaded again.")
-                hf_hub_download(source.name, file.name, revision=source.revision, force_download=True)
+                hf_hub_download(source.name, file.name, revision=place.name, force_download=True)
         return place
     except RepositoryNotFoundError:
         raise SettingsError(
-            f"There is no model `{source.name}` on the hub, or it is private: check {section}.name, or log in."
+            f"There is no model `{source.name}` on the hub, or it is private, or its licence is not accepted: check "
+            f"{section}.name, log in, or accept the licence on the page of the model."
         ) from None
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = one_line(str(error), 200)
