@@ -401,6 +401,9 @@ def test_of_a_pair_for_the_reward_model_both_sides_are_closed_or_neither_is(nano
     cut = reward_rows(tokenizer, asked, tight)
     assert (cut.truncated, cut.rows[0]["chosen_ids"]) == (1, whole["chosen_ids"][:-1])
     assert cut.rows[0]["rejected_ids"] == whole["rejected_ids"][:-1]
+    # Nothing of it is left, so it counts as dropped.
+    dropped = reward_rows(tokenizer, asked, SFT.model_copy(update={"max_length": 1}))
+    assert (dropped.rows, dropped.truncated) == ([], 0)
 
 
 SLOW_BUT_ONE = ["preference", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("supervised", "reward"))]

@@ -32,7 +32,7 @@ class TrainingSummary:
 
     examples: int
     dropped: int  # Their completion was empty or did not fit at all.
-    truncated: int  # Examples, or sides of pairs.
+    truncated: int  # Examples, or prompts and sides of pairs, of those that are left.
     tokens: int  # Of all passes over the data.
     steps: int
     seconds: float  # Loading included, and earlier runs up to the state that this one went on from.

@@ -21,7 +21,7 @@ class TrainingRows:
 
     rows: list[dict[str, Any]]
     examples: int  # That there were before.
-    truncated: int  # Examples, or sides of pairs.
+    truncated: int  # Examples, or prompts and sides of pairs, among the rows.
     tokens: int  # Of one pass over the rows.
 
 
@@ -32,11 +32,11 @@ def supervised_rows(
     rows, truncated = list[dict[str, Any]](), 0
     for messages, answer in examples:
         prompt, completion = prompt_ids(tokenizer, messages), answer_ids(tokenizer, messages, answer)
-        truncated += len(prompt) + len(completion) > training.max_length
         token_ids = (prompt + completion)[: training.max_length]
         if answer.strip() and len(token_ids) > len(prompt):
             mask = [0] * len(prompt) + [1] * (len(token_ids) - len(prompt))
             rows.append({"input_ids": token_ids, "completion_mask": mask, "length": len(token_ids)})
+            truncated += len(prompt) + len(completion) > training.max_length
     return TrainingRows(rows, len(examples), truncated, sum(len(row["input_ids"]) for row in rows))
 
 
@@ -105,10 +105,10 @@ def reward_rows(
         asked = prompt_ids(tokenizer, messages)
         longest = max(0, training.max_length - len(asked))
         sides, cut = _sides(tokenizer, messages, (better, worse), (True, True), longest)
-        truncated += cut
         if better.strip() and worse.strip() and longest:
             chosen, rejected = (asked + side for side in sides)
             rows.append({"chosen_ids": chosen, "rejected_ids": rejected, "length": len(chosen) + len(rejected)})
+            truncated += cut
     return TrainingRows(rows, len(pairs), truncated, sum(row["length"] for row in rows))
 
 
