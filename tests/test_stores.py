@@ -203,6 +203,14 @@ def test_materializing_a_damaged_checkpoint_again_makes_it_whole(tmp_path):
     store.verify(create(store, write_weights("one")))
 
 
+def test_a_manifest_is_read_once_for_all_that_it_says(tmp_path, monkeypatch):
+    made = create(CheckpointStore(str(tmp_path)), write_weights("one"))
+    read, reads = Path.read_bytes, []
+    monkeypatch.setattr(Path, "read_bytes", lambda file: reads.append(file.name) or read(file))
+    assert made.manifest["settings"] == {"beta": 2}
+    assert reads == ["manifest.json"]
+
+
 def test_an_adopted_model_is_linked_and_not_copied(tmp_path):
     model, store = tmp_path / "model", CheckpointStore(str(tmp_path / "checkpoints"))
     model.mkdir()

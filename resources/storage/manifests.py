@@ -76,27 +76,26 @@ def read_manifest(directory: AnyPath, label: str) -> Manifest:
         DamageError: It is gone, or it was altered.
     """
     file = directory / MANIFEST
-    manifest = parsed_manifest(file, label)
+    manifest = Manifest.model_validate(manifest_values(file, label))
     if manifest.sha != json_sha256({name: entry.sha256 for name, entry in manifest.files.items()}):
         raise _altered(file, label)
     return manifest
 
 
-def parsed_manifest(file: AnyPath, label: str) -> Manifest:
-    """What the file of a manifest says; whether its sha is that of its files is left to `read_manifest`."""
+def manifest_values(file: AnyPath, label: str) -> dict[str, Any]:
+    """All that the file of a manifest says, also what stands in it for people alone.
+
+    Whether its sha is that of its files is left to `read_manifest`.
+    """
     try:
         # By the parser that reads it everywhere else: pydantic's own takes numbers that it does not.
-        return Manifest.model_validate(json.loads(file.read_bytes()))
+        values = json.loads(file.read_bytes())
+        Manifest.model_validate(values)
     except FileNotFoundError:
         raise DamageError(f"{file.parent} holds no {MANIFEST}, so no finished checkpoint", label) from None
     except (OSError, ValueError, RecursionError):
         raise _altered(file, label) from None
-
-
-def manifest_values(file: AnyPath, label: str) -> dict[str, Any]:
-    """All that the file of a manifest says, also what stands in it for people alone."""
-    parsed_manifest(file, label)
-    return json.loads(file.read_bytes())
+    return values
 
 
 def _altered(file: AnyPath, label: str) -> DamageError:
