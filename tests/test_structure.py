@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,13 @@ def test_the_code_location_loads_without_heavy_libraries():
     code = f"import sys, definitions; print([name for name in {HEAVY} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_all_examples_lie_where_pytest_looks_for_them():
+    paths = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["testpaths"]
+    modules = [path for folder in ("resources", "synpo_assets") for path in (ROOT / folder).rglob("*.py")]
+    passed_over = [path for path in modules if not any(path.is_relative_to(ROOT / place) for place in paths)]
+    assert [path for path in passed_over if ">>> " in path.read_text()] == []
 
 
 @pytest.mark.slow
