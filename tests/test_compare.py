@@ -12,6 +12,7 @@ from resources.settings.files import load_settings
 from synpo_assets.cli.application import services_of
 from synpo_assets.cli.commands import app
 from synpo_assets.graph.services import USED_SETTINGS
+from synpo_assets.reports import compare as compare_module
 from synpo_assets.reports.compare import compared
 from tests.nano import nano_settings, write_settings
 from tests.stand_ins import services_in
@@ -74,6 +75,19 @@ def test_it_shows_what_differs_and_what_came_of_it(homes, tmp_path):
     assert figures["pairs kept"].to_list() == [5, 5, 5]
     assert figures["tokens generated"].to_list() == [501, 501, 501]
     assert figures["tokens trained"].to_list() == [3000, 3000, 3000]
+
+
+def test_of_many_iterations_all_figures_are_shown(tmp_path, monkeypatch):
+    width = compare_module.SIDE_BY_SIDE
+    figures = pl.DataFrame({"home": ["a"] * 50, "iteration": [f"{number:04d}" for number in range(1, 51)]})
+    figures = figures.with_columns(**{name: pl.lit(0.123) for name in compare_module.COLUMNS})
+    monkeypatch.setattr(compare_module, "compared", lambda *_: ({}, figures))
+    result = compare(tmp_path)
+    assert result.exit_code == 0, result.output
+    heads = [line for line in result.output.splitlines() if "M_" in line and line.startswith("┃")]
+    assert len(heads) == -(-50 // width)
+    assert result.output.count("12.3%") == 50 * sum("%" in form for _, form in compare_module.COLUMNS.values())
+    assert "chosen / rejected length" in result.output
 
 
 def test_a_password_is_not_shown(homes, tmp_path):

@@ -180,12 +180,12 @@ def test_what_follows_a_stop_text_or_an_end_is_not_counted():
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     written = tokenizer("Yes<question>", add_special_tokens=False).input_ids
     stopped = completion(
-        "a", 3, [*written, *written, pad], Sampling(max_new_tokens=9, stop=["<question>"]), tokenizer, [end]
+        1, 3, [*written, *written, pad], Sampling(max_new_tokens=9, stop=["<question>"]), tokenizer, [end]
     )
     assert (stopped.text, stopped.output_tokens, stopped.finish_reason) == ("Yes<question>", len(written), "stop")
-    ended = completion("a", 3, [*written, end, pad], Sampling(max_new_tokens=9), tokenizer, [end])
+    ended = completion(1, 3, [*written, end, pad], Sampling(max_new_tokens=9), tokenizer, [end])
     assert (ended.text, ended.output_tokens, ended.finish_reason) == ("Yes<question>", len(written) + 1, "stop")
-    cut = completion("a", 3, written, Sampling(max_new_tokens=len(written)), tokenizer, [end])
+    cut = completion(1, 3, written, Sampling(max_new_tokens=len(written)), tokenizer, [end])
     assert (cut.output_tokens, cut.finish_reason) == (len(written), "length")
 
 

@@ -58,7 +58,7 @@ def processes():
 
 def saved(shards):
     files = sorted(shards.glob("*/*.parquet"))
-    return pl.concat([pl.read_parquet(file) for file in files]) if files else pl.DataFrame(schema={"key": pl.String})
+    return pl.concat([pl.read_parquet(file) for file in files]) if files else pl.DataFrame(schema={"key": pl.UInt64})
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -312,6 +312,21 @@ def test_instructions_of_one_template_are_drawn_into_one_split(tmp_path):
     assert dev.isdisjoint(test)
 
 
+def test_a_template_that_all_share_does_not_keep_them_together(tmp_path):
+    rows = [instruction(number, template="chat") for number in range(1, 9)]
+    assert verifiable_table(with_instructions(tmp_path, *rows))[0]["split"].unique().sort().to_list() == ["dev", "test"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_instruction_goes_where_another_one_of_its_template_is_stated_to(tmp_path, seed):
+    rows = [instruction(1, template="a", split="test"), *(instruction(number, template="a") for number in (2, 3))]
+    others = [instruction(number) for number in range(4, 9)]
+    settings = with_instructions(tmp_path, *rows, *others).model_copy(update={"random_seed": seed})
+    table = verifiable_table(settings)[0]
+    assert table["split"].to_list()[:3] == ["test"] * 3
+    assert "dev" in table["split"].to_list()
+
+
 @pytest.mark.parametrize("template", ["list/1", "", " ", 1, ["list", 1], "\ud800", False])
 def test_instructions_of_one_template_are_one_group_whatever_names_it(tmp_path, template):
     rows = [instruction(number, split="test", template=template) for number in (1, 2)]

@@ -132,10 +132,12 @@ def test_the_papers_models_fit_eight_gpus_of_80_gb_and_not_one(preset):
 
 def test_the_smallest_visible_gpu_counts(tmp_path, monkeypatch):
     driver = tmp_path / "nvidia-smi"
-    driver.write_text('#!/bin/sh\ntest "$1" = --id=1,GPU-2 || echo 4096\necho 81559\necho 40960\n')
+    driver.write_text('#!/bin/sh\ncase "$*" in *--id=1,GPU-2*) ;; *) echo 4096;; esac\necho 81559\necho 40960\n')
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert memory._gpu_bytes(["1", "GPU-2"]) == 40960 * 2**20
+    driver.write_text('#!/bin/sh\ncase "$*" in *--id=*) exit 6;; esac\necho 81559\n')
+    assert memory._gpu_bytes(["MIG-1"]) == 81559 * 2**20
     driver.write_text("#!/bin/sh\necho no devices were found; exit 6\n")
     assert memory._gpu_bytes(["1", "GPU-2"]) is None
     assert memory._gpu_bytes([]) is None

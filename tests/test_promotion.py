@@ -250,7 +250,8 @@ def candidate(metric, value, **more):
 MEASURED = {
     "evaluation": [
         win_rates(0.6, INDEPENDENT), win_rates(0.4, INDEPENDENT, over="previous"), win_rates(0.9, TOOK_PART),
-        candidate("length_controlled_win_rate", 0.55, over="initial", by=INDEPENDENT), candidate("mean_characters", 30),
+        candidate("length_controlled_win_rate", 0.55, low=0.4, over="initial", by=INDEPENDENT),
+        candidate("mean_characters", 30),
         Metric("mean_characters", 40, of="initial"), candidate("held_out_reward", 1.5),
         Metric("held_out_reward", 1.0, of="initial"), candidate("mean_repetition", 0.3), candidate("cut_share", 0.7),
         Metric("cut_share", 0.2, of="initial"),

@@ -1,12 +1,12 @@
 """Publishing: what the folders hold, what the cards say, where it goes, and that nothing is published unasked."""
 
+import io
 import json
 from pathlib import Path
 
 import dagster as dg
 import polars as pl
 import pytest
-import yaml
 
 from definitions import build
 from resources.common.errors import FinalError
@@ -14,11 +14,10 @@ from resources.settings.files import active_settings, load_settings
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import CheckpointStore
 from synpo_assets.cli.automation import ALL_ASSETS_JOB, next_iteration
-from synpo_assets.graph.metrics import Metric, record
+from synpo_assets.graph.metrics import Metric, Metrics, record, recorded
 from synpo_assets.graph.missing import asset_names, missing_assets
-from synpo_assets.method.reviews import OUTCOMES
-from synpo_assets.publishing.cards import TAGS, _yaml, metrics_table
-from synpo_assets.publishing.published import published_dataset, published_model
+from synpo_assets.publishing.cards import TAGS, metrics_table
+from synpo_assets.publishing.published import _without_folder, published_dataset, published_model
 from synpo_assets.reports.rows import Row
 from tests.conftest import HOME
 from tests.nano import nano_settings, write_settings
@@ -135,25 +134,43 @@ def test_cards_say_what_people_read(publish, home):
     from huggingface_hub import DatasetCard
 
     services = services_in(home)
-    said = [Metric("verdicts", count, of=outcome) for outcome, count in zip(OUTCOMES, (3, 2, 0), strict=True)]
-    record(services.metrics, "pair_verdicts", "0001", said)
+    ids = services.tables.read("preference_pairs", "0001")["pair_id"]
+    # Of a pair that a filter dropped, too.
+    said = pl.DataFrame({"pair_id": [ids[0], ids[1], "another"], "outcome": ["confirmed", "flipped", "flipped"]})
+    services.tables.write("pair_verdicts", "0001", said)
+    unread = publish(published_dataset)["card"]
+    made = recorded(services.metrics, "0001").frame.filter(asset="preference_pairs")
+    as_people_want = [*Metrics(made).every("dropped"), Metric("dropped", 1, of="people")]
+    kept = (home / "metrics" / "preference_pairs" / "0001.parquet").read_bytes()
+    record(services.metrics, "preference_pairs", "0001", as_people_want)
     try:
         pairs, model = publish(published_dataset)["card"], publish(published_model, "0002")["card"]
     finally:
-        (home / "metrics" / "pair_verdicts" / "0001.parquet").unlink()
+        services.metrics.write("preference_pairs", "0001", pl.read_parquet(io.BytesIO(kept)))
+    assert "**Everything here is synthetic and was not reviewed by people.**" in unread
+    assert "flipped" not in unread
     assert "expert-generated" in DatasetCard(pairs).data.to_dict()["annotations_creators"]
     for card in (pairs, model):
-        assert "People read some of the pairs and confirmed 3, flipped 2, dropped 0." in card
+        assert "People read 2 of the pairs: they confirmed 1 and flipped 1." in card
     assert "**Everything here is synthetic, and people reviewed a part of it.**" in pairs
+    assert "Then the sides of the pairs that people flipped were exchanged" in pairs
     assert "synthetic, people reviewed a part of it, and this model was not reviewed by people**." in model
     assert "not reviewed by people" not in pairs
 
 
-def test_a_card_does_not_tell_where_files_lie():
-    shown = _yaml(
-        {"scorer": {"name": "/home/a/private/rm"}, "preferences": {"reviewed": "~/b/c.csv"}, "hub": "org/name"}
-    )
-    assert yaml.safe_load(shown) == {"scorer": {"name": "rm"}, "preferences": {"reviewed": "c.csv"}, "hub": "org/name"}
+def test_a_card_does_not_tell_where_files_lie(publish, home, instance, tmp_path, nano_model):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "read.csv").write_text("pair_id,verdict\n")
+    values = nano_settings(nano_model)
+    values["preferences"] |= {"reviewed": "private/read.csv"}
+    values["prompt_generator"]["sampling"] |= {"stop": ["/end"]}
+    settings = load_settings(write_settings(tmp_path / "mine.yaml", values))
+    card = materialize(published_dataset, instance, services_in(home, settings))["card"]
+    assert "reviewed: read.csv" in card
+    assert "private" not in card
+    assert "- /end" in card
+    assert _without_folder("/home/a/private/rm") == "rm"
+    assert _without_folder("an-org/model") == "an-org/model"
 
 
 def test_a_card_leaves_out_the_settings_that_differ():

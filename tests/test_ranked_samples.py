@@ -256,7 +256,7 @@ def test_the_card_of_the_pairs_says_where_both_sides_come_from(samples, rewrites
     first = FinishedIteration("0001", Metrics(pl.DataFrame(schema=SCHEMA)), 1.0, pairs, [], "reward", {}, {}, None)
     data = CardData(
         repository=None, license_name=None, language="en", base_model="a model", base_model_id=None,
-        base_model_name="model", iterations=[first], scorer="F", sample="{}",
+        base_model_name="model", iterations=[first], scorer="F", sample="{}", verdicts={},
     )  # fmt: skip
     stated = {
         "pairs": pairs,

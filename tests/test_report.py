@@ -296,10 +296,10 @@ def test_every_metric_is_in_its_place(instance, services):
             )
         },
         **{
-            f"{judge}, M_0 {form}, over M_0: {metric}, 95 % interval": (cell,) * 2
+            # Their length-controlled rates have no interval, as those of earlier versions that are extrapolated.
+            f"{judge}, M_0 {form}, over M_0: win rate, 95 % interval": (rate,) * 2
             for judge in (INDEPENDENT, TOOK_PART)
-            for form, rates in (("trimmed", ("45.0%", "48.0%")), ("verbose", ("55.0%", "52.0%")))
-            for metric, cell in zip(("win rate", "length-controlled win rate"), rates, strict=True)
+            for form, rate in (("trimmed", "45.0%"), ("verbose", "55.0%"))
         },
         **{
             f"{judge}, over M_0: win rate where both answers ended, 95 % interval": ("75.0% (30.0 to 95.0), 4 prompts",)
@@ -527,8 +527,9 @@ ABOVE, ACROSS, BELOW, MORE = (0.7, 0.6, 0.8), (0.55, 0.45, 0.65), (0.3, 0.2, 0.4
     ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": FORMS | {"trimmed": NOTHING}},
      "M_3 is better than M_0: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
      "length in 70.0% (60.0 to 80.0), and more often than M_0's own answers given when it is asked for long ones."),
-    ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": FORMS | {"verbose": NOTHING}}, "form may be all of it"),
-    ({"rate": ABOVE, "controlled": ABOVE, "followed": (-0.2, -0.3, -0.1)}, "(+5.0 to +20.0): fewer are followed."),
+    ({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": FORMS | {"verbose": NOTHING}},
+     "it was not compared with M_0's own answers, given when it is asked for long ones."),
+    ({"rate": ABOVE, "controlled": ABOVE, "followed": (-0.2, -0.3, -0.1)}, "with M_0: -20.0 points (-30.0 to -10.0): fewer."),
     *(({"rate": ABOVE, "controlled": ABOVE, "followed": MORE, "forms": FORMS | {form: gain}},
        "form may be all of it: the independent judge prefers its answers in 70.0% (60.0 to 80.0) of 84 test prompts, at equal "
        f"length in 70.0% (60.0 to 80.0), and M_0's own answers, {what}, win so often that M_t has +10.0 points ")
@@ -731,12 +732,32 @@ def test_an_iteration_whose_pairs_were_made_again_is_not_finished(instance, serv
 
 
 def test_what_was_measured_of_an_earlier_m_t_is_left_out(instance, services):
-    earlier = Metric("verifiable_gain", 0.5, "candidate", "initial", checkpoint_sha="an earlier one")
-    make_iteration(instance, services, 1, instruction_following=[earlier, Metric("verifiable_rate", 0.2, "initial")])
+    def gain(over):
+        return Metric("verifiable_gain", 0.5, "candidate", over, checkpoint_sha="an earlier one")
+
+    own = {"instruction_following": [gain("initial"), Metric("verifiable_rate", 0.2, "candidate")]}
+    make_iteration(instance, services, 1, **own)
     found = read_iteration(instance, services, "0001").metrics
     assert found.find("verifiable_gain", "candidate", over="initial") is None
-    assert found.value("verifiable_rate", "initial") == 0.2
+    assert found.value("verifiable_rate", "candidate") is None
     assert found.value("win_rate", "candidate", over="initial", by=INDEPENDENT) is not None
+    assert found.value("win_rate", "equal_steps", over="candidate", by=INDEPENDENT) is not None
+    make_iteration(instance, services, 1, **own, equal_steps_instructions=[gain("equal_steps")])
+    found = read_iteration(instance, services, "0001").metrics
+    assert found.value("win_rate", "equal_steps", over="candidate", by=INDEPENDENT) is None
+
+
+def test_of_earlier_versions_a_rate_that_was_extrapolated_is_not_shown(instance, services):
+    rates = {
+        low: Metric("length_controlled_win_rate", 0.9, "candidate", "initial", INDEPENDENT, low=low, n=8)
+        for low in (None, 0.6)
+    }
+    for low, rate in rates.items():
+        measured(services, "evaluation", rate, partition="0001")
+        shown = stored(services.metrics, "0001").value(
+            "length_controlled_win_rate", "candidate", over="initial", by=INDEPENDENT
+        )
+        assert shown == (None if low is None else 0.9)
 
 
 def test_without_a_finished_iteration_it_says_what_to_do(instance, services):

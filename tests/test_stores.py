@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import uuid
@@ -14,6 +15,7 @@ import pytest
 from resources.common.errors import DamageError, FinalError
 from resources.storage.checkpoint_store import CheckpointStore
 from resources.storage.files import remove_abandoned, temporary_directory_beside, write_atomically
+from resources.storage.manifests import weights_manifest
 from resources.storage.shards import Shards
 from resources.storage.tables import ParquetTables, table_metadata
 from synpo_assets.graph.schemas import KeywordPool, PreferencePairs, SeedPairs
@@ -209,6 +211,12 @@ def test_a_manifest_is_read_once_for_all_that_it_says(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", lambda file: reads.append(file.name) or read(file))
     assert made.manifest["settings"] == {"beta": 2}
     assert reads == ["manifest.json"]
+
+
+def test_a_second_copy_of_the_weights_makes_no_other_model_of_it(nano_model, tmp_path):
+    twice = shutil.copytree(nano_model, tmp_path / "model")
+    shutil.copy(twice / "model.safetensors", twice / "consolidated.safetensors")
+    assert weights_manifest(twice) == weights_manifest(nano_model)
 
 
 def test_an_adopted_model_is_linked_and_not_copied(tmp_path):

@@ -486,7 +486,7 @@ def test_the_card_says_what_rules_decided():
         data = CardData(
             repository=None, license_name=None, language="en", base_model="a model", base_model_id=None,
             base_model_name="model", iterations=[first], scorer=_scorer(stated.model_copy(update={"scorer": scorer})),
-            sample="{}",
+            sample="{}", verdicts={},
         )  # fmt: skip
         return dataset_card(data, pairs=pairs, columns={}, writers=[], ranked_samples=None, rewrites=1, own_answers=False,
                             settings={})  # fmt: skip

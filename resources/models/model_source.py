@@ -13,12 +13,12 @@ from resources.models.chat import ASKED, ChatTemplateError, end_of_turn_id, load
 from resources.models.chat_template import refuse_other_text, with_stated_template
 from resources.models.context import text_config
 from resources.models.embeddings import stated_length
-from resources.models.weights import SECOND_COPY, parameter_count, weight_files
+from resources.models.weights import parameter_count, weight_files
 from resources.models.wheel_source import from_wheel, models_folder, wheel_place
 from resources.settings.data import EmbeddingModel, InitialPolicy, ModelSource
 from resources.settings.sections import SettingsError
 from resources.storage.files import has_sha256
-from resources.storage.manifests import MODEL_FILES
+from resources.storage.manifests import MODEL_FILES, SECOND_COPY
 
 SHA256_DIGITS = 64
 logger = logging.getLogger("synpo.models")

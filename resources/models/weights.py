@@ -4,9 +4,7 @@ import math
 from pathlib import Path
 
 from resources.common.errors import FinalError
-
-# Begins the names of a second copy of all weights, which Mistral's repositories hold and transformers does not load.
-SECOND_COPY = "consolidated"
+from resources.storage.manifests import SECOND_COPY
 
 
 def weight_files(weights: Path) -> list[Path]:

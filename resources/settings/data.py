@@ -144,7 +144,8 @@ class SeedData(Section):
         gt=0,
         lt=1,
         description="Random share of the held-out pairs, and of the verifiable instructions, that becomes the split `dev`, which "
-        "searches and the gate read; the rest is `test`, which tables report. Not in the paper.",
+        "searches and the gate read; the rest is `test`, which tables report. Rows that state one `template` go together. Not in "
+        "the paper.",
     )
     verifiable: DataSource | None = Field(
         None,

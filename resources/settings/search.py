@@ -27,7 +27,8 @@ class Search(Section):
     metric: Literal["length_controlled", "win_rate", "instructions"] = Field(
         "length_controlled",
         description="What the best candidate is best at, always on the dev split: the win rate over M_0 by the independent judge, "
-        "`length_controlled` or as it is (`win_rate`), or `instructions`, the verifiable instructions followed less M_0's.",
+        "`length_controlled`, which takes answers alike in length, or as it is (`win_rate`), or `instructions`, the verifiable "
+        "instructions followed less M_0's.",
     )
     when: Literal["each_iteration", "first"] = Field(
         "each_iteration",

@@ -17,6 +17,8 @@ from resources.storage.files import AnyPath, file_sha256, has_sha256, json_sha25
 logger = logging.getLogger("synpo.storage")
 
 MANIFEST = "manifest.json"
+# Begins the names of a second copy of all weights, which Mistral's repositories hold and transformers does not load.
+SECOND_COPY = "consolidated"
 # Endings of a model's files, but for pickled weights and code.
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")
 # Those of what transformers and vLLM load with the weights that it lies beside.
@@ -168,7 +170,8 @@ def foreign_file(directory: AnyPath, manifest: Manifest) -> AnyPath | None:
 def weights_manifest(weights: AnyPath) -> dict[str, Any]:
     """The files of a directory of weights, with the sha of them all."""
     with Progress(None, f"Reading the files in {weights} for their sha", logger):
-        paths = [path for path in UPath(weights).iterdir() if path.is_file() and path.name != "README.md"]
+        left_out = ("README.md", SECOND_COPY)
+        paths = [path for path in UPath(weights).iterdir() if path.is_file() and not path.name.startswith(left_out)]
         files = {path.name: _written(path) for path in sorted(paths, key=lambda path: path.name)}
     return {"sha": json_sha256({name: entry["sha256"] for name, entry in files.items()}), "files": files}
 

@@ -1,5 +1,6 @@
 """What a training takes of a GPU's memory at least, worked out before anything is made or a model is loaded."""
 
+import contextlib
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,13 +82,12 @@ def _sequences(training: Training) -> int:
 def _gpu_bytes(gpus: Sequence[str]) -> int | None:
     """The memory of the smallest of these GPUs; None if there is none, or if the driver says nothing.
 
-    PyTorch would only tell by taking some.
+    PyTorch would only tell by taking some. The driver does not know all names that CUDA takes, such as those of parts of a GPU:
+    then it is that of the smallest GPU of this machine.
     """
-    if not gpus:
-        return None
-    command = ["nvidia-smi", f"--id={','.join(gpus)}", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-        return min(int(line) for line in answer.split()) << 20
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    for more in ([f"--id={','.join(gpus)}"], []) if gpus else ():
+        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+            answer = subprocess.run([*command, *more], capture_output=True, text=True, timeout=60, check=True).stdout
+            return min(int(line) for line in answer.split()) << 20
+    return None

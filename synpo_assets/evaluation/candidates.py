@@ -29,8 +29,10 @@ from synpo_assets.evaluation.win_rates import judged_by
 from synpo_assets.graph.code_versions import code_version
 from synpo_assets.graph.metrics import Metric, MetricName
 from synpo_assets.graph.services import Services
+from synpo_assets.graph.stage import ENGINE_READS
 from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.evaluation import win_rates
+from synpo_assets.method.length_control import FEWEST_ALIKE
 from synpo_assets.method.ranking import repeated_prompts
 from synpo_assets.method.templates import prompt_requests
 from synpo_assets.method.verifiable import shares_followed
@@ -43,6 +45,13 @@ METRICS: Mapping[str, MetricName] = {
     "length_controlled": "length_controlled_win_rate", "win_rate": "win_rate", "instructions": "verifiable_gain",
 }  # fmt: skip
 COMPARED = (("candidate", "initial"),)
+# Why a candidate has no value.
+NOTHING_MEASURED = {
+    "length_controlled": f"fewer than {FEWEST_ALIKE} dev prompts, and than half, have answers alike in length to M_0's: raise "
+    "seed_data.held_out_limit, or set search.metric to win_rate",
+    "win_rate": "the judge gave no verdict on dev: raise seed_data.held_out_limit",
+    "instructions": "no verifiable instruction is in dev: raise seed_data.verifiable_limit",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +121,7 @@ class Searching:
         options = self.services.settings.preference_optimization.with_values(tried)
         settings = self.services.settings.model_copy(update={"preference_optimization": options})
         code = [optimized, loss_module(options.loss.kind).trainer]
-        version = code_version(code, None, [*TRAINING_READS, "engine.dtype", "random_seed"], settings)
+        version = code_version(code, None, [*TRAINING_READS, *ENGINE_READS["trains"], "random_seed"], settings)
         deciding = [version, [model.sha for model in self.models], versions_of(self.pairs)]
         name = f"{self.context.partition_key}-{json_sha256(deciding)[:8]}"
         return Candidate(name, options, {each: options.searchable[each] for each in self.search.space})
@@ -170,7 +179,8 @@ class Searching:
         self.context.log.info(
             f"The candidate with {candidate.text}: {measured.metric} {value} on dev (n = {measured.n} prompts or templates)."
         )
-        return dataclasses.replace(candidate, measured=measured)
+        left_out = NOTHING_MEASURED[self.search.metric] if measured.value is None else None
+        return dataclasses.replace(candidate, measured=measured, left_out=left_out)
 
     def _judged(self, models: Mapping[str, Checkpoint]) -> Metric:
         """The win rate over M_0 by the independent judge, for answers as they are or of equal length, as in `evaluation`."""

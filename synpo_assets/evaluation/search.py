@@ -176,9 +176,7 @@ def refuse_without_best(found: Sequence[Candidate]) -> Candidate:
     """The best candidate; raises a sentence if none was trained and measured."""
     best = best_of(found)
     if best is None:
-        reasons = dict.fromkeys(
-            each.left_out or "it was trained, and nothing could be measured on dev" for each in found
-        )
+        reasons = dict.fromkeys(str(each.left_out) for each in found)
         raise FinalError(f"None of {len(found)} candidates can become M_t: {'; '.join(reasons)}")
     return best
 

@@ -68,6 +68,8 @@ ENDING_COUNTS: dict[str, tuple[MetricName, MetricName, MetricName]] = {
     "only_initial_ended": ("wins_only_initial_ended", "ties_only_initial_ended", "losses_only_initial_ended"),
     "neither_ended": ("wins_neither_ended", "ties_neither_ended", "losses_neither_ended"),
 }
+# What the control of equal steps is called.
+CONTROL = "equal_steps"
 
 
 class MetricRows(Table):
@@ -176,9 +178,12 @@ class Metrics:
 
     @property
     def of_its_candidate(self) -> "Metrics":
-        """The same without what was measured of an earlier M_t than the one that was evaluated."""
-        of_another = (pl.col("of") == "candidate") & (pl.col("checkpoint_sha") != self.candidate)
-        return Metrics(self.frame.filter(of_another.fill_null(False).not_()))
+        """The same without what assets measured of an earlier M_t than the one that was evaluated, or of its control."""
+        of_another = self.frame.filter(pl.col("of") == "candidate", pl.col("checkpoint_sha") != self.candidate)
+        kept = self.frame.filter(~pl.col("asset").is_in(of_another["asset"].implode()))
+        if CONTROL in of_another["over"]:
+            kept = kept.filter(pl.col("of").ne_missing(CONTROL))
+        return Metrics(kept)
 
     def with_metrics_of(self, asset: str, partition: str, metrics: Iterable[Metric]) -> "Metrics":
         """The same with metrics of an asset in place of what it measured before."""
@@ -213,8 +218,10 @@ def record(store: ParquetTables, asset: str, partition: str | None, metrics: Ite
 
 def recorded(store: ParquetTables, partition: str | None) -> Metrics:
     """All that the assets of an iteration (None: those made once) have measured."""
-    tables = store.of_partition(partition or ONCE)
-    return Metrics(pl.concat([pl.DataFrame(schema=SCHEMA), *tables]))
+    rows = pl.concat([pl.DataFrame(schema=SCHEMA), *store.of_partition(partition or ONCE)])
+    # Earlier versions kept the rate, without an interval, where it is extrapolated.
+    extrapolated = (pl.col("metric") == "length_controlled_win_rate") & pl.col("low").is_null()
+    return Metrics(rows.with_columns(value=pl.when(~extrapolated).then("value")))
 
 
 def judge_doubt(store: ParquetTables) -> str | None:
@@ -327,12 +334,6 @@ def with_rules(prompts: pl.DataFrame) -> list[Metric]:
     """How many prompts have rules; nothing where none has."""
     count = int(has_rules(prompts).sum())
     return [Metric("with_rules", count, n=prompts.height)] if count else []
-
-
-def margin_over_first(taken: pl.DataFrame) -> Metric:
-    """Mean margin by the scorer of the samples taken over the first ones; where rules decide, it is in other units."""
-    by_scorer = taken.filter(~has_rules(taken))
-    return Metric("mean_margin_over_first_sample", mean(by_scorer["margin_over_first"]), n=by_scorer.height)
 
 
 def _rate(metric: MetricName, tokens: int, seconds: float) -> list[Metric]:

@@ -1,7 +1,7 @@
 """Which assets are still to be made, and which were made with other settings."""
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
@@ -15,6 +15,7 @@ from synpo_assets.graph.history import (
     data_version_of,
     failed_checks,
     newest,
+    pairs_made_again,
     tag_of,
     unfinished_attempt,
     unfinished_checks,
@@ -50,7 +51,8 @@ def missing_assets(
     An asset is missing if it was never materialized, if the newest attempt to make it has ended without a result, if it
     failed a blocking check, or if what was made is damaged. So is a promotion that was refused under other limits than those
     of now, the control of an M_t with other weights than those of now, and whatever measured either. So are verdicts of people
-    whose file has changed, and pairs that were made with other verdicts than those of now, with all that is made from them.
+    whose file has changed, and pairs that were made with other verdicts than those of now, with all that is made from them; and
+    what is made from pairs that were made again since M_t was trained on them.
     """
     graph = services.graph
     names = asset_names(graph, partitioned=partition is not None)
@@ -60,11 +62,10 @@ def missing_assets(
         missing |= {name for name in names if _is_to_be_judged_again(instance, services, name, partition)}
         missing |= _of_other_weights(services, partition).intersection(names)
     if _has_other_verdicts(instance, services, partition):
-        renewed = {PAIRS}
-        for name in names:
-            if any(key.to_user_string() in renewed for key in graph.get(dg.AssetKey(name)).parent_keys):
-                renewed.add(name)
-        missing |= renewed
+        missing |= {PAIRS, *_made_from_pairs(graph, names)}
+    with contextlib.suppress(DamageError):
+        if _has_other_pairs(instance, services, partition):
+            missing |= _made_from_pairs(graph, names)
     if partition is None or not missing:
         return [name for name in names if name in missing]
     return [name for name in names if name in missing or STATE_TAG in graph.get(dg.AssetKey(name)).tags]
@@ -105,6 +106,21 @@ def _has_other_verdicts(instance: DagsterInstance, services: Services, partition
     read = tag_of(instance, VERDICTS, partition, "data_version", before=made.storage_id)
     nothing = table_version(PairVerdicts.empty())
     return (data_version_of(instance, VERDICTS, partition) or nothing) != (read or nothing)
+
+
+def _has_other_pairs(instance: DagsterInstance, services: Services, partition: str | None) -> bool:
+    """Whether M_t was trained on other pairs of its iteration than those that there are now."""
+    made = services.checkpoints.manifest(MADE, partition) if partition else None
+    return made is not None and pairs_made_again(instance, str(partition), made["trained_on"]) is not None
+
+
+def _made_from_pairs(graph: AssetGraph, names: Sequence[str]) -> set[str]:
+    """What of an iteration, in order, is made from its pairs."""
+    renewed = {PAIRS}
+    for name in names:
+        if any(key.to_user_string() in renewed for key in graph.get(dg.AssetKey(name)).parent_keys):
+            renewed.add(name)
+    return renewed - {PAIRS}
 
 
 def _is_to_be_judged_again(instance: DagsterInstance, services: Services, name: str, partition: str | None) -> bool:

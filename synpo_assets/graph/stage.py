@@ -43,7 +43,8 @@ Group = Literal["seed", "loop", "prompts", "responses", "preferences", "optimiza
 WorkKind = Literal["generates", "trains", "scores", "embeds"]
 # What of the engine decides the result of each kind of work.
 ENGINE_READS: Mapping[WorkKind, tuple[str, ...]] = {
-    "generates": ("engine.dtype", "engine.kind"), "trains": ("engine.dtype",), "scores": ("engine.dtype",), "embeds": (),
+    "generates": ("engine.dtype", "engine.attention", "engine.kind"), "trains": ("engine.dtype", "engine.attention"),
+    "scores": ("engine.dtype", "engine.attention"), "embeds": (),
 }  # fmt: skip
 
 

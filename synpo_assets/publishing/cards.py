@@ -9,7 +9,6 @@ import polars as pl
 import yaml
 
 from resources.common.text import duration
-from synpo_assets.method.reviews import OUTCOMES
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.rows import Row, report_rows
 from synpo_assets.reports.search import HEAD, candidate_rows, metric_name, recorded_search
@@ -26,7 +25,7 @@ class CardData:
     """What the cards of pairs and models both say.
 
     The licence is named as the hub does, the language by its ISO 639-1 code. The sample is one pair as JSON, harmless to
-    show.
+    show. The verdicts are those of people on these pairs: how many they confirmed and flipped.
     """
 
     repository: str | None
@@ -38,6 +37,7 @@ class CardData:
     iterations: Sequence[FinishedIteration]
     scorer: str
     sample: str
+    verdicts: Mapping[str, int]
 
     @property
     def cost(self) -> str | None:
@@ -49,13 +49,11 @@ class CardData:
 
     @property
     def reviewed(self) -> str | None:
-        """What people did with the pairs, as a sentence; None if they read none."""
-        said = {
-            outcome: sum(each.metrics.value("verdicts", outcome) or 0 for each in self.iterations)
-            for outcome in OUTCOMES
-        }
-        counts = ", ".join(f"{outcome} {count:.0f}" for outcome, count in said.items())
-        return f"People read some of the pairs and {counts}." if any(said.values()) else None
+        """What people did with the pairs, as a sentence; None if they read none of them."""
+        if not any(self.verdicts.values()):
+            return None
+        said = " and ".join(f"{outcome} {count}" for outcome, count in self.verdicts.items())
+        return f"People read {sum(self.verdicts.values())} of the pairs: they {said}."
 
     @property
     def metrics(self) -> str:
@@ -196,16 +194,7 @@ def _line(cells: Sequence[Any]) -> str:
 
 
 def _yaml(values: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(_without_folders(dict(values)), sort_keys=False, allow_unicode=True).rstrip("\n")
-
-
-def _without_folders(value: Any) -> Any:
-    """Settings with the names alone of local files and directories: where they lie is nobody's business."""
-    if isinstance(value, dict):
-        return {name: _without_folders(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(each) for each in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True).rstrip("\n")
 
 
 def _libraries(versions: Mapping[str, str]) -> str:

@@ -29,6 +29,7 @@ from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.pairs import middle_pair
+from synpo_assets.method.reviews import OUTCOMES
 from synpo_assets.publishing.cards import CardData, dataset_card, model_card
 from synpo_assets.reports.boosting_report import READ_ASSETS, iterations_of, read_iteration
 from synpo_assets.reports.finished import FinishedIteration
@@ -36,6 +37,8 @@ from synpo_assets.stages.preferences import WRITER_COLUMNS
 
 # Of what an iteration makes, the settings that decide what a pair is.
 CARD_SETTINGS = {"random_seed", "prompt_generator", "responses", "response_improver", "scorer", "preferences"}
+# Which of them may name a file or directory.
+PLACES = (("preferences", "reviewed"), ("scorer", "name"))
 # Who had a part in a pair: by their own tables, and by the columns of the pairs.
 WRITERS = {"prompt": "synthetic_prompts", "answer of the policy": "base_responses"}
 TEXT_LIMIT = 2000
@@ -48,6 +51,7 @@ TEXT_LIMIT = 2000
     kinds=("huggingface",),
     reads=("publishing",),
     deps=READ_ASSETS,
+    deps_where_made=("pair_verdicts",),
 )
 def published_dataset(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]) -> dg.MaterializeResult:
     """The pairs of all finished iterations as parquet files with a card, published if `publishing.dry_run` is off.
@@ -80,6 +84,7 @@ def published_dataset(context: dg.AssetExecutionContext, services: dg.ResourcePa
     kinds=("huggingface",),
     reads=("publishing",),
     deps=READ_ASSETS,
+    deps_where_made=("pair_verdicts",),
 )
 def published_model(
     context: dg.AssetExecutionContext, model_checkpoint: Checkpoint, services: dg.ResourceParam[Services]
@@ -113,6 +118,11 @@ def published_model(
 def _dataset_card(services: Services, iterations: Sequence[FinishedIteration], pairs: pl.DataFrame) -> str:
     """The card of the pairs of these iterations, with the settings as they are."""
     settings = services.settings
+    unused = set() if settings.trains_improver else {"response_improver"}
+    stated = settings.model_dump(include=CARD_SETTINGS, exclude=unused)
+    for section, name in PLACES:
+        if stated[section].get(name):
+            stated[section][name] = _without_folder(stated[section][name])
     return dataset_card(
         _card_data(services, iterations, settings.publishing.dataset_repository),
         pairs=pairs,
@@ -121,9 +131,7 @@ def _dataset_card(services: Services, iterations: Sequence[FinishedIteration], p
         ranked_samples=None if settings.trains_improver else settings.preferences.ranked_samples,
         rewrites=settings.response_improver.samples,
         own_answers=settings.response_improver.own_answers,
-        settings=settings.model_dump(
-            include=CARD_SETTINGS, exclude=set() if settings.trains_improver else {"response_improver"}
-        ),
+        settings=stated,
     )
 
 
@@ -199,7 +207,20 @@ def _card_data(services: Services, iterations: Sequence[FinishedIteration], repo
         iterations=iterations,
         scorer=_scorer(settings),
         sample=_sample(iterations[-1].pairs),
+        verdicts=_verdicts(services, iterations),
     )
+
+
+def _verdicts(services: Services, iterations: Sequence[FinishedIteration]) -> dict[str, int]:
+    """How many of the pairs people confirmed, and how many they flipped."""
+    said = [pl.Series("outcome", dtype=pl.String)]
+    for iteration in iterations:
+        # Recorded where pairs were made as people want them.
+        if iteration.metrics.find("dropped", "people", asset="preference_pairs") is not None:
+            read = services.tables.read("pair_verdicts", iteration.key)
+            said.append(read.filter(pl.col("pair_id").is_in(iteration.pairs["pair_id"].implode()))["outcome"])
+    outcomes = pl.concat(said)
+    return {outcome: int((outcomes == outcome).sum()) for outcome in OUTCOMES if outcome != "dropped"}
 
 
 def _base_model(checkpoints: CheckpointStore) -> tuple[str, str | None, str]:
@@ -221,8 +242,12 @@ def _scorer(settings: Settings) -> str:
         trained = "a reward model trained from M_0 on seed prompts, gold answers over M_0's own"
         rules = "a program where a prompt states rules that it can check, elsewhere "
         return f"{rules if settings.scorer.kind == 'verifier' else ''}{trained}"
-    name = Path(settings.scorer.name).name if Path(settings.scorer.name).is_dir() else settings.scorer.name
-    return f"`{name}` ({settings.scorer.kind})"
+    return f"`{_without_folder(settings.scorer.name)}` ({settings.scorer.kind})"
+
+
+def _without_folder(place: str) -> str:
+    """The name alone of a file or directory of this machine, whose path is nobody's business; settings have made it absolute."""
+    return Path(place).name if Path(place).is_absolute() else place
 
 
 def _writers(services: Services, iterations: Sequence[FinishedIteration]) -> Iterator[dict[str, str]]:

@@ -32,7 +32,7 @@ from synpo_assets.reports.rows import total
 
 Opener = Callable[[Settings, Path], Services]
 
-WIDTH = 100
+WIDTH, SIDE_BY_SIDE = 100, 6
 # Its address may hold a password.
 DATABASE = "storage.dagster_database"
 
@@ -106,15 +106,18 @@ def print_comparison(homes: Sequence[Path], open_experiment: Opener, output: Pat
         for number, (place, value) in enumerate(zip(where, values, strict=True)):
             settings.add_row("" if number else name, Text(visible(str(place))), Text(visible(value)))
     console.print(settings if differing else "All settings are the same.")
-    table = Table("", title="Finished iterations, rewards of held-out prompts", title_justify="left")
-    for home, iteration in figures.select("home", "iteration").iter_rows():
-        name = f"M_{int(iteration)}" if len(homes) == 1 else f"{visible(home)} M_{int(iteration)}"
-        # Folded, because a number whose end is cut off would be a wrong one.
-        table.add_column(Text(name), justify="right", overflow="fold")
-    for name, (_, form) in COLUMNS.items():
-        if figures[name].null_count() < figures.height:
-            table.add_row(name, *(MISSING if value is None else form.format(value) for value in figures[name]))
-    console.print(table)
+    console.print("Finished iterations, rewards of held-out prompts", style="italic")
+    for some in figures.iter_slices(SIDE_BY_SIDE):
+        table = Table()
+        table.add_column("", no_wrap=True)
+        for home, iteration in some.select("home", "iteration").iter_rows():
+            name = f"M_{int(iteration)}" if len(homes) == 1 else f"{visible(home)} M_{int(iteration)}"
+            # Folded, because a number whose end is cut off would be a wrong one.
+            table.add_column(Text(name), justify="right", overflow="fold")
+        for name, (_, form) in COLUMNS.items():
+            if figures[name].null_count() < figures.height:
+                table.add_row(name, *(MISSING if value is None else form.format(value) for value in some[name]))
+        console.print(table)
     if output is not None:
         with writing(output):
             figures.write_csv(output)

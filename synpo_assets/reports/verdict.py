@@ -3,7 +3,8 @@
 They claim no more than intervals show. A judge prefers M_t if a 95 % interval lies above one half, for answers as they are and
 for answers of equal length, and above what M_0's own answers win in another form; and if the judge is right about gold more
 often than length alone. That M_t is better takes a figure without a judge besides: more instructions followed than by M_0 and by
-every null. That it is worse takes the same, but for the forms.
+every null. That it is worse takes an interval below one half, also at equal length, such a judge, and fewer instructions followed
+than by M_0.
 """
 
 import dataclasses
@@ -78,10 +79,11 @@ def _without_judge(newest: FinishedIteration) -> str:
     if gain is None or gain.value is None:
         return "No figure without a judge was recorded."
     null = "".join(f", and with {NULL_LABELS[str(each.over)]}, {gain_text(each)}" for each in over_nulls[:1])
-    is_certain = all(each.low is not None for each in (gain, *over_nulls))
-    no_gain = ": fewer are followed" if _follows_less(newest) else ": no gain is shown" if is_certain else ""
-    shown = "" if _follows_more(newest) else no_gain
-    return f"Without a judge, instructions followed compared with M_0: {gain_text(gain)}{null}{shown}."
+    followed = f"Without a judge, instructions followed compared with M_0: {gain_text(gain)}"
+    if _follows_less(newest):
+        return f"{followed}: fewer."
+    is_certain = over_nulls and all(each.low is not None for each in (gain, *over_nulls))
+    return f"{followed}{null}{': no gain is shown' if is_certain and not _follows_more(newest) else ''}."
 
 
 def _follows_more(newest: FinishedIteration) -> bool:
@@ -99,11 +101,11 @@ def _follows_less(newest: FinishedIteration) -> bool:
 def _null_not_beaten(newest: FinishedIteration) -> str | None:
     """The first form of M_0's answers than which M_t is not shown to win more often over M_0; None if there is none."""
     for null, gain in _gains_over_forms(newest).items():
-        if gain is None:
-            return f"it was not compared with M_0's own answers, {FORMS[null]}"
         # Of answers of one sentence there is nothing to leave out, and nothing to compare with.
-        if null == "trimmed" and not gain.n:
+        if null == "trimmed" and gain is not None and not gain.n:
             continue
+        if gain is None or gain.value is None:
+            return f"it was not compared with M_0's own answers, {FORMS[null]}"
         more = f"{gain_text(gain)} more, over {gain.n} prompts"
         if gain.low is None:
             return f"M_t has over M_0's own answers, {FORMS[null]}, {more}"
@@ -137,7 +139,8 @@ def cards(newest: FinishedIteration) -> list[Card]:
 def _card(label: str, rate: Metric | None, newest: FinishedIteration) -> Card:
     if newest.judge_doubt is not None:
         return Card(label, MISSING, AT_CHANCE)
-    return Card(label, *_parts(rate_text(rate), "not measured" if rate_text(rate) == MISSING else "95 % interval"))
+    is_certain = rate is not None and rate.low is not None
+    return Card(label, *_parts(rate_text(rate), "95 % interval" if is_certain else "no interval"))
 
 
 def _parts(text: str, what: str) -> tuple[str, str]:

@@ -28,7 +28,7 @@ from synpo_assets.graph.stage import Stage
 from synpo_assets.method.ranking import beside_first, best_of_like_length, is_rejected, repeated_prompts
 from synpo_assets.method.responses import response_table
 from synpo_assets.method.templates import rewrite_requests
-from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone, scored_answers
+from synpo_assets.stages.scorers import comparison_tokens, margin_over_first, reads_answers_alone, scored_answers
 
 
 def _cost(sizes: Sizes) -> list[Work]:
@@ -88,7 +88,7 @@ def best_rewrites(
         Metric("samples_per_prompt", options.samples),
         Metric("like_length_share", metrics.mean(best["is_alike"]), n=best.height),
         *([Metric("own_answer_share", metrics.mean(best["is_own"]), n=best.height)] if options.own_answers else []),
-        metrics.margin_over_first(best),
+        margin_over_first(best),
         *metrics.generating(usage),
         *metrics.scoring(compared.usage),
     ]

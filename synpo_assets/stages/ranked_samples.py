@@ -25,7 +25,7 @@ from synpo_assets.graph.stage import Stage
 from synpo_assets.method.ranking import beside_first, repeated_prompts, with_ranks
 from synpo_assets.method.responses import response_table
 from synpo_assets.method.templates import prompt_requests
-from synpo_assets.stages.scorers import comparison_tokens, reads_answers_alone, scored_answers
+from synpo_assets.stages.scorers import comparison_tokens, margin_over_first, reads_answers_alone, scored_answers
 
 READS = ("responses", "preferences.ranked_samples", "scorer.convention", "scorer.max_length")
 # Which sample is taken, by the columns of `with_ranks`.
@@ -110,7 +110,7 @@ def _ranked(
     taken = with_ranks(answered, compared.rows["margin"]).filter(pl.col("rank") == rank)
     measured = [
         Metric("samples_per_prompt", samples),
-        metrics.margin_over_first(taken),
+        margin_over_first(taken),
         *metrics.generating(usage),
         *metrics.scoring(compared.usage),
     ]

@@ -214,3 +214,9 @@ def _accuracy_metrics(accuracy: pl.DataFrame) -> list[Metric]:
         measured.append(Metric("held_out_accuracy", row["accuracy"], low=row["low"], high=row["high"], **whose))
         measured += [Metric("held_out_accuracy", row[column], by=label, **whose) for column, label in NULLS.items()]
     return measured
+
+
+def margin_over_first(taken: pl.DataFrame) -> Metric:
+    """Mean margin by the scorer of the samples taken over the first ones; where rules decide, it is in other units."""
+    by_scorer = taken.filter(~has_rules(taken))
+    return Metric("mean_margin_over_first_sample", metrics.mean(by_scorer["margin_over_first"]), n=by_scorer.height)

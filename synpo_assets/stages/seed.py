@@ -314,12 +314,19 @@ def _first(rows: Sequence[BadRow]) -> str:
 def _with_splits(rows: list[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
     """Rows that evaluations read, each in the split that it states, the others in dev or test, of which both have some.
 
-    Those of one template go together: whoever knows one of them knows the others.
+    Those of one template go together, unless all are of one: whoever knows one of them knows the others.
     """
-    free = list(dict.fromkeys(template_of(row) for row in rows if not row.get("stated_split")))
-    count = min(max(round(settings.seed_data.dev_share * len(free)), 1), max(len(free) - 1, 0))
-    dev = set(sample(free, count, f"{settings.random_seed}:dev"))
-    return [row | {"split": row.get("stated_split") or ("dev" if template_of(row) in dev else "test")} for row in rows]
+    stated = {template_of(row): row["stated_split"] for row in rows if row.get("stated_split")}
+    free = [row for row in rows if template_of(row) not in stated]
+    group = template_of if len(set(map(template_of, free))) > 1 else (lambda row: row["prompt_id"])
+    groups = list(dict.fromkeys(map(group, free)))
+    count = min(max(round(settings.seed_data.dev_share * len(groups)), 1), max(len(groups) - 1, 0))
+    dev = set(sample(groups, count, f"{settings.random_seed}:dev"))
+
+    def split_of(row: dict[str, Any]) -> str:
+        return row.get("stated_split") or stated.get(template_of(row)) or ("dev" if group(row) in dev else "test")
+
+    return [row | {"split": split_of(row)} for row in rows]
 
 
 def _split_sizes(settings: Settings, usable: int, bad: Sequence[BadRow]) -> dict[str, int]:
