@@ -15,6 +15,7 @@ from resources.settings.training import DPO, TrainingProcesses
 from resources.training.trainer import Trainer
 from synpo_assets.cli.estimate import expected_work, sizes_of
 from synpo_assets.graph.metrics import recorded
+from synpo_assets.graph.partitions import iteration_of
 from synpo_assets.graph.presentation import table_output
 from synpo_assets.graph.services import Services
 from synpo_assets.method.keywords import Keywords, training_keywords
@@ -44,12 +45,12 @@ def entering(initial_policy):
 
 @dg.asset(partitions_def=ITERATIONS, io_manager_key="tables")
 def preference_history(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]):
-    return table_output(context, services, pairs(1, 2))
+    return table_output(context, services, pairs(1, 2) if iteration_of(context) > 1 else pairs(1, 2).clear())
 
 
 @dg.asset(partitions_def=ITERATIONS, io_manager_key="tables")
 def preference_pairs(context: dg.AssetExecutionContext, services: dg.ResourceParam[Services]):
-    return table_output(context, services, pairs(2, 3))
+    return table_output(context, services, pairs(iteration_of(context), 3))
 
 
 @pytest.mark.parametrize(("accumulate", "iterations"), [(True, [1, 1, 2, 2, 2]), (False, [2, 2, 2])])
