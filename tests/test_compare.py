@@ -80,13 +80,13 @@ def test_it_shows_what_differs_and_what_came_of_it(homes, tmp_path):
 def test_of_many_iterations_all_figures_are_shown(tmp_path, monkeypatch):
     width = compare_module.SIDE_BY_SIDE
     figures = pl.DataFrame({"home": ["a"] * 50, "iteration": [f"{number:04d}" for number in range(1, 51)]})
-    figures = figures.with_columns(**{name: pl.lit(0.123) for name in compare_module.COLUMNS})
+    figures = figures.with_columns(**{name: pl.lit(0.123) for name in compare_module.FIGURES})
     monkeypatch.setattr(compare_module, "compared", lambda *_: ({}, figures))
     result = compare(tmp_path)
     assert result.exit_code == 0, result.output
     heads = [line for line in result.output.splitlines() if "M_" in line and line.startswith("┃")]
     assert len(heads) == -(-50 // width)
-    assert result.output.count("12.3%") == 50 * sum("%" in form for _, form in compare_module.COLUMNS.values())
+    assert result.output.count("12.3%") == 50 * sum("%" in form for _, form in compare_module.FIGURES.values())
     assert "chosen / rejected length" in result.output
 
 

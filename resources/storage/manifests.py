@@ -170,8 +170,8 @@ def foreign_file(directory: AnyPath, manifest: Manifest) -> AnyPath | None:
 def weights_manifest(weights: AnyPath) -> dict[str, Any]:
     """The files of a directory of weights, with the sha of them all."""
     with Progress(None, f"Reading the files in {weights} for their sha", logger):
-        left_out = ("README.md", SECOND_COPY)
-        paths = [path for path in UPath(weights).iterdir() if path.is_file() and not path.name.startswith(left_out)]
+        paths = [path for path in UPath(weights).iterdir() if path.is_file() and path.name != "README.md"]
+        paths = [path for path in paths if not path.name.startswith(SECOND_COPY)]
         files = {path.name: _written(path) for path in sorted(paths, key=lambda path: path.name)}
     return {"sha": json_sha256({name: entry["sha256"] for name, entry in files.items()}), "files": files}
 

@@ -32,7 +32,7 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import ENGINE_READS
 from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.evaluation import win_rates
-from synpo_assets.method.length_control import FEWEST_ALIKE
+from synpo_assets.method.length_control import TOO_FEW_ALIKE
 from synpo_assets.method.ranking import repeated_prompts
 from synpo_assets.method.templates import prompt_requests
 from synpo_assets.method.verifiable import shares_followed
@@ -47,8 +47,8 @@ METRICS: Mapping[str, MetricName] = {
 COMPARED = (("candidate", "initial"),)
 # Why a candidate has no value.
 NOTHING_MEASURED = {
-    "length_controlled": f"fewer than {FEWEST_ALIKE} dev prompts, and than half, have answers alike in length to M_0's: raise "
-    "seed_data.held_out_limit, or set search.metric to win_rate",
+    "length_controlled": f"{TOO_FEW_ALIKE}: raise seed_data.held_out_limit, or set preference_optimization.search.metric to "
+    "win_rate",
     "win_rate": "the judge gave no verdict on dev: raise seed_data.held_out_limit",
     "instructions": "no verifiable instruction is in dev: raise seed_data.verifiable_limit",
 }

@@ -39,8 +39,8 @@ from synpo_assets.graph.evaluation_schemas import (
     EqualStepsInstructions,
     VerifiableInstructions,
 )
-from synpo_assets.graph.metrics import Metric, judge_doubt
-from synpo_assets.graph.missing import EQUAL_STEPS, controlled_sha
+from synpo_assets.graph.metrics import EQUAL_STEPS, Metric, judge_doubt
+from synpo_assets.graph.missing import controlled_sha
 from synpo_assets.graph.partitions import iteration_of, partition_key
 from synpo_assets.graph.presentation import (
     checkpoint_output,

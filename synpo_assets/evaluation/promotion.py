@@ -36,7 +36,7 @@ from synpo_assets.graph.stage import Stage
 from synpo_assets.method.gate import gate_power, gate_rows, verdict
 from synpo_assets.method.judging import doubt
 from synpo_assets.method.length_control import (
-    FEWEST_ALIKE,
+    TOO_FEW_ALIKE,
     alike_in_length,
     is_extrapolated,
     length_controlled_interval,
@@ -51,10 +51,7 @@ BY_JUDGE: frozenset[str] = frozenset({
 })  # fmt: skip
 CONTROLLED = "length_controlled_win_rate_over_initial"
 CONTROLLED_LOW = f"{CONTROLLED}_low"
-TOO_FEW_ALIKE = (
-    f"fewer than {FEWEST_ALIKE} dev prompts, and than half, have answers of M_t and M_0 that are alike in length and a verdict: "
-    "raise seed_data.held_out_limit, or limit another metric"
-)
+NOT_CONTROLLED = f"{TOO_FEW_ALIKE}: raise seed_data.held_out_limit, or limit another metric"
 # Metrics of prompt_diversity.
 OF_PROMPTS: frozenset[GateMetric] = frozenset({"prompt_similarity", "prompt_similarity_to_seed"})
 
@@ -101,7 +98,7 @@ def promotion(context: dg.AssetExecutionContext, services: dg.ResourceParam[Serv
 
 def judged_by_gate(gate: Gate, values: Mapping[str, float | None], doubted: str | None) -> list[dict[str, Any]]:
     """A row for each limit of the gate, with the value and whether it passes; `doubted` is why the judge's word says nothing."""
-    unmeasured = {name: TOO_FEW_ALIKE for name in (CONTROLLED, CONTROLLED_LOW) if values[name] is None}
+    unmeasured = {name: NOT_CONTROLLED for name in (CONTROLLED, CONTROLLED_LOW) if values[name] is None}
     # A judge that cannot judge has measured nothing.
     unmeasured |= dict.fromkeys(BY_JUDGE, doubted.rstrip(".")) if doubted else {}
     return gate_rows({**values, **dict.fromkeys(unmeasured)}, gate.minimum, gate.maximum, unmeasured)

@@ -69,7 +69,7 @@ ENDING_COUNTS: dict[str, tuple[MetricName, MetricName, MetricName]] = {
     "neither_ended": ("wins_neither_ended", "ties_neither_ended", "losses_neither_ended"),
 }
 # What the control of equal steps is called.
-CONTROL = "equal_steps"
+EQUAL_STEPS = "equal_steps"
 
 
 class MetricRows(Table):
@@ -181,8 +181,8 @@ class Metrics:
         """The same without what assets measured of an earlier M_t than the one that was evaluated, or of its control."""
         of_another = self.frame.filter(pl.col("of") == "candidate", pl.col("checkpoint_sha") != self.candidate)
         kept = self.frame.filter(~pl.col("asset").is_in(of_another["asset"].implode()))
-        if CONTROL in of_another["over"]:
-            kept = kept.filter(pl.col("of").ne_missing(CONTROL))
+        if EQUAL_STEPS in of_another["over"]:
+            kept = kept.filter(pl.col("of").ne_missing(EQUAL_STEPS))
         return Metrics(kept)
 
     def with_metrics_of(self, asset: str, partition: str, metrics: Iterable[Metric]) -> "Metrics":

@@ -20,7 +20,7 @@ from synpo_assets.graph.history import (
     unfinished_attempt,
     unfinished_checks,
 )
-from synpo_assets.graph.metrics import recorded
+from synpo_assets.graph.metrics import EQUAL_STEPS, recorded
 from synpo_assets.graph.presentation import table_version
 from synpo_assets.graph.schemas import PairVerdicts
 from synpo_assets.graph.services import Services
@@ -29,7 +29,6 @@ from synpo_assets.graph.stage import OPT_IN_TAG, STATE_TAG
 PAIRS, VERDICTS = "preference_pairs", "pair_verdicts"
 # What is measured, as metrics call it, and the checkpoint that it is.
 MADE, CONTROL = "model_checkpoint", "equal_steps_checkpoint"
-EQUAL_STEPS = "equal_steps"
 MEASURED = {"candidate": MADE, EQUAL_STEPS: CONTROL}
 
 

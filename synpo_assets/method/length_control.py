@@ -9,6 +9,10 @@ CONTROLLED_RESAMPLES = 1000
 TABLE_VALUES = 100_000
 MOST_STEPS = 100
 FEWEST_ALIKE = 10
+TOO_FEW_ALIKE = (
+    f"fewer than {FEWEST_ALIKE} dev prompts, and than half, have answers of M_t and M_0 that are alike in length and a "
+    "verdict"
+)
 
 
 def length_controlled_win_rate(judged: pl.Series, lengths: pl.Series, other_lengths: pl.Series) -> float | None:

@@ -103,9 +103,9 @@ def iterations_of(instance: dg.DagsterInstance, services: Services) -> tuple[lis
         if own.isdisjoint(measured.assets):
             continue
         evaluated, made = measured.candidate, data_version_of(instance, "model_checkpoint", key)
-        manifest = services.checkpoints.manifest("model_checkpoint", key)
-        is_of_these_pairs = manifest is None or not pairs_made_again(instance, key, manifest["trained_on"])
-        done = is_of_these_pairs and evaluated is not None and made is not None and evaluated.startswith(made)
+        done = evaluated is not None and made is not None and evaluated.startswith(made)
+        if done and (manifest := services.checkpoints.manifest("model_checkpoint", key)):
+            done = pairs_made_again(instance, key, manifest["trained_on"]) is None
         (finished if done else begun).append(key)
     return finished, begun
 

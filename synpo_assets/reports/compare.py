@@ -44,7 +44,7 @@ def _value(
 
 
 # Of each figure: its value, and how it is written.
-COLUMNS: dict[str, tuple[Callable[[FinishedIteration], float | None], str]] = {
+FIGURES: dict[str, tuple[Callable[[FinishedIteration], float | None], str]] = {
     "win rate over M_0": (_value("win_rate", "candidate", over="initial", by=INDEPENDENT), "{:.1%}"),
     "both answers ended": (_value("win_rate_both_ended", "candidate", over="initial", by=INDEPENDENT), "{:.1%}"),
     "equal steps over M_0": (_value("win_rate", "equal_steps", over="initial", by=INDEPENDENT), "{:.1%}"),
@@ -78,7 +78,7 @@ def compared(homes: Sequence[Path], open_experiment: Opener) -> tuple[dict[str, 
     settings = [_settings_of(home) for home in homes]
     made = {home: _iterations(home, own, open_experiment) for home, own in zip(homes, settings, strict=True)}
     rows = [
-        {"home": str(home), "iteration": each.key} | {name: value(each) for name, (value, _) in COLUMNS.items()}
+        {"home": str(home), "iteration": each.key} | {name: value(each) for name, (value, _) in FIGURES.items()}
         for home, iterations in made.items()
         for each in iterations
     ]
@@ -114,7 +114,7 @@ def print_comparison(homes: Sequence[Path], open_experiment: Opener, output: Pat
             name = f"M_{int(iteration)}" if len(homes) == 1 else f"{visible(home)} M_{int(iteration)}"
             # Folded, because a number whose end is cut off would be a wrong one.
             table.add_column(Text(name), justify="right", overflow="fold")
-        for name, (_, form) in COLUMNS.items():
+        for name, (_, form) in FIGURES.items():
             if figures[name].null_count() < figures.height:
                 table.add_row(name, *(MISSING if value is None else form.format(value) for value in some[name]))
         console.print(table)
