@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import gc
+import io
 import logging
 import os
 import subprocess
@@ -35,6 +37,14 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 # It is read when trackio is imported, which any training may be the first to do.
 os.environ["TRACKIO_DIR"] = str(WORK / "trackio")
 os.environ.pop("DAGSTER_HOME", None)
+# Whose tests follow one another on one home.
+LONGEST = "test_daemon.py"
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is no garbage, and is not searched for any."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -46,6 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("nano_run"))
         elif item.get_closest_marker("slow") or _shares(item):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
+    # Begun last, it would go on alone at the end.
+    items.sort(key=lambda item: item.path.name != LONGEST)
 
 
 def _shares(item: pytest.Item) -> bool:
@@ -161,8 +173,9 @@ def synpo_here(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The same in this process, for what starts no run: a process of its own takes seconds to load."""
     from synpo_assets.cli.commands import app
 
-    # A command puts its home into the environment.
-    with mock.patch.dict(os.environ):
+    # A command puts its home into the environment. What steps would be forked from would go on importing beside the tests.
+    nothing = mock.patch("synpo_assets.cli.executor.start_preloading", return_value=io.BytesIO())
+    with mock.patch.dict(os.environ), nothing:
         for name in ("SYNPO_HOME", "DAGSTER_HOME"):
             os.environ.pop(name, None)
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -1,6 +1,7 @@
 """A real but tiny instruct model, made here in seconds, and settings that run the whole pipeline on it."""
 
 import array
+import functools
 import json
 import shutil
 import tempfile
@@ -12,7 +13,8 @@ import polars as pl
 import yaml
 
 from resources.models.chat import answer_ids, load_tokenizer, prompt_ids
-from resources.settings.files import PRESETS
+from resources.settings.files import PRESETS, home_directory, home_settings
+from resources.settings.settings import Settings
 from synpo_assets.method.templates import generator_instruction, generator_target, user_message
 
 SEED = PRESETS.parent / "seed"
@@ -22,6 +24,12 @@ CHATML = (
 )
 TEACHING_STEPS = 400
 EMBEDDING_MODEL = "nano-embedding"
+
+
+@functools.cache
+def active_settings() -> Settings:
+    """Those of the home that SYNPO_HOME names."""
+    return home_settings(home_directory())
 
 
 def seed_rows(name: str = "train") -> list[dict[str, str]]:

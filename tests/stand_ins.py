@@ -2,22 +2,26 @@
 
 import dataclasses
 import uuid
+from pathlib import Path
 
 import dagster as dg
 import polars as pl
 import pytest
+from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 
 from definitions import build
-from resources.settings.files import active_settings
 from synpo_assets.algorithm import stages_of
 from synpo_assets.graph.metrics import Metric, record
 from synpo_assets.graph.partitions import iterations
-from synpo_assets.graph.services import Services
+from synpo_assets.graph.services import Services, open_services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.rules import CONSTRAINTS
+from tests.nano import active_settings
 
 EMPTY_JOB = dg.Definitions([dg.AssetSpec("anything")]).resolve_implicit_global_asset_job_def()
 ITERATIONS = iterations(active_settings())
+# By the settings that they were made for, as JSON.
+GRAPHS: dict[str, AssetGraph] = {}
 
 
 @pytest.fixture
@@ -28,7 +32,22 @@ def instance():
 
 def services_in(home, settings=None) -> Services:
     """The services of an experiment in a directory; the nano settings if none are given."""
-    return build(settings or active_settings(), home)[1]
+    settings = settings or active_settings()
+    return open_services(settings, home, graph_of(settings))
+
+
+def graph_of(settings) -> AssetGraph:
+    """The graph of an experiment, made once for equal settings, unless what they name decides it, too."""
+    stated, usual = settings.model_dump_json(), active_settings()
+    if settings.preferences.reviewed or settings.benchmarks != usual.benchmarks or ".jinja" in stated:
+        return _graph(settings)
+    if stated not in GRAPHS:
+        GRAPHS[stated] = _graph(settings)
+    return GRAPHS[stated]
+
+
+def _graph(settings) -> AssetGraph:
+    return build(settings, Path("/nowhere"))[1].graph
 
 
 def run(stages, instance, services, partition=None, **options):
@@ -40,10 +59,10 @@ def run(stages, instance, services, partition=None, **options):
     return dg.materialize(assets, instance=instance, resources=resources, partition_key=partition, **options)
 
 
-def begun_run(instance, status, tags=None):
+def begun_run(instance, status, tags=None, step="anything"):
     """A run one step of which has started."""
     begun = instance.create_run_for_job(EMPTY_JOB, status=status, tags=tags)
-    instance.report_dagster_event(dg.DagsterEvent("STEP_START", EMPTY_JOB.name, step_key="anything"), begun.run_id)
+    instance.report_dagster_event(dg.DagsterEvent("STEP_START", EMPTY_JOB.name, step_key=step), begun.run_id)
     return begun
 
 

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from resources.models.chat import load_tokenizer
-from resources.settings.files import active_settings, load_settings
+from resources.settings.files import load_settings
 from resources.settings.machine import Engine
 from resources.settings.settings import Settings
 from resources.settings.training import DPO, TrainingProcesses
@@ -22,7 +22,7 @@ from synpo_assets.method.keywords import Keywords, training_keywords
 from synpo_assets.stages.improver import response_improver
 from synpo_assets.stages.optimization import model_checkpoint
 from synpo_assets.stages.seed import initial_policy
-from tests.nano import nano_settings, write_settings
+from tests.nano import active_settings, nano_settings, write_settings
 from tests.stand_ins import ITERATIONS, run, services_in, shown
 from tests.stand_ins import instance as instance
 from tests.test_improver_edits import POLICIES, RecordingTrainer, seed_responses

@@ -294,7 +294,7 @@ def test_too_little_gpu_memory_is_explained(tmp_path, nano_checkpoint, monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(CPOTrainer, "compute_loss", full)
-    with pytest.raises(FinalError, match=r"micro_batch_size = 2.*Lower.*load_in_4bit.*FSDP"):
+    with pytest.raises(FinalError, match=r"micro_batch_size = 2.*gradient_checkpointing.*lower.*load_in_4bit.*FSDP"):
         simpo(trainer(tmp_path), nano_checkpoint, tmp_path / "out")
 
 

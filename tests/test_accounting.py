@@ -28,8 +28,10 @@ def printed(*lines):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
-def test_memory_that_is_free_again_is_counted():
-    before, after = printed("print(peak_memory()['peak_memory_gb'])", GRABBED, "print(peak_memory()['peak_memory_gb'])")
+def test_memory_that_is_free_again_is_counted_and_pytorch_is_not_loaded_for_it():
+    figure = "print(peak_memory()['peak_memory_gb'])"
+    before, after, *names, loaded = printed(figure, GRABBED, figure, "print(*peak_memory(), 'torch' in sys.modules)")
+    assert (names, loaded) == (["peak_memory_gb"], "False")
     assert float(after) - float(before) == pytest.approx(MEBIBYTES * 2**20 / 1e9, abs=0.05)
 
 
@@ -49,11 +51,6 @@ def test_a_forked_step_does_not_answer_for_the_process_it_was_forked_from():
         "os.wait()",
     )
     assert float(parent) - float(child) > 0.3
-
-
-def test_memory_is_counted_without_loading_pytorch():
-    figures, loaded = printed("print(*peak_memory())", "print('torch' in sys.modules)")
-    assert (figures, loaded) == ("peak_memory_gb", "False")
 
 
 def test_every_asset_that_uses_a_model_records_tokens_time_and_memory(nano_run):

@@ -5,14 +5,13 @@ import polars as pl
 import pytest
 from dagster._core.storage.tags import PARTITION_NAME_TAG
 
-from resources.settings.files import active_settings
 from resources.storage.files import json_sha256, write_atomically
 from resources.storage.manifests import Manifest
 from synpo_assets.cli.automation import JOBS, next_iteration, reason_to_wait
 from synpo_assets.graph.history import never_began
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.missing import asset_names
-from tests.nano import write_settings
+from tests.nano import active_settings, write_settings
 from tests.stand_ins import EMPTY_JOB, begun_run, measured, services_in
 from tests.stand_ins import instance as instance
 
@@ -120,6 +119,22 @@ def test_it_stops_at_the_target(instance, services):
 def test_it_waits_for_runs_and_does_not_repeat_failed_ones(instance, services, status, reason):
     begun_run(instance, status, {PARTITION_NAME_TAG: "0001"})
     assert reason in reason_to_wait(instance, services, 1)
+
+
+@pytest.mark.parametrize(("step", "judged_since", "goes_on"), [
+    ("policy", True, True), ("policy", False, False), ("keyword_sets", True, False),
+])  # fmt: skip
+def test_a_run_that_the_gate_kept_out_does_not_hold_it_once_the_gate_was_asked_again(
+    instance, services, step, judged_since, goes_on
+):
+    """A backfill launches iteration 2 although the gate refuses M_1."""
+    finish(instance, services, None)
+    finish(instance, services, "0001")
+    refused = begun_run(instance, dg.DagsterRunStatus.STARTED, {PARTITION_NAME_TAG: "0002"}, step)
+    instance.report_run_failed(refused)
+    if judged_since:
+        instance.report_runless_asset_event(dg.AssetMaterialization("promotion", partition="0001"))
+    assert (reason_to_wait(instance, services, 2) is None) == goes_on
 
 
 def test_a_run_that_ended_before_any_step_does_not_hold_it(instance, services):

@@ -353,8 +353,9 @@ def test_a_task_file_runs_no_code_that_is_not_trusted_however_it_is_written(fold
     assert not (folder / "tasks" / "ran").exists()
 
 
-def test_a_template_of_a_task_that_does_not_end_is_stopped(folder, offline):
+def test_a_template_of_a_task_that_does_not_end_is_stopped(folder, offline, monkeypatch):
     pytest.importorskip("lm_eval")
+    monkeypatch.setattr("resources.models.bounded.CPU_SECONDS", 0.3)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     task = folder / "tasks" / "things.yaml"
     task.write_text(task.read_text().replace("{{question}}", loop + "{{question}}"))

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from definitions import build
 from resources.generation.language_model import Usage
-from resources.settings.files import active_settings, load_settings
+from resources.settings.files import load_settings
 from resources.settings.sections import SettingsError
 from synpo_assets.cli.estimate import CHAT_TOKENS, TOKENS_PER_WORD, expected_work, sizes_of
 from synpo_assets.graph.metrics import recorded
@@ -23,8 +22,8 @@ from synpo_assets.method.rules import CONSTRAINTS
 from synpo_assets.stages.best_rewrites import best_rewrites
 from synpo_assets.stages.improver import refined_responses, rejected_responses
 from synpo_assets.stages.responses import base_responses
-from tests.nano import nano_settings, write_settings
-from tests.stand_ins import ITERATIONS, run, scored, services_in
+from tests.nano import active_settings, nano_settings, write_settings
+from tests.stand_ins import ITERATIONS, graph_of, run, scored, services_in
 from tests.stand_ins import instance as instance
 from tests.test_method import responses
 from tests.test_ranked_samples import ASKED, PrefersLong, stand_in_checkpoint, synthetic_prompts
@@ -146,7 +145,9 @@ def rewritten(tmp_path, nano_checkpoint):
 
 
 def test_the_first_rewrite_is_not_made_again_and_the_best_is_chosen(rewritten):
-    (base, _, first, best), measured, scorer = rewritten(max_length_ratio=100.0)
+    # What is cut is chosen last.
+    sampling = active_settings().response_improver.sampling.model_copy(update={"max_new_tokens": 200})
+    (base, _, first, best), measured, scorer = rewritten(max_length_ratio=1e4, sampling=sampling)
     assert check(RefinedResponses, best) is None
     assert best["prompt_id"].to_list() == base["prompt_id"].to_list()
     assert best["base_response_id"].to_list() == base["response_id"].to_list()
@@ -159,7 +160,7 @@ def test_the_first_rewrite_is_not_made_again_and_the_best_is_chosen(rewritten):
         assert len(response) == max(map(len, [first_one, *others]))
     assert measured.value("samples_per_prompt", asset="best_rewrites") == 3
     assert measured.value("like_length_share") == 1
-    _, again, _ = rewritten(max_length_ratio=1.01)
+    _, again, _ = rewritten(max_length_ratio=1.01, sampling=sampling)
     assert again.value("generated_tokens", asset="best_rewrites") == 0
     assert again.value("like_length_share") < 1
 
@@ -194,15 +195,15 @@ def test_the_policys_answer_is_chosen_where_it_is_above_every_rewrite_and_not_th
     assert measured.find("own_answer_share") is None
 
 
-def test_only_several_rewrites_have_a_stage_of_their_own(tmp_path):
-    one, many = (build(several(count), tmp_path)[1].graph for count in (1, 3))
+def test_only_several_rewrites_have_a_stage_of_their_own():
+    one, many = (graph_of(several(count)) for count in (1, 3))
     assert many.materializable_asset_keys - one.materializable_asset_keys == {dg.AssetKey("best_rewrites")}
     pairs = many.get(dg.AssetKey("preference_pairs"))
     assert dg.AssetKey("best_rewrites") in pairs.parent_keys
     assert dg.AssetKey("refined_responses") not in pairs.parent_keys
     assert pairs.metadata[MADE_FROM]["chosen_response_id"] == "best_rewrites"
     ranked = several(3).preferences.model_copy(update={"chosen_from": "ranked_samples"})
-    without = build(several(3).model_copy(update={"preferences": ranked}), tmp_path)[1].graph
+    without = graph_of(several(3).model_copy(update={"preferences": ranked}))
     assert dg.AssetKey("best_rewrites") not in without.materializable_asset_keys
 
 

@@ -12,14 +12,7 @@ from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContextForTest
 
 from definitions import build
-from resources.settings.files import (
-    LAST_VALID,
-    OF_THE_HOME,
-    active_settings,
-    changed_settings,
-    changes_between,
-    load_settings,
-)
+from resources.settings.files import LAST_VALID, OF_THE_HOME, changed_settings, changes_between, load_settings
 from resources.settings.sections import SettingsError
 from resources.storage.tables import ParquetTables
 from synpo_assets.cli.home import last_valid_settings
@@ -28,7 +21,7 @@ from synpo_assets.graph.changes import RunRefused
 from synpo_assets.graph.history import failed_checks, unfinished_attempt, unfinished_checks
 from synpo_assets.graph.missing import outdated_assets
 from tests.conftest import HOME
-from tests.nano import write_settings
+from tests.nano import active_settings, write_settings
 from tests.stand_ins import instance as instance
 from tests.stand_ins import services_in, shown
 from tests.test_structure import ROOT

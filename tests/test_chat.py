@@ -1,5 +1,6 @@
 """Chat templates are rendered once and give one BOS at most."""
 
+import copy
 import functools
 import json
 import os
@@ -7,7 +8,7 @@ import shutil
 import signal
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resources.common.errors import ModelSourceError
@@ -30,9 +31,14 @@ nano_tokenizer_once = functools.cache(nano_tokenizer)
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-@pytest.fixture(scope="module")
+def own_tokenizer():
+    """One that a test may change; to train it takes longer than to copy it."""
+    return copy.deepcopy(nano_tokenizer_once())
+
+
+@pytest.fixture
 def tokenizer():
-    return nano_tokenizer()
+    return nano_tokenizer_once()
 
 
 def test_the_rendered_prompt_ends_where_the_assistant_starts(tokenizer):
@@ -50,7 +56,7 @@ def adding_bos(template):
     """A tokenizer that puts a BOS before every text by itself, as Llama's does."""
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer = nano_tokenizer()
+    tokenizer = own_tokenizer()
     tokenizer.bos_token = "<|endoftext|>"
     bos = ("<|endoftext|>", tokenizer.bos_token_id)
     tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
@@ -76,7 +82,7 @@ def test_no_bos_is_invented_for_a_tokenizer_without_one(tokenizer):
 
 
 def test_a_template_without_end_of_turn_falls_back_to_eos():
-    tokenizer = nano_tokenizer()
+    tokenizer = own_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id
 
@@ -107,7 +113,7 @@ def test_the_lengths_of_what_holds_no_control_token_are_the_tokenizers_own(token
 
 
 def test_a_missing_chat_template_is_refused(tmp_path):
-    tokenizer = nano_tokenizer()
+    tokenizer = own_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ChatTemplateError, match=r"has no chat template.*named in scorer\.name"):
@@ -119,7 +125,7 @@ def test_an_answer_that_was_cut_is_not_closed(tokenizer):
 
 
 def test_the_end_of_turn_is_found_when_it_is_not_the_eos():
-    tokenizer = nano_tokenizer()
+    tokenizer = own_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"
     assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
@@ -128,7 +134,7 @@ def test_an_answer_is_tokenized_as_it_follows_the_prompt():
     """Tokenizers that put a mark before every text must not put it between prompt and answer."""
     from tokenizers import normalizers
 
-    tokenizer = nano_tokenizer()
+    tokenizer = own_tokenizer()
     tokenizer._tokenizer.normalizer = normalizers.Prepend("_")
     alone = tokenizer("fine").input_ids
     ids = answer_ids(tokenizer, HELLO, "fine", finished=False)
@@ -243,7 +249,7 @@ def test_tokens_that_the_model_does_not_have_are_refused(nano_model, tmp_path, f
 
 
 def test_a_template_without_any_end_of_an_answer_is_refused():
-    tokenizer = nano_tokenizer()
+    tokenizer = own_tokenizer()
     tokenizer.eos_token, tokenizer.chat_template = None, "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     with pytest.raises(
         ChatTemplateError, match="closes an answer with no control token, and its tokenizer has no eos_token"
@@ -263,14 +269,19 @@ def test_text_before_the_bos_is_refused(nano_model, tmp_path):
 @pytest.mark.parametrize(("template", "stated"), [
     (TURNS + OPENED, {}), (INSTRUCTIONS, {}), (THINKING, {"template_arguments": {"enable_thinking": False}}), (DATED, {}),
 ], ids=["ChatML", "space before the answer", "empty think block", "date"])  # fmt: skip
-@given(question=st.text("ab \n<|im_end|>", min_size=1), answer=st.text("ab \n", min_size=1).filter(str.strip))
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-def test_what_is_trained_is_what_the_template_renders(with_prompt, template, stated, question, answer):
+def test_what_is_trained_is_what_the_template_renders(with_prompt, template, stated):
     directory, _ = with_prompt(None, template, **stated)
-    tokenizer, asked = load_tokenizer(str(directory)), [{"role": "user", "content": question.replace("<|im_end|>", "")}]
-    trained = prompt_ids(tokenizer, asked) + answer_ids(tokenizer, asked, answer.strip())
-    whole = turns_text(tokenizer, [*asked, {"role": "assistant", "content": answer.strip()}])
-    assert tokenizer(whole, add_special_tokens=False).input_ids[: len(trained)] == trained
+    tokenizer = load_tokenizer(str(directory))
+
+    @given(question=st.text("ab \n<|im_end|>", min_size=1), answer=st.text("ab \n", min_size=1).filter(str.strip))
+    @settings(max_examples=20)
+    def is_what_it_renders(question, answer):
+        asked = [{"role": "user", "content": question.replace("<|im_end|>", "")}]
+        trained = prompt_ids(tokenizer, asked) + answer_ids(tokenizer, asked, answer.strip())
+        whole = turns_text(tokenizer, [*asked, {"role": "assistant", "content": answer.strip()}])
+        assert tokenizer(whole, add_special_tokens=False).input_ids[: len(trained)] == trained
+
+    is_what_it_renders()
 
 
 def test_a_bos_that_opens_every_turn_is_no_fault(nano_model, tmp_path):
@@ -343,8 +354,8 @@ def test_a_template_that_loops_or_grows_is_refused(tmp_path, nano_model, monkeyp
     ("{{ 1 / 0 }}", "fails on a conversation: ZeroDivisionError"),
 ])  # fmt: skip
 def test_a_template_that_loops_or_fails_on_one_prompt_alone_ends_in_a_sentence(monkeypatch, does, words):
-    monkeypatch.setattr("resources.models.bounded.CPU_SECONDS", 1)
-    tokenizer, before = nano_tokenizer(), signal.getsignal(signal.SIGVTALRM)
+    monkeypatch.setattr("resources.models.bounded.CPU_SECONDS", 0.3)
+    tokenizer, before = own_tokenizer(), signal.getsignal(signal.SIGVTALRM)
     tokenizer.chat_template = f"{TURNS}{{% if messages[0]['content']|length == 6 %}}{does}{{% endif %}}"
     assert prompt_ids(tokenizer, HELLO)
     with pytest.raises(ChatTemplateError, match=f"chat template of .* {words}.*[cC]orrect its"):

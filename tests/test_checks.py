@@ -8,12 +8,12 @@ import polars as pl
 import pytest
 
 from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
-from resources.settings.files import active_settings
 from resources.storage.checkpoint_store import TRAINING_LOG
 from synpo_assets.algorithm import stages_of
 from synpo_assets.graph import history
 from synpo_assets.graph.checks import CHOOSE_SAMPLES, MORE_PAIRS, checks_of
 from synpo_assets.graph.metrics import Metric
+from tests.nano import active_settings
 from tests.stand_ins import ITERATIONS, measured, run, services_in, win_rates
 from tests.stand_ins import instance as instance
 from tests.test_loop import pairs
@@ -36,8 +36,7 @@ def evaluate(instance, services, asset, value, partition="0001", io_manager="tab
     @dg.asset(partitions_def=ITERATIONS, deps=[made])
     def after() -> None: ...
 
-    definitions = checks_of(stages_of(settings), settings)
-    own = [check for check in definitions if next(iter(check.check_keys)).asset_key == made.key]
+    own = checks_of([stage for stage in stages_of(settings) if stage.name == asset], settings)
     services = dataclasses.replace(services, settings=settings)
     result = run([made, after, *own], instance, services, partition, raise_on_error=False)
     found = {evaluation.check_name: evaluation for evaluation in result.get_asset_check_evaluations()}

@@ -90,10 +90,10 @@ HARMLESS = (
 LOAD = """
 import json, sys
 from pathlib import Path
-from resources.settings.files import active_settings
+from resources.settings.files import home_directory, home_settings
 from synpo_assets.algorithm import stages_of
 from synpo_assets.graph import code_versions
-settings = active_settings()
+settings = home_settings(home_directory())
 def versions():
     for name in ("reached_code", "_read", "_tree", "_names", "_module_imports"):
         getattr(code_versions, name).cache_clear()

@@ -4,10 +4,10 @@ import dagster as dg
 import pytest
 
 from resources.settings.cost import Cost
-from resources.settings.files import active_settings
 from synpo_assets.cli.automation import reason_to_wait
 from synpo_assets.graph.budget import budget_refusal, seconds_used
 from synpo_assets.graph.changes import run_resources
+from tests.nano import active_settings
 from tests.stand_ins import instance as instance
 from tests.stand_ins import services_in
 

@@ -73,7 +73,6 @@ def test_a_command_on_a_damaged_home_ends_with_a_sentence(nano_run, tmp_path, mo
 
     # What is missing is found, and not made.
     monkeypatch.setattr(runs, "_run", look)
-    monkeypatch.setattr("synpo_assets.cli.executor.start_preloading", lambda: None)
     monkeypatch.setattr("synpo_assets.cli.webserver.serve", lambda *arguments: None)
     damage(sorted(home.glob(place))[0])
     at = ("--home", home)

@@ -18,7 +18,7 @@ from resources.models.embeddings import SentenceEmbedder
 from resources.models.likelihood import AnswerLikelihood
 from resources.models.model_source import fetch_embedding_model, fetch_initial_policy
 from resources.settings.data import EmbeddingModel
-from resources.settings.files import active_settings, load_settings, preset_path
+from resources.settings.files import load_settings, preset_path
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
 from resources.settings.sections import SettingsError
@@ -50,7 +50,7 @@ from synpo_assets.method.word_order import REQUEST, in_three_orders, ordered_sha
 from synpo_assets.method.words import PART, words_of
 from synpo_assets.stages.prompts import prompt_filter
 from synpo_assets.stages.seed import initial_policy, seed_table
-from tests.nano import seed_rows
+from tests.nano import active_settings, seed_rows
 from tests.stand_ins import ITERATIONS, run, services_in, shown
 from tests.stand_ins import instance as instance
 

@@ -1,17 +1,17 @@
 """The control of equal steps: what it is trained on and for how long, what it is compared with, and when it is refused."""
 
+import contextlib
 import dataclasses
-from pathlib import Path
+from types import SimpleNamespace
 
 import dagster as dg
 import polars as pl
 import pytest
 
-from definitions import build
 from resources.common.errors import FinalError
 from resources.judging.judge_choice import INDEPENDENT, TOOK_PART
 from resources.models.likelihood import AnswerLikelihood, Likelihoods
-from resources.settings.files import active_settings, load_settings
+from resources.settings.files import load_settings
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint
 from resources.training.trainer import Trainer
@@ -24,19 +24,22 @@ from synpo_assets.evaluation.equal_steps import (
     equal_steps_instructions,
     first_pairs,
     refuse_control_of_another,
+    refuse_other_start,
 )
 from synpo_assets.evaluation.instruction_following import instruction_following
-from synpo_assets.evaluation.win_rates import evaluation
+from synpo_assets.evaluation.win_rates import JUDGING_READS, evaluation
 from synpo_assets.graph.evaluation_schemas import EqualSteps, EqualStepsGold, EqualStepsInstructions
 from synpo_assets.graph.metrics import recorded
 from synpo_assets.graph.missing import missing_assets
 from synpo_assets.graph.presentation import table_version
 from synpo_assets.graph.schemas import PreferenceHistory
+from synpo_assets.graph.services import USED_SETTINGS
 from synpo_assets.graph.tables import check
+from synpo_assets.graph.used_settings import refuse_other_settings
 from synpo_assets.stages.optimization import model_checkpoint
 from synpo_assets.stages.seed import initial_policy
-from tests.nano import nano_settings, write_settings
-from tests.stand_ins import ITERATIONS, run, services_in
+from tests.nano import active_settings, nano_settings, write_settings
+from tests.stand_ins import ITERATIONS, graph_of, run, services_in
 from tests.stand_ins import instance as instance
 from tests.test_ablations import entering, preference_history, preference_pairs
 from tests.test_evaluation import materialize, stand_in
@@ -137,7 +140,7 @@ def test_the_control_sees_the_first_pairs_for_as_many_steps(iteration, accumulat
         refuse_control_of_another(made, other)
 
 
-def test_in_iteration_1_the_control_is_m_1_itself(iteration):
+def test_in_iteration_1_the_control_is_m_1_itself_and_made_again_with_it(iteration, instance):
     services, trained = iteration("0001")
     assert len(trained) == 1
     control, made = (
@@ -145,14 +148,60 @@ def test_in_iteration_1_the_control_is_m_1_itself(iteration):
     )
     assert control == made
     refuse_control_of_another(control, made)
-
-
-def test_the_control_of_an_m_t_that_was_made_again_is_made_again_too(iteration, instance):
-    services, _ = iteration("0001")
     assert "equal_steps_checkpoint" not in missing_assets(instance, services, "0001")
     again = create(services.checkpoints, write_weights("M_1 again"), "0001")
     services.checkpoints.point_to("model_checkpoint", "0001", again)
     assert "equal_steps_checkpoint" in missing_assets(instance, services, "0001")
+
+
+@pytest.mark.slow
+def test_the_control_is_made_again_where_only_its_own_pairs_were(iteration, instance):
+    """Without accumulation M_2 does not learn from the pairs of iteration 1."""
+    services, _ = iteration("0002", accumulate=False)
+    for version in (services.checkpoints.manifest("equal_steps_checkpoint", "0002")["trained_on"], "made again"):
+        tags = {"dagster/data_version": version if isinstance(version, str) else version["preference_pairs[0001]"]}
+        instance.report_runless_asset_event(dg.AssetMaterialization("preference_pairs", partition="0001", tags=tags))
+        missing = missing_assets(instance, services, "0002")
+        assert ("equal_steps_checkpoint" in missing) == (version == "made again")
+        assert "model_checkpoint" not in missing
+
+
+@pytest.mark.parametrize(("start", "version", "said"), [
+    ("0" * 64, "as then", None),
+    ("0" * 64, "of now", r"was made from another version of preference_pairs\[0001\] than its control"),
+    ("1" * 64, "as then", "was made from another model, 0000000000000000, than its control"),
+])  # fmt: skip
+def test_a_control_that_would_start_or_learn_otherwise_is_refused(start, version, said):
+    manifest = {"parents": {"start": {"sha": "0" * 64}}, "trained_on": {"preference_pairs[0001]": "as then"}}
+    made = SimpleNamespace(label="model_checkpoint[0002]", manifest=manifest)
+    begins = Checkpoint("initial_policy", None, start, "", "")
+    with pytest.raises(FinalError, match=said) if said else contextlib.nullcontext():
+        refuse_other_start(made, begins, {"preference_pairs[0001]": version})
+    # Where only the pairs of its own iteration are learned from, those of iteration 1 are the control's alone.
+    manifest["trained_on"] = {"preference_pairs[0002]": "as then"}
+    if start == "0" * 64:
+        refuse_other_start(made, begins, {"preference_pairs[0001]": version})
+
+
+def test_what_was_answered_with_other_settings_is_not_compared_with(tmp_path):
+    services = services_in(tmp_path, active_settings())
+    value = str(active_settings().evaluation.sampling.max_new_tokens)
+    for written, said in (
+        (value, None),
+        ("1", rf"evaluation\[0002\].*max_new_tokens 1 then, {value} now.*materialize"),
+    ):
+        rows = [("evaluation", "evaluation.sampling.max_new_tokens", written)]
+        services.used_settings.write("evaluation", "0002", pl.DataFrame(rows, schema=USED_SETTINGS, orient="row"))
+        with pytest.raises(FinalError, match=said) if said else contextlib.nullcontext():
+            refuse_other_settings(services, "evaluation", "0002", JUDGING_READS)
+    refuse_other_settings(services, "evaluation", "0001", JUDGING_READS)
+
+
+def test_a_control_of_a_policy_that_goes_on_from_the_one_before_is_refused(tmp_path, nano_model):
+    settings = nano_settings(nano_model)
+    settings["preference_optimization"] |= {"equal_steps_control": True, "policy_init": "previous"}
+    with pytest.raises(SettingsError, match="Set policy_init to `initial`, or the control to false"):
+        load_settings(write_settings(tmp_path / "settings.yaml", settings))
 
 
 def test_without_the_pairs_of_iteration_1_there_is_no_control():
@@ -308,12 +357,9 @@ def test_gold_of_another_m_t_or_control_is_refused(instance, tmp_path, monkeypat
 
 def test_only_the_setting_brings_the_control_into_the_graph():
     off, on = active_settings(), with_control(active_settings())
-    assets = [
-        {key.to_user_string() for key in build(settings, Path("/nowhere"))[1].graph.materializable_asset_keys}
-        for settings in (off, on)
-    ]
+    assets = [{key.to_user_string() for key in graph_of(settings).materializable_asset_keys} for settings in (off, on)]
     assert assets[1] - assets[0] == CONTROLS
-    checks = build(on, Path("/nowhere"))[1].graph.get(dg.AssetKey("equal_steps_checkpoint")).check_keys
+    checks = graph_of(on).get(dg.AssetKey("equal_steps_checkpoint")).check_keys
     assert {check.name for check in checks} == {"finite_weights", "update_survives"}
 
 

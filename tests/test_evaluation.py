@@ -28,7 +28,7 @@ from resources.scoring.pair_ranker import PairRanker
 from resources.scoring.scorer import SCORERS, Comparison, RewardScorer, ScoringUsage
 from resources.scoring.scoring_model import Reading
 from resources.settings.evaluation import JudgeServer
-from resources.settings.files import active_settings, load_settings, preset_path
+from resources.settings.files import load_settings, preset_path
 from resources.settings.method import PairRankerScorer
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
@@ -46,7 +46,7 @@ from synpo_assets.stages.improver import seed_responses
 from synpo_assets.stages.prompts import prompt_generator
 from synpo_assets.stages.scorers import judge_model, reward_model
 from synpo_assets.stages.seed import seed_table
-from tests.nano import write_settings
+from tests.nano import active_settings, write_settings
 from tests.stand_ins import ITERATIONS, run, services_in, shown, without_rules
 from tests.stand_ins import instance as instance
 from tests.test_server_engine import FaultyServer
@@ -590,7 +590,7 @@ def serve():
 
     def serve(judge):
         server = ChatServer(judge)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
         return server
 
@@ -655,8 +655,12 @@ def test_nonsense_is_counted_and_no_win(serve, tmp_path, said, nonsense):
 
 
 @pytest.mark.parametrize(
-    "around", ["```json\n{}\n```", "```\n{}\n```", "<think>\nA? B?\n</think>\n\n{}", " <think></think>```json\n{}\n```"]
-)
+    "around",
+    [
+        "```json\n{}\n```", "```\n{}\n```", "<think>\nA? B?\n</think>\n\n{}", " <think></think>```json\n{}\n```",
+        'hm, {"better": "tie"}?\n</think>\n{}', "Here is my verdict: {}", "With {braces} at first.\n```json\n{}\n```",
+    ],
+)  # fmt: skip
 def test_what_servers_put_around_a_verdict_is_taken_off(serve, tmp_path, around):
     wrapped = serve(lambda a, b: around.replace("{}", honest(a, b)))
     assert verdicts(asked(wrapped, tmp_path)) == ["win", "loss", "tie"]
@@ -842,9 +846,9 @@ def test_a_template_of_a_judge_that_does_not_end_or_fails_is_refused(tmp_path, m
     ("does", "words"), [(LOOP, "it does not end"), ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero")]
 )
 def test_a_template_of_a_judge_that_fails_on_one_prompt_alone_ends_in_a_sentence(tmp_path, monkeypatch, does, words):
-    monkeypatch.setattr("resources.models.bounded.CPU_SECONDS", 1)
     (tmp_path / "mine.jinja").write_text(f"{SHOWN}{{% if prompt == 'Why?' %}}{does}{{% endif %}}")
     judge = asked(SimpleNamespace(url="http://127.0.0.1:1/v1"), tmp_path, template=str(tmp_path / "mine.jinja"))
+    monkeypatch.setattr("resources.models.bounded.CPU_SECONDS", 0.3)
     with pytest.raises(FinalError, match=rf"judge.server.template\) fails on the prompt 'Why\?': {words}\. Correct"):
         judge.compare([("Why?", "first", "second")])
 

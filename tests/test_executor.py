@@ -1,8 +1,6 @@
 """A run's steps of the pool follow each other at once, and its process ends soon after it was told to."""
 
-import contextlib
 import itertools
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,30 +15,13 @@ from dagster._core.execution.plan import instance_concurrency_context
 
 from synpo_assets.cli import executor
 from synpo_assets.graph.changes import run_resources
-from synpo_assets.graph.stage import GPU_POOL, GPU_TAG
+from synpo_assets.graph.stage import GPU_POOL
 from tests.stand_ins import services_in
+from tests.step_jobs import job_killed_late, job_of_the_pool
 from tests.ui import wait_for
 
 WAITS = 4.0
 ONE_AT_A_TIME = {"concurrency": {"pools": {"default_limit": 1}}}
-
-
-@dg.asset
-def endless(_: dg.AssetExecutionContext) -> None:
-    Path(os.environ["STEP"]).write_text(str(os.getpid()))
-    time.sleep(60)
-
-
-def endless_job():
-    job = dg.define_asset_job("endless_job", dg.AssetSelection.all())
-    return dg.Definitions(assets=[endless], jobs=[job], executor=executor.executor).resolve_job_def("endless_job")
-
-
-def run_endless_job():
-    """What a run does: in a process of its own, which takes an interrupt as Dagster's server does."""
-    executor.ENDS_WITHIN_SECONDS, executor.PRELOADED = 1.0, []
-    with dg.DagsterInstance.local_temp(os.environ["HOME_OF_RUN"]) as instance:
-        dg.execute_job(dg.reconstructable(endless_job), instance)
 
 
 @pytest.mark.parametrize("is_a_step", [False, True])
@@ -64,7 +45,7 @@ def test_only_the_process_of_a_step_is_ended_after_an_interrupt(tmp_path, monkey
 def test_a_run_ends_soon_after_it_was_told_to_though_a_step_never_hears_of_it(tmp_path):
     """Dagster waits until a step has heard; one that is stopped does not hear, nor does one that was killed in that moment."""
     step, said = tmp_path / "step", tmp_path / "said"
-    code = "from tests.test_executor import run_endless_job; run_endless_job()"
+    code = "from tests.step_jobs import run_endless_job; run_endless_job()"
     environment = os.environ | {"STEP": str(step), "HOME_OF_RUN": str(tmp_path)}
     with (
         said.open("wb") as file,
@@ -94,41 +75,8 @@ def test_python_does_not_say_that_it_removes_what_a_run_left_in_shared_memory(wa
     assert ("leaked semaphore" in said.stderr) == says
 
 
-@dg.asset(retry_policy=dg.RetryPolicy(max_retries=1))
-def killed_late(late: dg.ResourceParam[object]) -> None:
-    pass
-
-
-@dg.asset(retry_policy=dg.RetryPolicy(max_retries=1))
-def fails_twice(late: dg.ResourceParam[object]) -> None:
-    raise RuntimeError
-
-
-@dg.asset(deps=[killed_late])
-def after_it() -> None:
-    time.sleep(3)
-
-
-@dg.resource
-@contextlib.contextmanager
-def late(_):
-    """Ends the process of the step that used it, once the step has said how it ended."""
-    yield
-    if multiprocessing.parent_process():
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def job_killed_late():
-    job = dg.define_asset_job("late_job", dg.AssetSelection.all())
-    assets = dg.Definitions(
-        assets=[killed_late, fails_twice, after_it], jobs=[job], resources={"late": late}, executor=executor.executor
-    )
-    return assets.resolve_job_def("late_job")
-
-
 def test_a_step_whose_process_is_killed_after_it_has_ended_does_not_end_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(executor, "PRELOADED", [])
+    monkeypatch.setattr(executor, "PRELOADED", ["tests.step_jobs"])
     with (
         dg.DagsterInstance.local_temp(str(tmp_path)) as instance,
         dg.execute_job(dg.reconstructable(job_killed_late), instance) as result,
@@ -138,23 +86,9 @@ def test_a_step_whose_process_is_killed_after_it_has_ended_does_not_end_again(tm
         assert (failed, result.retry_attempts_for_node(failed)) == ("fails_twice", 1)
 
 
-def of_the_pool(name):
-    @dg.asset(name=name, pool=GPU_POOL, op_tags={GPU_TAG: "true"})
-    def made() -> None:
-        time.sleep(0.2)
-
-    return made
-
-
-def job_of_the_pool():
-    assets = [of_the_pool(name) for name in ("one", "another", "a_third")]
-    job = dg.define_asset_job("pool_job", dg.AssetSelection.all())
-    return dg.Definitions(assets=assets, jobs=[job], executor=executor.executor).resolve_job_def("pool_job")
-
-
 def test_a_run_that_waits_for_what_another_holds_takes_no_core(tmp_path, monkeypatch):
     monkeypatch.setattr(instance_concurrency_context, "INITIAL_INTERVAL_VALUE", 0.5)
-    monkeypatch.setattr(executor, "PRELOADED", [])
+    monkeypatch.setattr(executor, "PRELOADED", ["tests.step_jobs"])
     with dg.DagsterInstance.local_temp(str(tmp_path), ONE_AT_A_TIME) as instance:
         storage = instance.event_log_storage
         storage.set_concurrency_slots(GPU_POOL, 1)
@@ -171,7 +105,7 @@ def test_steps_of_the_pool_follow_each_other_at_once(tmp_path, monkeypatch):
     """Whoever found the pool full would ask again after the time that is so long here."""
     monkeypatch.setattr(instance_concurrency_context, "INITIAL_INTERVAL_VALUE", 60)
     monkeypatch.setattr(instance_concurrency_context, "MAX_CONCURRENCY_CLAIM_BLOCKED_INTERVAL", 60)
-    monkeypatch.setattr(executor, "PRELOADED", [])
+    monkeypatch.setattr(executor, "PRELOADED", ["tests.step_jobs"])
     with (
         dg.DagsterInstance.local_temp(str(tmp_path), ONE_AT_A_TIME) as instance,
         dg.execute_job(dg.reconstructable(job_of_the_pool), instance) as result,

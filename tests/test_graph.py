@@ -9,11 +9,11 @@ import dagster as dg
 import pytest
 
 from definitions import build
-from resources.settings.files import active_settings
 from resources.settings.settings import Settings
 from synpo_assets.algorithm import stages_of
 from synpo_assets.graph.stage import Group
 from synpo_assets.reports.boosting_report import READ_ASSETS
+from tests.nano import active_settings
 
 SNAPSHOT = Path(__file__).with_name("graph.json")
 

@@ -348,13 +348,17 @@ def test_a_table_that_another_one_lies_in_the_place_of_is_refused_though_its_has
     assert_frame_equal(tables.read("pairs", "0001"), before)
 
 
-def test_a_training_on_pairs_that_were_made_again_is_made_again(tmp_path, instance):
+@pytest.mark.parametrize("again", ["0001", "0002"])
+def test_a_training_on_pairs_that_were_made_again_is_made_again(tmp_path, instance, again):
+    """Also where they are of an iteration before."""
     services = services_in(tmp_path)
-    make(instance, services)
-    assert "model_checkpoint" not in missing_assets(instance, services, "0001")
-    version = {"dagster/data_version": "made again"}
-    instance.report_runless_asset_event(dg.AssetMaterialization("preference_pairs", partition="0001", tags=version))
-    missing = missing_assets(instance, services, "0001")
+    learned = {f"preference_pairs[{key}]": "as then" for key in ("0001", "0002")}
+    make(instance, services, partition="0002", trained_on=learned)
+    for key, version in (("0001", "as then"), ("0002", "as then"), (again, "made again")):
+        assert "model_checkpoint" not in missing_assets(instance, services, "0002")
+        tags = {"dagster/data_version": version}
+        instance.report_runless_asset_event(dg.AssetMaterialization("preference_pairs", partition=key, tags=tags))
+    missing = missing_assets(instance, services, "0002")
     assert {"model_checkpoint", "preference_history", "evaluation"} <= set(missing)
     assert "preference_pairs" not in missing
 

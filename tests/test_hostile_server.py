@@ -282,7 +282,7 @@ def test_a_server_that_answers_drop_by_drop_is_not_waited_for(
     tmp_path, nano_checkpoint, monkeypatch, handler, is_proxy
 ):
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         url, started = f"http://127.0.0.1:{server.server_port}", time.monotonic()
         if is_proxy:
             monkeypatch.setenv("HTTP_PROXY", url)

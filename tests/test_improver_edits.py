@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from definitions import build
 from resources.generation.language_model import Usage
-from resources.settings.files import active_settings
 from resources.training.job import TrainingSummary
 from synpo_assets.cli.estimate import expected_work, sizes_of
 from synpo_assets.evaluation.improver_edits import improver_edits
@@ -24,7 +23,7 @@ from synpo_assets.method.templates import improver_instruction
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.rows import report_rows
 from synpo_assets.stages.improver import response_improver
-from tests.nano import seed_rows
+from tests.nano import active_settings, seed_rows
 from tests.stand_ins import ITERATIONS, run, services_in, shown
 from tests.stand_ins import instance as instance
 from tests.test_evaluation import stand_in, weights

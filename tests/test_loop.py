@@ -12,7 +12,6 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetC
 from resources.common.errors import DamageError
 from resources.judging.judge_choice import INDEPENDENT
 from resources.settings.evaluation import Gate
-from resources.settings.files import active_settings
 from resources.storage.checkpoint_store import Checkpoint, CheckpointError, CheckpointStore
 from synpo_assets.evaluation.promotion import promotion
 from synpo_assets.graph.history import data_version_of
@@ -22,6 +21,7 @@ from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.services import Services
 from synpo_assets.stages import loop
 from synpo_assets.stages.loop import experiment_of, policy, preference_history, report_history
+from tests.nano import active_settings
 from tests.stand_ins import ITERATIONS, begun_run, judged_answers, measured, run, services_in, win_rates
 from tests.stand_ins import instance as instance
 from tests.test_stores import write_weights

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoConfig
 
+from resources.models import device
 from resources.settings.files import load_settings, preset_path
 from resources.settings.machine import Engine
 from resources.training import memory
@@ -130,14 +131,18 @@ def test_the_papers_models_fit_eight_gpus_of_80_gb_and_not_one(preset):
         assert memory.least_bytes(each, LLAMA_3, VOCABULARY, 1) > 80e9
 
 
-def test_the_smallest_visible_gpu_counts(tmp_path, monkeypatch):
+def test_the_driver_is_asked_about_visible_gpus(tmp_path, monkeypatch):
+    def told(*gpus):
+        device.told_by_driver.cache_clear()
+        return device.told_by_driver("memory.total", gpus)
+
     driver = tmp_path / "nvidia-smi"
     driver.write_text('#!/bin/sh\ncase "$*" in *--id=1,GPU-2*) ;; *) echo 4096;; esac\necho 81559\necho 40960\n')
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert memory._gpu_bytes(["1", "GPU-2"]) == 40960 * 2**20
+    assert told("1", "GPU-2") == [81559, 40960]
     driver.write_text('#!/bin/sh\ncase "$*" in *--id=*) exit 6;; esac\necho 81559\n')
-    assert memory._gpu_bytes(["MIG-1"]) == 81559 * 2**20
+    assert told("MIG-1") == [81559]
     driver.write_text("#!/bin/sh\necho no devices were found; exit 6\n")
-    assert memory._gpu_bytes(["1", "GPU-2"]) is None
-    assert memory._gpu_bytes([]) is None
+    assert told("1", "GPU-2") is None
+    assert told() is None

@@ -48,7 +48,9 @@ def told(instance, home, partition="0001", **tags):  # noqa: F811
     return heard
 
 
-@pytest.mark.parametrize("written", [None, b"", b"\xff", b"[" * 100_000, b'{"model_checkpoint": []}'])
+@pytest.mark.parametrize("written", [
+    None, b"", b"\xff", pytest.param(b"[" * 100_000, id="deep"), b'{"model_checkpoint": []}'
+])  # fmt: skip
 def test_without_history_and_rates_it_says_how_to_know(instance, home, written):  # noqa: F811
     if written is not None:
         (home / EXPECTED_FILE).write_bytes(written)

@@ -11,7 +11,6 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.settings.files import active_settings
 from synpo_assets.algorithm import stages_of
 from synpo_assets.evaluation.win_rates import COMPARISONS
 from synpo_assets.graph.metrics import judge_doubt
@@ -19,7 +18,7 @@ from synpo_assets.graph.tables import check
 from synpo_assets.method.evaluation import outcome_name
 from synpo_assets.method.seed import HELD_OUT
 from tests.conftest import synpo_here
-from tests.nano import nano_settings, write_settings
+from tests.nano import active_settings, nano_settings, write_settings
 from tests.stand_ins import services_in
 
 STAGES = [stage for stage in stages_of(active_settings()) if not stage.opt_in and stage.name != "boosting_report"]

@@ -277,6 +277,18 @@ def test_full_training_needs_room_for_saved_states_too(nano_model, tmp_path):
     assert needed("full.yaml", None) - adapters == 12 * (nano_model / "model.safetensors").stat().st_size
 
 
+def test_what_is_written_already_needs_no_room_again(nano_model, tmp_path):
+    """Else a run could not go on where its first checkpoints took the room that was left."""
+    settings = load_settings(write_settings(tmp_path / "mine.yaml", nano_settings(nano_model)))
+    home, all_of_it = tmp_path / "home", disk_needed(settings)
+    assert check_disk(settings, home) == all_of_it
+    weights = home / "checkpoints/model_checkpoint/0001/a/merged/model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"x" * 1000)
+    weights.with_name("linked.safetensors").symlink_to(nano_model / "model.safetensors")
+    assert check_disk(settings, home) == all_of_it - 1000
+
+
 def test_more_prompts_cost_more_and_the_papers_size_is_the_papers(tmp_path):
     laptop = load_settings(preset_path("laptop"))
     seed, _ = seed_table(laptop)

@@ -48,7 +48,7 @@ def test_a_step_that_listens_ends_by_itself():
 
 REMOVES = """
 import signal, time
-from dagster import DagsterExecutionInterruptedError
+{imports}
 from resources.common.processes import ended_after_interrupt
 
 class Removed:
@@ -74,10 +74,16 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("interrupt", ["KeyboardInterrupt", "DagsterExecutionInterruptedError"])
+IMPORTED = {
+    "KeyboardInterrupt": "",
+    "DagsterExecutionInterruptedError": "from dagster import DagsterExecutionInterruptedError",
+}
+
+
+@pytest.mark.parametrize("interrupt", IMPORTED)
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 def test_an_interrupt_that_comes_while_python_removes_an_object_is_not_lost(block, interrupt):
-    code = REMOVES.format(block=block, interrupt=interrupt)
+    code = REMOVES.format(block=block, interrupt=interrupt, imports=IMPORTED[interrupt])
     removes = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (removes.stdout, removes.stderr) == ("heard\n", "")
 

@@ -160,7 +160,7 @@ def test_pairs_that_the_checkpoint_was_not_trained_on_are_not_judged(instance, s
         judge(instance, services, **limits)
     assert str(error.value) == (
         "model_checkpoint[0001] was trained on version old of preference_pairs[0001], which has version new by now: "
-        "materialize model_checkpoint[0001] and evaluation[0001] again."
+        "materialize preference_history[0001], model_checkpoint[0001] and evaluation[0001] again."
     )
     make(instance, services, text="M_1 again", trained_on={"preference_pairs[0001]": "new"})
     assert judge(instance, services, **limits)[1]["promoted of candidate"] == 1

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import dagster as dg
 import polars as pl
@@ -10,17 +11,18 @@ import pytest
 
 from definitions import build
 from resources.common.errors import FinalError
-from resources.settings.files import active_settings, load_settings
+from resources.settings.files import load_settings
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import CheckpointStore
 from synpo_assets.cli.automation import ALL_ASSETS_JOB, next_iteration
 from synpo_assets.graph.metrics import Metric, Metrics, record, recorded
 from synpo_assets.graph.missing import asset_names, missing_assets
-from synpo_assets.publishing.cards import TAGS, metrics_table
-from synpo_assets.publishing.published import _without_folder, published_dataset, published_model
-from synpo_assets.reports.rows import Row
+from synpo_assets.graph.services import USED_SETTINGS
+from synpo_assets.publishing.cards import TAGS, metrics_table, without_folder
+from synpo_assets.publishing.published import _adapter_of, published_dataset, published_model
+from synpo_assets.reports.rows import DIFFERING, Row
 from tests.conftest import HOME
-from tests.nano import nano_settings, write_settings
+from tests.nano import active_settings, nano_settings, write_settings
 from tests.stand_ins import run, services_in, shown
 from tests.test_report import WRITER, make_iteration
 
@@ -169,16 +171,32 @@ def test_a_card_does_not_tell_where_files_lie(publish, home, instance, tmp_path,
     assert "reviewed: read.csv" in card
     assert "private" not in card
     assert "- /end" in card
-    assert _without_folder("/home/a/private/rm") == "rm"
-    assert _without_folder("an-org/model") == "an-org/model"
+    assert without_folder("/home/a/private/rm") == "rm"
+    assert without_folder("an-org/model") == "an-org/model"
 
 
-def test_a_card_leaves_out_the_settings_that_differ():
+def test_a_card_says_how_iterations_differ_and_names_no_place():
     rows = [
-        Row("Settings that differ", "preferences.reviewed", ("/home/a/b.csv",)),
-        Row("Pairs", "pairs kept", ("28",)),
+        Row(DIFFERING, "preferences.reviewed", ("/home/a/b.csv", "null")),
+        Row(DIFFERING, "judge.server.url", ("http://inside:1", "http://inside:2")),
+        Row(DIFFERING, "response_improver.samples", ("1", "4")),
     ]
-    assert "b.csv" not in metrics_table(rows, ["0001"])
+    assert metrics_table(rows, ["0001", "0002"]).splitlines()[3:] == [
+        "| preferences.reviewed | b.csv | null |",
+        "| response_improver.samples | 1 | 4 |",
+    ]
+
+
+def test_the_card_of_pairs_says_that_settings_differ_between_iterations(publish, home):
+    told = "Settings differ between iterations, as the first rows of the table below say"
+    assert told not in publish(published_dataset)["card"]
+    for key, samples in (("0001", "1"), ("0002", "4")):
+        rows = [("best_rewrites", "response_improver.samples", samples)]
+        used = pl.DataFrame(rows, schema=USED_SETTINGS, orient="row")
+        services_in(home).used_settings.write("best_rewrites", key, used)
+    card = publish(published_dataset)["card"]
+    assert told in card
+    assert "| response_improver.samples | 1 | 4 |" in card
 
 
 def test_without_a_finished_iteration_there_is_nothing_to_publish(tmp_path, nano_model):
@@ -405,6 +423,14 @@ def test_nothing_of_an_iteration_waits_for_it():
     model = graph.get(dg.AssetKey("published_model"))
     assert model.partitions_def == graph.get(dg.AssetKey("model_checkpoint")).partitions_def
     assert model.partition_mappings == {}
+
+
+@pytest.mark.parametrize(("start", "published"), [("initial_policy", True), ("model_checkpoint[0001]", False)])
+def test_an_adapter_of_another_model_than_m_0_is_not_published(tmp_path, start, published):
+    """Its base is not there to be loaded, and with M_0 it would be another model."""
+    (tmp_path / "adapter").mkdir()
+    model = SimpleNamespace(directory=str(tmp_path), manifest={"parents": {"start": {"asset": start}}})
+    assert (_adapter_of(model) is not None) == published
 
 
 def test_a_real_home_is_published_and_loads(nano_run, tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from definitions import build
 from resources.common.errors import FinalError
 from resources.scoring.scorer import Comparison, ScoringUsage
-from resources.settings.files import active_settings, load_settings
+from resources.settings.files import load_settings
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from synpo_assets.cli.estimate import CHAT_TOKENS, TOKENS_PER_WORD, expected_work, sizes_of
 from synpo_assets.cli.preflight import disk_needed
@@ -30,7 +30,7 @@ from synpo_assets.stages.preferences import preference_pairs
 from synpo_assets.stages.ranked_samples import chosen_responses, rejected_responses
 from synpo_assets.stages.responses import base_responses
 from tests.conftest import synpo
-from tests.nano import nano_settings, seed_rows, write_settings
+from tests.nano import active_settings, nano_settings, seed_rows, write_settings
 from tests.stand_ins import ITERATIONS, run, services_in, shown, without_rules
 from tests.test_loop import pairs as some_pairs
 

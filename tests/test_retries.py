@@ -5,13 +5,13 @@ import pytest
 from dagster._utils.error import SerializableErrorInfo
 
 from definitions import build
-from resources.settings.files import active_settings
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import CheckpointError
 from resources.training.trainer import TrainingError
 from synpo_assets.cli.terminal import KILLED, reason_of, terminal_logger
 from synpo_assets.graph.stage import GPU_POOL, RETRIES
 from tests.conftest import HOME
+from tests.nano import active_settings
 
 
 def attempts(error, failures):

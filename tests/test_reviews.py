@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from definitions import build
 from resources.settings.files import load_settings
+from resources.storage.checkpoint_store import CheckpointStore
 from resources.storage.row_files import file_rows
 from resources.storage.tables import ParquetTables
 from synpo_assets.graph.schemas import RefinedResponses, Responses
@@ -260,3 +261,20 @@ def test_pairs_and_what_follows_are_those_that_people_want(nano_run, tmp_path):
     agreement = metrics.read("verdict_agreement", "0002").filter(metric="agreement_rate")
     assert agreement["n"].to_list() == [2, 2]
     assert "agreement with people" in (home / "reports" / "boosting_report.html").read_text()
+    # What people say of iteration 1 is learned by M_2 as well, whose own pairs stay.
+    earlier = tmp_path / "earlier.csv"
+    assert synpo("export", "--home", home, "--format", "review", "--iteration", 1, "--output", earlier).returncode == 0
+    more = list(csv.DictReader(io.StringIO(earlier.read_text("utf-8-sig"))))
+    more[0]["verdict"] = "neither"
+    pl.DataFrame(rows + more).write_csv(home / "reviewed.csv")
+    result = synpo("run", "--home", home, "--iterations", 2)
+    assert result.returncode == 0, result.stderr
+    assert metrics.read("model_checkpoint", "0002").filter(metric="examples")["value"][0] == trained - 1
+    learned = [
+        CheckpointStore(str(home / "checkpoints")).manifest("model_checkpoint", key)["trained_on"][
+            "preference_pairs[0001]"
+        ]
+        for key in ("0001", "0002")
+    ]
+    assert learned[0] == learned[1]
+    assert tables.read("preference_pairs", "0002").equals(pairs)

@@ -5,7 +5,7 @@ from synpo_assets.method.row_lengths import has_room
 from synpo_assets.method.templates import improver_instruction, user_message
 from synpo_assets.stages.prompts import room_in
 from synpo_assets.stages.seed import room_of
-from tests.stand_ins import active_settings
+from tests.nano import active_settings
 
 
 def test_what_has_room_can_be_answered_and_rewritten(nano_checkpoint, tmp_path):

@@ -19,7 +19,6 @@ from resources.models.chat import load_tokenizer
 from resources.scoring.pair_ranker import PairRanker
 from resources.scoring.published import fetch_reward_model
 from resources.scoring.scorer import RewardScorer
-from resources.settings.files import active_settings
 from resources.settings.machine import Engine
 from resources.settings.method import PairRankerScorer, PretrainedScorer, TrainedScorer
 from resources.settings.training import Training, TrainingProcesses
@@ -30,7 +29,7 @@ from synpo_assets.graph.schemas import PreferencePairs
 from synpo_assets.graph.tables import check
 from synpo_assets.method.ids import content_id
 from synpo_assets.stages.preferences import preference_pairs
-from tests.nano import seed_rows
+from tests.nano import active_settings, seed_rows
 from tests.stand_ins import ITERATIONS, run, services_in, shown, without_rules
 from tests.stand_ins import instance as instance
 

@@ -15,7 +15,7 @@ from definitions import build
 from resources.common.errors import FinalError
 from resources.generation.language_model import Usage
 from resources.scoring.scorer import Comparison, ScoringUsage
-from resources.settings.files import active_settings, load_settings
+from resources.settings.files import load_settings
 from resources.settings.machine import Engine
 from resources.settings.search import combinations
 from resources.settings.sections import SettingsError
@@ -33,7 +33,7 @@ from synpo_assets.graph.tables import check
 from synpo_assets.method.judging import BOTH_ENDED
 from synpo_assets.method.rules import CONSTRAINTS
 from synpo_assets.reports.search import HEAD, candidate_rows, chosen_text, chosen_values
-from tests.nano import nano_settings, write_settings
+from tests.nano import active_settings, nano_settings, write_settings
 from tests.stand_ins import ITERATIONS, measured, run, services_in, shown, without_rules
 from tests.stand_ins import instance as instance
 from tests.test_ablations import preference_history, preference_pairs

@@ -15,18 +15,21 @@ import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import dagster as dg
 import polars as pl
 import pytest
+from openai._models import FinalRequestOptions
 
 from resources.common.errors import FinalError
 from resources.generation.engine import Requests
 from resources.generation.engine_choice import engine_fingerprint, open_engine
 from resources.generation.failures import SPARE
 from resources.generation.language_model import LanguageModel
+from resources.generation.server_connection import Client
 from resources.models.chat import load_tokenizer, prompt_ids
-from resources.settings.machine import Engine
+from resources.settings.machine import Engine, Server
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from tests.nano import copy_that_adds_bos, prompt_table
 from tests.test_generation import PROMPTS, SAMPLING, model
@@ -106,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def faulty():
     with FaultyServer() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
 
@@ -322,6 +325,21 @@ def test_a_server_that_is_not_well_ends_the_step_which_may_be_retried(tmp_path, 
     with pytest.raises(RuntimeError, match=f"It says: {fault[0]}, {fault[2]}") as error:
         asking(tmp_path, faulty.url, attempts=1, concurrency=1).answer(nano_checkpoint, PROMPTS, PLAIN)
     assert not isinstance(error.value, dg.Failure)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "all_pauses"), [(429, {}, 60), (503, {}, 0), (429, {"retry-after": "1"}, 0)]
+)
+def test_after_too_many_requests_the_pauses_last_for_a_minute(monkeypatch, status, headers, all_pauses):
+    """The server does not say how long; its limit is mostly by the minute."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.5)
+    client, pauses = Client(Server(url="http://127.0.0.1:1/v1")), []
+    client._closed, client._logged = SimpleNamespace(wait=pauses.append, set=list), time.monotonic()
+    options, answer = FinalRequestOptions(method="post", url="/"), SimpleNamespace(status_code=status, headers=headers)
+    for tried in range(5):
+        client._sleep_for_retry(retries_taken=tried, max_retries=5, options=options, response=answer)
+    assert all_pauses <= sum(pauses) < 30 + 4 * all_pauses
+    assert max(pauses) <= 60
 
 
 @pytest.mark.parametrize("said", [{"error": "the prompt is too long"}, "the prompt is too long"])

@@ -24,7 +24,7 @@ class Simple(BaseModel):
 class Double(BaseModel):
     """Two numbers.
 
-    And what nobody needs to know.
+    Of both.
     """
 
     kind: Literal["double"]
@@ -43,6 +43,6 @@ def test_each_variant_of_a_union_has_a_table_and_equal_sections_share_one():
     assert "| `loss` | `{beta: 2.0}` | The loss. |\n| `other` | `null` | More. |" in text
     assert "## `loss` of kind `simple`, `other` of kind `simple`\n\nOne number.\n" in text
     assert "| `beta` | `1.6` | A \\| B. |" in text
-    assert "## `loss` of kind `double`\n\nTwo numbers.\n\n| setting" in text
+    assert "## `loss` of kind `double`\n\nTwo numbers.\n\nOf both.\n\n| setting" in text
     assert "| `kind` | required | Choices: `double`. |" in text
     assert "| `order` | `up` | Which way. Choices: `up`, `down`. |" in text

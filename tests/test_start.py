@@ -52,6 +52,17 @@ def test_check_passes_what_is_written_and_the_preset_is_the_base(folder, nano_mo
     assert not list(folder.glob(".*"))
 
 
+def test_how_many_rows_the_preset_takes_is_said_and_stands_in_the_file(folder):
+    rows = [row | {"instruction": f"{row['instruction']} Say it {n} times."} for n in (1, 2, 3) for row in ENGLISH]
+    (folder / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = init("mine.yaml", "--data", "more.jsonl", "--no-gpu")
+    assert "seed_data.train_limit: 40 of 96 and seed_data.held_out_limit: 16 of 24 rows" in result.output
+    assert "synpo check --settings mine.yaml --home runs/mine" in result.output
+    values = yaml.safe_load((folder / "mine.yaml").read_text())["seed_data"]
+    assert (values["train_limit"], values["held_out_limit"]) == (40, 16)
+    assert "Taken as in the preset" not in init("few.yaml", "--data", "data.jsonl", "--no-gpu").output
+
+
 def test_more_minutes_are_more_prompts_and_never_more_than_they_take(folder, nano_model):
     counts = []
     for minutes in (0.2, 2, 20):

@@ -9,11 +9,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from resources.settings.files import active_settings
 from synpo_assets.graph.curves import training_curves
 from synpo_assets.graph.metrics import SCHEMA, Metric, Metrics
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.reports.tracking import track
+from tests.nano import active_settings
 
 
 def finished(number, rate):

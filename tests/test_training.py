@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import dagster as dg
@@ -10,7 +11,7 @@ import torch
 
 from resources.common import progress
 from resources.models.chat import load_tokenizer, prompt_text
-from resources.models.device import torch_dtype, trains_in_bfloat16
+from resources.models.device import told_by_driver, torch_dtype, trains_in_bfloat16
 from resources.settings.machine import Engine, RayCluster
 from resources.settings.training import PreferenceTraining, SimPO, Training, TrainingProcesses
 from resources.storage.checkpoint_store import Checkpoint
@@ -156,7 +157,9 @@ def test_products_in_bfloat16_change_the_loss_little_and_keep_float32_weights(
             kind, nano_checkpoint, *given, tmp_path / str(in_bfloat16), SIMPO if kind == "preference" else None
         )
         losses.append([step["loss"] for step in made.history])
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.005)
+    # What a step changed depends on how its machine rounds.
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert losses[1] != losses[0]
     weights = load_file(tmp_path / "True" / "merged" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
@@ -172,12 +175,28 @@ def test_products_in_bfloat16_change_the_loss_little_and_keep_float32_weights(
 )  # fmt: skip
 def test_only_what_multiplies_bfloat16_fast_uses_it(monkeypatch, dtype, device, instructions, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True), raising=False)
-    assert trains_in_bfloat16(Engine(dtype=dtype), device) == expected
     engine = Engine(dtype=dtype, device=device)
+    assert trains_in_bfloat16(engine, device) == expected
     assert (torch_dtype(engine) == torch.bfloat16) == expected
     if device == "cpu" and dtype == "auto":
         # Whose CPUs these are is not known here.
         assert torch_dtype(engine.model_copy(update={"ray": RayCluster()})) == torch.float32
+
+
+@pytest.mark.parametrize(("told", "expected"), [("7.5", False), ("9.0\n7.5", False), ("8.0\n9.0", True), ("N/A", True)])
+def test_gpus_without_bfloat16_compute_in_float32(tmp_path, monkeypatch, told, expected):
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text(f"#!/bin/sh\nprintf '{told}\n'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    told_by_driver.cache_clear()
+    engine = Engine(device="cuda")
+    assert (torch_dtype(engine) == torch.bfloat16) == trains_in_bfloat16(engine, "cuda") == expected
+    # What the workers of a cluster have is not known here.
+    assert torch_dtype(engine.model_copy(update={"ray": RayCluster()})) == torch.bfloat16
+    assert torch_dtype(Engine(device="cuda", dtype="bfloat16")) == torch.bfloat16
+    told_by_driver.cache_clear()
 
 
 def test_a_model_that_scales_its_logits_learns_by_its_own_loss(tmp_path, trainer, nano_model, monkeypatch):

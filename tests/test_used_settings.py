@@ -4,11 +4,11 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.settings.files import active_settings
 from synpo_assets.graph.presentation import written_output
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.graph.used_settings import differing_settings, used_in
+from tests.nano import active_settings
 from tests.stand_ins import instance as instance
 from tests.stand_ins import run, services_in, shown
 

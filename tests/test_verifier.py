@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from resources.generation.language_model import Usage
 from resources.scoring.scorer import Comparison, RewardScorer, ScoringUsage
-from resources.settings.files import active_settings, load_settings, preset_path
+from resources.settings.files import load_settings, preset_path
 from resources.settings.method import TrainedScorer, VerifierScorer
 from resources.settings.sections import SettingsError
 from resources.training.job import TrainingSummary
@@ -40,7 +40,7 @@ from synpo_assets.stages.prompts import prompt_filter, prompt_generator, synthet
 from synpo_assets.stages.responses import base_responses
 from synpo_assets.stages.scorers import scored_answers
 from synpo_assets.stages.seed import seed_pairs, seed_table
-from tests.nano import nano_settings, seed_rows, write_settings
+from tests.nano import active_settings, nano_settings, seed_rows, write_settings
 from tests.stand_ins import ITERATIONS, run, scored, services_in
 from tests.stand_ins import instance as instance
 from tests.test_improver_edits import RecordingTrainer
@@ -209,6 +209,24 @@ def test_a_prompt_that_does_not_state_its_rules_is_dropped_and_counted(rule, val
     assert knows.keep(f"<question>{unstated}</question><rules>{written}</rules>") is None
     assert knows.dropped == {"rules_not_stated": 1}
     assert trusting.keep(f"<question>{unstated}</question><rules>{written}</rules>") == unstated
+
+
+@pytest.mark.parametrize(("prompt", "rule", "value"), [
+    ("What is the capital of France?", "all_uppercase", ""),
+    ("What is the capital of France?", "all_lowercase", ""),
+    ("Write it without any capital letter.", "all_uppercase", ""),
+    ("What did they have for supper?", "all_uppercase", ""),
+    ("Describe a sunflower in the garden.", "all_lowercase", ""),
+    ("What is the quotient of 12 and 4?", "in_quotes", ""),
+    ("What do your eyes do at noon?", "is_one_of", "yes|no"),
+    ("Name three fruits.", "json_object_with", "name"),
+    ("Write JSON about surnames.", "json_object_with", "name"),
+    ("Describe a watering cane.", "in_order", "a|can"),
+    ("Mention the season.", "contains", "sea"),
+    ('Do not use "cataract".', "avoids", "cat"),
+])  # fmt: skip
+def test_a_word_within_a_word_states_no_rule(prompt, rule, value):
+    assert not is_stated(prompt, {"rule": rule, "value": value})
 
 
 def test_most_rules_of_the_shipped_seed_are_stated_in_so_many_words():

@@ -48,8 +48,8 @@ def test_an_installed_wheel_works_without_the_checkout(tmp_path, nano_model):
         python, "-c",
         "from resources.settings.files import load_settings, preset_path as path\n"
         "for name in ('single_gpu', 'paper_mistral', 'paper_llama3'): load_settings(path(name))\n"
-        "from synpo_assets.cli.home import prepare_home; from resources.settings.files import active_settings, home_directory\n"
-        "prepare_home(home_directory(), active_settings()); print(*sorted(each.name for each in home_directory().iterdir()))",
+        "from synpo_assets.cli.home import prepare_home; from resources.settings.files import home_directory, home_settings\n"
+        "home = home_directory(); prepare_home(home, home_settings(home)); print(*sorted(each.name for each in home.iterdir()))",
     )  # fmt: skip
     assert listed.split() == ["dagster.yaml", "settings.yaml"]
     shipped = {str(file.relative_to(packages)) for file in packages.rglob("*")}

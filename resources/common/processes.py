@@ -18,17 +18,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import TypeVar
 
-from dagster import DagsterExecutionInterruptedError
-
 Value = TypeVar("Value")
 Result = TypeVar("Result")
 PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 8.0
 # The process id of `synpo ui`, told to whatever it starts.
 UI_PROCESS = "SYNPO_UI_PROCESS"
+# The process id of a run, and a file that is there until its home is settled, told to what its steps are forked from.
+RUN_PROCESS, CHECKING = "SYNPO_RUN_PROCESS", "SYNPO_CHECKING"
 RUN_ENDS_AFTER_UI_SECONDS, SERVER_ENDS_AFTER_UI_SECONDS = 3.0, 9.0
 REPEATED_AFTER_SECONDS = 0.1
-INTERRUPTS = (KeyboardInterrupt, DagsterExecutionInterruptedError)
 logger = logging.getLogger("synpo")
 
 
@@ -152,7 +151,9 @@ def ended_after_interrupt(*pauses: float) -> Iterator[None]:
     hook = sys.unraisablehook
 
     def heard(unraisable: "sys.UnraisableHookArgs") -> None:
-        if isinstance(unraisable.exc_value, INTERRUPTS):
+        # Whoever raises Dagster's has imported it; to import it here would take every process seconds.
+        of_dagster = getattr(sys.modules.get("dagster"), "DagsterExecutionInterruptedError", KeyboardInterrupt)
+        if isinstance(unraisable.exc_value, (KeyboardInterrupt, of_dagster)):
             # Not by `threading`, whose locks may be held where an object is removed.
             _thread.start_new_thread(_interrupt_in_a_moment, ())
         else:

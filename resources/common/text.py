@@ -18,6 +18,17 @@ def asset_label(asset: str, partition: str | None) -> str:
     return f"{asset}[{partition}]" if partition else asset
 
 
+def labelled(label: str) -> tuple[str, str | None]:
+    """The asset and iteration that a label names, the inverse of `asset_label`.
+
+    Examples:
+        >>> labelled("model_checkpoint[0001]"), labelled("seed_pairs")
+        (('model_checkpoint', '0001'), ('seed_pairs', None))
+    """
+    asset, _, partition = label.removesuffix("]").partition("[")
+    return asset, partition or None
+
+
 def duration(seconds: float) -> str:
     """A time in the unit that suits it.
 

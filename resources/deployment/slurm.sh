@@ -1,6 +1,8 @@
 #!/bin/bash
 # One experiment as a Slurm job that continues in the queue when its time is up: sbatch slurm.sh
 # Fill in what your cluster asks for (partition, account), and the two paths below. The home has to lie on a disk that all nodes see.
+# One node at a time works in it. Where its file system has no locks (SQLite asks for them), name a PostgreSQL database in the settings,
+# under storage.dagster_database. The cache of models (~/.cache, or XDG_CACHE_HOME) has to be seen by all nodes, too.
 #SBATCH --job-name=synpo
 #SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=8

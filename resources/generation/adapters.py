@@ -6,6 +6,7 @@ from pathlib import Path
 
 from resources.common.errors import FinalError
 from resources.storage.checkpoint_store import Checkpoint, open_checkpoint
+from resources.storage.manifests import ADAPTER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Adapter:
 
 def adapter_of(checkpoint: Checkpoint) -> Adapter | None:
     """The adapter of a checkpoint, if the model that it was trained on still lies there; None if it was not trained as one."""
-    directory = Path(checkpoint.directory) / "adapter"
+    directory = Path(checkpoint.directory) / ADAPTER
     if not directory.exists():
         return None
     start = checkpoint.manifest["parents"]["start"]

@@ -33,6 +33,8 @@ CONNECT_SECONDS = 10
 # The list of models needs no computing: a server that keeps it back hangs.
 LIST_SECONDS = 30
 LOG_EVERY_SECONDS = 10
+# Too many requests: so many times the client's own pause, and so many seconds at most.
+TOO_MANY, PAUSED_LONGER, LONGEST_PAUSE = 429, 8, 60
 LOAD_ADAPTER = "/load_lora_adapter"
 # Besides 5xx, what passes by itself: request timeout, conflict, too many requests.
 PASSING = (408, 409, 429)
@@ -92,6 +94,9 @@ class Client(openai.OpenAI):
         except OverflowError:
             # The server asks for a pause until a year that no calendar has.
             pause = self._calculate_retry_timeout(max_retries - retries_taken, options, None)
+        if response is not None and response.status_code == TOO_MANY and "retry-after" not in response.headers:
+            # Limits are mostly by the minute; the client's own pauses are over in a quarter of one.
+            pause = min(LONGEST_PAUSE, pause * PAUSED_LONGER)
         if time.monotonic() - self._logged >= LOG_EVERY_SECONDS:
             self._logged = time.monotonic()
             error = sys.exception() if response is None else self._make_status_error_from_response(response)

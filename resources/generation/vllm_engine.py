@@ -15,7 +15,7 @@ from resources.generation.completions import longest_sequence
 from resources.generation.engine import Completion, Requests
 from resources.generation.vllm_process import Ended, answer_in_this_process
 from resources.models.context import context_length, text_config
-from resources.models.device import GPU_BYTES_ELSEWHERE, dtype_name, prepare_device, visible_gpus
+from resources.models.device import GPU_BYTES_ELSEWHERE, dtype_name, prepare_device, release_gpu_memory, visible_gpus
 from resources.settings.machine import Engine
 from resources.settings.method import Sampling
 from resources.storage.checkpoint_store import Checkpoint
@@ -78,6 +78,7 @@ class VllmEngine:
             arguments["enforce_eager"] = new_tokens < WORTH_COMPILING
         started_with = arguments | self._engine.vllm_arguments | self._environment
         logger.info(f"vLLM starts, copies of the model: {len(groups)}, with {started_with}.")
+        release_gpu_memory()
         spawn = multiprocessing.get_context("spawn")
         processes, running = [], []
         try:

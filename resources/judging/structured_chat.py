@@ -6,8 +6,8 @@ nonsense: such a reply is none, is counted as that, and is not kept, so that the
 
 import dataclasses
 import functools
+import json
 import logging
-import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -32,9 +32,8 @@ logger = logging.getLogger("synpo.judging")
 LONGEST_REPLY = 256
 KEPT_CHARACTERS = 2000
 SHOWN_CHARACTERS = 200
-# What a server without structured output puts around the reply: thoughts before it, and a fence.
+# What a server without structured output puts before the reply; a chat template may have opened the thoughts itself.
 THOUGHT, THOUGHT_ENDS = "<think>", "</think>"
-FENCED = re.compile(r"\A```(?:json)?[^\S\n]*\n(.*)\n```\Z", re.DOTALL)
 REPLY_COLUMNS = {"key": pl.String, "reply": pl.String, "tokens": pl.Int64}
 Form = TypeVar("Form", bound=BaseModel)
 
@@ -146,10 +145,9 @@ class StructuredChat(Generic[Form]):
             return _Reply(key, refusal.reason, 0, refusal)
         client.refuse_another(answer.model, self._server.model)
         content = (answer.choice.message.content or "").strip()
-        if content.startswith(THOUGHT):
-            content = content.partition(THOUGHT_ENDS)[2].strip() or content
-        # Cut before anything looks for a pattern in it: while one is looked for, nothing else of this process is at work.
-        content = FENCED.sub(r"\1", content[:KEPT_CHARACTERS]).strip()
+        content = content.rpartition(THOUGHT_ENDS)[2].strip() or content
+        # Cut before anything is looked for in it: meanwhile nothing else of this process is at work.
+        content = _bare(content[:KEPT_CHARACTERS])
         tokens = answer.usage.prompt_tokens + answer.usage.completion_tokens if answer.usage else 0
         return _Reply(key, content, tokens)
 
@@ -163,3 +161,19 @@ class StructuredChat(Generic[Form]):
             return self._form.model_validate_json(reply)
         except ValidationError:
             return None
+
+
+def _bare(content: str) -> str:
+    """The JSON object that a reply ends with, without the words or the fence around it; all of it where there is none."""
+    said, decoder = content.rstrip("`\n "), json.JSONDecoder()
+    # A thought that has no end holds no verdict.
+    place = -1 if content.startswith(THOUGHT) else said.find("{")
+    while place >= 0:
+        try:
+            _, end = decoder.raw_decode(said, place)
+        except (ValueError, RecursionError):
+            end = place + 1
+        if end == len(said):
+            return said[place:]
+        place = said.find("{", end)
+    return content

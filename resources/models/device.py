@@ -1,10 +1,13 @@
 """Which processor and number format the models use."""
 
 import contextlib
+import functools
+import gc
 import importlib.util
 import os
 import platform
 import resource
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
+# The compute capability of the first of NVIDIA's GPUs that multiply bfloat16 (Ampere); T4 has 7.5, V100 7.0.
+BFLOAT16_CAPABILITY = 8.0
 # What processes that this one started, and that have ended, reserved of a GPU.
 GPU_BYTES_ELSEWHERE: list[int] = []
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -78,6 +83,16 @@ def memory_explained(purpose: str, cure: str) -> Iterator[None]:
         raise FinalError(f"The GPU's memory does not suffice for {purpose}: {one_line(str(error))} {cure}") from None
 
 
+def release_gpu_memory() -> None:
+    """Gives the GPU what this process no longer uses of its memory, before another process is to work there."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        # Trainers hold their models in cycles.
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def torch_dtype(engine: Engine) -> "torch.dtype":
     """The number format of weights and activations; see `engine.dtype`."""
     import torch
@@ -86,7 +101,7 @@ def torch_dtype(engine: Engine) -> "torch.dtype":
         return getattr(torch, engine.dtype)
     # A stated device need not be in this machine: with engine.ray it is that of the workers.
     device = prepare_device(engine) if engine.device == "auto" else engine.device
-    capable = device == "cuda" or (engine.ray is None and cpu_multiplies_bfloat16())
+    capable = multiplies_bfloat16(device) if engine.ray is None else device == "cuda"
     return torch.bfloat16 if capable else torch.float32
 
 
@@ -97,7 +112,15 @@ def dtype_name(engine: Engine) -> str:
 
 def trains_in_bfloat16(engine: Engine, device: str) -> bool:
     """Whether the products of a training are computed in bfloat16, beside what is trained in float32 (autocast)."""
-    return (device == "cuda" or cpu_multiplies_bfloat16()) and engine.dtype != "float32"
+    return engine.dtype != "float32" and multiplies_bfloat16(device)
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether this machine's CPU, or each GPU of this process, has instructions for it."""
+    if device == "cpu":
+        return cpu_multiplies_bfloat16()
+    told = told_by_driver("compute_cap", tuple(_gpu_names()))
+    return told is None or min(told) >= BFLOAT16_CAPABILITY
 
 
 def cpu_multiplies_bfloat16() -> bool:
@@ -122,14 +145,29 @@ def stated_attention(engine: Engine) -> dict[str, str]:
 
 def visible_gpus(engine: Engine) -> list[str]:
     """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them; none where models run on a CPU."""
+    return [] if prepare_device(engine) == "cpu" else _gpu_names()
+
+
+def _gpu_names() -> list[str]:
     import torch
 
-    if prepare_device(engine) == "cpu":
-        return []
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return (
-        named[: torch.cuda.device_count()] if named[0] else [str(number) for number in range(torch.cuda.device_count())]
-    )
+    named, count = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","), torch.cuda.device_count()
+    return named[:count] if named[0] else [str(number) for number in range(count)]
+
+
+@functools.cache
+def told_by_driver(field: str, gpus: tuple[str, ...]) -> list[float] | None:
+    """A number of each of these GPUs, such as `memory.total` in MiB; None if there is none, or if the driver says nothing.
+
+    PyTorch would only tell by taking some of their memory. The driver does not know all names that CUDA takes, such as those of
+    parts of a GPU: then it is that of all GPUs of this machine.
+    """
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    for more in ([f"--id={','.join(gpus)}"], []) if gpus else ():
+        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+            answer = subprocess.run([*command, *more], capture_output=True, text=True, timeout=60, check=True).stdout
+            return [float(line) for line in answer.split()] or None
+    return None
 
 
 def peak_memory() -> dict[str, float]:

@@ -203,7 +203,9 @@ class KeywordPool(Section):
     keywords_per_set: int = Field(3, ge=1, description="Keywords in one set, all from one paragraph. Paper: 3.")
     sets_per_paragraph: int = Field(1, ge=1, description="Disjoint keyword sets drawn from one paragraph. Paper: 1.")
     max_sets: int = Field(1_000_000, ge=1, description="Stop after this many keyword sets. Paper: 1,000,000.")
-    drop_personal_names: bool = Field(True, description="Drop keywords that are names of people. Paper: yes.")
+    drop_personal_names: bool = Field(
+        True, description="Drop keywords that are names of people. Paper: drops their whole set."
+    )
     language: str = Field(
         "en",
         pattern="^[a-z]{2}$",

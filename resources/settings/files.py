@@ -103,12 +103,6 @@ def preset_path(name: str) -> Path:
     return PRESETS / f"{name}.yaml"
 
 
-@functools.cache
-def active_settings() -> Settings:
-    """The settings of this process: those of the home (SYNPO_HOME)."""
-    return home_settings(home_directory())
-
-
 def home_settings(home: Path) -> Settings:
     """The settings stored in a home; those of the laptop preset if the home is new.
 

@@ -114,8 +114,9 @@ class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes a GPU where there is one.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="`auto`: bfloat16 on a GPU and on a CPU with instructions for it (AVX-512 BF16); else float32, and on CPUs "
-        "of a Ray cluster. What is trained is in float32 nevertheless, and multiplied in bfloat16. `float32`: nothing else.",
+        description="`auto`: bfloat16 on a GPU from NVIDIA's Ampere on and on a CPU with instructions for it (AVX-512 BF16); "
+        "else float32, also on a T4, a V100, and CPUs of a Ray cluster. Training keeps what it changes in float32 and "
+        "multiplies it in bfloat16, but where this is `float32`.",
     )
     attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = Field(
         None,

@@ -34,7 +34,7 @@ class PromptGenerator(Section):
         description="Keywords taken from another seed prompt; the others of the keyword_pool.keywords_per_set come from "
         "the seed prompt itself. Paper: 1 of 3; 0 switches noise off.",
     )
-    prompts_per_iteration: int = Field(ge=1, le=10**8, description="Valid prompts wanted. Paper: 36,000 to 72,000.")
+    prompts_per_iteration: int = Field(ge=1, le=10**8, description="Valid prompts wanted. Paper: 36,000-72,000 sets.")
     max_overdraw: float = Field(
         2.0, ge=1, le=1e4, description="Keyword sets drawn at most, per prompt wanted. The paper draws as needed."
     )
@@ -280,8 +280,8 @@ class PreferenceOptimization(Section):
     training: PreferenceTraining = Field(description="The training on these pairs.")
     equal_steps_control: bool = Field(
         False,
-        description="In each iteration, also train a control from the start of M_t on the pairs of iteration 1 alone, for as many "
-        "optimizer steps as M_t took, and measure it on the held-out prompts and the verifiable instructions. It doubles this "
+        description="From iteration 2 on, also train a control from the start of M_t on the pairs of iteration 1 alone, for as "
+        "many optimizer steps as M_t took, and measure it on the held-out prompts and the verifiable instructions. It doubles this "
         "training. Not in the paper, where M_4 takes four times the steps of M_1.",
     )
     search: Search | None = Field(

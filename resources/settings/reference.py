@@ -13,6 +13,7 @@ from resources.settings.settings import Settings
 
 REFERENCE = Path(__file__).with_name("reference.md")
 HEAD = """# Settings\n\nEvery setting, with its default as YAML. Sections of one form share a table, which then has several names.
+What is `required` stands in each preset, or is taken from another section where its description says so.
 `python -m resources.settings.reference` writes this file from the descriptions in the code: change them there.\n"""
 COLUMNS = "| setting | default | description |\n|---|---|---|\n"
 
@@ -35,7 +36,7 @@ def reference(settings: type[BaseModel]) -> str:
         names.setdefault(section, []).append(f"`{name}`{variant}" if name else "Top level")
     tables = {section: "".join(_row(*item) for item in section.model_fields.items()) for section in names}
     return HEAD + "".join(
-        f"\n## {', '.join(dict.fromkeys(names[s]))}\n\n{_summary(s)}\n\n{COLUMNS}{tables[s]}" for s in tables
+        f"\n## {', '.join(dict.fromkeys(names[s]))}\n\n{_description(s)}\n\n{COLUMNS}{tables[s]}" for s in tables
     )
 
 
@@ -53,8 +54,13 @@ def _parts(annotation: Any) -> list[Any]:
     return [part for argument in get_args(annotation) for part in _parts(argument)] or [annotation]
 
 
+def _description(section: type) -> str:
+    paragraphs = (inspect.getdoc(section) or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
 def _summary(section: Any) -> str:
-    return " ".join((inspect.getdoc(section) or "").partition("\n\n")[0].split()) if isinstance(section, type) else ""
+    return _description(section).partition("\n\n")[0] if isinstance(section, type) else ""
 
 
 if __name__ == "__main__":

@@ -142,6 +142,11 @@ class Settings(Section):
                 f"gate limits {min(of_instructions)} and seed_data.verifiable is not stated, so no M_t could be measured: name a "
                 "file of instructions there, or remove the limit."
             )
+        if self.preference_optimization.equal_steps_control and self.preference_optimization.policy_init == "previous":
+            raise ValueError(
+                "preference_optimization.equal_steps_control is true and policy_init is `previous`: a control that begins with "
+                "M_{t-1} has learned from later pairs too. Set policy_init to `initial`, or the control to false."
+            )
         if self.preference_optimization.equal_steps_control and self.max_iterations == 1:
             raise ValueError(
                 "preference_optimization.equal_steps_control is true and max_iterations is 1: in iteration 1 the control of equal "

@@ -27,6 +27,8 @@ from resources.storage.files import (
 )
 from resources.storage.manifests import (
     MANIFEST,
+    MERGED,
+    ONCE,
     Pointer,
     damaged_file,
     foreign_file,
@@ -122,14 +124,14 @@ class CheckpointStore(dg.IOManager):
         """
         asset = context.asset_key.to_user_string()
         partition = None if context.assets_def.partitions_def is None else context.partition_key
-        with temporary_directory_beside(self._local / asset / (partition or "once")) as temporary:
+        with temporary_directory_beside(self._local / asset / (partition or ONCE)) as temporary:
             result = build(temporary)
             manifest = {
-                **weights_manifest(temporary / "merged"),
+                **weights_manifest(temporary / MERGED),
                 "asset": asset,
                 "partition": partition,
                 "run_id": context.run.run_id,
-                "weights": "merged",
+                "weights": MERGED,
                 "parents": {
                     role: {
                         "asset": parent.label,
@@ -152,12 +154,12 @@ class CheckpointStore(dg.IOManager):
         """Registers a model that lies elsewhere (cache, hub snapshot, user directory) by links to its files."""
         asset = context.asset_key.to_user_string()
         manifest = weights_manifest(weights)
-        manifest |= {"asset": asset, "partition": None, "run_id": context.run.run_id, "weights": "merged"}
+        manifest |= {"asset": asset, "partition": None, "run_id": context.run.run_id, "weights": MERGED}
         manifest |= {"parents": {}, "trained_on": {}, "settings": dict(origin)}
-        with temporary_directory_beside(self._local / asset / "once") as temporary:
-            (temporary / "merged").mkdir()
+        with temporary_directory_beside(self._local / asset / ONCE) as temporary:
+            (temporary / MERGED).mkdir()
             for name in manifest["files"]:
-                (temporary / "merged" / name).symlink_to((weights / name).absolute())
+                (temporary / MERGED / name).symlink_to((weights / name).absolute())
             return self._keep(temporary, manifest)
 
     def current(self, asset: str, partition: str | None) -> Checkpoint:
@@ -252,7 +254,7 @@ class CheckpointStore(dg.IOManager):
         return self.current(context.asset_key.to_user_string(), partition)
 
     def _pointer(self, asset: str, partition: str | None) -> UPath:
-        return self._root / asset / f"{partition or 'once'}.json"
+        return self._root / asset / f"{partition or ONCE}.json"
 
     def _file_of_current(self, asset: str, partition: str | None, name: str) -> UPath | None:
         pointer = self._pointer(asset, partition)
@@ -267,7 +269,7 @@ class CheckpointStore(dg.IOManager):
 
     def _keep(self, temporary: Path, manifest: dict[str, Any]) -> Checkpoint:
         """Moves a directory whose weights are complete to its final place, and uploads it to an object store."""
-        name = f"{manifest['asset']}/{manifest['partition'] or 'once'}/{manifest['sha'][:16]}"
+        name = f"{manifest['asset']}/{manifest['partition'] or ONCE}/{manifest['sha'][:16]}"
         manifest["others"] = others_manifest(temporary, manifest["weights"], (MANIFEST, VERIFIED))
         write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
         _move(temporary, self._local / name, manifest["sha"])

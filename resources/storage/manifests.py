@@ -17,6 +17,10 @@ from resources.storage.files import AnyPath, file_sha256, has_sha256, json_sha25
 logger = logging.getLogger("synpo.storage")
 
 MANIFEST = "manifest.json"
+# In place of the iteration where something is made once.
+ONCE = "once"
+# Folders of a checkpoint: the weights that readers load, and the adapter that was merged into them.
+MERGED, ADAPTER = "merged", "adapter"
 # Begins the names of a second copy of all weights, which Mistral's repositories hold and transformers does not load.
 SECOND_COPY = "consolidated"
 # Endings of a model's files, but for pickled weights and code.
@@ -59,7 +63,7 @@ class Manifest(BaseModel):
     @property
     def directory(self) -> str:
         """Its place below the root of the store."""
-        return f"{self.asset}/{self.partition or 'once'}/{self.sha[:16]}"
+        return f"{self.asset}/{self.partition or ONCE}/{self.sha[:16]}"
 
 
 class Pointer(BaseModel):

@@ -1,14 +1,11 @@
 """What a training takes of a GPU's memory at least, worked out before anything is made or a model is loaded."""
 
-import contextlib
-import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.filesize import decimal
 
 from resources.models.context import text_config
-from resources.models.device import visible_gpus
+from resources.models.device import told_by_driver, visible_gpus
 from resources.models.weights import parameter_count
 from resources.settings.machine import Engine
 from resources.settings.settings import Settings
@@ -28,7 +25,7 @@ ROOM = 0.7
 
 def refuse_too_little_memory(settings: Settings, initial: Path) -> None:
     """Raises a sentence if a training cannot fit a GPU of this machine; not on a CPU, nor where the driver does not answer."""
-    if (available := _gpu_bytes(visible_gpus(settings.engine))) is None:
+    if (available := _gpu_bytes(settings.engine)) is None:
         return
     weights, tokens = parameter_count(initial), text_config(initial, settings.engine.trust_remote_code).vocab_size
     for name, training in settings.trainings:
@@ -66,7 +63,7 @@ def keeps_activations(engine: Engine, training: Training, start: Path, share: fl
     Args:
         share: The share of the weights that each GPU holds.
     """
-    if (available := _gpu_bytes(visible_gpus(engine))) is None:
+    if (available := _gpu_bytes(engine)) is None:
         return False
     config = text_config(start, engine.trust_remote_code)
     layers, width = config.num_hidden_layers, config.hidden_size
@@ -79,15 +76,7 @@ def _sequences(training: Training) -> int:
     return training.micro_batch_size * (2 if isinstance(training, PreferenceTraining) else 1)
 
 
-def _gpu_bytes(gpus: Sequence[str]) -> int | None:
-    """The memory of the smallest of these GPUs; None if there is none, or if the driver says nothing.
-
-    PyTorch would only tell by taking some. The driver does not know all names that CUDA takes, such as those of parts of a GPU:
-    then it is that of the smallest GPU of this machine.
-    """
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    for more in ([f"--id={','.join(gpus)}"], []) if gpus else ():
-        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
-            answer = subprocess.run([*command, *more], capture_output=True, text=True, timeout=60, check=True).stdout
-            return min(int(line) for line in answer.split()) << 20
-    return None
+def _gpu_bytes(engine: Engine) -> int | None:
+    """The memory of the smallest GPU of this process; None where there is none, or where the driver says nothing."""
+    told = told_by_driver("memory.total", tuple(visible_gpus(engine)))
+    return None if told is None else int(min(told)) << 20

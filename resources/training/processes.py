@@ -16,7 +16,7 @@ import yaml
 from resources.common.processes import GRACE_SECONDS, end_with_this_parent
 from resources.common.progress import tell
 from resources.common.text import one_line
-from resources.models.device import visible_gpus
+from resources.models.device import release_gpu_memory, visible_gpus
 from resources.settings.machine import Engine
 from resources.settings.training import Training, TrainingProcesses
 from resources.training.job import TrainingError, TrainingJob
@@ -115,11 +115,7 @@ def run_in_processes(job: TrainingJob, dataset: "Dataset", accelerate_config: st
     # fmt: on
     logger.info(f"Training starts in processes of its own: {job.processes}.")
     gpus = visible_gpus(job.engine)
-    if gpus:
-        import torch
-
-        # What this process keeps of the memory in which it generated is theirs now.
-        torch.cuda.empty_cache()
+    release_gpu_memory()
     # All GPUs but one are hidden from a process that trains alone.
     own = gpus[0] if gpus and job.processes == 1 else None
     own = own if job.own_gpu is None else job.own_gpu

@@ -14,6 +14,7 @@ from resources.common.text import duration
 from resources.models.chat import load_tokenizer
 from resources.models.device import loading_options, memory_explained, prepare_device, torch_dtype
 from resources.storage.checkpoint_store import TRAINING_LOG
+from resources.storage.manifests import ADAPTER, MERGED
 from resources.training.job import TrainingError, TrainingJob
 from resources.training.live import PROJECT, Observe, observing_callback
 from resources.training.losses import loss_module, pairs_text
@@ -46,7 +47,8 @@ def train(job: TrainingJob, dataset: "Dataset", observe: Observe) -> None:
     config = config_class(**_arguments(job, device, steps), **options)
     with memory_explained(
         f"training (micro_batch_size = {training.micro_batch_size}, max_length = {training.max_length})",
-        "Lower training.micro_batch_size or training.max_length, train adapters (training.lora, with load_in_4bit if need be), "
+        "Set training_processes.gradient_checkpointing to true, which goes on from what is saved. Or, to begin anew: lower "
+        "training.micro_batch_size or training.max_length, train adapters (training.lora, with load_in_4bit if need be), "
         "or split the model over several GPUs with FSDP or DeepSpeed through training_processes.accelerate_config.",
     ):
         with LOADING:
@@ -143,14 +145,14 @@ def merge_adapter(job: TrainingJob) -> None:
     # Candidates that train side by side are merged by one process, which would crowd the first GPU.
     device = "cpu" if job.own_gpu else prepare_device(job.engine)
     with LOADING:
-        adapted = PeftModel.from_pretrained(load_model(job, quantized=False).to(device), job.directory / "adapter")
+        adapted = PeftModel.from_pretrained(load_model(job, quantized=False).to(device), job.directory / ADAPTER)
     if torch_dtype(job.engine) == torch.bfloat16:
         merge_rounding_at_random(adapted, job.random_seed)
         merged = adapted.unload()
     else:
         merged = adapted.merge_and_unload()
-    merged.save_pretrained(job.directory / "merged")
-    _tokenizer(job).save_pretrained(job.directory / "merged")
+    merged.save_pretrained(job.directory / MERGED)
+    _tokenizer(job).save_pretrained(job.directory / MERGED)
 
 
 def round_weights(job: TrainingJob) -> Path | None:
@@ -161,7 +163,7 @@ def round_weights(job: TrainingJob) -> Path | None:
 
     if torch_dtype(job.engine) != torch.bfloat16:
         return None
-    merged, exact = job.directory / "merged", job.directory / "exact"
+    merged, exact = job.directory / MERGED, job.directory / "exact"
     merged.rename(exact)
     round_saved_weights(exact, merged, job.random_seed)
     return exact
@@ -236,7 +238,7 @@ def _adapters_in_float32(model: Any) -> None:
 
 def _save(trainer: Any, job: TrainingJob) -> None:
     """Saves adapter or weights; every process takes part, because each may hold a piece of them."""
-    folder = job.directory / ("merged" if job.training.lora is None else "adapter")
+    folder = job.directory / (MERGED if job.training.lora is None else ADAPTER)
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder))

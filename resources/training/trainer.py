@@ -30,6 +30,7 @@ from resources.models.device import (
 from resources.settings.training import Loss, Training, TrainingProcesses
 from resources.storage.checkpoint_store import TRAINING_LOG, Checkpoint
 from resources.storage.files import json_sha256, write_atomically
+from resources.storage.manifests import ADAPTER, MERGED
 from resources.training.job import Kind, TrainingError, TrainingJob, TrainingSummary
 from resources.training.live import TRACKED, observe_asset
 from resources.training.memory import keeps_activations
@@ -143,9 +144,9 @@ class Trainer(DeviceResource):
                 adapter, exact = None, round_weights(job)
             else:
                 merge_adapter(job)
-                adapter, exact = directory / "adapter", None
+                adapter, exact = directory / ADAPTER, None
             dtype = torch_dtype(self.engine)
-            surviving = surviving_update(Path(job.start), directory / "merged", adapter, dtype, exact)
+            surviving = surviving_update(Path(job.start), directory / MERGED, adapter, dtype, exact)
             if exact is not None:
                 shutil.rmtree(exact)
         log = directory / TRAINING_LOG

@@ -11,7 +11,7 @@ from dagster._core.storage.tags import PARTITION_NAME_TAG
 
 from resources.settings.files import settings_problem
 from synpo_assets.graph.budget import budget_refusal
-from synpo_assets.graph.history import CONSIDERED, never_began
+from synpo_assets.graph.history import CONSIDERED, never_began, newest
 from synpo_assets.graph.missing import missing_assets, missing_checks
 from synpo_assets.graph.partitions import partition_key
 from synpo_assets.graph.services import Services
@@ -94,12 +94,21 @@ def reason_to_wait(instance: DagsterInstance, services: Services, iteration: int
     if live := instance.get_runs(RunsFilter(statuses=NOT_FINISHED_STATUSES), limit=1):
         return f"Run {live[0].run_id} is at work."
     of_iteration = instance.get_runs(RunsFilter(tags={PARTITION_NAME_TAG: partition_key(iteration)}), limit=CONSIDERED)
-    newest = next((run for run in of_iteration if not never_began(instance, run.run_id)), None)
-    if newest and not newest.is_success:
+    last = next((run for run in of_iteration if not never_began(instance, run.run_id)), None)
+    if last and not last.is_success and not _was_let_in_since(instance, last.run_id, iteration):
         return (
-            f"Stopped: the newest run of iteration {iteration} ({newest.run_id}) ended as {newest.status.value}. "
+            f"Stopped: the newest run of iteration {iteration} ({last.run_id}) ended as {last.status.value}. "
             "Mend the cause and run it again; this sensor goes on after it."
         )
     if iteration > 1 and (refusal := promotion_refusal(services, partition_key(iteration - 1))):
         return f"Stopped after iteration {iteration - 1}: {refusal}"
     return None
+
+
+def _was_let_in_since(instance: DagsterInstance, run_id: str, iteration: int) -> bool:
+    """Whether a run got no further than the policy, and M_{t-1} was judged again since: as in a backfill that the gate stopped."""
+    judged = newest(instance, "promotion", partition_key(iteration - 1)) if iteration > 1 else None
+    run = instance.get_run_record_by_id(run_id)
+    if judged is None or run is None or run.end_time is None or judged.timestamp < run.end_time:
+        return False
+    return {step.step_key for step in instance.get_run_step_stats(run_id)} == {"policy"}

@@ -23,6 +23,7 @@ from resources.settings.sections import SettingsError
 from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import json_sha256, temporary_directory_beside, write_atomically
+from resources.storage.manifests import MERGED
 from resources.training.trainer import Trainer
 from synpo_assets.cli.estimate import Kind, Rate
 from synpo_assets.method.templates import user_message
@@ -134,7 +135,7 @@ def _training(
     one = trainer.train("preference", initial, first, training, places["one_step"], optimization.loss)
     more = trainer.train("preference", initial, rows, training, places["more_steps"], optimization.loss)
     place = places["reward_model"]
-    reward_model = Checkpoint("reward_model", None, "calibration", str(place / "merged"), str(place))
+    reward_model = Checkpoint("reward_model", None, "calibration", str(place / MERGED), str(place))
     return _rate(one.tokens, one.seconds, more.tokens, more.seconds), reward_model
 
 

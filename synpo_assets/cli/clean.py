@@ -16,12 +16,12 @@ from rich.console import Console
 from upath import UPath
 
 from resources.common.errors import DamageError
-from resources.common.text import asset_label
+from resources.common.text import asset_label, labelled
 from resources.judging.judge_choice import judge_scorer, server_judge, topic_labeler
 from resources.settings.sections import SettingsError
 from resources.storage.checkpoint_store import Checkpoint
 from resources.storage.files import is_abandoned, storage_root
-from resources.storage.manifests import MANIFEST, manifest_values, read_pointer
+from resources.storage.manifests import MANIFEST, ONCE, manifest_values, read_pointer
 from resources.storage.shards import FINGERPRINT_FILE, Shards
 from synpo_assets.algorithm import stages_of
 from synpo_assets.cli.healing import made_assets
@@ -144,7 +144,7 @@ def _current_manifests(store: UPath) -> dict[str, dict[str, Any]]:
     """
     named = dict[str, str]()
     for pointer in sorted(store.glob("*/*.json"), key=str):
-        asset, partition = pointer.parent.name, None if pointer.stem == "once" else pointer.stem
+        asset, partition = pointer.parent.name, None if pointer.stem == ONCE else pointer.stem
         named[read_pointer(pointer, asset, partition).directory] = asset_label(asset, partition)
     files = {name: store / name / MANIFEST for name in sorted(named)}
     return {name: manifest_values(file, named[name]) for name, file in files.items() if file.exists()}
@@ -190,8 +190,8 @@ def _is_obsolete(instance: DagsterInstance, folder: UPath) -> bool:
         created = datetime.fromisoformat(description["created"]).astimezone(UTC)
     except (KeyError, TypeError, ValueError, OverflowError):
         return True
-    asset, _, partition = str(description.get("asset") or "").removesuffix("]").partition("[")
-    record = newest(instance, asset, partition or None) if asset else None
+    asset, partition = labelled(str(description.get("asset") or ""))
+    record = newest(instance, asset, partition) if asset else None
     # A long training may have been begun days ago and have saved its newest state a minute ago.
     given_up = datetime.now(UTC) - (_training(folder).changed or created) > TRAINING_KEPT
     return given_up or (record is not None and record.timestamp > created.timestamp())

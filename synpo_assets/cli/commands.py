@@ -1,6 +1,7 @@
 """The command `synpo`: init, run, check, ui, ask, rows, trace, compare, export, clean."""
 
 import contextlib
+import gc
 import os
 import sys
 from pathlib import Path
@@ -27,10 +28,14 @@ from synpo_assets.cli.home import PROJECT, interruptible, settled
 from synpo_assets.publishing.forms import Format
 
 __all__ = ["app", "main"]
+# New objects; Python's own is 700.
+COLLECTED_AFTER = 100_000
 
 
 def main() -> None:
     """Runs the command that was given; an error that nobody foresaw is said in a sentence, with exit code 1."""
+    # Hundreds of thousands of objects are imported, and looking for garbage among them takes a fifth of a command's time.
+    gc.set_threshold(COLLECTED_AFTER)
     try:
         app()
     except Exception as error:
@@ -47,19 +52,20 @@ def run(
 ) -> None:
     """Materialize whatever of iterations 1 to N is missing, in order, in the foreground."""
     settings, place = chosen(home, preset, settings_file)
-    from synpo_assets.cli.preflight import check_before_run, keep_expected_seconds
+    from synpo_assets.cli.executor import start_preloading
 
-    data = check_before_run(settings, place, iterations)
+    checking = start_preloading(place)
     from dagster import DagsterInstance
 
-    from synpo_assets.cli.executor import start_preloading
+    from synpo_assets.cli.preflight import check_before_run, keep_expected_seconds
     from synpo_assets.cli.runs import locked, run_missing
     from synpo_assets.cli.summary import print_summary
 
+    data = check_before_run(settings, place, iterations)
     with interruptible(place, iterations), locked(place), contextlib.ExitStack() as stack:
         # Another first command may have made the home in the meantime, with other settings.
         settings = settled(place, preset, settings_file)
-        start_preloading()
+        checking.close()
         keep_expected_seconds(settings, place, *data)
         services = services_of(settings, place)
         instance = stack.enter_context(DagsterInstance.get())
@@ -124,7 +130,7 @@ def init(
     write_settings_file(output, data, model, preset, (prompt_column, answer_column), gpu, minutes, confirm)
 
 
-@command("synpo check", "synpo check --settings mine.yaml", "synpo check --home runs/mine --calibrate")
+@command("synpo check", "synpo check --settings mine.yaml --home runs/mine", "synpo check --home runs/mine --calibrate")
 def check(
     preset: Preset = None,
     settings_file: SettingsFile = None,
@@ -158,13 +164,18 @@ def export(
     output: Annotated[
         Path,
         typer.Option(
-            help="A folder, or a .jsonl file; for trl also a .parquet file, for openai a .jsonl file, for review a .csv file."
+            help="trl: a folder, a .jsonl or .parquet file; openai: a folder or a .jsonl file; llama-factory, axolotl: a folder; "
+            "review: a .csv file; gguf: a .gguf file."
         ),
     ],
     home: Home = None,
     only: Annotated[
         str | None,
-        typer.Option("--only", "--iteration", help="Only the pairs of these iterations, such as 2,3. Default: of all."),
+        typer.Option(
+            "--only",
+            "--iteration",
+            help="Only the pairs of these iterations, such as 2,3. Default: all; gguf needs one.",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
 ) -> None:

@@ -3,21 +3,25 @@
 Each step is a process of its own, so that the memory of one phase is free again before the next one starts.
 """
 
+import functools
 import multiprocessing
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing import forkserver
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import dagster as dg
+from alembic.script import ScriptDirectory
 from dagster._core.execution.plan.active import ActiveExecution
 from dagster._core.execution.plan.step import ExecutionStep
 from dagster._core.execution.retries import RetryMode
 from dagster._core.executor import multiprocess
 from dagster._core.executor.child_process_executor import ChildProcessCrashException
 
-from resources.common.processes import ended_after_interrupt
+from resources.common.processes import CHECKING, RUN_PROCESS, ended_after_interrupt
 
 # Progress bars fill the logs of the UI; assets log count, rate and time left instead.
 os.environ["TQDM_DISABLE"] = "1"
@@ -32,7 +36,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 # last sentence of the run.
 os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
 # The process that steps are forked from takes seconds to import: it has to notice that its run has ended before that.
-os.environ["SYNPO_RUN_PROCESS"] = str(os.getpid())
+os.environ[RUN_PROCESS] = str(os.getpid())
 
 PRELOADED = ["synpo_assets.cli.preload"]
 # Of a run, after it was told to stop: longer than its steps are given, and than a server takes to end.
@@ -76,6 +80,8 @@ def finished_or_failed_step(*arguments: Any) -> Iterator[dg.DagsterEvent | None]
             raise
 
 
+# Dagster reads its migrations, some fifty files, anew whenever it opens a database, and each step opens several.
+ScriptDirectory.from_config = functools.cache(ScriptDirectory.from_config)  # type: ignore[method-assign]
 # The executor finds both by these names, and takes no others.
 multiprocess.ActiveExecution = PatientExecution  # type: ignore[misc]
 multiprocess.execute_step_out_of_process = finished_or_failed_step  # type: ignore[assignment]
@@ -113,7 +119,10 @@ def executor(context: dg.InitExecutorContext) -> BoundedExecutor:
     )
 
 
-def start_preloading() -> None:
-    """Has it import while this process prepares the run; SYNPO_HOME and DAGSTER_HOME must name the home by now."""
+def start_preloading(home: Path) -> IO[bytes]:
+    """Has it import while this process checks and prepares the run; the graph only once the returned file is closed."""
+    checking = tempfile.NamedTemporaryFile(prefix="synpo-checking-")  # noqa: SIM115
+    os.environ |= {"SYNPO_HOME": str(home), "DAGSTER_HOME": str(home), CHECKING: checking.name}
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()
+    return checking

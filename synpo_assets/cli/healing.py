@@ -7,8 +7,8 @@ from dagster import DagsterInstance
 
 from resources.common.errors import DamageError
 from resources.common.text import asset_label
+from resources.storage.manifests import ONCE
 from synpo_assets.graph.history import data_version_of, newest
-from synpo_assets.graph.metrics import ONCE
 from synpo_assets.graph.missing import asset_names
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import LAST

@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -14,7 +16,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Column, Table
 
-from resources.common.text import duration, one_line
+from resources.common.text import duration, labelled, one_line
 from resources.judging.server_judge import load_template
 from resources.models.device import cpu_multiplies_bfloat16, dtype_name, prepare_device
 from resources.models.model_source import (
@@ -135,7 +137,7 @@ def refuse_other_languages(settings: Settings, seed: pl.DataFrame) -> None:
         (paragraphs, pool.keywords_per_set, "paragraphs of keyword_pool.corpus"),
         (prompts, settings.keywords_from_seed_prompt, "prompts of seed_data.train"),
     ):
-        found = sum(len(keywords.of(text, least)) >= least for text in texts)
+        found = _suitable((len(keywords.of(text, least)) >= least for text in texts), len(texts))
         if found < LEAST_SHARE * len(texts) or not texts:
             raise SettingsError(
                 f"Only {found} of the first {len(texts)} {of} have {least} keywords in the language `{pool.language}`: state the "
@@ -143,7 +145,7 @@ def refuse_other_languages(settings: Settings, seed: pl.DataFrame) -> None:
                 "take longer texts."
             )
     if (language := generator.language) is not None:
-        found = sum(is_language(text, language) for text in prompts)
+        found = _suitable((is_language(text, language) for text in prompts), len(prompts))
         if found < LEAST_SHARE * len(prompts):
             raise SettingsError(
                 f"prompt_generator.language is `{language}`, and {found} of the first {len(prompts)} prompts of seed_data.train "
@@ -151,11 +153,16 @@ def refuse_other_languages(settings: Settings, seed: pl.DataFrame) -> None:
             )
 
 
+def _suitable(each: Iterable[bool], of: int) -> int:
+    """How many of some texts are suitable, counted up to those that are enough: to look at the rest would take seconds."""
+    return sum(itertools.islice(filter(None, each), math.ceil(LEAST_SHARE * of)))
+
+
 def _check_server(settings: Settings) -> None:
     """Checks that the server has names for checkpoints that there are."""
     known = [stage.name for stage in stages_of(settings) if stage.checkpoint and not stage.state]
     for label in settings.engine.server.models if settings.engine.server else ():
-        asset = label.partition("[")[0]
+        asset, _ = labelled(label)
         if asset not in known:
             raise SettingsError(
                 f"engine.server.models: {label!r} is not a checkpoint that generates{nearest(asset, known)}"
@@ -193,14 +200,15 @@ def check_storage(storage: Storage) -> None:
 
 
 def check_disk(settings: Settings, home: Path) -> int:
-    """Compares the free space under the home with what all iterations take; returns the bytes that will be needed."""
-    needed = disk_needed(settings)
+    """Compares the free space under the home with what is left to write of all iterations; returns the bytes of that."""
     if home.exists() and not home.is_dir():
         raise SettingsError(f"{home} is a file: name a directory with --home.")
     existing = next(folder for folder in (home, *home.parents) if folder.exists())
     if not os.access(existing, os.W_OK):
         raise SettingsError(f"{existing} cannot be written to: choose another directory with --home.")
-    free = shutil.disk_usage(existing).free
+    files = (file.lstat() for file in (home / "checkpoints").rglob("*.safetensors"))
+    written = sum(status.st_size for status in files if stat.S_ISREG(status.st_mode))
+    needed, free = max(0, disk_needed(settings) - written), shutil.disk_usage(existing).free
     if free < needed:
         raise SettingsError(
             f"{home} has {decimal(free)} free and the run needs about {decimal(needed)}: free some space, lower "
@@ -210,16 +218,18 @@ def check_disk(settings: Settings, home: Path) -> int:
 
 
 def disk_needed(settings: Settings) -> int:
-    """Bytes of all checkpoints and of one training's saved states, plus the download of M_0 if it is not here yet."""
+    """Bytes of all checkpoints and of the training at work, plus the download of M_0 if it is not here yet."""
     cached = cached_initial_policy(settings.initial_policy)
     if cached is None:
         return ROOM_WITHOUT_MODEL
     weights = sum(file.stat().st_size for file in weight_files(cached))
-    # Generator, reward model and judge once, improver, policy and candidates per iteration; float32 takes twice bfloat16's room.
+    # Generator, reward model and judge once, improver, policy and candidates per iteration.
     per_iteration = 1 + settings.trains_improver + settings.preference_optimization.equal_steps_control
     search = settings.preference_optimization.search
     candidates = search.candidates * (1 if search.when == "first" else settings.max_iterations) if search else 0
-    checkpoints = 2 * weights * (3 + per_iteration * settings.max_iterations + candidates)
+    # M_0 mostly lies there in bfloat16; float32 takes twice its room, as do exact weights until rounded ones are made of them.
+    stored = weights if dtype_name(settings.engine) == "bfloat16" else 2 * weights
+    checkpoints = stored * (3 + per_iteration * settings.max_iterations + candidates) + 2 * weights
     # A saved state of a full training holds the weights and two moments of AdamW for each, in float32.
     is_full = any(training.lora is None for _, training in settings.trainings)
     return checkpoints + (KEPT_STATES * 3 * 2 * weights if is_full else 0)

@@ -92,7 +92,8 @@ def write_settings_file(
     files = {places["held_out"]: good[:kept_out], places["train"]: good[kept_out:]}
     if language != "en":
         files[places["corpus"]] = [{"text": row["answer"]} for row in good[kept_out:]]
-    values = _values(name, source, places, language, gpu)
+    limits = {name: getattr(base.seed_data, name) for name in ("train_limit", "held_out_limit")}
+    values = _values(name, source, places, language, gpu, limits)
     temporary = output.with_name(f".{output.name}.tmp.yaml")
     written = list[Path]()
     try:
@@ -116,7 +117,9 @@ def write_settings_file(
     console = Console(soft_wrap=True, highlight=False, markup=False)
     about = f"{len(good)} rows with columns {proposed[0]} and {proposed[1]}, language {language}"
     console.print(f"{output}: preset {name}; {about}; {len(bad)} left out; {kept_out} held out.\n{said}")
-    console.print(f"Next: synpo check --settings {output}")
+    if fewer := _limited(limits, {"train_limit": len(good) - kept_out, "held_out_limit": kept_out}):
+        console.print(fewer)
+    console.print(f"Next: synpo check --settings {output} --home runs/{output.stem}")
 
 
 def chosen_columns(
@@ -220,13 +223,27 @@ def _usable_share(rows: Sequence[Mapping[str, Any]], prompt: str, answer: str) -
     return sum(map(is_usable, rows)) / len(rows)
 
 
+def _limited(limits: Mapping[str, int | None], rows: Mapping[str, int]) -> str:
+    """Which limits take fewer rows than there are, as a sentence; empty if none does."""
+    fewer = [(name, limit) for name, limit in limits.items() if limit and limit < rows[name]]
+    told = " and ".join(f"seed_data.{name}: {limit} of {rows[name]}" for name, limit in fewer)
+    return (
+        f"Taken as in the preset, {told} rows: raise them in the file for more, or write null for all." if told else ""
+    )
+
+
 def _values(
-    preset: str, source: dict[str, Any], places: Mapping[str, Path], language: str, gpu: bool | None
+    preset: str,
+    source: dict[str, Any],
+    places: Mapping[str, Path],
+    language: str,
+    gpu: bool | None,
+    limits: Mapping[str, int | None],
 ) -> dict[str, Any]:
-    """What differs from the preset."""
+    """What differs from the preset, and how many rows of each file it takes."""
     train, held_out, corpus = ({"path": places[part].name} for part in ("train", "held_out", "corpus"))
     columns = {"prompt_column": "prompt", "answer_column": "answer"}
-    seed: dict[str, Any] = {"train": train, "held_out": held_out, **columns, "on_bad_rows": "drop"}
+    seed: dict[str, Any] = {"train": train, "held_out": held_out, **columns, **limits, "on_bad_rows": "drop"}
     values: dict[str, Any] = {"preset": preset} | ({"initial_policy": source} if source else {})
     values["seed_data"] = seed
     if language != "en":
@@ -247,7 +264,7 @@ def _size(settings: Settings, base: Settings, folder: Path, minutes: float | Non
     if rates is None:
         return {}, (
             f"How fast this machine is with this model is not known, so there are as many prompts as in the preset: {most}. "
-            "`synpo check --calibrate` measures it."
+            "Measure it with `synpo check --calibrate`, and give this command again with another file name."
         )
     seed, _, instructions = check_data_and_training(settings)
     largest = int(settings.keyword_pool.max_sets / settings.prompt_generator.max_overdraw)
@@ -275,7 +292,8 @@ def _size(settings: Settings, base: Settings, folder: Path, minutes: float | Non
 COMMENTS = {
     "preset": "What is not stated here is as in this preset; `synpo init --presets` lists all.",
     "initial_policy": "M_0: an instruct model with a chat template. Pin a hub model to a commit instead of a branch.",
-    "seed_data": "Questions with good answers. Rows that cannot be used are dropped and counted; `refuse` names them instead.",
+    "seed_data": "Questions with good answers, of each file so many at random; null: all. Rows that cannot be used are dropped and "
+    "counted; `refuse` names them instead.",
     "keyword_pool": "Paragraphs that keywords are drawn from: here the answers of the seed. A larger text varies prompts more.",
     "engine": "`auto`, in place of `cpu`, takes a GPU if there is one.",
     "preferences": "Pairs that are kept of these prompts.",

@@ -47,10 +47,10 @@ METRICS: Mapping[str, MetricName] = {
 COMPARED = (("candidate", "initial"),)
 # Why a candidate has no value.
 NOTHING_MEASURED = {
-    "length_controlled": f"{TOO_FEW_ALIKE}: raise seed_data.held_out_limit, or set preference_optimization.search.metric to "
-    "win_rate",
-    "win_rate": "the judge gave no verdict on dev: raise seed_data.held_out_limit",
-    "instructions": "no verifiable instruction is in dev: raise seed_data.verifiable_limit",
+    "length_controlled": f"{TOO_FEW_ALIKE}: more held-out prompts are needed (seed_data.held_out, held_out_limit), or "
+    "preference_optimization.search.metric: win_rate",
+    "win_rate": "the judge gave no verdict on dev: more held-out prompts are needed (seed_data.held_out, held_out_limit)",
+    "instructions": "no verifiable instruction is in dev: more are needed (seed_data.verifiable, verifiable_limit)",
 }
 
 

@@ -2,7 +2,7 @@
 
 Paper: none. The pairs accumulate, so M_4 takes four times the optimizer steps of M_1, and a rise over the iterations may
 be one over steps.
-Here: where `preference_optimization.equal_steps_control` is set. The control starts from the model that M_t starts from and
+Here: where `preference_optimization.equal_steps_control` is set. The control starts from M_0, as M_t does, and
 is trained on the pairs of iteration 1 for as many steps as M_t took, with the same loss and schedule. It answers the
 held-out prompts and the verifiable instructions; the judges compare its answers with those of M_0 and of M_t, and the
 instructions that it follows are counted beside M_t's. How likely it finds gold is measured too: many passes over few pairs may
@@ -46,19 +46,18 @@ from synpo_assets.graph.presentation import (
     checkpoint_output,
     made_by,
     table_output,
-    table_version,
     training_log,
     versions_table,
 )
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
-from synpo_assets.graph.used_settings import optimized_with
+from synpo_assets.graph.used_settings import optimized_with, refuse_other_settings
 from synpo_assets.method.cut import whole_answers
 from synpo_assets.method.evaluation import win_rates
 from synpo_assets.method.ranking import repeated_prompts
 from synpo_assets.method.templates import prompt_requests
 from synpo_assets.method.verifiable import shares_followed
-from synpo_assets.stages.optimization import TRAINING_READS, USED_COLUMNS, loss_code, optimization_cost
+from synpo_assets.stages.optimization import TRAINING_READS, USED_COLUMNS, loss_code, optimization_cost, versions_of
 from synpo_assets.stages.scorers import comparison_tokens
 
 # Whose answers the control's are compared with.
@@ -78,7 +77,6 @@ def equal_steps_checkpoint(
     model_checkpoint: Checkpoint,
     preference_history: pl.DataFrame,
     initial_policy: Checkpoint,
-    policy: Checkpoint,
     services: dg.ResourceParam[Services],
 ) -> dg.Output[Checkpoint]:
     """The control: trained on the pairs of iteration 1 alone, for as many steps as M_t took.
@@ -90,20 +88,22 @@ def equal_steps_checkpoint(
         return checkpoint_output(context, services, model_checkpoint, **made_by(model_checkpoint))
     options, random_seed = optimized_with(model_checkpoint.manifest, services.settings), services.settings.random_seed
     pairs, steps = first_pairs(preference_history), steps_of(services, model_checkpoint)
-    rows, start = pairs.select(*USED_COLUMNS).to_dicts(), initial_policy if options.policy_init == "initial" else policy
+    rows = pairs.select(*USED_COLUMNS).to_dicts()
+    learned = versions_of(pairs)
+    refuse_other_start(model_checkpoint, initial_policy, learned)
     made, summary = services.checkpoints.create(
         context,
         lambda directory: services.trainer.train(
-            "preference", start, rows, options.training, directory, options.loss, steps
+            "preference", initial_policy, rows, options.training, directory, options.loss, steps
         ),
-        parents={"start": start, "control of": model_checkpoint},
-        trained_on={f"preference_pairs[{partition_key(1)}]": table_version(pairs)},
+        parents={"start": initial_policy, "control of": model_checkpoint},
+        trained_on=learned,
         settings={"preference_optimization": options.model_dump(), "steps": steps},
         random_seed=random_seed,
     )
     measured = [Metric("pairs_of_iteration", pairs.height, of=partition_key(1)), *metrics.training(summary)]
-    learned = versions_table(context.instance, [("preference_pairs", partition_key(1))], pairs=[pairs.height])
-    return checkpoint_output(context, services, made, measured, trained_on=learned, **training_log(summary))
+    shown = versions_table(context.instance, [("preference_pairs", partition_key(1))], learned, pairs=[pairs.height])
+    return checkpoint_output(context, services, made, measured, trained_on=shown, **training_log(summary))
 
 
 def _evaluation_cost(sizes: Sizes) -> list[Work]:
@@ -139,6 +139,7 @@ def equal_steps_evaluation(
     """
     refuse_answers_of_another(model_checkpoint, evaluation)
     refuse_control_of_another(equal_steps_checkpoint, model_checkpoint)
+    refuse_other_settings(services, "evaluation", context.partition_key, JUDGING_READS)
     settings, control = services.settings, equal_steps_checkpoint
     asked = repeated_prompts(evaluation.filter(sample=1).select("prompt_id", "prompt"), settings.evaluation.samples)
     written, usage = services.language_model.answer(
@@ -186,6 +187,7 @@ def equal_steps_instructions(
     """
     refuse_answers_of_another(model_checkpoint, instruction_following, "instruction_following")
     refuse_control_of_another(equal_steps_checkpoint, model_checkpoint)
+    refuse_other_settings(services, "instruction_following", context.partition_key, ANSWERING_READS)
     stated = pl.selectors.by_name(*VerifiableInstructions.to_schema().columns, require_all=False)
     asked = instruction_following.filter(sample=1).select(stated)
     answers, usages = instruction_answers(services, {"control": equal_steps_checkpoint}, asked)
@@ -270,6 +272,18 @@ def steps_of(services: Services, made: Checkpoint) -> int:
             f"{made.label} again."
         )
     return round(log[-1]["step"])
+
+
+def refuse_other_start(made: Checkpoint, start: Checkpoint, learned: Mapping[str, str]) -> None:
+    """Raises a sentence if M_t began with another model, or learned from other pairs of iteration 1, than its control would."""
+    began, versions = made.manifest["parents"]["start"]["sha"], made.manifest["trained_on"]
+    other = [label for label, version in learned.items() if versions.get(label, version) != version]
+    if other or began != start.sha:
+        what = f"another version of {other[0]}" if other else f"another model, {began[:16]},"
+        raise FinalError(
+            f"{made.label} was made from {what} than its control of equal steps would be now: materialize {made.label} and its "
+            "evaluation again first."
+        )
 
 
 def refuse_control_of_another(control: Checkpoint, made: Checkpoint) -> None:

@@ -27,7 +27,7 @@ from resources.storage.checkpoint_store import Checkpoint
 from resources.training.history import last_quarter
 from synpo_assets.graph.boosting import boosting_table
 from synpo_assets.graph.evaluation_schemas import Promotion
-from synpo_assets.graph.history import input_version_of, pairs_made_again
+from synpo_assets.graph.history import input_version_of, made_again
 from synpo_assets.graph.metrics import Metric, Metrics, judge_doubt, recorded
 from synpo_assets.graph.partitions import iteration_of, partition_key
 from synpo_assets.graph.presentation import made_by, table_output
@@ -51,7 +51,10 @@ BY_JUDGE: frozenset[str] = frozenset({
 })  # fmt: skip
 CONTROLLED = "length_controlled_win_rate_over_initial"
 CONTROLLED_LOW = f"{CONTROLLED}_low"
-NOT_CONTROLLED = f"{TOO_FEW_ALIKE}: raise seed_data.held_out_limit, or limit another metric"
+NOT_CONTROLLED = (
+    f"{TOO_FEW_ALIKE}: more held-out prompts are needed (seed_data.held_out, held_out_limit), or a limit of another "
+    "metric"
+)
 # Metrics of prompt_diversity.
 OF_PROMPTS: frozenset[GateMetric] = frozenset({"prompt_similarity", "prompt_similarity_to_seed"})
 
@@ -121,13 +124,13 @@ def refuse_other_evaluation(measured: Metrics, judged: Checkpoint) -> None:
 
 
 def refuse_other_pairs(instance: dg.DagsterInstance, judged: Checkpoint) -> None:
-    """Raises a sentence if the pairs of the iteration were made again after M_t was trained on them."""
+    """Raises a sentence if pairs were made again after M_t was trained on them."""
     learned = judged.manifest["trained_on"]
-    if version := pairs_made_again(instance, str(judged.partition), learned):
-        label, evaluation = (asset_label(name, judged.partition) for name in ("preference_pairs", "evaluation"))
+    history, evaluation = (asset_label(name, judged.partition) for name in ("preference_history", "evaluation"))
+    for label, version in made_again(instance, learned).items():
         raise FinalError(
-            f"{judged.label} was trained on version {learned.get(label)} of {label}, which has version {version} by now: "
-            f"materialize {judged.label} and {evaluation} again."
+            f"{judged.label} was trained on version {learned[label]} of {label}, which has version {version} by now: "
+            f"materialize {history}, {judged.label} and {evaluation} again."
         )
 
 

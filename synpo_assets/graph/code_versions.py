@@ -139,7 +139,8 @@ class _Reader(ast.NodeTransformer):
     def _in_scope(self, node: ast.FunctionDef | ast.Lambda) -> ast.AST:
         if isinstance(node, ast.FunctionDef):
             _without_docstring(node)
-        self._scopes.append((frozenset(_bound(node)), dict(_imports(ast.walk(node)))))
+        nodes = list(ast.walk(node))
+        self._scopes.append((frozenset(_bound(nodes)), dict(_imports(nodes))))
         node = self.generic_visit(node)  # type: ignore[assignment]
         self._scopes.pop()
         if isinstance(node, ast.FunctionDef) and not node.body:
@@ -179,6 +180,7 @@ def _resolve(module: str, name: str) -> Definition | str | None:
     return _target(imports[name]) if name in imports else None
 
 
+@functools.cache
 def _target(path: str) -> Definition | str | None:
     """What a dotted path of an import leads to."""
     if path.split(".")[0] not in PACKAGES:
@@ -189,6 +191,7 @@ def _target(path: str) -> Definition | str | None:
     return _resolve(module, name) if _file(module).exists() else None
 
 
+@functools.cache
 def _file(module: str) -> Path:
     place = PROJECT / module.replace(".", "/")
     file = place.with_suffix(".py")
@@ -229,9 +232,9 @@ def _imports(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, str]]:
             yield from ((each.asname, each.name) for each in node.names if each.asname)
 
 
-def _bound(function: ast.FunctionDef | ast.Lambda) -> Iterator[str]:
-    """The names that are local to a function: its arguments, and what it assigns to."""
-    for node in ast.walk(function):
+def _bound(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    """The names that are local to a function, given all nodes of its tree: its arguments, and what it assigns to."""
+    for node in nodes:
         if isinstance(node, ast.arg):
             yield node.arg
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):

@@ -11,7 +11,7 @@ from dagster._core.event_api import PartitionKeyFilter
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus as CheckStatus
 
-from resources.common.text import asset_label
+from resources.common.text import labelled
 
 # So many attempts are looked at, newest first; more in a row that never began are not expected.
 CONSIDERED = 100
@@ -56,11 +56,10 @@ def input_version_of(instance: DagsterInstance, asset: str, partition: str | Non
     return tag_of(instance, asset, partition, f"input_data_version/{read}")
 
 
-def pairs_made_again(instance: DagsterInstance, partition: str, trained_on: Mapping[str, str]) -> str | None:
-    """The version of an iteration's pairs if it is another than the one that its M_t was trained on; None if not."""
-    label = asset_label("preference_pairs", partition)
-    version = data_version_of(instance, "preference_pairs", partition)
-    return None if version in (None, trained_on.get(label)) else version
+def made_again(instance: DagsterInstance, trained_on: Mapping[str, str]) -> dict[str, str]:
+    """What was made again, to another version, since a checkpoint was trained on it: that version, by label."""
+    versions = {label: data_version_of(instance, *labelled(label)) for label in trained_on}
+    return {label: version for label, version in versions.items() if version not in (None, trained_on[label])}
 
 
 def unfinished_attempt(instance: DagsterInstance, asset: str, partition: str | None) -> str | None:

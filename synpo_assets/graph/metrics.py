@@ -16,6 +16,7 @@ from resources.generation.language_model import Usage
 from resources.models.embeddings import Embedded
 from resources.models.likelihood import Likelihoods
 from resources.scoring.scorer import ScoringUsage
+from resources.storage.manifests import ONCE
 from resources.storage.tables import ParquetTables
 from resources.training.job import TrainingSummary
 from synpo_assets.graph.tables import Table
@@ -23,8 +24,6 @@ from synpo_assets.method.judging import BOTH_ENDED, doubt
 from synpo_assets.method.outcomes import share_interval
 from synpo_assets.method.seed import HELD_OUT
 from synpo_assets.method.verifiable import has_rules
-
-ONCE = "once"
 
 MetricName = Literal[
     # Any table, and the process that made it.

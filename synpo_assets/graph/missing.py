@@ -14,8 +14,8 @@ from resources.common.text import asset_label
 from synpo_assets.graph.history import (
     data_version_of,
     failed_checks,
+    made_again,
     newest,
-    pairs_made_again,
     tag_of,
     unfinished_attempt,
     unfinished_checks,
@@ -51,7 +51,7 @@ def missing_assets(
     failed a blocking check, or if what was made is damaged. So is a promotion that was refused under other limits than those
     of now, the control of an M_t with other weights than those of now, and whatever measured either. So are verdicts of people
     whose file has changed, and pairs that were made with other verdicts than those of now, with all that is made from them; and
-    what is made from pairs that were made again since M_t was trained on them.
+    what is made from pairs that were made again since M_t, or its control, was trained on them.
     """
     graph = services.graph
     names = asset_names(graph, partitioned=partition is not None)
@@ -61,10 +61,12 @@ def missing_assets(
         missing |= {name for name in names if _is_to_be_judged_again(instance, services, name, partition)}
         missing |= _of_other_weights(services, partition).intersection(names)
     if _has_other_verdicts(instance, services, partition):
-        missing |= {PAIRS, *_made_from_pairs(graph, names)}
+        missing |= {PAIRS, *_made_from(graph, names, PAIRS)}
     with contextlib.suppress(DamageError):
-        if _has_other_pairs(instance, services, partition):
-            missing |= _made_from_pairs(graph, names)
+        if _has_other_pairs(instance, services, MADE, partition):
+            missing |= _made_from(graph, names, PAIRS)
+        if CONTROL in names and _has_other_pairs(instance, services, CONTROL, partition):
+            missing |= {CONTROL, *_made_from(graph, names, CONTROL)}
     if partition is None or not missing:
         return [name for name in names if name in missing]
     return [name for name in names if name in missing or STATE_TAG in graph.get(dg.AssetKey(name)).tags]
@@ -107,19 +109,19 @@ def _has_other_verdicts(instance: DagsterInstance, services: Services, partition
     return (data_version_of(instance, VERDICTS, partition) or nothing) != (read or nothing)
 
 
-def _has_other_pairs(instance: DagsterInstance, services: Services, partition: str | None) -> bool:
-    """Whether M_t was trained on other pairs of its iteration than those that there are now."""
-    made = services.checkpoints.manifest(MADE, partition) if partition else None
-    return made is not None and pairs_made_again(instance, str(partition), made["trained_on"]) is not None
+def _has_other_pairs(instance: DagsterInstance, services: Services, name: str, partition: str | None) -> bool:
+    """Whether M_t, or its control, was trained on other pairs, of whatever iteration, than those that there are now."""
+    made = services.checkpoints.manifest(name, partition) if partition else None
+    return made is not None and bool(made_again(instance, made["trained_on"]))
 
 
-def _made_from_pairs(graph: AssetGraph, names: Sequence[str]) -> set[str]:
-    """What of an iteration, in order, is made from its pairs."""
-    renewed = {PAIRS}
+def _made_from(graph: AssetGraph, names: Sequence[str], asset: str) -> set[str]:
+    """What of an iteration, in order, is made from an asset of it."""
+    renewed = {asset}
     for name in names:
         if any(key.to_user_string() in renewed for key in graph.get(dg.AssetKey(name)).parent_keys):
             renewed.add(name)
-    return renewed - {PAIRS}
+    return renewed - {asset}
 
 
 def _is_to_be_judged_again(instance: DagsterInstance, services: Services, name: str, partition: str | None) -> bool:

@@ -10,7 +10,7 @@ from dagster import DagsterInstance
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 from dagster._core.definitions.data_version import CODE_VERSION_TAG
 
-from resources.common.text import asset_label
+from resources.common.text import asset_label, labelled
 from resources.models.device import peak_memory
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.training.job import TrainingSummary
@@ -206,8 +206,7 @@ def _in_this_iteration(
 
 def label_link(label: str) -> str:
     """A link to the page of an asset or iteration, given as people name it: `model_checkpoint[0001]`."""
-    asset, _, partition = label.removesuffix("]").partition("[")
-    return asset_link(asset, partition or None)
+    return asset_link(*labelled(label))
 
 
 def asset_link(asset: str, partition: str | None) -> str:
@@ -216,13 +215,23 @@ def asset_link(asset: str, partition: str | None) -> str:
 
 
 def versions_table(
-    instance: DagsterInstance, inputs: Sequence[tuple[str, str | None]], **columns: Sequence[Any]
+    instance: DagsterInstance,
+    inputs: Sequence[tuple[str, str | None]],
+    read: Mapping[str, str] | None = None,
+    **columns: Sequence[Any],
 ) -> dg.MarkdownMetadataValue:
-    """A table of assets and iterations (None: made once) with content version and run as links, and further columns."""
+    """A table of assets and iterations (None: made once) with content version and run as links, and further columns.
+
+    Args:
+        read: The versions that were read, by label, where they may have been made again since.
+    """
     lines = [["asset", *columns, "content version", "run"]]
     for (asset, partition), *values in zip(inputs, *columns.values(), strict=True):
-        version, record = data_version_of(instance, asset, partition), newest(instance, asset, partition)
+        newest_version, record = data_version_of(instance, asset, partition), newest(instance, asset, partition)
+        version = (read or {}).get(asset_label(asset, partition), newest_version)
         run = run_link(record.run_id) if record else "none"
+        if version != newest_version:
+            run = "an earlier one: it was made again since"
         lines.append(
             [
                 asset_link(asset, partition),

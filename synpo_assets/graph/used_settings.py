@@ -12,12 +12,13 @@ import dagster as dg
 import polars as pl
 from pydantic_core import to_jsonable_python
 
-from resources.common.text import visible
+from resources.common.errors import FinalError
+from resources.common.text import asset_label, visible
 from resources.settings.method import PreferenceOptimization
 from resources.settings.sections import flattened
 from resources.settings.settings import Settings
+from resources.storage.manifests import ONCE
 from resources.storage.tables import ParquetTables
-from synpo_assets.graph.metrics import ONCE
 from synpo_assets.graph.partitions import partition_key, partition_of
 from synpo_assets.graph.services import USED_SETTINGS, Services
 from synpo_assets.graph.stage import LAST, READS
@@ -51,6 +52,19 @@ def optimized_with(manifest: Mapping[str, Any], settings: Settings) -> Preferenc
     """What M_t was trained with, which a search may have chosen; the settings where its manifest does not say."""
     made = manifest.get("settings", {}).get("preference_optimization", settings.preference_optimization)
     return PreferenceOptimization.model_validate(made)
+
+
+def refuse_other_settings(services: Services, asset: str, partition: str, names: Iterable[str]) -> None:
+    """Raises a sentence if an asset of an iteration was made with other values of these settings than those of now."""
+    made = _recorded(services.used_settings, partition).filter(asset=asset).select("setting", "value").iter_rows()
+    differing = differing_settings([dict(made), values_of(names, services.settings)], in_all=True)
+    if differing:
+        label = asset_label(asset, partition)
+        told = "; ".join(f"{name} {_cell(then)} then, {_cell(now)} now" for name, (then, now) in differing.items())
+        raise FinalError(
+            f"{label} was made with other settings ({told}), and what is made with those of now cannot be compared with it: "
+            f"materialize {label} again first."
+        )
 
 
 def used_in(store: ParquetTables, partition: str) -> dict[str, str]:

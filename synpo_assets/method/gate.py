@@ -70,7 +70,7 @@ def gate_power(prompts: int, minimum: Mapping[str, float], error_rate: float) ->
         >>> gate_power(100, {"win_rate_over_previous_low": 0.5}, 0.05)
         "With 100 dev prompts, a model that truly wins 65 % of them reaches the gate's low ends in 91 % of the cases."
         >>> gate_power(16, {"win_rate_over_previous_low": 0.5}, 0.05)[86:]
-        'in 29 % of the cases: raise seed_data.held_out_limit or seed_data.dev_share.'
+        'in 29 % of the cases: more are needed (seed_data.held_out, held_out_limit, dev_share).'
         >>> gate_power(16, {}, 0.05)
         'The gate asks for no certain improvement.'
     """
@@ -80,7 +80,7 @@ def gate_power(prompts: int, minimum: Mapping[str, float], error_rate: float) ->
     is_certain = functools.partial(_is_certain, prompts=prompts, error_rate=error_rate, limit=max(limits))
     least = bisect.bisect_left(range(prompts + 1), True, key=is_certain)
     share = sum(_chance(wins, prompts) for wins in range(least, prompts + 1))
-    remedy = "" if share >= PROMISED else ": raise seed_data.held_out_limit or seed_data.dev_share"
+    remedy = "" if share >= PROMISED else ": more are needed (seed_data.held_out, held_out_limit, dev_share)"
     cases = f"in {100 * share:.0f} % of the cases{remedy}."
     return f"With {prompts} dev prompts, a model that truly wins 65 % of them reaches the gate's low ends {cases}"
 

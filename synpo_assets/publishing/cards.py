@@ -1,6 +1,7 @@
 """The cards of published pairs and models: what they are, how they were made, and what is known of their quality."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import yaml
 
 from resources.common.text import duration
 from synpo_assets.reports.finished import FinishedIteration
-from synpo_assets.reports.rows import Row, report_rows
+from synpo_assets.reports.rows import DIFFERING, Row, report_rows
 from synpo_assets.reports.search import HEAD, candidate_rows, metric_name, recorded_search
 
 FOLDER = Path(__file__).parent
 TAGS = ("synpo", "preference-optimization", "synthetic")
-# Seconds and memory say more about a machine than about what it made, and settings may name its files.
-LEFT_OUT_SECTIONS = ("Work", "Settings that differ")
+# Seconds and memory say more about a machine than about what it made.
+LEFT_OUT_SECTIONS = ("Work",)
+# The sections of settings that say how pairs and models were made; others may name machines.
+DATA_SETTINGS = ("prompt_generator", "responses", "response_improver", "scorer", "preferences")
+TOLD_SETTINGS = (*DATA_SETTINGS, "keyword_pool", "preference_optimization", "evaluation")
 SIZES = ("K", "M", "B", "T")
 
 
@@ -57,8 +61,17 @@ class CardData:
 
     @property
     def metrics(self) -> str:
-        """The metrics by iteration as a Markdown table."""
-        return metrics_table(report_rows(self.iterations), [iteration.key for iteration in self.iterations])
+        """The metrics by iteration as a Markdown table, and the settings that differ between them."""
+        return metrics_table(self._rows, [iteration.key for iteration in self.iterations])
+
+    @property
+    def settings_differ(self) -> bool:
+        """Whether iterations were made with other settings than others."""
+        return any(row.section == DIFFERING for row in filter(_is_told, self._rows))
+
+    @functools.cached_property
+    def _rows(self) -> list[Row]:
+        return report_rows(self.iterations)
 
 
 def dataset_card(
@@ -160,14 +173,23 @@ def metrics_table(rows: Sequence[Row], keys: Sequence[str]) -> str:
     """
     lines = [f"| | {' | '.join(f'M_{int(key)}' for key in keys)} |", f"|{' --- |' * (1 + len(keys))}"]
     section = None
-    for row in rows:
-        if row.section in LEFT_OUT_SECTIONS:
-            continue
+    for row in filter(_is_told, rows):
         if row.section != section:
             section = row.section
             lines.append(f"| **{section}** |{' |' * len(keys)}")
-        lines.append(_line([row.label, *row.cells]))
+        lines.append(_line([row.label, *map(without_folder, row.cells)]))
     return "\n".join(lines)
+
+
+def without_folder(place: str) -> str:
+    """The name alone of a file or directory of this machine, whose path is nobody's business; settings have made it absolute."""
+    return Path(place).name if Path(place).is_absolute() else place
+
+
+def _is_told(row: Row) -> bool:
+    if row.section == DIFFERING:
+        return row.label.split(".")[0] in TOLD_SETTINGS
+    return row.section not in LEFT_OUT_SECTIONS
 
 
 def size_category(rows: int) -> str:

@@ -21,6 +21,7 @@ from resources.settings.settings import Settings
 from resources.storage.checkpoint_store import Checkpoint, CheckpointStore
 from resources.storage.files import replace_directory, temporary_directory_beside
 from resources.storage.hub import check_destination, publish
+from resources.storage.manifests import ADAPTER
 from synpo_assets.graph.history import failed_checks
 from synpo_assets.graph.metrics import Metric
 from synpo_assets.graph.partitions import iteration_of
@@ -30,13 +31,13 @@ from synpo_assets.graph.services import Services
 from synpo_assets.graph.stage import Stage
 from synpo_assets.method.pairs import middle_pair
 from synpo_assets.method.reviews import OUTCOMES
-from synpo_assets.publishing.cards import CardData, dataset_card, model_card
+from synpo_assets.publishing.cards import DATA_SETTINGS, CardData, dataset_card, model_card, without_folder
 from synpo_assets.reports.boosting_report import READ_ASSETS, iterations_of, read_iteration
 from synpo_assets.reports.finished import FinishedIteration
 from synpo_assets.stages.preferences import WRITER_COLUMNS
 
 # Of what an iteration makes, the settings that decide what a pair is.
-CARD_SETTINGS = {"random_seed", "prompt_generator", "responses", "response_improver", "scorer", "preferences"}
+CARD_SETTINGS = {"random_seed", *DATA_SETTINGS}
 # Which of them may name a file or directory.
 PLACES = (("preferences", "reviewed"), ("scorer", "name"))
 # Who had a part in a pair: by their own tables, and by the columns of the pairs.
@@ -105,7 +106,7 @@ def published_model(
         dataset_repository=options.dataset_repository,
         label=model_checkpoint.label,
         manifest=model_checkpoint.manifest,
-        adapter=_adapter_of(model_checkpoint).exists(),
+        adapter=_adapter_of(model_checkpoint) is not None,
     )
     name = f"model_checkpoint/{key}"
     build = functools.partial(_copy_model, model_checkpoint, data.base_model_name)
@@ -122,7 +123,7 @@ def _dataset_card(services: Services, iterations: Sequence[FinishedIteration], p
     stated = settings.model_dump(include=CARD_SETTINGS, exclude=unused)
     for section, name in PLACES:
         if stated[section].get(name):
-            stated[section][name] = _without_folder(stated[section][name])
+            stated[section][name] = without_folder(stated[section][name])
     return dataset_card(
         _card_data(services, iterations, settings.publishing.dataset_repository),
         pairs=pairs,
@@ -151,8 +152,10 @@ def _iterations_up_to(instance: dg.DagsterInstance, services: Services, model: C
     return [read_iteration(instance, services, each) for each in keys]
 
 
-def _adapter_of(model: Checkpoint) -> Path:
-    return Path(model.directory) / "adapter"
+def _adapter_of(model: Checkpoint) -> Path | None:
+    """The adapter that turns M_0 into this model; None where there is none, or where it belongs to an M_t that is not M_0."""
+    adapter = Path(model.directory) / ADAPTER
+    return adapter if adapter.exists() and model.manifest["parents"]["start"]["asset"] == "initial_policy" else None
 
 
 def _copy_model(model: Checkpoint, base: str, folder: Path) -> None:
@@ -160,9 +163,9 @@ def _copy_model(model: Checkpoint, base: str, folder: Path) -> None:
     without_card = shutil.ignore_patterns("README.md")
     shutil.copytree(model.weights, folder, dirs_exist_ok=True, ignore=without_card)
     shutil.copy(Path(model.directory) / "manifest.json", folder)
-    if _adapter_of(model).exists():
-        shutil.copytree(_adapter_of(model), folder / "adapter", ignore=without_card)
-        _name_base(folder / "adapter" / "adapter_config.json", base)
+    if adapter := _adapter_of(model):
+        shutil.copytree(adapter, folder / ADAPTER, ignore=without_card)
+        _name_base(folder / ADAPTER / "adapter_config.json", base)
 
 
 def _write(home: Path, name: str, card: str, build: Callable[[Path], None]) -> Path:
@@ -242,12 +245,7 @@ def _scorer(settings: Settings) -> str:
         trained = "a reward model trained from M_0 on seed prompts, gold answers over M_0's own"
         rules = "a program where a prompt states rules that it can check, elsewhere "
         return f"{rules if settings.scorer.kind == 'verifier' else ''}{trained}"
-    return f"`{_without_folder(settings.scorer.name)}` ({settings.scorer.kind})"
-
-
-def _without_folder(place: str) -> str:
-    """The name alone of a file or directory of this machine, whose path is nobody's business; settings have made it absolute."""
-    return Path(place).name if Path(place).is_absolute() else place
+    return f"`{without_folder(settings.scorer.name)}` ({settings.scorer.kind})"
 
 
 def _writers(services: Services, iterations: Sequence[FinishedIteration]) -> Iterator[dict[str, str]]:

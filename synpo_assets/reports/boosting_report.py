@@ -17,7 +17,7 @@ from resources.settings.settings import Settings
 from resources.storage.files import json_sha256, write_atomically
 from resources.training.losses import loss_module
 from synpo_assets.graph.boosting import boosting_table
-from synpo_assets.graph.history import data_version_of, pairs_made_again, seconds_of
+from synpo_assets.graph.history import data_version_of, made_again, seconds_of
 from synpo_assets.graph.metrics import Metrics, judge_doubt, recorded
 from synpo_assets.graph.presentation import versions_table, written_output
 from synpo_assets.graph.services import Services
@@ -105,7 +105,7 @@ def iterations_of(instance: dg.DagsterInstance, services: Services) -> tuple[lis
         evaluated, made = measured.candidate, data_version_of(instance, "model_checkpoint", key)
         done = evaluated is not None and made is not None and evaluated.startswith(made)
         if done and (manifest := services.checkpoints.manifest("model_checkpoint", key)):
-            done = pairs_made_again(instance, key, manifest["trained_on"]) is None
+            done = not made_again(instance, manifest["trained_on"])
         (finished if done else begun).append(key)
     return finished, begun
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from resources.models.device import device_name
-from synpo_assets.graph.metrics import ONCE
+from resources.storage.manifests import ONCE
 from synpo_assets.graph.services import Services
 from synpo_assets.graph.used_settings import used_in
 from synpo_assets.reports.finished import FinishedIteration

@@ -46,6 +46,8 @@ class Row:
 
 
 Format = Callable[[float | None], str]
+# The section of what iterations were made with, where they are not alike in it.
+DIFFERING = "Settings that differ"
 
 
 def report_rows(iterations: Sequence[FinishedIteration]) -> list[Row]:
@@ -55,7 +57,7 @@ def report_rows(iterations: Sequence[FinishedIteration]) -> list[Row]:
         for section, label, cell in _lines(iterations)
     ]
     differing = differing_settings((iteration.settings for iteration in iterations), in_all=True)
-    settings = [Row("Settings that differ", name, tuple(values)) for name, values in differing.items()]
+    settings = [Row(DIFFERING, name, tuple(values)) for name, values in differing.items()]
     return settings + [row for row in rows if set(row.cells) != {MISSING}]
 
 

@@ -3,7 +3,7 @@
 Paper (section 2.2, algorithm 1 lines 2 to 4): the policy M_{t-1} answers the seed prompts; where gold beats its answer
 by a margin, (prompt, own answer) -> gold trains the response improver R_t, from M_0 in every iteration. R_t then
 rewrites the policy's answers to the synthetic prompts, once. M_0's answers to them become the rejected side.
-Here: the same, with `preferences.rejected_from` as a setting because the paper states it in two ways, and
+Here: the same, with `preferences.rejected_from` as a setting for an ablation, and
 `response_improver.init_from` because an improver that starts from M_0 can fall behind the policy that it rewrites. At t = 1 the
 policy is M_0, so its answers to synthetic prompts are found in the shards and not generated twice. A scorer that is trained
 here never saw the seed rows that are filtered (scorers.py), and how many gold answers pass stands beside how many would pass

@@ -154,6 +154,8 @@ def optimized_output(
         [*measured, *training],
         **shown,
         next=next_policy(context),
-        trained_on=versions_table(context.instance, partitions, pairs=counts["len"].to_list()),
+        trained_on=versions_table(
+            context.instance, partitions, made.manifest["trained_on"], pairs=counts["len"].to_list()
+        ),
         **training_log(summary),
     )

@@ -1,13 +1,14 @@
 """Preference pairs: the two sides of each prompt, scored, filtered and sampled.
 
 Paper (section 2.3, algorithm 1 line 4): chosen is the refined answer, rejected is M_0's; a pair is kept if the scorer
-(PairRM or ArmoRM) prefers chosen by a margin and chosen does not repeat itself by more than half; 10,000 survivors are
+(PairRM or ArmoRM) prefers chosen by a margin, and data with more than half of repetition is dropped; 10,000 survivors are
 drawn at random per iteration.
-Here: the same, of whatever two sides `preferences.chosen_from` makes. Pairs with a side that was cut at the token limit are
-dropped as well (see method/cut.py). Where a prompt has rules (`scorer.kind: verifier`), a pair is kept if chosen follows all
-of them and rejected does not. Pairs whose sides differ too much in length can be dropped too
-(`preferences.max_length_ratio`), so that length tells them apart less. People may read what is left (reviews.py). The
-repetition measure is ours, and so is the convention that says what a margin of PairRM is, since the paper leaves both open.
+Here: the same, of whatever two sides `preferences.chosen_from` makes; it is chosen that may not repeat itself. Pairs with a
+side that was cut at the token limit are dropped as well (see method/cut.py). Where a prompt has rules (`scorer.kind:
+verifier`), a pair is kept if chosen follows all of them and rejected does not. Pairs whose sides differ too much in length
+can be dropped too (`preferences.max_length_ratio`), so that length tells them apart less. People may read what is left
+(reviews.py). The repetition measure is ours, and so is the convention that says what a margin of PairRM is, since the paper
+leaves both open.
 """
 
 import dagster as dg

@@ -2,10 +2,11 @@
 
 Paper (section 2.1): G is trained once, from M_0, to turn two keywords of a seed prompt and one noise keyword into the
 prompt and its answer; at generation three keywords of one paragraph go in, and only the question is used.
-Here: the prompt is masked in the SFT loss (not stated). Keyword sets are drawn without repetition across iterations,
-until enough prompts are valid or the cap `max_overdraw` is hit. We also drop near-duplicates, other languages and
-prompts that overlap with held-out ones, which the paper does not do. Where seed rows have rules that a program checks
-(`scorer.kind: verifier`), G also learns to write the rules of a prompt, after it; a prompt that does not state them is dropped.
+Here: the prompt is masked in the SFT loss (not stated). Keyword sets are drawn without repetition across iterations while
+the pool lasts, until enough prompts are valid or the cap `max_overdraw` is hit. We also drop near-duplicates, other
+languages and prompts that overlap with held-out ones, which the paper does not do. Where seed rows have rules that a
+program checks (`scorer.kind: verifier`), G also learns to write the rules of a prompt, after it; a prompt that does not
+state them is dropped.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -3,10 +3,10 @@
 Paper (sections 2 and 3.1): M_0 is an SFT model; the seed is 18,000 prompts with gold answers; the keyword pool holds
 keywords of 1,000,000 RefinedWeb paragraphs, three of one paragraph each.
 Here: all three are settings. With `scorer.kind: verifier`, seed rows may have rules that a program checks, and gold must
-follow its own. Held-out pairs that no training reads are required beside the seed, because the paper does not say what its
-runs were validated on. They are split once more: the gate, and whoever searches for settings, reads dev; tables report test.
-Some of the seed is set aside for a judge and a scorer that are trained here and share no data with any other training. Where
-the paper drops a list of keywords that holds a personal name or a stopword, we drop the word.
+follow its own. Held-out pairs that no training reads are required beside the seed; the paper validates on the seed itself,
+by a metric that it does not state. They are split once more: the gate, and whoever searches for settings, reads dev; tables
+report test. Some of the seed is set aside for a judge and a scorer that are trained here and share no data with any other
+training. Where the paper drops a list of keywords that holds a personal name or a stopword, we drop the word.
 """
 
 import dataclasses
