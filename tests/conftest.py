@@ -37,8 +37,8 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 # It is read when trackio is imported, which any training may be the first to do.
 os.environ["TRACKIO_DIR"] = str(WORK / "trackio")
 os.environ.pop("DAGSTER_HOME", None)
-# Whose tests follow one another on one home.
-LONGEST = "test_daemon.py"
+# The files that take longest, each on one worker, in the order in which they are begun.
+LONGEST = ("test_daemon.py", "test_storage.py", "test_smollm2.py")
 
 
 def pytest_collection_finish() -> None:
@@ -56,8 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("nano_run"))
         elif item.get_closest_marker("slow") or _shares(item):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
-    # Begun last, it would go on alone at the end.
-    items.sort(key=lambda item: item.path.name != LONGEST)
+    # Begun last, they would go on alone at the end.
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def _shares(item: pytest.Item) -> bool:
