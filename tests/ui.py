@@ -198,12 +198,18 @@ class Ui:
 
 
 def processes_of(home):
-    """Command lines of the processes whose environment names the home, as those of its runs do, by process id."""
+    """Command lines of the processes whose environment names the home, as those of its runs do, by process id.
+
+    But those that mirror a step's output, which write nothing: Dagster starts first them and then what ends them, and a step
+    that is killed in between leaves its mirror.
+    """
     found = {}
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and f"SYNPO_HOME={home}\0".encode() in (entry / "environ").read_bytes():
-                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if not command.startswith("tail -F "):
+                    found[int(entry.name)] = command
         except OSError:
             continue
     return found
