@@ -200,19 +200,22 @@ class Ui:
 def processes_of(home):
     """Command lines of the processes whose environment names the home, as those of its runs do, by process id.
 
-    But those that mirror a step's output, which write nothing: Dagster starts first them and then what ends them, and a step
-    that is killed in between leaves its mirror.
+    But the mirror of a step's output that nothing ends, which writes nothing: Dagster starts first it and then its watcher, and
+    a step that is killed in between leaves it.
     """
     found = {}
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and f"SYNPO_HOME={home}\0".encode() in (entry / "environ").read_bytes():
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                if not command.startswith("tail -F "):
-                    found[int(entry.name)] = command
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
-    return found
+    watched = {int(command.split()[-1]) for command in found.values() if "watch_orphans" in command}
+    return {
+        process: command
+        for process, command in found.items()
+        if process in watched or not command.startswith("tail -F ")
+    }
 
 
 def free_port():
